@@ -1,0 +1,101 @@
+"""Time to first token by turn, pensieve and stateless side by side in one run: ten turns that fill the model's window.
+
+    python benchmarks/turn_latency.py
+    python benchmarks/turn_latency.py --model PATH --num-turns 10 --repeats 5 --max-model-len 2048
+
+Each turn is measured in both modes before the next, in alternating order; the figures are medians over the repeats. Writes a
+JSON and a PNG to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import transformers
+from machine import describe_run
+
+from engine.compare import Comparison, compare_modes, format_table, plot_comparison
+from engine.core.request import SamplingParams
+from engine.executor.model_loader import model_location
+
+RESULTS = Path(__file__).parent / "results"
+WORDS = "my cat dog house garden is in Paris London red blue green and the code of bike called Mia Tom lives".split()
+NUM_OUTPUT_TOKENS = 16
+
+
+def user_messages(tokenizer, num_turns: int, tokens_per_turn: int, seed: int) -> list[str]:
+    """Messages of about `tokens_per_turn` tokens each; different for each seed, so that no cache serves two repeats."""
+    rng = random.Random(seed)
+    messages = []
+    for _ in range(num_turns):
+        words = [rng.choice(WORDS)]
+        while len(tokenizer(" ".join(words)).input_ids) < tokens_per_turn:
+            words.extend(rng.choices(WORDS, k=4))
+        messages.append(" ".join(words))
+    return messages
+
+
+def median_comparison(comparisons: list[Comparison]) -> Comparison:
+    """Median times of each turn over the repeats."""
+    turns = []
+    for same_turn in zip(*(comparison.turns for comparison in comparisons), strict=True):
+        pensieve_s = statistics.median(turn.pensieve_ttft_s for turn in same_turn)
+        stateless_s = statistics.median(turn.stateless_ttft_s for turn in same_turn)
+        turns.append(
+            replace(
+                same_turn[0],
+                pensieve_ttft_s=pensieve_s,
+                stateless_ttft_s=stateless_s,
+                speed_up=stateless_s / pensieve_s,
+                is_identical=all(turn.is_identical for turn in same_turn),
+            )
+        )
+    return replace(
+        comparisons[0],
+        turns=tuple(turns),
+        is_identical=all(comparison.is_identical for comparison in comparisons),
+        is_complete=all(comparison.is_complete for comparison in comparisons),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--num-turns", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--max-model-len", type=int, help="fill only so much of the window")
+    parser.add_argument("--num-threads", type=int, default=1)
+    parser.add_argument("--name", default="turn_latency", help="name of the result files")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    location = model_location(arguments.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(location)
+    config = transformers.AutoConfig.from_pretrained(location)
+    window = arguments.max_model_len or config.max_position_embeddings
+    per_turn = window // arguments.num_turns - NUM_OUTPUT_TOKENS - 8  # 8: the template's tokens, and to be sure
+    sampling = SamplingParams(temperature=0.0, max_tokens=NUM_OUTPUT_TOKENS, ignore_eos=True)
+    options = {"model": arguments.model, "num_threads": arguments.num_threads}
+    comparisons = [
+        compare_modes(options, user_messages(tokenizer, arguments.num_turns, per_turn, seed), sampling)
+        for seed in range(arguments.repeats)
+    ]
+    result = median_comparison(comparisons)
+    print(format_table(result))
+    last, second = result.turns[-1], result.turns[1]
+    print(
+        f"turn {last.turn}: {last.speed_up:.1f}x faster than stateless; "
+        f"{last.pensieve_ttft_s / second.pensieve_ttft_s:.2f}x of turn 2"
+    )
+    RESULTS.mkdir(exist_ok=True)
+    data = {"run": describe_run(), "repeats": arguments.repeats, **asdict(result)}
+    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(data, indent=2) + "\n")
+    plot_comparison(result, RESULTS / f"{arguments.name}.png")
+
+
+if __name__ == "__main__":
+    main()

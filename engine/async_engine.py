@@ -1,0 +1,361 @@
+"""The engine as a server uses it: one thread that steps, an asyncio facade that streams. Knows no HTTP and no Ray.
+
+    event loop                                   engine thread
+    generate() -- tokenise, queue a command -->  core.add_request
+               <-- OutputDelta, one wake-up a step --  schedule -> execute -> update -> detokenise
+    cancelled  -- queue a command ------------>  core.abort
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import queue
+import secrets
+import threading
+import time
+from array import array
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.core.conversation import NO_MATCH, ConversationTable, Transcript
+from engine.core.cost_model import CostModel
+from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
+from engine.core.executor import Executor
+from engine.core.plan import SampledToken
+from engine.core.request import FinishReason, Request, SamplingParams
+from engine.core.stats import RequestStats
+from engine.errors import ConfigError, EngineError, EngineStoppedError, ExecutorError, InvalidParameterError
+from engine.executor.local import LocalExecutor
+from engine.executor.model_loader import default_model_name, model_location
+from engine.output import OutputDelta, TokenLogprob, merge_deltas
+from engine.prompt import ChatPrompt, Prompt, TokenPrompt
+from engine.tokenizer import Detokenizer, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Steps in a row that may fail before the engine says that it is broken: one may be the request's fault.
+MAX_FAILURES_IN_A_ROW = 3
+# Token ids that the text of conversations is remembered for: 64M ids are 256 MiB.
+MAX_CONVERSATION_TOKENS = 1 << 26
+
+_Item = OutputDelta | EngineError
+
+
+@dataclass(slots=True)
+class _Stream:
+    """The way of one request's output: engine thread to whoever waits for it."""
+
+    request: Request
+    prompt: Transcript
+    detokenizer: Detokenizer
+    loop: asyncio.AbstractEventLoop
+    items: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
+
+
+class AsyncEngine:
+    """One engine. Thread-safe where asyncio is: call it from any event loop."""
+
+    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
+        """Loads the model and starts the engine thread; blocking. executor: in place of the model's own (tests inject
+        faults there). Raises ModelLoadError or ConfigError."""
+        self.config = config
+        location = model_location(config.model)
+        self.model_name = config.served_model_name or default_model_name(config.model)
+        local = LocalExecutor(config)
+        self._tokenizer = Tokenizer(location)
+        self._executor: Executor = executor or local
+        loaded = local.loaded
+        self._vocab_size = loaded.vocab_size
+        self._eos_token_ids = tuple({*loaded.eos_token_ids, *filter(None, [self._tokenizer.eos_token_id])})
+        self.max_model_len = _resolve_max_model_len(config, loaded.max_model_len, local.num_gpu_blocks)
+        self._conversations = ConversationTable(MAX_CONVERSATION_TOKENS)
+        self._core = EngineCore(
+            CoreConfig(
+                max_model_len=self.max_model_len,
+                num_gpu_blocks=local.num_gpu_blocks,
+                chunk_size=config.chunk_size,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                decode_reserve=config.decode_reserve,
+                eviction_policy=config.eviction_policy,
+                keep=config.mode == "pensieve",
+                model=f"{location}:{loaded.dtype}",
+                cost_model=CostModel.from_model_shape(
+                    num_parameters=loaded.num_parameters,
+                    num_layers=len(loaded.layers),
+                    num_heads=loaded.num_attention_heads,
+                    head_dim=loaded.layers[0].k_dim,
+                    chunk_size=config.chunk_size,
+                ),
+            )
+        )
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._num_failures = 0
+        self._is_stopping = False
+        self._fatal: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # -- the facade, in the caller's event loop ------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        session_id: str | None = None,
+        return_prompt_token_ids: bool = False,
+    ) -> AsyncIterator[OutputDelta]:
+        """Stream the answer; what has piled up while the consumer was busy comes as one delta. Closing or cancelling the
+        generator aborts the request. Raises RequestError before the first delta where the request is at fault, EngineError
+        at any time where the engine is."""
+        self.check_health()
+        transcript, num_history = self._tokenize(prompt, session_id)
+        for token_id in sampling.stop_token_ids:
+            self._check_token_id(token_id, "stop_token_ids")
+        if sampling.seed is None and not sampling.is_greedy:
+            sampling = replace(sampling, seed=secrets.randbits(62))
+        request = Request(
+            request_id,
+            transcript.token_ids,
+            sampling,
+            conversation_id=session_id,
+            eos_token_ids=self._eos_token_ids,
+            num_history_tokens=num_history,
+        )
+        detokenizer = self._tokenizer.detokenizer(transcript.token_ids, sampling.stop)
+        stream = _Stream(request, transcript, detokenizer, asyncio.get_running_loop())
+        await self._call(lambda: self._add(stream))
+        is_first, is_finished = True, False
+        try:
+            while not is_finished:
+                items = [await stream.items.get()]
+                while not stream.items.empty():
+                    items.append(stream.items.get_nowait())
+                deltas = [item for item in items if isinstance(item, OutputDelta)]
+                failure = next((item for item in items if isinstance(item, EngineError)), None)
+                if deltas:
+                    delta = merge_deltas(deltas)
+                    if is_first and return_prompt_token_ids:
+                        delta = replace(delta, prompt_token_ids=tuple(transcript.token_ids))
+                    is_first = False
+                    is_finished = delta.finish_reason is not None
+                    yield delta
+                if failure is not None:
+                    is_finished = True
+                    raise failure
+        finally:
+            if not is_finished:
+                self._commands.put(lambda: self._abort(request_id))
+
+    def get_statistics(self) -> dict[str, Any]:
+        """Counters since the start and the state now; see EngineCore.get_statistics."""
+        return {
+            "mode": self.config.mode,
+            "model": self.model_name,
+            "max_model_len": self.max_model_len,
+            "num_conversations": len(self._conversations),
+            **self._core.get_statistics(),
+        }
+
+    def check_health(self) -> None:
+        """Raises EngineStoppedError where no request can be served any more."""
+        if self._fatal is not None:
+            raise EngineStoppedError(f"the engine thread died: {self._fatal!r}")
+        if self._num_failures >= MAX_FAILURES_IN_A_ROW:
+            raise EngineStoppedError(f"the last {self._num_failures} steps failed; see the log")
+        if self._is_stopping:
+            raise EngineStoppedError("the engine is shut down")
+
+    async def check_integrity(self) -> None:
+        """Raises AssertionError where the books of the cache do not balance; runs between two steps."""
+        await self._call(self._core.check_integrity)
+
+    async def shutdown(self) -> None:
+        """End all requests with EngineStoppedError, stop the thread, free the model."""
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        self._commands.put(lambda: None)
+        await asyncio.to_thread(self._thread.join)
+        self._executor.shutdown()
+
+    # -- tokenising ----------------------------------------------------------------------------------------------------
+
+    def _tokenize(self, prompt: Prompt, session_id: str | None) -> tuple[Transcript, int]:
+        """The prompt as token ids, and how many of them earlier turns of the conversation know."""
+        if isinstance(prompt, TokenPrompt):
+            for token_id in prompt.token_ids:
+                self._check_token_id(token_id, "prompt")
+            return Transcript(array("I", prompt.token_ids), ""), 0
+        is_chat = isinstance(prompt, ChatPrompt)
+        text = self._tokenizer.render_chat(prompt.messages) if isinstance(prompt, ChatPrompt) else prompt.text
+        known = NO_MATCH if session_id is None else self._conversations.match_text(session_id, text)
+        transcript = self._tokenizer.encode_prompt(text, known, add_special_tokens=not is_chat)
+        return transcript, known.num_computed
+
+    def _check_token_id(self, token_id: int, param: str) -> None:
+        if not 0 <= token_id < self._vocab_size:
+            raise InvalidParameterError(
+                f"token id {token_id} is outside the vocabulary (0 to {self._vocab_size - 1})", param=param
+            )
+
+    def _remember(self, stream: _Stream) -> None:
+        """Keep the turn's tokens with their text, for when the client sends its history again."""
+        request, prompt = stream.request, stream.prompt
+        if not prompt.text or request.conversation_id == request.request_id:
+            return
+        output_ids = request.token_ids[request.num_prompt_tokens :]
+        text = stream.detokenizer.text
+        if stream.detokenizer.is_stopped:
+            # The stop string is not part of the answer; which tokens are, is known only up to whole tokens.
+            while output_ids and len(self._tokenizer.decode(output_ids)) > len(text):
+                output_ids.pop()
+            text = self._tokenizer.decode(output_ids)
+        elif any(self._tokenizer.is_special(token_id) for token_id in output_ids[:-1]):
+            text = self._tokenizer.decode(output_ids)
+        elif output_ids and output_ids[-1] in request.stop_token_ids:
+            text += self._tokenizer.decode(output_ids[-1:])
+        self._conversations.record_turn(request.conversation_id, prompt, output_ids, text)
+
+    # -- the engine thread ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                self._run_commands(wait=not self._core.has_requests)
+                if self._core.has_requests:
+                    self._step()
+        except BaseException as error:
+            logger.exception("the engine thread died")
+            self._fatal = error
+        finally:
+            stopped = EngineStoppedError("the engine stopped while the request was running")
+            self._deliver([(stream, stopped) for stream in self._streams.values()])
+            self._streams.clear()
+            self._is_stopping = True
+            self._run_commands(wait=False)
+
+    def _run_commands(self, *, wait: bool) -> None:
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                return
+            command()
+            wait = False
+
+    def _step(self) -> None:
+        plan = self._core.schedule(time.monotonic())
+        assert plan is not None, "requests but nothing to compute"
+        try:
+            result = self._executor.execute(plan)
+        except Exception as error:
+            logger.exception("step %d failed", plan.step_id)
+            self._num_failures += 1
+            failure = ExecutorError(f"the step that computed this request failed: {error!r}")
+            failed = self._core.fail_step(plan, time.monotonic())
+            self._deliver([(self._streams.pop(request_id), failure) for request_id in failed])
+            return
+        self._num_failures = 0
+        outputs = self._core.update(plan, result, time.monotonic())
+        self._deliver([(self._streams[output.request_id], self._process(output)) for output in outputs])
+
+    def _process(self, output: RequestOutput) -> OutputDelta:
+        """From tokens to text; ends the request where a stop string is complete."""
+        stream = self._streams[output.request_id]
+        request, detokenizer = stream.request, stream.detokenizer
+        reason, stats = output.finish_reason, output.stats
+        may_stop = request.num_output_tokens > request.sampling.min_tokens
+        for sample in output.samples:
+            if reason is not FinishReason.STOP:  # the token that ends an answer is not part of its text
+                detokenizer.append(sample.token_id, may_stop=may_stop)
+        if detokenizer.is_stopped and reason is None:
+            reason = FinishReason.STOP
+            stats = self._core.stop(request.request_id, time.monotonic())
+        elif detokenizer.is_stopped:
+            reason = FinishReason.STOP
+        if reason is not None:
+            del self._streams[request.request_id]
+            self._remember(stream)
+        return OutputDelta(
+            text=detokenizer.take_text(final=reason is not None),
+            token_ids=tuple(sample.token_id for sample in output.samples),
+            logprobs=tuple(self._logprob(s) for s in output.samples if s.logprob is not None),
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=output.num_cached_tokens,
+            num_output_tokens=request.num_output_tokens,
+            finish_reason=None if reason is None else reason.value,
+            stats=stats,
+        )
+
+    def _logprob(self, sample: SampledToken) -> TokenLogprob:
+        assert sample.logprob is not None
+        top = tuple((i, self._tokenizer.decode([i]), value) for i, value in sample.top_logprobs)
+        return TokenLogprob(sample.token_id, self._tokenizer.decode([sample.token_id]), sample.logprob, top)
+
+    def _add(self, stream: _Stream) -> None:
+        self._core.add_request(stream.request, time.monotonic())
+        self._streams[stream.request.request_id] = stream
+
+    def _abort(self, request_id: str) -> None:
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            self._core.abort(request_id, time.monotonic())
+            self._remember(stream)
+
+    @staticmethod
+    def _deliver(items: Sequence[tuple[_Stream, _Item]]) -> None:
+        """One wake-up per event loop, however many requests got something."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _Item]]] = {}
+        for stream, item in items:
+            by_loop.setdefault(stream.loop, []).append((stream, item))
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, batch)
+            except RuntimeError:  # that loop is closed: nobody waits there any more
+                logger.debug("an event loop closed before its requests ended")
+
+    async def _call(self, function: Callable[[], Any]) -> Any:
+        """Run `function` in the engine thread between two steps; its result or exception."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def command() -> None:
+            if self._is_stopping:
+                future.set_exception(EngineStoppedError("the engine is shut down"))
+                return
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._commands.put(command)
+        if not self._thread.is_alive():
+            self.check_health()
+        return await asyncio.wrap_future(future)
+
+
+def _put_all(batch: list[tuple[_Stream, _Item]]) -> None:
+    for stream, item in batch:
+        stream.items.put_nowait(item)
+
+
+def _resolve_max_model_len(config: EngineConfig, model_window: int, num_gpu_blocks: int) -> int:
+    """The window: what was asked for, or the model's as far as the GPU tier can hold it."""
+    capacity = num_gpu_blocks * config.chunk_size
+    if config.max_model_len is None:
+        if capacity < model_window:
+            logger.warning("the GPU tier holds %d tokens: the window is that, not %d", capacity, model_window)
+        return min(model_window, capacity)
+    if config.max_model_len > model_window:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but the model's window is {model_window} tokens; lower it",
+            param="max_model_len",
+        )
+    return config.max_model_len

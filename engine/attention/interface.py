@@ -1,0 +1,100 @@
+"""The door between transformers' model code and paged attention: one function in its attention registry, which hands each
+call to whatever the engine has put in charge of the forward under way.
+
+A ContextVar carries that, because some families drop keyword arguments on the way to attention. Layers are told apart by
+the order of their calls, which every forward repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface
+
+from engine.attention import reference
+from engine.attention.metadata import AttentionMetadata, AttentionParams, LayerShape
+
+ATTENTION_NAME = "pensieve_paged"
+
+
+class AttentionHandler(Protocol):
+    """In charge of the attention calls of one forward."""
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        """query: [num_heads, num_tokens, k_dim]; key, value: [num_kv_heads, num_tokens, dim]. Returns [num_tokens,
+        num_heads, v_dim]."""
+        ...
+
+
+_handler: ContextVar[AttentionHandler] = ContextVar("pensieve_attention_handler")
+
+
+@contextmanager
+def attention_handled_by(handler: AttentionHandler) -> Iterator[None]:
+    token = _handler.set(handler)
+    try:
+        yield
+    finally:
+        _handler.reset(token)
+
+
+def _paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' signature: query [1, num_heads, num_tokens, dim] -> [1, num_tokens, num_heads, v_dim]. The mask is
+    not used: causality comes from the positions of the segments."""
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    params = AttentionParams(scaling, sliding_window, softcap, s_aux)
+    return _handler.get().attend(query[0], key[0], value[0], params)[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, _paged_attention)
+
+
+class PagedAttention:
+    """Serves one forward from the pools. layer_pools: (k_pool, v_pool) for each layer, in order of the calls."""
+
+    def __init__(self, metadata: AttentionMetadata, layer_pools: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._metadata = metadata
+        self._layer_pools = layer_pools
+        self.num_calls = 0
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        k_pool, v_pool = self._layer_pools[self.num_calls]
+        self.num_calls += 1
+        # All K and V of the step first: a segment may attend to another one of the same request.
+        reference.write_kv(k_pool, v_pool, key, value, self._metadata)
+        return reference.attend(query, k_pool, v_pool, self._metadata, params)
+
+
+class ShapeProbe:
+    """Serves one forward of a single sequence without a pool, and notes the shapes of each call."""
+
+    def __init__(self) -> None:
+        self.layers: list[LayerShape] = []
+        self.num_heads: list[int] = []
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        self.layers.append(LayerShape(key.shape[0], key.shape[2], value.shape[2]))
+        self.num_heads.append(query.shape[0])
+        return reference.attend_dense(query, key, value, params).transpose(0, 1)

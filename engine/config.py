@@ -1,0 +1,102 @@
+"""The options of an engine: one frozen, validated value, whoever sets it (YAML, command line, Python). Names follow vLLM's
+where it has the same thing. Opens no file and no device.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Union
+
+from engine.errors import ConfigError
+
+MODES = ("pensieve", "stateless")
+MODE_ALIASES = {"vllm": "stateless"}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+EVICTION_POLICIES = ("retention_value", "lru")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Options of one engine; raises ConfigError, which names the option and the remedy.
+
+    model: "embedded", a local folder, or a hub id. served_model_name: what clients call it; None = derived from model.
+    mode: "pensieve" keeps KV between turns, "stateless" (alias "vllm") nothing. dtype: "auto" = the checkpoint's on a GPU,
+    float32 on a CPU. device: "auto", "cpu", "cuda" or "cuda:N". max_model_len: window in tokens, prompt and answer; None =
+    the model's, or what the GPU tier holds. chunk_size: tokens a chunk. num_gpu_blocks: size of the GPU tier in chunks;
+    None = from gpu_memory_gib, and without it from gpu_memory_utilization on a GPU and 1 GiB on a CPU. num_cpu_blocks,
+    kv_offloading_size (GiB): size of the CPU tier. max_num_seqs: most requests that run at once. max_num_batched_tokens:
+    token budget of a step. decode_reserve, swap_out_watermark: shares of the GPU tier's blocks. num_threads: CPU threads
+    of the model; None = torch's choice.
+    """
+
+    model: str = "embedded"
+    served_model_name: str | None = None
+    mode: str = "pensieve"
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    chunk_size: int = 32
+    num_gpu_blocks: int | None = None
+    num_cpu_blocks: int | None = None
+    gpu_memory_gib: float | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_offloading_size: float = 0.0
+    eviction_policy: str = "retention_value"
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    decode_reserve: float = 0.10
+    swap_out_watermark: float = 0.25
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", MODE_ALIASES.get(self.mode, self.mode))
+        for field in fields(self):
+            self._check_type(field.name, typing.get_type_hints(EngineConfig)[field.name])
+
+        def check(ok: bool, name: str, must: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name} must be {must}, got {getattr(self, name)!r}", param=name)
+
+        check(bool(self.model), "model", "'embedded', a local folder or a hub id")
+        check(self.mode in MODES, "mode", "'pensieve' or 'stateless' (alias 'vllm')")
+        check(self.dtype in DTYPES, "dtype", "one of " + ", ".join(DTYPES))
+        check(self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"), "device", "auto, cpu or cuda[:N]")
+        check(self.eviction_policy in EVICTION_POLICIES, "eviction_policy", "one of " + ", ".join(EVICTION_POLICIES))
+        for name in ("max_model_len", "num_gpu_blocks", "num_threads"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, "at least 1")
+        for name in ("chunk_size", "max_num_seqs", "max_num_batched_tokens"):
+            check(getattr(self, name) >= 1, name, "at least 1")
+        check(self.gpu_memory_gib is None or self.gpu_memory_gib > 0, "gpu_memory_gib", "above 0")
+        check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "above 0 and at most 1")
+        for name in ("decode_reserve", "swap_out_watermark"):
+            check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
+        check(
+            self.max_num_seqs <= self.max_num_batched_tokens,
+            "max_num_seqs",
+            f"at most max_num_batched_tokens ({self.max_num_batched_tokens}): each running request takes a token a step",
+        )
+        # The seam of the two-tier cache; an option that does nothing would be a lie.
+        check(not self.num_cpu_blocks, "num_cpu_blocks", "0: this version has the GPU tier only")
+        check(self.kv_offloading_size == 0, "kv_offloading_size", "0: this version has the GPU tier only")
+
+    def _check_type(self, name: str, hint: Any) -> None:
+        allowed = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+        value = getattr(self, name)
+        if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(self, name, float(value))
+        elif not isinstance(value, tuple(allowed)) or (isinstance(value, bool) and bool not in allowed):
+            kinds = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
+            raise ConfigError(f"{name} must be {kinds}, got {value!r}", param=name)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:
+        """From a mapping, as YAML or keyword arguments give it. Unknown options are errors."""
+        known = {field.name for field in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}; known are {', '.join(sorted(known))}", param=name)
+        return cls(**options)

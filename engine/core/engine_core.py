@@ -1,0 +1,224 @@
+"""The engine without a device: requests in, plans out, results in, outputs out. One instance serves live traffic or a
+simulation; the driver owns the clock.
+
+    plan = core.schedule(now)                 # what to compute
+    result = executor.execute(plan)           # or an event at now + cost_model.step_time(plan)
+    outputs = core.update(plan, result, now)  # what came of it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from engine.core.cache_manager import CacheManager
+from engine.core.cost_model import CostModel
+from engine.core.eviction import make_policy
+from engine.core.plan import SampledToken, StepPlan, StepResult
+from engine.core.request import FinishReason, Request, RequestStatus
+from engine.core.scheduler import Scheduler
+from engine.core.stats import EngineStats, RequestStats
+from engine.errors import ConfigError, ContextLengthError, InvalidParameterError
+
+
+@dataclass(frozen=True, slots=True)
+class CoreConfig:
+    """Sizes and thresholds of a core; see EngineConfig for their meaning. All resolved, nothing optional."""
+
+    max_model_len: int
+    num_gpu_blocks: int
+    chunk_size: int = 32
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    decode_reserve: float = 0.10
+    eviction_policy: str = "retention_value"
+    keep: bool = True
+    model: str = ""
+    cost_model: CostModel = CostModel()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step gave to one request. `samples`: its new tokens. finish_reason None: more follows; `stats` come with
+    the end."""
+
+    request_id: str
+    samples: tuple[SampledToken, ...]
+    num_cached_tokens: int
+    finish_reason: FinishReason | None = None
+    stats: RequestStats | None = None
+
+
+class EngineCore:
+    """Scheduler and cache manager under one roof. Not thread-safe; makes no call that waits."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        """Raises ConfigError where the GPU tier cannot hold one context of max_model_len: such a request could never run."""
+        if config.max_model_len > config.num_gpu_blocks * config.chunk_size:
+            raise ConfigError(
+                f"max_model_len is {config.max_model_len}, but the GPU tier holds only {config.num_gpu_blocks} blocks of "
+                f"{config.chunk_size} tokens; lower max_model_len or give the GPU tier more memory",
+                param="max_model_len",
+            )
+        self.config = config
+        self.stats = EngineStats()
+        self._cache = CacheManager(
+            chunk_size=config.chunk_size,
+            num_gpu_blocks=config.num_gpu_blocks,
+            policy=make_policy(config.eviction_policy, config.cost_model),
+            stats=self.stats,
+            model=config.model,
+            keep=config.keep,
+        )
+        self._scheduler = Scheduler(
+            cache=self._cache,
+            stats=self.stats,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            decode_reserve=config.decode_reserve,
+        )
+        self._requests: dict[str, Request] = {}
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._requests)
+
+    def add_request(self, request: Request, now: float) -> None:
+        """Queue a request. Raises ContextLengthError or InvalidParameterError, and nothing changed, for one that can
+        never run here."""
+        num_prompt, window = request.num_prompt_tokens, self.config.max_model_len
+        if request.request_id in self._requests:
+            raise InvalidParameterError(f"a request with id {request.request_id!r} is running", param="request_id")
+        if not num_prompt:
+            raise InvalidParameterError("the prompt is empty; give at least one token", param="prompt")
+        max_tokens = request.sampling.max_tokens
+        if num_prompt + (max_tokens or 1) > window:
+            answer = "one token of answer" if max_tokens is None else f"max_tokens={max_tokens}"
+            raise ContextLengthError(
+                f"the context window is {window} tokens, but the prompt has {num_prompt} and needs room for {answer}; "
+                "shorten the prompt" + ("" if max_tokens is None else " or lower max_tokens"),
+                param="messages",
+            )
+        request.max_total_tokens = window if max_tokens is None else num_prompt + max_tokens
+        request.arrival_s = now
+        self._requests[request.request_id] = request
+        self._scheduler.add(request)
+        self.stats.num_requests += 1
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """What to compute next; None when nothing is to do. Each plan must be answered by `update` or `fail_step`
+        before the next call."""
+        return self._scheduler.schedule(now)
+
+    def update(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
+        """Take in what a step gave. Requests that were aborted meanwhile are passed over."""
+        assert plan.step_id == result.step_id, (plan.step_id, result.step_id)
+        self.stats.num_steps += 1
+        samples = iter(result.samples)
+        outputs = []
+        for segment in plan.segments:
+            sample = next(samples) if segment.samples else None
+            request = self._requests.get(segment.request_id)
+            if request is None:
+                continue
+            self._cache.commit(request, segment.start, segment.context_len)
+            self._take_pending(request, segment.query_len)
+            request.num_computed_tokens += segment.query_len
+            self.stats.num_computed_tokens += segment.query_len
+            if sample is not None:
+                assert sample.request_id == request.request_id
+                outputs.append(self._append(request, sample, now))
+        return outputs
+
+    def fail_step(self, plan: StepPlan, now: float) -> list[str]:
+        """The executor failed at `plan`: end its requests, keep everything else. Returns the ids of those ended."""
+        self._scheduler.forget_step(plan)
+        request_ids = dict.fromkeys(segment.request_id for segment in plan.segments)
+        failed = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
+        for request in failed:
+            self._finish(request, now, step_failed=True)
+        self.stats.num_failed += len(failed)
+        return [request.request_id for request in failed]
+
+    def abort(self, request_id: str, now: float) -> None:
+        """End a request early, between steps; what it computed stays in the cache. An unknown id is no error: the
+        request may just have ended."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request, now)
+            self.stats.num_aborted += 1
+
+    def stop(self, request_id: str, now: float) -> RequestStats | None:
+        """End a request whose answer is complete for a reason that the core does not see (a stop string)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self._finish(request, now)
+        self.stats.num_finished += 1
+        return self._account(request, now)
+
+    def get_statistics(self) -> dict[str, Any]:
+        """Counters since the start, and the state now (requests by status, blocks by use)."""
+        pool = self._cache.gpu_pool
+        return {
+            **self.stats.as_dict(),
+            "num_requests_running": len(self._scheduler.running),
+            "num_requests_waiting": len(self._scheduler.waiting),
+            "num_gpu_blocks": pool.num_blocks,
+            "num_gpu_blocks_free": pool.num_free,
+            "num_gpu_blocks_pinned": pool.num_blocks - self._cache.num_available_blocks,
+            "num_chunks": len(self._cache.index),
+        }
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError where the books do not balance; see CacheManager.check_integrity."""
+        scheduler = self._scheduler
+        assert {id(r) for r in self._requests.values()} == {id(r) for r in [*scheduler.running, *scheduler.waiting]}
+        assert all(r.status is RequestStatus.RUNNING and r.chunks for r in scheduler.running)
+        assert not any(r.chunks for r in scheduler.waiting)
+        self._cache.check_integrity(scheduler.running)
+
+    def _append(self, request: Request, sample: SampledToken, now: float) -> RequestOutput:
+        request.token_ids.append(sample.token_id)
+        request.pending = [(request.num_tokens - 1, request.num_tokens)]
+        self.stats.num_output_tokens += 1
+        if request.first_token_s is None:
+            request.first_token_s = now
+        reason = None
+        if sample.token_id in request.stop_token_ids and request.num_output_tokens > request.sampling.min_tokens:
+            reason = FinishReason.STOP
+        elif request.num_tokens >= request.max_total_tokens:
+            reason = FinishReason.LENGTH
+        if reason is None:
+            return RequestOutput(request.request_id, (sample,), request.num_cached_tokens)
+        self._finish(request, now)
+        self.stats.num_finished += 1
+        account = self._account(request, now)
+        return RequestOutput(request.request_id, (sample,), request.num_cached_tokens, reason, account)
+
+    def _finish(self, request: Request, now: float, *, step_failed: bool = False) -> None:
+        self._scheduler.remove(request, now, step_failed=step_failed)
+        request.status = RequestStatus.FINISHED
+        del self._requests[request.request_id]
+
+    @staticmethod
+    def _take_pending(request: Request, num_tokens: int) -> None:
+        start, end = request.pending[0]
+        if start + num_tokens < end:
+            request.pending[0] = (start + num_tokens, end)
+        else:
+            assert start + num_tokens == end
+            del request.pending[0]
+
+    @staticmethod
+    def _account(request: Request, now: float) -> RequestStats:
+        return RequestStats(
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+            num_output_tokens=request.num_output_tokens,
+            num_computed_tokens=request.num_computed_tokens,
+            num_suspensions=request.num_suspensions,
+            arrival_s=request.arrival_s,
+            first_token_s=request.first_token_s,
+            finished_s=now,
+        )

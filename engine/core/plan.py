@@ -1,0 +1,108 @@
+"""What crosses between the core and an executor. Plain data: ints, strings, tuples; it pickles to worker actors and
+compares in tests.
+
+One step is told as a difference: a worker keeps the token ids and the block table of every request it was told to start,
+until it is told that the request ended. Example, chunk_size 4, a 10-token context of which chunk 1 is cached:
+
+    starts    RequestStart("r1", token_ids=(10 ids), block_table=(7, 3, 5), ...)
+    segments  QuerySegment("r1", start=0, token_ids=(4 ids))                 positions 0..3, attends to 0..3
+              QuerySegment("r1", start=8, token_ids=(2 ids), samples=True)   positions 8..9, attends to 0..9
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.core.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class QuerySegment:
+    """Consecutive positions of one request that this step computes. Each attends causally to all before it.
+
+    start: first position. token_ids: the tokens there, `query_len` of them. samples: the segment ends the context as it
+    is known, so the logits of its last row choose the next token.
+    """
+
+    request_id: str
+    start: int
+    token_ids: tuple[int, ...]
+    samples: bool = False
+
+    @property
+    def query_len(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def context_len(self) -> int:
+        """Tokens that the last row attends to, itself included."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStart:
+    """A request that the worker is to know from this step on. `token_ids`: the whole context, the first
+    `num_prompt_tokens` of it the prompt. `block_table`: GPU block ids in order of position."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    stop_token_ids: tuple[int, ...]
+    block_table: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockAppend:
+    """A block that a started request got at the end of its block table."""
+
+    request_id: str
+    block_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """Copy block `source` to block `target`; which tiers, the field of the plan says that holds it."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. In this order: forget `ended`; start `starts` and append `appends`; copy blocks (every source is read
+    before any target is written); run `segments` as one ragged batch; sample.
+
+    Segments of one request are in order of position, so that a dropped range is computed with or before what follows it.
+    """
+
+    step_id: int
+    segments: tuple[QuerySegment, ...]
+    starts: tuple[RequestStart, ...] = ()
+    appends: tuple[BlockAppend, ...] = ()
+    ended: tuple[str, ...] = ()
+    gpu_copies: tuple[BlockCopy, ...] = ()
+    swap_outs: tuple[BlockCopy, ...] = ()
+    swap_ins: tuple[BlockCopy, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The next token of a request. logprob and top_logprobs [(token id, logprob)] only where they were asked for."""
+
+    request_id: str
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave: one sampled token per segment with `samples`, in the order of the segments."""
+
+    step_id: int
+    samples: tuple[SampledToken, ...]

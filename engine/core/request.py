@@ -1,0 +1,181 @@
+"""A request is one turn: a context to complete and how to sample. It carries the scheduler's and the cache manager's
+state of that turn; it decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.core.chunk_index import Chunk
+from engine.errors import InvalidParameterError
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+
+
+class RequestStatus(enum.Enum):
+    """WAITING -> RUNNING -> FINISHED; RUNNING -> SUSPENDED -> RUNNING when decodes run out of blocks."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SUSPENDED = "suspended"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.Enum):
+    """Why a request ended; the value is what OpenAI's API calls it where it has a word."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. `temperature=0` is greedy. Raises InvalidParameterError, which names the parameter.
+
+    max_tokens: most tokens to generate; None = what the window leaves. top_k=0, top_p=1 and min_p=0 switch those
+    filters off. seed: makes sampling repeatable, per position, so that a resumed request repeats itself; None = the
+    engine draws one. logprobs: how many alternatives to report for each token; 0 = only the chosen one's, None = none.
+    stop: strings that end the answer (not part of it). min_tokens: end-of-sequence and stop ids are barred before.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, must: str) -> None:
+            if not ok:
+                raise InvalidParameterError(f"{name} must be {must}, got {getattr(self, name)!r}", param=name)
+
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            check(math.isfinite(getattr(self, name)), name, "a finite number")
+        check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        check(self.min_tokens >= 0, "min_tokens", "at least 0")
+        check(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens"
+        )
+        check(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
+        check(self.top_k >= 0, "top_k", "at least 0 (0 = off)")
+        check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100")
+        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
+        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
+        check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
+        check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
+        check(all(self.stop), "stop", "non-empty strings")
+        check(all(i >= 0 for i in self.stop_token_ids), "stop_token_ids", "token ids (at least 0)")
+        check(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}"
+        )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        )
+
+
+class Request:
+    """One turn of a conversation, and its state between arrival and end.
+
+    token_ids: the context, prompt first, then what was generated. pending: ranges [start, end) of positions that are
+    still to compute, in order, holes included; a decoding request has exactly its last token pending. chunks: its row
+    of pinned chunks, front first; empty while waiting or suspended.
+    """
+
+    __slots__ = (
+        "arrival_s",
+        "chunk_keys",
+        "chunks",
+        "conversation_id",
+        "first_token_s",
+        "max_total_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_history_tokens",
+        "num_prompt_tokens",
+        "num_suspensions",
+        "pending",
+        "request_id",
+        "sampling",
+        "status",
+        "stop_token_ids",
+        "tenant",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        conversation_id: str | None = None,
+        tenant: str = "local",
+        eos_token_ids: Sequence[int] = (),
+        num_history_tokens: int = 0,
+    ) -> None:
+        """`num_history_tokens`: leading tokens of the prompt that earlier turns of the conversation computed (for the
+        statistics only). `conversation_id`: None = a conversation of its own."""
+        self.request_id = request_id
+        self.conversation_id = conversation_id if conversation_id is not None else request_id
+        self.tenant = tenant
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_history_tokens = num_history_tokens
+        self.sampling = sampling
+        eos = () if sampling.ignore_eos else tuple(eos_token_ids)
+        self.stop_token_ids = frozenset(eos + sampling.stop_token_ids)
+        self.status = RequestStatus.WAITING
+        self.arrival_s = 0.0
+        self.first_token_s: float | None = None
+        self.max_total_tokens = 0
+        self.chunks: list[Chunk] = []
+        self.chunk_keys: list[bytes] = []
+        self.pending: list[tuple[int, int]] = []
+        self.num_cached_tokens = 0
+        self.num_computed_tokens = 0
+        self.num_suspensions = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        return sum(end - start for start, end in self.pending)
+
+    @property
+    def is_decoding(self) -> bool:
+        """Exactly one generated token is to compute: the step is a decode for this request."""
+        last = len(self.token_ids)
+        return self.num_output_tokens > 0 and self.pending == [(last - 1, last)]
+
+    def __repr__(self) -> str:
+        return f"Request({self.request_id}, {self.status.value}, {self.num_tokens} tokens, pending {self.pending})"

@@ -1,0 +1,165 @@
+"""Decides what each step computes. There is no prefill or decode phase, only tokens still to compute under one token
+budget. Owns the waiting and the running requests; asks the cache manager for room, never looks into a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from engine.core.cache_manager import CacheManager
+from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
+from engine.core.request import Request, RequestStatus
+from engine.core.stats import EngineStats
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The step being planned."""
+
+    budget: int
+    segments: list[QuerySegment] = field(default_factory=list)
+    starts: list[RequestStart] = field(default_factory=list)
+    appends: list[BlockAppend] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+
+
+class Scheduler:
+    """First come, first served. `running` is in order of arrival; `waiting` too, suspended requests in front.
+
+    No request waits for ever: the oldest running request is never suspended for another one, every request fits the GPU
+    tier alone (the engine core refuses those that do not), and whoever waits longest is admitted next.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: CacheManager,
+        stats: EngineStats,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        decode_reserve: float,
+    ) -> None:
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._cache = cache
+        self._stats = stats
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._reserve_blocks = math.ceil(decode_reserve * cache.gpu_pool.num_blocks)
+        self._ended: list[str] = []
+        self._step_id = 0
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def remove(self, request: Request, now: float, *, step_failed: bool = False) -> None:
+        """Take a request out, wherever it is; its blocks go back to the cache."""
+        if request.status is RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._end(request, now, step_failed)
+        else:
+            self.waiting.remove(request)
+
+    def forget_step(self, plan: StepPlan) -> None:
+        """The executor failed at `plan`: tell it again, next time, which requests have ended."""
+        self._ended = [*plan.ended, *self._ended]
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step, decodes first, then what prompts the budget still holds; None when there is nothing to do."""
+        draft = _Draft(self._max_num_batched_tokens)
+        num_suspended = self._stats.num_suspensions
+        for request in list(self.running):
+            if request.is_decoding and request.status is RequestStatus.RUNNING:
+                self._plan_decode(request, draft, now)
+        for request in self.running:
+            if not request.is_decoding:
+                self._plan_pending(request, draft)
+        # Whoever was just suspended must not take back the blocks that it gave up.
+        if self._stats.num_suspensions == num_suspended:
+            self._admit(draft, now)
+        if not draft.segments:
+            assert not self.running, "running requests but nothing to compute"
+            return None
+        self._step_id += 1
+        ended, self._ended = tuple(self._ended), []
+        return StepPlan(
+            self._step_id,
+            tuple(draft.segments),
+            tuple(draft.starts),
+            tuple(draft.appends),
+            ended,
+            tuple(draft.copies),
+        )
+
+    def _plan_decode(self, request: Request, draft: _Draft, now: float) -> None:
+        """One token for a decoding request; suspends from the newest arrival on until it has a block for it."""
+        while self._cache.num_chunks(request.num_tokens) > len(request.chunks):
+            block_id = self._cache.try_append_block(request, now)
+            if block_id is not None:
+                draft.appends.append(BlockAppend(request.request_id, block_id))
+                break
+            newest = self.running[-1]
+            self._suspend(newest, now)
+            if newest is request:
+                return
+        self._plan_pending(request, draft)
+
+    def _plan_pending(self, request: Request, draft: _Draft) -> None:
+        """Segments for as much of the request's pending ranges as the budget holds, front first."""
+        for start, end in request.pending:
+            length = min(end - start, draft.budget)
+            if not length:
+                break
+            stop = start + length
+            tokens = tuple(request.token_ids[start:stop])
+            draft.segments.append(QuerySegment(request.request_id, start, tokens, stop == request.num_tokens))
+            draft.budget -= length
+
+    def _admit(self, draft: _Draft, now: float) -> None:
+        while self.waiting and draft.budget and len(self.running) < self._max_num_seqs:
+            request = self.waiting[0]
+            copies = self._cache.try_admit(request, self._reserve_blocks if self.running else 0, now)
+            if copies is None:
+                return
+            self.waiting.popleft()
+            self._count_admission(request)
+            request.status = RequestStatus.RUNNING
+            self.running.append(request)
+            draft.copies.extend(copies)
+            draft.starts.append(
+                RequestStart(
+                    request.request_id,
+                    tuple(request.token_ids),
+                    request.num_prompt_tokens,
+                    request.sampling,
+                    tuple(sorted(request.stop_token_ids)),
+                    tuple(chunk.gpu_block for chunk in request.chunks if chunk.gpu_block is not None),
+                )
+            )
+            self._plan_pending(request, draft)
+
+    def _count_admission(self, request: Request) -> None:
+        stats = self._stats
+        if request.status is RequestStatus.SUSPENDED:
+            stats.num_resumed_tokens += request.num_pending_tokens
+            return
+        num_prompt, num_history = request.num_prompt_tokens, request.num_history_tokens
+        num_cached = request.num_cached_tokens = num_prompt - request.num_pending_tokens
+        stats.num_prompt_tokens += num_prompt
+        stats.num_gpu_cached_tokens += num_cached
+        stats.num_dropped_tokens += max(0, num_history - num_cached)
+        stats.num_new_tokens += num_prompt - max(num_history, num_cached)
+
+    def _suspend(self, request: Request, now: float) -> None:
+        self.running.remove(request)
+        self._end(request, now)
+        request.status = RequestStatus.SUSPENDED
+        request.num_suspensions += 1
+        self._stats.num_suspensions += 1
+        self.waiting.appendleft(request)
+
+    def _end(self, request: Request, now: float, step_failed: bool = False) -> None:
+        self._cache.release(request, now, step_failed=step_failed)
+        self._ended.append(request.request_id)

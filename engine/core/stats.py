@@ -1,0 +1,48 @@
+"""Counters of the engine since its start, and the account of one request. Token counts, not request counts: a hit rate
+over requests says nothing about work saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Monotonic counters. Prompt tokens are told apart by where they were on arrival: cached in the GPU or the CPU tier,
+    dropped (an earlier turn computed them), or new. `num_resumed_tokens`: computed again after a suspension."""
+
+    num_steps: int = 0
+    num_requests: int = 0
+    num_finished: int = 0
+    num_aborted: int = 0
+    num_failed: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_gpu_cached_tokens: int = 0
+    num_cpu_cached_tokens: int = 0
+    num_dropped_tokens: int = 0
+    num_new_tokens: int = 0
+    num_resumed_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_suspensions: int = 0
+    num_gpu_copies: int = 0
+    evictions: dict[str, int] = field(default_factory=lambda: {"gpu": 0, "cpu": 0})
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """The account of one finished request. Times in seconds of the driver's clock."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_computed_tokens: int
+    num_suspensions: int
+    arrival_s: float
+    first_token_s: float | None
+    finished_s: float

@@ -1,0 +1,57 @@
+"""The memory behind the block ids of one tier. Copies blocks; never decides which.
+
+A block holds the KV of `chunk_size` tokens for all layers in one run of memory, so that a chunk moves between tiers as one
+copy; within it layer by layer, K before V:
+
+    block 0: | layer 0 K | layer 0 V | layer 1 K | layer 1 V | ...     K: [num_kv_heads, chunk_size, k_dim]
+    block 1: | ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.attention.metadata import LayerShape
+from engine.core.plan import BlockCopy
+
+
+def block_bytes(layers: Sequence[LayerShape], chunk_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers."""
+    return sum(layer.numel_per_token for layer in layers) * chunk_size * dtype.itemsize
+
+
+class KVStore:
+    """`num_blocks` blocks on `device`. storage: [num_blocks, elements per block]."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        *,
+        num_blocks: int,
+        chunk_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.chunk_size = chunk_size
+        numel = sum(layer.numel_per_token for layer in layers) * chunk_size
+        self.storage = torch.empty(num_blocks, numel, dtype=dtype, device=device)
+        self.layer_pools: list[tuple[torch.Tensor, torch.Tensor]] = []
+        offset = 0
+        for layer in layers:
+            pools = []
+            for dim in (layer.k_dim, layer.v_dim):
+                size = layer.num_kv_heads * chunk_size * dim
+                flat = self.storage[:, offset : offset + size]
+                pools.append(flat.view(num_blocks, layer.num_kv_heads, chunk_size, dim))
+                offset += size
+            self.layer_pools.append((pools[0], pools[1]))
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Within this tier; every source is read before any target is written."""
+        if copies:
+            sources = torch.tensor([copy.source for copy in copies], device=self.storage.device)
+            targets = torch.tensor([copy.target for copy in copies], device=self.storage.device)
+            self.storage[targets] = self.storage[sources]

@@ -1,0 +1,92 @@
+"""The executor for a model that fits one device, in this process: loads it, sizes and allocates its GPU tier, runs it."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from engine.attention.interface import ShapeProbe, attention_handled_by
+from engine.config import EngineConfig
+from engine.core.plan import StepPlan, StepResult
+from engine.errors import ConfigError
+from engine.executor.kv_store import KVStore, block_bytes
+from engine.executor.model_loader import LoadedModel, load_model
+from engine.executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+DEFAULT_CPU_DEVICE_GIB = 1.0
+
+
+class LocalExecutor:
+    """One model, one KV store. `execute` is to be called from one thread at a time."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Loads and allocates; blocking. Raises ModelLoadError or ConfigError."""
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.loaded: LoadedModel = load_model(config)
+        bytes_per_block = block_bytes(self.loaded.layers, config.chunk_size, self.loaded.dtype)
+        self.num_gpu_blocks = config.num_gpu_blocks or self._num_blocks_for_memory(config, bytes_per_block)
+        kv_store = KVStore(
+            self.loaded.layers,
+            num_blocks=self.num_gpu_blocks,
+            chunk_size=config.chunk_size,
+            dtype=self.loaded.dtype,
+            device=self.loaded.device,
+        )
+        self._runner = ModelRunner(self.loaded, kv_store)
+        logger.info(
+            "%s: %.1fM parameters, %s on %s; GPU tier %d blocks of %d tokens (%.2f GiB)",
+            config.model,
+            self.loaded.num_parameters / 1e6,
+            self.loaded.dtype,
+            self.loaded.device,
+            self.num_gpu_blocks,
+            config.chunk_size,
+            self.num_gpu_blocks * bytes_per_block / GIB,
+        )
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return self._runner.execute(plan)
+
+    def shutdown(self) -> None:
+        """Frees the model and the KV store."""
+        del self._runner, self.loaded
+
+    def _num_blocks_for_memory(self, config: EngineConfig, bytes_per_block: int) -> int:
+        if config.gpu_memory_gib is not None:
+            num_bytes = config.gpu_memory_gib * GIB
+        elif self.loaded.device.type == "cuda":
+            num_bytes = self._free_after_largest_step(config)
+        else:
+            num_bytes = DEFAULT_CPU_DEVICE_GIB * GIB
+        num_blocks = int(num_bytes // bytes_per_block)
+        if num_blocks < 1:
+            raise ConfigError(
+                f"{num_bytes / GIB:.3f} GiB are left for the GPU tier, less than one block of {bytes_per_block} bytes; raise "
+                "gpu_memory_utilization or gpu_memory_gib, or lower chunk_size or max_num_batched_tokens",
+                param="gpu_memory_gib" if config.gpu_memory_gib is not None else "gpu_memory_utilization",
+            )
+        return num_blocks
+
+    @torch.inference_mode()
+    def _free_after_largest_step(self, config: EngineConfig) -> float:
+        """Bytes that `gpu_memory_utilization` leaves on the device beside weights and the largest step's activations."""
+        device = self.loaded.device
+        torch.cuda.reset_peak_memory_stats(device)
+        num_tokens = min(config.max_num_batched_tokens, self.loaded.max_model_len)
+        ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
+        positions = torch.arange(num_tokens, device=device)[None]
+        rows = torch.arange(min(config.max_num_seqs, num_tokens), device=device)
+        with attention_handled_by(ShapeProbe()):
+            logits = self.loaded.model(
+                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows
+            ).logits
+            logits.float().log_softmax(-1)
+        peak = torch.cuda.max_memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        others = total - free - torch.cuda.memory_reserved(device)
+        return total * config.gpu_memory_utilization - peak - others

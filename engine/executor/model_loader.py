@@ -1,0 +1,175 @@
+"""Brings a model from a local folder or the hub into memory, with transformers' own code and our attention in it, and makes
+sure that the two agree. Refuses what cannot work.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from engine.attention.interface import ATTENTION_NAME, ShapeProbe, attention_handled_by
+from engine.attention.metadata import LayerShape
+from engine.config import EngineConfig
+from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
+from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
+
+logger = logging.getLogger(__name__)
+
+PROBE_LEN = 24
+# Largest difference of logits, relative to the largest logit, between our attention and transformers' own at load.
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+# Patterns of attention that a mask-free paged cache would get silently wrong.
+REFUSED_LAYER_TYPES = ("chunked_attention", "linear_attention", "mamba", "recurrent", "conv")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run. layers: KV shape of each attention call of a forward, in order. num_attention_heads: query
+    heads of the first one. max_model_len: the window by its config."""
+
+    model: Any
+    device: torch.device
+    dtype: torch.dtype
+    layers: tuple[LayerShape, ...]
+    num_attention_heads: int
+    num_parameters: int
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+def model_location(model: str) -> str:
+    """What transformers' loaders take for the option `model`."""
+    return str(embedded_model_path()) if model == "embedded" else model
+
+
+def default_model_name(model: str) -> str:
+    """The name that clients use unless one is configured: a folder's last part, a hub id as it is."""
+    if model == "embedded":
+        return EMBEDDED_MODEL_NAME
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def choose_device(option: str) -> torch.device:
+    """The device of the option `device`; raises ConfigError where it is not there."""
+    if option == "auto":
+        option = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(option)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {option!r}, but torch sees {torch.cuda.device_count()} CUDA devices; use 'auto' or 'cpu', or "
+            "install a CUDA build of torch",
+            param="device",
+        )
+    return device
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Load, check, and put in place. Weights go straight to the device, one file at a time, into a model that was built
+    empty: peak memory stays near the size of the weights. Raises ModelLoadError or UnsupportedModelError."""
+    location = model_location(config.model)
+    device = choose_device(config.device)
+    try:
+        hf_config = AutoConfig.from_pretrained(location)
+    except (OSError, ValueError) as error:
+        raise _load_error(config.model, error) from error
+    text_config = hf_config.get_text_config()
+    _refuse_unsupported(config.model, text_config)
+    dtype = _choose_dtype(config.dtype, text_config, device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            location, dtype=dtype, device_map={"": device}, attn_implementation="eager"
+        ).eval()
+    except (OSError, ValueError) as error:
+        raise _load_error(config.model, error) from error
+    probe = _check_attention(config.model, model, text_config, device, dtype)
+    return LoadedModel(
+        model=model,
+        device=device,
+        dtype=dtype,
+        layers=tuple(probe.layers),
+        num_attention_heads=probe.num_heads[0],
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        vocab_size=text_config.vocab_size,
+        max_model_len=int(getattr(text_config, "max_position_embeddings", None) or 2**20),
+        eos_token_ids=_eos_token_ids(location, text_config),
+    )
+
+
+def _load_error(model: str, error: Exception) -> ModelLoadError:
+    reason = str(error).strip().splitlines()[0]
+    if Path(model).exists():
+        return ModelLoadError(f"cannot load a model from {model!r}: {reason}")
+    return ModelLoadError(
+        f"{model!r} is neither a local folder nor a model that the Hugging Face hub gave ({reason}). Without access to "
+        "the hub, download the model elsewhere and give its folder as the option 'model'",
+        param="model",
+    )
+
+
+def _choose_dtype(option: str, text_config: Any, device: torch.device) -> torch.dtype:
+    if option != "auto":
+        dtype: torch.dtype = getattr(torch, option)
+        return dtype
+    if device.type == "cpu":
+        return torch.float32
+    return text_config.dtype if text_config.dtype in PROBE_TOLERANCE else torch.bfloat16
+
+
+def _refuse_unsupported(model: str, text_config: Any) -> None:
+    if getattr(text_config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{model!r} is an encoder-decoder model; only decoder models can be served")
+    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    refused = sorted(t for t in layer_types if any(t.startswith(name) for name in REFUSED_LAYER_TYPES))
+    if refused:
+        raise UnsupportedModelError(
+            f"{model!r} ({text_config.model_type}) has layers of type {', '.join(refused)}, which cannot be served from "
+            "a paged KV cache; use a model with full or sliding-window attention"
+        )
+
+
+@torch.inference_mode()
+def _check_attention(
+    name: str, model: Any, text_config: Any, device: torch.device, dtype: torch.dtype
+) -> ShapeProbe:
+    """Run a few tokens through transformers' own attention and through ours; refuse the model where they differ. A family
+    that does not use the attention registry would accept ours and be silently wrong."""
+    family = text_config.model_type
+    input_ids = torch.arange(3, 3 + PROBE_LEN, device=device)[None] % text_config.vocab_size
+    positions = torch.arange(PROBE_LEN, device=device)[None]
+    expected = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+    model.set_attn_implementation(ATTENTION_NAME)
+    probe = ShapeProbe()
+    with attention_handled_by(probe):
+        actual = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+    num_layers = text_config.num_hidden_layers
+    if len(probe.layers) != num_layers:
+        raise UnsupportedModelError(
+            f"{name!r} ({family}) has {num_layers} layers but made {len(probe.layers)} calls to the attention interface of "
+            "transformers: its family does not support replaceable attention, so its KV cannot be paged"
+        )
+    error = (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
+    if not error <= PROBE_TOLERANCE[dtype]:
+        raise UnsupportedModelError(
+            f"{name!r} ({family}) gives other logits with paged attention than with transformers' own (relative difference "
+            f"{error:.1e}): its attention does something that the paged cache does not know"
+        )
+    return probe
+
+
+def _eos_token_ids(location: str, text_config: Any) -> tuple[int, ...]:
+    """End-of-sequence ids: generation_config.json's where there is one, else the config's."""
+    try:
+        eos = GenerationConfig.from_pretrained(location).eos_token_id
+    except OSError:
+        eos = None
+    if eos is None:
+        eos = getattr(text_config, "eos_token_id", None)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)

@@ -1,0 +1,156 @@
+"""From logits to the next tokens, for a batch of requests with different parameters. Owns no model and no batch state; each
+request brings its SamplingState.
+
+Randomness is one uniform number per (seed, position) and inverse transform sampling, so that a resumed request, or the
+same one in another batch, draws the same tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from engine.core.plan import SampledToken
+from engine.core.request import SamplingParams
+
+
+class SamplingState:
+    """What sampling has to remember of a request. token counts: of the answer, for the penalties; prompt_ids: distinct
+    ids of the prompt."""
+
+    def __init__(
+        self,
+        request_id: str,
+        params: SamplingParams,
+        token_ids: Sequence[int],
+        num_prompt_tokens: int,
+        stop_token_ids: Sequence[int],
+    ) -> None:
+        self.request_id = request_id
+        self.params = params
+        self.num_tokens = len(token_ids)
+        self.num_prompt_tokens = num_prompt_tokens
+        self.stop_token_ids = list(stop_token_ids)
+        self.prompt_ids: set[int] = set()
+        self.output_counts: Counter[int] = Counter()
+        if params.has_penalties:
+            self.prompt_ids = set(token_ids[:num_prompt_tokens])
+            self.output_counts = Counter(token_ids[num_prompt_tokens:])
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    def append(self, token_id: int) -> None:
+        self.num_tokens += 1
+        if self.params.has_penalties:
+            self.output_counts[token_id] += 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on nothing else."""
+    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+
+
+def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
+    """The next token of each request, appended to its state. logits: [len(states), vocabulary], any float dtype, not
+    kept. Log-probabilities are the model's own, before penalties and temperature."""
+    if not states:
+        return []
+    logits = logits.float()
+    wants_logprobs = [row for row, state in enumerate(states) if state.params.logprobs is not None]
+    raw_logprobs = logits[wants_logprobs].log_softmax(-1) if wants_logprobs else None
+    if any(_changes_logits(state) for state in states):
+        logits = logits.clone()
+        for row, state in enumerate(states):
+            _apply_penalties(logits[row], state)
+    token_ids = logits.argmax(-1)
+    drawn = [row for row, state in enumerate(states) if not state.params.is_greedy]
+    if drawn:
+        token_ids[drawn] = _draw(logits[drawn], [states[row] for row in drawn])
+    chosen = token_ids.tolist()
+    samples = []
+    for row, (state, token_id) in enumerate(zip(states, chosen, strict=True)):
+        state.append(token_id)
+        if raw_logprobs is None or state.params.logprobs is None:
+            samples.append(SampledToken(state.request_id, token_id))
+            continue
+        logprobs = raw_logprobs[wants_logprobs.index(row)]
+        top_values, top_ids = logprobs.topk(min(state.params.logprobs, logprobs.numel()))
+        top = tuple(zip(top_ids.tolist(), top_values.tolist(), strict=True))
+        samples.append(SampledToken(state.request_id, token_id, logprobs[token_id].item(), top))
+    return samples
+
+
+def _changes_logits(state: SamplingState) -> bool:
+    return state.params.has_penalties or state.num_output_tokens < state.params.min_tokens
+
+
+def _apply_penalties(logits: torch.Tensor, state: SamplingState) -> None:
+    """In place, on one row. Repetition counts prompt and answer; presence and frequency the answer alone."""
+    params = state.params
+    if state.num_output_tokens < params.min_tokens and state.stop_token_ids:
+        logits[state.stop_token_ids] = float("-inf")
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(state.prompt_ids | state.output_counts.keys()), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(
+            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+        )
+    if state.output_counts and (params.presence_penalty or params.frequency_penalty):
+        ids = torch.tensor(list(state.output_counts), device=logits.device)
+        counts = torch.tensor(list(state.output_counts.values()), dtype=logits.dtype, device=logits.device)
+        logits[ids] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def _draw(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """Token ids [rows]. Each row goes the same way whatever its neighbours want, or its draw would depend on them."""
+    device = logits.device
+    temperature = torch.tensor([state.params.temperature for state in states], device=device)
+    uniforms = torch.tensor(
+        [uniform(state.params.seed or 0, state.num_tokens) for state in states], dtype=torch.float64, device=device
+    )
+    # Subtracting the maximum first keeps a tiny temperature from overflowing.
+    scaled = (logits - logits.max(-1, keepdim=True).values) / temperature[:, None]
+    out = torch.empty(len(states), dtype=torch.long, device=device)
+    plain = [row for row, state in enumerate(states) if not _is_filtered(state.params)]
+    if plain:
+        out[plain] = _invert_cdf(scaled[plain].softmax(-1), uniforms[plain])
+    for row, state in enumerate(states):
+        if _is_filtered(state.params):
+            probs, ids = _filter(scaled[row], state.params)
+            out[row] = ids[_invert_cdf(probs[None], uniforms[row : row + 1])[0]]
+    return out
+
+
+def _is_filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _filter(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-k, then top-p, then min-p. Returns probabilities (not normalised) and token ids of what is left, most probable
+    first, at least one."""
+    vocabulary = scaled.numel()
+    top_k = min(params.top_k or vocabulary, vocabulary)
+    values, ids = scaled.topk(top_k)
+    probs = values.softmax(-1)
+    if params.top_p < 1.0:
+        before = probs.cumsum(-1) - probs
+        probs = torch.where(before < params.top_p, probs, 0.0)
+    if params.min_p > 0.0:
+        probs = torch.where(probs >= params.min_p * probs[0], probs, 0.0)
+    return probs, ids
+
+
+def _invert_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Index of each row [rows, n] at which its cumulative probability passes uniform * total; probability 0 never wins."""
+    cumulative = probs.double().cumsum(-1)
+    targets = uniforms[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, targets, right=True)[:, 0]
+    # uniform * total may round up to total itself: the last index with any probability then.
+    last = (probs > 0).int().cumsum(-1).argmax(-1)
+    return torch.minimum(index, last)

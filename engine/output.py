@@ -1,0 +1,55 @@
+"""What the engine streams to whoever asked: text as it becomes complete, with its tokens. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.core.stats import RequestStats
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One generated token, as text, with its natural-log probability and the most probable alternatives."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDelta:
+    """What is new of one answer. Concatenated `text` and `token_ids` of all deltas are the answer; the counts are totals.
+
+    text may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is held
+    back. finish_reason ("stop", "length") ends the stream; `stats` come with it. prompt_token_ids only in the first delta.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_token_ids: tuple[int, ...] = ()
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    finish_reason: str | None = None
+    stats: RequestStats | None = None
+
+
+def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
+    """One delta that says what several consecutive ones said. At least one is needed."""
+    if len(deltas) == 1:
+        return deltas[0]
+    last = deltas[-1]
+    return OutputDelta(
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        logprobs=tuple(logprob for delta in deltas for logprob in delta.logprobs),
+        prompt_token_ids=deltas[0].prompt_token_ids,
+        num_prompt_tokens=last.num_prompt_tokens,
+        num_cached_tokens=last.num_cached_tokens,
+        num_output_tokens=last.num_output_tokens,
+        finish_reason=last.finish_reason,
+        stats=last.stats,
+    )

@@ -1,0 +1,179 @@
+"""The engine for scripts and notebooks: blocking calls, conversations by session id. Serves nobody over a network; the
+deployments do that.
+
+    server = create_server(mode="pensieve", model="gpt2")
+    server.process_request("session_1", "Hello, how are you?")
+    server.process_request("session_1", "Tell me about AI")
+    print(server.get_statistics_str())
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from engine.async_engine import AsyncEngine
+from engine.config import EngineConfig
+from engine.core.request import SamplingParams
+from engine.output import OutputDelta
+from engine.prompt import ChatPrompt, Prompt
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=128)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One complete answer. ttft_s: from the call to the first token; total_s: to the last. Token counts as in OpenAI's
+    usage; computed = prompt tokens that were not in the cache."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    ttft_s: float
+    total_s: float
+
+    @property
+    def num_computed_tokens(self) -> int:
+        return self.num_prompt_tokens - self.num_cached_tokens
+
+
+class Server:
+    """An AsyncEngine with an event loop of its own in a thread. Thread-safe; calls from several threads run together."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Loads the model; blocking. Raises ModelLoadError or ConfigError."""
+        self.engine = AsyncEngine(config)
+        self._messages: dict[str, list[tuple[str, str]]] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="server", daemon=True)
+        self._thread.start()
+
+    def process_request(
+        self,
+        session_id: str,
+        text: str,
+        sampling: SamplingParams = GREEDY,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """The assistant's answer to one more user message of a session. on_text: called with each new piece of text."""
+        return self.chat(session_id, text, sampling, on_text).text
+
+    def chat(
+        self,
+        session_id: str,
+        text: str,
+        sampling: SamplingParams = GREEDY,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """As `process_request`, with the account of the turn. A turn that fails leaves the session as it was."""
+        messages = [*self._messages.get(session_id, ()), ("user", text)]
+        answer = self.complete(ChatPrompt(tuple(messages)), sampling, session_id, on_text)
+        self._messages[session_id] = [*messages, ("assistant", answer.text)]
+        return answer
+
+    def complete(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams = GREEDY,
+        session_id: str | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """The answer to any prompt; nothing is added to it."""
+        future = asyncio.run_coroutine_threadsafe(
+            self._complete(prompt, sampling, session_id, on_text), self._loop
+        )
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C while waiting: the engine must not go on generating
+            raise
+
+    def forget_session(self, session_id: str) -> None:
+        """The next message of that session begins a new conversation."""
+        self._messages.pop(session_id, None)
+
+    def get_statistics(self) -> dict[str, Any]:
+        """Counters since the start and the state now; see EngineCore.get_statistics."""
+        return self.engine.get_statistics()
+
+    def get_statistics_str(self) -> str:
+        """The statistics that matter most, for people."""
+        stats = self.get_statistics()
+        prompt = max(1, stats["num_prompt_tokens"])
+        used = stats["num_gpu_blocks"] - stats["num_gpu_blocks_free"]
+        return "\n".join(
+            [
+                f"{stats['model']}, mode {stats['mode']}: {stats['num_finished']} requests finished, "
+                f"{stats['num_aborted']} aborted, {stats['num_failed']} failed",
+                f"prompt tokens {stats['num_prompt_tokens']}: "
+                f"{stats['num_gpu_cached_tokens']} found in the GPU tier ({stats['num_gpu_cached_tokens'] / prompt:.1%}), "
+                f"{stats['num_dropped_tokens']} recomputed because dropped, {stats['num_new_tokens']} new",
+                f"output tokens {stats['num_output_tokens']} in {stats['num_steps']} steps; "
+                f"{stats['num_suspensions']} suspensions, {stats['evictions']['gpu']} evictions",
+                f"GPU tier: {used} of {stats['num_gpu_blocks']} blocks used",
+            ]
+        )
+
+    def close(self) -> None:
+        """End running requests, free the model. Further calls raise EngineStoppedError."""
+        if not self._loop.is_closed():
+            asyncio.run_coroutine_threadsafe(self.engine.shutdown(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _complete(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        session_id: str | None,
+        on_text: Callable[[str], None] | None,
+    ) -> Answer:
+        start_s = time.perf_counter()
+        first_s: float | None = None
+        pieces: list[str] = []
+        token_ids: list[int] = []
+        last = OutputDelta()
+        request_id = uuid.uuid4().hex
+        async for delta in self.engine.generate(prompt, sampling, request_id=request_id, session_id=session_id):
+            if first_s is None:
+                first_s = time.perf_counter()
+            last = delta
+            pieces.append(delta.text)
+            token_ids.extend(delta.token_ids)
+            if on_text is not None and delta.text:
+                on_text(delta.text)
+        end_s = time.perf_counter()
+        assert last.finish_reason is not None
+        assert first_s is not None
+        return Answer(
+            "".join(pieces),
+            tuple(token_ids),
+            last.finish_reason,
+            last.num_prompt_tokens,
+            last.num_cached_tokens,
+            first_s - start_s,
+            end_s - start_s,
+        )
+
+
+def create_server(mode: str = "pensieve", model: str = "embedded", **options: Any) -> Server:
+    """A server in `mode` ("pensieve" keeps KV between turns, "stateless", alias "vllm", nothing). options: those of
+    EngineConfig. Raises ConfigError or ModelLoadError."""
+    return Server(EngineConfig.from_options({"mode": mode, "model": model, **options}))

@@ -1,0 +1,137 @@
+"""Text to token ids and back: the model's own tokenizer and chat template. Keeps no conversation; see core/conversation."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer
+
+from engine.core.conversation import Transcript, TranscriptMatch
+from engine.errors import InvalidParameterError, ModelLoadError
+
+logger = logging.getLogger(__name__)
+
+# For models without a chat template of their own (GPT-2, OPT): a plain script of the dialogue.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+# Tokens of the prompt that incremental decoding starts from: enough for any rule about leading spaces.
+DECODE_CONTEXT_LEN = 8
+
+
+class Tokenizer:
+    """A fast tokenizer (the kind that knows where in the text each token lies)."""
+
+    def __init__(self, location: str) -> None:
+        """`location`: a folder or a hub id. Raises ModelLoadError."""
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(location)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelLoadError(f"cannot load a tokenizer from {location!r}: {reason}", param="model") from error
+        if not self._tokenizer.is_fast:
+            raise ModelLoadError(f"the tokenizer of {location!r} has no fast version (tokenizer.json)", param="model")
+        if self._tokenizer.chat_template is None:
+            logger.warning("%s has no chat template; messages are rendered as 'role: content' lines", location)
+            self._tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        self._special_ids = frozenset(self._tokenizer.all_special_ids) | frozenset(
+            token_id for token_id, token in self._tokenizer.added_tokens_decoder.items() if token.special
+        )
+
+    @property
+    def eos_token_id(self) -> int | None:
+        eos: int | None = self._tokenizer.eos_token_id
+        return eos
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
+    def render_chat(self, messages: Sequence[tuple[str, str]]) -> str:
+        """The text that stands for (role, content) messages, up to where the assistant is to speak. Raises
+        InvalidParameterError where the model's template refuses them."""
+        chat = [{"role": role, "content": content} for role, content in messages]
+        try:
+            text: str = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise InvalidParameterError(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return text
+
+    def encode_prompt(self, text: str, known: TranscriptMatch, *, add_special_tokens: bool) -> Transcript:
+        """`text`, of which the beginning is `known`; only the rest is tokenised. add_special_tokens: begin with what the
+        tokenizer begins texts with; no for chats, whose template does it."""
+        encoding = self._tokenizer(
+            text[known.num_chars :],
+            add_special_tokens=add_special_tokens and not known.num_chars,
+            return_offsets_mapping=True,
+            verbose=False,  # the window is the engine's to check
+        )
+        num_known = len(known.token_ids)
+        anchors = list(known.anchors)
+        if known.num_chars:
+            anchors.append((num_known, known.num_chars))
+        for index, (token_id, (start, _)) in enumerate(
+            zip(encoding.input_ids, encoding.offset_mapping, strict=True)
+        ):
+            if token_id in self._special_ids and (start or num_known) and index:
+                anchors.append((num_known + index, known.num_chars + start))
+        return Transcript(known.token_ids + array("I", encoding.input_ids), text, tuple(anchors))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of these tokens, special ones included."""
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def detokenizer(self, prompt_token_ids: Sequence[int], stop: Sequence[str]) -> Detokenizer:
+        return Detokenizer(self._tokenizer.backend_tokenizer, prompt_token_ids, stop)
+
+
+class Detokenizer:
+    """The text of one answer as its tokens come, and the end of it where a stop string appears."""
+
+    def __init__(self, backend: Any, prompt_token_ids: Sequence[int], stop: Sequence[str]) -> None:
+        self._backend = backend
+        context = list(prompt_token_ids[-DECODE_CONTEXT_LEN:])
+        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._num_emitted = 0
+        self.text = ""
+        self.is_stopped = False
+
+    def append(self, token_id: int, *, may_stop: bool = True) -> None:
+        """Take in a token. Sets `is_stopped`, and cuts `text` before the stop string, where one is complete."""
+        piece = self._stream.step(self._backend, token_id)
+        if not piece:
+            return
+        searched_from = max(0, len(self.text) - max(map(len, self._stop), default=0))
+        self.text += piece
+        if may_stop and self._stop:
+            found = [at for at in (self.text.find(stop, searched_from) for stop in self._stop) if at >= 0]
+            if found:
+                self.text = self.text[: min(found)]
+                self.is_stopped = True
+
+    def take_text(self, *, final: bool) -> str:
+        """Text that was not taken yet. Unless `final`, an end that could begin a stop string is held back."""
+        end = len(self.text)
+        if not final:
+            end -= self._num_held_back()
+        start, self._num_emitted = self._num_emitted, max(self._num_emitted, end)
+        return self.text[start:end]
+
+    def _num_held_back(self) -> int:
+        longest = min(max(map(len, self._stop), default=1) - 1, len(self.text))
+        for length in range(longest, 0, -1):
+            tail = self.text[-length:]
+            if any(stop.startswith(tail) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,175 @@
+"""Fixtures that several test folders share: tiny random models of many families, and a driver that steps an engine core
+in the test's own thread."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from engine.config import EngineConfig
+from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
+from engine.core.request import FinishReason, Request, SamplingParams
+from engine.executor.local import LocalExecutor
+
+torch.set_num_threads(1)
+
+VOCAB_SIZE = 288
+_BASE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+_GPT = {"vocab_size": VOCAB_SIZE, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 512}
+FAMILIES: dict[str, dict] = {
+    "llama": _BASE,
+    "qwen3": {**_BASE, "head_dim": 16},
+    "mistral": {**_BASE, "sliding_window": 24},
+    "gemma2": {
+        **_BASE,
+        "head_dim": 16,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 5.0,
+    },
+    "gpt2": _GPT,
+    "opt": {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "ffn_dim": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "word_embed_proj_dim": 32,
+    },
+    "mixtral": {**_BASE, "num_local_experts": 4},
+    "bloom": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "n_layer": 3, "n_head": 4},
+    "gptj": {**_GPT, "rotary_dim": 8},
+}
+
+
+def save_tiny_model(family: str, folder: Path, **overrides: object) -> Path:
+    """A random model of that family in `folder`, with a byte-level tokenizer and no chat template."""
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **overrides})
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, None if name != "pad_token_id" else 0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.15)  # large enough for attention to matter
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> folder of its tiny random model, made once per session."""
+    folders: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in folders:
+            folders[family] = save_tiny_model(family, tmp_path_factory.mktemp(family))
+        return folders[family]
+
+    return get
+
+
+class Driver:
+    """Steps one core with one executor. Time is the number of the step."""
+
+    def __init__(self, executor: LocalExecutor, core_config: CoreConfig) -> None:
+        self.executor = executor
+        self.core = EngineCore(core_config)
+        self.now = 0.0
+        self.plans: list = []
+        self.samples: dict[str, list] = {}
+        self.cached: dict[str, int] = {}
+        self.finished: dict[str, FinishReason] = {}
+
+    def add(
+        self,
+        request_id: str,
+        token_ids: list[int],
+        conversation_id: str | None = None,
+        sampling: SamplingParams | None = None,
+        **kwargs: object,
+    ) -> None:
+        sampling = sampling or SamplingParams(temperature=0.0, max_tokens=8, logprobs=2)
+        request = Request(request_id, token_ids, sampling, conversation_id=conversation_id, **kwargs)  # type: ignore[arg-type]
+        self.core.add_request(request, self.now)
+        self.samples[request_id] = []
+
+    def step(self) -> list[RequestOutput]:
+        self.now += 1
+        plan = self.core.schedule(self.now)
+        if plan is None:
+            return []
+        self.plans.append(plan)
+        outputs = self.core.update(plan, self.executor.execute(plan), self.now)
+        for output in outputs:
+            self.samples[output.request_id].extend(output.samples)
+            self.cached[output.request_id] = output.num_cached_tokens
+            if output.finish_reason is not None:
+                self.finished[output.request_id] = output.finish_reason
+        return outputs
+
+    def run(self) -> None:
+        while self.core.has_requests:
+            self.step()
+
+    def generate(self, request_id: str, token_ids: list[int], **kwargs: object) -> list[int]:
+        self.add(request_id, token_ids, **kwargs)  # type: ignore[arg-type]
+        self.run()
+        return self.tokens(request_id)
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [sample.token_id for sample in self.samples[request_id]]
+
+
+@pytest.fixture()
+def make_driver() -> Callable[..., Driver]:
+    """(model folder, EngineConfig options) -> Driver."""
+
+    def make(model: Path | str, **options: object) -> Driver:
+        config = EngineConfig.from_options({"model": str(model), "num_threads": 1, **options})
+        executor = LocalExecutor(config)
+        window = min(
+            config.max_model_len or executor.loaded.max_model_len, executor.num_gpu_blocks * config.chunk_size
+        )
+        core_config = CoreConfig(
+            max_model_len=window,
+            num_gpu_blocks=executor.num_gpu_blocks,
+            chunk_size=config.chunk_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            eviction_policy=config.eviction_policy,
+            decode_reserve=config.decode_reserve,
+            keep=config.mode == "pensieve",
+        )
+        return Driver(executor, core_config)
+
+    return make
+
+
+@pytest.fixture()
+def rng() -> random.Random:
+    return random.Random(0)
