@@ -24,7 +24,29 @@ from engine.core.request import SamplingParams
 from engine.executor.model_loader import model_location
 
 RESULTS = Path(__file__).parent / "results"
-WORDS = "my cat dog house garden is in Paris London red blue green and the code of bike called Mia Tom lives".split()
+WORDS = [
+    "my",
+    "cat",
+    "dog",
+    "house",
+    "garden",
+    "is",
+    "in",
+    "Paris",
+    "London",
+    "red",
+    "blue",
+    "green",
+    "and",
+    "the",
+    "code",
+    "of",
+    "bike",
+    "called",
+    "Mia",
+    "Tom",
+    "lives",
+]
 NUM_OUTPUT_TOKENS = 16
 
 

@@ -1,9 +1,9 @@
 """The engine as a server uses it: one thread that steps, an asyncio facade that streams. Knows no HTTP and no Ray.
 
-    event loop                                   engine thread
-    generate() -- tokenise, queue a command -->  core.add_request
-               <-- OutputDelta, one wake-up a step --  schedule -> execute -> update -> detokenise
-    cancelled  -- queue a command ------------>  core.abort
+event loop                                   engine thread
+generate() -- tokenise, queue a command -->  core.add_request
+           <-- OutputDelta, one wake-up a step --  schedule -> execute -> update -> detokenise
+cancelled  -- queue a command ------------>  core.abort
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
 from engine.core.executor import Executor
 from engine.core.plan import SampledToken
 from engine.core.request import FinishReason, Request, SamplingParams
-from engine.core.stats import RequestStats
 from engine.errors import ConfigError, EngineError, EngineStoppedError, ExecutorError, InvalidParameterError
 from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import default_model_name, model_location
@@ -59,24 +58,23 @@ class _Stream:
 class AsyncEngine:
     """One engine. Thread-safe where asyncio is: call it from any event loop."""
 
-    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
-        """Loads the model and starts the engine thread; blocking. executor: in place of the model's own (tests inject
-        faults there). Raises ModelLoadError or ConfigError."""
+    def __init__(self, config: EngineConfig, executor_class: type[LocalExecutor] = LocalExecutor) -> None:
+        """Loads the model and starts the engine thread; blocking. Raises ModelLoadError or ConfigError."""
         self.config = config
         location = model_location(config.model)
         self.model_name = config.served_model_name or default_model_name(config.model)
-        local = LocalExecutor(config)
+        executor = executor_class(config)
         self._tokenizer = Tokenizer(location)
-        self._executor: Executor = executor or local
-        loaded = local.loaded
+        self._executor: Executor = executor
+        loaded = executor.loaded
         self._vocab_size = loaded.vocab_size
         self._eos_token_ids = tuple({*loaded.eos_token_ids, *filter(None, [self._tokenizer.eos_token_id])})
-        self.max_model_len = _resolve_max_model_len(config, loaded.max_model_len, local.num_gpu_blocks)
+        self.max_model_len = _resolve_max_model_len(config, loaded.max_model_len, executor.num_gpu_blocks)
         self._conversations = ConversationTable(MAX_CONVERSATION_TOKENS)
         self._core = EngineCore(
             CoreConfig(
                 max_model_len=self.max_model_len,
-                num_gpu_blocks=local.num_gpu_blocks,
+                num_gpu_blocks=executor.num_gpu_blocks,
                 chunk_size=config.chunk_size,
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,

@@ -162,7 +162,7 @@ def _generate(server: Server, prompt: str | None, sampling: SamplingParams) -> i
 def _compare(arguments: dict[str, Any], options: dict[str, Any], sampling: SamplingParams) -> int:
     if "mode" in options:
         print("pensieve: compare runs both modes; --mode is not used", file=sys.stderr)
-    turns = DEMO_CONVERSATION
+    turns: tuple[str, ...] = DEMO_CONVERSATION
     if arguments["conversation"] is not None:
         try:
             turns = _read_conversation(arguments["conversation"])

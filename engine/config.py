@@ -63,8 +63,16 @@ class EngineConfig:
         check(bool(self.model), "model", "'embedded', a local folder or a hub id")
         check(self.mode in MODES, "mode", "'pensieve' or 'stateless' (alias 'vllm')")
         check(self.dtype in DTYPES, "dtype", "one of " + ", ".join(DTYPES))
-        check(self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"), "device", "auto, cpu or cuda[:N]")
-        check(self.eviction_policy in EVICTION_POLICIES, "eviction_policy", "one of " + ", ".join(EVICTION_POLICIES))
+        check(
+            self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
+            "device",
+            "auto, cpu or cuda[:N]",
+        )
+        check(
+            self.eviction_policy in EVICTION_POLICIES,
+            "eviction_policy",
+            "one of " + ", ".join(EVICTION_POLICIES),
+        )
         for name in ("max_model_len", "num_gpu_blocks", "num_threads"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, "at least 1")

@@ -1,16 +1,16 @@
 """Everything that the engine raises on purpose. A message says what is wrong and what to do about it.
 
-    PensieveError
-    |-- ConfigError                  an option is wrong; raised at start
-    |-- ModelLoadError               the model or its tokenizer cannot be loaded
-    |   `-- UnsupportedModelError    it loads, but its attention cannot be served from a paged cache
-    |-- RequestError                 the request is at fault (HTTP 400)
-    |   |-- InvalidParameterError    a parameter is out of range or not implemented
-    |   |-- ContextLengthError       prompt and answer do not fit the context window
-    |   `-- UnknownModelError        no such model here (HTTP 404)
-    `-- EngineError                  the engine is at fault (HTTP 500)
-        |-- ExecutorError            the step that computed this request failed; the engine goes on
-        `-- EngineStoppedError       the engine is shut down (HTTP 503)
+PensieveError
+|-- ConfigError                  an option is wrong; raised at start
+|-- ModelLoadError               the model or its tokenizer cannot be loaded
+|   `-- UnsupportedModelError    it loads, but its attention cannot be served from a paged cache
+|-- RequestError                 the request is at fault (HTTP 400)
+|   |-- InvalidParameterError    a parameter is out of range or not implemented
+|   |-- ContextLengthError       prompt and answer do not fit the context window
+|   `-- UnknownModelError        no such model here (HTTP 404)
+`-- EngineError                  the engine is at fault (HTTP 500)
+    |-- ExecutorError            the step that computed this request failed; the engine goes on
+    `-- EngineStoppedError       the engine is shut down (HTTP 503)
 """
 
 from __future__ import annotations

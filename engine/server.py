@@ -87,9 +87,7 @@ class Server:
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
         """The answer to any prompt; nothing is added to it."""
-        future = asyncio.run_coroutine_threadsafe(
-            self._complete(prompt, sampling, session_id, on_text), self._loop
-        )
+        future = asyncio.run_coroutine_threadsafe(self._complete(prompt, sampling, session_id, on_text), self._loop)
         try:
             return future.result()
         except BaseException:

@@ -77,9 +77,7 @@ class Tokenizer:
         anchors = list(known.anchors)
         if known.num_chars:
             anchors.append((num_known, known.num_chars))
-        for index, (token_id, (start, _)) in enumerate(
-            zip(encoding.input_ids, encoding.offset_mapping, strict=True)
-        ):
+        for index, (token_id, (start, _)) in enumerate(zip(encoding.input_ids, encoding.offset_mapping, strict=True)):
             if token_id in self._special_ids and (start or num_known) and index:
                 anchors.append((num_known + index, known.num_chars + start))
         return Transcript(known.token_ids + array("I", encoding.input_ids), text, tuple(anchors))

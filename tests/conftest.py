@@ -145,16 +145,14 @@ class Driver:
         return [sample.token_id for sample in self.samples[request_id]]
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_driver() -> Callable[..., Driver]:
     """(model folder, EngineConfig options) -> Driver."""
 
     def make(model: Path | str, **options: object) -> Driver:
         config = EngineConfig.from_options({"model": str(model), "num_threads": 1, **options})
         executor = LocalExecutor(config)
-        window = min(
-            config.max_model_len or executor.loaded.max_model_len, executor.num_gpu_blocks * config.chunk_size
-        )
+        window = min(config.max_model_len or executor.loaded.max_model_len, executor.num_gpu_blocks * config.chunk_size)
         core_config = CoreConfig(
             max_model_len=window,
             num_gpu_blocks=executor.num_gpu_blocks,
@@ -170,6 +168,6 @@ def make_driver() -> Callable[..., Driver]:
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def rng() -> random.Random:
     return random.Random(0)

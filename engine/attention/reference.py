@@ -11,7 +11,11 @@ from engine.attention.metadata import AttentionMetadata, AttentionParams
 
 
 def write_kv(
-    k_pool: torch.Tensor, v_pool: torch.Tensor, key: torch.Tensor, value: torch.Tensor, metadata: AttentionMetadata
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    metadata: AttentionMetadata,
 ) -> None:
     """Write this step's K and V. pools: [num_blocks, num_kv_heads, chunk_size, dim]; key, value: [num_kv_heads,
     num_tokens, dim]."""
@@ -69,7 +73,12 @@ def attend_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: Atte
             mask &= k_positions > q_positions - params.sliding_window
     if params.softcap is None and params.sinks is None:
         return F.scaled_dot_product_attention(
-            q[None], k[None], v[None], attn_mask=mask, scale=params.scaling, enable_gqa=num_heads != num_kv_heads
+            q[None],
+            k[None],
+            v[None],
+            attn_mask=mask,
+            scale=params.scaling,
+            enable_gqa=num_heads != num_kv_heads,
         )[0]
     group = num_heads // num_kv_heads
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)

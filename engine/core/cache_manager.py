@@ -110,9 +110,7 @@ class CacheManager:
         taken_over = {
             position: tail
             for position, tail in match.tails.items()
-            if tail[0].num_tokens < self.chunk_size
-            and not tail[0].pins
-            and tail[0].owner_id == request.conversation_id
+            if tail[0].num_tokens < self.chunk_size and not tail[0].pins and tail[0].owner_id == request.conversation_id
         }
         # Noted before anything is allocated, which may evict a source. Its copy is still right then, because a step makes
         # its copies before anything writes to a block.

@@ -8,7 +8,7 @@ simulation; the driver owns the clock.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.core.cache_manager import CacheManager
@@ -34,7 +34,7 @@ class CoreConfig:
     eviction_policy: str = "retention_value"
     keep: bool = True
     model: str = ""
-    cost_model: CostModel = CostModel()
+    cost_model: CostModel = field(default_factory=CostModel)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,13 +64,18 @@ class SamplingParams:
             if not ok:
                 raise InvalidParameterError(f"{name} must be {must}, got {getattr(self, name)!r}", param=name)
 
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ):
             check(math.isfinite(getattr(self, name)), name, "a finite number")
         check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
         check(self.min_tokens >= 0, "min_tokens", "at least 0")
-        check(
-            self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens"
-        )
+        check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens")
         check(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
         check(self.top_k >= 0, "top_k", "at least 0 (0 = off)")
         check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
@@ -82,9 +87,7 @@ class SamplingParams:
         check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
         check(all(self.stop), "stop", "non-empty strings")
         check(all(i >= 0 for i in self.stop_token_ids), "stop_token_ids", "token ids (at least 0)")
-        check(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}"
-        )
+        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}")
 
     @property
     def is_greedy(self) -> bool:
@@ -92,9 +95,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        return (
-            self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-        )
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 class Request:

@@ -134,9 +134,7 @@ def _refuse_unsupported(model: str, text_config: Any) -> None:
 
 
 @torch.inference_mode()
-def _check_attention(
-    name: str, model: Any, text_config: Any, device: torch.device, dtype: torch.dtype
-) -> ShapeProbe:
+def _check_attention(name: str, model: Any, text_config: Any, device: torch.device, dtype: torch.dtype) -> ShapeProbe:
     """Run a few tokens through transformers' own attention and through ours; refuse the model where they differ. A family
     that does not use the attention registry would accept ours and be silently wrong."""
     family = text_config.model_type

@@ -98,9 +98,7 @@ def _apply_penalties(logits: torch.Tensor, state: SamplingState) -> None:
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(state.prompt_ids | state.output_counts.keys()), device=logits.device)
         values = logits[seen]
-        logits[seen] = torch.where(
-            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
-        )
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
     if state.output_counts and (params.presence_penalty or params.frequency_penalty):
         ids = torch.tensor(list(state.output_counts), device=logits.device)
         counts = torch.tensor(list(state.output_counts.values()), dtype=logits.dtype, device=logits.device)
@@ -112,7 +110,9 @@ def _draw(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor
     device = logits.device
     temperature = torch.tensor([state.params.temperature for state in states], device=device)
     uniforms = torch.tensor(
-        [uniform(state.params.seed or 0, state.num_tokens) for state in states], dtype=torch.float64, device=device
+        [uniform(state.params.seed or 0, state.num_tokens) for state in states],
+        dtype=torch.float64,
+        device=device,
     )
     # Subtracting the maximum first keeps a tiny temperature from overflowing.
     scaled = (logits - logits.max(-1, keepdim=True).values) / temperature[:, None]
