@@ -24,40 +24,18 @@ from engine.core.request import SamplingParams
 from engine.executor.model_loader import model_location
 
 RESULTS = Path(__file__).parent / "results"
-WORDS = [
-    "my",
-    "cat",
-    "dog",
-    "house",
-    "garden",
-    "is",
-    "in",
-    "Paris",
-    "London",
-    "red",
-    "blue",
-    "green",
-    "and",
-    "the",
-    "code",
-    "of",
-    "bike",
-    "called",
-    "Mia",
-    "Tom",
-    "lives",
-]
+WORDS = "my cat dog house garden is in Paris London red blue green and the code of bike called Mia Tom lives"
 NUM_OUTPUT_TOKENS = 16
 
 
 def user_messages(tokenizer, num_turns: int, tokens_per_turn: int, seed: int) -> list[str]:
     """Messages of about `tokens_per_turn` tokens each; different for each seed, so that no cache serves two repeats."""
-    rng = random.Random(seed)
+    rng, vocabulary = random.Random(seed), WORDS.split()
     messages = []
     for _ in range(num_turns):
-        words = [rng.choice(WORDS)]
+        words = [rng.choice(vocabulary)]
         while len(tokenizer(" ".join(words)).input_ids) < tokens_per_turn:
-            words.extend(rng.choices(WORDS, k=4))
+            words.extend(rng.choices(vocabulary, k=4))
         messages.append(" ".join(words))
     return messages
 
