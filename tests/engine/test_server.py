@@ -1,0 +1,138 @@
+"""The blocking interface of the seed document, and the comparison of the two modes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from engine import cli
+from engine.compare import compare_modes
+from engine.core.request import SamplingParams
+from engine.errors import ConfigError, ContextLengthError
+from engine.prompt import TextPrompt
+from engine.server import create_server
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with create_server(mode="pensieve", model="embedded", num_threads=1) as server:
+        yield server
+
+
+def test_a_session_remembers_and_computes_only_what_is_new(server):
+    first = server.chat("ada", "my cat is called Mia", GREEDY)
+    second = server.chat("ada", "what is my cat called?", GREEDY)
+
+    assert "Mia" in second.text
+    assert first.num_cached_tokens == 0
+    num_new = second.num_prompt_tokens - first.num_prompt_tokens - len(first.token_ids)
+    assert second.num_computed_tokens == num_new + 1  # the token that ended the first answer was never computed
+
+
+def test_sessions_do_not_see_each_other_and_can_be_forgotten(server):
+    server.process_request("bob", "my dog is called Rex")
+    assert "Rex" not in server.process_request("eve", "what is my dog called?")
+    server.forget_session("bob")
+    assert "Rex" not in server.process_request("bob", "what is my dog called?")
+
+
+def test_a_turn_that_fails_leaves_the_session_as_it_was(server):
+    before = server.chat("long", "my cat is called Mia", GREEDY)
+    with pytest.raises(ContextLengthError, match="context window is 4096"):
+        server.chat("long", "cat " * 5000, GREEDY)
+    after = server.chat("long", "what is my cat called?", GREEDY)
+    assert "Mia" in after.text
+    assert after.num_cached_tokens == before.num_prompt_tokens + len(before.token_ids) - 1
+
+
+def test_text_arrives_in_pieces_that_make_the_answer(server):
+    pieces: list[str] = []
+    answer = server.complete(TextPrompt("<|user|>hello<|assistant|>"), GREEDY, on_text=pieces.append)
+    assert len(pieces) > 1
+    assert "".join(pieces) == answer.text
+
+
+def test_statistics_are_for_machines_and_for_people(server):
+    stats = server.get_statistics()
+    parts = ("num_gpu_cached_tokens", "num_cpu_cached_tokens", "num_dropped_tokens", "num_new_tokens")
+    assert stats["num_prompt_tokens"] == sum(stats[part] for part in parts) > 0
+    assert f"prompt tokens {stats['num_prompt_tokens']}" in server.get_statistics_str()
+
+
+def test_options_are_checked(server):
+    with pytest.raises(ConfigError, match="unknown option 'chunk_sise'"):
+        create_server(chunk_sise=16)
+    with pytest.raises(ConfigError, match="mode must be"):
+        create_server(mode="forgetful")
+
+
+def test_vllm_is_the_stateless_mode():
+    with create_server(mode="vllm", num_threads=1) as server:
+        server.process_request("ada", "my cat is called Mia")
+        assert "Mia" in server.process_request("ada", "what is my cat called?")
+        stats = server.get_statistics()
+        assert stats["mode"] == "stateless"
+        assert stats["num_gpu_cached_tokens"] == 0
+        assert stats["num_gpu_blocks_free"] == stats["num_gpu_blocks"]
+
+
+def test_compare_stops_at_the_window_and_says_so():
+    turns = ["my cat is called Mia"] * 12
+    comparison = compare_modes({"max_model_len": 128, "num_threads": 1}, turns, GREEDY)
+    assert not comparison.is_complete
+    assert comparison.is_identical
+    assert 1 < len(comparison.turns) < len(turns)
+    for before, turn in zip(comparison.turns, comparison.turns[1:], strict=False):
+        assert turn.num_computed_tokens < turn.num_prompt_tokens
+        assert turn.num_cached_tokens >= before.num_prompt_tokens
+
+
+def test_command_compare_prints_writes_and_plots(tmp_path, capsys):
+    figures, plot = tmp_path / "figures.json", tmp_path / "figures.png"
+    conversation = tmp_path / "conversation.json"
+    conversation.write_text(
+        json.dumps(
+            [{"role": "user", "content": "my cat is called Mia"}, {"role": "assistant", "content": "-"}, "hello"]
+        )
+    )
+    arguments = ["compare", "--conversation", str(conversation), "--json", str(figures), "--plot", str(plot)]
+    assert cli.main([*arguments, "--num-threads", "1", "--num-gpu-blocks", "200", "--chunk-size", "16"]) == 0
+
+    assert "outputs are identical" in capsys.readouterr().out
+    assert [turn["turn"] for turn in json.loads(figures.read_text())["turns"]] == [1, 2]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_generate_and_chat(monkeypatch, capsys):
+    assert cli.main(["generate", "<|user|>my cat is called Mia<|assistant|>", "--num-threads", "1"]) == 0
+    assert "Mia" in capsys.readouterr().out
+    lines = iter(["my cat is called Mia", "what is my cat called?", "/stats"])
+
+    def read(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    assert cli.main(["chat", "--num-threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].endswith("Mia.")
+    assert "2 requests finished" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chat", "--chunk-size", "0"], "chunk_size must be at least 1"),
+        (["generate", "x", "--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["chat", "--num-cpu-blocks", "4"], "num_cpu_blocks"),
+        (["compare", "--conversation", "/no/such/file"], "cannot read"),
+    ],
+)
+def test_command_line_errors_name_the_option(arguments, message, capsys):
+    assert cli.main(arguments) == 1
+    assert message in capsys.readouterr().err
