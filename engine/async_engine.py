@@ -25,7 +25,7 @@ from engine.core.conversation import NO_MATCH, ConversationTable, Transcript
 from engine.core.cost_model import CostModel
 from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
 from engine.core.executor import Executor
-from engine.core.plan import SampledToken
+from engine.core.plan import SampledToken, StepPlan
 from engine.core.request import FinishReason, Request, SamplingParams
 from engine.errors import ConfigError, EngineError, EngineStoppedError, ExecutorError, InvalidParameterError
 from engine.executor.local import LocalExecutor
@@ -75,10 +75,13 @@ class AsyncEngine:
             CoreConfig(
                 max_model_len=self.max_model_len,
                 num_gpu_blocks=executor.num_gpu_blocks,
+                num_cpu_blocks=executor.num_cpu_blocks,
                 chunk_size=config.chunk_size,
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 decode_reserve=config.decode_reserve,
+                swap_out_watermark=config.swap_out_watermark,
+                write_through=config.write_through,
                 eviction_policy=config.eviction_policy,
                 keep=config.mode == "pensieve",
                 model=f"{location}:{loaded.dtype}",
@@ -227,9 +230,12 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while not self._is_stopping:
-                self._run_commands(wait=not self._core.has_requests)
-                if self._core.has_requests:
-                    self._step()
+                self._run_commands(wait=False)
+                plan = self._core.schedule(time.monotonic())
+                if plan is None:
+                    self._run_commands(wait=True)
+                else:
+                    self._step(plan)
         except BaseException as error:
             logger.exception("the engine thread died")
             self._fatal = error
@@ -249,9 +255,7 @@ class AsyncEngine:
             command()
             wait = False
 
-    def _step(self) -> None:
-        plan = self._core.schedule(time.monotonic())
-        assert plan is not None, "requests but nothing to compute"
+    def _step(self, plan: StepPlan) -> None:
         try:
             result = self._executor.execute(plan)
         except Exception as error:

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Union
 
+from engine.core.eviction import EVICTION_POLICIES
 from engine.errors import ConfigError
 
 MODES = ("pensieve", "stateless")
 MODE_ALIASES = {"vllm": "stateless"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-EVICTION_POLICIES = ("retention_value", "lru")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,10 @@ class EngineConfig:
     float32 on a CPU. device: "auto", "cpu", "cuda" or "cuda:N". max_model_len: window in tokens, prompt and answer; None =
     the model's, or what the GPU tier holds. chunk_size: tokens a chunk. num_gpu_blocks: size of the GPU tier in chunks;
     None = from gpu_memory_gib, and without it from gpu_memory_utilization on a GPU and 1 GiB on a CPU. num_cpu_blocks,
-    kv_offloading_size (GiB): size of the CPU tier. max_num_seqs: most requests that run at once. max_num_batched_tokens:
+    kv_offloading_size (GiB): size of the CPU tier, 0 = none. max_num_seqs: most requests that run at once. max_num_batched_tokens:
     token budget of a step. decode_reserve, swap_out_watermark: shares of the GPU tier's blocks. num_threads: CPU threads
-    of the model; None = torch's choice.
+    of the model; None = torch's choice. write_through: copy what a turn leaves to the CPU tier at its end, not only under the
+    watermark. verify_swaps: checksum every block on its way; a wrong one is dropped and recomputed.
     """
 
     model: str = "embedded"
@@ -43,12 +44,14 @@ class EngineConfig:
     num_cpu_blocks: int | None = None
     gpu_memory_gib: float | None = None
     gpu_memory_utilization: float = 0.9
-    kv_offloading_size: float = 0.0
+    kv_offloading_size: float = 1.0
     eviction_policy: str = "retention_value"
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     decode_reserve: float = 0.10
     swap_out_watermark: float = 0.25
+    write_through: bool = False
+    verify_swaps: bool = False
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -87,9 +90,8 @@ class EngineConfig:
             "max_num_seqs",
             f"at most max_num_batched_tokens ({self.max_num_batched_tokens}): each running request takes a token a step",
         )
-        # The seam of the two-tier cache; an option that does nothing would be a lie.
-        check(not self.num_cpu_blocks, "num_cpu_blocks", "0: this version has the GPU tier only")
-        check(self.kv_offloading_size == 0, "kv_offloading_size", "0: this version has the GPU tier only")
+        check(self.num_cpu_blocks is None or self.num_cpu_blocks >= 0, "num_cpu_blocks", "at least 0")
+        check(self.kv_offloading_size >= 0, "kv_offloading_size", "at least 0")
 
     def _check_type(self, name: str, hint: Any) -> None:
         allowed = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)

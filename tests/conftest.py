@@ -118,11 +118,14 @@ class Driver:
         self.core.add_request(request, self.now)
         self.samples[request_id] = []
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, abort_in_flight: str | None = None) -> list[RequestOutput]:
+        """One step; `abort_in_flight` is aborted while it is under way."""
         self.now += 1
         plan = self.core.schedule(self.now)
         if plan is None:
             return []
+        if abort_in_flight is not None:
+            self.core.abort(abort_in_flight, self.now)
         self.plans.append(plan)
         outputs = self.core.update(plan, self.executor.execute(plan), self.now)
         for output in outputs:
@@ -156,6 +159,9 @@ def make_driver() -> Callable[..., Driver]:
         core_config = CoreConfig(
             max_model_len=window,
             num_gpu_blocks=executor.num_gpu_blocks,
+            num_cpu_blocks=executor.num_cpu_blocks,
+            swap_out_watermark=config.swap_out_watermark,
+            write_through=config.write_through,
             chunk_size=config.chunk_size,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,

@@ -7,7 +7,7 @@ the order of their calls, which every forward repeats.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -68,17 +68,26 @@ AttentionInterface.register(ATTENTION_NAME, _paged_attention)
 
 
 class PagedAttention:
-    """Serves one forward from the pools. layer_pools: (k_pool, v_pool) for each layer, in order of the calls."""
+    """Serves one forward from the pools. layer_pools: (k_pool, v_pool) for each layer, in order of the calls.
+    wait_for_layer: called before a layer touches its pools, where some of its KV is still on its way there."""
 
-    def __init__(self, metadata: AttentionMetadata, layer_pools: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        metadata: AttentionMetadata,
+        layer_pools: list[tuple[torch.Tensor, torch.Tensor]],
+        wait_for_layer: Callable[[int], None] | None = None,
+    ) -> None:
         self._metadata = metadata
         self._layer_pools = layer_pools
+        self._wait_for_layer = wait_for_layer
         self.num_calls = 0
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         k_pool, v_pool = self._layer_pools[self.num_calls]
+        if self._wait_for_layer is not None:
+            self._wait_for_layer(self.num_calls)
         self.num_calls += 1
         # All K and V of the step first: a segment may attend to another one of the same request.
         reference.write_kv(k_pool, v_pool, key, value, self._metadata)

@@ -1,14 +1,18 @@
-"""Owns every chunk: finds what a context already has, gives blocks to what it lacks, and evicts. Decides where KV lies;
-the executor moves it. Knows no scheduler and no clock.
+"""Owns every chunk: finds what a context already has, gives blocks to what it lacks, moves chunks between the tiers and
+evicts. Decides where KV lies; the executor moves it. Knows no scheduler and no clock.
 
-What happens to the blocks of a context, by token range, when a request arrives with 9 tokens (chunk_size 4):
+What happens to the blocks of a context, by token range, when a request arrives with 17 tokens (chunk_size 4):
 
-    cached chunk 0 | dropped chunk 1 | tail of 1 token + ...
-    [0 1 2 3]        [4 5 6 7]         [8]
-     pinned           new block         the tail's block, taken over (same conversation) or copied (another one)
+    GPU chunk 0 | CPU chunk 1 | dropped chunk 2 | tail of 3 tokens + new prompt, chunks 3 and 4
+    [0 1 2 3]     [4 5 6 7]     [8 9 10 11]       [12 13 14 | 15] [16]
+     pinned        GPU block,    GPU block,        the tail's block, taken over (same conversation)
+                   swapped in    recomputed        or copied (another one); a new block for chunk 4
 
-The request's row holds all three, pinned. Full chunks are named in the index when they are computed; the last, partial one
+The request's row holds all five, pinned. Full chunks are named in the index when they are computed; the last, partial one
 when the request ends. An unnamed chunk at the end of its request is nobody's: its block is freed.
+
+A transfer is prepared by whatever needs it, told with the next plan, and completed or aborted when that plan's result is
+there: the transfers of a step are finished when the step is. Until then it pins its chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from dataclasses import dataclass, field
 
 from engine.core.block_pool import BlockPool
 from engine.core.chunk_index import Chunk, ChunkIndex, Tier, chunk_key, root_key
-from engine.core.eviction import EvictionPolicy
+from engine.core.cost_model import CostModel
+from engine.core.eviction import EvictionPolicy, make_policy
 from engine.core.plan import BlockCopy
 from engine.core.request import Request
 from engine.core.stats import EngineStats
@@ -37,10 +42,26 @@ class ContextMatch:
     num_cached_tokens: int = 0
 
 
-class CacheManager:
-    """The chunks of all conversations in the GPU tier (and, from the two-tier cache on, the CPU tier).
+@dataclass(slots=True)
+class Transfers:
+    """The block copies of one plan; see StepPlan for their order. swap_ins: (chunk that is read, chunk that is written),
+    the same one where a shared chunk comes back to the GPU tier."""
 
-    keep: False is the stateless mode, where nothing outlives its request and nothing is shared.
+    evictions: list[tuple[Chunk, BlockCopy]] = field(default_factory=list)
+    gpu_copies: list[BlockCopy] = field(default_factory=list)
+    swap_ins: list[tuple[Chunk, Chunk, BlockCopy]] = field(default_factory=list)
+    swap_outs: list[tuple[Chunk, BlockCopy]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.evictions or self.gpu_copies or self.swap_ins or self.swap_outs)
+
+
+class CacheManager:
+    """The chunks of all conversations in both tiers.
+
+    Unpinned chunks are filed where they may be taken from: `_gpu_only` and `_both` by what their GPU block costs to take
+    (a swap-out or nothing), `_cpu` for all that have a CPU block. keep: False is the stateless mode, where nothing
+    outlives its request and nothing is shared.
     """
 
     def __init__(
@@ -48,23 +69,37 @@ class CacheManager:
         *,
         chunk_size: int,
         num_gpu_blocks: int,
-        policy: EvictionPolicy,
+        num_cpu_blocks: int = 0,
+        eviction_policy: str = "retention_value",
+        cost_model: CostModel | None = None,
         stats: EngineStats,
         model: str = "",
         keep: bool = True,
+        write_through: bool = False,
     ) -> None:
         self.chunk_size = chunk_size
         self.gpu_pool = BlockPool(Tier.GPU, num_gpu_blocks)
+        self.cpu_pool = BlockPool(Tier.CPU, num_cpu_blocks)
         self.index = ChunkIndex(chunk_size)
         self.keep = keep
-        self._policy = policy
+        self._cost_model = cost_model or CostModel(chunk_size=chunk_size)
+        self._gpu_only: EvictionPolicy = make_policy(eviction_policy, self._cost_model)
+        self._both: EvictionPolicy = make_policy(eviction_policy, self._cost_model)
+        self._cpu: EvictionPolicy = make_policy(eviction_policy, self._cost_model)
+        # Pinned chunks whose CPU copy nobody needs as long as they are in use; oldest first.
+        self._spare_copies: dict[Chunk, None] = {}
+        self._write_through = write_through
+        self._unwritten: dict[Chunk, None] = {}
+        self._planned = Transfers()
+        self._in_flight: list[Transfers] = []
+        self._loading: set[Chunk] = set()
         self._stats = stats
         self._model = model
 
     @property
     def num_available_blocks(self) -> int:
-        """Blocks that a request could get: free ones and those of chunks that nobody pins."""
-        return self.gpu_pool.num_free + len(self._policy)
+        """GPU blocks that a request could get: free ones and those of chunks that nobody pins."""
+        return self.gpu_pool.num_free + len(self._gpu_only) + len(self._both)
 
     def num_chunks(self, num_tokens: int) -> int:
         """Chunks (= blocks) that a context of `num_tokens` takes."""
@@ -102,57 +137,58 @@ class CacheManager:
 
     # -- a request's row of chunks -------------------------------------------------------------------------------------
 
-    def try_admit(self, request: Request, reserve_blocks: int, now: float) -> tuple[BlockCopy, ...] | None:
-        """Pin what is cached of the request's context and give a block to every other chunk of it; sets its `chunks` and
-        `pending`. Returns the copies that the step must make first. None, and nothing changed, where fewer than
-        `reserve_blocks` would stay available."""
+    def try_admit(self, request: Request, reserve_blocks: int, now: float) -> bool:
+        """Pin what is cached of the request's context and give a GPU block to every other chunk of it; sets its `chunks`
+        and `pending` and plans the transfers. False, and nothing changed, where fewer than `reserve_blocks` would stay
+        available."""
         match = self.match_context(request)
+        self._leave_out_dear_loads(match)
         taken_over = {
-            position: tail
-            for position, tail in match.tails.items()
-            if tail[0].num_tokens < self.chunk_size and not tail[0].pins and tail[0].owner_id == request.conversation_id
+            position
+            for position, (chunk, _) in match.tails.items()
+            if chunk.num_tokens < self.chunk_size and not chunk.pins and chunk.owner_id == request.conversation_id
         }
-        # Noted before anything is allocated, which may evict a source. Its copy is still right then, because a step makes
-        # its copies before anything writes to a block.
-        source_blocks = {position: chunk.gpu_block for position, (chunk, _) in match.tails.items()}
+        kept = [*match.full.values(), *(match.tails[position][0] for position in taken_over)]
         num_row = self.num_chunks(request.num_tokens)
-        num_new = num_row - len(match.full) - len(taken_over)
-        kept = [*match.full.values(), *(chunk for chunk, _ in taken_over.values())]
-        num_available = self.num_available_blocks - sum(chunk.pins == 0 for chunk in kept)
+        num_new = num_row - sum(chunk.gpu_block is not None for chunk in kept)
+        num_available = self.num_available_blocks - sum(
+            not chunk.pins and chunk.gpu_block is not None for chunk in kept
+        )
         if num_available - num_new < reserve_blocks:
-            return None
+            return False
 
-        for chunk in kept:
+        request.num_swapped_in_tokens = sum(
+            match.tails[position][1] if position in match.tails else self.chunk_size
+            for position in match.full.keys() | match.tails.keys()
+            if (match.full.get(position) or match.tails[position][0]).gpu_block is None
+        )
+        # Pins first, then allocations, which evict. A GPU block that is only copied from may be evicted meanwhile: a step
+        # makes its copies before anything writes to a block, so the id is enough.
+        sources = {position: match.tails[position][0] for position in match.tails.keys() - taken_over}
+        source_blocks = {position: self._arrived_gpu_block(chunk) for position, chunk in sources.items()}
+        pinned = [*kept, *(chunk for position, chunk in sources.items() if source_blocks[position] is None)]
+        for chunk in pinned:
             self._pin(chunk)
-        copies: list[BlockCopy] = []
         row: list[Chunk] = []
-        pending: list[tuple[int, int]] = []
-        size, num_tokens = self.chunk_size, request.num_tokens
         for position in range(num_row):
-            end = min((position + 1) * size, num_tokens)
             if position in match.full:
-                row.append(match.full[position])
-                continue
-            if position in taken_over:
-                chunk = taken_over[position][0]
-                self.index.remove(chunk)
+                chunk = match.full[position]
+                self._load(chunk, chunk, now)
+            elif position in taken_over:
+                chunk = match.tails[position][0]
+                self._take_over(chunk, now)
             else:
                 chunk = self._new_chunk(position, now)
-                source_block = source_blocks.get(position)
-                if source_block is not None:
-                    assert chunk.gpu_block is not None
-                    copies.append(BlockCopy(source_block, chunk.gpu_block))
-            num_valid = match.tails[position][1] if position in match.tails else 0
-            chunk.num_tokens = num_valid
+                if position in sources:
+                    self._copy(sources[position], source_blocks[position], chunk)
             row.append(chunk)
-            start = position * size + num_valid
-            if pending and pending[-1][1] == start:
-                pending[-1] = (pending[-1][0], end)
-            else:
-                pending.append((start, end))
-        request.chunks, request.pending = row, pending
-        self._stats.num_gpu_copies += len(copies)
-        return tuple(copies)
+        for chunk in pinned[len(kept) :]:  # the planned swap-in pins it from here on
+            self._unpin(chunk)
+        for position, (_, num_valid) in match.tails.items():
+            row[position].num_tokens = num_valid
+        request.chunks = row
+        request.pending = self._missing_ranges(row, match.full.keys(), request.num_tokens)
+        return True
 
     def try_append_block(self, request: Request, now: float) -> int | None:
         """One more block at the end of a running request's row, by eviction where none is free. None, and nothing
@@ -169,28 +205,259 @@ class CacheManager:
         for position in range(start // size, self.num_chunks(end)):
             chunk = request.chunks[position]
             chunk.num_tokens = min(end - position * size, size)
-            if self.keep and chunk.num_tokens == size:
-                self._extend_keys(request)
-                self.index.insert(chunk, request.chunk_keys[position], self._parent_key(request, position))
+            if not self.keep or chunk.num_tokens < size:
+                continue
+            self._extend_keys(request)
+            key = request.chunk_keys[position]
+            if not self.index.insert(chunk, key, self._parent_key(request, position)):
+                self._merge(request, chunk, key)
 
     def release(self, request: Request, now: float, *, step_failed: bool = False) -> None:
         """Unpin the row of a request that ends or is suspended. What it computed stays, as long as there is room.
 
         step_failed: nobody knows what the last step wrote or copied, so what has no name yet is not kept."""
         for chunk in request.chunks:
-            chunk.pins -= 1
             if chunk.key is None and self.keep and not step_failed and 0 < chunk.num_tokens < self.chunk_size:
                 self._name_tail(request, chunk)
-            if chunk.pins:
-                continue
-            if chunk.key is None:
-                self._free_block(chunk)
-            else:
-                chunk.last_active = now
-                self._policy.insert(chunk)
+            chunk.last_active = now
+            self._unpin(chunk)
+            if self._write_through and chunk.key is not None and chunk.cpu_block is None:
+                self._unwritten[chunk] = None
         request.chunks, request.pending = [], []
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- transfers -----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_planned_swap_ins(self) -> int:
+        return len(self._planned.swap_ins)
+
+    @property
+    def has_transfers(self) -> bool:
+        """Whether the next plan has copies to tell."""
+        return bool(self._planned)
+
+    def plan_swap_outs(self, watermark_blocks: int, max_blocks: int, now: float) -> None:
+        """Swap out ahead of time, the smallest retention value first: at most `max_blocks`, until `watermark_blocks` are
+        free or reclaimable; before that, with write-through, what the last turns left."""
+        if not self.cpu_pool.num_blocks:
+            return
+        while max_blocks and self._unwritten:
+            chunk = next(iter(self._unwritten))
+            del self._unwritten[chunk]
+            if chunk in self._gpu_only:
+                max_blocks -= self._try_swap_out(chunk, now)
+        num_underway = sum(len(transfers.swap_outs) for transfers in (self._planned, *self._in_flight))
+        num_wanted = watermark_blocks - self.gpu_pool.num_free - len(self._both) - num_underway
+        for _ in range(min(num_wanted, max_blocks)):
+            victim = self._gpu_only.choose_victim(now)
+            if victim is None or not self._try_swap_out(victim, now):
+                return
+
+    def take_transfers(self) -> Transfers:
+        """What the plan being made has to tell; in flight from now on."""
+        transfers, self._planned = self._planned, Transfers()
+        self._in_flight.append(transfers)
+        self._stats.num_gpu_copies += len(transfers.gpu_copies)
+        self._stats.num_swap_ins += len(transfers.swap_ins)
+        self._stats.num_swap_outs += len(transfers.swap_outs) + len(transfers.evictions)
+        return transfers
+
+    def complete_transfers(self) -> None:
+        """The oldest plan in flight has been executed."""
+        transfers = self._in_flight.pop(0)
+        for chunk, _ in (*transfers.evictions, *transfers.swap_outs):
+            self._unpin(chunk)
+            self._note_spare_copy(chunk)
+        for source, target, _ in transfers.swap_ins:
+            self._loading.discard(target)
+            if target.key is None and source is target:  # a tail taken over: its copy is stale once it is written to
+                self._free_cpu_block(source)
+            self._unpin(source)
+            self._note_spare_copy(source)
+
+    def abort_transfers(self) -> None:
+        """The executor failed at the oldest plan in flight: whatever it was to write is not to be trusted. Chunks keep the
+        copy that was read, and those whose only copy was on its way are dropped."""
+        transfers = self._in_flight.pop(0)
+        for chunk, _ in (*transfers.evictions, *transfers.swap_outs):
+            self._spare_copies.pop(chunk, None)
+            self._free_cpu_block(chunk)
+            if chunk.gpu_block is None:
+                self._drop(chunk)
+            self._unpin(chunk)
+        for source, target, _ in transfers.swap_ins:
+            self._unload(source, target)
+
+    def fail_swap_in(self, gpu_block: int) -> Chunk | None:
+        """A swap-in of the oldest plan in flight brought something else than what was swapped out: forget the chunk in both
+        tiers. Returns the chunk that was to be written, in whoever's row it is; None where there is no such swap-in."""
+        for transfer in self._in_flight[0].swap_ins:
+            source, target, copy = transfer
+            if copy.target == gpu_block:
+                self._in_flight[0].swap_ins.remove(transfer)
+                self._loading.discard(target)
+                for chunk in {source, target}:
+                    self._drop(chunk)
+                    self._spare_copies.pop(chunk, None)
+                self._free_cpu_block(source)
+                self._unpin(source)
+                self._stats.num_corrupted_swaps += 1
+                return target
+        return None
+
+    # -- inside: loading, copying, evicting ----------------------------------------------------------------------------
+
+    def _leave_out_dear_loads(self, match: ContextMatch) -> None:
+        """Of the chunks in the CPU tier, keep those in the match that are cheaper to load, behind what is queued, than to
+        compute again."""
+        load = self._cost_model.swap_in_cost
+        if not load:
+            return
+        num_queued = len(self._planned.swap_ins)
+        for position in sorted(match.full.keys() | match.tails.keys()):
+            chunk = match.full.get(position) or match.tails[position][0]
+            if chunk.gpu_block is not None:
+                continue
+            if (num_queued + 1) * load <= self._cost_model.chunk_cost(position):
+                num_queued += 1
+                continue
+            num_tokens = self.chunk_size if position in match.full else match.tails[position][1]
+            match.full.pop(position, None)
+            match.tails.pop(position, None)
+            match.num_cached_tokens -= num_tokens
+            self._stats.num_recomputed_instead_of_loaded_tokens += num_tokens
+
+    def _load(self, source: Chunk, target: Chunk, now: float) -> None:
+        """A GPU block for `target`, unless it has one, and the swap-in of `source` to it. `source` is pinned."""
+        if target.gpu_block is not None:
+            return
+        target.gpu_block = self._new_block(now)
+        self._plan_swap_in(source, target)
+
+    def _plan_swap_in(self, source: Chunk, target: Chunk) -> None:
+        assert source.cpu_block is not None
+        assert target.gpu_block is not None
+        self._pin(source)
+        self._spare_copies.pop(source, None)
+        self._loading.add(target)
+        self._planned.swap_ins.append((source, target, BlockCopy(source.cpu_block, target.gpu_block)))
+
+    def _take_over(self, chunk: Chunk, now: float) -> None:
+        """Make a pinned tail its new writer's alone. Its CPU copy, if any, will be stale."""
+        self.index.remove(chunk)
+        self._spare_copies.pop(chunk, None)
+        if chunk.gpu_block is None:
+            self._load(chunk, chunk, now)
+        elif chunk.cpu_block is not None:
+            self._free_cpu_block(chunk)
+
+    def _arrived_gpu_block(self, chunk: Chunk) -> int | None:
+        return None if chunk in self._loading else chunk.gpu_block
+
+    def _copy(self, source: Chunk, source_block: int | None, target: Chunk) -> None:
+        """Fill a new chunk from `source`: from its GPU block as it was before the step, or else from the CPU tier."""
+        assert target.gpu_block is not None
+        if source_block is not None:
+            self._planned.gpu_copies.append(BlockCopy(source_block, target.gpu_block))
+        else:
+            self._plan_swap_in(source, target)
+
+    def _unload(self, source: Chunk, target: Chunk) -> None:
+        """Undo a planned swap-in that did not arrive. A shared chunk is in the CPU tier again; a private one goes with its
+        request."""
+        self._loading.discard(target)
+        if source is target and target.key is not None:
+            assert target.gpu_block is not None
+            self.gpu_pool.free(target.gpu_block)
+            target.gpu_block = None
+        elif source is target:
+            self._free_cpu_block(source)
+        self._unpin(source)
+
+    def _merge(self, request: Request, chunk: Chunk, key: bytes) -> None:
+        """`chunk` has been computed, but an equal one has its name. Where that one has no GPU block, it gets this one; else
+        the row keeps its own, unnamed."""
+        named = self.index.match(key)
+        assert named is not None
+        if named is chunk or named.gpu_block is not None:
+            return
+        self._pin(named)
+        named.gpu_block, chunk.gpu_block = chunk.gpu_block, None
+        self._note_spare_copy(named)
+        request.chunks[chunk.position] = named
+
+    def _new_chunk(self, position: int, now: float) -> Chunk:
+        """A pinned, unnamed chunk with a GPU block; the caller has made sure that one is available."""
+        chunk = Chunk(position, self._new_block(now))
+        chunk.pins = 1
+        return chunk
+
+    def _new_block(self, now: float) -> int:
+        if not self.gpu_pool.num_free:
+            self._evict(now)
+        block_id = self.gpu_pool.try_allocate()
+        assert block_id is not None
+        return block_id
+
+    def _evict(self, now: float) -> None:
+        """Free one GPU block: at no cost that of a chunk in both tiers, else by swapping out or dropping a victim."""
+        victim = self._both.choose_victim(now)
+        if victim is None:
+            victim = self._gpu_only.choose_victim(now)
+            assert victim is not None
+        gpu_block = victim.gpu_block
+        assert gpu_block is not None
+        self._unfile(victim)
+        victim.gpu_block = None
+        self.gpu_pool.free(gpu_block)
+        if victim.cpu_block is not None:
+            self._stats.evictions["gpu_reclaimed"] += 1
+            self._file(victim)
+            return
+        cpu_block = self._try_cpu_block(victim, now)
+        if cpu_block is None:
+            self._stats.evictions["gpu_dropped"] += 1
+            self._drop(victim)
+            return
+        self._stats.evictions["gpu_swapped_out"] += 1
+        victim.cpu_block = cpu_block
+        victim.pins += 1
+        self._planned.evictions.append((victim, BlockCopy(gpu_block, cpu_block)))
+
+    def _try_swap_out(self, chunk: Chunk, now: float) -> bool:
+        """Plan an ahead-of-time copy of an unpinned chunk to the CPU tier, if that has a block for it."""
+        cpu_block = self._try_cpu_block(chunk, now)
+        if cpu_block is None:
+            return False
+        assert chunk.gpu_block is not None
+        self._pin(chunk)
+        chunk.cpu_block = cpu_block
+        self._planned.swap_outs.append((chunk, BlockCopy(chunk.gpu_block, cpu_block)))
+        return True
+
+    def _try_cpu_block(self, chunk: Chunk, now: float) -> int | None:
+        """A CPU block for `chunk`: a free one, a copy that is not needed, or that of a chunk which goes before it."""
+        if not self.cpu_pool.num_free:
+            if self._spare_copies:
+                spare = next(iter(self._spare_copies))
+                del self._spare_copies[spare]
+                self._free_cpu_block(spare)
+                self._stats.evictions["cpu_copy_dropped"] += 1
+            else:
+                victim = self._cpu.choose_victim(now)
+                if victim is None or not self._cpu.goes_before(victim, chunk, now):
+                    return None
+                self._unfile(victim)
+                self._free_cpu_block(victim)
+                if victim.gpu_block is None:
+                    self._stats.evictions["cpu_dropped"] += 1
+                    self._drop(victim)
+                else:
+                    self._stats.evictions["cpu_copy_dropped"] += 1
+                    self._file(victim)
+        return self.cpu_pool.try_allocate()
+
+    # -- inside: books -------------------------------------------------------------------------------------------------
 
     def _extend_keys(self, request: Request) -> None:
         keys, size = request.chunk_keys, self.chunk_size
@@ -208,53 +475,112 @@ class CacheManager:
         chunk.owner_id = request.conversation_id
         self.index.insert(chunk, key, parent)
 
+    def _missing_ranges(self, row: list[Chunk], full: Iterable[int], num_tokens: int) -> list[tuple[int, int]]:
+        """[start, end) of what is not in the row's blocks yet, front first, adjacent ranges joined."""
+        ranges: list[tuple[int, int]] = []
+        size, resident = self.chunk_size, set(full)
+        for position, chunk in enumerate(row):
+            if position in resident:
+                continue
+            start, end = position * size + chunk.num_tokens, min((position + 1) * size, num_tokens)
+            if ranges and ranges[-1][1] == start:
+                ranges[-1] = (ranges[-1][0], end)
+            else:
+                ranges.append((start, end))
+        return ranges
+
     def _pin(self, chunk: Chunk) -> None:
         if not chunk.pins:
-            self._policy.remove(chunk)
+            self._unfile(chunk)
         chunk.pins += 1
+        self._note_spare_copy(chunk)
 
-    def _new_chunk(self, position: int, now: float) -> Chunk:
-        """A pinned, unnamed chunk with a block; the caller has made sure that one is available."""
-        block_id = self.gpu_pool.try_allocate()
-        if block_id is None:
-            self._evict(now)
-            block_id = self.gpu_pool.try_allocate()
-        assert block_id is not None
-        chunk = Chunk(position, block_id)
-        chunk.pins = 1
-        return chunk
+    def _unpin(self, chunk: Chunk) -> None:
+        chunk.pins -= 1
+        if chunk.pins:
+            return
+        self._spare_copies.pop(chunk, None)
+        if chunk.key is not None:
+            self._file(chunk)
+            return
+        if chunk.gpu_block is not None:
+            self.gpu_pool.free(chunk.gpu_block)
+            chunk.gpu_block = None
+        self._free_cpu_block(chunk)
 
-    def _evict(self, now: float) -> None:
-        victim = self._policy.choose_victim(now)
-        assert victim is not None
-        self._policy.remove(victim)
-        self.index.remove(victim)
-        self._free_block(victim)
-        self._stats.evictions[Tier.GPU.value] += 1
+    def _note_spare_copy(self, chunk: Chunk) -> None:
+        """A chunk in use that lies in both tiers could do without its CPU copy, unless a transfer is at it."""
+        if chunk.pins and chunk.gpu_block is not None and chunk.cpu_block is not None and chunk not in self._loading:
+            self._spare_copies.setdefault(chunk)
 
-    def _free_block(self, chunk: Chunk) -> None:
-        assert chunk.gpu_block is not None
-        self.gpu_pool.free(chunk.gpu_block)
-        chunk.gpu_block = None
+    def _file(self, chunk: Chunk) -> None:
+        if chunk.gpu_block is not None:
+            (self._gpu_only if chunk.cpu_block is None else self._both).insert(chunk)
+        if chunk.cpu_block is not None:
+            self._cpu.insert(chunk)
+
+    def _unfile(self, chunk: Chunk) -> None:
+        if chunk.gpu_block is not None:
+            (self._gpu_only if chunk.cpu_block is None else self._both).remove(chunk)
+        if chunk.cpu_block is not None:
+            self._cpu.remove(chunk)
+
+    def _drop(self, chunk: Chunk) -> None:
+        """Take the name away from a chunk that nobody can use any more."""
+        if chunk.key is not None:
+            self.index.remove(chunk)
+
+    def _free_cpu_block(self, chunk: Chunk) -> None:
+        if chunk.cpu_block is not None:
+            self.cpu_pool.free(chunk.cpu_block)
+            chunk.cpu_block = None
 
     # -- proof ---------------------------------------------------------------------------------------------------------
 
+    def count_idle_chunks(self) -> dict[str, int]:
+        """Chunks that nobody uses, by residency."""
+        num_both = len(self._both)
+        return {"gpu": len(self._gpu_only), "both": num_both, "cpu": len(self._cpu) - num_both}
+
     def check_integrity(self, requests: Iterable[Request]) -> None:
-        """Raises AssertionError unless every block is exactly one of free or owned by one chunk, pins count the rows
-        that hold a chunk, and the policy holds exactly the named chunks that nobody pins. `requests`: all that hold a
-        row. O(everything)."""
+        """Raises AssertionError unless every block of each tier is exactly one of free or owned by one chunk, pins count the
+        rows and the transfers that use a chunk, and unpinned chunks are filed where their blocks say. `requests`: all that
+        hold a row. O(everything)."""
         pins: dict[Chunk, int] = {}
+
+        def count_pin(chunk: Chunk) -> None:
+            pins[chunk] = pins.get(chunk, 0) + 1
+
         for request in requests:
             for position, chunk in enumerate(request.chunks):
                 assert chunk.position == position, f"{request} holds {chunk} at {position}"
-                pins[chunk] = pins.get(chunk, 0) + 1
+                assert chunk.gpu_block is not None, f"{request} holds {chunk}"
+                count_pin(chunk)
+        for transfers in (self._planned, *self._in_flight):
+            for chunk, copy in (*transfers.evictions, *transfers.swap_outs):
+                assert chunk.cpu_block == copy.target
+                count_pin(chunk)
+            for source, target, copy in transfers.swap_ins:
+                assert (source.cpu_block, target.gpu_block) == (copy.source, copy.target)
+                count_pin(source)
         named = set(self.index)
-        for chunk in named | pins.keys():
-            assert chunk.pins == pins.get(chunk, 0), f"{chunk} is pinned by {pins.get(chunk, 0)} rows"
-            assert chunk.gpu_block is not None, f"{chunk} has no block"
+        chunks = named | pins.keys()
+        for chunk in chunks:
+            assert chunk.pins == pins.get(chunk, 0), f"{chunk} is pinned by {pins.get(chunk, 0)}"
+            assert chunk.gpu_block is not None or chunk.cpu_block is not None, f"{chunk} has no block"
             assert 0 <= chunk.num_tokens <= self.chunk_size
             assert (chunk.key is not None) == (chunk in named)
-        evictable = set(self._policy)
-        assert len(evictable) == len(self._policy)
-        assert evictable == {chunk for chunk in named if not chunk.pins}, "evictable != named and unpinned"
-        self.gpu_pool.check_integrity([chunk.gpu_block for chunk in named | pins.keys() if chunk.gpu_block is not None])
+        unpinned = {chunk for chunk in named if not chunk.pins}
+        for policy, expected in (
+            (self._gpu_only, {c for c in unpinned if c.gpu_block is not None and c.cpu_block is None}),
+            (self._both, {c for c in unpinned if c.gpu_block is not None and c.cpu_block is not None}),
+            (self._cpu, {c for c in unpinned if c.cpu_block is not None}),
+        ):
+            assert len(policy) == len(expected)
+            assert set(policy) == expected
+        for chunk in self._spare_copies:
+            assert chunk.pins, chunk
+            assert chunk.gpu_block is not None, chunk
+            assert chunk.cpu_block is not None, chunk
+        self.gpu_pool.check_integrity([chunk.gpu_block for chunk in chunks if chunk.gpu_block is not None])
+        self.cpu_pool.check_integrity([chunk.cpu_block for chunk in chunks if chunk.cpu_block is not None])

@@ -10,12 +10,14 @@ class CostModel:
     """Cost of recomputing one chunk as a line in its context length (paper section 4.3.1, Figure 4).
 
     constant: everything but attention, per chunk. per_context_token: attention of one chunk to one token of context.
-    Both in one unit, any: only ratios are compared.
+    swap_in_cost: to load one chunk from the CPU tier; 0 = unknown, loading is always preferred. All in one unit, any: only
+    ratios are compared.
     """
 
     constant: float = 1.0
     per_context_token: float = 1.0 / 4096
     chunk_size: int = 32
+    swap_in_cost: float = 0.0
 
     def chunk_cost(self, position: int) -> float:
         """Cost of chunk number `position`: it attends to everything up to its own end."""

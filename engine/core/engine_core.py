@@ -13,7 +13,6 @@ from typing import Any
 
 from engine.core.cache_manager import CacheManager
 from engine.core.cost_model import CostModel
-from engine.core.eviction import make_policy
 from engine.core.plan import SampledToken, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, RequestStatus
 from engine.core.scheduler import Scheduler
@@ -27,10 +26,14 @@ class CoreConfig:
 
     max_model_len: int
     num_gpu_blocks: int
+    num_cpu_blocks: int = 0
     chunk_size: int = 32
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     decode_reserve: float = 0.10
+    swap_out_watermark: float = 0.25
+    max_swap_outs: int = 16
+    write_through: bool = False
     eviction_policy: str = "retention_value"
     keep: bool = True
     model: str = ""
@@ -65,10 +68,13 @@ class EngineCore:
         self._cache = CacheManager(
             chunk_size=config.chunk_size,
             num_gpu_blocks=config.num_gpu_blocks,
-            policy=make_policy(config.eviction_policy, config.cost_model),
+            num_cpu_blocks=config.num_cpu_blocks if config.keep else 0,
+            eviction_policy=config.eviction_policy,
+            cost_model=config.cost_model,
             stats=self.stats,
             model=config.model,
             keep=config.keep,
+            write_through=config.write_through,
         )
         self._scheduler = Scheduler(
             cache=self._cache,
@@ -76,8 +82,14 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             decode_reserve=config.decode_reserve,
+            swap_out_watermark=config.swap_out_watermark if config.keep else 0.0,
+            max_swap_outs=config.max_swap_outs,
         )
         self._requests: dict[str, Request] = {}
+        # Requests of the plan that is being executed, and those of them that are to end when its result is there: until
+        # then their blocks are written to.
+        self._in_flight: set[str] = set()
+        self._to_abort: list[str] = []
 
     @property
     def has_requests(self) -> bool:
@@ -106,45 +118,55 @@ class EngineCore:
         self.stats.num_requests += 1
 
     def schedule(self, now: float) -> StepPlan | None:
-        """What to compute next; None when nothing is to do. Each plan must be answered by `update` or `fail_step`
-        before the next call."""
-        return self._scheduler.schedule(now)
+        """What to compute next; None when nothing is to do. A plan without segments moves blocks while nobody waits. Each
+        plan must be answered by `update` or `fail_step` before the next call."""
+        plan = self._scheduler.schedule(now)
+        if plan is not None:
+            self._in_flight = {segment.request_id for segment in plan.segments}
+        return plan
 
     def update(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
         """Take in what a step gave. Requests that were aborted meanwhile are passed over."""
         assert plan.step_id == result.step_id, (plan.step_id, result.step_id)
         self.stats.num_steps += 1
+        self._restart_corrupted(plan, result, now)
+        self._cache.complete_transfers()
         samples = iter(result.samples)
         outputs = []
         for segment in plan.segments:
             sample = next(samples) if segment.samples else None
             request = self._requests.get(segment.request_id)
-            if request is None:
+            if request is None or request.status is not RequestStatus.RUNNING:
                 continue
             self._cache.commit(request, segment.start, segment.context_len)
             self._take_pending(request, segment.query_len)
             request.num_computed_tokens += segment.query_len
             self.stats.num_computed_tokens += segment.query_len
-            if sample is not None:
+            if sample is not None and request.request_id not in self._to_abort:
                 assert sample.request_id == request.request_id
                 outputs.append(self._append(request, sample, now))
+        self._land(now)
         return outputs
 
     def fail_step(self, plan: StepPlan, now: float) -> list[str]:
         """The executor failed at `plan`: end its requests, keep everything else. Returns the ids of those ended."""
         self._scheduler.forget_step(plan)
+        self._cache.abort_transfers()
         request_ids = dict.fromkeys(segment.request_id for segment in plan.segments)
         failed = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
         for request in failed:
             self._finish(request, now, step_failed=True)
         self.stats.num_failed += len(failed)
+        self._land(now)
         return [request.request_id for request in failed]
 
     def abort(self, request_id: str, now: float) -> None:
-        """End a request early, between steps; what it computed stays in the cache. An unknown id is no error: the
-        request may just have ended."""
+        """End a request early; what it computed stays in the cache. While a plan of it is being executed, it ends with
+        that. An unknown id is no error: the request may just have ended."""
         request = self._requests.get(request_id)
-        if request is not None:
+        if request_id in self._in_flight:
+            self._to_abort.append(request_id)
+        elif request is not None:
             self._finish(request, now)
             self.stats.num_aborted += 1
 
@@ -167,7 +189,10 @@ class EngineCore:
             "num_gpu_blocks": pool.num_blocks,
             "num_gpu_blocks_free": pool.num_free,
             "num_gpu_blocks_pinned": pool.num_blocks - self._cache.num_available_blocks,
+            "num_cpu_blocks": self._cache.cpu_pool.num_blocks,
+            "num_cpu_blocks_free": self._cache.cpu_pool.num_free,
             "num_chunks": len(self._cache.index),
+            "num_idle_chunks": self._cache.count_idle_chunks(),
         }
 
     def check_integrity(self) -> None:
@@ -177,6 +202,21 @@ class EngineCore:
         assert all(r.status is RequestStatus.RUNNING and r.chunks for r in scheduler.running)
         assert not any(r.chunks for r in scheduler.waiting)
         self._cache.check_integrity(scheduler.running)
+
+    def _land(self, now: float) -> None:
+        """Nothing is in flight any more: end what was to end."""
+        self._in_flight = set()
+        to_abort, self._to_abort = self._to_abort, []
+        for request_id in to_abort:
+            self.abort(request_id, now)
+
+    def _restart_corrupted(self, plan: StepPlan, result: StepResult, now: float) -> None:
+        """Requests that a failed swap-in has reached start again from what else is cached."""
+        failed = {self._cache.fail_swap_in(gpu_block) for gpu_block in result.failed_swap_ins}
+        if failed:
+            for request in list(reversed(self._scheduler.running)):  # the oldest comes to lie in front
+                if not failed.isdisjoint(request.chunks):
+                    self._scheduler.restart(request, now)
 
     def _append(self, request: Request, sample: SampledToken, now: float) -> RequestOutput:
         request.token_ids.append(sample.token_id)

@@ -70,8 +70,11 @@ class BlockCopy:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. In this order: forget `ended`; start `starts` and append `appends`; copy blocks (every source is read
-    before any target is written); run `segments` as one ragged batch; sample.
+    """One step. In this order: forget `ended`; start `starts` and append `appends`; `evictions` (GPU -> CPU, their GPU blocks
+    are written to later in the step); `gpu_copies` (every source is read before any target is written); `swap_ins` (CPU ->
+    GPU; a layer's KV has to be there when that layer attends); run `segments` as one ragged batch; sample. `swap_outs` (GPU ->
+    CPU, ahead of time) may run at any time beside that. All copies are finished when the step's result is given. A plan
+    without segments only copies.
 
     Segments of one request are in order of position, so that a dropped range is computed with or before what follows it.
     """
@@ -81,9 +84,10 @@ class StepPlan:
     starts: tuple[RequestStart, ...] = ()
     appends: tuple[BlockAppend, ...] = ()
     ended: tuple[str, ...] = ()
+    evictions: tuple[BlockCopy, ...] = ()
     gpu_copies: tuple[BlockCopy, ...] = ()
-    swap_outs: tuple[BlockCopy, ...] = ()
     swap_ins: tuple[BlockCopy, ...] = ()
+    swap_outs: tuple[BlockCopy, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -102,7 +106,9 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave: one sampled token per segment with `samples`, in the order of the segments."""
+    """What a step gave: one sampled token per segment with `samples`, in the order of the segments. failed_swap_ins: GPU
+    blocks to which a swap-in brought something else than was swapped out."""
 
     step_id: int
     samples: tuple[SampledToken, ...]
+    failed_swap_ins: tuple[int, ...] = ()

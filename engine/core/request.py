@@ -103,7 +103,8 @@ class Request:
 
     token_ids: the context, prompt first, then what was generated. pending: ranges [start, end) of positions that are
     still to compute, in order, holes included; a decoding request has exactly its last token pending. chunks: its row
-    of pinned chunks, front first; empty while waiting or suspended.
+    of pinned chunks, front first; empty while waiting or suspended. num_swapped_in_tokens: of those found in the cache at
+    the last admission, how many were in the CPU tier only.
     """
 
     __slots__ = (
@@ -118,6 +119,7 @@ class Request:
         "num_history_tokens",
         "num_prompt_tokens",
         "num_suspensions",
+        "num_swapped_in_tokens",
         "pending",
         "request_id",
         "sampling",
@@ -159,6 +161,7 @@ class Request:
         self.num_cached_tokens = 0
         self.num_computed_tokens = 0
         self.num_suspensions = 0
+        self.num_swapped_in_tokens = 0
 
     @property
     def num_tokens(self) -> int:

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from engine.core.cache_manager import CacheManager
-from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
+from engine.core.plan import BlockAppend, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, RequestStatus
 from engine.core.stats import EngineStats
 
@@ -22,7 +22,6 @@ class _Draft:
     segments: list[QuerySegment] = field(default_factory=list)
     starts: list[RequestStart] = field(default_factory=list)
     appends: list[BlockAppend] = field(default_factory=list)
-    copies: list[BlockCopy] = field(default_factory=list)
 
 
 class Scheduler:
@@ -40,7 +39,11 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         decode_reserve: float,
+        swap_out_watermark: float,
+        max_swap_outs: int,
     ) -> None:
+        """max_swap_outs: blocks that a step may swap out ahead of time; a quarter of it in a step that swaps in, because the
+        two directions slow each other down (paper section 5)."""
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._cache = cache
@@ -48,6 +51,8 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._reserve_blocks = math.ceil(decode_reserve * cache.gpu_pool.num_blocks)
+        self._watermark_blocks = math.ceil(swap_out_watermark * cache.gpu_pool.num_blocks)
+        self._max_swap_outs = max_swap_outs
         self._ended: list[str] = []
         self._step_id = 0
 
@@ -79,18 +84,26 @@ class Scheduler:
         # Whoever was just suspended must not take back the blocks that it gave up.
         if self._stats.num_suspensions == num_suspended:
             self._admit(draft, now)
-        if not draft.segments:
-            assert not self.running, "running requests but nothing to compute"
+        assert draft.segments or not self.running, "running requests but nothing to compute"
+        is_swapping_in = self._cache.num_planned_swap_ins > 0
+        self._cache.plan_swap_outs(
+            self._watermark_blocks, self._max_swap_outs // 4 if is_swapping_in else self._max_swap_outs, now
+        )
+        if not draft.segments and not self._cache.has_transfers:
             return None
         self._step_id += 1
         ended, self._ended = tuple(self._ended), []
+        transfers = self._cache.take_transfers()
         return StepPlan(
             self._step_id,
             tuple(draft.segments),
             tuple(draft.starts),
             tuple(draft.appends),
             ended,
-            tuple(draft.copies),
+            tuple(copy for _, copy in transfers.evictions),
+            tuple(transfers.gpu_copies),
+            tuple(copy for _, _, copy in transfers.swap_ins),
+            tuple(copy for _, copy in transfers.swap_outs),
         )
 
     def _plan_decode(self, request: Request, draft: _Draft, now: float) -> None:
@@ -120,14 +133,12 @@ class Scheduler:
     def _admit(self, draft: _Draft, now: float) -> None:
         while self.waiting and draft.budget and len(self.running) < self._max_num_seqs:
             request = self.waiting[0]
-            copies = self._cache.try_admit(request, self._reserve_blocks if self.running else 0, now)
-            if copies is None:
+            if not self._cache.try_admit(request, self._reserve_blocks if self.running else 0, now):
                 return
             self.waiting.popleft()
             self._count_admission(request)
             request.status = RequestStatus.RUNNING
             self.running.append(request)
-            draft.copies.extend(copies)
             draft.starts.append(
                 RequestStart(
                     request.request_id,
@@ -148,16 +159,24 @@ class Scheduler:
         num_prompt, num_history = request.num_prompt_tokens, request.num_history_tokens
         num_cached = request.num_cached_tokens = num_prompt - request.num_pending_tokens
         stats.num_prompt_tokens += num_prompt
-        stats.num_gpu_cached_tokens += num_cached
+        stats.num_cpu_cached_tokens += request.num_swapped_in_tokens
+        stats.num_gpu_cached_tokens += num_cached - request.num_swapped_in_tokens
         stats.num_dropped_tokens += max(0, num_history - num_cached)
         stats.num_new_tokens += num_prompt - max(num_history, num_cached)
 
+    def restart(self, request: Request, now: float) -> None:
+        """What the last step did for a running request is void: put it back to the front of the queue."""
+        self._put_back(request, now, step_failed=True)
+
     def _suspend(self, request: Request, now: float) -> None:
-        self.running.remove(request)
-        self._end(request, now)
-        request.status = RequestStatus.SUSPENDED
+        self._put_back(request, now, step_failed=False)
         request.num_suspensions += 1
         self._stats.num_suspensions += 1
+
+    def _put_back(self, request: Request, now: float, *, step_failed: bool) -> None:
+        self.running.remove(request)
+        self._end(request, now, step_failed)
+        request.status = RequestStatus.SUSPENDED
         self.waiting.appendleft(request)
 
     def _end(self, request: Request, now: float, step_failed: bool = False) -> None:

@@ -33,15 +33,20 @@ class KVStore:
         chunk_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        pin_memory: bool = False,
     ) -> None:
+        """pin_memory: for the CPU tier of a CUDA device, which copies at full speed only from and to pinned memory."""
         self.num_blocks = num_blocks
         self.chunk_size = chunk_size
         numel = sum(layer.numel_per_token for layer in layers) * chunk_size
-        self.storage = torch.empty(num_blocks, numel, dtype=dtype, device=device)
+        self.storage = torch.empty(num_blocks, numel, dtype=dtype, device=device, pin_memory=pin_memory)
         self.layer_pools: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # The columns of `storage` that hold a layer.
+        self.layer_slices: list[slice] = []
         offset = 0
         for layer in layers:
             pools = []
+            self.layer_slices.append(slice(offset, offset + layer.numel_per_token * chunk_size))
             for dim in (layer.k_dim, layer.v_dim):
                 size = layer.num_kv_heads * chunk_size * dim
                 flat = self.storage[:, offset : offset + size]

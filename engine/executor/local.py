@@ -13,6 +13,7 @@ from engine.errors import ConfigError
 from engine.executor.kv_store import KVStore, block_bytes
 from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
+from engine.executor.swapper import Swapper
 
 logger = logging.getLogger(__name__)
 
@@ -30,31 +31,48 @@ class LocalExecutor:
         self.loaded: LoadedModel = load_model(config)
         bytes_per_block = block_bytes(self.loaded.layers, config.chunk_size, self.loaded.dtype)
         self.num_gpu_blocks = config.num_gpu_blocks or self._num_blocks_for_memory(config, bytes_per_block)
-        kv_store = KVStore(
-            self.loaded.layers,
-            num_blocks=self.num_gpu_blocks,
-            chunk_size=config.chunk_size,
-            dtype=self.loaded.dtype,
-            device=self.loaded.device,
+        self.num_cpu_blocks = self._num_cpu_blocks(config, bytes_per_block)
+        self.bytes_per_block = bytes_per_block
+        sizes = {"chunk_size": config.chunk_size, "dtype": self.loaded.dtype}
+        layers, device = self.loaded.layers, self.loaded.device
+        gpu_store = KVStore(layers, num_blocks=self.num_gpu_blocks, device=device, **sizes)
+        cpu_store = KVStore(
+            layers,
+            num_blocks=self.num_cpu_blocks,
+            device=torch.device("cpu"),
+            pin_memory=device.type == "cuda" and self.num_cpu_blocks > 0,
+            **sizes,
         )
-        self._runner = ModelRunner(self.loaded, kv_store)
+        self._swapper = Swapper(gpu_store, cpu_store, verify=config.verify_swaps)
+        self._runner = ModelRunner(self.loaded, gpu_store, self._swapper)
         logger.info(
-            "%s: %.1fM parameters, %s on %s; GPU tier %d blocks of %d tokens (%.2f GiB)",
+            "%s: %.1fM parameters, %s on %s; blocks of %d tokens, GPU tier %d (%.2f GiB), CPU tier %d (%.2f GiB)",
             config.model,
             self.loaded.num_parameters / 1e6,
             self.loaded.dtype,
             self.loaded.device,
-            self.num_gpu_blocks,
             config.chunk_size,
+            self.num_gpu_blocks,
             self.num_gpu_blocks * bytes_per_block / GIB,
+            self.num_cpu_blocks,
+            self.num_cpu_blocks * bytes_per_block / GIB,
         )
 
     def execute(self, plan: StepPlan) -> StepResult:
         return self._runner.execute(plan)
 
     def shutdown(self) -> None:
-        """Frees the model and the KV store."""
-        del self._runner, self.loaded
+        """Frees the model and the KV stores."""
+        self._swapper.shutdown()
+        del self._runner, self._swapper, self.loaded
+
+    @staticmethod
+    def _num_cpu_blocks(config: EngineConfig, bytes_per_block: int) -> int:
+        if config.mode == "stateless":
+            return 0
+        if config.num_cpu_blocks is not None:
+            return config.num_cpu_blocks
+        return int(config.kv_offloading_size * GIB // bytes_per_block)
 
     def _num_blocks_for_memory(self, config: EngineConfig, bytes_per_block: int) -> int:
         if config.gpu_memory_gib is not None:

@@ -4,6 +4,7 @@ started request (block table, sampling state) and nothing else between steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 
 from engine.attention.interface import PagedAttention, attention_handled_by
 from engine.attention.metadata import AttentionMetadata, AttentionSegment
-from engine.core.plan import QuerySegment, StepPlan, StepResult
+from engine.core.plan import QuerySegment, SampledToken, StepPlan, StepResult
 from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import LoadedModel
 from engine.executor.sampler import SamplingState, sample
+from engine.executor.swapper import Swapper
 
 
 @dataclass(slots=True)
@@ -35,17 +37,24 @@ class _RequestState:
 class ModelRunner:
     """One model (or one rank's shard of it) and its KV."""
 
-    def __init__(self, loaded: LoadedModel, kv_store: KVStore) -> None:
+    def __init__(self, loaded: LoadedModel, kv_store: KVStore, swapper: Swapper) -> None:
         self._loaded = loaded
         self._kv_store = kv_store
+        self._swapper = swapper
         self._requests: dict[str, _RequestState] = {}
 
     def execute(self, plan: StepPlan) -> StepResult:
         self._follow(plan)
-        self._kv_store.copy_blocks(plan.gpu_copies)
-        states = [self._requests[segment.request_id].sampling for segment in plan.segments if segment.samples]
-        logits = self._forward(plan.segments)
-        return StepResult(plan.step_id, tuple(sample(logits, states)))
+        wait_for_layer = self._swapper.begin(plan)
+        try:
+            samples: list[SampledToken] = []
+            if plan.segments:
+                states = [self._requests[segment.request_id].sampling for segment in plan.segments if segment.samples]
+                samples = sample(self._forward(plan.segments, wait_for_layer), states)
+        finally:
+            # Whatever happened, no copy may be under way when the core decides about the blocks again.
+            failed_swap_ins = self._swapper.finish()
+        return StepResult(plan.step_id, tuple(samples), failed_swap_ins)
 
     def _follow(self, plan: StepPlan) -> None:
         for request_id in plan.ended:
@@ -66,13 +75,15 @@ class ModelRunner:
             self._requests[append.request_id].append_block(append.block_id)
 
     @torch.inference_mode()
-    def _forward(self, segments: tuple[QuerySegment, ...]) -> torch.Tensor:
+    def _forward(
+        self, segments: tuple[QuerySegment, ...], wait_for_layer: Callable[[int], None] | None
+    ) -> torch.Tensor:
         """Logits [number of sampling segments, vocabulary]. Writes the KV of all rows."""
         device = self._loaded.device
         input_ids = np.concatenate([np.asarray(segment.token_ids, dtype=np.int64) for segment in segments])
         positions = np.concatenate([np.arange(s.start, s.context_len, dtype=np.int64) for s in segments])
         metadata, last_rows = self._metadata(segments, positions)
-        attention = PagedAttention(metadata, self._kv_store.layer_pools)
+        attention = PagedAttention(metadata, self._kv_store.layer_pools, wait_for_layer)
         with attention_handled_by(attention):
             logits = self._loaded.model(
                 input_ids=torch.from_numpy(input_ids).to(device)[None],

@@ -33,7 +33,7 @@ def test_interleaved_conversations_equal_stateless(family, tiny_model, make_driv
     rng = random.Random(family)
     model = embedded_model_path() if family == "embedded" else tiny_model(family)
     options = {"chunk_size": 8, "max_num_batched_tokens": 48, "max_num_seqs": 5, "max_model_len": 200}
-    kept = make_driver(model, num_gpu_blocks=32, decode_reserve=0.03, **options)
+    kept = make_driver(model, num_gpu_blocks=32, num_cpu_blocks=0, decode_reserve=0.03, **options)
     fresh = make_driver(model, num_gpu_blocks=200, mode="stateless", **options)
     vocabulary = range(3, 250)
     system_prompt = rng.choices(vocabulary, k=19)
@@ -76,7 +76,7 @@ def test_interleaved_conversations_equal_stateless(family, tiny_model, make_driv
     assert num_ties <= 2
     stats = kept.core.get_statistics()
     assert num_aborted
-    assert stats["evictions"]["gpu"] > 50
+    assert sum(stats["evictions"].values()) > 50
     assert stats["num_gpu_cached_tokens"] > 0
     assert stats["num_suspensions"] > 0
     segments_of_a_request = [
