@@ -22,7 +22,6 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.core.conversation import NO_MATCH, ConversationTable, Transcript
-from engine.core.cost_model import CostModel
 from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
 from engine.core.executor import Executor
 from engine.core.plan import SampledToken, StepPlan
@@ -31,6 +30,7 @@ from engine.errors import ConfigError, EngineError, EngineStoppedError, Executor
 from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import default_model_name, model_location
 from engine.output import OutputDelta, TokenLogprob, merge_deltas
+from engine.profile import load_cost_model
 from engine.prompt import ChatPrompt, Prompt, TokenPrompt
 from engine.tokenizer import Detokenizer, Tokenizer
 
@@ -85,13 +85,7 @@ class AsyncEngine:
                 eviction_policy=config.eviction_policy,
                 keep=config.mode == "pensieve",
                 model=f"{location}:{loaded.dtype}",
-                cost_model=CostModel.from_model_shape(
-                    num_parameters=loaded.num_parameters,
-                    num_layers=len(loaded.layers),
-                    num_heads=loaded.num_attention_heads,
-                    head_dim=loaded.layers[0].k_dim,
-                    chunk_size=config.chunk_size,
-                ),
+                cost_model=load_cost_model(config, executor),
             )
         )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

@@ -20,6 +20,7 @@ from engine.compare import compare_modes, format_table, plot_comparison
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
 from engine.errors import PensieveError
+from engine.profile import describe_profile, measure_profile, plot_profile, profile_path
 from engine.prompt import TextPrompt
 from engine.server import Server, create_server
 
@@ -45,10 +46,12 @@ def build_parser() -> argparse.ArgumentParser:
         ("chat", "talk to a model; its KV cache is kept between turns"),
         ("generate", "continue one prompt"),
         ("compare", "run one conversation in both modes and compare them turn by turn"),
+        ("profile", "measure what computing and swapping a chunk costs on this machine, for the eviction policy"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         _add_engine_options(command)
-        _add_sampling_options(command, greedy=name == "compare")
+        if name != "profile":
+            _add_sampling_options(command, greedy=name == "compare")
         if name == "generate":
             command.add_argument("prompt", nargs="?", help="the prompt; without it, standard input")
         if name == "compare":
@@ -60,7 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
                 "without it a built-in one of ten turns",
             )
             command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-            command.add_argument("--plot", type=Path, metavar="FILE.png", help="plot them there")
+        if name == "profile":
+            command.add_argument("--output", type=Path, metavar="FILE", help="instead of the user's cache folder")
+        if name in ("compare", "profile"):
+            command.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the figures there")
     return parser
 
 
@@ -74,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = {field.name for field in fields(EngineConfig)}
     options = {name: value for name, value in arguments.items() if name in names and value is not None}
     try:
+        if arguments["command"] == "profile":
+            return _profile(arguments, options)
         sampling = _sampling(arguments)
         if arguments["command"] == "compare":
             return _compare(arguments, options, sampling)
@@ -176,6 +184,19 @@ def _compare(arguments: dict[str, Any], options: dict[str, Any], sampling: Sampl
     if arguments["plot"] is not None:
         plot_comparison(comparison, arguments["plot"])
     return 0 if comparison.is_identical else 1
+
+
+def _profile(arguments: dict[str, Any], options: dict[str, Any]) -> int:
+    config = EngineConfig.from_options(options)
+    profile = measure_profile(config)
+    path = arguments["output"] or profile_path(config, profile.model, profile.dtype, profile.device)
+    profile.save(path)
+    for name, value in describe_profile(profile).items():
+        print(f"{name}: {value}")
+    print(f"written to {path}")
+    if arguments["plot"] is not None:
+        plot_profile(profile, arguments["plot"])
+    return 0
 
 
 def _read_conversation(path: Path) -> tuple[str, ...]:

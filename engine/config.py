@@ -31,6 +31,7 @@ class EngineConfig:
     token budget of a step. decode_reserve, swap_out_watermark: shares of the GPU tier's blocks. num_threads: CPU threads
     of the model; None = torch's choice. write_through: copy what a turn leaves to the CPU tier at its end, not only under the
     watermark. verify_swaps: checksum every block on its way; a wrong one is dropped and recomputed.
+    profile: file that `pensieve profile` wrote; None = the one in the user's cache folder, if any.
     """
 
     model: str = "embedded"
@@ -52,6 +53,7 @@ class EngineConfig:
     swap_out_watermark: float = 0.25
     write_through: bool = False
     verify_swaps: bool = False
+    profile: str | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from engine.errors import ConfigError
 from engine.executor.kv_store import KVStore, block_bytes
 from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
-from engine.executor.swapper import Swapper
+from engine.executor.swapper import make_swapper
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +35,16 @@ class LocalExecutor:
         self.bytes_per_block = bytes_per_block
         sizes = {"chunk_size": config.chunk_size, "dtype": self.loaded.dtype}
         layers, device = self.loaded.layers, self.loaded.device
-        gpu_store = KVStore(layers, num_blocks=self.num_gpu_blocks, device=device, **sizes)
-        cpu_store = KVStore(
+        self.gpu_store = KVStore(layers, num_blocks=self.num_gpu_blocks, device=device, **sizes)
+        self.cpu_store = KVStore(
             layers,
             num_blocks=self.num_cpu_blocks,
             device=torch.device("cpu"),
             pin_memory=device.type == "cuda" and self.num_cpu_blocks > 0,
             **sizes,
         )
-        self._swapper = Swapper(gpu_store, cpu_store, verify=config.verify_swaps)
-        self._runner = ModelRunner(self.loaded, gpu_store, self._swapper)
+        self._swapper = make_swapper(self.gpu_store, self.cpu_store, verify=config.verify_swaps)
+        self._runner = ModelRunner(self.loaded, self.gpu_store, self._swapper)
         logger.info(
             "%s: %.1fM parameters, %s on %s; blocks of %d tokens, GPU tier %d (%.2f GiB), CPU tier %d (%.2f GiB)",
             config.model,
@@ -64,7 +64,7 @@ class LocalExecutor:
     def shutdown(self) -> None:
         """Frees the model and the KV stores."""
         self._swapper.shutdown()
-        del self._runner, self._swapper, self.loaded
+        del self._runner, self._swapper, self.gpu_store, self.cpu_store, self.loaded
 
     @staticmethod
     def _num_cpu_blocks(config: EngineConfig, bytes_per_block: int) -> int:

@@ -1,0 +1,248 @@
+"""Measures what the cost model needs: the time to compute one chunk by context length, and the time to move one block between
+the tiers (paper section 4.3.1, offline profiling). Keeps it in a small JSON file per model, dtype, device and tensor-parallel
+size.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from engine.config import EngineConfig
+from engine.core.cost_model import CostModel
+from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
+from engine.core.request import SamplingParams
+from engine.errors import ConfigError
+from engine.executor.local import LocalExecutor
+from engine.executor.model_loader import LoadedModel
+
+logger = logging.getLogger(__name__)
+
+MIN_CONTEXT_LEN = 64
+NUM_SWAPPED_BLOCKS = 64
+NUM_CHUNKS_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What was measured, medians. chunk_s: context length -> seconds of a step that computes one chunk that ends there; the
+    slope of the line through them is per_context_token_s. constant_s: what one more chunk adds to a step, attention left out:
+    chunks are recomputed in batches, so what a step costs anyway is nobody's. swap_in_s, swap_out_s: seconds per block."""
+
+    model: str
+    dtype: str
+    device: str
+    tensor_parallel_size: int
+    chunk_size: int
+    bytes_per_block: int
+    chunk_s: dict[int, float]
+    constant_s: float
+    per_context_token_s: float
+    swap_in_s: float
+    swap_out_s: float
+
+    def cost_model(self, chunk_size: int) -> CostModel:
+        """In seconds, for any chunk size: all terms but the context's are per token of the chunk."""
+        scale = chunk_size / self.chunk_size
+        return CostModel(
+            constant=self.constant_s * scale,
+            per_context_token=self.per_context_token_s * scale,
+            chunk_size=chunk_size,
+            swap_in_cost=self.swap_in_s * scale,
+        )
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Raises ConfigError where the file is not a profile."""
+        try:
+            data = json.loads(path.read_text())
+            data["chunk_s"] = {int(length): seconds for length, seconds in data["chunk_s"].items()}
+            return cls(**data)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"{path} is not a profile ({error}); make one with `pensieve profile`", param="profile"
+            ) from error
+
+
+def profile_path(config: EngineConfig, model: str, dtype: str, device: str) -> Path:
+    """Where the profile of this model on this device is kept unless the option `profile` names a file."""
+    if config.profile is not None:
+        return Path(config.profile)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    parts = (model, dtype, device, "tp1")
+    return cache / "pensieve" / "profiles" / (re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(parts)).strip("-") + ".json")
+
+
+def load_cost_model(config: EngineConfig, executor: LocalExecutor) -> CostModel:
+    """The measured cost model where there is a profile, else one from the model's shape; the log says which. Raises
+    ConfigError where the option `profile` names a file that is no profile of this model."""
+    loaded = executor.loaded
+    wanted = (config.model, _dtype_name(loaded), _device_name(loaded))
+    path = profile_path(config, *wanted)
+    if path.exists() or config.profile is not None:
+        profile = Profile.load(path)
+        found = (profile.model, profile.dtype, profile.device)
+        if found == wanted:
+            logger.info("cost model: measured, from %s", path)
+            return profile.cost_model(config.chunk_size)
+        raise ConfigError(
+            f"{path} is a profile of {' on '.join(found)}, not of {' on '.join(wanted)}; make one with `pensieve profile`",
+            param="profile",
+        )
+    logger.info("cost model: analytic, from the model's shape; `pensieve profile` measures it")
+    return CostModel.from_model_shape(
+        num_parameters=loaded.num_parameters,
+        num_layers=len(loaded.layers),
+        num_heads=loaded.num_attention_heads,
+        head_dim=loaded.layers[0].k_dim,
+        chunk_size=config.chunk_size,
+    )
+
+
+def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
+    """Load the model and measure; minutes for a large one. Uses tiers of its own, just large enough."""
+    probe = replace(config, num_gpu_blocks=1, num_cpu_blocks=0, mode="pensieve", profile=None)
+    executor = LocalExecutor(probe)
+    window = min(executor.loaded.max_model_len, config.max_model_len or executor.loaded.max_model_len)
+    executor.shutdown()
+    num_blocks = max(-(-window // config.chunk_size), NUM_SWAPPED_BLOCKS)
+    executor = LocalExecutor(replace(probe, num_gpu_blocks=num_blocks, num_cpu_blocks=NUM_SWAPPED_BLOCKS))
+    try:
+        loaded = executor.loaded
+        lengths = [1 << power for power in range(MIN_CONTEXT_LEN.bit_length() - 1, window.bit_length())]
+        lengths = [length for length in lengths if config.chunk_size <= length <= window]
+        if len(lengths) < 2 or window < NUM_CHUNKS_AT_ONCE * config.chunk_size:
+            raise ConfigError(f"a window of {window} tokens is too small to profile", param="max_model_len")
+        chunk_s = _measure_chunks(executor, config.chunk_size, lengths, repeats)
+        slope = max(0.0, statistics.linear_regression(list(chunk_s), list(chunk_s.values())).slope)
+        constant = _measure_one_more_chunk(executor, config.chunk_size, repeats, slope)
+        swap_out_s = _measure_swaps(executor, repeats, is_in=False)
+        swap_in_s = _measure_swaps(executor, repeats, is_in=True)
+        return Profile(
+            model=config.model,
+            dtype=_dtype_name(loaded),
+            device=_device_name(loaded),
+            tensor_parallel_size=1,
+            chunk_size=config.chunk_size,
+            bytes_per_block=executor.bytes_per_block,
+            chunk_s=chunk_s,
+            constant_s=constant,
+            per_context_token_s=slope,
+            swap_in_s=swap_in_s,
+            swap_out_s=swap_out_s,
+        )
+    finally:
+        executor.shutdown()
+
+
+def plot_profile(profile: Profile, path: Path) -> None:
+    """The measured points and the line through them, as a PNG."""
+    import matplotlib.figure  # slow to import, and only a plot needs it
+
+    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    lengths = list(profile.chunk_s)
+    axes.plot(lengths, [seconds * 1e3 for seconds in profile.chunk_s.values()], "o", label="a step of one chunk, measured")
+    line = [(profile.constant_s + profile.per_context_token_s * length) * 1e3 for length in lengths]
+    terms = f"{profile.constant_s * 1e3:.3g} ms + {profile.per_context_token_s * 1e9:.3g} ns/token"
+    axes.plot(lengths, line, "-", label=f"one more chunk in a step: {terms}")
+    axes.axhline(profile.swap_in_s * 1e3, linestyle="--", color="gray", label="swap in one block")
+    axes.set(
+        xlabel="context length (tokens)",
+        ylabel="ms",
+        title=f"{profile.model}: computing one chunk of {profile.chunk_size} tokens",
+        ylim=(0, None),
+    )
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _measure_chunks(
+    executor: LocalExecutor, chunk_size: int, lengths: list[int], repeats: int
+) -> dict[int, float]:
+    """Median seconds of a step that computes one chunk at the end of a context; the first repeat is not counted."""
+    samples: dict[int, list[float]] = {length: [] for length in lengths}
+    num_tokens = lengths[-1]
+    vocab_size = executor.loaded.vocab_size
+    tokens = tuple(i % vocab_size for i in range(num_tokens))
+    table = tuple(range(-(-num_tokens // chunk_size)))
+    start = RequestStart("profile", tokens, num_tokens, SamplingParams(temperature=0.0), (), table)
+    # Every position is written once, so that no step reads what was never computed.
+    executor.execute(StepPlan(0, (QuerySegment("profile", 0, tokens),), (start,)))
+    rounds = tqdm(range(repeats + 1), desc="profiling", unit="round", disable=not sys.stderr.isatty())
+    for number in rounds:
+        for length in lengths:
+            begin = length - chunk_size
+            plan = StepPlan(0, (QuerySegment("profile", begin, tokens[begin:length], samples=True),))
+            seconds = _timed(executor, plan)
+            if number:
+                samples[length].append(seconds)
+    return {length: statistics.median(values) for length, values in samples.items()}
+
+
+def _measure_one_more_chunk(executor: LocalExecutor, chunk_size: int, repeats: int, slope: float) -> float:
+    """Seconds that a chunk adds to a step of several, without its attention to `slope` seconds per token of context."""
+    num_chunks = NUM_CHUNKS_AT_ONCE
+    vocab_size = executor.loaded.vocab_size
+    tokens = tuple(i % vocab_size for i in range(num_chunks * chunk_size))
+    plans = [StepPlan(0, (QuerySegment("profile", 0, tokens[: n * chunk_size]),)) for n in (1, num_chunks)]
+    seconds = [[_timed(executor, plan) for plan in plans] for _ in range(2 * repeats + 1)][1:]
+    one, many = (statistics.median(column) for column in zip(*seconds, strict=True))
+    mean_context_len = (num_chunks + 2) / 2 * chunk_size  # of the 2nd to the last chunk
+    return max((many - one) / (num_chunks - 1) - slope * mean_context_len, 1e-9)
+
+
+def _measure_swaps(executor: LocalExecutor, repeats: int, *, is_in: bool) -> float:
+    """Median seconds per block."""
+    copies = tuple(BlockCopy(i, i) for i in range(NUM_SWAPPED_BLOCKS))
+    plan = StepPlan(0, (), swap_ins=copies) if is_in else StepPlan(0, (), swap_outs=copies)
+    seconds = [_timed(executor, plan) for _ in range(repeats + 1)][1:]
+    return statistics.median(seconds) / NUM_SWAPPED_BLOCKS
+
+
+def _timed(executor: LocalExecutor, plan: StepPlan) -> float:
+    start = time.perf_counter()
+    executor.execute(plan)
+    if executor.loaded.device.type == "cuda":
+        torch.cuda.synchronize(executor.loaded.device)
+    return time.perf_counter() - start
+
+
+def _dtype_name(loaded: LoadedModel) -> str:
+    return str(loaded.dtype).removeprefix("torch.")
+
+
+def _device_name(loaded: LoadedModel) -> str:
+    if loaded.device.type == "cuda":
+        return torch.cuda.get_device_name(loaded.device)
+    return f"cpu-{platform.machine()}-{torch.get_num_threads()}-threads"
+
+
+def describe_profile(profile: Profile) -> dict[str, Any]:
+    """For people: rates instead of seconds."""
+    return {
+        "model": profile.model,
+        "dtype": profile.dtype,
+        "device": profile.device,
+        "chunk, without attention": f"{profile.constant_s * 1e3:.3f} ms",
+        "attention per 1024 tokens of context": f"{profile.per_context_token_s * 1024e3:.3f} ms",
+        "swap in": f"{profile.swap_in_s * 1e3:.3f} ms a block, {profile.bytes_per_block / profile.swap_in_s / 1e9:.2f} GB/s",
+        "swap out": f"{profile.swap_out_s * 1e3:.3f} ms a block, {profile.bytes_per_block / profile.swap_out_s / 1e9:.2f} GB/s",
+    }
