@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -9,6 +10,15 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write_result(name: str, figures: dict[str, Any]) -> None:
+    """benchmarks/results/NAME.json: the figures, and what they were measured with."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({"run": describe_run(), **figures}, indent=2) + "\n")
 
 
 def describe_run() -> dict[str, Any]:

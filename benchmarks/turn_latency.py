@@ -10,20 +10,17 @@ JSON and a PNG to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import transformers
-from machine import describe_run
+from machine import RESULTS, write_result
 
 from engine.compare import Comparison, compare_modes, format_table, plot_comparison
 from engine.core.request import SamplingParams
 from engine.executor.model_loader import model_location
 
-RESULTS = Path(__file__).parent / "results"
 WORDS = "my cat dog house garden is in Paris London red blue green and the code of bike called Mia Tom lives"
 NUM_OUTPUT_TOKENS = 16
 
@@ -91,9 +88,7 @@ def main() -> None:
         f"turn {last.turn}: {last.speed_up:.1f}x faster than stateless; "
         f"{last.pensieve_ttft_s / second.pensieve_ttft_s:.2f}x of turn 2"
     )
-    RESULTS.mkdir(exist_ok=True)
-    data = {"run": describe_run(), "repeats": arguments.repeats, **asdict(result)}
-    (RESULTS / f"{arguments.name}.json").write_text(json.dumps(data, indent=2) + "\n")
+    write_result(arguments.name, {"repeats": arguments.repeats, **asdict(result)})
     plot_comparison(result, RESULTS / f"{arguments.name}.png")
 
 

@@ -188,7 +188,9 @@ class AsyncEngine:
         if isinstance(prompt, TokenPrompt):
             for token_id in prompt.token_ids:
                 self._check_token_id(token_id, "prompt")
-            return Transcript(array("I", prompt.token_ids), ""), 0
+            token_ids = array("I", prompt.token_ids)
+            num_history = 0 if session_id is None else self._conversations.match_tokens(session_id, token_ids)
+            return Transcript(token_ids, ""), num_history
         is_chat = isinstance(prompt, ChatPrompt)
         text = self._tokenizer.render_chat(prompt.messages) if isinstance(prompt, ChatPrompt) else prompt.text
         known = NO_MATCH if session_id is None else self._conversations.match_text(session_id, text)
@@ -204,10 +206,13 @@ class AsyncEngine:
     def _remember(self, stream: _Stream) -> None:
         """Keep the turn's tokens with their text, for when the client sends its history again."""
         request, prompt = stream.request, stream.prompt
-        if not prompt.text or request.conversation_id == request.request_id:
+        if request.conversation_id == request.request_id:
             return
         output_ids = request.token_ids[request.num_prompt_tokens :]
         text = stream.detokenizer.text
+        if not prompt.text:  # a prompt of token ids: nothing to compare texts with
+            self._conversations.record_turn(request.conversation_id, prompt, output_ids, "")
+            return
         if stream.detokenizer.is_stopped:
             # The stop string is not part of the answer; which tokens are, is known only up to whole tokens.
             while output_ids and len(self._tokenizer.decode(output_ids)) > len(text):

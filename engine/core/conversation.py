@@ -42,8 +42,8 @@ class TranscriptMatch:
 NO_MATCH = TranscriptMatch(array("I"), 0, (), 0)
 
 
-def common_prefix_len(a: str, b: str) -> int:
-    """Number of leading characters that two strings share; bisection over slices, so memcmp does the work."""
+def common_prefix_len(a: str | array[int], b: str | array[int]) -> int:
+    """Number of leading elements that two sequences share; bisection over slices, so memcmp does the work."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
@@ -87,6 +87,11 @@ class Conversation:
                 best = match
         return best
 
+    def match_tokens(self, token_ids: array[int]) -> int:
+        """How many leading tokens have been through the model in this conversation."""
+        shared = (min(common_prefix_len(b.token_ids, token_ids), len(b.token_ids) - 1) for b in self.branches)
+        return max(shared, default=0)
+
     def record_turn(self, prompt: Transcript, output_token_ids: Sequence[int], output_text: str) -> None:
         """Remember a turn: the prompt with the anchors in it, then what was generated, which begins at an anchor."""
         branch = Transcript(
@@ -94,7 +99,7 @@ class Conversation:
             prompt.text + output_text,
             (*prompt.anchors, (len(prompt.token_ids), len(prompt.text))),
         )
-        self.branches = [old for old in self.branches if not branch.text.startswith(old.text)]
+        self.branches = [old for old in self.branches if branch.token_ids[: len(old.token_ids)] != old.token_ids]
         self.branches.append(branch)
         del self.branches[:-MAX_BRANCHES]
 
@@ -114,6 +119,10 @@ class ConversationTable:
     def match_text(self, conversation_id: str, text: str) -> TranscriptMatch:
         conversation = self._conversations.get(conversation_id)
         return NO_MATCH if conversation is None else conversation.match_text(text)
+
+    def match_tokens(self, conversation_id: str, token_ids: array[int]) -> int:
+        conversation = self._conversations.get(conversation_id)
+        return 0 if conversation is None else conversation.match_tokens(token_ids)
 
     def record_turn(
         self, conversation_id: str, prompt: Transcript, output_token_ids: Sequence[int], output_text: str

@@ -130,10 +130,10 @@ class ThreadSwapper:
 
     def _swap_in(self, copies: Sequence[BlockCopy], gates: LayerGates) -> None:
         try:
-            sources, targets = _index(copies)
             for layer, columns in enumerate(self._gpu.layer_slices):
-                arrived = self._cpu.storage[:, columns].index_select(0, sources)
-                self._gpu.storage[:, columns].index_copy_(0, targets, arrived)
+                gpu, cpu = self._gpu.storage[:, columns], self._cpu.storage[:, columns]
+                for copy in copies:
+                    gpu[copy.target].copy_(cpu[copy.source])
                 gates.open(layer)
         except BaseException as error:
             gates.fail(error)
@@ -195,6 +195,3 @@ class CudaSwapper:
                 self._gpu.storage[copy.target, columns].copy_(self._cpu.storage[copy.source, columns], non_blocking=True)
             return self._in_stream.record_event()
 
-
-def _index(copies: Sequence[BlockCopy]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor([copy.source for copy in copies]), torch.tensor([copy.target for copy in copies])
