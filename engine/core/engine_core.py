@@ -138,10 +138,11 @@ class EngineCore:
             request = self._requests.get(segment.request_id)
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue
-            self._cache.commit(request, segment.start, segment.context_len)
-            self._take_pending(request, segment.query_len)
-            request.num_computed_tokens += segment.query_len
-            self.stats.num_computed_tokens += segment.query_len
+            num_computed = segment.query_len
+            self._cache.commit(request, segment.start, segment.start + num_computed)
+            self._take_pending(request, num_computed)
+            request.num_computed_tokens += num_computed
+            self.stats.num_computed_tokens += num_computed
             if sample is not None and request.request_id not in self._to_abort:
                 assert sample.request_id == request.request_id
                 outputs.append(self._append(request, sample, now))

@@ -178,8 +178,8 @@ class Request:
     @property
     def is_decoding(self) -> bool:
         """Exactly one generated token is to compute: the step is a decode for this request."""
-        last = len(self.token_ids)
-        return self.num_output_tokens > 0 and self.pending == [(last - 1, last)]
+        num_tokens, pending = len(self.token_ids), self.pending
+        return num_tokens > self.num_prompt_tokens and len(pending) == 1 and pending[0][0] == num_tokens - 1
 
     def __repr__(self) -> str:
         return f"Request({self.request_id}, {self.status.value}, {self.num_tokens} tokens, pending {self.pending})"

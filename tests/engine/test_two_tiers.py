@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from engine.core.request import SamplingParams
 
@@ -101,3 +102,73 @@ def test_both_tiers_tiny_equal_stateless(family, policy, tiny_model, make_driver
     assert stats["evictions"]["cpu_dropped"] > 0
     assert stats["evictions"]["gpu_reclaimed"] + stats["evictions"]["gpu_swapped_out"] > 0
     assert any(plan.swap_ins and plan.swap_outs for plan in kept.plans)
+
+
+def kv_of(driver, request_id: str, num_tokens: int):
+    """The KV of a running request's context: per layer, K and V as [num_tokens, heads * dim]."""
+    request = driver.core._requests[request_id]
+    blocks = [chunk.gpu_block for chunk in request.chunks]
+    return [
+        tuple(pool[blocks].transpose(1, 2).flatten(0, 1).flatten(1)[:num_tokens] for pool in pools)
+        for pools in driver.executor.gpu_store.layer_pools
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restored_kv_and_logits_equal_recomputed_ones_per_layer(family, tiny_model, make_driver):
+    """A context of which a part was swapped in, a part was dropped and recomputed, and a part never left."""
+    options = {"chunk_size": 8, "max_model_len": 128}
+    kept = make_driver(tiny_model(family), num_gpu_blocks=16, num_cpu_blocks=5, swap_out_watermark=0.0, **options)
+    fresh = make_driver(tiny_model(family), num_gpu_blocks=16, mode="stateless", **options)
+    rng = random.Random(family)
+    prompt = rng.choices(range(3, 250), k=70)
+    history = prompt + kept.generate("first", prompt, conversation_id="a")
+    kept.generate("other", rng.choices(range(3, 250), k=100), conversation_id="b")
+
+    context = history + [60, 61, 62]
+    sampling = SamplingParams(temperature=0.0, max_tokens=4, logprobs=5)
+    for driver in (kept, fresh):
+        driver.add("again", context, "a", sampling)
+        driver.step()
+    start = kept.plans[-1]
+    assert start.swap_ins, "nothing was in the CPU tier"
+    assert len(start.segments) > 1, "nothing was dropped in the middle"
+    assert kept.cached["again"] > 8 * len(start.swap_ins), "nothing had stayed on the GPU"
+    for ours, theirs in zip(kv_of(kept, "again", len(context)), kv_of(fresh, "again", len(context)), strict=True):
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    ours, theirs = (dict(driver.samples["again"][0].top_logprobs) for driver in (kept, fresh))
+    assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_no_request_waits_for_ever_when_both_tiers_are_full(tiny_model, make_driver):
+    """Twelve contexts, three of which fill both tiers, all at once: suspensions, and yet each ends within the steps that the
+    work takes one by one."""
+    driver = make_driver(
+        tiny_model("llama"),
+        chunk_size=8,
+        num_gpu_blocks=16,
+        num_cpu_blocks=24,
+        max_model_len=128,
+        max_num_seqs=12,
+        max_num_batched_tokens=32,
+        decode_reserve=0.0,
+    )
+    rng = random.Random(0)
+    num_prompt, num_output = 30, 90
+    for i in range(12):
+        prompt = rng.choices(range(3, 250), k=num_prompt)
+        driver.add(f"r{i}", prompt, f"c{i}", SamplingParams(temperature=0.0, max_tokens=num_output))
+    # One after the other: a request's prompt takes at most two steps here, its answer one per token, and whoever was
+    # suspended computes its context again in at most four.
+    bound = 12 * (2 + num_output + 4)
+    ended = []
+    while driver.core.has_requests:
+        ended += [output.request_id for output in driver.step() if output.finish_reason is not None]
+        driver.core.check_integrity()
+        assert driver.now <= bound
+    stats = driver.core.get_statistics()
+    assert stats["num_suspensions"] > 0
+    assert stats["num_swap_ins"] > 0
+    assert ended[0] == "r0", "the oldest request was held up by newer ones"
+    assert sorted(ended) == sorted(f"r{i}" for i in range(12))
