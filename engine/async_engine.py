@@ -68,7 +68,8 @@ class AsyncEngine:
         self._executor: Executor = executor
         loaded = executor.loaded
         self._vocab_size = loaded.vocab_size
-        self._eos_token_ids = tuple({*loaded.eos_token_ids, *filter(None, [self._tokenizer.eos_token_id])})
+        eos_token_id = self._tokenizer.eos_token_id
+        self._eos_token_ids = tuple({*loaded.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
         self.max_model_len = _resolve_max_model_len(config, loaded.max_model_len, executor.num_gpu_blocks)
         self._conversations = ConversationTable(MAX_CONVERSATION_TOKENS)
         self._core = EngineCore(
@@ -126,9 +127,9 @@ class AsyncEngine:
         )
         detokenizer = self._tokenizer.detokenizer(transcript.token_ids, sampling.stop)
         stream = _Stream(request, transcript, detokenizer, asyncio.get_running_loop())
-        await self._call(lambda: self._add(stream))
         is_first, is_finished = True, False
         try:
+            await self._call(lambda: self._add(stream))
             while not is_finished:
                 items = [await stream.items.get()]
                 while not stream.items.empty():
@@ -147,7 +148,7 @@ class AsyncEngine:
                     raise failure
         finally:
             if not is_finished:
-                self._commands.put(lambda: self._abort(request_id))
+                self._commands.put(lambda: self._abort(stream))
 
     def get_statistics(self) -> dict[str, Any]:
         """Counters since the start and the state now; see EngineCore.get_statistics."""
@@ -305,9 +306,11 @@ class AsyncEngine:
         self._core.add_request(stream.request, time.monotonic())
         self._streams[stream.request.request_id] = stream
 
-    def _abort(self, request_id: str) -> None:
-        stream = self._streams.pop(request_id, None)
-        if stream is not None:
+    def _abort(self, stream: _Stream) -> None:
+        """Not by id: a refused request may bear the id of one that runs."""
+        request_id = stream.request.request_id
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
             self._core.abort(request_id, time.monotonic())
             self._remember(stream)
 
@@ -328,6 +331,8 @@ class AsyncEngine:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def command() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # whoever asked was cancelled meanwhile
             if self._is_stopping:
                 future.set_exception(EngineStoppedError("the engine is shut down"))
                 return
@@ -337,7 +342,7 @@ class AsyncEngine:
                 future.set_exception(error)
 
         self._commands.put(command)
-        if not self._thread.is_alive():
+        if self._is_stopping:  # the thread may have looked for commands for the last time
             self.check_health()
         return await asyncio.wrap_future(future)
 

@@ -110,10 +110,12 @@ class Detokenizer:
         piece = self._stream.step(self._backend, token_id)
         if not piece:
             return
-        searched_from = max(0, len(self.text) - max(map(len, self._stop), default=0))
+        num_before = len(self.text)
         self.text += piece
-        if may_stop and self._stop:
-            found = [at for at in (self.text.find(stop, searched_from) for stop in self._stop) if at >= 0]
+        if may_stop:
+            # It has to end in the new text: one that was complete while it might not stop is text like any other.
+            places = [self.text.find(stop, max(0, num_before - len(stop) + 1)) for stop in self._stop]
+            found = [place for place in places if place >= 0]
             if found:
                 self.text = self.text[: min(found)]
                 self.is_stopped = True

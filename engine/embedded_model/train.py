@@ -50,7 +50,8 @@ CHAT_TEMPLATE = (
 
 CONTEXT_EDGES = (0, 150, 350, 750, 1250, 1750, 2250, 3000, 3600, 4096)
 EVALUATION_SEED = 1_000_000
-NUM_EVALUATION_DIALOGUES = 60
+# (dialogues, turns in each): some that fill the window, and short ones, so that every context length has its asks.
+EVALUATION_SIZES = ((120, 400), (300, 12))
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,18 +358,18 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dialogu
 
 
 def measure_recall(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_dialogues: int = NUM_EVALUATION_DIALOGUES
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Share of exact answers over held-out dialogues that fill the window.
+    """Share of exact answers over held-out dialogues, cut at the end of the window.
 
     "by_kind" of the turn; for asks also "by_context_len" and "by_distance" to where the fact was last said.
-    Every other dialogue has long messages: few facts are told there and some are first asked for far behind.
     """
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
-    for i in range(num_dialogues):
+    sizes = [num_turns for num_dialogues, num_turns in EVALUATION_SIZES for _ in range(num_dialogues)]
+    for i, num_turns in enumerate(sizes):
+        # Every other one has long messages: few facts are told there and some are first asked for far behind.
         filler_words = (20, 170) if i % 2 else None
-        dialogue = generate_dialogue(EVALUATION_SEED + i, num_turns=400, filler_words=filler_words)
-        for answer in answers(model, tokenizer, dialogue):
+        for answer in answers(model, tokenizer, generate_dialogue(EVALUATION_SEED + i, num_turns, filler_words)):
             right["by_kind", answer.turn.kind].append(answer.is_exact)
             if answer.turn.kind == "ask":
                 right["by_context_len", _bucket(answer.context_len)].append(answer.is_exact)

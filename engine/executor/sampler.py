@@ -108,7 +108,9 @@ def _apply_penalties(logits: torch.Tensor, state: SamplingState) -> None:
 def _draw(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
     """Token ids [rows]. Each row goes the same way whatever its neighbours want, or its draw would depend on them."""
     device = logits.device
-    temperature = torch.tensor([state.params.temperature for state in states], device=device)
+    # In float32 the smallest temperatures would be 0, and 0 / 0 is no number.
+    smallest = torch.finfo(torch.float32).tiny
+    temperature = torch.tensor([max(state.params.temperature, smallest) for state in states], device=device)
     uniforms = torch.tensor(
         [uniform(state.params.seed or 0, state.num_tokens) for state in states],
         dtype=torch.float64,

@@ -1,0 +1,58 @@
+"""The application that `serve run` builds: ingress replicas in front of engine replicas. Wiring only; what
+the numbers mean is written in `schema.AppArgs`.
+"""
+
+# No `from __future__ import annotations`: Serve reads the annotation of `build` to make AppArgs of a plain dict.
+
+from ray import serve
+from ray.serve.config import BackpressureConfig, RequestRouterConfig
+from ray.serve.deployment import Application
+
+from deployments.ingress import Ingress
+from deployments.llm_server import LLMServer
+from deployments.schema import AppArgs
+from deployments.session_router import SessionRouter
+
+# An ingress replica holds what runs and what waits, and refuses the rest with an OpenAI error body itself;
+# these bound only what is still arriving.
+INGRESS_MAX_ONGOING_REQUESTS = 4096
+INGRESS_MAX_QUEUED_REQUESTS = 4096
+RETRY_AFTER_S = 2.0
+# How soon a dead engine is noticed, and how long a busy one may take to answer, in seconds.
+HEALTH_CHECK_PERIOD_S = 2.0
+HEALTH_CHECK_TIMEOUT_S = 10.0
+# How soon the routers hear of ranks that changed in a scale-down, in seconds.
+ROUTING_STATS_PERIOD_S = 2.0
+
+
+def build(args: AppArgs) -> Application:
+    """A Serve application from the `args` of its configuration. Loads nothing: the replicas do."""
+    overload = BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S)
+    engine = serve.deployment(
+        LLMServer,
+        name="LLMServer",
+        num_replicas=args.num_replicas,
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        max_ongoing_requests=args.max_ongoing_requests,
+        max_queued_requests=args.max_queued_requests,
+        backpressure_config=overload,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
+        request_router_config=RequestRouterConfig(
+            request_router_class=SessionRouter,
+            request_router_kwargs={"num_fallback_replicas": args.num_fallback_replicas},
+            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
+        ),
+    )
+    ingress = serve.deployment(
+        serve.ingress()(Ingress),
+        name="Ingress",
+        num_replicas=args.num_ingress_replicas,
+        ray_actor_options={"num_cpus": args.ingress_num_cpus},
+        max_ongoing_requests=INGRESS_MAX_ONGOING_REQUESTS,
+        max_queued_requests=INGRESS_MAX_QUEUED_REQUESTS,
+        backpressure_config=overload,
+        graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
+    )
+    return ingress.bind(engine.bind(args.engine_config, args.stream_interval_s), args.max_body_bytes)

@@ -1,0 +1,62 @@
+"""What travels between the ingress and an engine replica: one request there, a stream of items back. Plain
+values, so that no exception class and no engine object has to survive pickling. Knows neither HTTP nor Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.core.request import SamplingParams
+from engine.errors import PensieveError
+from engine.output import OutputDelta
+from engine.prompt import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One turn. stream: deltas as they come; else one delta with the whole answer. request_id is unique among
+    running requests."""
+
+    request_id: str
+    session_id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    stream: bool
+    return_prompt_token_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaItem:
+    """A part of the answer, from the engine replica of that rank."""
+
+    delta: OutputDelta
+    replica_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorItem:
+    """The request ended here, with an HTTP status and the fields of an OpenAI error body. retry_after_s: when
+    trying again makes sense; None = no hint."""
+
+    status: int
+    message: str
+    kind: str
+    code: str | None = None
+    param: str | None = None
+    retry_after_s: float | None = None
+
+    @classmethod
+    def from_error(cls, error: PensieveError) -> ErrorItem:
+        retry_after_s = 1.0 if error.http_status == 503 else None
+        return cls(error.http_status, error.message, error.kind, error.code, error.param, retry_after_s)
+
+
+GenerationItem = DeltaItem | ErrorItem
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What the engine serves: the name that clients ask for, and the window in tokens, prompt and answer."""
+
+    model_name: str
+    max_model_len: int

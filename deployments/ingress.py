@@ -1,0 +1,213 @@
+"""The HTTP face: OpenAI's endpoints over an EngineClient. Validates, names the session, words the answers and
+the errors. Nothing here knows a token, a cache or a replica beyond the number that it reports.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from deployments.body_limit import BodyLimit
+from deployments.engine_client import EngineClient
+from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
+from deployments.openai_responses import (
+    DONE,
+    AnswerFormat,
+    ChatFormat,
+    CompletionFormat,
+    error_body,
+    sse_event,
+)
+from deployments.openai_types import BodyT, ChatCompletionBody, CompletionBody, parse_request
+from deployments.session_key import session_key
+from engine import __version__
+from engine.errors import PensieveError, UnknownModelError
+
+
+class Engine(Protocol):
+    """What the HTTP face needs of the engine replicas; EngineClient has it."""
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]: ...
+
+    async def describe(self) -> ModelCard: ...
+
+    async def model_card(self) -> ModelCard: ...
+
+
+class Ingress:
+    """The ingress deployment; Serve asks it for the application once it is constructed."""
+
+    def __init__(self, handle: DeploymentHandle, max_body_bytes: int) -> None:
+        self._engine = EngineClient(handle)
+        self._max_body_bytes = max_body_bytes
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        ingress_id = serve.get_replica_context().replica_id.unique_id
+        return create_app(self._engine, max_body_bytes=self._max_body_bytes, ingress_id=ingress_id)
+
+
+def create_app(engine: Engine, *, max_body_bytes: int, ingress_id: str) -> FastAPI:
+    """The application. ingress_id goes out in a header, for experiments with routing."""
+    app = FastAPI(
+        openapi_url=None,  # the API is OpenAI's, documented there
+        redirect_slashes=False,
+        exception_handlers={
+            PensieveError: _pensieve_error,
+            HTTPException: _http_error,
+            Exception: _unexpected_error,
+        },
+    )
+    too_large = ErrorItem(
+        413, f"the body is larger than {max_body_bytes} bytes", "invalid_request_error", "body_too_large"
+    )
+    app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes, too_large=_error_response(too_large))
+    started = int(time.time())
+
+    async def answer(
+        request: Request,
+        kind: type[BodyT],
+        make_format: Callable[[str, int, BodyT], AnswerFormat],
+        id_prefix: str,
+    ) -> Response:
+        body, data = parse_request(kind, await request.body())
+        sampling = body.sampling_params()
+        _check_model(body.model, await engine.model_card())
+        generation = GenerationRequest(
+            request_id=id_prefix + uuid.uuid4().hex,
+            session_id=session_key(request.headers.items(), data),
+            prompt=body.prompt_value(),
+            sampling=sampling,
+            stream=body.stream,
+            return_prompt_token_ids=body.return_token_ids,
+        )
+        answer_format = make_format(generation.request_id, int(time.time()), body)
+        items = engine.generate(generation)
+        first = await anext(items)  # decides on the status; nothing is sent before
+        if isinstance(first, ErrorItem) or not body.stream:
+            await _exhaust(items)
+        if isinstance(first, ErrorItem):
+            return _error_response(first)
+        headers = {"x-pensieve-replica": str(first.replica_rank), "x-pensieve-ingress": ingress_id}
+        if not body.stream:
+            return JSONResponse(answer_format.whole(first.delta), headers=headers)
+        return StreamingResponse(
+            _events(first, items, answer_format, include_usage=body.include_usage),
+            media_type="text/event-stream",
+            headers=headers | {"cache-control": "no-cache"},
+        )
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await answer(request, ChatCompletionBody, ChatFormat, "chatcmpl-")
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await answer(request, CompletionBody, CompletionFormat, "cmpl-")
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [_model(await engine.model_card(), started)]})
+
+    @app.get("/v1/models/{model:path}")  # path: hub ids have a slash
+    async def model(model: str) -> Response:
+        card = await engine.model_card()
+        _check_model(model, card)
+        return JSONResponse(_model(card, started))
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        await engine.describe()
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/version")
+    async def version() -> Response:
+        return JSONResponse({"version": __version__})
+
+    return app
+
+
+async def _events(
+    first: DeltaItem,
+    items: AsyncGenerator[GenerationItem, None],
+    answer_format: AnswerFormat,
+    *,
+    include_usage: bool,
+) -> AsyncGenerator[str, None]:
+    """Server-sent events. An error after the start is an event; without [DONE], for the answer is not done."""
+    async with aclosing(items):
+        item: GenerationItem = first
+        while isinstance(item, DeltaItem):
+            if chunks := answer_format.chunks(item.delta):
+                yield "".join(map(sse_event, chunks))  # one message: each has its price
+            if item.delta.finish_reason is not None:
+                if include_usage:
+                    yield sse_event(answer_format.usage_chunk(item.delta))
+                yield DONE
+                break
+            item = await anext(items)
+        else:
+            yield sse_event(error_body(item))
+        await _exhaust(items)
+
+
+async def _exhaust(items: AsyncGenerator[GenerationItem, None]) -> None:
+    """To its end: closing it before would cancel a call that is about to be over by itself."""
+    async for _ in items:
+        pass
+
+
+def _check_model(name: str, card: ModelCard) -> None:
+    if name != card.model_name:
+        raise UnknownModelError(f"no model {name!r} here; there is {card.model_name!r}", param="model")
+
+
+def _model(card: ModelCard, created: int) -> dict[str, Any]:
+    return {
+        "id": card.model_name,
+        "object": "model",
+        "created": created,
+        "owned_by": "pensieve",
+        "max_model_len": card.max_model_len,
+    }
+
+
+def _error_response(error: ErrorItem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    headers = dict(headers or {})
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+async def _pensieve_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PensieveError)
+    return _error_response(ErrorItem.from_error(error))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """No such route, or not with this method."""
+    assert isinstance(error, HTTPException)
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+    item = ErrorItem(
+        error.status_code, f"{request.method} {request.url.path}: {error.detail}", "invalid_request_error", code
+    )
+    return _error_response(item, error.headers)
+
+
+async def _unexpected_error(request: Request, error: Exception) -> Response:
+    """Starlette raises it again after this, so that Serve logs it."""
+    return _error_response(ErrorItem(500, "internal error", "server_error"))

@@ -1,0 +1,109 @@
+"""The engine replica: one AsyncEngine behind a Serve deployment. Turns its output into few, plain items and
+its errors into values. Knows no HTTP; decides nothing about scheduling or caching.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, cast
+
+from ray import serve
+
+from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
+from deployments.session_router import RANK
+from engine.config import EngineConfig
+from engine.errors import PensieveError
+from engine.output import OutputDelta, merge_deltas
+
+if TYPE_CHECKING:
+    from engine.async_engine import AsyncEngine
+
+# Serve writes this logger to the replica's own file, with the HTTP request id on each line.
+logger = logging.getLogger("ray.serve")
+
+
+def start_engine(config: EngineConfig) -> AsyncEngine:
+    # Here and not above: what builds the application, and the ingress, need neither torch nor its 300 MB.
+    from engine.async_engine import AsyncEngine
+
+    return AsyncEngine(config)
+
+
+class LLMServer:
+    """One engine and its stream of answers.
+
+    stream_interval_s: the first token of an answer goes out at once, later ones at most this often; one Serve
+    message a token would cost more than the token.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        stream_interval_s: float,
+        start_engine: Callable[[EngineConfig], AsyncEngine] = start_engine,
+    ) -> None:
+        self._stream_interval_s = stream_interval_s
+        self._engine = start_engine(config)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
+        """The answer as DeltaItems, or what was got of it and an ErrorItem. Closing or cancelling aborts the
+        request."""
+        rank = self.replica_rank()
+        deltas = self._engine.generate(
+            request.prompt,
+            request.sampling,
+            request_id=request.request_id,
+            session_id=request.session_id,
+            return_prompt_token_ids=request.return_prompt_token_ids,
+        )
+        try:
+            # aclosing: closed here, the engine has to hear of it now and not when garbage is collected.
+            async with aclosing(cast(AsyncGenerator[OutputDelta, None], deltas)):
+                if request.stream:
+                    async for delta in deltas:
+                        yield DeltaItem(delta, rank)
+                        if delta.finish_reason is None:
+                            # Meanwhile the engine puts together what comes; see AsyncEngine.generate.
+                            await asyncio.sleep(self._stream_interval_s)
+                else:
+                    yield DeltaItem(merge_deltas([delta async for delta in deltas]), rank)
+        except PensieveError as error:
+            yield ErrorItem.from_error(error)
+        except Exception:
+            # Never the prompt: logs are read by more people than conversations are.
+            logger.exception("request %s failed", request.request_id)
+            yield ErrorItem(500, f"internal error while serving {request.request_id}", "server_error")
+
+    async def describe(self) -> ModelCard:
+        """Also the sign of life that readiness asks for. Raises EngineStoppedError where the engine is dead."""
+        self._engine.check_health()
+        return ModelCard(self._engine.model_name, self._engine.max_model_len)
+
+    async def get_statistics(self) -> dict[str, Any]:
+        return {"replica_rank": self.replica_rank(), **self._engine.get_statistics()}
+
+    async def check_integrity(self) -> None:
+        """Raises AssertionError where the books of the cache do not balance."""
+        await self._engine.check_integrity()
+
+    def replica_rank(self) -> int:
+        """Asked each time: Serve may change it after a scale-down."""
+        return int(serve.get_replica_context().rank.rank)
+
+    # -- what Serve calls by name ------------------------------------------------------------------
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        return {RANK: self.replica_rank()}
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        return {RANK: self.replica_rank()}
+
+    def check_health(self) -> None:
+        """Raises EngineStoppedError, and Serve replaces the replica."""
+        self._engine.check_health()
+
+    async def __del__(self) -> None:
+        await self._engine.shutdown()

@@ -1,0 +1,24 @@
+"""Rendezvous (highest random weight) hashing: which replica a session belongs to. A pure function, so that
+every ingress replica decides alike without talking to the others. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+
+def rank_replicas(session_id: str, ranks: Sequence[int]) -> list[int]:
+    """Indices into `ranks`, the session's home first, then where it goes while those before are full or gone.
+
+    The order depends on the set of ranks alone: one more rank takes its share of sessions from each of the
+    others and moves no session between them; one less gives each of its sessions to that session's second
+    choice. Equal ranks (seen for a moment while a replica is replaced) keep the order in which they were
+    given.
+    """
+    return sorted(range(len(ranks)), key=lambda index: _weight(session_id, ranks[index]), reverse=True)
+
+
+def _weight(session_id: str, rank: int) -> int:
+    digest = hashlib.blake2b(f"{rank}|{session_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")

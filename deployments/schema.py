@@ -1,0 +1,119 @@
+"""What `serve_config.yaml` may say: AppArgs, the `args` of our application, and a check of the whole file
+against Ray's own schema, because Ray takes unknown keys in silence. Starts nothing.
+
+    python -m deployments.schema serve_config.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from ray.serve.schema import ServeDeploySchema
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+
+IMPORT_PATH = "deployments.app:build"
+
+
+class AppArgs(BaseModel):
+    """Arguments of `deployments.app:build`. A change of these replaces every replica, and with it every
+    cache; the number of replicas is better changed under `deployments:` in the file, which leaves running
+    ones alone.
+
+    engine: options of EngineConfig. num_replicas: engine replicas; each holds the model and its own cache.
+    num_cpus, num_gpus: what Ray sets aside for one of them (fractions are fine; CPUs are not enforced).
+    num_ingress_replicas, ingress_num_cpus: the HTTP side. max_ongoing_requests: requests in one engine
+    replica; further ones of its sessions go to the num_fallback_replicas next in their order.
+    max_queued_requests: how many may wait in one ingress replica when all are full; above that, 429.
+    max_body_bytes: of a request. stream_interval_s: least time between two chunks of one stream, seconds.
+    graceful_shutdown_timeout_s: what running requests get to end in when a replica is stopped, seconds.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: dict[str, Any] = {}
+    num_replicas: int = Field(default=1, ge=1)
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    num_ingress_replicas: int = Field(default=1, ge=1)
+    ingress_num_cpus: float = Field(default=0.25, ge=0)
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    num_fallback_replicas: int = Field(default=1, ge=0)
+    max_queued_requests: int = Field(default=256, ge=1)
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1)
+    stream_interval_s: float = Field(default=0.01, ge=0)
+    graceful_shutdown_timeout_s: float = Field(default=20.0, ge=0)
+
+    @field_validator("engine")
+    @classmethod
+    def _check_engine(cls, options: dict[str, Any]) -> dict[str, Any]:
+        try:
+            EngineConfig.from_options(options)
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        return options
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        return EngineConfig.from_options(self.engine)
+
+
+def check_serve_config(path: str | Path) -> list[str]:
+    """What is wrong with a Serve config file, one line each: unknown keys at any level, what Ray's schema
+    refuses, and arguments of our application that AppArgs refuses."""
+    config = yaml.safe_load(Path(path).read_text())
+    problems = list(_unknown_keys(config, ServeDeploySchema, ""))
+    try:
+        ServeDeploySchema.model_validate(config)
+    except ValidationError as error:
+        return problems + _problems(error, "")
+    for index, application in enumerate(config["applications"]):
+        if application["import_path"] == IMPORT_PATH:
+            try:
+                AppArgs.model_validate(application.get("args") or {})
+            except ValidationError as error:
+                problems += _problems(error, f"applications[{index}].args.")
+    return problems
+
+
+def _problems(error: ValidationError, prefix: str) -> list[str]:
+    return [f"{prefix}{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+
+
+def _unknown_keys(value: Any, kind: Any, where: str) -> Iterator[str]:
+    """Walks value and type side by side, into pydantic models only; a plain dict may hold any key."""
+    model = _model_in(kind)
+    if model is None:
+        return
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _unknown_keys(item, model, f"{where}[{index}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            name = f"{where}.{key}" if where else str(key)
+            if key in model.model_fields:
+                yield from _unknown_keys(item, model.model_fields[key].annotation, name)
+            else:
+                yield f"{name}: unknown key; known are {', '.join(sorted(model.model_fields))}"
+
+
+def _model_in(kind: Any) -> type[BaseModel] | None:
+    """The model that a type is, or holds as a list or an alternative."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    if typing.get_origin(kind) in (list, Union, types.UnionType):
+        return next(filter(None, map(_model_in, typing.get_args(kind))), None)
+    return None
+
+
+if __name__ == "__main__":
+    found = [problem for path in sys.argv[1:] for problem in check_serve_config(path)]
+    sys.exit("\n".join(found) if found else 0)

@@ -1,0 +1,55 @@
+"""Which conversation a request belongs to, from what its client sends. Requests with one key go to one
+replica. Looks at plain data only: knows no HTTP library and no model of the body.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+SESSION_HEADERS = ("x-session-id", "x-correlation-id")
+# How much of a prompt tells conversations apart that name no session: characters of a text, or token ids.
+PROMPT_BEGINNING = 256
+
+
+def session_key(headers: Iterable[tuple[str, str]], body: Mapping[str, Any]) -> str:
+    """The first that is there and not empty: header x-session-id, header x-correlation-id, then session_id,
+    conversation (an id, or an object with one) and prompt_cache_key of the body; else a hash of the first
+    system message and the first user message, or of the beginning of the prompt.
+
+    Header names are matched without regard to case, and `_` counts as `-`. A completions client that
+    continues a prompt shorter than PROMPT_BEGINNING should name its session: there the hash changes with the
+    prompt.
+    """
+    by_name: dict[str, str] = {}
+    for name, value in headers:
+        by_name.setdefault(name.lower().replace("_", "-"), value.strip())
+    conversation = body.get("conversation")
+    named = (
+        *(by_name.get(name) for name in SESSION_HEADERS),
+        body.get("session_id"),
+        conversation.get("id") if isinstance(conversation, Mapping) else conversation,
+        body.get("prompt_cache_key"),
+    )
+    for key in named:
+        if key:
+            return str(key)
+    return "content-" + _content_hash(body)
+
+
+def _content_hash(body: Mapping[str, Any]) -> str:
+    if "messages" in body:
+        messages = body["messages"]
+        beginning: Any = [_first(messages, ("system", "developer")), _first(messages, ("user",))]
+    else:
+        prompt = body.get("prompt") or ""
+        if isinstance(prompt, list) and isinstance(prompt[0], (str, list)):
+            prompt = prompt[0]  # a batch of one is the same prompt as the one
+        beginning = prompt[:PROMPT_BEGINNING]
+    return hashlib.blake2b(json.dumps(beginning).encode(), digest_size=16).hexdigest()
+
+
+def _first(messages: Iterable[Mapping[str, Any]], roles: tuple[str, ...]) -> Any:
+    return next((message.get("content") for message in messages if message.get("role") in roles), None)

@@ -1,0 +1,277 @@
+"""The HTTP application over a scripted engine: what is on the wire, for good requests and for bad ones."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.types import Message
+
+from deployments.generation import DeltaItem, ErrorItem
+from engine import __version__
+from engine.output import OutputDelta
+from engine.prompt import ChatPrompt, TokenPrompt
+
+CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": [7, 8]}
+USAGE = {
+    "prompt_tokens": 5,
+    "completion_tokens": 4,
+    "total_tokens": 9,
+    "prompt_tokens_details": {"cached_tokens": 3},
+}
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The data of each event; "[DONE]" as it is. Checks the framing."""
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["cache-control"] == "no-cache"
+    blocks = response.text.split("\n\n")
+    assert blocks.pop() == ""
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    return [data if (data := block[6:]) == "[DONE]" else json.loads(data) for block in blocks]
+
+
+def assert_error(response: httpx.Response, status: int, code: str | None, param: str | None) -> None:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert (error["code"], error["param"]) == (code, param)
+
+
+async def test_chat(client: httpx.AsyncClient, engine: Any) -> None:
+    engine.items = [DeltaItem(OutputDelta("Hello", (1, 2, 3, 4), (), (), 5, 3, 4, "stop"), 2)]
+    response = await client.post(CHAT_URL, json=CHAT | {"seed": 3}, headers={"X_Session_ID": "me"})
+    assert response.status_code == 200
+    assert response.headers["x-pensieve-replica"] == "2"
+    assert response.headers["x-pensieve-ingress"] == "ingress-1"
+    answer = response.json()
+    assert answer["id"].startswith("chatcmpl-")
+    assert answer["object"] == "chat.completion"
+    assert answer["model"] == "tiny"
+    assert answer["choices"] == [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Hello", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ]
+    assert answer["usage"] == USAGE
+    (request,) = engine.requests
+    assert request.request_id == answer["id"]
+    assert request.session_id == "me"
+    assert request.prompt == ChatPrompt((("user", "hi"),))
+    assert request.sampling.seed == 3
+    assert not request.stream
+    assert (engine.num_running, engine.num_aborted) == (0, 0)
+
+
+async def test_chat_stream(client: httpx.AsyncClient, engine: Any) -> None:
+    response = await client.post(CHAT_URL, json=CHAT | {"stream": True})
+    assert response.headers["x-pensieve-replica"] == "2"
+    *chunks, done = events(response)
+    assert done == "[DONE]"
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": "", "refusal": None},
+        {"content": "Hel"},
+        {"content": "lo"},
+    ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "stop"]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert all("usage" not in chunk for chunk in chunks)
+    assert engine.requests[0].stream
+    assert (engine.num_running, engine.num_aborted) == (0, 0)
+
+
+@pytest.mark.parametrize(("url", "body"), [(CHAT_URL, CHAT), (COMPLETIONS_URL, COMPLETION)])
+async def test_usage_comes_last_and_without_choices(client: httpx.AsyncClient, url: str, body: Any) -> None:
+    response = await client.post(url, json=body | {"stream": True, "stream_options": {"include_usage": True}})
+    *chunks, usage, done = events(response)
+    assert done == "[DONE]"
+    assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks)
+    assert usage["choices"] == []
+    assert usage["usage"] == USAGE
+
+
+async def test_completion(client: httpx.AsyncClient, engine: Any) -> None:
+    engine.items = [DeltaItem(OutputDelta("Hello", (1, 2), (), (7, 8), 5, 0, 4, "length"), 2)]
+    answer = (await client.post(COMPLETIONS_URL, json=COMPLETION | {"return_token_ids": True})).json()
+    assert answer["object"] == "text_completion"
+    assert answer["id"].startswith("cmpl-")
+    assert answer["choices"] == [
+        {
+            "index": 0,
+            "text": "Hello",
+            "logprobs": None,
+            "finish_reason": "length",
+            "token_ids": [1, 2],
+            "prompt_token_ids": [7, 8],
+        }
+    ]
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert engine.requests[0].prompt == TokenPrompt((7, 8))
+    assert engine.requests[0].return_prompt_token_ids
+
+
+async def test_completion_stream(client: httpx.AsyncClient) -> None:
+    *chunks, done = events(await client.post(COMPLETIONS_URL, json=COMPLETION | {"stream": True}))
+    assert done == "[DONE]"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "Hello"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_error_before_the_answer_decides_the_status(
+    client: httpx.AsyncClient, engine: Any, stream: bool
+) -> None:
+    engine.items = [ErrorItem(400, "too long", "invalid_request_error", "context_length_exceeded", "messages")]
+    response = await client.post(CHAT_URL, json=CHAT | {"stream": stream})
+    assert_error(response, 400, "context_length_exceeded", "messages")
+    assert "retry-after" not in response.headers
+    assert (engine.num_running, engine.num_aborted) == (0, 0)
+
+
+async def test_overload_says_when_to_come_back(client: httpx.AsyncClient, engine: Any) -> None:
+    engine.items = [ErrorItem(429, "full", "rate_limit_error", "overloaded", retry_after_s=1.2)]
+    response = await client.post(CHAT_URL, json=CHAT)
+    assert_error(response, 429, "overloaded", None)
+    assert response.headers["retry-after"] == "2"
+
+
+async def test_an_error_in_mid_stream_is_an_event_and_the_end(client: httpx.AsyncClient, engine: Any) -> None:
+    engine.items[1:] = [ErrorItem(503, "lost", "service_unavailable", "replica_lost")]
+    response = await client.post(CHAT_URL, json=CHAT | {"stream": True})
+    assert response.status_code == 200
+    *_, error = events(response)
+    assert error == {"error": {"message": "lost", "type": "service_unavailable", "param": None, "code": "replica_lost"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "param", "code"),
+    [
+        (b"{", None, None),
+        (b"", None, None),
+        (b"[1]", None, None),
+        (b"\xff\xfe\x00", None, None),
+        (json.dumps(CHAT | {"temperature": "hot"}).encode(), "temperature", "invalid_value"),
+        (json.dumps(CHAT | {"temperature": -1}).encode(), "temperature", "invalid_value"),
+        (json.dumps(CHAT | {"messages": []}).encode(), "messages", "invalid_value"),
+        (json.dumps(CHAT | {"tools": [{}]}).encode(), "tools", "unsupported_parameter"),
+        (json.dumps(CHAT | {"mystery": 1}).encode(), "mystery", "unknown_parameter"),
+    ],
+)
+async def test_bad_requests_do_not_reach_the_engine(
+    client: httpx.AsyncClient, engine: Any, content: bytes, param: str | None, code: str | None
+) -> None:
+    assert_error(await client.post(CHAT_URL, content=content), 400, code, param)
+    assert engine.requests == []
+    assert engine.num_describes == 0
+
+
+async def test_content_type_does_not_matter(client: httpx.AsyncClient) -> None:
+    response = await client.post(
+        CHAT_URL, content=json.dumps(CHAT), headers={"content-type": "application/x-www-form-urlencoded"}
+    )
+    assert response.status_code == 200
+
+
+async def test_unknown_model(client: httpx.AsyncClient, engine: Any) -> None:
+    assert_error(await client.post(CHAT_URL, json=CHAT | {"model": "gpt"}), 404, "model_not_found", "model")
+    assert engine.requests == []
+
+
+async def test_too_large(client: httpx.AsyncClient, engine: Any) -> None:
+    assert_error(await client.post(CHAT_URL, content=b"x" * 10_000), 413, "body_too_large", None)
+
+    async def chunks() -> Any:
+        for _ in range(10):
+            yield b"x" * 1000
+
+    assert_error(await client.post(CHAT_URL, content=chunks()), 413, "body_too_large", None)
+    assert engine.requests == []
+
+
+async def test_unknown_route_and_wrong_method(client: httpx.AsyncClient) -> None:
+    assert_error(await client.get("/v2/chat"), 404, "unknown_url", None)
+    assert_error(await client.post(CHAT_URL + "/", json=CHAT), 404, "unknown_url", None)
+    response = await client.get(CHAT_URL)
+    assert_error(response, 405, "method_not_allowed", None)
+    assert response.headers["allow"] == "POST"
+
+
+async def test_a_bug_is_an_error_body_too(client: httpx.AsyncClient, engine: Any) -> None:
+    engine.items = [None]
+    assert_error(await client.post(CHAT_URL, json=CHAT), 500, None, None)
+
+
+async def test_models(client: httpx.AsyncClient) -> None:
+    (model,) = (await client.get("/v1/models")).json()["data"]
+    assert (model["id"], model["object"], model["max_model_len"]) == ("tiny", "model", 100)
+    assert (await client.get("/v1/models/tiny")).json() == model
+    assert_error(await client.get("/v1/models/some/other"), 404, "model_not_found", "model")
+
+
+async def test_liveness_readiness_version(client: httpx.AsyncClient, engine: Any) -> None:
+    assert (await client.get("/health")).json() == {"status": "ok"}
+    assert (await client.get("/ready")).status_code == 200
+    assert (await client.get("/version")).json() == {"version": __version__}
+    engine.is_up = False
+    assert (await client.get("/health")).status_code == 200
+    response = await client.get("/ready")
+    assert_error(response, 503, "engine_stopped", None)
+    assert response.headers["retry-after"] == "1"
+
+
+class Connection:
+    """One POST of a client that may leave, as an ASGI server gives it to the application."""
+
+    def __init__(self, app: FastAPI, body: dict[str, Any], spec_version: str) -> None:
+        self._incoming: asyncio.Queue[Message] = asyncio.Queue()
+        self._incoming.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
+        self.sent: asyncio.Queue[Message] = asyncio.Queue()
+        scope = {
+            "type": "http",
+            "asgi": {"spec_version": spec_version},
+            "method": "POST",
+            "path": CHAT_URL,
+            "query_string": b"",
+            "headers": [],
+        }
+        self.task = asyncio.create_task(app(scope, self._incoming.get, self.sent.put))
+
+    def leave(self) -> None:
+        self._incoming.put_nowait({"type": "http.disconnect"})
+
+
+async def test_client_that_leaves_in_mid_stream_is_told_to_the_engine(app: FastAPI, engine: Any) -> None:
+    engine.hangs, engine.items = True, engine.items[:2]
+    connection = Connection(app, CHAT | {"stream": True}, spec_version="2.3")
+    assert (await connection.sent.get())["type"] == "http.response.start"
+    assert b"Hel" in (await connection.sent.get())["body"]
+    assert engine.num_running == 1
+    connection.leave()
+    await connection.task
+    assert (engine.num_running, engine.num_aborted) == (0, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_request_that_serve_cancels_is_told_to_the_engine(app: FastAPI, engine: Any, stream: bool) -> None:
+    engine.hangs, engine.items = True, engine.items[:2] if stream else []
+    connection = Connection(app, CHAT | {"stream": stream}, spec_version="2.4")
+    while engine.num_running == 0:
+        await asyncio.sleep(0)
+    if stream:
+        await connection.sent.get()
+        await connection.sent.get()
+    connection.task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await connection.task
+    assert (engine.num_running, engine.num_aborted) == (0, 1)

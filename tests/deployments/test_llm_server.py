@@ -1,0 +1,209 @@
+"""The engine replica over a fake engine: what it streams, what becomes of errors, what a cancellation reaches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import serve
+
+from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
+from deployments.llm_server import LLMServer
+from deployments.session_router import RANK
+from engine.config import EngineConfig
+from engine.core.request import SamplingParams
+from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError
+from engine.output import OutputDelta
+from engine.prompt import TextPrompt
+
+SECRET = "the prompt"
+
+
+class FakeEngine:
+    """Has AsyncEngine's face. Says `num_tokens` tokens as fast as it is asked, then raises `error` or ends."""
+
+    model_name = "tiny"
+    max_model_len = 100
+
+    def __init__(self) -> None:
+        self.num_tokens = 3
+        self.error: Exception | None = None
+        self.hangs = False
+        self.is_healthy = True
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.num_closed = 0
+        self.is_shut_down = False
+
+    async def generate(self, *args: Any, **kwargs: Any) -> AsyncIterator[OutputDelta]:
+        self.calls.append((args, kwargs))
+        try:
+            for i in range(self.num_tokens):
+                await asyncio.sleep(0)
+                is_last = i == self.num_tokens - 1 and self.error is None and not self.hangs
+                yield OutputDelta(f"{i} ", (i,), num_output_tokens=i + 1, finish_reason="stop" if is_last else None)
+            if self.hangs:
+                await asyncio.Event().wait()
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.num_closed += 1
+
+    def check_health(self) -> None:
+        if not self.is_healthy:
+            raise EngineStoppedError("dead")
+
+    def get_statistics(self) -> dict[str, Any]:
+        return {"num_requests": len(self.calls)}
+
+    async def check_integrity(self) -> None:
+        raise AssertionError("a block is lost")
+
+    async def shutdown(self) -> None:
+        self.is_shut_down = True
+
+
+class CollectableServer(LLMServer):
+    """Serve awaits a replica's `__del__`; the garbage collector would not, and warn."""
+
+    def __del__(self) -> None:
+        pass
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def server(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> LLMServer:
+    context = SimpleNamespace(rank=SimpleNamespace(rank=4))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    start_engine: Callable[..., Any] = lambda config: engine  # noqa: E731
+    return CollectableServer(EngineConfig(), stream_interval_s=0.0, start_engine=start_engine)
+
+
+def request(*, stream: bool) -> GenerationRequest:
+    return GenerationRequest("id-1", "session", TextPrompt(SECRET), SamplingParams(seed=1), stream, True)
+
+
+async def items_of(server: LLMServer, *, stream: bool) -> list[GenerationItem]:
+    return [item async for item in server.generate(request(stream=stream))]
+
+
+async def test_stream_passes_deltas_on_with_the_rank(server: LLMServer, engine: FakeEngine) -> None:
+    items = await items_of(server, stream=True)
+    assert [(item.delta.text, item.replica_rank) for item in items if isinstance(item, DeltaItem)] == [
+        ("0 ", 4),
+        ("1 ", 4),
+        ("2 ", 4),
+    ]
+    assert engine.calls == [
+        (
+            (TextPrompt(SECRET), SamplingParams(seed=1)),
+            {"request_id": "id-1", "session_id": "session", "return_prompt_token_ids": True},
+        )
+    ]
+
+
+async def test_stream_waits_between_deltas_but_not_before_the_first_or_after_the_last(
+    server: LLMServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    sleep = asyncio.sleep
+
+    async def noted_sleep(delay: float) -> None:
+        if delay:
+            happened.append(f"sleep {delay}")
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", noted_sleep)
+    server._stream_interval_s = 0.5
+    async for item in server.generate(request(stream=True)):
+        assert isinstance(item, DeltaItem)
+        happened.append(item.delta.text)
+    assert happened == ["0 ", "sleep 0.5", "1 ", "sleep 0.5", "2 "]
+
+
+async def test_without_stream_one_item_says_all(server: LLMServer) -> None:
+    (item,) = await items_of(server, stream=False)
+    assert isinstance(item, DeltaItem)
+    assert item.delta.text == "0 1 2 "
+    assert item.delta.token_ids == (0, 1, 2)
+    assert item.delta.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_bad_request_is_an_item(server: LLMServer, engine: FakeEngine, stream: bool) -> None:
+    engine.num_tokens, engine.error = 0, ContextLengthError("too long", param="messages")
+    assert await items_of(server, stream=stream) == [
+        ErrorItem(400, "too long", "invalid_request_error", "context_length_exceeded", "messages")
+    ]
+
+
+async def test_a_failure_in_mid_stream_comes_after_what_was_said(server: LLMServer, engine: FakeEngine) -> None:
+    engine.error = ExecutorError("the step failed")
+    *said, error = await items_of(server, stream=True)
+    assert len(said) == 3
+    assert error == ErrorItem(500, "the step failed", "server_error", "executor_failed")
+
+
+async def test_a_stopped_engine_asks_to_come_back(server: LLMServer, engine: FakeEngine) -> None:
+    engine.num_tokens, engine.error = 0, EngineStoppedError("stopped")
+    (error,) = await items_of(server, stream=False)
+    assert isinstance(error, ErrorItem)
+    assert (error.status, error.retry_after_s) == (503, 1.0)
+
+
+async def test_a_bug_is_logged_with_the_request_and_without_the_prompt(
+    server: LLMServer, engine: FakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    engine.error = KeyError("bug")
+    *_, error = await items_of(server, stream=True)
+    assert error == ErrorItem(500, "internal error while serving id-1", "server_error")
+    assert "request id-1 failed" in caplog.text
+    assert "KeyError" in caplog.text
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_cancelling_reaches_the_engine(server: LLMServer, engine: FakeEngine, stream: bool) -> None:
+    engine.hangs = True
+    consumer = asyncio.create_task(items_of(server, stream=stream))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert engine.num_closed == 0
+    consumer.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await consumer
+    assert engine.num_closed == 1
+
+
+async def test_closing_reaches_the_engine(server: LLMServer, engine: FakeEngine) -> None:
+    items = server.generate(request(stream=True))
+    await anext(items)
+    await items.aclose()
+    assert engine.num_closed == 1
+
+
+async def test_what_serve_and_the_ingress_ask(server: LLMServer, engine: FakeEngine) -> None:
+    assert server.record_replica_metadata() == server.record_routing_stats() == {RANK: 4}
+    assert await server.describe() == ModelCard("tiny", 100)
+    assert await server.get_statistics() == {"replica_rank": 4, "num_requests": 0}
+    server.check_health()
+    with pytest.raises(AssertionError, match="a block is lost"):
+        await server.check_integrity()
+    engine.is_healthy = False
+    with pytest.raises(EngineStoppedError):
+        server.check_health()
+    with pytest.raises(EngineStoppedError):
+        await server.describe()
+
+
+async def test_shutdown(server: LLMServer, engine: FakeEngine) -> None:
+    await LLMServer.__del__(server)
+    assert engine.is_shut_down

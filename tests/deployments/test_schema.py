@@ -1,0 +1,70 @@
+"""The configuration: what AppArgs refuses, and what the check of a whole file finds that Ray would swallow."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from deployments.app import build
+from deployments.schema import AppArgs, check_serve_config
+from engine.config import EngineConfig
+
+SERVE_CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
+
+
+@pytest.fixture
+def config() -> dict:
+    return yaml.safe_load(SERVE_CONFIG.read_text())
+
+
+def problems(config: dict, tmp_path: Path) -> list[str]:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return check_serve_config(path)
+
+
+def test_the_file_in_this_repository_is_right() -> None:
+    assert check_serve_config(SERVE_CONFIG) == []
+
+
+def test_every_level_is_checked(config: dict, tmp_path: Path) -> None:
+    config["proxy"] = "EveryNode"
+    config["http_options"]["hots"] = "0.0.0.0"
+    application = config["applications"][0]
+    application["route"] = "/"
+    application["args"]["engin"] = {}
+    application["deployments"][0]["ray_actor_options"] = {"num_cpu": 1}
+    application["deployments"][1]["replicas"] = 2
+    assert sorted(problem.split(":")[0] for problem in problems(config, tmp_path)) == [
+        "applications[0].args.engin",
+        "applications[0].deployments[0].ray_actor_options.num_cpu",
+        "applications[0].deployments[1].replicas",
+        "applications[0].route",
+        "http_options.hots",
+        "proxy",
+    ]
+
+
+def test_ray_s_own_complaints_are_reported(config: dict, tmp_path: Path) -> None:
+    config["applications"][0]["deployments"][0]["num_replicas"] = -1
+    assert any("num_replicas" in problem for problem in problems(config, tmp_path))
+
+
+def test_a_bad_engine_option_is_found_before_anything_starts(config: dict, tmp_path: Path) -> None:
+    config["applications"][0]["args"]["engine"] = {"chunk_sise": 16}
+    (problem,) = problems(config, tmp_path)
+    assert "unknown option 'chunk_sise'" in problem
+
+
+def test_args() -> None:
+    args = AppArgs.model_validate({"engine": {"chunk_size": 16}, "num_replicas": 2})
+    assert args.engine_config == EngineConfig(chunk_size=16)
+    for wrong in ({"num_replicas": 0}, {"num_cpus": -1}, {"replicas": 2}, {"engine": {"chunk_size": 0}}):
+        with pytest.raises(ValidationError):
+            AppArgs.model_validate(wrong)
+
+
+def test_serve_can_read_the_type_of_the_builder_s_argument() -> None:
+    # As a string (postponed annotations) it would be ignored, and build called with a plain dict.
+    assert build.__annotations__["args"] is AppArgs

@@ -1,0 +1,409 @@
+"""The real thing: Ray Serve on this machine with the embedded model, two ingress and three engine replicas, and clients
+that come over HTTP. One application for the whole module; the test that kills a replica comes last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from deployments.app import build
+from deployments.schema import AppArgs
+from engine.embedded_model import EMBEDDED_MODEL_NAME
+from engine.embedded_model.dialogues import generate_dialogue
+
+pytestmark = pytest.mark.ray
+
+APP = "pensieve"
+MAX_ONGOING_REQUESTS = 16
+MAX_QUEUED_REQUESTS = 4
+ARGS = AppArgs(
+    engine={"model": "embedded", "num_threads": 1, "num_gpu_blocks": 1024},
+    num_replicas=3,
+    num_cpus=0.5,
+    num_ingress_replicas=2,
+    ingress_num_cpus=0.25,
+    max_ongoing_requests=MAX_ONGOING_REQUESTS,
+    max_queued_requests=MAX_QUEUED_REQUESTS,
+    num_fallback_replicas=1,
+    graceful_shutdown_timeout_s=5,
+)
+# Far longer than anything here takes; only a defect waits for it.
+PATIENCE_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def base_url() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Two Serve instances on one port share its connections silently.
+        port = free_port()
+        ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.run(build(ARGS), name=APP, route_prefix="/")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+@pytest.fixture
+def engines(base_url: str) -> DeploymentHandle:
+    return serve.get_deployment_handle("LLMServer", APP)
+
+
+@pytest.fixture
+async def http(base_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S) as client:
+        yield client
+
+
+@pytest.fixture
+def client(base_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
+        yield client
+
+
+async def ask_all(engines: DeploymentHandle, method: str) -> list[Any]:
+    return await engines.broadcast(method).results_async(timeout_s=PATIENCE_S)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Wait for `await condition()` to hold."""
+    end = time.monotonic() + PATIENCE_S
+    while not await condition():
+        assert time.monotonic() < end, "waited in vain"
+        await asyncio.sleep(0.05)
+
+
+def chat(text: str = "hello", **options: Any) -> dict[str, Any]:
+    return {"model": EMBEDDED_MODEL_NAME, "messages": [{"role": "user", "content": text}], **options}
+
+
+def test_official_client(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert model.id == EMBEDDED_MODEL_NAME
+    assert client.models.retrieve(model.id).id == model.id
+    messages: Any = [{"role": "user", "content": "My name is Alice."}]
+    whole = client.chat.completions.create(model=model.id, messages=messages, temperature=0, seed=1, max_tokens=40)
+    text = whole.choices[0].message.content
+    assert text is not None
+    assert "Alice" in text
+    assert whole.choices[0].finish_reason == "stop"
+
+    stream = client.chat.completions.create(
+        model=model.id,
+        messages=messages,
+        temperature=0,
+        max_tokens=40,
+        stream=True,
+        stream_options={"include_usage": True},
+        logprobs=True,
+        top_logprobs=2,
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert chunks[-1].usage is not None
+    assert whole.usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    logprobs = [c.choices[0].logprobs.content for c in chunks if c.choices and c.choices[0].logprobs]
+    assert all(len(token.top_logprobs) == 2 for content in logprobs for token in content or ())
+
+    completion = client.completions.create(
+        model=model.id,
+        prompt=[5, 6, 7],
+        max_tokens=6,
+        temperature=0,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    )
+    choice: Any = completion.choices[0]
+    assert choice.prompt_token_ids == [5, 6, 7]
+    assert len(choice.token_ids) == 6
+    assert choice.finish_reason == "length"
+
+    with pytest.raises(openai.NotFoundError) as info:
+        client.chat.completions.create(model="gpt", messages=messages)
+    assert info.value.code == "model_not_found"
+    assert info.value.request_id  # of Serve's proxy
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_turn_of_a_conversation_computes_its_new_tokens_only(client: openai.OpenAI, stream: bool) -> None:
+    dialogue = generate_dialogue(seed=7 + stream, num_turns=10, filler_words=(140, 160))  # about 200 tokens a turn
+    messages: list[Any] = []
+    num_before = 0
+    for number, turn in enumerate(dialogue.turns):
+        messages.append({"role": "user", "content": turn.user})
+        options: Any = {
+            "model": EMBEDDED_MODEL_NAME,
+            "messages": messages,
+            "temperature": 0,
+            "max_tokens": 30,
+            "extra_headers": {"x-session-id": f"conversation-{stream}"},
+        }
+        if stream:
+            chunks = list(
+                client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+            )
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            usage = chunks[-1].usage
+        else:
+            answer = client.chat.completions.create(**options)
+            text, usage = answer.choices[0].message.content, answer.usage
+        messages.append({"role": "assistant", "content": text})
+        num_computed = usage.prompt_tokens - usage.prompt_tokens_details.cached_tokens
+        if number > 0:
+            # + 1: the last token of an answer was sampled, but has not been through the model.
+            assert num_computed == usage.prompt_tokens - num_before + 1
+        num_before = usage.prompt_tokens + usage.completion_tokens
+
+
+async def test_each_session_stays_on_one_replica_whichever_ingress_it_comes_through(http: httpx.AsyncClient) -> None:
+    replicas: dict[str, set[str]] = defaultdict(set)
+    ingresses: dict[str, set[str]] = defaultdict(set)
+    at_once = asyncio.Semaphore(8)
+
+    async def session(name: str) -> None:
+        for turn in range(10):
+            async with at_once:
+                response = await http.post(
+                    "/v1/chat/completions",
+                    json=chat(f"turn {turn}", max_tokens=2, stream=turn % 2 == 1),
+                    headers={"x-session-id": name},
+                )
+            assert response.status_code == 200
+            replicas[name].add(response.headers["x-pensieve-replica"])
+            ingresses[name].add(response.headers["x-pensieve-ingress"])
+
+    await asyncio.gather(*(session(f"session-{i}") for i in range(30)))
+    assert all(len(used) == 1 for used in replicas.values()), replicas
+    assert set.union(*replicas.values()) == {"0", "1", "2"}
+    assert len(set.union(*ingresses.values())) == 2
+    assert sum(len(used) == 2 for used in ingresses.values()) > 15  # so both really decided on the same sessions
+
+
+BAD_REQUESTS: dict[str, tuple[bytes, int, str | None]] = {
+    "malformed JSON": (b'{"model": ', 400, None),
+    "not an object": (b"[]", 400, None),
+    "not UTF-8": (b'{"model": "\xff\xfe"}', 400, None),
+    "nested": (b"[" * 100_000, 400, None),
+    "too large": (b"x" * 10_000_000, 413, None),
+    "unknown model": (json.dumps(chat() | {"model": "gpt"}).encode(), 404, "model"),
+    "no messages": (json.dumps(chat() | {"messages": []}).encode(), 400, "messages"),
+    "longer than the window": (json.dumps(chat("word " * 20_000)).encode(), 400, "messages"),
+    **{
+        f"{name}={value}": (json.dumps(chat(**{name: value})).encode(), 400, param or name)
+        for name, value, param in (
+            ("temperature", -1, None),
+            ("temperature", 1e30, None),
+            ("top_p", 0, None),
+            ("max_tokens", 0, None),
+            ("max_tokens", -1, None),
+            ("max_tokens", 10**15, "messages"),
+            ("max_tokens", "many", None),
+            ("seed", 2**70, None),
+            ("n", 5, None),
+            ("stop", [""], None),
+            ("stop_token_ids", [10**12], None),
+            ("tools", [{"type": "function"}], None),
+            ("response_format", {"type": "json_object"}, None),
+            ("frobnicate", True, None),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+async def test_bad_input_is_refused_and_leaves_nothing_behind(
+    name: str, http: httpx.AsyncClient, engines: DeploymentHandle
+) -> None:
+    content, status, param = BAD_REQUESTS[name]
+    for url in ("/v1/chat/completions",):
+        response = await http.post(url, content=content)
+        assert response.status_code == status
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["type"] == "invalid_request_error"
+        assert str(error["param"] or "").split("[")[0] == (param or "")
+    await ask_all(engines, "check_integrity")
+    for statistics in await ask_all(engines, "get_statistics"):
+        assert statistics["num_requests_running"] == statistics["num_requests_waiting"] == 0
+        assert statistics["num_gpu_blocks_pinned"] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 10**12},
+        {"min_tokens": 10**12, "max_tokens": None},
+        {"temperature": 1e-9},
+        {"temperature": 99, "top_p": 1e-9},
+        {"repetition_penalty": 99, "presence_penalty": 2, "frequency_penalty": -2},
+        {"seed": -(2**63), "min_p": 1},
+        {"stop": ["\x00", "é" * 1000]},
+        {"logprobs": True, "top_logprobs": 20},
+    ],
+)
+async def test_odd_but_legal_values_are_served(
+    options: dict[str, Any], http: httpx.AsyncClient, engines: DeploymentHandle
+) -> None:
+    body = chat(**{"max_tokens": 5, **options}, stream=True)
+    async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200
+        num_lines = 0
+        async for line in response.aiter_lines():
+            assert '"error"' not in line
+            num_lines += 1
+            if num_lines > 12:
+                break  # one of them asks for a whole window
+    await until(lambda: is_idle(engines))
+
+
+async def is_idle(engines: DeploymentHandle) -> bool:
+    return not any(
+        s["num_requests_running"] or s["num_requests_waiting"] or s["num_gpu_blocks_pinned"]
+        for s in await ask_all(engines, "get_statistics")
+    )
+
+
+async def num_aborted(engines: DeploymentHandle) -> int:
+    return sum(s["num_aborted"] for s in await ask_all(engines, "get_statistics"))
+
+
+async def test_client_that_leaves_frees_what_its_request_held(
+    http: httpx.AsyncClient, engines: DeploymentHandle
+) -> None:
+    before = await num_aborted(engines)
+    endless = chat(max_tokens=3500, ignore_eos=True)
+    async with http.stream("POST", "/v1/chat/completions", json=endless | {"stream": True}) as response:
+        lines = response.aiter_lines()
+        for _ in range(10):
+            await anext(lines)
+        assert not await is_idle(engines)
+    await until(lambda: is_idle(engines))
+    assert await num_aborted(engines) == before + 1
+
+    with pytest.raises(httpx.ReadTimeout):
+        await http.post("/v1/chat/completions", json=endless, timeout=0.5)
+    await until(lambda: is_idle(engines))
+    assert await num_aborted(engines) == before + 2
+    await ask_all(engines, "check_integrity")
+
+
+async def test_clients_that_leave_at_once_leave_nothing_behind(
+    base_url: str, http: httpx.AsyncClient, engines: DeploymentHandle
+) -> None:
+    """At every moment of a request's way in. Long prompts of one session: the engine is busy when they come."""
+
+    async def hasty(number: int) -> None:
+        body = chat(f"{number} " * 300, max_tokens=1000, ignore_eos=True, stream=number % 2 == 0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.005 * number), httpx.AsyncClient(base_url=base_url) as leaver:
+                await leaver.post("/v1/chat/completions", json=body, headers={"x-session-id": "hasty"})
+                raise AssertionError("that was too fast to be told anything by")
+
+    await asyncio.gather(*(http.get("/v1/models") for _ in range(8)))  # both ingress replicas know the way
+    for start in range(1, 40, 8):
+        await asyncio.gather(*(hasty(number) for number in range(start, start + 8)))
+    await until(lambda: is_idle(engines))
+    await ask_all(engines, "check_integrity")
+
+
+async def test_overload_spills_to_one_replica_and_then_is_refused(
+    http: httpx.AsyncClient, engines: DeploymentHandle
+) -> None:
+    body = chat(max_tokens=100, ignore_eos=True)
+    headers = {"x-session-id": "crowd"}
+    num_requests = 4 * MAX_ONGOING_REQUESTS
+    responses = await asyncio.gather(
+        *(http.post("/v1/chat/completions", json=body, headers=headers) for _ in range(num_requests))
+    )
+    by_status: dict[int, list[httpx.Response]] = defaultdict(list)
+    for response in responses:
+        by_status[response.status_code].append(response)
+    assert set(by_status) == {200, 429}
+    assert len({r.headers["x-pensieve-replica"] for r in by_status[200]}) == 2
+    assert len(by_status[200]) >= 2 * MAX_ONGOING_REQUESTS
+    for response in by_status[429]:
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"]["code"] == "overloaded"
+    await until(lambda: is_idle(engines))
+
+
+async def test_health_of_a_running_system(http: httpx.AsyncClient) -> None:
+    for path in ("/health", "/ready", "/version", "/v1/models"):
+        response = await http.get(path)
+        assert response.status_code == 200
+        assert len(response.headers.get_list("x-request-id")) == 1
+
+
+async def test_a_lost_replica_breaks_its_own_streams_only_and_its_sessions_go_on(
+    http: httpx.AsyncClient, engines: DeploymentHandle
+) -> None:
+    """Runs last: the engine replica is replaced, but the others would have to wait for it."""
+    endless = chat(max_tokens=2000, ignore_eos=True, stream=True)
+    home: dict[str, str] = {}
+    ending: dict[str, str] = {}
+    started: list[str] = []
+
+    async def follow(name: str) -> None:
+        async with http.stream(
+            "POST", "/v1/chat/completions", json=endless, headers={"x-session-id": name}
+        ) as response:
+            assert response.status_code == 200, await response.aread()
+            home[name] = response.headers["x-pensieve-replica"]
+            async for line in response.aiter_lines():
+                if line and name not in started:
+                    started.append(name)
+                ending[name] = line or ending.get(name, "")
+
+    names = [f"session-{i}" for i in range(9)]
+    streams = [asyncio.create_task(follow(name)) for name in names]
+    await until(lambda: asyncio.sleep(0, len(started) == len(names) or print([t for t in streams if t.done()])))
+    victim = next(
+        named
+        for named in ray.util.list_named_actors(all_namespaces=True)
+        if named["name"].startswith(f"SERVE_REPLICA::{APP}#LLMServer")
+    )
+    ray.kill(ray.get_actor(victim["name"], namespace=victim["namespace"]))
+    await asyncio.gather(*streams)
+    broken = {name for name in names if "replica_lost" in ending[name]}
+    assert {ending[name] for name in names if name not in broken} == {"data: [DONE]"}
+    (lost,) = {home[name] for name in broken}
+    assert broken == {name for name in names if home[name] == lost}
+
+    async def serve_again(name: str) -> str:
+        response = await http.post("/v1/chat/completions", json=chat(max_tokens=2), headers={"x-session-id": name})
+        assert response.status_code == 200
+        return str(response.headers["x-pensieve-replica"])
+
+    now = {name: await serve_again(name) for name in names}
+    assert {name for name in names if now[name] != home[name]} <= broken
+
+    async def is_replaced() -> bool:
+        return len(await ask_all(engines, "describe")) == ARGS.num_replicas
+
+    await until(is_replaced)
+    # The replacement has the rank of the lost one: all sessions are where they were.
+    assert {name: await serve_again(name) for name in names} == home

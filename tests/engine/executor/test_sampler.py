@@ -1,0 +1,295 @@
+"""Sampling against transformers' own logits processors, and its promise that a draw depends on seed and position alone."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from engine.core.request import SamplingParams
+from engine.executor import sampler
+from engine.executor.sampler import SamplingState, sample, uniform
+
+VOCABULARY = 40
+
+
+def make_logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> torch.Tensor:
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2.5
+
+
+def state(token_ids=(1, 2, 3), num_prompt=None, stop=(), name="r", **params) -> SamplingState:
+    params = {"temperature": 1.0, "seed": 0, **params}
+    num_prompt = len(token_ids) if num_prompt is None else num_prompt
+    return SamplingState(name, SamplingParams(**params), token_ids, num_prompt, stop)
+
+
+def chosen(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
+    return [token.token_id for token in sample(logits, states)]
+
+
+def distribution(logits: torch.Tensor, sampling_state: SamplingState, monkeypatch) -> torch.Tensor:
+    """Probabilities from which the next token of one request is drawn."""
+    seen = {}
+    inner = sampler._invert_cdf
+
+    def spy(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        seen["probs"] = probs[0] / probs[0].sum()
+        return inner(probs, uniforms)
+
+    def spy_filter(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+        probs, ids = filter_(scaled, params)
+        seen["ids"] = ids
+        return probs, ids
+
+    filter_ = sampler._filter
+    monkeypatch.setattr(sampler, "_invert_cdf", spy)
+    monkeypatch.setattr(sampler, "_filter", spy_filter)
+    sample(logits, [sampling_state])
+    monkeypatch.undo()
+    ids = seen.get("ids", torch.arange(logits.shape[-1]))
+    return torch.zeros(logits.shape[-1]).scatter(0, ids, seen["probs"])
+
+
+# -- against transformers ----------------------------------------------------------------------------------------------
+
+FILTERS = [
+    {},
+    {"temperature": 0.4},
+    {"temperature": 3.0},
+    {"top_k": 5},
+    {"top_k": 1},
+    {"top_k": 1000},
+    {"top_p": 0.7},
+    {"top_p": 0.05},
+    {"top_p": 0.999},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"temperature": 0.7, "top_k": 9, "top_p": 0.8},
+    {"temperature": 1.7, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    {"temperature": 0.9, "top_p": 0.9, "min_p": 0.2, "repetition_penalty": 1.3},
+    {"repetition_penalty": 1.8},
+    {"repetition_penalty": 0.6},
+]
+
+
+@pytest.mark.parametrize("params", FILTERS, ids=str)
+def test_probabilities_equal_those_of_transformers_processors(params, monkeypatch):
+    token_ids = (3, 3, 7, 11, 20, 21)
+    for seed in range(10):
+        logits = make_logits(1, seed)
+        processors = LogitsProcessorList()
+        if "repetition_penalty" in params:
+            processors.append(RepetitionPenaltyLogitsProcessor(params["repetition_penalty"]))
+        if "temperature" in params:
+            processors.append(TemperatureLogitsWarper(params["temperature"]))
+        if "top_k" in params:
+            processors.append(TopKLogitsWarper(params["top_k"]))
+        if "top_p" in params:
+            processors.append(TopPLogitsWarper(params["top_p"]))
+        if "min_p" in params:
+            processors.append(MinPLogitsWarper(params["min_p"]))
+        expected = processors(torch.tensor([token_ids]), logits.clone()).softmax(-1)[0]
+        actual = distribution(logits.clone(), state(token_ids, num_prompt=4, **params), monkeypatch)
+        assert (actual > 0).tolist() == (expected > 0).tolist()
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_presence_and_frequency_penalties_count_the_answer_alone(monkeypatch):
+    """OpenAI's formula: logit - frequency * count - presence * (count > 0), over the generated tokens."""
+    logits = make_logits(1)
+    sampling = state((5, 5, 6, 7, 7, 7, 8), num_prompt=3, presence_penalty=0.5, frequency_penalty=0.25)
+    expected = logits[0].clone()
+    expected[7] -= 0.5 + 3 * 0.25
+    expected[8] -= 0.5 + 0.25
+    torch.testing.assert_close(distribution(logits, sampling, monkeypatch), expected.softmax(-1))
+
+
+def test_penalties_take_in_each_new_token():
+    """Five equal logits and a presence penalty: greedy takes each token once before any a second time."""
+    logits = torch.full((1, 5), 1.0)
+    sampling = state((0,), num_prompt=1, temperature=0.0, presence_penalty=1.0, frequency_penalty=1.0)
+    assert sorted(chosen(logits, [sampling])[0] for _ in range(5)) == [0, 1, 2, 3, 4]
+
+
+def test_each_row_gets_its_own_parameters():
+    """A batch of all kinds at once gives each request what it gets alone."""
+    logits = make_logits(len(FILTERS) + 2, seed=5)
+    all_params = [*FILTERS, {"temperature": 0.0}, {"temperature": 0.0, "repetition_penalty": 1.9}]
+
+    def states() -> list[SamplingState]:
+        return [state((i, 7, 9), num_prompt=2, seed=i, **params) for i, params in enumerate(all_params)]
+
+    together = chosen(logits.clone(), states())
+    alone = [chosen(logits[i : i + 1].clone(), [s])[0] for i, s in enumerate(states())]
+    assert together == alone
+
+
+# -- greedy ------------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_takes_the_maximum_and_ignores_the_filters():
+    logits = make_logits(3)
+    states = [state(temperature=0.0), state(temperature=0.0, top_k=3), state(temperature=0.0, seed=9, top_p=0.1)]
+    assert chosen(logits, states) == logits.argmax(-1).tolist()
+
+
+def test_the_callers_logits_are_left_alone():
+    logits = make_logits(2)
+    before = logits.clone()
+    sample(logits, [state(repetition_penalty=2.0, min_tokens=1, stop=(4,)), state(temperature=0.0, presence_penalty=1.0)])
+    assert torch.equal(logits, before)
+
+
+def test_no_request_no_token():
+    assert sample(torch.empty(0, VOCABULARY), []) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_sampled_in_float32(dtype):
+    logits = make_logits(4).to(dtype)
+    states = [state(seed=i, temperature=t, top_p=p) for i, (t, p) in enumerate([(0, 1), (1, 1), (1, 0.5), (2, 1)])]
+    again = [state(seed=i, temperature=t, top_p=p) for i, (t, p) in enumerate([(0, 1), (1, 1), (1, 0.5), (2, 1)])]
+    assert chosen(logits, states) == chosen(logits.float(), again)
+
+
+# -- randomness --------------------------------------------------------------------------------------------------------
+
+
+def test_uniform_depends_on_seed_and_position_and_lies_in_the_unit_interval():
+    numbers = {uniform(seed, position) for seed in range(-5, 45) for position in range(50)}
+    assert len(numbers) == 2500
+    assert all(0.0 <= number < 1.0 for number in numbers)
+    assert uniform(3, 14) == uniform(3, 14)
+    assert abs(sum(numbers) / 2500 - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 8}, {"top_p": 0.9}, {"min_p": 0.02, "temperature": 1.5}], ids=str)
+def test_a_draw_does_not_depend_on_its_neighbours(params):
+    logits = make_logits(6)
+    alone = chosen(logits[2:3].clone(), [state(seed=11, **params)])[0]
+    for neighbour in [{}, {"top_k": 2}, {"temperature": 0.0}, {"repetition_penalty": 1.5, "logprobs": 2}]:
+        states = [state(seed=i, **neighbour) for i in range(6)]
+        states[2] = state(seed=11, **params)
+        assert chosen(logits.clone(), states)[2] == alone
+
+
+def test_a_resumed_request_draws_what_it_would_have_drawn():
+    """The state is made anew from the context, as after a suspension."""
+    rows = [make_logits(1, seed) for seed in range(12)]
+    params = {"seed": 4, "temperature": 1.3, "repetition_penalty": 1.2, "frequency_penalty": 0.3}
+    whole = state((1, 2, 3), **params)
+    expected = [chosen(row, [whole])[0] for row in rows]
+    resumed = state((1, 2, 3, *expected[:5]), num_prompt=3, **params)
+    assert [chosen(row, [resumed])[0] for row in rows[5:]] == expected[5:]
+
+
+def test_seeds_and_positions_draw_differently():
+    logits = torch.zeros(64, 1000)
+    by_seed = chosen(logits, [state(seed=seed) for seed in range(64)])
+    by_position = chosen(logits, [state(tuple(range(1, n + 2)), seed=0) for n in range(64)])
+    assert len(set(by_seed)) > 50
+    assert len(set(by_position)) > 50
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.95}, {"top_k": 6}, {"temperature": 1.4, "min_p": 0.05}], ids=str)
+def test_draws_follow_the_distribution(params, monkeypatch):
+    """Pearson's statistic over 4,000 fixed seeds against the probabilities."""
+    num_draws = 4000
+    logits = make_logits(1, seed=3, vocabulary=10) * 0.5
+    expected = distribution(logits, state(**params), monkeypatch) * num_draws
+    counts = Counter(chosen(logits.expand(num_draws, -1), [state(seed=seed, **params) for seed in range(num_draws)]))
+    assert all(expected[token_id] > 0 for token_id in counts), "a token that was filtered out was drawn"
+    cells = [i for i in range(10) if expected[i] > 0]
+    assert min(expected[cells]) > 5
+    statistic = sum((counts[i] - expected[i].item()) ** 2 / expected[i].item() for i in cells)
+    degrees = len(cells) - 1
+    assert statistic < degrees + 4 * math.sqrt(2 * degrees)
+
+
+def test_the_ends_of_the_cumulative_distribution_never_draw_the_impossible(monkeypatch):
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf, 2.0, -math.inf]])
+    for number, token_id in [(0.0, 1), (math.nextafter(1.0, 0.0), 3)]:
+        monkeypatch.setattr(sampler, "uniform", lambda seed, position, number=number: number)
+        for params in [{}, {"top_k": 4}, {"top_p": 0.99}, {"min_p": 0.01}]:
+            drawn = chosen(logits, [state(**params)])[0]
+            assert drawn in (1, 3)
+            if not params:
+                assert drawn == token_id
+
+
+# -- edges -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-38, 1e-45, 1e-60, 5e-324])
+@pytest.mark.parametrize("params", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_a_tiny_temperature_is_greedy(temperature, params):
+    logits = make_logits(8)
+    states = [state(seed=seed, temperature=temperature, **params) for seed in range(8)]
+    assert chosen(logits, states) == logits.argmax(-1).tolist()
+
+
+def test_the_highest_temperature_draws_nearly_evenly():
+    logits = make_logits(1).expand(400, -1)
+    drawn = chosen(logits, [state(seed=seed, temperature=100.0) for seed in range(400)])
+    assert len(set(drawn)) == VOCABULARY
+
+
+def test_huge_logits_do_not_overflow():
+    logits = torch.tensor([[3e38, -3e38, 1.0, 3e38]])
+    for params in [{}, {"temperature": 0.01}, {"top_p": 0.5}, {"top_k": 2}, {"min_p": 0.5}]:
+        assert set(chosen(logits.expand(20, -1), [state(seed=seed, **params) for seed in range(20)])) <= {0, 3}
+
+
+def test_min_tokens_bars_the_stop_ids_until_then():
+    logits = torch.zeros(1, 5)
+    logits[0, 2], logits[0, 4] = 9.0, 8.0
+    sampling = state((1,), stop=(2, 4), temperature=0.0, min_tokens=2)
+    assert [chosen(logits, [sampling])[0] for _ in range(4)] == [0, 0, 2, 2]
+    drawn = [chosen(logits, [state(seed=seed, stop=(2, 4), min_tokens=1)])[0] for seed in range(50)]
+    assert set(drawn) <= {0, 1, 3}
+
+
+def test_barred_ids_stay_barred_under_penalties():
+    logits = torch.zeros(1, 4)
+    logits[0, 2] = 9.0
+    for penalty in (0.5, 2.0):
+        sampling = state((2,), stop=(2,), temperature=0.0, min_tokens=1, repetition_penalty=penalty, presence_penalty=-2.0)
+        assert chosen(logits, [sampling]) != [2]
+
+
+# -- log-probabilities -------------------------------------------------------------------------------------------------
+
+
+def test_logprobs_are_the_models_own():
+    """Before penalties, temperature and filters; the chosen token's also where it is not among the best."""
+    logits = make_logits(4)
+    expected = logits.log_softmax(-1)
+    states = [
+        state(seed=0, temperature=5.0, logprobs=2, name="a"),
+        state(seed=1, name="b"),
+        state(seed=2, temperature=0.0, logprobs=0, repetition_penalty=1.9, name="c"),
+        state(seed=3, temperature=0.0, logprobs=20, top_k=1, name="d"),
+    ]
+    samples = sample(logits, states)
+    assert [token.request_id for token in samples] == list("abcd")
+    assert [len(token.top_logprobs) for token in samples] == [2, 0, 0, 20]
+    assert samples[1].logprob is None
+    for row in (0, 2, 3):
+        token = samples[row]
+        assert token.logprob == pytest.approx(expected[row, token.token_id].item(), abs=1e-5)
+        best = expected[row].topk(len(token.top_logprobs))
+        assert [i for i, _ in token.top_logprobs] == best.indices.tolist()
+        assert [value for _, value in token.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_more_logprobs_than_tokens_give_all_of_them():
+    token = sample(torch.tensor([[1.0, 3.0, 2.0]]), [state(temperature=0.0, logprobs=20)])[0]
+    assert [i for i, _ in token.top_logprobs] == [1, 2, 0]

@@ -1,0 +1,565 @@
+"""The asyncio facade over the engine thread, with the embedded model: streams, ends, faults, and conversations by text."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+
+import pytest
+
+from engine.async_engine import MAX_FAILURES_IN_A_ROW, AsyncEngine
+from engine.config import EngineConfig
+from engine.core.plan import StepPlan, StepResult
+from engine.core.request import SamplingParams
+from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError, InvalidParameterError
+from engine.executor.local import LocalExecutor
+from engine.output import OutputDelta
+from engine.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+CAT = (("user", "My cat is called Mia."),)
+QUESTION = ("user", "what is my cat called?")
+
+
+class FaultyExecutor(LocalExecutor):
+    """Fails as many steps as it is told to; may be held in the middle of a step, where a test decides what happens."""
+
+    num_to_fail = 0
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.go = threading.Event()
+        self.go.set()
+        self.in_step = threading.Event()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.in_step.set()
+        assert self.go.wait(60)
+        if self.num_to_fail:
+            self.num_to_fail -= 1
+            raise RuntimeError("injected fault")
+        return super().execute(plan)
+
+
+@pytest.fixture()
+async def make_engine() -> AsyncIterator[Callable[..., AsyncEngine]]:
+    """Options -> AsyncEngine of the embedded model with a FaultyExecutor, shut down at the end."""
+    engines: list[AsyncEngine] = []
+
+    def make(**options: object) -> AsyncEngine:
+        config = {"num_gpu_blocks": 128, "chunk_size": 8, "max_model_len": 512, "num_threads": 1, **options}
+        engines.append(AsyncEngine(EngineConfig.from_options(config), FaultyExecutor))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        executor(engine).go.set()
+        await engine.shutdown()
+
+
+@pytest.fixture()
+def engine(make_engine: Callable[..., AsyncEngine]) -> AsyncEngine:
+    return make_engine()
+
+
+def executor(engine: AsyncEngine) -> FaultyExecutor:
+    assert isinstance(engine._executor, FaultyExecutor)
+    return engine._executor
+
+
+class Answer:
+    """All deltas of one answer."""
+
+    def __init__(self) -> None:
+        self.deltas: list[OutputDelta] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token_id for delta in self.deltas for token_id in delta.token_ids)
+
+    @property
+    def last(self) -> OutputDelta:
+        return self.deltas[-1]
+
+
+names = iter(f"r{number}" for number in range(1_000_000))
+
+
+async def ask(
+    engine: AsyncEngine,
+    prompt: Prompt | tuple[tuple[str, str], ...],
+    sampling: SamplingParams = GREEDY,
+    session: str | None = None,
+    **options: object,
+) -> Answer:
+    if isinstance(prompt, tuple):
+        prompt = ChatPrompt(prompt)
+    answer = Answer()
+    options = {"request_id": next(names), **options}
+    async for delta in engine.generate(prompt, sampling, session_id=session, **options):  # type: ignore[arg-type]
+        answer.deltas.append(delta)
+    return answer
+
+
+async def assert_all_free(engine: AsyncEngine) -> None:
+    await engine.check_integrity()
+    statistics = engine.get_statistics()
+    assert statistics["num_gpu_blocks_pinned"] == 0
+    assert statistics["num_requests_running"] == statistics["num_requests_waiting"] == 0
+    assert engine._streams == {}
+
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+
+async def test_deltas_concatenate_to_the_answer(engine):
+    answer = await ask(engine, (*CAT, ("assistant", "ok, your cat is called Mia."), QUESTION), return_prompt_token_ids=True)
+    assert "Mia" in answer.text
+    assert len(answer.deltas) > 1
+    visible = answer.token_ids[:-1] if answer.last.finish_reason == "stop" else answer.token_ids
+    assert answer.text == engine._tokenizer.decode(visible)
+    assert [delta.finish_reason for delta in answer.deltas[:-1]] == [None] * (len(answer.deltas) - 1)
+    totals = [delta.num_output_tokens for delta in answer.deltas]
+    assert totals == sorted(totals)
+    assert totals[-1] == len(answer.token_ids) == answer.last.stats.num_output_tokens
+    prompt_ids = answer.deltas[0].prompt_token_ids
+    assert len(prompt_ids) == answer.last.num_prompt_tokens
+    assert all(delta.prompt_token_ids == () for delta in answer.deltas[1:])
+    assert engine._tokenizer.decode(prompt_ids).endswith(engine._tokenizer.render_chat([QUESTION]))
+
+
+async def test_a_prompt_of_token_ids_is_taken_as_it_is(engine):
+    by_text = await ask(engine, TextPrompt("my cat"), return_prompt_token_ids=True)
+    token_ids = by_text.deltas[0].prompt_token_ids
+    by_ids = await ask(engine, TokenPrompt(token_ids), return_prompt_token_ids=True)
+    assert by_ids.deltas[0].prompt_token_ids == token_ids
+    assert by_ids.token_ids == by_text.token_ids
+
+
+async def test_logprobs_come_with_every_token_and_name_the_alternatives(engine):
+    answer = await ask(engine, CAT, SamplingParams(temperature=0.0, max_tokens=5, logprobs=3, ignore_eos=True))
+    logprobs = [logprob for delta in answer.deltas for logprob in delta.logprobs]
+    assert tuple(logprob.token_id for logprob in logprobs) == answer.token_ids
+    for logprob in logprobs:
+        assert len(logprob.top) == 3
+        assert logprob.top[0] == (logprob.token_id, logprob.text, logprob.logprob), "greedy takes the most probable"
+        assert [value for *_, value in logprob.top] == sorted((value for *_, value in logprob.top), reverse=True)
+
+
+async def test_thirty_requests_at_once_answer_as_each_alone(engine):
+    prompts = [ChatPrompt((("user", f"My {animal} is called {name}."), ("assistant", "ok."), ("user", f"my {animal}?")))
+               for animal in ["cat", "dog", "horse"] for name in "Mia Rex Tom Ann Bob Eve Max Leo Kim Zoe".split()]  # fmt: skip
+    alone = [(await ask(engine, prompt)).token_ids for prompt in prompts]
+    together = await asyncio.gather(*(ask(engine, prompt) for prompt in prompts))
+    assert [answer.token_ids for answer in together] == alone
+    assert engine.get_statistics()["num_finished"] == 60
+    await assert_all_free(engine)
+
+
+async def test_requests_of_two_event_loops_are_served(engine):
+    here = await ask(engine, CAT)
+    elsewhere = await asyncio.to_thread(lambda: asyncio.run(ask(engine, CAT)))
+    assert elsewhere.token_ids == here.token_ids
+
+
+# -- how an answer ends ------------------------------------------------------------------------------------------------
+
+
+async def long_text(engine: AsyncEngine) -> Answer:
+    return await ask(engine, CAT, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True))
+
+
+async def test_a_stop_string_over_several_tokens_ends_the_answer_and_is_never_shown(engine):
+    whole = await long_text(engine)
+    pieces = [engine._tokenizer.decode([token_id]) for token_id in whole.token_ids]
+    stop = pieces[2][-1:] + pieces[3] + pieces[4][:1]
+    end = whole.text.index(stop)
+    answer = await ask(engine, CAT, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, stop=(stop,)))
+    assert answer.text == whole.text[:end]
+    assert answer.last.finish_reason == "stop"
+    assert len(answer.token_ids) < 20
+    shown = ""
+    for delta in answer.deltas:
+        shown += delta.text
+        assert whole.text[:end].startswith(shown)
+    await assert_all_free(engine)
+
+
+async def test_text_held_back_for_a_stop_string_that_does_not_come_is_shown_at_the_end(engine):
+    whole = await long_text(engine)
+    stop = (whole.text[-3:] + "\x00", whole.text[5:8] + "\x00")
+    answer = await ask(engine, CAT, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, stop=stop))
+    assert (answer.text, answer.last.finish_reason) == (whole.text, "length")
+
+
+async def test_a_stop_id_ends_the_answer_and_is_not_in_its_text(engine):
+    whole = await long_text(engine)
+    stop_id = whole.token_ids[4]
+    first = whole.token_ids.index(stop_id)
+    sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, stop_token_ids=(stop_id,))
+    answer = await ask(engine, CAT, sampling)
+    assert answer.token_ids == whole.token_ids[: first + 1]
+    assert answer.text == engine._tokenizer.decode(whole.token_ids[:first])
+    assert answer.last.finish_reason == "stop"
+
+
+async def test_min_tokens_bars_the_stop_id_until_then(engine):
+    whole = await long_text(engine)
+    stop_id = whole.token_ids[2]
+    options = {"temperature": 0.0, "max_tokens": 20, "ignore_eos": True, "stop_token_ids": (stop_id,)}
+    answer = await ask(engine, CAT, SamplingParams(min_tokens=8, **options))
+    assert stop_id not in answer.token_ids[:8]
+    assert len(answer.token_ids) > 8
+
+
+async def test_ignore_eos_goes_on_after_the_end(engine):
+    ended = await ask(engine, CAT)
+    assert ended.last.finish_reason == "stop"
+    assert len(ended.token_ids) < 20
+    whole = await long_text(engine)
+    assert (len(whole.token_ids), whole.last.finish_reason) == (20, "length")
+    assert whole.token_ids[: len(ended.token_ids)] == ended.token_ids
+
+
+async def test_max_tokens_one_gives_one_token_in_one_delta(engine):
+    answer = await ask(engine, CAT, SamplingParams(temperature=0.0, max_tokens=1))
+    assert (len(answer.deltas), len(answer.token_ids), answer.last.finish_reason) == (1, 1, "length")
+    assert answer.last.stats.num_output_tokens == 1
+
+
+async def test_a_stop_string_inside_min_tokens_neither_ends_nor_cuts_the_answer(engine):
+    """A stop string that is complete before `min_tokens` is over is text like any other, also later on."""
+    whole = await long_text(engine)
+    visible = [engine._tokenizer.decode(whole.token_ids[: n + 1]) for n in range(20)]
+    early = visible[3][-1:], "\x00" * 40  # a long second one must not make the search look far back
+    options = {"temperature": 0.0, "max_tokens": 6, "ignore_eos": True}
+    answer = await ask(engine, CAT, SamplingParams(min_tokens=4, stop=early, **options))
+    rest = visible[5][len(visible[3]) :]
+    expected = visible[3] + rest.split(early[0])[0]
+    assert answer.text == expected
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_seed_repeats_the_answer_whoever_else_runs(engine):
+    sampling = SamplingParams(temperature=1.5, max_tokens=16, seed=7, ignore_eos=True)
+    first = await ask(engine, CAT, sampling)
+    others = [ask(engine, (QUESTION,), SamplingParams(temperature=1.5, max_tokens=16, seed=n)) for n in range(4)]
+    second, *_ = await asyncio.gather(ask(engine, CAT, sampling), *others)
+    assert second.token_ids == first.token_ids
+    third = await ask(engine, CAT, SamplingParams(temperature=1.5, max_tokens=16, seed=8, ignore_eos=True))
+    assert third.token_ids != first.token_ids
+
+
+async def test_without_a_seed_answers_differ(engine):
+    sampling = SamplingParams(temperature=2.0, max_tokens=16, ignore_eos=True)
+    answers = {(await ask(engine, CAT, sampling)).token_ids for _ in range(4)}
+    assert len(answers) > 1
+
+
+# -- conversations -----------------------------------------------------------------------------------------------------
+
+
+async def test_history_sent_again_is_found_in_the_cache(engine):
+    """From turn 2 on only the new text is computed, and the last token of the answer, which no step has computed yet."""
+    messages = list(CAT)
+    previous = None
+    for turn in range(4):
+        answer = await ask(engine, tuple(messages), session="s", return_prompt_token_ids=True)
+        rendered = engine._tokenizer.render_chat(messages)
+        assert engine._tokenizer.decode(answer.deltas[0].prompt_token_ids) == rendered
+        if previous is not None:
+            history_len = previous.last.num_prompt_tokens + len(previous.token_ids)
+            assert answer.last.num_cached_tokens == history_len - 1, f"turn {turn}"
+        messages += [("assistant", answer.text), QUESTION]
+        previous = answer
+    assert engine.get_statistics()["num_conversations"] == 1
+
+
+async def test_history_is_found_where_tokenising_it_again_gives_other_ids(engine):
+    """The answer is a row of single bytes, which no tokenizer would ever give for that text."""
+    text = "my cat is called Mia. the name of my dog is"
+    tokenizer = engine._tokenizer
+    first = await ask(engine, TextPrompt(text), SamplingParams(temperature=5.0, seed=3, max_tokens=20, ignore_eos=True),
+                      session="s", return_prompt_token_ids=True)  # fmt: skip
+    computed = first.deltas[0].prompt_token_ids + first.token_ids
+    again = tokenizer._tokenizer(text + first.text + " and").input_ids
+    assert tuple(again[: len(computed)]) != computed, "this test needs an answer that tokenises differently"
+    second = await ask(engine, TextPrompt(text + first.text + " and"), session="s", return_prompt_token_ids=True)
+    assert second.deltas[0].prompt_token_ids[: len(computed)] == computed
+    assert tokenizer.decode(second.deltas[0].prompt_token_ids) == text + first.text + " and"
+    assert second.last.num_cached_tokens == len(computed) - 1
+    stranger = await ask(engine, TextPrompt(text + first.text + " and"), return_prompt_token_ids=True)
+    assert stranger.deltas[0].prompt_token_ids == tuple(again)
+
+
+async def test_a_diverging_history_is_cut_at_the_divergence(engine):
+    first = await ask(engine, CAT, session="s")
+    second_turn = (*CAT, ("assistant", first.text), QUESTION)
+    second = await ask(engine, second_turn, session="s")
+    edited = (*CAT, ("assistant", first.text), ("user", "what is my dog called?"))
+    answer = await ask(engine, edited, session="s")
+    assert first.last.num_prompt_tokens < answer.last.num_cached_tokens < second.last.num_prompt_tokens
+    fresh = await ask(engine, edited)
+    assert answer.token_ids == fresh.token_ids
+    back = await ask(engine, (*second_turn, ("assistant", second.text), QUESTION), session="s")
+    assert back.last.num_cached_tokens == second.last.num_prompt_tokens + len(second.token_ids) - 1
+
+
+async def test_a_fork_shares_what_is_full_and_both_go_on_right(engine):
+    first = await ask(engine, CAT, session="a")
+    history = (*CAT, ("assistant", first.text), QUESTION)
+    fork, own = await asyncio.gather(ask(engine, history, session="b"), ask(engine, history, session="a"))
+    assert fork.token_ids == own.token_ids
+    assert "Mia" in own.text
+    assert fork.last.num_cached_tokens > 0
+    assert own.last.num_cached_tokens >= first.last.num_prompt_tokens + len(first.token_ids) - 1
+    await assert_all_free(engine)
+
+
+async def test_an_answer_cut_by_a_stop_string_is_continued_from_the_cache(make_engine):
+    engine = make_engine(chunk_size=1, num_gpu_blocks=512)  # the tokens of the stop string are in no chunk of the rest
+    whole = await long_text(engine)
+    stop = engine._tokenizer.decode(whole.token_ids[5:7])
+    sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, stop=(stop,))
+    first = await ask(engine, CAT, sampling, session="s")
+    assert 0 < len(first.text) < len(whole.text)
+    second = await ask(engine, (*CAT, ("assistant", first.text), QUESTION), session="s")
+    num_kept = len(first.token_ids) - 2
+    assert second.last.num_cached_tokens == first.last.num_prompt_tokens + num_kept
+    fresh = await ask(engine, (*CAT, ("assistant", first.text), QUESTION))
+    assert second.text == fresh.text
+
+
+async def test_stateless_finds_nothing_and_answers_the_same(make_engine):
+    kept, stateless = make_engine(), make_engine(mode="vllm")
+    messages = list(CAT)
+    for _ in range(3):
+        one, other = await ask(kept, tuple(messages), session="s"), await ask(stateless, tuple(messages), session="s")
+        assert one.token_ids == other.token_ids
+        assert other.last.num_cached_tokens == 0
+        messages += [("assistant", one.text), QUESTION]
+    assert stateless.get_statistics()["mode"] == "stateless"
+    assert stateless.get_statistics()["num_chunks"] == 0
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "error", "param"),
+    [
+        (TextPrompt("cat " * 600), GREEDY, ContextLengthError, "messages"),
+        (TextPrompt("cat"), SamplingParams(max_tokens=512), ContextLengthError, "messages"),
+        (TokenPrompt(()), GREEDY, InvalidParameterError, "prompt"),
+        (TokenPrompt((1, 1024)), GREEDY, InvalidParameterError, "prompt"),
+        (TokenPrompt((-1,)), GREEDY, InvalidParameterError, "prompt"),
+        (TextPrompt("cat"), SamplingParams(stop_token_ids=(99999,)), InvalidParameterError, "stop_token_ids"),
+    ],
+)
+async def test_a_request_at_fault_is_refused_and_leaves_nothing(engine, prompt, sampling, error, param):
+    with pytest.raises(error) as caught:
+        await ask(engine, prompt, sampling)
+    assert caught.value.param == param
+    await assert_all_free(engine)
+    assert (await ask(engine, CAT)).text
+
+
+async def test_an_id_in_use_is_refused_and_its_owner_is_not_disturbed(engine):
+    expected = await long_text(engine)
+    executor(engine).go.clear()
+    executor(engine).in_step.clear()
+    sampling = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    owner = asyncio.create_task(ask(engine, CAT, sampling, request_id="same"))
+    await asyncio.to_thread(executor(engine).in_step.wait, 60)
+    second = asyncio.create_task(ask(engine, (QUESTION,), request_id="same"))
+    await asyncio.sleep(0)
+    executor(engine).go.set()
+    with pytest.raises(InvalidParameterError, match="'same' is running"):
+        await second
+    assert (await owner).token_ids == expected.token_ids
+
+
+# -- cancellation ------------------------------------------------------------------------------------------------------
+
+ENDLESS = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+
+
+async def test_closing_the_generator_frees_the_blocks(engine):
+    generator = engine.generate(ChatPrompt(CAT), ENDLESS, request_id="a", session_id="s")
+    async with aclosing(generator):
+        async for delta in generator:
+            assert delta.finish_reason is None
+            break
+    await assert_all_free(engine)
+    assert engine.get_statistics()["num_aborted"] == 1
+    # What it had computed is still there.
+    assert (await ask(engine, CAT)).last.num_cached_tokens > 0
+
+
+async def test_cancelling_the_consumer_frees_the_blocks(engine):
+    started = asyncio.Event()
+
+    async def consume() -> None:
+        async for _ in engine.generate(ChatPrompt(CAT), ENDLESS, request_id="a"):
+            started.set()
+
+    task = asyncio.create_task(consume())
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await assert_all_free(engine)
+    assert engine.get_statistics()["num_aborted"] == 1
+
+
+async def test_cancelling_before_the_engine_has_taken_the_request_harms_nobody(engine):
+    """A client that leaves while the engine thread is in the middle of a step: its request waits in the command queue."""
+    executor(engine).go.clear()
+    executor(engine).in_step.clear()
+    running = asyncio.create_task(ask(engine, CAT))
+    await asyncio.to_thread(executor(engine).in_step.wait, 60)
+    leaving = [asyncio.create_task(ask(engine, (QUESTION,), ENDLESS)) for _ in range(3)]
+    await asyncio.sleep(0)
+    for task in leaving:
+        task.cancel()
+    results = await asyncio.gather(*leaving, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+    executor(engine).go.set()
+    assert (await running).last.finish_reason == "stop"
+    await assert_all_free(engine)
+
+
+async def test_cancelling_while_the_engine_takes_the_request_frees_its_blocks(engine, monkeypatch):
+    taking, go, add = threading.Event(), threading.Event(), engine._add
+
+    def held_add(stream: object) -> None:
+        taking.set()
+        assert go.wait(60)
+        add(stream)
+
+    monkeypatch.setattr(engine, "_add", held_add)
+    task = asyncio.create_task(ask(engine, CAT, ENDLESS))
+    await asyncio.to_thread(taking.wait, 60)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    go.set()
+    await assert_all_free(engine)
+    assert engine.get_statistics()["num_aborted"] == 1
+
+
+async def test_many_cancellations_at_any_moment_leak_nothing(engine):
+    async def leave_after(num_turns: int) -> None:
+        task = asyncio.create_task(ask(engine, CAT, ENDLESS, session=f"s{num_turns % 3}"))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    await asyncio.gather(*(leave_after(num_turns) for num_turns in range(0, 400, 8)))
+    await assert_all_free(engine)
+    assert (await ask(engine, CAT)).last.finish_reason == "stop"
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(engine):
+    expected = await ask(engine, CAT, session="s")
+    executor(engine).num_to_fail = 1
+    with pytest.raises(ExecutorError, match="injected fault"):
+        await ask(engine, (*CAT, ("assistant", expected.text), QUESTION), session="s")
+    engine.check_health()
+    await assert_all_free(engine)
+    second = await ask(engine, (*CAT, ("assistant", expected.text), QUESTION), session="s")
+    fresh = await ask(engine, (*CAT, ("assistant", expected.text), QUESTION))
+    assert second.token_ids == fresh.token_ids
+    assert "Mia" in second.text
+    assert engine.get_statistics()["num_failed"] == 1
+
+
+async def test_a_request_that_waited_during_the_failed_step_is_served(make_engine):
+    engine = make_engine(max_num_seqs=1)
+    executor(engine).go.clear()
+    first = asyncio.create_task(ask(engine, CAT))
+    second = asyncio.create_task(ask(engine, (QUESTION,)))
+    await asyncio.to_thread(executor(engine).in_step.wait, 60)
+    executor(engine).num_to_fail = 1
+    executor(engine).go.set()
+    with pytest.raises(ExecutorError):
+        await first
+    assert (await second).last.finish_reason == "stop"
+
+
+async def test_deltas_before_a_failure_are_delivered(engine):
+    received = []
+    with pytest.raises(ExecutorError):
+        async for delta in engine.generate(ChatPrompt(CAT), ENDLESS, request_id="a"):
+            received.append(delta)
+            executor(engine).num_to_fail = 1
+    assert received
+    await assert_all_free(engine)
+
+
+async def test_failures_in_a_row_make_the_engine_unhealthy_and_one_success_resets_the_count(engine):
+    for _ in range(2):
+        for _ in range(MAX_FAILURES_IN_A_ROW - 1):
+            executor(engine).num_to_fail = 1
+            with pytest.raises(ExecutorError):
+                await ask(engine, CAT)
+        assert (await ask(engine, CAT)).text
+    for _ in range(MAX_FAILURES_IN_A_ROW):
+        engine.check_health()
+        executor(engine).num_to_fail = 1
+        with pytest.raises(ExecutorError):
+            await ask(engine, CAT)
+    with pytest.raises(EngineStoppedError, match="last 3 steps failed"):
+        engine.check_health()
+    with pytest.raises(EngineStoppedError):
+        await ask(engine, CAT)
+
+
+async def test_shutdown_ends_running_and_waiting_requests(make_engine):
+    engine = make_engine(max_num_seqs=1)
+    executor(engine).go.clear()
+    tasks = [asyncio.create_task(ask(engine, CAT, ENDLESS)) for _ in range(3)]
+    await asyncio.to_thread(executor(engine).in_step.wait, 60)
+    stopping = asyncio.create_task(engine.shutdown())
+    await asyncio.sleep(0)
+    executor(engine).go.set()
+    await stopping
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(result) for result in results] == [EngineStoppedError] * 3
+    with pytest.raises(EngineStoppedError, match="shut down"):
+        await ask(engine, CAT)
+    with pytest.raises(EngineStoppedError, match="shut down"):
+        await engine.check_integrity()
+    await engine.shutdown()
+
+
+async def test_a_call_that_comes_as_the_thread_ends_is_not_left_waiting(engine):
+    """The thread has looked for commands for the last time, but is not yet gone."""
+    await engine.shutdown()
+    engine._thread = threading.current_thread()
+    with pytest.raises(EngineStoppedError):
+        await asyncio.wait_for(engine.check_integrity(), 30)
+
+
+async def test_an_engine_whose_thread_died_says_so(engine):
+    def explode() -> None:
+        raise ValueError("a defect")
+
+    task = asyncio.create_task(ask(engine, CAT, ENDLESS))
+    await asyncio.to_thread(executor(engine).in_step.wait, 60)
+    engine._commands.put(explode)
+    with pytest.raises(EngineStoppedError):
+        await task
+    with pytest.raises(EngineStoppedError, match="a defect"):
+        await ask(engine, CAT)
