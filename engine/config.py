@@ -4,6 +4,7 @@ where it has the same thing. Opens no file and no device.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -52,9 +53,9 @@ class EngineConfig:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mode", MODE_ALIASES.get(self.mode, self.mode))
         for field in fields(self):
             self._check_type(field.name, typing.get_type_hints(EngineConfig)[field.name])
+        object.__setattr__(self, "mode", MODE_ALIASES.get(self.mode, self.mode))
 
         def check(ok: bool, name: str, must: str) -> None:
             if not ok:
@@ -64,7 +65,7 @@ class EngineConfig:
         check(self.mode in MODES, "mode", "'pensieve' or 'stateless' (alias 'vllm')")
         check(self.dtype in DTYPES, "dtype", "one of " + ", ".join(DTYPES))
         check(
-            self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
+            re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device) is not None,
             "device",
             "auto, cpu or cuda[:N]",
         )

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
 from engine.core.conversation import Transcript, TranscriptMatch
@@ -98,8 +97,9 @@ class Detokenizer:
 
     def __init__(self, backend: Any, prompt_token_ids: Sequence[int], stop: Sequence[str]) -> None:
         self._backend = backend
-        context = list(prompt_token_ids[-DECODE_CONTEXT_LEN:])
-        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        # The last tokens whose text is known, `_num_known` of them, then those that may be part of a character.
+        self._token_ids = list(prompt_token_ids[-DECODE_CONTEXT_LEN:])
+        self._num_known = len(self._token_ids)
         self._stop = tuple(stop)
         self._num_emitted = 0
         self.text = ""
@@ -107,7 +107,7 @@ class Detokenizer:
 
     def append(self, token_id: int, *, may_stop: bool = True) -> None:
         """Take in a token. Sets `is_stopped`, and cuts `text` before the stop string, where one is complete."""
-        piece = self._stream.step(self._backend, token_id)
+        piece = self._decode_next(token_id)
         if not piece:
             return
         num_before = len(self.text)
@@ -119,6 +119,18 @@ class Detokenizer:
             if found:
                 self.text = self.text[: min(found)]
                 self.is_stopped = True
+
+    def _decode_next(self, token_id: int) -> str:
+        """Text that this token completes. (tokenizers' own DecodeStream raises on byte-fallback tokens that are no UTF-8, and
+        repeats the prompt where that ends in half a character.)"""
+        self._token_ids.append(token_id)
+        known = self._backend.decode(self._token_ids[: self._num_known], skip_special_tokens=True)
+        text: str = self._backend.decode(self._token_ids, skip_special_tokens=True)
+        if len(text) <= len(known) or text.endswith("\ufffd"):
+            return ""
+        del self._token_ids[: self._num_known]
+        self._num_known = len(self._token_ids)
+        return text[len(known) :]
 
     def take_text(self, *, final: bool) -> str:
         """Text that was not taken yet. Unless `final`, an end that could begin a stop string is held back."""
