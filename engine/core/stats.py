@@ -11,7 +11,8 @@ from typing import Any
 @dataclass(slots=True)
 class EngineStats:
     """Monotonic counters. Prompt tokens are told apart by where they were on arrival: cached in the GPU or the CPU tier,
-    dropped (an earlier turn computed them), or new. `num_resumed_tokens`: computed again after a suspension."""
+    dropped (an earlier turn computed them), or new. `num_resumed_tokens`: left to
+    compute when suspended requests came back."""
 
     num_steps: int = 0
     num_requests: int = 0

@@ -5,11 +5,13 @@ sure that the two agree. Refuses what cannot work.
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -75,6 +77,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     empty: peak memory stays near the size of the weights. Raises ModelLoadError or UnsupportedModelError."""
     location = model_location(config.model)
     device = choose_device(config.device)
+    if not sys.stderr.isatty():  # a progress bar in a log file is noise
+        transformers.utils.logging.disable_progress_bar()
     try:
         hf_config = AutoConfig.from_pretrained(location)
     except (OSError, ValueError) as error:
@@ -115,7 +119,8 @@ def _load_error(model: str, error: Exception) -> ModelLoadError:
         return ModelLoadError(f"cannot load a model from {model!r}: {reason}")
     return ModelLoadError(
         f"{model!r} is neither a local folder nor a model that the Hugging Face hub gave ({reason}). Without access to "
-        "the hub, download the model elsewhere and give its folder as the option 'model'",
+        "the hub, download the model elsewhere and give its folder as the option 'model' (and set HF_HUB_OFFLINE=1 to be "
+        "told at once)",
         param="model",
     )
 

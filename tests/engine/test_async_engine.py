@@ -11,10 +11,11 @@ from engine.async_engine import MAX_FAILURES_IN_A_ROW, AsyncEngine
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan, StepResult
 from engine.core.request import SamplingParams
-from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError, InvalidParameterError
+from engine.errors import ContextLengthError, EngineError, EngineStoppedError, ExecutorError, InvalidParameterError
 from engine.executor.local import LocalExecutor
 from engine.output import OutputDelta, TokenLogprob
 from engine.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from engine.tokenizer import Detokenizer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 CAT = (("user", "My cat is called Mia."),)
@@ -378,8 +379,8 @@ async def test_stateless_finds_nothing_and_answers_the_same(make_engine):
 @pytest.mark.parametrize(
     ("prompt", "sampling", "error", "param"),
     [
-        (TextPrompt("cat " * 600), GREEDY, ContextLengthError, "messages"),
-        (TextPrompt("cat"), SamplingParams(max_tokens=512), ContextLengthError, "messages"),
+        (TextPrompt("cat " * 600), GREEDY, ContextLengthError, "prompt"),
+        (ChatPrompt((("user", "cat"),)), SamplingParams(max_tokens=512), ContextLengthError, "messages"),
         (TokenPrompt(()), GREEDY, InvalidParameterError, "prompt"),
         (TokenPrompt((1, 1024)), GREEDY, InvalidParameterError, "prompt"),
         (TokenPrompt((-1,)), GREEDY, InvalidParameterError, "prompt"),
@@ -572,10 +573,10 @@ async def test_shutdown_ends_running_and_waiting_requests(make_engine):
     await engine.shutdown()
 
 
-async def test_a_call_that_comes_as_the_thread_ends_is_not_left_waiting(engine):
+async def test_a_call_that_comes_as_the_thread_ends_is_not_left_waiting(engine, monkeypatch):
     """The thread has looked for commands for the last time, but is not yet gone."""
     await engine.shutdown()
-    engine._thread = threading.current_thread()
+    monkeypatch.setattr(engine, "_thread", threading.current_thread())
     with pytest.raises(EngineStoppedError):
         await asyncio.wait_for(engine.check_integrity(), 30)
 
@@ -591,3 +592,41 @@ async def test_an_engine_whose_thread_died_says_so(engine):
         await task
     with pytest.raises(EngineStoppedError, match="a defect"):
         await ask(engine, CAT)
+
+
+async def test_an_answer_cut_by_a_stop_string_leaves_a_tail_that_the_next_turn_uses(engine):
+    """The tokens of the stop string are computed, but not part of what the conversation goes on from."""
+    messages = [("user", "my cat is called Mia")]
+    sampling = SamplingParams(temperature=0.0, max_tokens=30, stop=("called",))
+    text, last = "", None
+    async for delta in engine.generate(ChatPrompt(tuple(messages)), sampling, request_id="cut-1", session_id="cut"):
+        text, last = text + delta.text, delta
+    assert last is not None
+    assert last.finish_reason == "stop"
+    messages += [("assistant", text), ("user", "what is my cat called?")]
+    async for delta in engine.generate(ChatPrompt(tuple(messages)), sampling, request_id="cut-2", session_id="cut"):
+        num_kept = delta.num_cached_tokens - last.num_prompt_tokens
+        assert 0 < num_kept < last.num_output_tokens
+        break
+
+
+async def test_an_answer_that_cannot_be_put_into_text_ends_alone(engine, monkeypatch):
+    append = Detokenizer.append
+
+    def fail_for_one(self, token_id, *, may_stop=True):
+        if self._stop == ("poison",):
+            raise KeyError(token_id)
+        append(self, token_id, may_stop=may_stop)
+
+    monkeypatch.setattr(Detokenizer, "append", fail_for_one)
+
+    async def ask(request_id: str, stop: tuple[str, ...]) -> str:
+        sampling = SamplingParams(temperature=0.0, max_tokens=20, stop=stop)
+        prompt = ChatPrompt((("user", "my cat is called Mia"),))
+        return "".join([delta.text async for delta in engine.generate(prompt, sampling, request_id=request_id)])
+
+    good, bad = await asyncio.gather(ask("good", ()), ask("bad", ("poison",)), return_exceptions=True)
+    assert "Mia" in good
+    assert isinstance(bad, EngineError)
+    await engine.check_integrity()
+    engine.check_health()

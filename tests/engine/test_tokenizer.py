@@ -5,7 +5,7 @@ from array import array
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from engine.core.conversation import NO_MATCH, Conversation, Transcript, TranscriptMatch
@@ -201,3 +201,21 @@ def test_special_tokens_are_no_text(tokenizer):
     assert "My cat is called Mia." in text
     assert "<|" not in text
     assert tokenizer.decode(token_ids) == tokenizer.render_chat(CHAT[:1])
+
+
+def test_a_tokenizer_that_begins_texts_with_a_space_does_not_do_so_in_the_middle(tmp_path):
+    """As Llama-2's: a prompt of which the beginning is known gets the ids that the whole would get."""
+    vocab = {token: i for i, token in enumerate(["<unk>", "</s>", "\u2581", "a", "b", "\u2581a", "\u2581b", "ab"])}
+    backend = Backend(models.BPE(vocab=vocab, merges=[("\u2581", "a"), ("\u2581", "b"), ("a", "b")], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path)
+    tokenizer = Tokenizer(str(tmp_path))
+    for whole, num_known in [("aab", 2), ("aa b", 2), ("ba</s>ab", 6), ("ba</s> ab", 6)]:
+        known_ids = tokenizer.encode_prompt(whole[:num_known], NO_MATCH, add_special_tokens=False).token_ids
+        known = TranscriptMatch(known_ids, num_known, (), len(known_ids))
+        ids = tokenizer.encode_prompt(whole, known, add_special_tokens=False).token_ids
+        assert tokenizer.decode(ids) == tokenizer.decode(
+            tokenizer.encode_prompt(whole, NO_MATCH, add_special_tokens=False).token_ids
+        )
+        assert vocab["\u2581"] not in ids[len(known_ids) :] or " " in whole[num_known:]
