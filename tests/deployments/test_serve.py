@@ -11,6 +11,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -99,6 +100,44 @@ async def until(condition: Callable[[], Any]) -> None:
 
 def chat(text: str = "hello", **options: Any) -> dict[str, Any]:
     return {"model": EMBEDDED_MODEL_NAME, "messages": [{"role": "user", "content": text}], **options}
+
+
+REAL_SESSIONS = json.loads((Path(__file__).parents[1] / "data" / "airline_user_messages.json").read_text())
+
+
+@pytest.mark.parametrize("session", range(len(REAL_SESSIONS)))
+def test_a_real_conversation_computes_each_turn_once_until_the_window_is_full(
+    client: openai.OpenAI, session: int
+) -> None:
+    """A real user's messages, again and again, to the end of the window: an answer or a refusal, never more than fits."""
+    window = client.models.retrieve(EMBEDDED_MODEL_NAME).model_extra["max_model_len"]  # type: ignore[index]
+    messages: Any = []
+    known = 0  # tokens that went through the model in this conversation
+    num_turns, refusal = 0, None
+    for text in REAL_SESSIONS[session] * 20:
+        messages.append({"role": "user", "content": text})
+        try:
+            answer = client.chat.completions.create(
+                model=EMBEDDED_MODEL_NAME,
+                messages=messages,
+                temperature=0,
+                max_tokens=24,
+                extra_headers={"x-session-id": f"real-{session}"},
+            )
+        except openai.BadRequestError as error:
+            refusal = error.code
+            break
+        usage = answer.usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens == known
+        assert usage.total_tokens <= window
+        known = usage.total_tokens - 1
+        messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        num_turns += 1
+    assert refusal == "context_length_exceeded"
+    assert num_turns >= len(REAL_SESSIONS[session]), "not all turns of the conversation were answered"
+    assert known > window // 2
 
 
 def test_official_client(client: openai.OpenAI) -> None:
