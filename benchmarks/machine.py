@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-
 RESULTS = Path(__file__).parent / "results"
 
 

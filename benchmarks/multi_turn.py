@@ -3,9 +3,9 @@ under each eviction policy, in one run. Throughput, time to first token, and whe
 
     python benchmarks/multi_turn.py
 
-The model is a random Llama (only shapes matter); the prompts are real text, tokenised by a BPE that is trained on it. Each turn
-sends the whole history as token ids, the answers being those that were generated. Sessions arrive as a Poisson process; a turn
-is sent an exponential think time after the last answer.
+The model is a random Llama (only shapes matter); the prompts are real text, tokenised by a BPE that is trained on it. Each
+turn sends the whole history as token ids, the answers being those that were generated. Sessions arrive as a Poisson
+process; a turn is sent an exponential think time after the last answer.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def build_model(folder: Path, texts: list[str], arguments: argparse.Namespace) -
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096, special_tokens=["<eos>"], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=4096,
+        special_tokens=["<eos>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
@@ -119,7 +122,9 @@ async def run_session(
     return num_output
 
 
-async def run(model: str, sessions: list[Session], options: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+async def run(
+    model: str, sessions: list[Session], options: dict[str, Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
     engine = AsyncEngine(
         EngineConfig(
             model=model,
@@ -201,7 +206,9 @@ def main() -> None:
         f"{len(sessions)} sessions, working set {working_set} tokens, GPU tier {num_gpu_blocks * CHUNK_SIZE}, CPU tier "
         f"{num_cpu_blocks * CHUNK_SIZE} (small: {num_gpu_blocks // 2 * CHUNK_SIZE}), longest context {longest}"
     )
-    print(f"{'':<32} {'turns/s':>8} {'TTFT p50':>9} {'p90':>7} {'p99':>7} {'GPU hits':>9} {'CPU hits':>9} {'recomputed':>11}")
+    print(
+        f"{'':<32} {'turns/s':>8} {'TTFT p50':>9} {'p90':>7} {'p99':>7} {'GPU hits':>9} {'CPU hits':>9} {'recomputed':>11}"
+    )
     for row in rows:
         print(
             f"{row['configuration']:<32} {row['turns_per_s']:>8.2f} {row['ttft_p50_s']:>7.2f} s {row['ttft_p90_s']:>5.2f} s "

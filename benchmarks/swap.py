@@ -92,7 +92,9 @@ def main() -> None:
                 "share_hidden": (serial_s - pipelined_s) / min(compute_s, transfer_s),
             }
         )
-    print(f"{arguments.num_new_tokens} new tokens behind a context that is swapped in; medians of {arguments.repeats}, in ms")
+    print(
+        f"{arguments.num_new_tokens} new tokens behind a context that is swapped in; medians of {arguments.repeats}, in ms"
+    )
     print(f"{'context':>7} {'MiB':>7} {'compute':>9} {'transfer':>9} {'serial':>9} {'pipelined':>9} {'hidden':>7}")
     for row in rows:
         print(

@@ -32,7 +32,8 @@ class AppArgs(BaseModel):
     num_cpus, num_gpus: what Ray sets aside for one of them (fractions are fine; CPUs are not enforced).
     num_ingress_replicas, ingress_num_cpus: the HTTP side. max_ongoing_requests: requests in one engine
     replica; further ones of its sessions go to the num_fallback_replicas next in their order.
-    max_queued_requests: how many may wait in one ingress replica when all are full; above that, 429.
+    max_queued_requests: how many may wait in one ingress replica when all are full; above that, 429. Serve
+    also counts those that are just being routed, so a small number refuses bursts.
     max_body_bytes: of a request. stream_interval_s: least time between two chunks of one stream, seconds.
     graceful_shutdown_timeout_s: what running requests get to end in when a replica is stopped, seconds.
     """

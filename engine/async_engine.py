@@ -26,7 +26,14 @@ from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
 from engine.core.executor import Executor
 from engine.core.plan import SampledToken, StepPlan
 from engine.core.request import FinishReason, Request, SamplingParams
-from engine.errors import ConfigError, EngineError, EngineStoppedError, ExecutorError, InvalidParameterError
+from engine.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineError,
+    EngineStoppedError,
+    ExecutorError,
+    InvalidParameterError,
+)
 from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import default_model_name, model_location
 from engine.output import OutputDelta, TokenLogprob, merge_deltas
@@ -38,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 # Steps in a row that may fail before the engine says that it is broken: one may be the request's fault.
 MAX_FAILURES_IN_A_ROW = 3
+# Characters that are tokenised in the event loop itself, about a millisecond's worth.
+MAX_INLINE_CHARS = 4096
 # Token ids that the text of conversations is remembered for: 64M ids are 256 MiB.
 MAX_CONVERSATION_TOKENS = 1 << 26
 
@@ -93,6 +102,7 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}
         self._num_failures = 0
         self._is_stopping = False
+        self._is_shut_down = False
         self._fatal: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -112,7 +122,10 @@ class AsyncEngine:
         generator aborts the request. Raises RequestError before the first delta where the request is at fault, EngineError
         at any time where the engine is."""
         self.check_health()
-        transcript, num_history = self._tokenize(prompt, session_id)
+        # A long prompt takes long to tokenise, and meanwhile the loop has others to serve.
+        is_long = not isinstance(prompt, TokenPrompt) and prompt.num_chars > MAX_INLINE_CHARS
+        tokenized = asyncio.to_thread(self._tokenize, prompt, session_id) if is_long else None
+        transcript, num_history = self._tokenize(prompt, session_id) if tokenized is None else await tokenized
         for token_id in sampling.stop_token_ids:
             self._check_token_id(token_id, "stop_token_ids")
         if sampling.seed is None and not sampling.is_greedy:
@@ -129,7 +142,11 @@ class AsyncEngine:
         stream = _Stream(request, transcript, detokenizer, asyncio.get_running_loop())
         is_first, is_finished = True, False
         try:
-            await self._call(lambda: self._add(stream))
+            try:
+                await self._call(lambda: self._add(stream))
+            except ContextLengthError as error:
+                error.param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+                raise
             while not is_finished:
                 items = [await stream.items.get()]
                 while not stream.items.empty():
@@ -174,13 +191,13 @@ class AsyncEngine:
         await self._call(self._core.check_integrity)
 
     async def shutdown(self) -> None:
-        """End all requests with EngineStoppedError, stop the thread, free the model."""
-        if self._is_stopping:
-            return
+        """End all requests with EngineStoppedError, stop the thread, free the model. May be called again."""
         self._is_stopping = True
         self._commands.put(lambda: None)
         await asyncio.to_thread(self._thread.join)
-        self._executor.shutdown()
+        if not self._is_shut_down:
+            self._is_shut_down = True
+            self._executor.shutdown()
 
     # -- tokenising ----------------------------------------------------------------------------------------------------
 
@@ -209,21 +226,25 @@ class AsyncEngine:
         request, prompt = stream.request, stream.prompt
         if request.conversation_id == request.request_id:
             return
-        output_ids = request.token_ids[request.num_prompt_tokens :]
+        output_ids = self._kept_output_ids(stream)
         text = stream.detokenizer.text
         if not prompt.text:  # a prompt of token ids: nothing to compare texts with
             self._conversations.record_turn(request.conversation_id, prompt, output_ids, "")
             return
-        if stream.detokenizer.is_stopped:
-            # The stop string is not part of the answer; which tokens are, is known only up to whole tokens.
-            while output_ids and len(self._tokenizer.decode(output_ids)) > len(text):
-                output_ids.pop()
-            text = self._tokenizer.decode(output_ids)
-        elif any(self._tokenizer.is_special(token_id) for token_id in output_ids[:-1]):
+        if stream.detokenizer.is_stopped or any(self._tokenizer.is_special(token_id) for token_id in output_ids[:-1]):
             text = self._tokenizer.decode(output_ids)
         elif output_ids and output_ids[-1] in request.stop_token_ids:
             text += self._tokenizer.decode(output_ids[-1:])
         self._conversations.record_turn(request.conversation_id, prompt, output_ids, text)
+
+    def _kept_output_ids(self, stream: _Stream) -> list[int]:
+        """The generated tokens that the answer consists of. A stop string is not part of it; which tokens are, is known only
+        up to whole tokens."""
+        output_ids = stream.request.token_ids[stream.request.num_prompt_tokens :]
+        if stream.detokenizer.is_stopped:
+            while output_ids and len(self._tokenizer.decode(output_ids)) > len(stream.detokenizer.text):
+                output_ids.pop()
+        return output_ids
 
     # -- the engine thread ---------------------------------------------------------------------------------------------
 
@@ -232,10 +253,10 @@ class AsyncEngine:
             while not self._is_stopping:
                 self._run_commands(wait=False)
                 plan = self._core.schedule(time.monotonic())
-                if plan is None:
-                    self._run_commands(wait=True)
-                else:
+                if plan is not None:
                     self._step(plan)
+                elif not self._is_stopping:  # a shutdown's wake-up call may have been taken already
+                    self._run_commands(wait=True)
         except BaseException as error:
             logger.exception("the engine thread died")
             self._fatal = error
@@ -267,20 +288,32 @@ class AsyncEngine:
             return
         self._num_failures = 0
         outputs = self._core.update(plan, result, time.monotonic())
-        self._deliver([(self._streams[output.request_id], self._process(output)) for output in outputs])
+        self._deliver([(self._streams[output.request_id], self._process_or_fail(output)) for output in outputs])
+
+    def _process_or_fail(self, output: RequestOutput) -> _Item:
+        """One answer that cannot be told (a tokenizer's fault, say) must not end the others."""
+        try:
+            return self._process(output)
+        except Exception as error:
+            logger.exception("request %s failed", output.request_id)
+            self._streams.pop(output.request_id, None)
+            self._core.abort(output.request_id, time.monotonic())
+            return EngineError(f"the answer could not be put into text: {error!r}")
 
     def _process(self, output: RequestOutput) -> OutputDelta:
         """From tokens to text; ends the request where a stop string is complete."""
         stream = self._streams[output.request_id]
         request, detokenizer = stream.request, stream.detokenizer
         reason, stats = output.finish_reason, output.stats
-        may_stop = request.num_output_tokens > request.sampling.min_tokens
+        num_output_tokens = request.num_output_tokens  # now: a stop string takes some back
+        may_stop = num_output_tokens > request.sampling.min_tokens
         for sample in output.samples:
             if reason is not FinishReason.STOP:  # the token that ends an answer is not part of its text
                 detokenizer.append(sample.token_id, may_stop=may_stop)
         if detokenizer.is_stopped and reason is None:
             reason = FinishReason.STOP
-            stats = self._core.stop(request.request_id, time.monotonic())
+            kept = len(self._kept_output_ids(stream))
+            stats = self._core.stop(request.request_id, time.monotonic(), num_kept_output_tokens=kept)
         elif detokenizer.is_stopped:
             reason = FinishReason.STOP
         if reason is not None:
@@ -292,7 +325,7 @@ class AsyncEngine:
             logprobs=tuple(self._logprob(s) for s in output.samples if s.logprob is not None),
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
-            num_output_tokens=request.num_output_tokens,
+            num_output_tokens=num_output_tokens,
             finish_reason=None if reason is None else reason.value,
             stats=stats,
         )

@@ -75,8 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(build_parser().parse_args(argv))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     names = {field.name for field in fields(EngineConfig)}
     options = {name: value for name, value in arguments.items() if name in names and value is not None}
     try:

@@ -51,7 +51,8 @@ def compare_modes(options: dict[str, Any], turns: Sequence[str], sampling: Sampl
         create_server(**{**options, "mode": "stateless"}) as fresh,
     ):
         for server in (kept, fresh):  # the first forward of a process pays for everybody's allocations
-            server.chat("warm-up", turns[0], SamplingParams(temperature=0.0, max_tokens=2))
+            # Backwards: as long as the first turn, and not found in the cache when that comes.
+            server.chat("warm-up", turns[0][::-1], SamplingParams(temperature=0.0, max_tokens=2))
         progress = tqdm(turns, desc="turns", unit="turn", disable=not sys.stderr.isatty())
         for number, text in enumerate(progress, 1):
             servers = (kept, fresh) if number % 2 else (fresh, kept)

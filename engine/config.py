@@ -4,6 +4,7 @@ where it has the same thing. Opens no file and no device.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -27,8 +28,8 @@ class EngineConfig:
     float32 on a CPU. device: "auto", "cpu", "cuda" or "cuda:N". max_model_len: window in tokens, prompt and answer; None =
     the model's, or what the GPU tier holds. chunk_size: tokens a chunk. num_gpu_blocks: size of the GPU tier in chunks;
     None = from gpu_memory_gib, and without it from gpu_memory_utilization on a GPU and 1 GiB on a CPU. num_cpu_blocks,
-    kv_offloading_size (GiB): size of the CPU tier, 0 = none. max_num_seqs: most requests that run at once. max_num_batched_tokens:
-    token budget of a step. decode_reserve, swap_out_watermark: shares of the GPU tier's blocks. num_threads: CPU threads
+    kv_offloading_size (GiB): size of the CPU tier, 0 = none. max_num_seqs: most requests that run at once.
+    max_num_batched_tokens: token budget of a step. decode_reserve, swap_out_watermark: shares of the GPU tier's blocks. num_threads: CPU threads
     of the model; None = torch's choice. write_through: copy what a turn leaves to the CPU tier at its end, not only under the
     watermark. verify_swaps: checksum every block on its way; a wrong one is dropped and recomputed.
     profile: file that `pensieve profile` wrote; None = the one in the user's cache folder, if any.
@@ -57,9 +58,9 @@ class EngineConfig:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mode", MODE_ALIASES.get(self.mode, self.mode))
         for field in fields(self):
             self._check_type(field.name, typing.get_type_hints(EngineConfig)[field.name])
+        object.__setattr__(self, "mode", MODE_ALIASES.get(self.mode, self.mode))
 
         def check(ok: bool, name: str, must: str) -> None:
             if not ok:
@@ -69,7 +70,7 @@ class EngineConfig:
         check(self.mode in MODES, "mode", "'pensieve' or 'stateless' (alias 'vllm')")
         check(self.dtype in DTYPES, "dtype", "one of " + ", ".join(DTYPES))
         check(
-            self.device in ("auto", "cpu", "cuda") or self.device.startswith("cuda:"),
+            re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device) is not None,
             "device",
             "auto, cpu or cuda[:N]",
         )

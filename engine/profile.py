@@ -158,7 +158,9 @@ def plot_profile(profile: Profile, path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     lengths = list(profile.chunk_s)
-    axes.plot(lengths, [seconds * 1e3 for seconds in profile.chunk_s.values()], "o", label="a step of one chunk, measured")
+    axes.plot(
+        lengths, [seconds * 1e3 for seconds in profile.chunk_s.values()], "o", label="a step of one chunk, measured"
+    )
     line = [(profile.constant_s + profile.per_context_token_s * length) * 1e3 for length in lengths]
     terms = f"{profile.constant_s * 1e3:.3g} ms + {profile.per_context_token_s * 1e9:.3g} ns/token"
     axes.plot(lengths, line, "-", label=f"one more chunk in a step: {terms}")
@@ -174,9 +176,7 @@ def plot_profile(profile: Profile, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _measure_chunks(
-    executor: LocalExecutor, chunk_size: int, lengths: list[int], repeats: int
-) -> dict[int, float]:
+def _measure_chunks(executor: LocalExecutor, chunk_size: int, lengths: list[int], repeats: int) -> dict[int, float]:
     """Median seconds of a step that computes one chunk at the end of a context; the first repeat is not counted."""
     samples: dict[int, list[float]] = {length: [] for length in lengths}
     num_tokens = lengths[-1]
@@ -237,12 +237,13 @@ def _device_name(loaded: LoadedModel) -> str:
 
 def describe_profile(profile: Profile) -> dict[str, Any]:
     """For people: rates instead of seconds."""
+    in_gb_s, out_gb_s = (profile.bytes_per_block / s / 1e9 for s in (profile.swap_in_s, profile.swap_out_s))
     return {
         "model": profile.model,
         "dtype": profile.dtype,
         "device": profile.device,
         "chunk, without attention": f"{profile.constant_s * 1e3:.3f} ms",
         "attention per 1024 tokens of context": f"{profile.per_context_token_s * 1024e3:.3f} ms",
-        "swap in": f"{profile.swap_in_s * 1e3:.3f} ms a block, {profile.bytes_per_block / profile.swap_in_s / 1e9:.2f} GB/s",
-        "swap out": f"{profile.swap_out_s * 1e3:.3f} ms a block, {profile.bytes_per_block / profile.swap_out_s / 1e9:.2f} GB/s",
+        "swap in": f"{profile.swap_in_s * 1e3:.3f} ms a block, {in_gb_s:.2f} GB/s",
+        "swap out": f"{profile.swap_out_s * 1e3:.3f} ms a block, {out_gb_s:.2f} GB/s",
     }

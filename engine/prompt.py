@@ -11,12 +11,20 @@ class ChatPrompt:
 
     messages: tuple[tuple[str, str], ...]
 
+    @property
+    def num_chars(self) -> int:
+        return sum(len(content) for _, content in self.messages)
+
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
     """A text to continue."""
 
     text: str
+
+    @property
+    def num_chars(self) -> int:
+        return len(self.text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
 from engine.core.conversation import Transcript, TranscriptMatch
@@ -32,14 +31,16 @@ class Tokenizer:
         """`location`: a folder or a hub id. Raises ModelLoadError."""
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(location)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # a malformed tokenizer.json raises anything, bare Exception included
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ModelLoadError(f"cannot load a tokenizer from {location!r}: {reason}", param="model") from error
         if not self._tokenizer.is_fast:
             raise ModelLoadError(f"the tokenizer of {location!r} has no fast version (tokenizer.json)", param="model")
         if self._tokenizer.chat_template is None:
             logger.warning("%s has no chat template; messages are rendered as 'role: content' lines", location)
             self._tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        first_token = self._tokenizer.convert_ids_to_tokens(self._encode("x")[0][:1])
+        self._begins_with_space = bool(first_token) and first_token[0].startswith("\u2581")
         self._special_ids = frozenset(self._tokenizer.all_special_ids) | frozenset(
             token_id for token_id, token in self._tokenizer.added_tokens_decoder.items() if token.special
         )
@@ -67,20 +68,40 @@ class Tokenizer:
     def encode_prompt(self, text: str, known: TranscriptMatch, *, add_special_tokens: bool) -> Transcript:
         """`text`, of which the beginning is `known`; only the rest is tokenised. add_special_tokens: begin with what the
         tokenizer begins texts with; no for chats, whose template does it."""
-        encoding = self._tokenizer(
-            text[known.num_chars :],
-            add_special_tokens=add_special_tokens and not known.num_chars,
-            return_offsets_mapping=True,
-            verbose=False,  # the window is the engine's to check
-        )
+        if known.num_chars:
+            token_ids, starts = self._encode_continuation(text, known.num_chars)
+        else:
+            token_ids, spans = self._encode(text, add_special_tokens=add_special_tokens)
+            starts = [start for start, _ in spans]
         num_known = len(known.token_ids)
         anchors = list(known.anchors)
         if known.num_chars:
             anchors.append((num_known, known.num_chars))
-        for index, (token_id, (start, _)) in enumerate(zip(encoding.input_ids, encoding.offset_mapping, strict=True)):
-            if token_id in self._special_ids and (start or num_known) and index:
+        for index, (token_id, start) in enumerate(zip(token_ids, starts, strict=True)):
+            if token_id in self._special_ids and index:
                 anchors.append((num_known + index, known.num_chars + start))
-        return Transcript(known.token_ids + array("I", encoding.input_ids), text, tuple(anchors))
+        return Transcript(known.token_ids + array("I", token_ids), text, tuple(anchors))
+
+    def _encode(self, text: str, *, add_special_tokens: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and the characters [start, end) of each."""
+        encoding = self._tokenizer(
+            text,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            verbose=False,  # the window is the engine's to check
+        )
+        return encoding.input_ids, encoding.offset_mapping
+
+    def _encode_continuation(self, text: str, num_known_chars: int) -> tuple[list[int], list[int]]:
+        """Token ids of text[num_known_chars:], and where each starts in that. A tokenizer that puts a space before whatever a
+        text begins with must not do so in the middle of one: it is given the character before, whose tokens are left out."""
+        if self._begins_with_space:
+            token_ids, spans = self._encode(text[num_known_chars - 1 :])
+            first = next((index for index, (_, end) in enumerate(spans) if end > 1), len(spans))
+            if first == len(spans) or spans[first][0] >= 1:  # no token spans both characters
+                return token_ids[first:], [start - 1 for start, _ in spans[first:]]
+        token_ids, spans = self._encode(text[num_known_chars:])
+        return token_ids, [start for start, _ in spans]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of these tokens, special ones included."""
@@ -98,8 +119,9 @@ class Detokenizer:
 
     def __init__(self, backend: Any, prompt_token_ids: Sequence[int], stop: Sequence[str]) -> None:
         self._backend = backend
-        context = list(prompt_token_ids[-DECODE_CONTEXT_LEN:])
-        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        # The last tokens whose text is known, `_num_known` of them, then those that may be part of a character.
+        self._token_ids = list(prompt_token_ids[-DECODE_CONTEXT_LEN:])
+        self._num_known = len(self._token_ids)
         self._stop = tuple(stop)
         self._num_emitted = 0
         self.text = ""
@@ -107,7 +129,7 @@ class Detokenizer:
 
     def append(self, token_id: int, *, may_stop: bool = True) -> None:
         """Take in a token. Sets `is_stopped`, and cuts `text` before the stop string, where one is complete."""
-        piece = self._stream.step(self._backend, token_id)
+        piece = self._decode_next(token_id)
         if not piece:
             return
         num_before = len(self.text)
@@ -119,6 +141,18 @@ class Detokenizer:
             if found:
                 self.text = self.text[: min(found)]
                 self.is_stopped = True
+
+    def _decode_next(self, token_id: int) -> str:
+        """Text that this token completes. (tokenizers' own DecodeStream raises on byte-fallback tokens that are no UTF-8, and
+        repeats the prompt where that ends in half a character.)"""
+        self._token_ids.append(token_id)
+        known = self._backend.decode(self._token_ids[: self._num_known], skip_special_tokens=True)
+        text: str = self._backend.decode(self._token_ids, skip_special_tokens=True)
+        if len(text) <= len(known) or text.endswith("\ufffd"):
+            return ""
+        del self._token_ids[: self._num_known]
+        self._num_known = len(self._token_ids)
+        return text[len(known) :]
 
     def take_text(self, *, final: bool) -> str:
         """Text that was not taken yet. Unless `final`, an end that could begin a stop string is held back."""

@@ -95,15 +95,17 @@ class PagedAttention:
 
 
 class ShapeProbe:
-    """Serves one forward of a single sequence without a pool, and notes the shapes of each call."""
+    """Serves one forward of a single sequence without a pool, and notes the shapes and the window of each call."""
 
     def __init__(self) -> None:
         self.layers: list[LayerShape] = []
         self.num_heads: list[int] = []
+        self.sliding_windows: list[int | None] = []
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         self.layers.append(LayerShape(key.shape[0], key.shape[2], value.shape[2]))
         self.num_heads.append(query.shape[0])
+        self.sliding_windows.append(params.sliding_window)
         return reference.attend_dense(query, key, value, params).transpose(0, 1)

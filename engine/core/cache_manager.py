@@ -217,8 +217,8 @@ class CacheManager:
 
         step_failed: nobody knows what the last step wrote or copied, so what has no name yet is not kept."""
         for chunk in request.chunks:
-            if chunk.key is None and self.keep and not step_failed and 0 < chunk.num_tokens < self.chunk_size:
-                self._name_tail(request, chunk)
+            if chunk.key is None and self.keep and not step_failed:
+                self._try_name(request, chunk)
             chunk.last_active = now
             self._unpin(chunk)
             if self._write_through and chunk.key is not None and chunk.cpu_block is None:
@@ -468,12 +468,16 @@ class CacheManager:
     def _parent_key(self, request: Request, position: int) -> bytes:
         return request.chunk_keys[position - 1] if position else root_key(self._model, "", request.tenant)
 
-    def _name_tail(self, request: Request, chunk: Chunk) -> None:
-        parent = self._parent_key(request, chunk.position)
+    def _try_name(self, request: Request, chunk: Chunk) -> None:
+        """Name a chunk that is not named at the end of its request: the tail, as far as the context goes, or a full chunk
+        that had a twin. Leaves it alone where nothing of it is valid or the twin is still there."""
         start = chunk.position * self.chunk_size
-        key = chunk_key(parent, request.token_ids[start : start + chunk.num_tokens])
-        chunk.owner_id = request.conversation_id
-        self.index.insert(chunk, key, parent)
+        chunk.num_tokens = min(chunk.num_tokens, request.num_tokens - start)
+        if chunk.num_tokens > 0:
+            parent = self._parent_key(request, chunk.position)
+            key = chunk_key(parent, request.token_ids[start : start + chunk.num_tokens])
+            chunk.owner_id = request.conversation_id
+            self.index.insert(chunk, key, parent)
 
     def _missing_ranges(self, row: list[Chunk], full: Iterable[int], num_tokens: int) -> list[tuple[int, int]]:
         """[start, end) of what is not in the row's blocks yet, front first, adjacent ranges joined."""

@@ -171,14 +171,18 @@ class EngineCore:
             self._finish(request, now)
             self.stats.num_aborted += 1
 
-    def stop(self, request_id: str, now: float) -> RequestStats | None:
-        """End a request whose answer is complete for a reason that the core does not see (a stop string)."""
+    def stop(self, request_id: str, now: float, *, num_kept_output_tokens: int | None = None) -> RequestStats | None:
+        """End a request whose answer is complete for a reason that the core does not see (a stop string). Of its output, the
+        first `num_kept_output_tokens` (None = all) are what the conversation goes on from. None where it does not run."""
         request = self._requests.get(request_id)
         if request is None:
             return None
+        account = self._account(request, now)
+        if num_kept_output_tokens is not None:
+            del request.token_ids[request.num_prompt_tokens + num_kept_output_tokens :]
         self._finish(request, now)
         self.stats.num_finished += 1
-        return self._account(request, now)
+        return account
 
     def get_statistics(self) -> dict[str, Any]:
         """Counters since the start, and the state now (requests by status, blocks by use)."""

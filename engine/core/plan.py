@@ -72,8 +72,8 @@ class BlockCopy:
 class StepPlan:
     """One step. In this order: forget `ended`; start `starts` and append `appends`; `evictions` (GPU -> CPU, their GPU blocks
     are written to later in the step); `gpu_copies` (every source is read before any target is written); `swap_ins` (CPU ->
-    GPU; a layer's KV has to be there when that layer attends); run `segments` as one ragged batch; sample. `swap_outs` (GPU ->
-    CPU, ahead of time) may run at any time beside that. All copies are finished when the step's result is given. A plan
+    GPU; a layer's KV has to be there when that layer attends); run `segments` as one ragged batch; sample. `swap_outs` (GPU
+    -> CPU, ahead of time) may run at any time beside that. All copies are finished when the step's result is given. A plan
     without segments only copies.
 
     Segments of one request are in order of position, so that a dropped range is computed with or before what follows it.

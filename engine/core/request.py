@@ -26,12 +26,10 @@ class RequestStatus(enum.Enum):
 
 
 class FinishReason(enum.Enum):
-    """Why a request ended; the value is what OpenAI's API calls it where it has a word."""
+    """Why an answer ended, in the words of OpenAI's API."""
 
     STOP = "stop"
     LENGTH = "length"
-    ABORT = "abort"
-    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-
-# What an eviction did. reclaimed: the GPU block of a chunk in both tiers was taken; swapped_out: a chunk left the GPU tier for
-# the CPU tier when its block was wanted; dropped: its KV is gone; cpu_copy_dropped: it lost its copy, but is on the GPU.
+# What an eviction did. reclaimed: the GPU block of a chunk in both tiers was taken; swapped_out: a chunk left the GPU tier
+# for the CPU tier when its block was wanted; dropped: its KV is gone; cpu_copy_dropped: it lost its copy, but is on the GPU.
 EVICTION_REASONS = ("gpu_reclaimed", "gpu_swapped_out", "gpu_dropped", "cpu_dropped", "cpu_copy_dropped")
 
 
 @dataclass(slots=True)
 class EngineStats:
     """Monotonic counters. Prompt tokens are told apart by where they were on arrival: cached in the GPU or the CPU tier,
-    dropped (an earlier turn computed them), or new. `num_resumed_tokens`: computed again after a suspension. Swaps and
-    copies are counted in blocks; `num_corrupted_swaps` by `verify_swaps`."""
+    dropped (an earlier turn computed them), or new. `num_resumed_tokens`: left to compute when
+    suspended requests came back. Swaps and copies are counted in blocks; `num_corrupted_swaps` by `verify_swaps`."""
 
     num_steps: int = 0
     num_requests: int = 0

@@ -5,11 +5,14 @@ sure that the two agree. Refuses what cannot work.
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from engine.attention.interface import ATTENTION_NAME, ShapeProbe, attention_handled_by
@@ -74,19 +77,28 @@ def load_model(config: EngineConfig) -> LoadedModel:
     empty: peak memory stays near the size of the weights. Raises ModelLoadError or UnsupportedModelError."""
     location = model_location(config.model)
     device = choose_device(config.device)
+    if not sys.stderr.isatty():  # a progress bar in a log file is noise
+        transformers.utils.logging.disable_progress_bar()
     try:
         hf_config = AutoConfig.from_pretrained(location)
     except (OSError, ValueError) as error:
         raise _load_error(config.model, error) from error
     text_config = hf_config.get_text_config()
-    _refuse_unsupported(config.model, text_config)
+    _refuse_unsupported(config.model, text_config, config.max_model_len)
     dtype = _choose_dtype(config.dtype, text_config, device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, device_map={"": device}, attn_implementation="eager"
-        ).eval()
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            location, dtype=dtype, device_map={"": device}, attn_implementation="eager", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _load_error(config.model, error) from error
+    if report["missing_keys"]:  # transformers would go on with random ones
+        raise ModelLoadError(
+            f"the files of {config.model!r} lack {len(report['missing_keys'])} weights of a {text_config.model_type} model, "
+            f"such as {min(report['missing_keys'])}; is the download complete, and of a decoder model?",
+            param="model",
+        )
+    model.eval()
     probe = _check_attention(config.model, model, text_config, device, dtype)
     return LoadedModel(
         model=model,
@@ -96,7 +108,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         num_attention_heads=probe.num_heads[0],
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         vocab_size=text_config.vocab_size,
-        max_model_len=int(getattr(text_config, "max_position_embeddings", None) or 2**20),
+        max_model_len=_model_window(text_config),
         eos_token_ids=_eos_token_ids(location, text_config),
     )
 
@@ -107,7 +119,8 @@ def _load_error(model: str, error: Exception) -> ModelLoadError:
         return ModelLoadError(f"cannot load a model from {model!r}: {reason}")
     return ModelLoadError(
         f"{model!r} is neither a local folder nor a model that the Hugging Face hub gave ({reason}). Without access to "
-        "the hub, download the model elsewhere and give its folder as the option 'model'",
+        "the hub, download the model elsewhere and give its folder as the option 'model' (and set HF_HUB_OFFLINE=1 to be "
+        "told at once)",
         param="model",
     )
 
@@ -121,7 +134,7 @@ def _choose_dtype(option: str, text_config: Any, device: torch.device) -> torch.
     return text_config.dtype if text_config.dtype in PROBE_TOLERANCE else torch.bfloat16
 
 
-def _refuse_unsupported(model: str, text_config: Any) -> None:
+def _refuse_unsupported(model: str, text_config: Any, max_model_len: int | None) -> None:
     if getattr(text_config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{model!r} is an encoder-decoder model; only decoder models can be served")
     layer_types = set(getattr(text_config, "layer_types", None) or ())
@@ -131,6 +144,18 @@ def _refuse_unsupported(model: str, text_config: Any) -> None:
             f"{model!r} ({text_config.model_type}) has layers of type {', '.join(refused)}, which cannot be served from "
             "a paged KV cache; use a model with full or sliding-window attention"
         )
+
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        limit = parameters.get("original_max_position_embeddings")
+        window = max_model_len or _model_window(text_config)
+        if parameters.get("rope_type") == "longrope" and limit and window > limit:
+            # Past that length it turns every token of the batch otherwise, also other requests', and not those cached.
+            raise UnsupportedModelError(
+                f"{model!r} ({text_config.model_type}) has a rotary embedding (longrope) that changes for a whole batch once "
+                f"one token is past position {limit}; it can be served with max_model_len {limit} at most",
+                param="max_model_len",
+            )
 
 
 @torch.inference_mode()
@@ -151,6 +176,13 @@ def _check_attention(name: str, model: Any, text_config: Any, device: torch.devi
             f"{name!r} ({family}) has {num_layers} layers but made {len(probe.layers)} calls to the attention interface of "
             "transformers: its family does not support replaceable attention, so its KV cannot be paged"
         )
+    num_windows = sum(window is not None for window in probe.sliding_windows)
+    if num_windows < _num_sliding_layers(text_config):
+        # The probe is too short to show it: such a family puts the window into the mask alone.
+        raise UnsupportedModelError(
+            f"{name!r} ({family}) has layers with a sliding window but does not tell the attention interface: its "
+            "KV cannot be paged"
+        )
     error = (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
     if not error <= PROBE_TOLERANCE[dtype]:
         raise UnsupportedModelError(
@@ -158,6 +190,20 @@ def _check_attention(name: str, model: Any, text_config: Any, device: torch.devi
             f"{error:.1e}): its attention does something that the paged cache does not know"
         )
     return probe
+
+
+def _model_window(text_config: Any) -> int:
+    """Tokens that the model was made for; very many where its config does not say."""
+    return int(getattr(text_config, "max_position_embeddings", None) or 2**20)
+
+
+def _num_sliding_layers(text_config: Any) -> int:
+    """Layers that see less than the whole window of the model."""
+    window = getattr(text_config, "sliding_window", None)
+    if window is None or window >= _model_window(text_config):
+        return 0
+    layer_types = getattr(text_config, "layer_types", None)
+    return text_config.num_hidden_layers if layer_types is None else list(layer_types).count("sliding_attention")
 
 
 def _eos_token_ids(location: str, text_config: Any) -> tuple[int, ...]:

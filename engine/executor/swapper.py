@@ -192,6 +192,7 @@ class CudaSwapper:
     def _swap_in(self, copies: Sequence[BlockCopy], columns: slice) -> torch.cuda.Event:
         with torch.cuda.stream(self._in_stream):
             for copy in copies:
-                self._gpu.storage[copy.target, columns].copy_(self._cpu.storage[copy.source, columns], non_blocking=True)
+                self._gpu.storage[copy.target, columns].copy_(
+                    self._cpu.storage[copy.source, columns], non_blocking=True
+                )
             return self._in_stream.record_event()
-

@@ -11,6 +11,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.ray
 
 APP = "pensieve"
 MAX_ONGOING_REQUESTS = 16
-MAX_QUEUED_REQUESTS = 4
+MAX_QUEUED_REQUESTS = 16
 ARGS = AppArgs(
     engine={"model": "embedded", "num_threads": 1, "num_gpu_blocks": 1024},
     num_replicas=3,
@@ -99,6 +100,44 @@ async def until(condition: Callable[[], Any]) -> None:
 
 def chat(text: str = "hello", **options: Any) -> dict[str, Any]:
     return {"model": EMBEDDED_MODEL_NAME, "messages": [{"role": "user", "content": text}], **options}
+
+
+REAL_SESSIONS = json.loads((Path(__file__).parents[1] / "data" / "airline_user_messages.json").read_text())
+
+
+@pytest.mark.parametrize("session", range(len(REAL_SESSIONS)))
+def test_a_real_conversation_computes_each_turn_once_until_the_window_is_full(
+    client: openai.OpenAI, session: int
+) -> None:
+    """A real user's messages, again and again, to the end of the window: an answer or a refusal, never more than fits."""
+    window = client.models.retrieve(EMBEDDED_MODEL_NAME).model_extra["max_model_len"]  # type: ignore[index]
+    messages: Any = []
+    known = 0  # tokens that went through the model in this conversation
+    num_turns, refusal = 0, None
+    for text in REAL_SESSIONS[session] * 20:
+        messages.append({"role": "user", "content": text})
+        try:
+            answer = client.chat.completions.create(
+                model=EMBEDDED_MODEL_NAME,
+                messages=messages,
+                temperature=0,
+                max_tokens=24,
+                extra_headers={"x-session-id": f"real-{session}"},
+            )
+        except openai.BadRequestError as error:
+            refusal = error.code
+            break
+        usage = answer.usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens_details.cached_tokens == known
+        assert usage.total_tokens <= window
+        known = usage.total_tokens - 1
+        messages.append({"role": "assistant", "content": answer.choices[0].message.content})
+        num_turns += 1
+    assert refusal == "context_length_exceeded"
+    assert num_turns >= len(REAL_SESSIONS[session]), "not all turns of the conversation were answered"
+    assert known > window // 2
 
 
 def test_official_client(client: openai.OpenAI) -> None:
@@ -239,13 +278,12 @@ async def test_bad_input_is_refused_and_leaves_nothing_behind(
     name: str, http: httpx.AsyncClient, engines: DeploymentHandle
 ) -> None:
     content, status, param = BAD_REQUESTS[name]
-    for url in ("/v1/chat/completions",):
-        response = await http.post(url, content=content)
-        assert response.status_code == status
-        error = response.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}
-        assert error["type"] == "invalid_request_error"
-        assert str(error["param"] or "").split("[")[0] == (param or "")
+    response = await http.post("/v1/chat/completions", content=content)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert str(error["param"] or "").split("[")[0] == (param or "")
     await ask_all(engines, "check_integrity")
     for statistics in await ask_all(engines, "get_statistics"):
         assert statistics["num_requests_running"] == statistics["num_requests_waiting"] == 0
@@ -330,25 +368,65 @@ async def test_clients_that_leave_at_once_leave_nothing_behind(
     await ask_all(engines, "check_integrity")
 
 
-async def test_overload_spills_to_one_replica_and_then_is_refused(
+class Follower:
+    """A client that reads a stream to its end, or until it is stopped."""
+
+    def __init__(self, http: httpx.AsyncClient, session_id: str, max_tokens: int) -> None:
+        self._http = http
+        self._session_id = session_id
+        self._max_tokens = max_tokens
+        self._started = asyncio.Event()
+        self.replica = ""
+        self.last_line = ""
+        self.task = asyncio.create_task(self._follow())
+
+    async def _follow(self) -> None:
+        body = chat(max_tokens=self._max_tokens, ignore_eos=True, stream=True)
+        headers = {"x-session-id": self._session_id}
+        async with self._http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+            assert response.status_code == 200, await response.aread()
+            self.replica = response.headers["x-pensieve-replica"]
+            async for line in response.aiter_lines():
+                self.last_line = line or self.last_line
+                self._started.set()
+
+    async def started(self) -> str:
+        """The replica that answers; raises what went wrong."""
+        waiting = asyncio.create_task(self._started.wait())
+        await asyncio.wait([self.task, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if self.task.done():
+            self.task.result()
+        return self.replica
+
+
+async def test_a_full_replica_spills_to_one_other_and_then_requests_are_refused(
     http: httpx.AsyncClient, engines: DeploymentHandle
 ) -> None:
-    body = chat(max_tokens=100, ignore_eos=True)
-    headers = {"x-session-id": "crowd"}
-    num_requests = 4 * MAX_ONGOING_REQUESTS
-    responses = await asyncio.gather(
-        *(http.post("/v1/chat/completions", json=body, headers=headers) for _ in range(num_requests))
-    )
-    by_status: dict[int, list[httpx.Response]] = defaultdict(list)
+    followers: list[Follower] = []
+    used: list[str] = []
+    for _ in range(2 * MAX_ONGOING_REQUESTS):
+        followers.append(Follower(http, "crowd", max_tokens=3500))
+        used.append(await followers[-1].started())
+    assert len(set(used[:MAX_ONGOING_REQUESTS])) == len(set(used[MAX_ONGOING_REQUESTS:])) == 1
+    assert len(set(used)) == 2
+
+    async def more() -> httpx.Response:
+        body, headers = chat(max_tokens=2), {"x-session-id": "crowd"}
+        return await http.post("/v1/chat/completions", json=body, headers=headers)
+
+    crowd = [asyncio.create_task(more()) for _ in range(4 * MAX_QUEUED_REQUESTS)]
+    await asyncio.wait(crowd, return_when=asyncio.FIRST_COMPLETED)
+    for follower in followers:
+        follower.task.cancel()
+    await asyncio.gather(*(follower.task for follower in followers), return_exceptions=True)
+    responses = await asyncio.gather(*crowd)
+    assert {response.status_code for response in responses} == {200, 429}
     for response in responses:
-        by_status[response.status_code].append(response)
-    assert set(by_status) == {200, 429}
-    assert len({r.headers["x-pensieve-replica"] for r in by_status[200]}) == 2
-    assert len(by_status[200]) >= 2 * MAX_ONGOING_REQUESTS
-    for response in by_status[429]:
-        assert int(response.headers["retry-after"]) >= 1
-        assert response.json()["error"]["code"] == "overloaded"
+        if response.status_code == 429:
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["code"] == "overloaded"
     await until(lambda: is_idle(engines))
+    await ask_all(engines, "check_integrity")
 
 
 async def test_health_of_a_running_system(http: httpx.AsyncClient) -> None:
@@ -362,39 +440,24 @@ async def test_a_lost_replica_breaks_its_own_streams_only_and_its_sessions_go_on
     http: httpx.AsyncClient, engines: DeploymentHandle
 ) -> None:
     """Runs last: the engine replica is replaced, but the others would have to wait for it."""
-    endless = chat(max_tokens=2000, ignore_eos=True, stream=True)
-    home: dict[str, str] = {}
-    ending: dict[str, str] = {}
-    started: list[str] = []
-
-    async def follow(name: str) -> None:
-        async with http.stream(
-            "POST", "/v1/chat/completions", json=endless, headers={"x-session-id": name}
-        ) as response:
-            assert response.status_code == 200, await response.aread()
-            home[name] = response.headers["x-pensieve-replica"]
-            async for line in response.aiter_lines():
-                if line and name not in started:
-                    started.append(name)
-                ending[name] = line or ending.get(name, "")
-
     names = [f"session-{i}" for i in range(9)]
-    streams = [asyncio.create_task(follow(name)) for name in names]
-    await until(lambda: asyncio.sleep(0, len(started) == len(names) or print([t for t in streams if t.done()])))
+    followers = {name: Follower(http, name, max_tokens=1000) for name in names}
+    home = {name: await followers[name].started() for name in names}
     victim = next(
-        named
-        for named in ray.util.list_named_actors(all_namespaces=True)
-        if named["name"].startswith(f"SERVE_REPLICA::{APP}#LLMServer")
+        actor
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["name"].startswith(f"SERVE_REPLICA::{APP}#LLMServer")
     )
     ray.kill(ray.get_actor(victim["name"], namespace=victim["namespace"]))
-    await asyncio.gather(*streams)
-    broken = {name for name in names if "replica_lost" in ending[name]}
-    assert {ending[name] for name in names if name not in broken} == {"data: [DONE]"}
+    await asyncio.gather(*(follower.task for follower in followers.values()))
+    broken = {name for name in names if "replica_lost" in followers[name].last_line}
     (lost,) = {home[name] for name in broken}
     assert broken == {name for name in names if home[name] == lost}
+    assert {followers[name].last_line for name in names if name not in broken} == {"data: [DONE]"}
 
     async def serve_again(name: str) -> str:
-        response = await http.post("/v1/chat/completions", json=chat(max_tokens=2), headers={"x-session-id": name})
+        body, headers = chat(max_tokens=2), {"x-session-id": name}
+        response = await http.post("/v1/chat/completions", json=body, headers=headers)
         assert response.status_code == 200
         return str(response.headers["x-pensieve-replica"])
 

@@ -11,10 +11,11 @@ from engine.async_engine import MAX_FAILURES_IN_A_ROW, AsyncEngine
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan, StepResult
 from engine.core.request import SamplingParams
-from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError, InvalidParameterError
+from engine.errors import ContextLengthError, EngineError, EngineStoppedError, ExecutorError, InvalidParameterError
 from engine.executor.local import LocalExecutor
-from engine.output import OutputDelta
+from engine.output import OutputDelta, TokenLogprob
 from engine.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from engine.tokenizer import Detokenizer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 CAT = (("user", "My cat is called Mia."),)
@@ -41,7 +42,7 @@ class FaultyExecutor(LocalExecutor):
         return super().execute(plan)
 
 
-@pytest.fixture()
+@pytest.fixture
 async def make_engine() -> AsyncIterator[Callable[..., AsyncEngine]]:
     """Options -> AsyncEngine of the embedded model with a FaultyExecutor, shut down at the end."""
     engines: list[AsyncEngine] = []
@@ -57,7 +58,7 @@ async def make_engine() -> AsyncIterator[Callable[..., AsyncEngine]]:
         await engine.shutdown()
 
 
-@pytest.fixture()
+@pytest.fixture
 def engine(make_engine: Callable[..., AsyncEngine]) -> AsyncEngine:
     return make_engine()
 
@@ -80,6 +81,10 @@ class Answer:
     @property
     def token_ids(self) -> tuple[int, ...]:
         return tuple(token_id for delta in self.deltas for token_id in delta.token_ids)
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return [logprob for delta in self.deltas for logprob in delta.logprobs]
 
     @property
     def last(self) -> OutputDelta:
@@ -117,7 +122,9 @@ async def assert_all_free(engine: AsyncEngine) -> None:
 
 
 async def test_deltas_concatenate_to_the_answer(engine):
-    answer = await ask(engine, (*CAT, ("assistant", "ok, your cat is called Mia."), QUESTION), return_prompt_token_ids=True)
+    answer = await ask(
+        engine, (*CAT, ("assistant", "ok, your cat is called Mia."), QUESTION), return_prompt_token_ids=True
+    )
     assert "Mia" in answer.text
     assert len(answer.deltas) > 1
     visible = answer.token_ids[:-1] if answer.last.finish_reason == "stop" else answer.token_ids
@@ -142,7 +149,7 @@ async def test_a_prompt_of_token_ids_is_taken_as_it_is(engine):
 
 async def test_logprobs_come_with_every_token_and_name_the_alternatives(engine):
     answer = await ask(engine, CAT, SamplingParams(temperature=0.0, max_tokens=5, logprobs=3, ignore_eos=True))
-    logprobs = [logprob for delta in answer.deltas for logprob in delta.logprobs]
+    logprobs = answer.logprobs
     assert tuple(logprob.token_id for logprob in logprobs) == answer.token_ids
     for logprob in logprobs:
         assert len(logprob.top) == 3
@@ -151,11 +158,29 @@ async def test_logprobs_come_with_every_token_and_name_the_alternatives(engine):
 
 
 async def test_thirty_requests_at_once_answer_as_each_alone(engine):
-    prompts = [ChatPrompt((("user", f"My {animal} is called {name}."), ("assistant", "ok."), ("user", f"my {animal}?")))
-               for animal in ["cat", "dog", "horse"] for name in "Mia Rex Tom Ann Bob Eve Max Leo Kim Zoe".split()]  # fmt: skip
-    alone = [(await ask(engine, prompt)).token_ids for prompt in prompts]
-    together = await asyncio.gather(*(ask(engine, prompt) for prompt in prompts))
-    assert [answer.token_ids for answer in together] == alone
+    pets, names = ["cat", "dog", "horse"], ["Mia", "Rex", "Tom", "Ann", "Bob", "Eve", "Max", "Leo", "Kim", "Zoe"]
+    prompts = [
+        ChatPrompt(
+            (
+                ("user", f"My {pet} is called {name}."),
+                ("assistant", f"ok, your {pet} is called {name}."),
+                ("user", f"what is my {pet} called?"),
+            )
+        )
+        for pet in pets
+        for name in names
+    ]
+    sampling = SamplingParams(temperature=0.0, max_tokens=24, logprobs=2)
+    alone = [await ask(engine, prompt, sampling) for prompt in prompts]
+    together = await asyncio.gather(*(ask(engine, prompt, sampling) for prompt in prompts))
+    assert len({answer.token_ids for answer in alone}) > 10
+    for one, other in zip(alone, together, strict=True):
+        for mine, theirs in zip(one.logprobs, other.logprobs, strict=False):
+            if mine.token_id != theirs.token_id:  # batch shapes change rounding: either of two equals may win
+                assert abs(mine.top[0][2] - mine.top[1][2]) < 1e-4
+                break
+        else:
+            assert len(one.token_ids) == len(other.token_ids)
     assert engine.get_statistics()["num_finished"] == 60
     await assert_all_free(engine)
 
@@ -354,8 +379,8 @@ async def test_stateless_finds_nothing_and_answers_the_same(make_engine):
 @pytest.mark.parametrize(
     ("prompt", "sampling", "error", "param"),
     [
-        (TextPrompt("cat " * 600), GREEDY, ContextLengthError, "messages"),
-        (TextPrompt("cat"), SamplingParams(max_tokens=512), ContextLengthError, "messages"),
+        (TextPrompt("cat " * 600), GREEDY, ContextLengthError, "prompt"),
+        (ChatPrompt((("user", "cat"),)), SamplingParams(max_tokens=512), ContextLengthError, "messages"),
         (TokenPrompt(()), GREEDY, InvalidParameterError, "prompt"),
         (TokenPrompt((1, 1024)), GREEDY, InvalidParameterError, "prompt"),
         (TokenPrompt((-1,)), GREEDY, InvalidParameterError, "prompt"),
@@ -500,10 +525,14 @@ async def test_a_request_that_waited_during_the_failed_step_is_served(make_engin
 
 async def test_deltas_before_a_failure_are_delivered(engine):
     received = []
-    with pytest.raises(ExecutorError):
+
+    async def consume() -> None:
         async for delta in engine.generate(ChatPrompt(CAT), ENDLESS, request_id="a"):
             received.append(delta)
             executor(engine).num_to_fail = 1
+
+    with pytest.raises(ExecutorError):
+        await consume()
     assert received
     await assert_all_free(engine)
 
@@ -544,10 +573,10 @@ async def test_shutdown_ends_running_and_waiting_requests(make_engine):
     await engine.shutdown()
 
 
-async def test_a_call_that_comes_as_the_thread_ends_is_not_left_waiting(engine):
+async def test_a_call_that_comes_as_the_thread_ends_is_not_left_waiting(engine, monkeypatch):
     """The thread has looked for commands for the last time, but is not yet gone."""
     await engine.shutdown()
-    engine._thread = threading.current_thread()
+    monkeypatch.setattr(engine, "_thread", threading.current_thread())
     with pytest.raises(EngineStoppedError):
         await asyncio.wait_for(engine.check_integrity(), 30)
 
@@ -563,3 +592,41 @@ async def test_an_engine_whose_thread_died_says_so(engine):
         await task
     with pytest.raises(EngineStoppedError, match="a defect"):
         await ask(engine, CAT)
+
+
+async def test_an_answer_cut_by_a_stop_string_leaves_a_tail_that_the_next_turn_uses(engine):
+    """The tokens of the stop string are computed, but not part of what the conversation goes on from."""
+    messages = [("user", "my cat is called Mia")]
+    sampling = SamplingParams(temperature=0.0, max_tokens=30, stop=("called",))
+    text, last = "", None
+    async for delta in engine.generate(ChatPrompt(tuple(messages)), sampling, request_id="cut-1", session_id="cut"):
+        text, last = text + delta.text, delta
+    assert last is not None
+    assert last.finish_reason == "stop"
+    messages += [("assistant", text), ("user", "what is my cat called?")]
+    async for delta in engine.generate(ChatPrompt(tuple(messages)), sampling, request_id="cut-2", session_id="cut"):
+        num_kept = delta.num_cached_tokens - last.num_prompt_tokens
+        assert 0 < num_kept < last.num_output_tokens
+        break
+
+
+async def test_an_answer_that_cannot_be_put_into_text_ends_alone(engine, monkeypatch):
+    append = Detokenizer.append
+
+    def fail_for_one(self, token_id, *, may_stop=True):
+        if self._stop == ("poison",):
+            raise KeyError(token_id)
+        append(self, token_id, may_stop=may_stop)
+
+    monkeypatch.setattr(Detokenizer, "append", fail_for_one)
+
+    async def ask(request_id: str, stop: tuple[str, ...]) -> str:
+        sampling = SamplingParams(temperature=0.0, max_tokens=20, stop=stop)
+        prompt = ChatPrompt((("user", "my cat is called Mia"),))
+        return "".join([delta.text async for delta in engine.generate(prompt, sampling, request_id=request_id)])
+
+    good, bad = await asyncio.gather(ask("good", ()), ask("bad", ("poison",)), return_exceptions=True)
+    assert "Mia" in good
+    assert isinstance(bad, EngineError)
+    await engine.check_integrity()
+    engine.check_health()

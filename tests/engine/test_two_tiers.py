@@ -125,7 +125,7 @@ def test_restored_kv_and_logits_equal_recomputed_ones_per_layer(family, tiny_mod
     history = prompt + kept.generate("first", prompt, conversation_id="a")
     kept.generate("other", rng.choices(range(3, 250), k=100), conversation_id="b")
 
-    context = history + [60, 61, 62]
+    context = [*history, 60, 61, 62]
     sampling = SamplingParams(temperature=0.0, max_tokens=4, logprobs=5)
     for driver in (kept, fresh):
         driver.add("again", context, "a", sampling)

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.attention import reference
-from engine.attention.metadata import AttentionMetadata, AttentionParams, AttentionSegment, LayerShape
+from engine.attention.metadata import AttentionMetadata, AttentionParams, AttentionSegment
 from engine.config import EngineConfig
 from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
-from engine.executor.kv_store import KVStore, block_bytes
+from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import load_model
 from engine.executor.model_runner import ModelRunner
 
@@ -163,7 +163,7 @@ def bench(request, tiny_model) -> Bench:
     return Bench(tiny_model(request.param), chunk_size=8, num_blocks=40)
 
 
-@pytest.fixture()
+@pytest.fixture
 def contexts() -> list[list[int]]:
     random_ = random.Random(1)
     return [[random_.randrange(3, 250) for _ in range(length)] for length in (5, 61, 16, 33)]
@@ -243,30 +243,3 @@ def test_a_copied_tail_serves_another_request_and_leaves_its_source(bench, conte
         gpu_copies=(BlockCopy(tables[0][4], new_block),),
     )
     bench.assert_right(logits, fork, [*context, 77])
-
-
-def test_copies_read_every_source_before_any_target_is_written():
-    layers = [LayerShape(1, 2, 3)]
-    store = KVStore(layers, num_blocks=4, chunk_size=2, dtype=torch.float32, device=torch.device("cpu"))
-    store.storage[:] = torch.arange(4.0)[:, None]
-    store.copy_blocks([BlockCopy(0, 1), BlockCopy(1, 2), BlockCopy(2, 0), BlockCopy(3, 3)])
-    assert store.storage[:, 0].tolist() == [2.0, 0.0, 1.0, 3.0]
-
-
-def test_pools_are_views_of_one_run_of_memory_per_block():
-    layers = [LayerShape(2, 4, 4), LayerShape(1, 6, 3)]
-    store = KVStore(layers, num_blocks=3, chunk_size=5, dtype=torch.float16, device=torch.device("cpu"))
-    store.storage.zero_()
-    for k_pool, v_pool in store.layer_pools:
-        k_pool[1].fill_(1)
-        v_pool[1].fill_(1)
-    assert store.storage[1].all(), "the pools cover the block"
-    assert not store.storage[0].any()
-    assert not store.storage[2].any()
-    assert store.storage[0].nbytes == block_bytes(layers, 5, torch.float16) == 2 * 5 * (2 * 8 + 9)
-    assert [tuple(pool.shape) for pools in store.layer_pools for pool in pools] == [
-        (3, 2, 5, 4),
-        (3, 2, 5, 4),
-        (3, 1, 5, 6),
-        (3, 1, 5, 3),
-    ]

@@ -140,7 +140,7 @@ class CoreDriver:
         return self.finished[request_id].finish_reason
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_core() -> Callable[..., CoreDriver]:
     """CoreConfig options -> CoreDriver; chunk_size 4 and costs 2, 3, 4, ... for chunks 0, 1, 2, ... unless told otherwise."""
 
@@ -156,7 +156,7 @@ def make_core() -> Callable[..., CoreDriver]:
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def answer() -> Callable[[tuple[int, ...], int], tuple[int, ...]]:
     """(prompt, length) -> what the executor answers when every slot it reads is right."""
     return answer_to

@@ -105,7 +105,8 @@ def test_holes_are_pending_and_what_lies_behind_them_is_kept():
     use(cache, "other", [70, 71], 0.0)
     use(cache, "turn 1", range(12), 1.0, "a")
     # values at 2: other's tail 2/2, chunk 0 2/1, chunk 1 3/1: one block is free, then these two go
-    assert admit(cache, filler := make_request("filler", range(80, 89)), now=2.0) == ()
+    filler = make_request("filler", range(80, 89))
+    assert admit(cache, filler, now=2.0) == ()
     cache.release(filler, 3.0)
     turn_2 = make_request("turn 2", range(13), "a")
     assert admit(cache, turn_2, now=4.0) == ()

@@ -93,9 +93,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.waiting.append(request)
 
     @rule(tenant=st.sampled_from(TENANTS), conversation=st.sampled_from("ab"), new=tokens, with_system=st.booleans())
-    def a_new_context_arrives(
-        self, tenant: str, conversation: str, new: tuple[int, ...], with_system: bool
-    ) -> None:
+    def a_new_context_arrives(self, tenant: str, conversation: str, new: tuple[int, ...], with_system: bool) -> None:
         self.add(tenant, conversation, (SYSTEM_PROMPT if with_system else ()) + new)
 
     @precondition(lambda self: self.histories)

@@ -66,7 +66,9 @@ def test_a_changed_answer_is_cut_where_the_answer_begins():
 def test_a_changed_message_is_cut_at_the_anchor_before_it():
     """The prompt ends inside the second message: what was before its first special token stays."""
     conversation = after_one_turn()
-    second = Transcript(ids(1, 10, 2, 20, 21, 3, 1, 30, 31, 2), "<u>hi<a>yes sir<e><u>more<a>", ((2, 5), (3, 8), (6, 18)))
+    second = Transcript(
+        ids(1, 10, 2, 20, 21, 3, 1, 30, 31, 2), "<u>hi<a>yes sir<e><u>more<a>", ((2, 5), (3, 8), (6, 18))
+    )
     conversation.record_turn(second, [40], "no")
     match = conversation.match_text("<u>hi<a>yes sir<e><u>most<a>")
     assert match == TranscriptMatch(ids(1, 10, 2, 20, 21, 3), 18, ((2, 5), (3, 8)), num_computed=6)

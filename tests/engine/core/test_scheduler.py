@@ -76,7 +76,7 @@ def test_a_decode_goes_before_an_older_prompt(make_core):
 
 
 def test_the_first_in_the_queue_is_not_overtaken(make_core):
-    """"wide" does not fit beside "a"; "tiny" would, but came later."""
+    """ "wide" does not fit beside "a"; "tiny" would, but came later."""
     driver = make_core(4)
     driver.add("a", range(5), max_tokens=2)
     driver.add("wide", range(50, 61), max_tokens=1)

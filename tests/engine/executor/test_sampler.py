@@ -144,7 +144,9 @@ def test_greedy_takes_the_maximum_and_ignores_the_filters():
 def test_the_callers_logits_are_left_alone():
     logits = make_logits(2)
     before = logits.clone()
-    sample(logits, [state(repetition_penalty=2.0, min_tokens=1, stop=(4,)), state(temperature=0.0, presence_penalty=1.0)])
+    sample(
+        logits, [state(repetition_penalty=2.0, min_tokens=1, stop=(4,)), state(temperature=0.0, presence_penalty=1.0)]
+    )
     assert torch.equal(logits, before)
 
 
@@ -261,7 +263,9 @@ def test_barred_ids_stay_barred_under_penalties():
     logits = torch.zeros(1, 4)
     logits[0, 2] = 9.0
     for penalty in (0.5, 2.0):
-        sampling = state((2,), stop=(2,), temperature=0.0, min_tokens=1, repetition_penalty=penalty, presence_penalty=-2.0)
+        sampling = state(
+            (2,), stop=(2,), temperature=0.0, min_tokens=1, repetition_penalty=penalty, presence_penalty=-2.0
+        )
         assert chosen(logits, [sampling]) != [2]
 
 

@@ -1,0 +1,77 @@
+"""One frozen value of options, checked once; a message names the option and the remedy."""
+
+import dataclasses
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+
+# option, values that are just inside, values that are just outside or of the wrong kind
+BOUNDS = [
+    ("model", ["embedded", "a/b"], ["", None, 3]),
+    ("served_model_name", [None, "a name"], [3]),
+    ("mode", ["pensieve", "stateless", "vllm"], ["stateful", "", None, ["vllm"], {}]),
+    ("dtype", ["auto", "float32", "bfloat16", "float16"], ["float64", "fp16", None]),
+    (
+        "device",
+        ["auto", "cpu", "cuda", "cuda:0", "cuda:12"],
+        ["gpu", "cuda:", "cuda:a", "cuda:-1", "cuda:0 ", "", 0, None],
+    ),
+    ("max_model_len", [1, None, 4096], [0, -1, 1.5, "512", True]),
+    ("chunk_size", [1, 32], [0, -4, None, 2.0, "32", True]),
+    ("num_gpu_blocks", [1, None], [0, -1, 3.0, "4", False]),
+    ("num_cpu_blocks", [0, None], [1, -1, "0"]),
+    ("gpu_memory_gib", [0.001, 2, None], [0, 0.0, -1, "2", float("nan"), True]),
+    ("gpu_memory_utilization", [0.01, 1, 1.0], [0, 1.01, -0.5, None, "0.9", float("nan"), True]),
+    ("kv_offloading_size", [0, 0.0], [1, 0.5, -1, None, float("nan")]),
+    ("eviction_policy", ["retention_value", "lru"], ["fifo", "", None]),
+    ("max_num_seqs", [1, 512], [0, 513, 1.0, None]),
+    ("max_num_batched_tokens", [64, 10**6], [0, 63, None, 512.0]),
+    ("decode_reserve", [0, 0.0, 0.999], [1, 1.0, -0.01, None, float("nan")]),
+    ("swap_out_watermark", [0, 0.5], [1, -0.01, None]),
+    ("num_threads", [1, None], [0, -1, 1.0]),
+]
+
+
+def cases(index: int) -> list[tuple[str, object]]:
+    return [(bound[0], value) for bound in BOUNDS for value in bound[index]]
+
+
+def test_every_option_has_its_bounds_tested():
+    assert [bound[0] for bound in BOUNDS] == [field.name for field in dataclasses.fields(EngineConfig)]
+
+
+@pytest.mark.parametrize(("name", "value"), cases(1))
+def test_values_inside_the_bounds_are_taken(name, value):
+    taken = getattr(EngineConfig.from_options({name: value}), name)
+    assert taken == (value if value != "vllm" else "stateless")
+
+
+@pytest.mark.parametrize(("name", "value"), cases(2))
+def test_values_outside_the_bounds_are_refused_by_name(name, value):
+    with pytest.raises(ConfigError) as error:
+        EngineConfig.from_options({name: value})
+    named = {"max_num_batched_tokens": {"max_num_batched_tokens", "max_num_seqs"}}.get(name, {name})
+    assert error.value.param in named
+    assert str(error.value).startswith(f"{error.value.param} must be ")
+
+
+def test_integers_stand_for_floats_as_yaml_gives_them():
+    config = EngineConfig.from_options({"gpu_memory_gib": 2, "decode_reserve": 0})
+    assert (type(config.gpu_memory_gib), type(config.decode_reserve)) == (float, float)
+
+
+def test_an_unknown_option_is_refused_and_the_known_ones_are_told():
+    with pytest.raises(ConfigError, match=r"unknown option 'chunksize'; known are .*chunk_size") as error:
+        EngineConfig.from_options({"model": "embedded", "chunksize": 16})
+    assert error.value.param == "chunksize"
+
+
+def test_an_alias_is_the_same_configuration():
+    assert EngineConfig(mode="vllm") == EngineConfig(mode="stateless")
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EngineConfig().mode = "stateless"  # type: ignore[misc]
