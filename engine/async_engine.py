@@ -77,6 +77,7 @@ class AsyncEngine:
         self._executor: Executor = executor
         loaded = executor.loaded
         self._vocab_size = loaded.vocab_size
+        self._bytes_per_block = executor.bytes_per_block
         eos_token_id = self._tokenizer.eos_token_id
         self._eos_token_ids = tuple({*loaded.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
         self.max_model_len = _resolve_max_model_len(config, loaded.max_model_len, executor.num_gpu_blocks)
@@ -169,12 +170,15 @@ class AsyncEngine:
 
     def get_statistics(self) -> dict[str, Any]:
         """Counters since the start and the state now; see EngineCore.get_statistics."""
+        statistics = self._core.get_statistics()
         return {
             "mode": self.config.mode,
             "model": self.model_name,
             "max_model_len": self.max_model_len,
             "num_conversations": len(self._conversations),
-            **self._core.get_statistics(),
+            **statistics,
+            "num_swap_in_bytes": statistics["num_swap_ins"] * self._bytes_per_block,
+            "num_swap_out_bytes": statistics["num_swap_outs"] * self._bytes_per_block,
         }
 
     def check_health(self) -> None:

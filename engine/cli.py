@@ -108,6 +108,8 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, choices=("pensieve", "stateless", "vllm"), help=f"vllm = stateless; {text}")
         elif field.name == "model":
             group.add_argument(flag, metavar="PATH_OR_HUB_ID", help=text)
+        elif kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
             group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
 

@@ -29,10 +29,11 @@ class EngineConfig:
     the model's, or what the GPU tier holds. chunk_size: tokens a chunk. num_gpu_blocks: size of the GPU tier in chunks;
     None = from gpu_memory_gib, and without it from gpu_memory_utilization on a GPU and 1 GiB on a CPU. num_cpu_blocks,
     kv_offloading_size (GiB): size of the CPU tier, 0 = none. max_num_seqs: most requests that run at once.
-    max_num_batched_tokens: token budget of a step. decode_reserve, swap_out_watermark: shares of the GPU tier's blocks. num_threads: CPU threads
-    of the model; None = torch's choice. write_through: copy what a turn leaves to the CPU tier at its end, not only under the
-    watermark. verify_swaps: checksum every block on its way; a wrong one is dropped and recomputed.
-    profile: file that `pensieve profile` wrote; None = the one in the user's cache folder, if any.
+    max_num_batched_tokens: token budget of a step. decode_reserve: share of GPU blocks that admission leaves free.
+    swap_out_watermark: share of free and reclaimable GPU blocks under which chunks are swapped out ahead of time.
+    write_through: copy what a turn leaves to the CPU tier at its end, not only under the watermark. verify_swaps: checksum
+    every block on its way; a wrong one is dropped and recomputed. profile: file that `pensieve profile` wrote; None = the
+    one in the user's cache folder, if any. num_threads: CPU threads of the model; None = torch's choice.
     """
 
     model: str = "embedded"

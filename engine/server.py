@@ -106,17 +106,21 @@ class Server:
         """The statistics that matter most, for people."""
         stats = self.get_statistics()
         prompt = max(1, stats["num_prompt_tokens"])
-        used = stats["num_gpu_blocks"] - stats["num_gpu_blocks_free"]
+        gpu_used, cpu_used = (stats[f"num_{tier}_blocks"] - stats[f"num_{tier}_blocks_free"] for tier in ("gpu", "cpu"))
         return "\n".join(
             [
                 f"{stats['model']}, mode {stats['mode']}: {stats['num_finished']} requests finished, "
                 f"{stats['num_aborted']} aborted, {stats['num_failed']} failed",
                 f"prompt tokens {stats['num_prompt_tokens']}: "
                 f"{stats['num_gpu_cached_tokens']} found in the GPU tier ({stats['num_gpu_cached_tokens'] / prompt:.1%}), "
+                f"{stats['num_cpu_cached_tokens']} in the CPU tier ({stats['num_cpu_cached_tokens'] / prompt:.1%}), "
                 f"{stats['num_dropped_tokens']} recomputed because dropped, {stats['num_new_tokens']} new",
                 f"output tokens {stats['num_output_tokens']} in {stats['num_steps']} steps; "
-                f"{stats['num_suspensions']} suspensions, {stats['evictions']['gpu']} evictions",
-                f"GPU tier: {used} of {stats['num_gpu_blocks']} blocks used",
+                f"{stats['num_suspensions']} suspensions",
+                f"GPU tier: {gpu_used} of {stats['num_gpu_blocks']} blocks used; CPU tier: {cpu_used} of "
+                f"{stats['num_cpu_blocks']}",
+                f"swapped out {stats['num_swap_out_bytes'] / 1e6:.1f} MB, in {stats['num_swap_in_bytes'] / 1e6:.1f} MB; "
+                "evictions: " + ", ".join(f"{reason} {count}" for reason, count in stats["evictions"].items()),
             ]
         )
 

@@ -129,7 +129,7 @@ def test_command_generate_and_chat(monkeypatch, capsys):
     [
         (["chat", "--chunk-size", "0"], "chunk_size must be at least 1"),
         (["generate", "x", "--max-tokens", "0"], "max_tokens must be at least 1"),
-        (["chat", "--num-cpu-blocks", "4"], "num_cpu_blocks"),
+        (["chat", "--num-cpu-blocks", "-4"], "num_cpu_blocks must be at least 0"),
         (["compare", "--conversation", "/no/such/file"], "cannot read"),
     ],
 )

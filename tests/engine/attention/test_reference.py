@@ -15,6 +15,7 @@ from engine.core.request import SamplingParams
 from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import load_model
 from engine.executor.model_runner import ModelRunner
+from engine.executor.swapper import ThreadSwapper
 
 SERVED_FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "gpt2", "opt", "mixtral"]
 PARAMS = [
@@ -108,8 +109,8 @@ def test_writing_touches_the_slots_of_the_step_and_no_others():
 class LogitsRunner(ModelRunner):
     """A model runner over NaN-filled blocks that keeps the logits of each step."""
 
-    def _forward(self, segments):
-        self.logits = super()._forward(segments)
+    def _forward(self, segments, wait_for_layer):
+        self.logits = super()._forward(segments, wait_for_layer)
         return self.logits
 
 
@@ -119,12 +120,12 @@ class Bench:
     def __init__(self, folder, chunk_size: int, num_blocks: int) -> None:
         loaded = load_model(EngineConfig(model=str(folder)))
         self.chunk_size = chunk_size
-        store = KVStore(
-            loaded.layers, num_blocks=num_blocks, chunk_size=chunk_size, dtype=loaded.dtype, device=loaded.device
-        )
-        store.storage.fill_(float("nan"))
+        sizes = {"num_blocks": num_blocks, "chunk_size": chunk_size, "dtype": loaded.dtype, "device": loaded.device}
+        store, cpu_store = KVStore(loaded.layers, **sizes), KVStore(loaded.layers, **sizes)
+        for each in (store, cpu_store):
+            each.storage.fill_(float("nan"))
         self.store = store
-        self.runner = LogitsRunner(loaded, store)
+        self.runner = LogitsRunner(loaded, store, ThreadSwapper(store, cpu_store, verify=False))
         self.plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
         self.num_steps = 0
 
