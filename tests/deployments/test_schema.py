@@ -25,7 +25,10 @@ def problems(config: dict, tmp_path: Path) -> list[str]:
 
 
 def test_the_file_in_this_repository_is_right() -> None:
-    assert check_serve_config(SERVE_CONFIG) == []
+    examples = sorted((SERVE_CONFIG.parent / "cluster_configs").glob("*.yaml"))
+    assert examples
+    for path in (SERVE_CONFIG, *examples):
+        assert check_serve_config(path) == []
 
 
 def test_every_level_is_checked(config: dict, tmp_path: Path) -> None:
