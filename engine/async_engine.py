@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 # Steps in a row that may fail before the engine says that it is broken: one may be the request's fault.
 MAX_FAILURES_IN_A_ROW = 3
+# Least time between two log lines with the statistics, in seconds.
+LOG_INTERVAL_S = 10.0
 # Characters that are tokenised in the event loop itself, about a millisecond's worth.
 MAX_INLINE_CHARS = 4096
 # Token ids that the text of conversations is remembered for: 64M ids are 256 MiB.
@@ -102,6 +104,7 @@ class AsyncEngine:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._num_failures = 0
+        self._logged_s = time.monotonic()
         self._is_stopping = False
         self._is_shut_down = False
         self._fatal: BaseException | None = None
@@ -291,8 +294,33 @@ class AsyncEngine:
             self._deliver([(self._streams.pop(request_id), failure) for request_id in failed])
             return
         self._num_failures = 0
-        outputs = self._core.update(plan, result, time.monotonic())
+        now = time.monotonic()
+        outputs = self._core.update(plan, result, now)
+        if now - self._logged_s >= LOG_INTERVAL_S:
+            self._logged_s = now
+            self._log_statistics()
         self._deliver([(self._streams[output.request_id], self._process_or_fail(output)) for output in outputs])
+
+    def _log_statistics(self) -> None:
+        stats = self.get_statistics()
+        logger.info(
+            "running %d, waiting %d; prompt tokens: %d in GPU, %d in CPU, %d dropped, %d new; output tokens %d; blocks free: "
+            "GPU %d/%d, CPU %d/%d; swapped in %.1f MB, out %.1f MB; %d suspensions",
+            stats["num_requests_running"],
+            stats["num_requests_waiting"],
+            stats["num_gpu_cached_tokens"],
+            stats["num_cpu_cached_tokens"],
+            stats["num_dropped_tokens"],
+            stats["num_new_tokens"],
+            stats["num_output_tokens"],
+            stats["num_gpu_blocks_free"],
+            stats["num_gpu_blocks"],
+            stats["num_cpu_blocks_free"],
+            stats["num_cpu_blocks"],
+            stats["num_swap_in_bytes"] / 1e6,
+            stats["num_swap_out_bytes"] / 1e6,
+            stats["num_suspensions"],
+        )
 
     def _process_or_fail(self, output: RequestOutput) -> _Item:
         """One answer that cannot be told (a tokenizer's fault, say) must not end the others."""

@@ -260,6 +260,9 @@ class EngineCore:
         return RequestStats(
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=request.num_cached_tokens,
+            num_cpu_cached_tokens=request.num_cpu_cached_tokens,
+            num_dropped_tokens=request.num_dropped_tokens,
+            num_new_tokens=request.num_new_tokens,
             num_output_tokens=request.num_output_tokens,
             num_computed_tokens=request.num_computed_tokens,
             num_suspensions=request.num_suspensions,

@@ -114,6 +114,8 @@ class Request:
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_cpu_cached_tokens",
+        "num_dropped_tokens",
         "num_history_tokens",
         "num_prompt_tokens",
         "num_suspensions",
@@ -157,6 +159,8 @@ class Request:
         self.chunk_keys: list[bytes] = []
         self.pending: list[tuple[int, int]] = []
         self.num_cached_tokens = 0
+        self.num_cpu_cached_tokens = 0
+        self.num_dropped_tokens = 0
         self.num_computed_tokens = 0
         self.num_suspensions = 0
         self.num_swapped_in_tokens = 0
@@ -168,6 +172,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Prompt tokens that no earlier turn computed."""
+        return self.num_prompt_tokens - self.num_cached_tokens - self.num_dropped_tokens
 
     @property
     def num_pending_tokens(self) -> int:

@@ -84,7 +84,8 @@ class Scheduler:
         # Whoever was just suspended must not take back the blocks that it gave up.
         if self._stats.num_suspensions == num_suspended:
             self._admit(draft, now)
-        assert draft.segments or not self.running, "running requests but nothing to compute"
+        # Whoever is alone finds room: nothing but running requests and transfers pins, and those end with their step.
+        assert draft.segments or not (self.running or self.waiting), "requests but nothing to compute"
         is_swapping_in = self._cache.num_planned_swap_ins > 0
         self._cache.plan_swap_outs(
             self._watermark_blocks, self._max_swap_outs // 4 if is_swapping_in else self._max_swap_outs, now
@@ -156,13 +157,14 @@ class Scheduler:
         if request.status is RequestStatus.SUSPENDED:
             stats.num_resumed_tokens += request.num_pending_tokens
             return
-        num_prompt, num_history = request.num_prompt_tokens, request.num_history_tokens
-        num_cached = request.num_cached_tokens = num_prompt - request.num_pending_tokens
-        stats.num_prompt_tokens += num_prompt
-        stats.num_cpu_cached_tokens += request.num_swapped_in_tokens
-        stats.num_gpu_cached_tokens += num_cached - request.num_swapped_in_tokens
-        stats.num_dropped_tokens += max(0, num_history - num_cached)
-        stats.num_new_tokens += num_prompt - max(num_history, num_cached)
+        request.num_cached_tokens = request.num_prompt_tokens - request.num_pending_tokens
+        request.num_cpu_cached_tokens = request.num_swapped_in_tokens
+        request.num_dropped_tokens = max(0, request.num_history_tokens - request.num_cached_tokens)
+        stats.num_prompt_tokens += request.num_prompt_tokens
+        stats.num_cpu_cached_tokens += request.num_cpu_cached_tokens
+        stats.num_gpu_cached_tokens += request.num_cached_tokens - request.num_cpu_cached_tokens
+        stats.num_dropped_tokens += request.num_dropped_tokens
+        stats.num_new_tokens += request.num_new_tokens
 
     def restart(self, request: Request, now: float) -> None:
         """What the last step did for a running request is void: put it back to the front of the queue."""

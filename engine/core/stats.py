@@ -45,10 +45,14 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class RequestStats:
-    """The account of one finished request. Times in seconds of the driver's clock."""
+    """The account of one finished request. Prompt tokens by where they were on arrival, as in EngineStats; cached = in either
+    tier. num_computed_tokens counts all, those after suspensions too. Times in seconds of the driver's clock."""
 
     num_prompt_tokens: int
     num_cached_tokens: int
+    num_cpu_cached_tokens: int
+    num_dropped_tokens: int
+    num_new_tokens: int
     num_output_tokens: int
     num_computed_tokens: int
     num_suspensions: int

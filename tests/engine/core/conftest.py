@@ -1,4 +1,4 @@
-"""An executor for the core's tests: no model, but a tier of blocks whose slots know which context their KV belongs to."""
+"""An executor for the core's tests: no model, but two tiers of blocks whose slots know which context their KV belongs to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from engine.core.cost_model import CostModel
 from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
-from engine.core.plan import SampledToken, StepPlan, StepResult
+from engine.core.plan import BlockCopy, QuerySegment, SampledToken, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, SamplingParams
 
 FIRST_TOKEN, NUM_TOKENS = 100, 50
@@ -29,15 +29,22 @@ def answer_to(prompt: tuple[int, ...], length: int) -> tuple[int, ...]:
 
 
 class ContextExecutor:
-    """Follows the plan's contract and nothing else. A slot holds the context up to its token, so that a step which reads
-    a wrong, stale or unwritten slot fails at once."""
+    """Follows the plan's contract and nothing else. A slot of either tier holds the context up to its token, so that a step
+    which reads a wrong, stale, unwritten or not yet arrived slot fails at once. Ahead-of-time swap-outs run as early as
+    they may in odd steps and as late as they may in even ones.
 
-    def __init__(self, num_blocks: int, chunk_size: int) -> None:
+    fails: the next steps raise, and whatever they were to write is garbage. corrupted: CPU blocks whose content is no
+    longer what was swapped out; swap-ins of them are reported (as with `verify_swaps`).
+    """
+
+    def __init__(self, num_blocks: int, chunk_size: int, num_cpu_blocks: int = 0) -> None:
         self.chunk_size = chunk_size
         self.slots: list[list[tuple[int, ...]]] = [[()] * chunk_size for _ in range(num_blocks)]
+        self.cpu_slots: list[list[tuple[int, ...]]] = [[()] * chunk_size for _ in range(num_cpu_blocks)]
         self.token_ids: dict[str, list[int]] = {}
         self.block_tables: dict[str, list[int]] = {}
         self.fails = False
+        self.corrupted: set[int] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
         for request_id in plan.ended:
@@ -50,29 +57,56 @@ class ContextExecutor:
         for append in plan.appends:
             self.block_tables[append.request_id].append(append.block_id)
         if self.fails:
-            for target in [copy.target for copy in plan.gpu_copies]:
-                self.slots[target] = [()] * self.chunk_size
-        else:
-            sources = [list(self.slots[copy.source]) for copy in plan.gpu_copies]
-            for copy, content in zip(plan.gpu_copies, sources, strict=True):
-                self.slots[copy.target] = content
+            self._spoil(plan)
+            raise RuntimeError("injected fault")
+        self._swap_out(plan.evictions)
+        sources = [list(self.slots[copy.source]) for copy in plan.gpu_copies]
+        for copy, content in zip(plan.gpu_copies, sources, strict=True):
+            self.slots[copy.target] = content
+        if plan.step_id % 2:
+            self._swap_out(plan.swap_outs)
+        failed = [copy.target for copy in plan.swap_ins if copy.source in self.corrupted]
+        for copy in plan.swap_ins:
+            self.slots[copy.target] = (
+                [()] * self.chunk_size if copy.target in failed else self.cpu_slots[copy.source][:]
+            )
+        misled = {name for name, table in self.block_tables.items() if not set(table).isdisjoint(failed)}
         for segment in plan.segments:
             known = self.token_ids[segment.request_id]
             assert list(segment.token_ids) == known[segment.start : segment.context_len]
             for position in range(segment.start, segment.context_len):
-                self._set(segment.request_id, position, () if self.fails else tuple(known[: position + 1]))
-        if self.fails:
-            raise RuntimeError("injected fault")
-        samples = []
-        for segment in plan.segments:
-            known = self.token_ids[segment.request_id]
+                self._set(
+                    segment.request_id, position, () if segment.request_id in misled else tuple(known[: position + 1])
+                )
+        samples = [self._sample(segment, segment.request_id in misled) for segment in plan.segments]
+        if not plan.step_id % 2:
+            self._swap_out(plan.swap_outs)
+        return StepResult(plan.step_id, tuple(sample for sample in samples if sample is not None), tuple(failed))
+
+    def _sample(self, segment: QuerySegment, is_misled: bool) -> SampledToken | None:
+        known = self.token_ids[segment.request_id]
+        if not is_misled:
             for position in range(segment.context_len):
                 assert self._get(segment.request_id, position) == tuple(known[: position + 1]), (segment, position)
-            if segment.samples:
-                assert segment.context_len == len(known)
-                known.append(next_token(tuple(known)))
-                samples.append(SampledToken(segment.request_id, known[-1]))
-        return StepResult(plan.step_id, tuple(samples))
+        if not segment.samples:
+            return None
+        assert segment.context_len == len(known)
+        known.append(0 if is_misled else next_token(tuple(known)))
+        return SampledToken(segment.request_id, known[-1])
+
+    def _swap_out(self, copies: tuple[BlockCopy, ...]) -> None:
+        for copy in copies:
+            self.cpu_slots[copy.target] = list(self.slots[copy.source])
+            self.corrupted.discard(copy.target)
+
+    def _spoil(self, plan: StepPlan) -> None:
+        for copy in (*plan.gpu_copies, *plan.swap_ins):
+            self.slots[copy.target] = [()] * self.chunk_size
+        for copy in (*plan.evictions, *plan.swap_outs):
+            self.cpu_slots[copy.target] = [()] * self.chunk_size
+        for segment in plan.segments:
+            for position in range(segment.start, segment.context_len):
+                self._set(segment.request_id, position, ())
 
     def _get(self, request_id: str, position: int) -> tuple[int, ...]:
         block_id = self.block_tables[request_id][position // self.chunk_size]
@@ -91,7 +125,7 @@ class CoreDriver:
 
     def __init__(self, config: CoreConfig) -> None:
         self.core = EngineCore(config)
-        self.executor = ContextExecutor(config.num_gpu_blocks, config.chunk_size)
+        self.executor = ContextExecutor(config.num_gpu_blocks, config.chunk_size, config.num_cpu_blocks)
         self.now = 0.0
         self.plans: list[StepPlan] = []
         self.requests: dict[str, Request] = {}
@@ -113,13 +147,17 @@ class CoreDriver:
         self.tokens[request_id] = ()
         return request
 
-    def step(self) -> StepPlan | None:
-        """One step; None where there was nothing to do. A failing executor is answered by `fail_step`."""
+    def step(self, abort_in_flight: str | None = None) -> StepPlan | None:
+        """One step; None where there was nothing to do. A failing executor is answered by `fail_step`. `abort_in_flight` is
+        aborted while the step is being executed."""
         self.now += 1
         plan = self.core.schedule(self.now)
         if plan is None:
             return None
         self.plans.append(plan)
+        if abort_in_flight is not None:
+            self.core.abort(abort_in_flight, self.now)
+            self.core.check_integrity()
         try:
             result = self.executor.execute(plan)
         except RuntimeError:
@@ -135,6 +173,15 @@ class CoreDriver:
     def run(self) -> None:
         while self.core.has_requests:
             assert self.step() is not None
+
+    def settle(self) -> list[StepPlan]:
+        """The plans that move blocks while nobody waits."""
+        assert not self.core.has_requests
+        plans = []
+        while (plan := self.step()) is not None:
+            assert len(plans) < 100, "never comes to rest"
+            plans.append(plan)
+        return plans
 
     def reason(self, request_id: str) -> FinishReason | None:
         return self.finished[request_id].finish_reason

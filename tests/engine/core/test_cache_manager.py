@@ -1,21 +1,19 @@
 """Which block a context gets, literally: shared, taken over, copied, or new; and whose chunks go for it."""
 
-from engine.core.cache_manager import CacheManager
+from engine.core.cache_manager import CacheManager, Transfers
 from engine.core.cost_model import CostModel
-from engine.core.eviction import make_policy
 from engine.core.plan import BlockCopy
 from engine.core.request import Request, SamplingParams
 from engine.core.stats import EngineStats
 
 
-def make_cache(num_gpu_blocks: int, policy: str = "retention_value", *, keep: bool = True) -> CacheManager:
+def make_cache(num_gpu_blocks: int, policy: str = "retention_value", **options) -> CacheManager:
     costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4)  # 2, 3, 4, ... for chunks 0, 1, 2, ...
     return CacheManager(
         chunk_size=4,
         num_gpu_blocks=num_gpu_blocks,
-        policy=make_policy(policy, costs),
         stats=EngineStats(),
-        keep=keep,
+        **{"eviction_policy": policy, "cost_model": costs, **options},
     )
 
 
@@ -32,20 +30,34 @@ def compute(cache: CacheManager, request: Request) -> None:
         cache.commit(request, start, end)
 
 
+def execute(cache: CacheManager) -> Transfers:
+    """A step whose copies are made."""
+    transfers = cache.take_transfers()
+    cache.complete_transfers()
+    return transfers
+
+
+def copies(cache: CacheManager) -> tuple[BlockCopy, ...]:
+    """A step that has nothing to move between the tiers."""
+    transfers = execute(cache)
+    assert not (transfers.evictions or transfers.swap_ins or transfers.swap_outs)
+    return tuple(transfers.gpu_copies)
+
+
 def use(cache: CacheManager, name: str, token_ids, now: float, conversation: str | None = None, **options) -> Request:
     """Admitted, computed and ended at `now`."""
     request = make_request(name, token_ids, conversation, **options)
-    assert cache.try_admit(request, 0, now) is not None
+    assert cache.try_admit(request, 0, now)
+    execute(cache)
     compute(cache, request)
     cache.release(request, now)
     return request
 
 
 def admit(cache: CacheManager, request: Request, now: float = 9.0) -> tuple[BlockCopy, ...]:
-    copies = cache.try_admit(request, 0, now)
-    assert copies is not None
+    assert cache.try_admit(request, 0, now)
     cache.check_integrity([request])
-    return copies
+    return copies(cache)
 
 
 def test_a_new_context_gets_blocks_in_order_and_computes_all():
@@ -69,7 +81,8 @@ def test_another_conversation_gets_a_copy_of_the_tail_and_shares_what_is_full():
     assert admit(cache, fork) == (BlockCopy(1, 2),)
     assert (blocks(fork), fork.pending) == ([0, 2, 3], [(6, 9)])
     own = make_request("turn 2", range(7), "a")
-    assert cache.try_admit(own, 0, 9.0) == ()
+    assert cache.try_admit(own, 0, 9.0)
+    assert copies(cache) == ()
     assert (blocks(own), own.pending) == ([0, 1], [(6, 7)])
     cache.check_integrity([fork, own])
 
@@ -97,7 +110,7 @@ def test_a_source_evicted_by_its_own_admission_is_copied_all_the_same():
     fork = make_request("fork", [*range(6), 60, 61, 62], "b")  # 3 chunks: 1 shared, 1 free block, the source's block
     assert admit(cache, fork) == (BlockCopy(1, 2),)
     assert (blocks(fork), fork.pending) == ([0, 2, 1], [(6, 9)])
-    assert cache._stats.evictions == {"gpu": 1, "cpu": 0}
+    assert (cache._stats.evictions["gpu_dropped"], sum(cache._stats.evictions.values())) == (1, 1)
 
 
 def test_holes_are_pending_and_what_lies_behind_them_is_kept():
@@ -135,11 +148,13 @@ def test_matching_changes_nothing():
 def test_no_admission_that_would_cut_into_the_reserve():
     cache = make_cache(6)
     running = make_request("running", range(8))
-    assert cache.try_admit(running, 0, 1.0) == ()
+    assert cache.try_admit(running, 0, 1.0)
+    assert copies(cache) == ()
     late = make_request("late", range(50, 62))
-    assert cache.try_admit(late, 2, 1.0) is None
+    assert not cache.try_admit(late, 2, 1.0)
     assert (blocks(late), late.pending, cache.num_available_blocks) == ([], [], 4)
-    assert cache.try_admit(late, 1, 1.0) == ()
+    assert cache.try_admit(late, 1, 1.0)
+    assert copies(cache) == ()
     assert cache.num_available_blocks == 1
 
 
@@ -147,10 +162,11 @@ def test_cached_chunks_of_the_context_itself_are_no_room_for_it():
     cache = make_cache(4)
     use(cache, "turn 1", range(8), 1.0, "a")
     running = make_request("running", range(50, 58))
-    assert cache.try_admit(running, 0, 2.0) == ()
+    assert cache.try_admit(running, 0, 2.0)
+    assert copies(cache) == ()
     assert cache.num_available_blocks == 2  # both are turn 1's, and it needs a third
     turn_2 = make_request("turn 2", range(9), "a")
-    assert cache.try_admit(turn_2, 0, 3.0) is None
+    assert not cache.try_admit(turn_2, 0, 3.0)
     cache.check_integrity([running])
 
 
@@ -181,8 +197,10 @@ def test_a_shared_chunk_counts_its_last_user():
 def test_equal_chunks_are_stored_once_when_their_users_are_gone():
     cache = make_cache(8)
     one, two = make_request("one", range(10)), make_request("two", range(10))
-    assert cache.try_admit(one, 0, 1.0) == ()
-    assert cache.try_admit(two, 0, 1.0) == ()
+    assert cache.try_admit(one, 0, 1.0)
+    assert copies(cache) == ()
+    assert cache.try_admit(two, 0, 1.0)
+    assert copies(cache) == ()
     compute(cache, one)
     compute(cache, two)
     cache.check_integrity([one, two])

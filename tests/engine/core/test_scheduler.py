@@ -453,7 +453,7 @@ def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, se
         == stats.num_prompt_tokens
     )
     assert stats.num_gpu_cached_tokens > 0
-    assert stats.evictions["gpu"] > 0
+    assert stats.evictions["gpu_dropped"] > 0
     assert driver.core.get_statistics()["num_gpu_blocks_pinned"] == 0
 
 
