@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--think-s", type=float, default=1.0, help="mean think time")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--max-num-seqs", type=int, default=4)
+    parser.add_argument("--max-num-seqs", type=int, default=8)
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--name", default="multi_turn", help="name of the result files")
     arguments = parser.parse_args()

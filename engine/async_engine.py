@@ -23,7 +23,7 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.core.conversation import NO_MATCH, ConversationTable, Transcript
 from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
-from engine.core.executor import Executor
+from engine.core.executor import ComputationFailedError, Executor
 from engine.core.plan import SampledToken, StepPlan
 from engine.core.request import FinishReason, Request, SamplingParams
 from engine.errors import (
@@ -290,7 +290,8 @@ class AsyncEngine:
             logger.exception("step %d failed", plan.step_id)
             self._num_failures += 1
             failure = ExecutorError(f"the step that computed this request failed: {error!r}")
-            failed = self._core.fail_step(plan, time.monotonic())
+            are_copies_made = isinstance(error, ComputationFailedError)
+            failed = self._core.fail_step(plan, time.monotonic(), are_copies_made=are_copies_made)
             self._deliver([(self._streams.pop(request_id), failure) for request_id in failed])
             return
         self._num_failures = 0

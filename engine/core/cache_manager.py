@@ -142,7 +142,7 @@ class CacheManager:
         and `pending` and plans the transfers. False, and nothing changed, where fewer than `reserve_blocks` would stay
         available."""
         match = self.match_context(request)
-        self._leave_out_dear_loads(match)
+        num_left_out = self._leave_out_dear_loads(match)
         taken_over = {
             position
             for position, (chunk, _) in match.tails.items()
@@ -157,6 +157,7 @@ class CacheManager:
         if num_available - num_new < reserve_blocks:
             return False
 
+        self._stats.num_recomputed_instead_of_loaded_tokens += num_left_out
         request.num_swapped_in_tokens = sum(
             match.tails[position][1] if position in match.tails else self.chunk_size
             for position in match.full.keys() | match.tails.keys()
@@ -282,7 +283,7 @@ class CacheManager:
         for chunk, _ in (*transfers.evictions, *transfers.swap_outs):
             self._spare_copies.pop(chunk, None)
             self._free_cpu_block(chunk)
-            if chunk.gpu_block is None:
+            if chunk.gpu_block is None or chunk in self._loading:  # evicted, or evicted and on its way back
                 self._drop(chunk)
             self._unpin(chunk)
         for source, target, _ in transfers.swap_ins:
@@ -307,12 +308,13 @@ class CacheManager:
 
     # -- inside: loading, copying, evicting ----------------------------------------------------------------------------
 
-    def _leave_out_dear_loads(self, match: ContextMatch) -> None:
+    def _leave_out_dear_loads(self, match: ContextMatch) -> int:
         """Of the chunks in the CPU tier, keep those in the match that are cheaper to load, behind what is queued, than to
-        compute again."""
+        compute again. Returns how many tokens that leaves out."""
         load = self._cost_model.swap_in_cost
         if not load:
-            return
+            return 0
+        num_left_out = 0
         num_queued = len(self._planned.swap_ins)
         for position in sorted(match.full.keys() | match.tails.keys()):
             chunk = match.full.get(position) or match.tails[position][0]
@@ -325,7 +327,8 @@ class CacheManager:
             match.full.pop(position, None)
             match.tails.pop(position, None)
             match.num_cached_tokens -= num_tokens
-            self._stats.num_recomputed_instead_of_loaded_tokens += num_tokens
+            num_left_out += num_tokens
+        return num_left_out
 
     def _load(self, source: Chunk, target: Chunk, now: float) -> None:
         """A GPU block for `target`, unless it has one, and the swap-in of `source` to it. `source` is pinned."""

@@ -149,10 +149,14 @@ class EngineCore:
         self._land(now)
         return outputs
 
-    def fail_step(self, plan: StepPlan, now: float) -> list[str]:
-        """The executor failed at `plan`: end its requests, keep everything else. Returns the ids of those ended."""
+    def fail_step(self, plan: StepPlan, now: float, *, are_copies_made: bool = False) -> list[str]:
+        """The executor failed at `plan`: end its requests, keep everything else. Unless its copies were made all the same,
+        chunks whose only copy was on its way are dropped. Returns the ids of the requests that ended."""
         self._scheduler.forget_step(plan)
-        self._cache.abort_transfers()
+        if are_copies_made:
+            self._cache.complete_transfers()
+        else:
+            self._cache.abort_transfers()
         request_ids = dict.fromkeys(segment.request_id for segment in plan.segments)
         failed = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
         for request in failed:

@@ -9,9 +9,14 @@ from typing import Protocol
 from engine.core.plan import StepPlan, StepResult
 
 
+class ComputationFailedError(Exception):
+    """The step's computation failed, but every copy of its plan was made: only its own requests are lost."""
+
+
 class Executor(Protocol):
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute one step. On any exception the driver fails the requests of the plan and goes on with the next."""
+        """Compute one step. On any exception the driver fails the requests of the plan and goes on with the next; unless it is
+        ComputationFailedError, it takes every copy of the plan for lost."""
         ...
 
     def shutdown(self) -> None:

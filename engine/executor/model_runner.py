@@ -12,6 +12,7 @@ import torch
 
 from engine.attention.interface import PagedAttention, attention_handled_by
 from engine.attention.metadata import AttentionMetadata, AttentionSegment
+from engine.core.executor import ComputationFailedError
 from engine.core.plan import QuerySegment, SampledToken, StepPlan, StepResult
 from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import LoadedModel
@@ -46,14 +47,20 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         self._follow(plan)
         wait_for_layer = self._swapper.begin(plan)
+        samples: list[SampledToken] = []
+        failure: Exception | None = None
         try:
-            samples: list[SampledToken] = []
             if plan.segments:
                 states = [self._requests[segment.request_id].sampling for segment in plan.segments if segment.samples]
                 samples = sample(self._forward(plan.segments, wait_for_layer), states)
-        finally:
-            # Whatever happened, no copy may be under way when the core decides about the blocks again.
-            failed_swap_ins = self._swapper.finish()
+        except Exception as error:
+            failure = error
+        # Whatever happened, no copy may be under way when the core decides about the blocks again.
+        failed_swap_ins = self._swapper.finish()
+        if failure is not None and not failed_swap_ins:
+            raise ComputationFailedError(repr(failure)) from failure
+        if failure is not None:
+            raise failure
         return StepResult(plan.step_id, tuple(samples), failed_swap_ins)
 
     def _follow(self, plan: StepPlan) -> None:

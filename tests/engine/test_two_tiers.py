@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from engine.core.executor import ComputationFailedError
 from engine.core.request import SamplingParams
 
 NUM_CONVERSATIONS = 40
@@ -172,3 +173,34 @@ def test_no_request_waits_for_ever_when_both_tiers_are_full(tiny_model, make_dri
     assert stats["num_swap_ins"] > 0
     assert ended[0] == "r0", "the oldest request was held up by newer ones"
     assert sorted(ended) == sorted(f"r{i}" for i in range(12))
+
+
+def test_a_failed_computation_loses_no_other_conversation_its_cache(tiny_model, make_driver, monkeypatch):
+    """The step that fails has evicted others to the CPU tier: they are found there afterwards, and they are right."""
+    options = {"chunk_size": 8, "max_model_len": 128}
+    kept = make_driver(tiny_model("llama"), num_gpu_blocks=16, num_cpu_blocks=32, swap_out_watermark=0.0, **options)
+    fresh = make_driver(tiny_model("llama"), num_gpu_blocks=16, mode="stateless", **options)
+    rng = random.Random(0)
+    prompt = rng.choices(range(3, 250), k=90)
+    history = prompt + kept.generate("first", prompt, conversation_id="a")
+
+    def explode(*_: object, **__: object) -> None:
+        raise RuntimeError("injected fault")
+
+    kept.add("poison", rng.choices(range(3, 250), k=100), "b")
+    plan = kept.core.schedule(kept.now)
+    assert plan is not None
+    assert plan.evictions
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.executor._runner, "_forward", explode)
+        with pytest.raises(ComputationFailedError, match="injected fault"):
+            kept.executor.execute(plan)
+    assert kept.core.fail_step(plan, kept.now, are_copies_made=True) == ["poison"]
+    kept.core.check_integrity()
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=8, logprobs=2)
+    context = [*history, 60, 61]
+    for driver in (kept, fresh):
+        driver.generate("again", context, conversation_id="a", sampling=sampling)
+    assert kept.cached["again"] == len(history) - 1
+    assert kept.tokens("again") == fresh.tokens("again")
