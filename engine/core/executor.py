@@ -15,8 +15,8 @@ class ComputationFailedError(Exception):
 
 class Executor(Protocol):
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute one step. On any exception the driver fails the requests of the plan and goes on with the next; unless it is
-        ComputationFailedError, it takes every copy of the plan for lost."""
+        """Compute one step. On any exception the driver fails the requests of the plan and goes on with the next; unless it
+        is ComputationFailedError, it takes every copy of the plan for lost."""
         ...
 
     def shutdown(self) -> None:

@@ -32,7 +32,8 @@ APP = "pensieve"
 MAX_ONGOING_REQUESTS = 16
 MAX_QUEUED_REQUESTS = 16
 ARGS = AppArgs(
-    engine={"model": "embedded", "num_threads": 1, "num_gpu_blocks": 1024},
+    # A GPU tier for hardly more than one full window: what is said here has to survive in the CPU tier.
+    engine={"model": "embedded", "num_threads": 1, "num_gpu_blocks": 160},
     num_replicas=3,
     num_cpus=0.5,
     num_ingress_replicas=2,
@@ -216,6 +217,41 @@ def test_every_turn_of_a_conversation_computes_its_new_tokens_only(client: opena
             # + 1: the last token of an answer was sampled, but has not been through the model.
             assert num_computed == usage.prompt_tokens - num_before + 1
         num_before = usage.prompt_tokens + usage.completion_tokens
+
+
+async def test_what_left_the_gpu_tier_comes_back_from_the_cpu_tier(
+    client: openai.OpenAI, engines: DeploymentHandle
+) -> None:
+    """Twelve long conversations in turn, on three replicas of which each holds one or two on the GPU: nothing is
+    computed twice, and nobody is given another one's facts."""
+    filler = "it is raining today. we went for a long walk. " * 60
+    messages: list[Any] = [
+        [{"role": "user", "content": f"{4000 + i}. {filler} the code of my bike is {4000 + i}"}] for i in range(12)
+    ]
+    known = [0] * len(messages)
+    for turn in range(2):
+        for i, history in enumerate(messages):
+            answer = client.chat.completions.create(
+                model=EMBEDDED_MODEL_NAME,
+                messages=history,
+                temperature=0,
+                max_tokens=24,
+                extra_headers={"x-session-id": f"long-{i}"},
+            )
+            usage, text = answer.usage, answer.choices[0].message.content
+            assert usage is not None
+            assert usage.prompt_tokens_details is not None
+            assert text is not None
+            assert str(4000 + i) in text
+            if turn:
+                assert usage.prompt_tokens_details.cached_tokens == known[i]
+            known[i] = usage.total_tokens - 1
+            history += [
+                {"role": "assistant", "content": text},
+                {"role": "user", "content": "what is the code of my bike?"},
+            ]
+    statistics = await ask_all(engines, "get_statistics")
+    assert sum(replica["num_cpu_cached_tokens"] for replica in statistics) > 500
 
 
 async def test_each_session_stays_on_one_replica_whichever_ingress_it_comes_through(http: httpx.AsyncClient) -> None:

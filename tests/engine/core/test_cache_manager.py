@@ -40,7 +40,7 @@ def execute(cache: CacheManager) -> Transfers:
 def copies(cache: CacheManager) -> tuple[BlockCopy, ...]:
     """A step that has nothing to move between the tiers."""
     transfers = execute(cache)
-    assert not (transfers.evictions or transfers.swap_ins or transfers.swap_outs)
+    assert not [*transfers.evictions, *transfers.swap_ins, *transfers.swap_outs]
     return tuple(transfers.gpu_copies)
 
 
