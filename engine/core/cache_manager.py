@@ -88,7 +88,7 @@ class CacheManager:
         self._cpu: EvictionPolicy = make_policy(eviction_policy, self._cost_model)
         # Pinned chunks whose CPU copy nobody needs as long as they are in use; oldest first.
         self._spare_copies: dict[Chunk, None] = {}
-        self._write_through = write_through
+        self._write_through = write_through and num_cpu_blocks > 0
         self._unwritten: dict[Chunk, None] = {}
         self._planned = Transfers()
         self._in_flight: list[Transfers] = []

@@ -10,6 +10,7 @@ import pytest
 
 from engine.core.cost_model import CostModel
 from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
+from engine.core.executor import ComputationFailedError
 from engine.core.plan import BlockCopy, QuerySegment, SampledToken, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, SamplingParams
 
@@ -33,7 +34,8 @@ class ContextExecutor:
     which reads a wrong, stale, unwritten or not yet arrived slot fails at once. Ahead-of-time swap-outs run as early as
     they may in odd steps and as late as they may in even ones.
 
-    fails: the next steps raise, and whatever they were to write is garbage. corrupted: CPU blocks whose content is no
+    fails: the next steps raise, and whatever they were to write is garbage. computation_fails: only what they were to compute
+    is; their copies are made. corrupted: CPU blocks whose content is no
     longer what was swapped out; swap-ins of them are reported (as with `verify_swaps`).
     """
 
@@ -44,6 +46,7 @@ class ContextExecutor:
         self.token_ids: dict[str, list[int]] = {}
         self.block_tables: dict[str, list[int]] = {}
         self.fails = False
+        self.computation_fails = False
         self.corrupted: set[int] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -57,19 +60,26 @@ class ContextExecutor:
         for append in plan.appends:
             self.block_tables[append.request_id].append(append.block_id)
         if self.fails:
-            self._spoil(plan)
+            for copy in (*plan.gpu_copies, *plan.swap_ins):
+                self.slots[copy.target] = [()] * self.chunk_size
+            for copy in (*plan.evictions, *plan.swap_outs):
+                self.cpu_slots[copy.target] = [()] * self.chunk_size
+            self._spoil(plan.segments)
             raise RuntimeError("injected fault")
         self._swap_out(plan.evictions)
         sources = [list(self.slots[copy.source]) for copy in plan.gpu_copies]
         for copy, content in zip(plan.gpu_copies, sources, strict=True):
             self.slots[copy.target] = content
-        if plan.step_id % 2:
+        if plan.step_id % 2 or self.computation_fails:
             self._swap_out(plan.swap_outs)
         failed = [copy.target for copy in plan.swap_ins if copy.source in self.corrupted]
         for copy in plan.swap_ins:
             self.slots[copy.target] = (
                 [()] * self.chunk_size if copy.target in failed else self.cpu_slots[copy.source][:]
             )
+        if self.computation_fails:
+            self._spoil(plan.segments)
+            raise RuntimeError("corrupted, too") if failed else ComputationFailedError("injected fault")
         misled = {name for name, table in self.block_tables.items() if not set(table).isdisjoint(failed)}
         for segment in plan.segments:
             known = self.token_ids[segment.request_id]
@@ -99,12 +109,8 @@ class ContextExecutor:
             self.cpu_slots[copy.target] = list(self.slots[copy.source])
             self.corrupted.discard(copy.target)
 
-    def _spoil(self, plan: StepPlan) -> None:
-        for copy in (*plan.gpu_copies, *plan.swap_ins):
-            self.slots[copy.target] = [()] * self.chunk_size
-        for copy in (*plan.evictions, *plan.swap_outs):
-            self.cpu_slots[copy.target] = [()] * self.chunk_size
-        for segment in plan.segments:
+    def _spoil(self, segments: tuple[QuerySegment, ...]) -> None:
+        for segment in segments:
             for position in range(segment.start, segment.context_len):
                 self._set(segment.request_id, position, ())
 
@@ -160,8 +166,9 @@ class CoreDriver:
             self.core.check_integrity()
         try:
             result = self.executor.execute(plan)
-        except RuntimeError:
-            self.failed = self.core.fail_step(plan, self.now)
+        except (RuntimeError, ComputationFailedError) as error:
+            are_copies_made = isinstance(error, ComputationFailedError)
+            self.failed = self.core.fail_step(plan, self.now, are_copies_made=are_copies_made)
         else:
             for output in self.core.update(plan, result, self.now):
                 self.tokens[output.request_id] += tuple(sample.token_id for sample in output.samples)

@@ -40,7 +40,7 @@ def execute(cache: CacheManager) -> Transfers:
 def copies(cache: CacheManager) -> tuple[BlockCopy, ...]:
     """A step that has nothing to move between the tiers."""
     transfers = execute(cache)
-    assert not [*transfers.evictions, *transfers.swap_ins, *transfers.swap_outs]
+    assert (transfers.evictions, transfers.swap_ins, transfers.swap_outs) == ([], [], [])
     return tuple(transfers.gpu_copies)
 
 
@@ -238,3 +238,103 @@ def test_stateless_keeps_and_finds_nothing():
     turn_2 = make_request("turn 2", range(9), "a")
     admit(cache, turn_2)
     assert turn_2.pending == [(0, 9)]
+
+
+def test_an_admission_that_is_refused_counts_nothing():
+    """Each step asks again, and only the admission itself may be counted."""
+    costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, swap_in_cost=9.0)
+    cache = make_cache(3, num_cpu_blocks=4, cost_model=costs)
+    use(cache, "turn 1", range(4), 1.0, "a")
+    running = make_request("running", range(50, 62))
+    assert cache.try_admit(running, 0, 2.0)
+    execute(cache)
+    turn_2 = make_request("turn 2", range(7), "a")
+    assert not cache.try_admit(turn_2, 0, 3.0)
+    assert cache._stats.num_recomputed_instead_of_loaded_tokens == 0
+    cache.release(running, 4.0)
+    assert cache.try_admit(turn_2, 0, 5.0)
+    assert cache._stats.num_recomputed_instead_of_loaded_tokens == 4
+
+
+def test_a_chunk_that_was_evicted_and_on_its_way_back_when_the_step_failed_is_forgotten():
+    """The one request's admission evicts it, the next one's in the same plan wants it: its only copy was on its way."""
+    cache = make_cache(6, num_cpu_blocks=6)
+    use(cache, "turn 1", range(4), 1.0, "a")
+    use(cache, "other", range(30, 38), 1.5)
+    one, two = make_request("one", range(50, 64)), make_request("two", range(5), "b")
+    assert cache.try_admit(one, 0, 2.0)
+    assert cache.try_admit(two, 0, 2.0)
+    transfers = cache.take_transfers()
+    assert [copy for _, copy in transfers.evictions] == [BlockCopy(0, 0), BlockCopy(1, 1), BlockCopy(2, 2)]
+    assert [copy for _, _, copy in transfers.swap_ins] == [BlockCopy(0, 1)]
+    cache.abort_transfers()
+    cache.release(one, 3.0, step_failed=True)
+    cache.release(two, 3.0, step_failed=True)
+    cache.check_integrity([])
+    assert (cache.gpu_pool.num_used, cache.cpu_pool.num_used, len(cache.index)) == (0, 0, 0)
+    assert cache.try_admit(make_request("again", range(5), "b"), 0, 4.0)
+
+
+def test_a_source_that_is_being_loaded_in_the_same_plan_is_copied_from_the_cpu_tier():
+    cache = make_cache(6, num_cpu_blocks=6)
+    use(cache, "turn 1", range(4), 1.0, "a")
+    use(cache, "filler", range(30, 54), 2.0)
+    one, two = make_request("one", range(5), "a"), make_request("two", range(4), "b")
+    assert cache.try_admit(one, 0, 3.0)
+    assert cache.try_admit(two, 0, 3.0)  # all cached, so its last token is computed in a copy
+    cache.check_integrity([one, two])
+    transfers = execute(cache)
+    assert transfers.gpu_copies == []
+    assert [copy.source for _, _, copy in transfers.swap_ins] == [0, 0]
+    assert [copy.target for _, _, copy in transfers.swap_ins] == [blocks(one)[0], blocks(two)[0]]
+    assert (one.pending, two.pending) == ([(4, 5)], [(3, 4)])
+
+
+def test_the_cpu_tier_gives_up_spare_copies_first_and_then_only_what_goes_before_the_newcomer():
+    cache = make_cache(4, "lru", num_cpu_blocks=2)
+    use(cache, "old", range(4), 1.0)
+    use(cache, "newer", range(10, 14), 5.0)
+    cache.plan_swap_outs(4, 4, 6.0)
+    assert [copy for _, copy in execute(cache).swap_outs] == [BlockCopy(0, 0), BlockCopy(1, 1)]
+    use(cache, "newest", range(20, 28), 7.0)
+    assert cache.count_idle_chunks() == {"gpu": 2, "both": 2, "cpu": 0}
+
+    running = make_request("running", [*range(4), 8])
+    assert cache.try_admit(
+        running, 0, 8.0
+    )  # pins old's chunk, which is on the GPU: its copy is spare; reclaims newer's block
+    assert blocks(running) == [0, 1]
+    assert cache.try_append_block(running, 8.0) == 2  # newest's first chunk takes the spare copy's block
+    assert [copy for _, copy in execute(cache).evictions] == [BlockCopy(2, 0)]
+    assert cache.try_append_block(running, 8.0) == 3  # its second takes that of newer, which goes before it
+    assert [copy for _, copy in execute(cache).evictions] == [BlockCopy(3, 1)]
+    cache.check_integrity([running])
+    assert cache._stats.evictions == {
+        "gpu_reclaimed": 1,
+        "gpu_swapped_out": 2,
+        "gpu_dropped": 0,
+        "cpu_dropped": 1,
+        "cpu_copy_dropped": 1,
+    }
+
+
+def test_what_goes_before_everything_in_a_full_cpu_tier_is_dropped():
+    cache = make_cache(3, "trailing_lru", num_cpu_blocks=1)
+    use(cache, "newer", range(4), 5.0)
+    cache.plan_swap_outs(3, 3, 5.0)
+    assert execute(cache).swap_outs
+    use(cache, "old", range(10, 14), 1.0)
+    running = make_request("running", range(50, 58))
+    assert cache.try_admit(running, 0, 9.0)  # a free block, and the reclaimed one of newer's chunk
+    assert cache.try_append_block(running, 9.0) is not None
+    transfers = execute(cache)
+    assert transfers.evictions == []
+    assert cache._stats.evictions["gpu_dropped"] == 1
+    assert cache.match_context(make_request("again", range(5))).num_cached_tokens == 4
+    assert cache.match_context(make_request("lost", range(10, 15))).num_cached_tokens == 0
+
+
+def test_write_through_without_a_cpu_tier_remembers_nothing():
+    cache = make_cache(4, write_through=True)
+    use(cache, "turn 1", range(9), 1.0)
+    assert not cache._unwritten

@@ -293,7 +293,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
         next_tokens=st.lists(st.integers(1, 2), min_size=8, max_size=8),
         ends=st.lists(st.booleans(), min_size=8, max_size=8),
         swap_outs=swap_outs,
-        outcome=st.sampled_from(["computed", "computed", "failed", "corrupted"]),
+        outcome=st.sampled_from(["computed", "computed", "failed", "computation failed", "corrupted"]),
     )
     def conversations_go_on_and_a_step_is_made(
         self,
@@ -316,8 +316,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
             self.chunks_hold_what_their_names_say()
         if not self.running:
             return
-        if outcome == "failed":
-            self.a_step_fails(lengths, swap_outs)
+        if outcome.endswith("failed"):
+            self.a_step_fails(lengths, swap_outs, are_copies_made=outcome == "computation failed")
             return
         if outcome == "corrupted":
             planned = self.cache._planned
@@ -352,7 +352,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
         assert not transfers.swap_ins
         assert not transfers.gpu_copies
         if fails:
-            self.fail(transfers, [])
+            self.fail(transfers, [], are_copies_made=False)
         else:
             self.execute(transfers, [], is_late=swap_outs[2])
 
@@ -430,29 +430,36 @@ class CacheManagerMachine(RuleBasedStateMachine):
         raise AssertionError("a request waits for ever")
 
     @precondition(lambda self: self.running)
-    @rule(lengths=st.lists(st.integers(0, 9), min_size=8, max_size=8), swap_outs=swap_outs)
-    def a_step_fails(self, lengths: list[int], swap_outs: tuple[int, int, bool]) -> None:
-        """Whatever the step was to write or to copy may hold anything; its requests end."""
+    @rule(
+        lengths=st.lists(st.integers(0, 9), min_size=8, max_size=8), swap_outs=swap_outs, are_copies_made=st.booleans()
+    )
+    def a_step_fails(self, lengths: list[int], swap_outs: tuple[int, int, bool], are_copies_made: bool) -> None:
+        """Whatever the step was to compute, and unless `are_copies_made` to copy, may hold anything; its requests end."""
         self.now += 1
         segments = list(self.plan_segments(lengths))
-        self.fail(self.take_plan(swap_outs), segments)
+        self.fail(self.take_plan(swap_outs), segments, are_copies_made=are_copies_made)
         self.starts = []
         for request in self.running:
             self.check_content(request)
 
-    def fail(self, transfers: Transfers, segments: list[Segment]) -> None:
-        for copy in (*transfers.gpu_copies, *(copy for _, _, copy in transfers.swap_ins)):
-            self.slots[copy.target] = [GARBAGE] * CHUNK_SIZE
-        for _, copy in (*transfers.evictions, *transfers.swap_outs):
-            self.cpu_slots[copy.target] = [GARBAGE] * CHUNK_SIZE
+    def fail(self, transfers: Transfers, segments: list[Segment], *, are_copies_made: bool) -> None:
+        named, lost = set(self.cache.index), {chunk for chunk, _ in transfers.evictions}
+        if are_copies_made and not any(copy.source in self.corrupted for _, _, copy in transfers.swap_ins):
+            move(self.slots, self.cpu_slots, self.corrupted, transfers, swap_outs=True)
+            lost = set()
+            self.cache.complete_transfers()
+        else:
+            for copy in (*transfers.gpu_copies, *(copy for _, _, copy in transfers.swap_ins)):
+                self.slots[copy.target] = [GARBAGE] * CHUNK_SIZE
+            for _, copy in (*transfers.evictions, *transfers.swap_outs):
+                self.cpu_slots[copy.target] = [GARBAGE] * CHUNK_SIZE
+            self.cache.abort_transfers()
         for request, start, end in segments:
             for position in range(start, end):
                 self.write(request, position, GARBAGE)
-        named, evicted = set(self.cache.index), {chunk for chunk, _ in transfers.evictions}
-        self.cache.abort_transfers()
         for request in dict.fromkeys(request for request, _, _ in segments):
             self.release(request, step_failed=True)
-        assert set(self.cache.index) == named - evicted, "lost are only those whose only copy was on its way"
+        assert set(self.cache.index) == named - lost, "lost are only those whose only copy was on its way"
 
     @precondition(lambda self: not self.cache.has_transfers and self.cache.cpu_pool.num_used)
     @rule(data=st.data())

@@ -6,7 +6,7 @@ import pytest
 
 from engine.core.chunk_index import Chunk
 from engine.core.cost_model import CostModel
-from engine.core.eviction import LRU, RetentionValue, make_policy
+from engine.core.eviction import EVICTION_POLICIES, LRU, RetentionValue, TrailingLRU, make_policy
 from engine.errors import ConfigError
 
 # Chunks 0, 1, 2, ... of 4 tokens cost 2, 3, 4, ...
@@ -42,6 +42,11 @@ def test_cost_grows_with_the_context():
 def test_lru_goes_by_last_use_and_within_a_turn_from_the_front():
     policy = filled(LRU(), [(0, 1.0), (1, 1.0), (0, 3.0), (1, 3.0), (2, 3.0), (0, 9.0)])
     assert victims(policy, 10.0) == [(0, 1.0), (1, 1.0), (0, 3.0), (1, 3.0), (2, 3.0), (0, 9.0)]
+
+
+def test_trailing_lru_goes_by_last_use_and_within_a_turn_from_the_end():
+    policy = filled(TrailingLRU(), [(0, 3.0), (1, 3.0), (2, 3.0), (0, 1.0), (1, 1.0), (0, 9.0)])
+    assert victims(policy, 10.0) == [(1, 1.0), (0, 1.0), (2, 3.0), (1, 3.0), (0, 3.0), (0, 9.0)]
 
 
 def test_retention_value_takes_the_front_of_a_conversation_first():
@@ -86,7 +91,55 @@ def test_equal_chunks_go_in_order_of_insertion():
     assert policy.choose_victim(7.0) is second
 
 
-@pytest.mark.parametrize("name", ["lru", "retention_value"])
+@pytest.mark.parametrize("name", EVICTION_POLICIES)
+def test_what_comes_back_with_an_older_use_goes_by_that_use(name):
+    """A chunk that lost its place for a swap is held again with the last use that it had."""
+    policy = make_policy(name, COSTS)
+    older, newer = chunk(1, 2.0), chunk(1, 4.0)
+    policy.insert(newer)
+    policy.insert(older)
+    assert policy.choose_victim(5.0) is older
+    policy.remove(older)
+    assert policy.choose_victim(5.0) is newer
+    policy.insert(older)
+    assert policy.choose_victim(5.0) is older
+
+
+@pytest.mark.parametrize("name", EVICTION_POLICIES)
+def test_a_policy_survives_many_removals(name):
+    """What was removed leaves traces in a heap; they are cleared away, and never chosen."""
+    policy = make_policy(name, COSTS)
+    kept = chunk(3, 50.0)
+    policy.insert(kept)
+    for number in range(1000):
+        gone = chunk(number % 5, float(number % 7))
+        policy.insert(gone)
+        policy.remove(gone)
+    assert (list(policy), policy.choose_victim(60.0)) == ([kept], kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "chunks"),
+    [
+        ("lru", [(0, 1.0), (1, 1.0), (0, 3.0), (2, 3.0)]),
+        ("trailing_lru", [(1, 1.0), (0, 1.0), (2, 3.0), (0, 3.0)]),
+        ("retention_value", [(0, 0.0), (1, 0.0), (0, 4.0), (1, 4.0), (8, 0.0)]),  # .2, .3, .333, .5, 1.0 at 10
+        (
+            "retention_value",
+            [(0, 6.0), (3, 0.0), (5, 10.0)],
+        ),  # 2/4 = 5/10: the one in front; then one used this instant
+    ],
+)
+def test_goes_before_is_the_order_of_the_victims(name, chunks):
+    policy = make_policy(name, COSTS)
+    made = [chunk(*each) for each in chunks]
+    for i, left in enumerate(made):
+        for j, right in enumerate(made):
+            assert policy.goes_before(left, right, 10.0) == (i < j)
+    assert victims(filled(policy, chunks[::-1]), 10.0) == chunks
+
+
+@pytest.mark.parametrize("name", EVICTION_POLICIES)
 def test_policy_holds_what_was_inserted_and_not_removed(name):
     policy = make_policy(name, COSTS)
     inside, outside = chunk(0, 1.0), chunk(0, 1.0)
@@ -103,40 +156,74 @@ def test_unknown_policy_is_refused_by_name():
 
 
 def test_retention_value_equals_brute_force():
-    """The search over list heads finds the minimum over all chunks, whatever was inserted, removed and evicted before."""
+    """The search over list heads finds the minimum over all chunks, whatever was inserted, removed and evicted before, in
+    whatever order of last use."""
     num_choices = 0
     for seed in range(1000):
         rng = random.Random(seed)
         costs = CostModel(rng.choice([0.5, 1.0, 7.0]), rng.choice([0.0, 0.25, 3.0]), rng.choice([1, 4, 32]))
-        policy, held, now = RetentionValue(costs), [], 0.0
-        for _ in range(40):
-            now += rng.choice([0, 0, 1, 2, 5])
-            action = rng.random()
-            if action < 0.5:
-                for position in range(rng.randrange(6)):
-                    held.append(chunk(position, now))
-                    policy.insert(held[-1])
-            elif held and action < 0.7:  # a cached chunk is used again
-                used = held.pop(rng.randrange(len(held)))
-                policy.remove(used)
-                used.last_active = now
-                policy.insert(used)
-                held.append(used)
-            victim = policy.choose_victim(now)
-            assert victim is brute_force_victim(held, costs, now), f"seed {seed}"
-            num_choices += len(held) > 1
-            if victim is not None and rng.random() < 0.4:
-                policy.remove(victim)
-                held.remove(victim)
-            assert len(policy) == len(held)
+        num_choices += check_history(RetentionValue(costs), retention_value(costs), rng)
     assert num_choices > 20_000
 
 
-def brute_force_victim(held: list[Chunk], costs: CostModel, now: float) -> Chunk | None:
-    """`held` is in order of last use; of equal values the front one, and of equal positions the first used."""
+@pytest.mark.parametrize(
+    ("policy", "rank"),
+    [
+        (LRU, lambda candidate, now: (candidate.last_active, candidate.position)),
+        (TrailingLRU, lambda candidate, now: (candidate.last_active, -candidate.position)),
+    ],
+)
+def test_lru_equals_brute_force(policy, rank):
+    assert sum(check_history(policy(), rank, random.Random(seed)) for seed in range(300)) > 6_000
 
-    def value(candidate: Chunk) -> float:
+
+def retention_value(costs: CostModel):
+    """Value, then position. Times and costs are small and exact, so that equal values are equal floats, and only they."""
+
+    def rank(candidate: Chunk, now: float) -> tuple[float, int]:
         idle, cost = now - candidate.last_active, costs.chunk_cost(candidate.position)
-        return float("inf") if idle == 0 else cost / idle
+        return (float("inf") if idle == 0 else cost / idle), candidate.position
 
-    return min(held, key=lambda candidate: (value(candidate), candidate.position), default=None)
+    return rank
+
+
+def check_history(policy, rank, rng: random.Random) -> int:
+    """A random history; each victim is the minimum by `rank` over all chunks, of equal ones the first that came in; and of
+    any two chunks, held or not, the one of smaller rank goes before the other. Returns how often there was a choice."""
+    held: list[Chunk] = []  # in order of insertion
+    away: list[Chunk] = []  # removed, and may come back with the last use they had
+    now, num_choices = 0.0, 0
+    for _ in range(40):
+        now += rng.choice([0, 0, 1, 2, 5])
+        action = rng.random()
+        if action < 0.45:
+            last_active = now if rng.random() < 0.5 else float(rng.randint(0, int(now)))
+            for position in range(rng.randrange(6)):
+                held.append(chunk(position, last_active))
+                policy.insert(held[-1])
+        elif held and action < 0.65:  # taken out: used again, or away
+            taken = held.pop(rng.randrange(len(held)))
+            policy.remove(taken)
+            if rng.random() < 0.5:
+                taken.last_active = now
+                policy.insert(taken)
+                held.append(taken)
+            else:
+                away.append(taken)
+        elif away and action < 0.85:
+            held.append(away.pop(rng.randrange(len(away))))
+            policy.insert(held[-1])
+        victim = policy.choose_victim(now)
+        assert victim is min(held, key=lambda candidate: rank(candidate, now), default=None)
+        num_choices += len(held) > 1
+        for other in rng.sample(held, min(3, len(held))) + away[:2]:
+            assert victim is not None or other in away
+            left = victim if victim is not None else away[-1]
+            assert policy.goes_before(left, other, now) == (rank(left, now) < rank(other, now))
+            assert policy.goes_before(other, left, now) == (rank(other, now) < rank(left, now))
+            assert other in away or not policy.goes_before(other, left, now)
+        if victim is not None and rng.random() < 0.4:
+            policy.remove(victim)
+            held.remove(victim)
+        assert len(policy) == len(held)
+    return num_choices

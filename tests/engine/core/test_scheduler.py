@@ -4,8 +4,10 @@ import random
 
 import pytest
 
+from engine.core.cost_model import CostModel
 from engine.core.engine_core import CoreConfig, EngineCore
-from engine.core.plan import BlockAppend, QuerySegment, RequestStart, StepPlan
+from engine.core.eviction import EVICTION_POLICIES
+from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import FinishReason, Request, SamplingParams
 from engine.errors import ConfigError, ContextLengthError, InvalidParameterError
 
@@ -192,6 +194,388 @@ def test_whoever_was_suspended_does_not_take_its_blocks_back_in_the_same_step(ma
         plan = driver.step()
     assert plan.ended == ("b",)
     assert plan.starts == ()
+
+
+# -- two tiers ---------------------------------------------------------------------------------------------------------
+
+
+def moves(*pairs: tuple[int, int]) -> tuple[BlockCopy, ...]:
+    return tuple(BlockCopy(source, target) for source, target in pairs)
+
+
+def idle_chunks(driver) -> dict[str, int]:
+    return driver.core.get_statistics()["num_idle_chunks"]
+
+
+def converse(driver, name: str, new, max_tokens: int = 1, conversation: str = "a", history=()) -> tuple[int, ...]:
+    """A turn from its arrival to its end; returns the conversation's tokens so far."""
+    prompt = (*history, *new)
+    driver.add(name, prompt, max_tokens, conversation)
+    driver.run()
+    return prompt + driver.tokens[name]
+
+
+def with_turn_1_in_the_cpu_tier(make_core, num_cpu_blocks: int = 16, **options):
+    """4 GPU blocks. Conversation "a" has a turn of 11 tokens in CPU blocks 0, 1 and 2 (its tail of 3), in the GPU tier is all
+    of "b" in blocks 3, 0, 1 and 2. Returns the driver and the tokens of "a"."""
+    driver = make_core(4, num_cpu_blocks=num_cpu_blocks, swap_out_watermark=0.0, **options)
+    history = converse(driver, "turn 1", range(11))
+    converse(driver, "other", range(50, 65), conversation="b")
+    assert driver.plans[-1].evictions == moves((0, 0), (1, 1), (2, 2))
+    assert idle_chunks(driver) == {"gpu": 4, "both": 0, "cpu": 3}
+    return driver, history
+
+
+def test_a_full_gpu_tier_gives_way_by_swapping_out_and_no_more_than_it_must(make_core, answer):
+    driver = make_core(4, num_cpu_blocks=8, swap_out_watermark=0.0)
+    history = converse(driver, "turn 1", range(7))
+    other = tuple(range(50, 61))
+    converse(driver, "other", other, conversation="b")
+    # values: 2 and 3 over the same time, so chunk 0 goes; its block is the third of the newcomer
+    assert driver.plans[1] == StepPlan(
+        2,
+        (QuerySegment("other", 0, other, True),),
+        starts=(start("other", other, 1, (2, 3, 0)),),
+        ended=("turn 1",),
+        evictions=moves((0, 0)),
+    )
+    longer = (*history, 70)
+    driver.add("turn 2", longer, 1, "a")
+    # chunk 0 comes back, the tail is where it was, chunk 2 is new: two of b's chunks leave for them
+    assert driver.step() == StepPlan(
+        3,
+        (QuerySegment("turn 2", 7, longer[7:], True),),
+        starts=(start("turn 2", longer, 1, (2, 1, 3)),),
+        ended=("other",),
+        evictions=moves((2, 1), (3, 2)),
+        swap_ins=moves((0, 2)),
+    )
+    assert driver.tokens["turn 2"] == answer(longer, 1)
+    stats = driver.core.stats
+    assert stats.evictions == {**dict.fromkeys(stats.evictions, 0), "gpu_swapped_out": 3}
+    assert (stats.num_swap_ins, stats.num_swap_outs) == (1, 3)
+
+
+def test_a_returning_conversation_is_swapped_in_block_by_block_and_computes_nothing_again(make_core, answer):
+    driver, history = with_turn_1_in_the_cpu_tier(make_core)
+    longer = (*history, 70)
+    driver.add("turn 2", longer, 2, "a", num_history_tokens=11)
+    assert driver.step() == StepPlan(
+        3,
+        (QuerySegment("turn 2", 11, longer[11:], True),),
+        starts=(start("turn 2", longer, 2, (3, 0, 1, 2)),),
+        ended=("other",),
+        evictions=moves((3, 3), (0, 4), (1, 5), (2, 6)),
+        swap_ins=moves((0, 3), (1, 0), (2, 1)),
+    )
+    # 7 chunks are or were in the CPU tier, and the copy of the tail is free again: it is written to from here on
+    assert driver.core.get_statistics()["num_cpu_blocks_free"] == 16 - 6
+    driver.run()
+    assert driver.tokens["turn 2"] == answer(longer, 2)
+    stats = driver.core.stats
+    assert (stats.num_gpu_cached_tokens, stats.num_cpu_cached_tokens, stats.num_dropped_tokens) == (0, 11, 0)
+    assert driver.finished["turn 2"].stats.num_computed_tokens == 3
+    # the full chunks' copies stay valid after the swap-in, so that they leave again for free
+    assert idle_chunks(driver) == {"gpu": 2, "both": 2, "cpu": 4}
+    converse(driver, "more", range(90, 94), conversation="c")
+    assert driver.plans[-1].evictions == ()
+    assert stats.evictions["gpu_reclaimed"] == 1
+
+
+def test_a_fork_copies_a_tail_from_the_cpu_tier_and_its_owner_finds_it_later(make_core, answer):
+    driver, history = with_turn_1_in_the_cpu_tier(make_core)
+    fork = (*history[:11], 80)
+    driver.add("fork", fork, 1, "b")
+    assert driver.step() == StepPlan(
+        3,
+        (QuerySegment("fork", 11, (80,), True),),
+        starts=(start("fork", fork, 1, (3, 0, 1)),),
+        ended=("other",),
+        evictions=moves((3, 3), (0, 4), (1, 5)),
+        swap_ins=moves((0, 3), (1, 0), (2, 1)),
+    )
+    assert driver.tokens["fork"] == answer(fork, 1)
+    assert idle_chunks(driver) == {"gpu": 2, "both": 2, "cpu": 4}
+    longer = (*history, 70)
+    driver.add("turn 2", longer, 1, "a")
+    plan = driver.step()
+    assert segments(plan) == [("turn 2", 11, 2)]
+    assert [copy.source for copy in plan.swap_ins] == [2]
+    assert driver.tokens["turn 2"] == answer(longer, 1)
+
+
+def test_one_conversation_is_loaded_for_two_requests_at_once(make_core, answer):
+    """Shared chunks come once. The tail is being read for the fork, so its owner gets a copy of its own, too."""
+    driver = make_core(8, num_cpu_blocks=16, swap_out_watermark=0.0)
+    history = converse(driver, "turn 1", range(11))
+    converse(driver, "other", range(50, 81), conversation="b")
+    fork, longer = (*history[:11], 80), (*history, 70)
+    driver.add("fork", fork, 1, "c")
+    driver.add("turn 2", longer, 1, "a")
+    plan = driver.step()
+    assert segments(plan) == [("fork", 11, 1), ("turn 2", 11, 2)]
+    assert [copy.source for copy in plan.swap_ins] == [0, 1, 2, 2]
+    assert plan.starts[0].block_table[:2] == plan.starts[1].block_table[:2]
+    assert driver.tokens == {**driver.tokens, "fork": answer(fork, 1), "turn 2": answer(longer, 1)}
+
+
+def test_swap_outs_ahead_of_time_keep_the_watermark_and_are_reclaimed_for_nothing(make_core):
+    """8 blocks, of which 4 are to be free or reclaimable, at most 2 a step."""
+    driver = make_core(8, num_cpu_blocks=8, swap_out_watermark=0.5, max_swap_outs=2)
+    converse(driver, "turn 1", range(27))
+    assert driver.plans[-1].swap_outs == (), "what is in use stays"
+    assert driver.settle() == [
+        StepPlan(2, (), ended=("turn 1",), swap_outs=moves((0, 0), (1, 1))),
+        StepPlan(3, (), swap_outs=moves((2, 2))),
+    ]
+    assert idle_chunks(driver) == {"gpu": 4, "both": 3, "cpu": 0}
+    other = tuple(range(50, 69))
+    driver.add("other", other, 1, "b")
+    # a free block, three to reclaim, and one that has to leave now; then the next two ahead of time
+    assert driver.step() == StepPlan(
+        4,
+        (QuerySegment("other", 0, other, True),),
+        starts=(start("other", other, 1, (7, 0, 1, 2, 3)),),
+        evictions=moves((3, 3)),
+        swap_outs=moves((4, 4), (5, 5)),
+    )
+    evictions = driver.core.stats.evictions
+    assert evictions == {**dict.fromkeys(evictions, 0), "gpu_reclaimed": 3, "gpu_swapped_out": 1}
+    assert driver.settle() == [StepPlan(5, (), ended=("other",), swap_outs=moves((6, 6), (7, 7)))]
+    assert idle_chunks(driver) == {"gpu": 4, "both": 4, "cpu": 4}
+    assert driver.core.schedule(99.0) is None
+
+
+def test_swap_outs_yield_to_swap_ins(make_core):
+    """12 blocks wanted, 8 a step: a quarter of that beside a swap-in."""
+    driver = make_core(12, num_cpu_blocks=24, swap_out_watermark=1.0, max_swap_outs=8)
+    converse(driver, "turn 1", range(20))
+    assert [plan.swap_outs for plan in driver.settle()] == [moves((0, 0), (1, 1), (2, 2), (3, 3), (4, 4))]
+    converse(driver, "other", range(100, 147), conversation="b")
+    driver.add("turn 2", range(21), 1, "a")
+    plan = driver.step()
+    assert plan.swap_ins == moves((0, 5), (1, 6), (2, 7), (3, 8), (4, 9))
+    assert plan.swap_outs == moves((11, 11), (0, 12))
+    assert [len(plan.swap_outs) for plan in driver.settle()] == [5]
+
+
+def test_write_through_copies_what_a_turn_leaves_at_its_end(make_core):
+    driver = make_core(8, num_cpu_blocks=8, swap_out_watermark=0.0, write_through=True, max_swap_outs=2)
+    history = converse(driver, "turn 1", range(10))
+    assert [plan.swap_outs for plan in driver.settle()] == [moves((0, 0), (1, 1)), moves((2, 2))]
+    converse(driver, "turn 2", (70, 71), history=history)  # 12 of 13 tokens: the tail became a full chunk, and is new
+    assert [plan.swap_outs for plan in driver.settle()] == [moves((2, 2), (3, 3))]
+    assert idle_chunks(driver) == {"gpu": 0, "both": 4, "cpu": 0}
+
+
+@pytest.mark.parametrize(
+    ("swap_in_cost", "swap_ins", "num_computed", "num_both"),
+    [
+        (0.0, moves((0, 3), (1, 0), (2, 1)), 1, 3),
+        (9.0, (), 13, 3),
+        (1.5, moves((0, 3), (1, 0)), 5, 3),  # 1 * 1.5 < 2, 2 * 1.5 = 3, 3 * 1.5 > 4
+        (2.5, moves((1, 0)), 9, 3),  # 2.5 > 2, so chunk 0 is computed; 2.5 < 3; 2 * 2.5 > 4
+    ],
+)
+def test_a_chunk_is_loaded_where_that_is_cheaper_than_to_compute_it(
+    make_core, answer, swap_in_cost, swap_ins, num_computed, num_both
+):
+    """Chunks cost 2, 3 and 4; a load waits for those before it. What was computed joins the copy in the CPU tier."""
+    costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, swap_in_cost=swap_in_cost)
+    driver = make_core(4, num_cpu_blocks=8, swap_out_watermark=0.0, cost_model=costs)
+    converse(driver, "turn 1", range(12))
+    converse(driver, "other", range(50, 65), conversation="b")
+    assert idle_chunks(driver) == {"gpu": 4, "both": 0, "cpu": 3}
+    driver.add("turn 2", range(13), 1, "a", num_history_tokens=12)
+    plan = driver.step()
+    assert (plan.swap_ins, plan.num_tokens) == (swap_ins, num_computed)
+    assert plan.starts[0].block_table == (3, 0, 1, 2)
+    assert driver.tokens["turn 2"] == answer(tuple(range(13)), 1)
+    assert driver.core.stats.num_recomputed_instead_of_loaded_tokens == num_computed - 1
+    assert idle_chunks(driver) == {"gpu": 1, "both": num_both, "cpu": 4}, "each of the three is stored once per tier"
+
+
+def test_a_suspended_request_swaps_out_and_resumes_without_computing_again(make_core, answer):
+    """As above with one tier: "a" takes one of b's two blocks. Its content comes back."""
+    driver = make_core(4, num_cpu_blocks=4, swap_out_watermark=0.0)
+    a, b = tuple(range(7)), tuple(range(50, 57))
+    driver.add("a", a, max_tokens=3)
+    driver.add("b", b, max_tokens=4)
+    driver.step()
+    driver.step()
+    assert driver.step() == StepPlan(
+        3,
+        (QuerySegment("a", 8, answer(a, 2)[1:], True),),
+        appends=(BlockAppend("a", 2),),
+        ended=("b",),
+        evictions=moves((2, 0)),
+    )
+    context = b + answer(b, 2)
+    assert driver.step() == StepPlan(
+        4,
+        (QuerySegment("b", 8, context[8:], True),),
+        starts=(RequestStart("b", context, 7, SamplingParams(temperature=0.0, max_tokens=4), (), (0, 3, 1)),),
+        ended=("a",),
+        evictions=moves((0, 1), (1, 2)),
+        swap_ins=moves((0, 0)),
+    )
+    driver.run()
+    assert (driver.tokens["a"], driver.tokens["b"]) == (answer(a, 3), answer(b, 4))
+    assert (driver.core.stats.num_suspensions, driver.core.stats.num_resumed_tokens) == (1, 1)
+
+
+def test_nothing_moves_between_the_tiers_in_stateless_mode(make_core):
+    driver = make_core(4, num_cpu_blocks=8, swap_out_watermark=1.0, write_through=True, keep=False)
+    for name in "ab":
+        converse(driver, name, range(14), 2)
+    assert driver.settle() == []
+    assert not any(plan.evictions or plan.gpu_copies or plan.swap_ins or plan.swap_outs for plan in driver.plans)
+    assert driver.core.get_statistics()["num_cpu_blocks"] == 0
+
+
+# -- two tiers, and something goes wrong -------------------------------------------------------------------------------
+
+
+def found(driver, history, conversation: str) -> int:
+    """Tokens of a context that are in the cache."""
+    request = Request("probe", (*history, 99), SamplingParams(), conversation_id=conversation)
+    return driver.core._cache.match_context(request).num_cached_tokens
+
+
+def test_a_failed_step_drops_what_had_its_only_copy_on_the_way_and_nothing_else(make_core, answer):
+    """ "turn 2" loads a's three blocks; for that and a new one, all four of b's leave, which nobody knows to have arrived."""
+    driver, history = with_turn_1_in_the_cpu_tier(make_core)
+    safe = converse(driver, "safe", range(30, 34), conversation="c")  # one of b's chunks has left before
+    assert driver.plans[-1].evictions == moves((3, 3))
+    driver.executor.fails = True
+    driver.add("turn 2", (*history, 70), 2, "a")
+    plan = driver.step()
+    driver.executor.fails = False
+    assert driver.failed == ["turn 2"]
+    # values: b's chunks 1, 2 and 3 cost 3, 4 and 5 over 2 seconds, c's chunk 0 costs 2 over 1
+    assert plan.evictions == moves((0, 4), (3, 5), (1, 6), (2, 7))
+    assert plan.swap_ins == moves((0, 0), (1, 3), (2, 1))
+    assert found(driver, range(50, 65), "b") == 4, "the chunk that was in the CPU tier before"
+    assert found(driver, safe, "c") == 0
+    assert found(driver, history, "a") == 8, "full chunks keep the copy that was read; the tail went with its request"
+    statistics = driver.core.get_statistics()
+    assert (statistics["num_gpu_blocks_free"], statistics["num_cpu_blocks_free"]) == (4, 16 - 3)
+    longer = (*history, 70)
+    driver.add("again", longer, 2, "a")
+    driver.run()
+    assert driver.tokens["again"] == answer(longer, 2)
+
+
+def test_a_failed_step_leaves_the_chunks_that_it_copied_ahead_of_time_on_the_gpu(make_core, answer):
+    driver = make_core(8, num_cpu_blocks=8, swap_out_watermark=1.0)
+    history = converse(driver, "turn 1", range(11))
+    driver.executor.fails = True
+    driver.add("other", range(50, 55), 2, "b")
+    plan = driver.step()
+    assert plan.swap_outs == moves((0, 0), (1, 1), (2, 2))
+    assert idle_chunks(driver) == {"gpu": 3, "both": 0, "cpu": 0}
+    plan = driver.step()
+    assert (plan.segments, plan.swap_outs) == ((), moves((0, 2), (1, 1), (2, 0)))
+    assert idle_chunks(driver) == {"gpu": 3, "both": 0, "cpu": 0}, "a plan that only copies failed too"
+    driver.executor.fails = False
+    driver.settle()
+    assert idle_chunks(driver) == {"gpu": 0, "both": 3, "cpu": 0}
+    assert found(driver, history, "a") == 11
+
+
+def test_a_computation_that_failed_loses_its_own_tail_only(make_core, answer):
+    """The copies were made: b's chunks are in the CPU tier, a's shared ones in both."""
+    driver, history = with_turn_1_in_the_cpu_tier(make_core)
+    driver.executor.computation_fails = True
+    driver.add("turn 2", (*history, 70), 2, "a")
+    driver.step()
+    driver.executor.computation_fails = False
+    assert driver.failed == ["turn 2"]
+    assert idle_chunks(driver) == {"gpu": 0, "both": 2, "cpu": 4}
+    assert found(driver, range(50, 65), "b") == 15
+    assert found(driver, history, "a") == 8
+    longer = (*range(50, 65), *driver.tokens["other"], 70)
+    driver.add("b again", longer[:15], 1, "b")
+    driver.run()
+    assert driver.tokens["b again"] == answer(longer[:15], 1)
+
+
+def test_a_corrupted_swap_in_restarts_exactly_the_requests_that_it_reached(make_core, answer):
+    """Of "a" chunk 1 is bad: its turn and a fork wait one step longer; "b", loaded beside them, and "c" go on."""
+    driver = make_core(16, num_cpu_blocks=24, swap_out_watermark=0.0, max_model_len=56)
+    a = converse(driver, "a1", range(11))
+    b = converse(driver, "b1", range(30, 37), conversation="b")
+    converse(driver, "filler", range(100, 155), conversation="f")
+    converse(driver, "filler 2", range(200, 207), conversation="f2")
+    assert found(driver, a, "a") == 11
+    prompts = {"c": tuple(range(70, 75)), "a2": (*a, 1), "fork": (*a[:9], 2), "b2": (*b, 3)}
+    driver.add("c", prompts["c"], 4, "c")
+    driver.step()
+    driver.add("a2", prompts["a2"], 3, "a")
+    driver.add("fork", prompts["fork"], 3, "d")
+    driver.add("b2", prompts["b2"], 3, "b")
+    [bad] = [chunk for chunk in driver.core._cache.index if chunk.position == 1 and chunk.key == _key(driver, "a2", 1)]
+    driver.executor.corrupted = {bad.cpu_block}
+    plan = driver.step()
+    assert [s.request_id for s in plan.segments] == ["c", "a2", "fork", "b2"]
+    assert {name: len(tokens) for name, tokens in driver.tokens.items() if name in prompts} == {
+        "c": 2,
+        "a2": 0,
+        "fork": 0,
+        "b2": 1,
+    }
+    plan = driver.step()
+    assert plan.ended[-2:] == ("fork", "a2")
+    assert [s.request_id for s in plan.starts] == ["a2", "fork"], "in order of arrival"
+    assert segments(plan) == [("c", 6, 1), ("b2", 9, 1), ("a2", 4, 9), ("fork", 4, 6)], "chunk 0 arrived, 1 is computed"
+    driver.run()
+    for name, prompt in prompts.items():
+        assert driver.tokens[name] == answer(prompt, len(driver.tokens[name]))
+    assert driver.core.stats.num_corrupted_swaps == 1
+    assert driver.core.stats.num_suspensions == 0
+    assert driver.core.stats.num_failed == 0
+
+
+def _key(driver, request_id: str, position: int) -> bytes:
+    request = driver.requests[request_id]
+    driver.core._cache.match_context(request)
+    return request.chunk_keys[position]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_abort_in_the_middle_of_a_swap_is_done_after_it(make_core, fails):
+    driver, history = with_turn_1_in_the_cpu_tier(make_core)
+    driver.add("turn 2", (*history, 70), 3, "a")
+    driver.executor.fails = fails
+    driver.step(abort_in_flight="turn 2")
+    driver.executor.fails = False
+    assert not driver.core.has_requests
+    assert driver.tokens["turn 2"] == ()
+    stats = driver.core.stats
+    assert (stats.num_aborted, stats.num_failed) == ((0, 1) if fails else (1, 0))
+    assert driver.core.get_statistics()["num_gpu_blocks_pinned"] == 0
+    # What the turn computed before it ended is kept: 11 tokens came back, 2 were computed.
+    assert found(driver, (*history, 70), "a") == (8 if fails else 13)
+    assert driver.core.schedule(99.0) is None
+
+
+def test_an_aborted_request_that_read_a_corrupted_block_ends(make_core):
+    driver, history = with_turn_1_in_the_cpu_tier(make_core)
+    driver.add("turn 2", (*history, 70), 3, "a")
+    driver.executor.corrupted = {1}
+    driver.step(abort_in_flight="turn 2")
+    assert not driver.core.has_requests
+    assert (driver.core.stats.num_aborted, driver.core.stats.num_corrupted_swaps) == (1, 1)
+    assert found(driver, history, "a") == 4, "chunk 1 is gone, the tail went with its request"
+
+
+def test_an_abort_after_the_plan_waits_for_nothing(make_core):
+    driver, history = with_turn_1_in_the_cpu_tier(make_core)
+    driver.add("turn 2", (*history, 70), 3, "a")
+    driver.step()
+    driver.core.abort("turn 2", driver.now)
+    driver.core.check_integrity()
+    assert found(driver, (*history, 70), "a") == 13
 
 
 # -- ends --------------------------------------------------------------------------------------------------------------
@@ -399,11 +783,12 @@ def test_a_window_that_the_tier_cannot_hold_is_an_error_at_start():
 # -- whatever the load -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["retention_value", "lru"])
-@pytest.mark.parametrize("seed", range(8))
-def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, seed, policy):
-    """A tiny tier, many conversations, forks and failing steps. The oldest request makes progress in every step, so nobody
-    waits longer than all that came before him take one by one."""
+@pytest.mark.parametrize("num_cpu_blocks", [0, 4, 20])
+@pytest.mark.parametrize("policy", EVICTION_POLICIES)
+@pytest.mark.parametrize("seed", range(6))
+def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, seed, policy, num_cpu_blocks):
+    """Tiny tiers, many conversations, forks, aborts, failing steps and corrupted blocks. The oldest request makes progress
+    in every step, so nobody waits longer than all that came before him take one by one."""
     rng = random.Random(seed)
     num_blocks = rng.randint(5, 9)
     driver = make_core(
@@ -412,6 +797,11 @@ def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, se
         max_num_seqs=4,
         decode_reserve=rng.choice([0.0, 0.2]),
         eviction_policy=policy,
+        num_cpu_blocks=num_cpu_blocks,
+        swap_out_watermark=rng.choice([0.0, 0.25, 0.8]),
+        max_swap_outs=rng.choice([1, 4, 16]),
+        write_through=rng.random() < 0.3,
+        cost_model=CostModel(1.0, 0.25, 4, swap_in_cost=rng.choice([0.0, 0.0, 1.0])),
     )
     window = num_blocks * 4
     system_prompt = tuple(rng.choices(range(9), k=6))
@@ -419,7 +809,7 @@ def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, se
     arrived: dict[str, tuple[float, int]] = {}  # request -> time of arrival, and the tokens of all unfinished up to it
     prompts: dict[str, tuple[int, ...]] = {}
     conversations: dict[str, str] = {}
-    num_fails = 0
+    num_fails = num_aborts = 0
     while len(arrived) < 60 or driver.core.has_requests:
         idle = [c for c in histories if c not in conversations.values()]
         if len(arrived) < 60 and idle and rng.random() < 0.4:
@@ -433,9 +823,16 @@ def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, se
             arrived[name] = driver.now, sum(driver.requests[r].max_total_tokens for r in unfinished)
             prompts[name], conversations[name] = prompt, conversation
         driver.executor.fails = rng.random() < 0.02
+        driver.executor.computation_fails = rng.random() < 0.02
+        if num_cpu_blocks and rng.random() < 0.05:
+            driver.executor.corrupted.add(rng.randrange(num_cpu_blocks))
         driver.failed = []
-        if driver.step() is None:
+        aborted = rng.choice([*conversations]) if conversations and rng.random() < 0.03 else None
+        if driver.step(aborted) is None:
             continue
+        if aborted is not None and aborted not in driver.failed and aborted not in driver.finished:
+            num_aborts += 1
+            del conversations[aborted]
         for name in driver.failed:
             num_fails += 1
             del conversations[name]
@@ -446,14 +843,15 @@ def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, se
             at, bound = arrived[name]
             assert driver.now - at <= bound
     stats = driver.core.stats
-    assert stats.num_finished + num_fails == 60
-    assert stats.num_failed == num_fails
+    assert stats.num_finished + num_fails + num_aborts == 60
+    assert (stats.num_failed, stats.num_aborted) == (num_fails, num_aborts)
     assert (
         stats.num_gpu_cached_tokens + stats.num_cpu_cached_tokens + stats.num_dropped_tokens + stats.num_new_tokens
         == stats.num_prompt_tokens
     )
     assert stats.num_gpu_cached_tokens > 0
-    assert stats.evictions["gpu_dropped"] > 0
+    assert sum(number for reason, number in stats.evictions.items() if reason.startswith("gpu")) > 0
+    assert bool(stats.num_swap_outs) == bool(num_cpu_blocks)
     assert driver.core.get_statistics()["num_gpu_blocks_pinned"] == 0
 
 
