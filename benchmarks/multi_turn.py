@@ -234,7 +234,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         right.barh(names, values, left=start, label=key.removesuffix("_tokens").replace("_", " "))
         start = [a + b for a, b in zip(start, values, strict=True)]
     right.set(xlabel="prompt tokens", title="where prompt tokens came from")
-    right.legend()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=4)
     figure.savefig(path, dpi=120)
 
 
