@@ -429,7 +429,7 @@ class CacheManager:
 
     def _try_swap_out(self, chunk: Chunk, now: float) -> bool:
         """Plan an ahead-of-time copy of an unpinned chunk to the CPU tier, if that has a block for it."""
-        cpu_block = self._try_cpu_block(chunk, now)
+        cpu_block = self._try_cpu_block(chunk, now, is_ahead_of_time=True)
         if cpu_block is None:
             return False
         assert chunk.gpu_block is not None
@@ -438,8 +438,9 @@ class CacheManager:
         self._planned.swap_outs.append((chunk, BlockCopy(chunk.gpu_block, cpu_block)))
         return True
 
-    def _try_cpu_block(self, chunk: Chunk, now: float) -> int | None:
-        """A CPU block for `chunk`: a free one, a copy that is not needed, or that of a chunk which goes before it."""
+    def _try_cpu_block(self, chunk: Chunk, now: float, *, is_ahead_of_time: bool = False) -> int | None:
+        """A CPU block for `chunk`: a free one, a copy that is not needed, or that of a chunk which goes before it. Ahead of
+        time not that of a chunk in both tiers: one copy made for another one lost gains nothing."""
         if not self.cpu_pool.num_free:
             if self._spare_copies:
                 spare = next(iter(self._spare_copies))
@@ -449,6 +450,8 @@ class CacheManager:
             else:
                 victim = self._cpu.choose_victim(now)
                 if victim is None or not self._cpu.goes_before(victim, chunk, now):
+                    return None
+                if is_ahead_of_time and victim.gpu_block is not None:
                     return None
                 self._unfile(victim)
                 self._free_cpu_block(victim)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 KEY_BYTES = 32
 
@@ -101,7 +101,7 @@ class ChunkIndex:
     def __len__(self) -> int:
         return len(self._chunks)
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Chunk]:
         return iter(self._chunks.values())
 
     def match(self, key: bytes) -> Chunk | None:
