@@ -126,10 +126,11 @@ class AsyncEngine:
         generator aborts the request. Raises RequestError before the first delta where the request is at fault, EngineError
         at any time where the engine is."""
         self.check_health()
-        # A long prompt takes long to tokenise, and meanwhile the loop has others to serve.
-        is_long = not isinstance(prompt, TokenPrompt) and prompt.num_chars > MAX_INLINE_CHARS
-        tokenized = asyncio.to_thread(self._tokenize, prompt, session_id) if is_long else None
-        transcript, num_history = self._tokenize(prompt, session_id) if tokenized is None else await tokenized
+        if not isinstance(prompt, TokenPrompt) and prompt.num_chars > MAX_INLINE_CHARS:
+            # A long prompt takes long to tokenise, and meanwhile the loop has others to serve.
+            transcript, num_history = await asyncio.to_thread(self._tokenize, prompt, session_id)
+        else:
+            transcript, num_history = self._tokenize(prompt, session_id)
         for token_id in sampling.stop_token_ids:
             self._check_token_id(token_id, "stop_token_ids")
         if sampling.seed is None and not sampling.is_greedy:

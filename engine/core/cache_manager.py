@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from engine.core.block_pool import BlockPool
-from engine.core.chunk_index import Chunk, ChunkIndex, Tier, chunk_key, root_key
+from engine.core.chunk_index import Chunk, ChunkIndex, Residency, Tier, chunk_key, root_key
 from engine.core.cost_model import CostModel
 from engine.core.eviction import EvictionPolicy, make_policy
 from engine.core.plan import BlockCopy
@@ -580,12 +580,12 @@ class CacheManager:
             assert chunk.gpu_block is not None or chunk.cpu_block is not None, f"{chunk} has no block"
             assert 0 <= chunk.num_tokens <= self.chunk_size
             assert (chunk.key is not None) == (chunk in named)
-        unpinned = {chunk for chunk in named if not chunk.pins}
-        for policy, expected in (
-            (self._gpu_only, {c for c in unpinned if c.gpu_block is not None and c.cpu_block is None}),
-            (self._both, {c for c in unpinned if c.gpu_block is not None and c.cpu_block is not None}),
-            (self._cpu, {c for c in unpinned if c.cpu_block is not None}),
+        for policy, residencies in (
+            (self._gpu_only, {Residency.GPU}),
+            (self._both, {Residency.BOTH}),
+            (self._cpu, {Residency.BOTH, Residency.CPU}),
         ):
+            expected = {chunk for chunk in named if not chunk.pins and chunk.residency in residencies}
             assert len(policy) == len(expected)
             assert set(policy) == expected
         for chunk in self._spare_copies:
