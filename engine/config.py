@@ -16,6 +16,7 @@ from engine.errors import ConfigError
 
 MODES = ("pensieve", "stateless")
 MODE_ALIASES = {"vllm": "stateless"}
+ATTENTION_BACKENDS = ("auto", "cpu", "reference")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -33,7 +34,10 @@ class EngineConfig:
     swap_out_watermark: share of free and reclaimable GPU blocks under which chunks are swapped out ahead of time.
     write_through: copy what a turn leaves to the CPU tier at its end, not only under the watermark. verify_swaps: checksum
     every block on its way; a wrong one is dropped and recomputed. profile: file that `pensieve profile` wrote; None = the
-    one in the user's cache folder, if any. num_threads: CPU threads of the model; None = torch's choice.
+    one in the user's cache folder, if any. num_threads: CPU threads of the model; None = the cores that the process was
+    given. attention_backend: "cpu" (the C++ kernel), "reference" (torch's operations), or "auto", the first of them that
+    runs here. pack_weights: lay the weights of linear layers out for the CPU's matrix kernels and join those that share
+    their input, where that works.
     """
 
     model: str = "embedded"
@@ -57,6 +61,8 @@ class EngineConfig:
     verify_swaps: bool = False
     profile: str | None = None
     num_threads: int | None = None
+    attention_backend: str = "auto"
+    pack_weights: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -69,6 +75,11 @@ class EngineConfig:
 
         check(bool(self.model), "model", "'embedded', a local folder or a hub id")
         check(self.mode in MODES, "mode", "'pensieve' or 'stateless' (alias 'vllm')")
+        check(
+            self.attention_backend in ATTENTION_BACKENDS,
+            "attention_backend",
+            "one of " + ", ".join(ATTENTION_BACKENDS),
+        )
         check(self.dtype in DTYPES, "dtype", "one of " + ", ".join(DTYPES))
         check(
             re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device) is not None,

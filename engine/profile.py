@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import re
 import statistics
@@ -27,6 +26,7 @@ from engine.core.request import SamplingParams
 from engine.errors import ConfigError
 from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import LoadedModel
+from engine.paths import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +84,8 @@ def profile_path(config: EngineConfig, model: str, dtype: str, device: str) -> P
     """Where the profile of this model on this device is kept unless the option `profile` names a file."""
     if config.profile is not None:
         return Path(config.profile)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parts = (model, dtype, device, "tp1")
-    return cache / "pensieve" / "profiles" / (re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(parts)).strip("-") + ".json")
+    return cache_folder() / "profiles" / (re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(parts)).strip("-") + ".json")
 
 
 def load_cost_model(config: EngineConfig, executor: LocalExecutor) -> CostModel:

@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from engine.attention import reference
-from engine.attention.metadata import AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.metadata import AttentionBackend, AttentionMetadata, AttentionParams, LayerShape
 
 ATTENTION_NAME = "pensieve_paged"
 
@@ -68,15 +68,17 @@ AttentionInterface.register(ATTENTION_NAME, _paged_attention)
 
 
 class PagedAttention:
-    """Serves one forward from the pools. layer_pools: (k_pool, v_pool) for each layer, in order of the calls.
+    """Serves one forward from the pools by `backend`. layer_pools: (k_pool, v_pool) for each layer, in order of the calls.
     wait_for_layer: called before a layer touches its pools, where some of its KV is still on its way there."""
 
     def __init__(
         self,
+        backend: AttentionBackend,
         metadata: AttentionMetadata,
         layer_pools: list[tuple[torch.Tensor, torch.Tensor]],
         wait_for_layer: Callable[[int], None] | None = None,
     ) -> None:
+        self._backend = backend
         self._metadata = metadata
         self._layer_pools = layer_pools
         self._wait_for_layer = wait_for_layer
@@ -90,8 +92,8 @@ class PagedAttention:
             self._wait_for_layer(self.num_calls)
         self.num_calls += 1
         # All K and V of the step first: a segment may attend to another one of the same request.
-        reference.write_kv(k_pool, v_pool, key, value, self._metadata)
-        return reference.attend(query, k_pool, v_pool, self._metadata, params)
+        self._backend.write_kv(k_pool, v_pool, key, value, self._metadata)
+        return self._backend.attend(query, k_pool, v_pool, self._metadata, params)
 
 
 class ShapeProbe:

@@ -5,6 +5,7 @@ Built once per step and shared by all layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -23,23 +24,18 @@ class LayerShape:
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionSegment:
-    """Rows [row, row + query_len) of the batch are consecutive positions, the last of which attends to `context_len`
-    tokens. block_ids: int64 [ceil(context_len / chunk_size)], on the device."""
-
-    row: int
-    query_len: int
-    context_len: int
-    block_ids: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """slot_mapping: int64 [num_tokens], on the device: the slot (block_id * chunk_size + offset) that each row's K and V
-    are written to."""
+    """One ragged batch of query segments. All tensors lie on the device.
+
+    slot_mapping: int64 [num_tokens], the slot (block_id * chunk_size + offset) that each row's K and V are written to.
+    segments: int32 [num_segments, 4]: first row, query_len, context_len, row of `block_tables`. Rows [row, row +
+    query_len) are consecutive positions, the last of which attends to `context_len` tokens. block_tables: int32
+    [num_tables, capacity]; of a table the first ceil(context_len / chunk_size) block ids count.
+    """
 
     slot_mapping: torch.Tensor
-    segments: tuple[AttentionSegment, ...]
+    segments: torch.Tensor
+    block_tables: torch.Tensor
     chunk_size: int
 
 
@@ -52,3 +48,31 @@ class AttentionParams:
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+
+
+class AttentionBackend(Protocol):
+    """One implementation of paged attention; a module is one."""
+
+    def write_kv(
+        self,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        """Write this step's K and V. pools: [num_blocks, num_kv_heads, chunk_size, dim]; key, value: [num_kv_heads,
+        num_tokens, dim]."""
+        ...
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        metadata: AttentionMetadata,
+        params: AttentionParams,
+    ) -> torch.Tensor:
+        """Attention of every segment over its context, all of whose KV is in the pools. query: [num_heads, num_tokens,
+        k_dim]. Returns [num_tokens, num_heads, v_dim]."""
+        ...

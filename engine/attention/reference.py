@@ -17,8 +17,7 @@ def write_kv(
     value: torch.Tensor,
     metadata: AttentionMetadata,
 ) -> None:
-    """Write this step's K and V. pools: [num_blocks, num_kv_heads, chunk_size, dim]; key, value: [num_kv_heads,
-    num_tokens, dim]."""
+    """See AttentionBackend."""
     block_ids = torch.div(metadata.slot_mapping, metadata.chunk_size, rounding_mode="floor")
     offsets = metadata.slot_mapping % metadata.chunk_size
     k_pool[block_ids, :, offsets] = key.transpose(0, 1)
@@ -32,23 +31,21 @@ def attend(
     metadata: AttentionMetadata,
     params: AttentionParams,
 ) -> torch.Tensor:
-    """Attention of every segment over its context, all of whose KV is in the pools.
-
-    query: [num_heads, num_tokens, k_dim]. Returns [num_tokens, num_heads, v_dim].
-    """
+    """See AttentionBackend."""
     num_heads, num_tokens, _ = query.shape
     out = query.new_empty(num_tokens, num_heads, v_pool.shape[-1])
-    for segment in metadata.segments:
-        rows = slice(segment.row, segment.row + segment.query_len)
+    for row, query_len, context_len, table_row in metadata.segments.tolist():
+        rows = slice(row, row + query_len)
         # A window's first tokens may be cut off before the gather: nobody in the segment sees them.
         first_block = 0
         if params.sliding_window is not None:
-            first_seen = max(0, segment.context_len - segment.query_len - params.sliding_window + 1)
+            first_seen = max(0, context_len - query_len - params.sliding_window + 1)
             first_block = first_seen // metadata.chunk_size
-        offset = first_block * metadata.chunk_size
-        block_ids = segment.block_ids[first_block:]
-        k = _gather(k_pool, block_ids, segment.context_len - offset)
-        v = _gather(v_pool, block_ids, segment.context_len - offset)
+        num_blocks = -(-context_len // metadata.chunk_size)
+        block_ids = metadata.block_tables[table_row, first_block:num_blocks]
+        length = context_len - first_block * metadata.chunk_size
+        k = _gather(k_pool, block_ids, length)
+        v = _gather(v_pool, block_ids, length)
         out[rows] = attend_dense(query[:, rows], k, v, params).transpose(0, 1)
     return out
 

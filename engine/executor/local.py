@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 
 import torch
 
+from engine.attention.backend import choose_backend
 from engine.attention.interface import ShapeProbe, attention_handled_by
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan, StepResult
@@ -21,13 +24,26 @@ GIB = 1 << 30
 DEFAULT_CPU_DEVICE_GIB = 1.0
 
 
+def available_cores() -> int:
+    """Cores that this process was given: by OMP_NUM_THREADS, which Ray sets to a replica's num_cpus, or else by the
+    scheduler's affinity and the control group's quota."""
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            num_cores = min(num_cores, max(1, int(limit) // int(period)))
+    return num_cores
+
+
 class LocalExecutor:
     """One model, one KV store. `execute` is to be called from one thread at a time."""
 
     def __init__(self, config: EngineConfig) -> None:
         """Loads and allocates; blocking. Raises ModelLoadError or ConfigError."""
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+        torch.set_num_threads(config.num_threads or available_cores())
         self.loaded: LoadedModel = load_model(config)
         bytes_per_block = block_bytes(self.loaded.layers, config.chunk_size, self.loaded.dtype)
         self.num_gpu_blocks = config.num_gpu_blocks or self._num_blocks_for_memory(config, bytes_per_block)
@@ -44,7 +60,8 @@ class LocalExecutor:
             **sizes,
         )
         self._swapper = make_swapper(self.gpu_store, self.cpu_store, verify=config.verify_swaps)
-        self._runner = ModelRunner(self.loaded, self.gpu_store, self._swapper)
+        backend = choose_backend(config.attention_backend, device, self.loaded.dtype)
+        self._runner = ModelRunner(self.loaded, self.gpu_store, self._swapper, backend)
         logger.info(
             "%s: %.1fM parameters, %s on %s; blocks of %d tokens, GPU tier %d (%.2f GiB), CPU tier %d (%.2f GiB)",
             config.model,

@@ -4,14 +4,15 @@ started request (block table, sampling state) and nothing else between steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 
 from engine.attention.interface import PagedAttention, attention_handled_by
-from engine.attention.metadata import AttentionMetadata, AttentionSegment
+from engine.attention.metadata import AttentionBackend, AttentionMetadata
 from engine.core.executor import ComputationFailedError
 from engine.core.plan import QuerySegment, SampledToken, StepPlan, StepResult
 from engine.executor.kv_store import KVStore
@@ -20,26 +21,57 @@ from engine.executor.sampler import SamplingState, sample
 from engine.executor.swapper import Swapper
 
 
+class BlockTables:
+    """The block tables of all started requests: `array` is int32 [rows, capacity], a row a request. Both dimensions grow by
+    doubling; what lies behind a row's `num_blocks` means nothing."""
+
+    def __init__(self) -> None:
+        self.array = np.zeros((8, 8), dtype=np.int32)
+        self._num_blocks = np.zeros(8, dtype=np.int64)
+        self._free_rows = list(range(7, -1, -1))
+
+    def add(self, block_ids: Sequence[int]) -> int:
+        """The row of a new table."""
+        if not self._free_rows:
+            num_rows = len(self.array)
+            self.array = np.concatenate([self.array, np.zeros_like(self.array)])
+            self._num_blocks = np.concatenate([self._num_blocks, np.zeros_like(self._num_blocks)])
+            self._free_rows = list(range(2 * num_rows - 1, num_rows - 1, -1))
+        row = self._free_rows.pop()
+        self._reserve(len(block_ids))
+        self.array[row, : len(block_ids)] = block_ids
+        self._num_blocks[row] = len(block_ids)
+        return row
+
+    def append(self, row: int, block_id: int) -> None:
+        num_blocks = int(self._num_blocks[row])
+        self._reserve(num_blocks + 1)
+        self.array[row, num_blocks] = block_id
+        self._num_blocks[row] = num_blocks + 1
+
+    def remove(self, row: int) -> None:
+        self._free_rows.append(row)
+
+    def _reserve(self, num_blocks: int) -> None:
+        while self.array.shape[1] < num_blocks:
+            self.array = np.concatenate([self.array, np.zeros_like(self.array)], axis=1)
+
+
 @dataclass(slots=True)
 class _RequestState:
-    """block_table: int64 [capacity], the first `num_blocks` of it in use; grows by doubling."""
+    """table_row: of the request's block table."""
 
-    block_table: np.ndarray
-    num_blocks: int
+    table_row: int
     sampling: SamplingState
-
-    def append_block(self, block_id: int) -> None:
-        if self.num_blocks == len(self.block_table):
-            self.block_table = np.concatenate([self.block_table, np.empty_like(self.block_table)])
-        self.block_table[self.num_blocks] = block_id
-        self.num_blocks += 1
 
 
 class ModelRunner:
     """One model (or one rank's shard of it) and its KV."""
 
-    def __init__(self, loaded: LoadedModel, kv_store: KVStore, swapper: Swapper) -> None:
+    def __init__(self, loaded: LoadedModel, kv_store: KVStore, swapper: Swapper, backend: AttentionBackend) -> None:
         self._loaded = loaded
+        self._backend = backend
+        self._tables = BlockTables()
         self._kv_store = kv_store
         self._swapper = swapper
         self._requests: dict[str, _RequestState] = {}
@@ -65,11 +97,12 @@ class ModelRunner:
 
     def _follow(self, plan: StepPlan) -> None:
         for request_id in plan.ended:
-            self._requests.pop(request_id, None)
+            state = self._requests.pop(request_id, None)
+            if state is not None:
+                self._tables.remove(state.table_row)
         for start in plan.starts:
             self._requests[start.request_id] = _RequestState(
-                np.array(start.block_table, dtype=np.int64),
-                len(start.block_table),
+                self._tables.add(start.block_table),
                 SamplingState(
                     start.request_id,
                     start.sampling,
@@ -79,46 +112,39 @@ class ModelRunner:
                 ),
             )
         for append in plan.appends:
-            self._requests[append.request_id].append_block(append.block_id)
+            self._tables.append(self._requests[append.request_id].table_row, append.block_id)
 
     @torch.inference_mode()
     def _forward(
         self, segments: tuple[QuerySegment, ...], wait_for_layer: Callable[[int], None] | None
     ) -> torch.Tensor:
         """Logits [number of sampling segments, vocabulary]. Writes the KV of all rows."""
-        device = self._loaded.device
-        input_ids = np.concatenate([np.asarray(segment.token_ids, dtype=np.int64) for segment in segments])
-        positions = np.concatenate([np.arange(s.start, s.context_len, dtype=np.int64) for s in segments])
-        metadata, last_rows = self._metadata(segments, positions)
-        attention = PagedAttention(metadata, self._kv_store.layer_pools, wait_for_layer)
+        device, chunk_size = self._loaded.device, self._kv_store.chunk_size
+        # Every array of the step in a few operations over all segments, whatever their number.
+        token_ids = np.fromiter(chain.from_iterable(segment.token_ids for segment in segments), dtype=np.int64)
+        starts = np.array([segment.start for segment in segments])
+        lengths = np.array([segment.query_len for segment in segments])
+        table_rows = np.array([self._requests[segment.request_id].table_row for segment in segments])
+        ends = lengths.cumsum()
+        first_rows = ends - lengths
+        positions = np.arange(len(token_ids)) + np.repeat(starts - first_rows, lengths)
+        chunk_numbers, offsets = np.divmod(positions, chunk_size)
+        block_ids = self._tables.array[np.repeat(table_rows, lengths), chunk_numbers]
+        descriptors = np.stack([first_rows, lengths, starts + lengths, table_rows], axis=1).astype(np.int32)
+        metadata = AttentionMetadata(
+            slot_mapping=torch.from_numpy(block_ids * np.int64(chunk_size) + offsets).to(device),
+            segments=torch.from_numpy(descriptors).to(device),
+            block_tables=torch.from_numpy(self._tables.array).to(device),
+            chunk_size=chunk_size,
+        )
+        last_rows = ends[[segment.samples for segment in segments]] - 1
+        attention = PagedAttention(self._backend, metadata, self._kv_store.layer_pools, wait_for_layer)
         with attention_handled_by(attention):
-            logits = self._loaded.model(
-                input_ids=torch.from_numpy(input_ids).to(device)[None],
+            logits: torch.Tensor = self._loaded.model(
+                input_ids=torch.from_numpy(token_ids).to(device)[None],
                 position_ids=torch.from_numpy(positions).to(device)[None],
                 use_cache=False,
-                logits_to_keep=torch.tensor(last_rows, dtype=torch.long, device=device),
+                logits_to_keep=torch.from_numpy(last_rows).to(device),
             ).logits[0]
         assert attention.num_calls == len(self._kv_store.layer_pools), "a layer did not attend"
         return logits
-
-    def _metadata(
-        self, segments: tuple[QuerySegment, ...], positions: np.ndarray
-    ) -> tuple[AttentionMetadata, list[int]]:
-        """Attention metadata, and the rows whose logits are wanted."""
-        device, chunk_size = self._loaded.device, self._kv_store.chunk_size
-        chunk_numbers, offsets = np.divmod(positions, chunk_size)
-        slots = np.empty_like(positions)
-        attention_segments, last_rows = [], []
-        row = 0
-        for segment in segments:
-            table = self._requests[segment.request_id].block_table
-            rows = slice(row, row + segment.query_len)
-            slots[rows] = table[chunk_numbers[rows]] * chunk_size + offsets[rows]
-            num_blocks = -(-segment.context_len // chunk_size)
-            block_ids = torch.from_numpy(table[:num_blocks]).to(device)
-            attention_segments.append(AttentionSegment(row, segment.query_len, segment.context_len, block_ids))
-            row += segment.query_len
-            if segment.samples:
-                last_rows.append(row - 1)
-        slot_mapping = torch.from_numpy(slots).to(device)
-        return AttentionMetadata(slot_mapping, tuple(attention_segments), chunk_size), last_rows

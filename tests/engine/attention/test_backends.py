@@ -1,5 +1,5 @@
-"""The oracle of all attention backends is itself checked: against attention by its formula, and, in whole models, against
-a plain transformers forward. Storage that was never written holds NaN, so that reading it shows."""
+"""Every attention backend, the oracle of the others too: against attention by its formula, and, in whole models, against a
+plain transformers forward. Storage that was never written holds NaN, so that reading it shows."""
 
 import random
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.attention import reference
-from engine.attention.metadata import AttentionMetadata, AttentionParams, AttentionSegment
+from engine.attention.backend import choose_backend
+from engine.attention.metadata import AttentionMetadata, AttentionParams
 from engine.config import EngineConfig
 from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
@@ -28,6 +28,11 @@ PARAMS = [
 ]
 
 
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    return choose_backend(request.param, torch.device("cpu"), torch.float32)
+
+
 def attention_by_formula(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: int, head: int, params: AttentionParams
 ) -> torch.Tensor:
@@ -45,7 +50,7 @@ def attention_by_formula(
 
 @pytest.mark.parametrize("params", PARAMS, ids=str)
 @pytest.mark.parametrize(("num_kv_heads", "k_dim", "v_dim"), [(4, 8, 8), (2, 8, 6), (1, 4, 12)])
-def test_paged_attention_equals_the_formula(params, num_kv_heads, k_dim, v_dim):
+def test_paged_attention_equals_the_formula(backend, params, num_kv_heads, k_dim, v_dim):
     """A ragged batch of decodes, prefills and continued prefills over shuffled block tables."""
     chunk_size, num_heads = 4, 4
     random_ = random.Random(k_dim)
@@ -55,6 +60,7 @@ def test_paged_attention_equals_the_formula(params, num_kv_heads, k_dim, v_dim):
     random_.shuffle(block_ids)
     k_pool = torch.full((40, num_kv_heads, chunk_size, k_dim), float("nan"))
     v_pool = torch.full((40, num_kv_heads, chunk_size, v_dim), float("nan"))
+    block_tables = torch.full((len(lengths), 5), -1, dtype=torch.int32)
     contexts, segments, slots, new_keys, new_values = [], [], [], [], []
     row = 0
     for query_len, context_len in lengths:
@@ -69,33 +75,36 @@ def test_paged_attention_equals_the_formula(params, num_kv_heads, k_dim, v_dim):
                 slots.append(block_id * chunk_size + offset)
                 new_keys.append(keys[position])
                 new_values.append(values[position])
-        segments.append(AttentionSegment(row, query_len, context_len, torch.tensor(table)))
+        block_tables[len(segments), : len(table)] = torch.tensor(table)
+        segments.append((row, query_len, context_len, len(segments)))
         contexts.append((keys, values))
         row += query_len
-    metadata = AttentionMetadata(torch.tensor(slots), tuple(segments), chunk_size)
+    descriptors = torch.tensor(segments, dtype=torch.int32)
+    metadata = AttentionMetadata(torch.tensor(slots), descriptors, block_tables, chunk_size)
     query = torch.randn(num_heads, row, k_dim, generator=generator)
 
-    reference.write_kv(
+    backend.write_kv(
         k_pool, v_pool, torch.stack(new_keys).transpose(0, 1), torch.stack(new_values).transpose(0, 1), metadata
     )
-    actual = reference.attend(query, k_pool, v_pool, metadata, params)
+    actual = backend.attend(query, k_pool, v_pool, metadata, params)
 
     assert actual.shape == (row, num_heads, v_dim)
-    for segment, (keys, values) in zip(segments, contexts, strict=True):
-        for index in range(segment.query_len):
-            position = segment.context_len - segment.query_len + index
+    for (first_row, query_len, context_len, _), (keys, values) in zip(segments, contexts, strict=True):
+        for index in range(query_len):
+            position = context_len - query_len + index
             for head in range(num_heads):
                 kv_head = head // (num_heads // num_kv_heads)
-                q = query[head, segment.row + index]
+                q = query[head, first_row + index]
                 expected = attention_by_formula(q, keys[:, kv_head], values[:, kv_head], position, head, params)
-                torch.testing.assert_close(actual[segment.row + index, head].double(), expected, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(actual[first_row + index, head].double(), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_writing_touches_the_slots_of_the_step_and_no_others():
+def test_writing_touches_the_slots_of_the_step_and_no_others(backend):
     k_pool, v_pool = torch.zeros(3, 2, 4, 5), torch.zeros(3, 2, 4, 6)
     key, value = torch.randn(2, 3, 5), torch.randn(2, 3, 6)
-    metadata = AttentionMetadata(torch.tensor([9, 2, 7]), (), 4)
-    reference.write_kv(k_pool, v_pool, key, value, metadata)
+    nothing = torch.zeros(0, 4, dtype=torch.int32)
+    metadata = AttentionMetadata(torch.tensor([9, 2, 7]), nothing, nothing, 4)
+    backend.write_kv(k_pool, v_pool, key, value, metadata)
     for pool, new in [(k_pool, key), (v_pool, value)]:
         for row, (block_id, offset) in enumerate([(2, 1), (0, 2), (1, 3)]):
             assert torch.equal(pool[block_id, :, offset], new[:, row])
@@ -117,15 +126,15 @@ class LogitsRunner(ModelRunner):
 class Bench:
     """One family: its paged runner, and the plain transformers forward."""
 
-    def __init__(self, folder, chunk_size: int, num_blocks: int) -> None:
-        loaded = load_model(EngineConfig(model=str(folder)))
+    def __init__(self, folder, backend, chunk_size: int, num_blocks: int) -> None:
+        loaded = load_model(EngineConfig(model=str(folder), dtype="float32"))
         self.chunk_size = chunk_size
         sizes = {"num_blocks": num_blocks, "chunk_size": chunk_size, "dtype": loaded.dtype, "device": loaded.device}
         store, cpu_store = KVStore(loaded.layers, **sizes), KVStore(loaded.layers, **sizes)
         for each in (store, cpu_store):
             each.storage.fill_(float("nan"))
         self.store = store
-        self.runner = LogitsRunner(loaded, store, ThreadSwapper(store, cpu_store, verify=False))
+        self.runner = LogitsRunner(loaded, store, ThreadSwapper(store, cpu_store, verify=False), backend)
         self.plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
         self.num_steps = 0
 
@@ -160,8 +169,8 @@ def segment(request_id: str, context: list[int], first: int, end: int | None = N
 
 
 @pytest.fixture(params=SERVED_FAMILIES)
-def bench(request, tiny_model) -> Bench:
-    return Bench(tiny_model(request.param), chunk_size=8, num_blocks=40)
+def bench(request, backend, tiny_model) -> Bench:
+    return Bench(tiny_model(request.param), backend, chunk_size=8, num_blocks=40)
 
 
 @pytest.fixture

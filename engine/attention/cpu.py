@@ -1,0 +1,127 @@
+"""Paged attention by the C++ kernel of paged_cpu.cpp. Builds it once per machine, where there is a compiler, and keeps it in
+the cache folder; `python -m engine.attention.cpu` does so ahead of time. Its oracle is reference.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.errors import KernelBuildError
+from engine.paths import cache_folder
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("paged_cpu.cpp")
+COMPILERS = ("g++", "clang++", "c++")
+# What ATen's Vectorized needs to be told, by the capability that torch itself found on this processor.
+_ISA_FLAGS = {
+    "AVX2": ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
+    "AVX512": (
+        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
+        *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
+    ),
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load_kernel() -> str:
+    """Make the kernel callable, building it where that has not been done. Returns the instruction set that it was built
+    for. Raises KernelBuildError where it cannot be built."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not hasattr(torch.ops.pensieve, "paged_attention"):
+        torch.ops.load_library(str(_build(capability)))
+    return capability
+
+
+def write_kv(
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    metadata: AttentionMetadata,
+) -> None:
+    """See AttentionBackend."""
+    torch.ops.pensieve.write_kv(k_pool, v_pool, key, value, metadata.slot_mapping)
+
+
+def attend(
+    query: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    metadata: AttentionMetadata,
+    params: AttentionParams,
+) -> torch.Tensor:
+    """See AttentionBackend."""
+    out: torch.Tensor = torch.ops.pensieve.paged_attention(
+        query,
+        k_pool,
+        v_pool,
+        metadata.segments,
+        metadata.block_tables,
+        params.scaling,
+        params.sliding_window or 0,
+        params.softcap or 0.0,
+        params.sinks,
+    )
+    return out
+
+
+def _build(capability: str) -> Path:
+    """The built library for this source, torch and instruction set."""
+    torch_folder = Path(torch.__file__).parent
+    options = [
+        *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"),
+        *_ISA_FLAGS.get(capability, ()),
+        *(f"-I{torch_folder / 'include'}", f"-I{torch_folder / 'include/torch/csrc/api/include'}"),
+        *(str(SOURCE), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"),
+    ]
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), torch.__version__, *options]).encode()).hexdigest()
+    library = cache_folder() / "kernels" / f"paged_cpu-{capability.lower()}-{key[:16]}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(library.with_suffix(".lock")):  # replicas of one machine start at the same time
+        if not library.exists():
+            logger.info("building the attention kernel for %s, once; takes half a minute", capability)
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                built = Path(folder) / library.name
+                _compile([*_find_compiler(), *options, "-o", str(built)])
+                os.replace(built, library)
+    return library
+
+
+def _find_compiler() -> list[str]:
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    for name in COMPILERS:
+        if path := shutil.which(name):
+            return [path]
+    raise KernelBuildError(f"no C++ compiler: none of {', '.join(COMPILERS)} is there; install one, or set CXX")
+
+
+def _compile(command: list[str]) -> None:
+    try:
+        subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        raise KernelBuildError(f"{command[0]} could not build the attention kernel: {reason[-2000:]}") from error
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        print(f"attention kernel for {load_kernel()}: ready")
+    except KernelBuildError as error:
+        print(f"no attention kernel, torch's operations will be used: {error}", file=sys.stderr)

@@ -1,0 +1,208 @@
+"""The C++ kernel against the torch reference over random ragged batches: guard blocks and whatever the segments do not cover
+hold NaN, and so does fresh memory, so that reading too much or writing too little shows."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.attention import cpu, reference
+from engine.attention.backend import choose_backend
+from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.errors import ConfigError, KernelBuildError
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+# (query heads, KV heads): one to one, grouped, and more query heads than fit a tile of the kernel.
+HEADS = [(1, 1), (4, 4), (6, 2), (8, 1), (60, 1), (118, 2)]
+NUM_GUARD_BLOCKS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel():
+    cpu.load_kernel()
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_holds_nan():
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_batch(seed: int, segments, heads, k_dim, v_dim, chunk_size, dtype):
+    """(query, K pool, V pool, metadata): pools of NaN but for the contexts of `segments` [(query_len, context_len)]."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    num_blocks = [-(-context_len // chunk_size) for _, context_len in segments]
+    ids = random.Random(seed).sample(range(sum(num_blocks) + NUM_GUARD_BLOCKS), sum(num_blocks))
+    k_pool = torch.full((sum(num_blocks) + NUM_GUARD_BLOCKS, num_kv_heads, chunk_size, k_dim), float("nan"), dtype=dtype)
+    v_pool = torch.full((*k_pool.shape[:3], v_dim), float("nan"), dtype=dtype)
+    tables = torch.full((len(segments) + 2, max(num_blocks) + 1), 2**31 - 1, dtype=torch.int32)
+    descriptors, row = [], 0
+    for index, (query_len, context_len) in enumerate(segments):
+        table = [ids.pop() for _ in range(num_blocks[index])]
+        tables[len(segments) - index, : len(table)] = torch.tensor(table)
+        for number, block_id in enumerate(table):
+            length = min(chunk_size, context_len - number * chunk_size)
+            for pool in (k_pool, v_pool):
+                shape = (num_kv_heads, length, pool.shape[3])
+                pool[block_id, :, :length] = torch.randn(shape, generator=generator).to(dtype)
+        descriptors.append((row, query_len, context_len, len(segments) - index))
+        row += query_len
+    # As the models hand it over: a transposed view.
+    query = torch.randn(row, num_heads, k_dim, generator=generator).to(dtype).transpose(0, 1)
+    metadata = AttentionMetadata(
+        torch.zeros(row, dtype=torch.long), torch.tensor(descriptors, dtype=torch.int32), tables, chunk_size
+    )
+    return query, k_pool, v_pool, metadata
+
+
+def expected_output(query, k_pool, v_pool, metadata, params):
+    """The reference in float32: what the kernel computes in, whatever the pools hold."""
+    return reference.attend(query.float(), k_pool.float(), v_pool.float(), metadata, params)
+
+
+def assert_right(seed, segments, heads, k_dim, v_dim, chunk_size, dtype, params) -> None:
+    query, k_pool, v_pool, metadata = make_batch(seed, segments, heads, k_dim, v_dim, chunk_size, dtype)
+    actual = cpu.attend(query, k_pool, v_pool, metadata, params)
+    assert actual.dtype == dtype
+    expected = expected_output(query, k_pool, v_pool, metadata, params)
+    torch.testing.assert_close(actual.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+segments_strategy = st.lists(
+    st.tuples(st.one_of(st.integers(1, 9), st.integers(1, 130)), st.integers(0, 300)).map(lambda t: (t[0], t[0] + t[1])),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    segments=segments_strategy,
+    heads=st.sampled_from(HEADS),
+    k_dim=st.sampled_from([4, 8, 20, 32, 64]),
+    v_dim=st.sampled_from([4, 12, 16, 64]),
+    chunk_size=st.sampled_from([1, 4, 5, 16, 32, 100]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    window=st.sampled_from([None, 1, 7, 64, 100]),
+    softcap=st.sampled_from([None, 2.0]),
+    has_sinks=st.booleans(),
+)
+@settings(deadline=None, max_examples=150)
+def test_random_ragged_batches_equal_the_reference(
+    seed, segments, heads, k_dim, v_dim, chunk_size, dtype, window, softcap, has_sinks
+):
+    sinks = torch.randn(heads[0], generator=torch.Generator().manual_seed(seed)) if has_sinks else None
+    params = AttentionParams(k_dim**-0.5, window, softcap, sinks)
+    assert_right(seed, segments, heads, k_dim, v_dim, chunk_size, dtype, params)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3, 16])
+@pytest.mark.parametrize("window", [None, 1000])
+@pytest.mark.parametrize("segments", [[(1, 3000)], [(9, 2500)], [(1, 700), (60, 2000)]], ids=str)
+def test_contexts_split_over_threads_equal_the_reference(num_threads, window, segments):
+    """Few jobs and long contexts: the kernel cuts the context and combines the parts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        sinks = torch.tensor([0.5, -1.0])
+        assert_right(3, segments, (2, 1), 16, 16, 32, torch.float32, AttentionParams(0.25, window, None, sinks))
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    num_tokens=st.integers(1, 200),
+    num_heads=st.integers(1, 3),
+    dims=st.sampled_from([(4, 4), (8, 3), (5, 16)]),
+    chunk_size=st.sampled_from([1, 3, 32]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+)
+@settings(deadline=None, max_examples=50)
+def test_writes_equal_the_reference(seed, num_tokens, num_heads, dims, chunk_size, dtype):
+    """The same slots, and no others."""
+    num_blocks = -(-num_tokens // chunk_size) + NUM_GUARD_BLOCKS
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.randperm(num_blocks * chunk_size, generator=generator)[:num_tokens]
+    nothing = torch.zeros(0, 4, dtype=torch.int32)
+    metadata = AttentionMetadata(slots, nothing, nothing, chunk_size)
+    key, value = (torch.randn(num_tokens, num_heads, d, generator=generator).to(dtype).transpose(0, 1) for d in dims)
+    pools = [[torch.zeros(num_blocks, num_heads, chunk_size, dim, dtype=dtype) for dim in dims] for _ in range(2)]
+    cpu.write_kv(*pools[0], key, value, metadata)
+    reference.write_kv(*pools[1], key, value, metadata)
+    for actual, expected in zip(*pools, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_pools_may_be_views_of_blocks_that_hold_all_layers():
+    """As KVStore lays them out: the stride between blocks is that of all layers together."""
+    query, k_pool, v_pool, metadata = make_batch(1, [(1, 50), (20, 70)], (4, 2), 8, 8, 16, torch.float32)
+    storage = torch.full((len(k_pool), 3 * k_pool[0].numel()), float("nan"))
+    views = [storage[:, i * k_pool[0].numel() : (i + 1) * k_pool[0].numel()].view(k_pool.shape) for i in (1, 2)]
+    for view, pool in zip(views, (k_pool, v_pool), strict=True):
+        view.copy_(pool)
+    params = AttentionParams(0.3)
+    assert torch.equal(cpu.attend(query, *views, metadata, params), cpu.attend(query, k_pool, v_pool, metadata, params))
+
+
+def test_wrong_tensors_are_refused():
+    query, k_pool, v_pool, metadata = make_batch(1, [(1, 50)], (4, 2), 8, 8, 16, torch.float32)
+    params = AttentionParams(0.3)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        cpu.attend(query.bfloat16(), k_pool, v_pool, metadata, params)
+    with pytest.raises(RuntimeError, match="multiple of num_kv_heads"):
+        cpu.attend(query[:3], k_pool, v_pool, metadata, params)
+    with pytest.raises(RuntimeError, match="k_dim"):
+        cpu.attend(query[..., :4], k_pool, v_pool, metadata, params)
+
+
+# -- choosing and building ---------------------------------------------------------------------------------------------
+
+
+def test_auto_is_the_kernel_on_a_cpu_and_says_so(caplog):
+    caplog.set_level("INFO")
+    assert choose_backend("auto", torch.device("cpu"), torch.float32) is cpu
+    assert "attention: C++ kernel" in caplog.text
+    assert choose_backend("reference", torch.device("cpu"), torch.float32) is reference
+    with pytest.raises(ConfigError, match="use 'auto'"):
+        choose_backend("cpu", torch.device("meta"), torch.float32)
+
+
+def test_without_a_compiler_auto_falls_back_and_says_so(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(cpu, "load_kernel", lambda: cpu._build("AVX2"))
+    assert choose_backend("auto", torch.device("cpu"), torch.float32) is reference
+    assert "no C++ compiler" in caplog.text
+    with pytest.raises(ConfigError, match="no C\\+\\+ compiler"):
+        choose_backend("cpu", torch.device("cpu"), torch.float32)
+
+
+def test_a_compiler_that_fails_is_an_error_with_its_words(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", f"{sys.executable} -c \"import sys; sys.exit('out of luck')\"")
+    with pytest.raises(KernelBuildError, match="out of luck"):
+        cpu._build("AVX2")
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_built_kernel_is_found_without_a_compiler(tmp_path):
+    """In a fresh process: the build of this machine is used as it is."""
+    built = subprocess.run(
+        [sys.executable, "-m", "engine.attention.cpu"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CXX": str(tmp_path / "nothing")},
+        check=True,
+    )
+    assert "ready" in built.stdout
