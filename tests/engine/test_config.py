@@ -34,6 +34,8 @@ BOUNDS = [
     ("verify_swaps", [True, False], [0, 1, None, "no"]),
     ("profile", ["profile.json", None], [3, True]),
     ("num_threads", [1, None], [0, -1, 1.0]),
+    ("attention_backend", ["auto", "cpu", "reference"], ["triton", "", None]),
+    ("pack_weights", [True, False], [0, 1, None, "yes"]),
 ]
 
 
