@@ -153,7 +153,7 @@ def make_driver() -> Callable[..., Driver]:
     """(model folder, EngineConfig options) -> Driver."""
 
     def make(model: Path | str, **options: object) -> Driver:
-        config = EngineConfig.from_options({"model": str(model), "num_threads": 1, **options})
+        config = EngineConfig.from_options({"model": str(model), "dtype": "float32", "num_threads": 1, **options})
         executor = LocalExecutor(config)
         window = min(config.max_model_len or executor.loaded.max_model_len, executor.num_gpu_blocks * config.chunk_size)
         core_config = CoreConfig(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from engine.attention.metadata import LayerShape
 from engine.config import EngineConfig
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from engine.executor.packed_linear import can_pack, pack_linears
 
 logger = logging.getLogger(__name__)
 
@@ -99,14 +100,22 @@ def load_model(config: EngineConfig) -> LoadedModel:
             param="model",
         )
     model.eval()
-    probe = _check_attention(config.model, model, text_config, device, dtype)
+    probe = _check_attention(config.model, model, text_config, dtype)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if (
+        config.pack_weights
+        and device.type == "cpu"
+        and can_pack(dtype)
+        and not _pack(config.model, model, text_config, dtype)
+    ):
+        return load_model(replace(config, pack_weights=False))
     return LoadedModel(
         model=model,
         device=device,
         dtype=dtype,
         layers=tuple(probe.layers),
         num_attention_heads=probe.num_heads[0],
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=num_parameters,
         vocab_size=text_config.vocab_size,
         max_model_len=_model_window(text_config),
         eos_token_ids=_eos_token_ids(location, text_config),
@@ -130,8 +139,15 @@ def _choose_dtype(option: str, text_config: Any, device: torch.device) -> torch.
         dtype: torch.dtype = getattr(torch, option)
         return dtype
     if device.type == "cpu":
-        return torch.float32
+        return torch.bfloat16 if _has_bfloat16() else torch.float32
     return text_config.dtype if text_config.dtype in PROBE_TOLERANCE else torch.bfloat16
+
+
+def _has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself; elsewhere it is slower than float32 there, not faster."""
+    return any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
 
 
 def _refuse_unsupported(model: str, text_config: Any, max_model_len: int | None) -> None:
@@ -159,17 +175,44 @@ def _refuse_unsupported(model: str, text_config: Any, max_model_len: int | None)
 
 
 @torch.inference_mode()
-def _check_attention(name: str, model: Any, text_config: Any, device: torch.device, dtype: torch.dtype) -> ShapeProbe:
+def _probe(model: Any, text_config: Any, handler: ShapeProbe) -> torch.Tensor:
+    """Logits [1, PROBE_LEN, vocabulary] of a few tokens; attention goes to `handler` once the model is told so."""
+    input_ids = torch.arange(3, 3 + PROBE_LEN, device=model.device)[None] % text_config.vocab_size
+    positions = torch.arange(PROBE_LEN, device=model.device)[None]
+    with attention_handled_by(handler):
+        logits: torch.Tensor = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+    return logits
+
+
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
+
+
+def _pack(name: str, model: Any, text_config: Any, dtype: torch.dtype) -> bool:
+    """Pack the model's linear layers. False where it does not compute the same any more, and is useless then."""
+    expected = _probe(model, text_config, ShapeProbe())
+    num_packed = pack_linears(model, lambda: _probe(model, text_config, ShapeProbe()))
+    try:
+        error = _relative_error(_probe(model, text_config, ShapeProbe()), expected)
+    except (RuntimeError, AttributeError, TypeError) as failure:
+        logger.warning("%s: not served with packed weights, its code cannot use them: %r", name, failure)
+        return False
+    if not error <= PROBE_TOLERANCE[dtype]:
+        logger.warning("%s: not served with packed weights, its logits differ then by %.1e", name, error)
+        return False
+    logger.info("%s: %d linear layers packed", name, num_packed)
+    return True
+
+
+@torch.inference_mode()
+def _check_attention(name: str, model: Any, text_config: Any, dtype: torch.dtype) -> ShapeProbe:
     """Run a few tokens through transformers' own attention and through ours; refuse the model where they differ. A family
     that does not use the attention registry would accept ours and be silently wrong."""
     family = text_config.model_type
-    input_ids = torch.arange(3, 3 + PROBE_LEN, device=device)[None] % text_config.vocab_size
-    positions = torch.arange(PROBE_LEN, device=device)[None]
-    expected = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
-    model.set_attn_implementation(ATTENTION_NAME)
     probe = ShapeProbe()
-    with attention_handled_by(probe):
-        actual = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+    expected = _probe(model, text_config, probe)
+    model.set_attn_implementation(ATTENTION_NAME)
+    actual = _probe(model, text_config, probe)
     num_layers = text_config.num_hidden_layers
     if len(probe.layers) != num_layers:
         raise UnsupportedModelError(
@@ -183,7 +226,7 @@ def _check_attention(name: str, model: Any, text_config: Any, device: torch.devi
             f"{name!r} ({family}) has layers with a sliding window but does not tell the attention interface: its "
             "KV cannot be paged"
         )
-    error = (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
+    error = _relative_error(actual, expected)
     if not error <= PROBE_TOLERANCE[dtype]:
         raise UnsupportedModelError(
             f"{name!r} ({family}) gives other logits with paged attention than with transformers' own (relative difference "

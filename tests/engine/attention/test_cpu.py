@@ -42,7 +42,9 @@ def make_batch(seed: int, segments, heads, k_dim, v_dim, chunk_size, dtype):
     num_heads, num_kv_heads = heads
     num_blocks = [-(-context_len // chunk_size) for _, context_len in segments]
     ids = random.Random(seed).sample(range(sum(num_blocks) + NUM_GUARD_BLOCKS), sum(num_blocks))
-    k_pool = torch.full((sum(num_blocks) + NUM_GUARD_BLOCKS, num_kv_heads, chunk_size, k_dim), float("nan"), dtype=dtype)
+    k_pool = torch.full(
+        (sum(num_blocks) + NUM_GUARD_BLOCKS, num_kv_heads, chunk_size, k_dim), float("nan"), dtype=dtype
+    )
     v_pool = torch.full((*k_pool.shape[:3], v_dim), float("nan"), dtype=dtype)
     tables = torch.full((len(segments) + 2, max(num_blocks) + 1), 2**31 - 1, dtype=torch.int32)
     descriptors, row = [], 0
@@ -78,7 +80,9 @@ def assert_right(seed, segments, heads, k_dim, v_dim, chunk_size, dtype, params)
 
 
 segments_strategy = st.lists(
-    st.tuples(st.one_of(st.integers(1, 9), st.integers(1, 130)), st.integers(0, 300)).map(lambda t: (t[0], t[0] + t[1])),
+    st.tuples(st.one_of(st.integers(1, 9), st.integers(1, 130)), st.integers(0, 300)).map(
+        lambda t: (t[0], t[0] + t[1])
+    ),
     min_size=1,
     max_size=6,
 )

@@ -1,0 +1,163 @@
+"""Linear layers for a CPU: weights laid out once for oneDNN's matrix kernels, and layers that get the same input joined to
+one multiplication (Q, K and V; gate and up). Knows no model family: which layers share their input is seen in a forward.
+
+torch packs a weight anew at every call; with few rows, as in decoding, that costs more than the multiplication. The packing
+operations are those that torch's own compiler uses, but private: where they are missing or fail, nothing is packed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+logger = logging.getLogger(__name__)
+
+# Rows that the layout is chosen for. One layout serves all steps; this one was best or near it from 1 to 512.
+NUM_ROWS_HINT = 64
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch on this processor multiplies packed weights of that dtype."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    weight = torch.ones(16, 16, dtype=dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, NUM_ROWS_HINT)
+        product = torch.ops.mkldnn._linear_pointwise(weight[None], packed, None, "none", [], "")
+        return bool(torch.equal(product[0], torch.full_like(weight, 16)) and torch.equal(packed.to_dense(), weight))
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        logger.debug("weights of %s cannot be packed: %s", dtype, error)
+        return False
+
+
+class PackedLinear(nn.Module):
+    """One or several linear layers on the same input, as one multiplication. weights: [out_features of each, in_features]."""
+
+    def __init__(self, layers: list[nn.Linear]) -> None:
+        super().__init__()
+        self.in_features = layers[0].in_features
+        self.sizes = [layer.out_features for layer in layers]
+        self.num_parameters = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+        weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), NUM_ROWS_HINT)
+        self._bias: torch.Tensor | None = None
+        if any(layer.bias is not None for layer in layers):
+            biases = [
+                layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers
+            ]
+            self._bias = torch.cat(biases).detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return out
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out_features, in_features], unpacked; a copy, for whoever looks at its dtype or values."""
+        dense: torch.Tensor = self._packed.to_dense()
+        return dense
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self._bias
+
+
+class _JoinedInput:
+    """Multiplies for all members of a group when the first of them is called, and keeps the results until the last one has
+    taken its own. An input that is not the kept one starts anew, so any order of calls is right, only slower."""
+
+    def __init__(self, linear: PackedLinear) -> None:
+        self.linear = linear
+        self._input: torch.Tensor | None = None
+        self._outputs: list[torch.Tensor | None] = []
+
+    def take(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        if x is not self._input or self._outputs[index] is None:
+            self._input = x
+            self._outputs = list(self.linear(x).split(self.linear.sizes, dim=-1))
+        out = self._outputs[index]
+        assert out is not None
+        self._outputs[index] = None
+        if not any(output is not None for output in self._outputs):
+            self._input, self._outputs = None, []
+        return out
+
+
+class JoinedLinear(nn.Module):
+    """Stands where one layer of a group stood."""
+
+    def __init__(self, joined: _JoinedInput, index: int) -> None:
+        super().__init__()
+        self._joined, self._index = joined, index
+        self.in_features = joined.linear.in_features
+        self.out_features = joined.linear.sizes[index]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._joined.take(x, self._index)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out_features, in_features], unpacked; a copy."""
+        return self._joined.linear.weight.split(self._joined.linear.sizes)[self._index]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        bias = self._joined.linear.bias
+        return None if bias is None else bias.split(self._joined.linear.sizes)[self._index]
+
+
+def pack_linears(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Replace the linear layers of `model`, one group after the other, so that at no time more than one group is there twice.
+    forward: runs the model on a few tokens, in the order that every step repeats. Returns the number of layers packed;
+    those that the forward did not call stay as they are.
+
+    A weight that another module uses too (a tied embedding) stays there beside its packed copy.
+    """
+    groups = _find_groups(model, forward)
+    places = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
+    num_packed = 0
+    for group in groups:
+        if len(group) == 1:
+            replacements: list[nn.Module] = [PackedLinear(group)]
+        else:
+            joined = _JoinedInput(PackedLinear(group))
+            replacements = [JoinedLinear(joined, index) for index in range(len(group))]
+        for layer, replacement in zip(group, replacements, strict=True):
+            parent, name = places.pop(layer)
+            setattr(parent, name, replacement)
+        num_packed += len(group)
+        group.clear()  # the last reference to the unpacked weights
+    return num_packed
+
+
+def _find_groups(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.Linear]]:
+    """The linear layers that `forward` calls, those together that are children of one module and were given the very same
+    tensor, in the order of their calls."""
+    parent_of = {child: parent for parent in model.modules() for child in parent.children()}
+    groups: dict[tuple[int, int], list[nn.Linear]] = {}
+    called: dict[nn.Linear, int] = {}
+    inputs: list[torch.Tensor] = []  # kept alive, so that no id is used twice
+
+    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(layer, nn.Linear)
+        called[layer] = called.get(layer, 0) + 1
+        inputs.append(args[0])
+        groups.setdefault((id(parent_of[layer]), id(args[0])), []).append(layer)
+
+    hooks: list[RemovableHandle] = [
+        module.register_forward_pre_hook(note) for module in model.modules() if type(module) is nn.Linear
+    ]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # A layer that is called several times a forward (shared between layers) is packed alone.
+    alone = {layer for layer, count in called.items() if count > 1}
+    packed = [[layer for layer in group if layer not in alone] for group in groups.values()]
+    return [group for group in packed if group] + [[layer] for layer in alone]

@@ -1,0 +1,129 @@
+"""Packed weights compute what the layers did, share one multiplication where the input is one, and leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from engine.config import EngineConfig
+from engine.executor import model_loader
+from engine.executor.model_loader import load_model
+from engine.executor.packed_linear import JoinedLinear, PackedLinear, can_pack, pack_linears
+
+pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no packed multiplication")
+
+
+class Attention(nn.Module):
+    """Q, K and V of one input; the output layer of another."""
+
+    def __init__(self, *, bias: bool = False) -> None:
+        super().__init__()
+        self.q = nn.Linear(24, 32, bias=bias)
+        self.k = nn.Linear(24, 16)
+        self.v = nn.Linear(24, 16, bias=bias)
+        self.out = nn.Linear(32, 24, bias=bias)
+        self.unused = nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.out(q * k.repeat(1, 2) + v.repeat(1, 2))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_layers_on_one_input_are_joined_and_compute_the_same(bias):
+    torch.manual_seed(0)
+    model = Attention(bias=bias)
+    x = torch.randn(5, 24)
+    expected = model(x)
+    weights = {name: getattr(model, name).weight.clone() for name in ("q", "k", "v", "out")}
+    assert pack_linears(model, lambda: model(x)) == 4
+    assert [type(getattr(model, name)) for name in ("q", "k", "v", "out", "unused")] == [
+        *[JoinedLinear] * 3,
+        PackedLinear,
+        nn.Linear,
+    ]
+    for rows in (1, 5, 70):
+        y = torch.randn(rows, 24)
+        torch.testing.assert_close(model(y), model(y.clone()))
+    torch.testing.assert_close(model(x), expected)
+    for name, weight in weights.items():
+        assert torch.equal(getattr(model, name).weight, weight)
+        assert getattr(model, name).weight.dtype == torch.float32
+
+
+@torch.inference_mode()
+def test_members_may_be_called_in_any_order_and_on_different_inputs():
+    torch.manual_seed(0)
+    model = Attention()
+    x, y = torch.randn(2, 3, 24)
+    expected = {(name, which): getattr(model, name)(t) for name in "qkv" for which, t in (("x", x), ("y", y))}
+    pack_linears(model, lambda: model(x))
+    for name, which in [("v", "x"), ("q", "x"), ("k", "y"), ("k", "x"), ("q", "x"), ("q", "y"), ("q", "y"), ("v", "y")]:
+        actual = getattr(model, name)(x if which == "x" else y)
+        torch.testing.assert_close(actual, expected[name, which])
+
+
+@torch.inference_mode()
+def test_unpacked_weights_and_inputs_are_not_kept():
+    model = Attention()
+    x = torch.randn(5, 24)
+    weights = [weakref.ref(getattr(model, name).weight) for name in ("q", "k", "v", "out")]
+    pack_linears(model, lambda: model(x))
+    model(x)
+    reference = weakref.ref(x)
+    del x
+    gc.collect()
+    assert [weight() for weight in weights] == [None] * 4
+    assert reference() is None
+
+
+@torch.inference_mode()
+def test_a_layer_that_is_called_twice_is_packed_alone():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + self.b(x) + self.a(2 * x)
+
+    model, x = Twice(), torch.randn(3, 8)
+    expected = model(x)
+    assert pack_linears(model, lambda: model(x)) == 2
+    assert isinstance(model.a, PackedLinear)
+    assert isinstance(model.b, PackedLinear)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "opt", "mixtral"])
+def test_families_join_their_qkv(family, tiny_model):
+    loaded = load_model(EngineConfig(model=str(tiny_model(family)), dtype="float32"))
+    joined = [name for name, module in loaded.model.named_modules() if isinstance(module, JoinedLinear)]
+    assert sum(name.endswith(("q_proj", "k_proj", "v_proj")) for name in joined) == 9  # 3 layers
+    plain = load_model(EngineConfig(model=str(tiny_model(family)), dtype="float32", pack_weights=False))
+    assert loaded.num_parameters == plain.num_parameters
+    assert not any(isinstance(module, JoinedLinear | PackedLinear) for module in plain.model.modules())
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("no such layout"), None], ids=["fails", "wrong"])
+def test_a_model_that_packing_breaks_is_served_without_it(fault, tiny_model, monkeypatch, caplog):
+    def broken(self, x):
+        if fault is not None:
+            raise fault
+        return torch.zeros(*x.shape[:-1], sum(self.sizes))
+
+    monkeypatch.setattr(PackedLinear, "forward", broken)
+    loaded = load_model(EngineConfig(model=str(tiny_model("llama")), dtype="float32"))
+    assert not any(isinstance(module, PackedLinear) for module in loaded.model.modules())
+    assert "not served with packed weights" in caplog.text
+
+
+def test_dtype_auto_is_bfloat16_where_the_processor_has_it(tiny_model, monkeypatch):
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(model_loader, "_has_bfloat16", lambda has=has: has)
+        assert load_model(EngineConfig(model=str(tiny_model("llama")), device="cpu")).dtype == dtype
