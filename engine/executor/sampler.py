@@ -16,6 +16,9 @@ import torch
 from engine.core.plan import SampledToken
 from engine.core.request import SamplingParams
 
+# Tokens that are sorted at first where a filter is on.
+MIN_CANDIDATES = 64
+
 
 class SamplingState:
     """What sampling has to remember of a request. token counts: of the answer, for the penalties; prompt_ids: distinct
@@ -122,10 +125,11 @@ def _draw(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor
     plain = [row for row, state in enumerate(states) if not _is_filtered(state.params)]
     if plain:
         out[plain] = _invert_cdf(scaled[plain].softmax(-1), uniforms[plain])
-    for row, state in enumerate(states):
-        if _is_filtered(state.params):
-            probs, ids = _filter(scaled[row], state.params)
-            out[row] = ids[_invert_cdf(probs[None], uniforms[row : row + 1])[0]]
+    filtered = [row for row, state in enumerate(states) if _is_filtered(state.params)]
+    if filtered:
+        probs, ids = _filter(scaled[filtered], [states[row].params for row in filtered])
+        chosen = _invert_cdf(probs, uniforms[filtered])
+        out[filtered] = ids.gather(-1, chosen[:, None])[:, 0]
     return out
 
 
@@ -133,19 +137,40 @@ def _is_filtered(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
-def _filter(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top-k, then top-p, then min-p. Returns probabilities (not normalised) and token ids of what is left, most probable
-    first, at least one."""
-    vocabulary = scaled.numel()
-    top_k = min(params.top_k or vocabulary, vocabulary)
-    values, ids = scaled.topk(top_k)
-    probs = values.softmax(-1)
-    if params.top_p < 1.0:
-        before = probs.cumsum(-1) - probs
-        probs = torch.where(before < params.top_p, probs, 0.0)
-    if params.min_p > 0.0:
-        probs = torch.where(probs >= params.min_p * probs[0], probs, 0.0)
-    return probs, ids
+def _filter(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top-k, then top-p, then min-p, for each row of `scaled` [rows, vocabulary], whose maximum is 0. Returns probabilities
+    (not normalised, 0 for what is left out, at least one above) and token ids, both [rows, candidates], most probable
+    first, equal ones by id.
+
+    All three keep a beginning of the sorted vocabulary, and nearly always a short one: so only some candidates are
+    sorted, and more where a row turns out to keep them all. What a row keeps does not depend on their number, and so not
+    on its neighbours.
+    """
+    device, vocabulary = scaled.device, scaled.shape[-1]
+    top_k = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=device)[:, None]
+    top_p = torch.tensor([p.top_p if p.top_p < 1.0 else float("inf") for p in params], device=device)[:, None]
+    min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
+    whole = scaled.exp().sum(-1, keepdim=True)
+    num_candidates = max([MIN_CANDIDATES, *(2 * p.top_k for p in params)])
+    while True:
+        num_candidates = min(num_candidates, vocabulary)
+        values, ids = _sorted_candidates(scaled, num_candidates)
+        ranks = torch.arange(num_candidates, device=device)
+        weights = values.exp() * (ranks < top_k)
+        probs = weights / torch.where(top_k < vocabulary, weights.sum(-1, keepdim=True), whole)
+        kept = (ranks < top_k) & (probs.cumsum(-1) - probs < top_p) & (probs >= min_p * probs[:, :1])
+        smallest_kept = values.masked_fill(~kept, float("inf")).amin(-1)
+        # Strictly below: of equal values around the end, all have to be seen for the ids to decide.
+        if num_candidates == vocabulary or bool((values[:, -1] < smallest_kept).all()):
+            return probs * kept, ids
+        num_candidates *= 8
+
+
+def _sorted_candidates(scaled: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest values of each row and their ids, descending, equal values by id."""
+    ids = scaled.topk(num_candidates, sorted=False).indices.sort(dim=-1).values
+    values, order = scaled.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(-1, order)
 
 
 def _invert_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ MAX_ONGOING_REQUESTS = 16
 MAX_QUEUED_REQUESTS = 16
 ARGS = AppArgs(
     # A GPU tier for hardly more than one full window: what is said here has to survive in the CPU tier.
-    engine={"model": "embedded", "num_threads": 1, "num_gpu_blocks": 160},
+    engine={"model": "embedded", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 160},
     num_replicas=3,
     num_cpus=0.5,
     num_ingress_replicas=2,

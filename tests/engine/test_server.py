@@ -18,7 +18,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
 @pytest.fixture(scope="module")
 def server():
-    with create_server(mode="pensieve", model="embedded", num_threads=1) as server:
+    with create_server(mode="pensieve", model="embedded", dtype="float32", num_threads=1) as server:
         yield server
 
 
@@ -70,7 +70,7 @@ def test_options_are_checked(server):
 
 
 def test_vllm_is_the_stateless_mode():
-    with create_server(mode="vllm", num_threads=1) as server:
+    with create_server(mode="vllm", dtype="float32", num_threads=1) as server:
         server.process_request("ada", "my cat is called Mia")
         assert "Mia" in server.process_request("ada", "what is my cat called?")
         stats = server.get_statistics()
@@ -81,7 +81,7 @@ def test_vllm_is_the_stateless_mode():
 
 def test_compare_stops_at_the_window_and_says_so():
     turns = ["my cat is called Mia"] * 12
-    comparison = compare_modes({"max_model_len": 128, "num_threads": 1}, turns, GREEDY)
+    comparison = compare_modes({"max_model_len": 128, "dtype": "float32", "num_threads": 1}, turns, GREEDY)
     assert not comparison.is_complete
     assert comparison.is_identical
     assert 1 < len(comparison.turns) < len(turns)

@@ -73,7 +73,7 @@ def test_unpacked_weights_and_inputs_are_not_kept():
     model = Attention()
     x = torch.randn(5, 24)
     weights = [weakref.ref(getattr(model, name).weight) for name in ("q", "k", "v", "out")]
-    pack_linears(model, lambda: model(x))
+    pack_linears(model, lambda: model(torch.randn(5, 24)))
     model(x)
     reference = weakref.ref(x)
     del x

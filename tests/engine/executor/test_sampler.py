@@ -44,9 +44,9 @@ def distribution(logits: torch.Tensor, sampling_state: SamplingState, monkeypatc
         seen["probs"] = probs[0] / probs[0].sum()
         return inner(probs, uniforms)
 
-    def spy_filter(scaled: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    def spy_filter(scaled: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
         probs, ids = filter_(scaled, params)
-        seen["ids"] = ids
+        seen["ids"] = ids[0]
         return probs, ids
 
     filter_ = sampler._filter
@@ -181,6 +181,53 @@ def test_a_draw_does_not_depend_on_its_neighbours(params):
         states = [state(seed=i, **neighbour) for i in range(6)]
         states[2] = state(seed=11, **params)
         assert chosen(logits.clone(), states)[2] == alone
+
+
+def test_filters_sort_no_more_than_they_keep_and_widen_where_they_must(monkeypatch):
+    """A vocabulary larger than the candidates that are sorted at first: the same probabilities as transformers'."""
+    sizes = []
+    inner = sampler._sorted_candidates
+    monkeypatch.setattr(sampler, "_sorted_candidates", lambda scaled, n: (sizes.append(n), inner(scaled, n))[1])
+    logits = make_logits(3, vocabulary=20000)
+    few, some, all_ = ({"top_k": 3, "top_p": 0.9}, {"top_p": 0.5}, {"temperature": 5.0, "top_p": 0.9999})
+    for row, (params, most) in enumerate([(few, 64), (some, 4096), (all_, 20000)]):
+        sizes.clear()
+        options = SamplingParams(**{"temperature": 1.0, **params})
+        scaled = (logits[row : row + 1] - logits[row].max()) / options.temperature
+        probs, ids = sampler._filter(scaled, [options])
+        assert max(sizes) <= most
+        processors = LogitsProcessorList()
+        if "top_k" in params:
+            processors.append(TopKLogitsWarper(params["top_k"]))
+        processors.append(TopPLogitsWarper(params["top_p"]))
+        expected = processors(torch.tensor([[1]]), scaled.clone()).softmax(-1)
+        actual = torch.zeros(1, 20000).scatter(1, ids, probs / probs.sum())
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
+    # One wide row widens the batch; what the others keep stays the same.
+    options = [SamplingParams(**{"temperature": 1.0, **params}) for params in (few, some, all_)]
+    scaled = logits - logits.max(-1, keepdim=True).values
+    probs, ids = sampler._filter(scaled, options)
+    for row in range(3):
+        alone_probs, alone_ids = sampler._filter(scaled[row : row + 1], options[row : row + 1])
+        num_kept = int((alone_probs > 0).sum())
+        assert torch.equal(ids[row, :num_kept], alone_ids[0, :num_kept])
+        torch.testing.assert_close(probs[row, :num_kept], alone_probs[0, :num_kept])
+        assert not probs[row, num_kept:].any()
+
+
+def test_equal_logits_are_kept_by_id_whoever_else_is_in_the_batch():
+    """Half-precision logits are often equal; which of them a filter keeps must not depend on the neighbours."""
+    logits = torch.zeros(2, 5000)
+    logits[0, 100:400] = 3.0
+    scaled = logits - logits.max(-1, keepdim=True).values
+    for params in ({"top_k": 7}, {"top_p": 0.001}):
+        narrow = SamplingParams(temperature=1.0, **params)
+        wide = SamplingParams(temperature=1.0, top_p=0.9)
+        alone = sampler._filter(scaled[:1], [narrow])
+        together = sampler._filter(scaled, [narrow, wide])
+        kept = [ids[0, : int((probs[0] > 0).sum())].tolist() for probs, ids in (alone, together)]
+        assert kept[0] == kept[1] == list(range(100, 100 + len(kept[0])))
+        assert len(kept[0]) >= 1
 
 
 def test_a_resumed_request_draws_what_it_would_have_drawn():
