@@ -175,9 +175,8 @@ def _sorted_candidates(scaled: torch.Tensor, num_candidates: int) -> tuple[torch
 
 def _invert_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Index of each row [rows, n] at which its cumulative probability passes uniform * total; probability 0 never wins."""
-    cumulative = probs.double().cumsum(-1)
-    targets = uniforms[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, targets, right=True)[:, 0]
-    # uniform * total may round up to total itself: the last index with any probability then.
-    last = (probs > 0).int().cumsum(-1).argmax(-1)
-    return torch.minimum(index, last)
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # uniform * total may round up to total itself, which nothing passes.
+    targets = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, targets, right=True)[:, 0]
