@@ -122,6 +122,19 @@ void fill(Panel<T>& panel, const Call& c, const Job& job, const T* k_pool, const
   }
 }
 
+// Ask for a panel's K and V ahead of their use: blocks lie anywhere, and the hardware does not look past a page.
+template <typename T>
+inline void prefetch(const Panel<T>& panel, const Call& c) {
+  constexpr int kLine = 64;
+  for (int i = 0; i < panel.num_runs; ++i) {
+    const Run<T>& run = panel.runs[i];
+    const char *k = reinterpret_cast<const char*>(run.k), *v = reinterpret_cast<const char*>(run.v);
+    const int64_t k_bytes = int64_t(run.length) * c.k_dim * sizeof(T), v_bytes = int64_t(run.length) * c.v_dim * sizeof(T);
+    for (int64_t b = 0; b < k_bytes; b += kLine) __builtin_prefetch(k + b, 0, 2);
+    for (int64_t b = 0; b < v_bytes; b += kLine) __builtin_prefetch(v + b, 0, 2);
+  }
+}
+
 // Visible keys of a query position, as a range of the panel.
 inline int first_visible(const Call& c, int position, int panel_start) {
   return c.window > 0 ? std::max(0, position - c.window + 1 - panel_start) : 0;
@@ -148,6 +161,7 @@ inline const T* query_row(const Call& c, const Job& job, const T* query, int r) 
 
 struct Scratch {
   std::vector<float> q, s, o, m, l, alpha, positions, k, v;
+  Panel<float> panel;
 };
 
 // -- few rows --------------------------------------------------------------------------------------------------------------
@@ -159,14 +173,14 @@ inline void dot_keys(const float* q, int q_stride, const T* k, int k_dim, float*
     for (int j = 0; j < K; ++j) acc[r][j] = Vec(0.f);
   int d = 0;
   for (; d + kLanes <= k_dim; d += kLanes) {
-    Vec keys[K];
-#pragma GCC unroll 8
-    for (int j = 0; j < K; ++j) keys[j] = load(k + j * k_dim + d);
+    Vec x[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec x = Vec::loadu(q + r * q_stride + d);
+    for (int r = 0; r < R; ++r) x[r] = Vec::loadu(q + r * q_stride + d);
 #pragma GCC unroll 8
-      for (int j = 0; j < K; ++j) acc[r][j] = at::vec::fmadd(x, keys[j], acc[r][j]);
+    for (int j = 0; j < K; ++j) {
+      const Vec key = load(k + j * k_dim + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r][j] = at::vec::fmadd(x[r], key, acc[r][j]);
     }
   }
   if (d < k_dim) {
@@ -188,14 +202,14 @@ inline void add_values(const Panel<T>& panel, const float* s, int v_dim, int d, 
     const Run<T>& run = panel.runs[i];
     for (int j = 0; j < run.length; ++j) {
       const T* v = run.v + j * v_dim + d;
-      Vec values[N];
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) values[n] = load(v + n * kLanes);
+      Vec p[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const Vec p(s[r * kPanel + run.offset + j]);
+      for (int r = 0; r < R; ++r) p[r] = Vec(s[r * kPanel + run.offset + j]);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) acc[r][n] = at::vec::fmadd(p, values[n], acc[r][n]);
+      for (int n = 0; n < N; ++n) {
+        const Vec value = load(v + n * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[r][n] = at::vec::fmadd(p[r], value, acc[r][n]);
       }
     }
   }
@@ -206,7 +220,7 @@ inline void add_values(const Panel<T>& panel, const float* s, int v_dim, int d, 
 template <typename T, int R>
 void attend_few(const Call& c, const Job& job, const T* query, const T* k_pool, const T* v_pool, const Sink<T>& sink,
                 Scratch& scratch) {
-  constexpr int K = R == 1 ? 8 : R == 2 ? 4 : 2;
+  constexpr int K = R == 1 ? 8 : R == 2 ? 4 : 2;  // with R rows of queries they fill the registers of AVX2
   constexpr int N = R == 1 ? 8 : R == 2 ? 4 : 2;
   const int q_stride = ceil_div(c.k_dim, kLanes) * kLanes, o_stride = ceil_div(c.v_dim, kLanes) * kLanes;
   scratch.q.assign(R * q_stride, 0.f);
@@ -223,9 +237,14 @@ void attend_few(const Call& c, const Job& job, const T* query, const T* k_pool, 
     position[r] = job.first_position + r / c.group;
   }
   alignas(64) float s[R * kPanel];
-  Panel<T> panel;
-  for (int start = job.begin; start < job.end; start += kPanel) {
-    fill(panel, c, job, k_pool, v_pool, start);
+  Panel<T> panels[2];
+  fill(panels[0], c, job, k_pool, v_pool, job.begin);
+  for (int start = job.begin, turn = 0; start < job.end; start += kPanel, turn ^= 1) {
+    const Panel<T>& panel = panels[turn];
+    if (start + kPanel < job.end) {
+      fill(panels[turn ^ 1], c, job, k_pool, v_pool, start + kPanel);
+      prefetch(panels[turn ^ 1], c);
+    }
     for (int i = 0; i < panel.num_runs; ++i) {
       const Run<T>& run = panel.runs[i];
       int j = 0;
@@ -371,11 +390,11 @@ inline void for_row_groups(int num_rows, const Full& full, const Two& two, const
   if (vecs == 1) one(row);
 }
 
-inline Panel<float> as_float(const Panel<float>& panel, const Call&, Scratch&) { return panel; }
+inline const Panel<float>& as_float(const Panel<float>& panel, const Call&, Scratch&) { return panel; }
 
 // A panel of reduced precision as floats, once for the whole tile.
 template <typename T>
-Panel<float> as_float(const Panel<T>& panel, const Call& c, Scratch& scratch) {
+const Panel<float>& as_float(const Panel<T>& panel, const Call& c, Scratch& scratch) {
   scratch.k.resize(kPanel * c.k_dim);
   scratch.v.resize(kPanel * c.v_dim);
   const auto convert = [](const T* from, float* to, int64_t n) {
@@ -388,7 +407,7 @@ Panel<float> as_float(const Panel<T>& panel, const Call& c, Scratch& scratch) {
     convert(run.k, scratch.k.data() + int64_t(run.offset) * c.k_dim, int64_t(run.length) * c.k_dim);
     convert(run.v, scratch.v.data() + int64_t(run.offset) * c.v_dim, int64_t(run.length) * c.v_dim);
   }
-  Panel<float> out;
+  Panel<float>& out = scratch.panel;
   out.start = panel.start;
   out.length = panel.length;
   out.num_runs = 1;
@@ -419,10 +438,14 @@ void attend_many(const Call& c, const Job& job, const T* query, const T* k_pool,
   }
   const int last_position = job.first_position + job.num_tokens - 1;
   const int padded_rows = ceil_div(num_rows, kLanes) * kLanes;
-  Panel<T> stored;
-  for (int start = job.begin; start < job.end; start += kPanel) {
-    fill(stored, c, job, k_pool, v_pool, start);
-    const Panel<float> panel = as_float(stored, c, scratch);
+  Panel<T> stored[2];
+  fill(stored[0], c, job, k_pool, v_pool, job.begin);
+  for (int start = job.begin, turn = 0; start < job.end; start += kPanel, turn ^= 1) {
+    if (start + kPanel < job.end) {
+      fill(stored[turn ^ 1], c, job, k_pool, v_pool, start + kPanel);
+      prefetch(stored[turn ^ 1], c);
+    }
+    const Panel<float>& panel = as_float(stored[turn], c, scratch);
     for_row_groups(
         num_rows, [&](int row) { score_panel<kVecs>(panel, q + row, c.k_dim, s + row); },
         [&](int row) { score_panel<2>(panel, q + row, c.k_dim, s + row); },
