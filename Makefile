@@ -6,11 +6,13 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: serve test test-all lint install clean
 
-$(INSTALLED): pyproject.toml constraints.txt
+# The last step builds the attention kernel, in half a minute; without a C++ compiler it says so and goes on.
+$(INSTALLED): pyproject.toml constraints.txt engine/attention/paged_cpu.cpp
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(BIN)/python -m engine.attention.cpu
 	touch $(INSTALLED)
 
 install: $(INSTALLED)
