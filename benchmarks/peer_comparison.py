@@ -62,7 +62,7 @@ class System:
 
 def build_systems(dtype: str, venvs: Path, models: Path) -> dict[str, System]:
     folder = models / dtype
-    hugging_face, ov, gguf = folder / "hf", folder / "openvino", folder / "model.gguf"
+    hugging_face, ov, gguf = folder / "hf", folder / "openvino", folder / "gguf"
     here, convert = Path(sys.executable), venvs / "convert/.installed"
     server = venvs / "llama_cpp/build/bin/llama-server"
 

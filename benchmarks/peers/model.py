@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -37,23 +38,27 @@ def save_model(folder: Path, dtype: str) -> None:
         eos_token_id=1,
         pad_token_id=0,
     )
+    tokenizer = build_tokenizer()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
+    # Some tokens never win. Special ones: some systems forbid the end of a text where others only do not stop at it. Bytes
+    # that are no character by themselves: llama.cpp's server does not stream them.
+    never = [i for token, i in tokenizer.get_vocab().items() if i < 2 or not token.isascii()]
     with torch.no_grad():
-        # Special tokens never win: some systems forbid the end of a text where others only do not stop at it.
-        model.lm_head.weight[:2] = 0
+        model.lm_head.weight[never] = 0
     model.to(getattr(torch, dtype)).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def build_tokenizer():
-    """Byte-level, no merges. Tokens that no text contains fill the vocabulary: the model may generate any id."""
+    """Byte-level, with one merge, since llama.cpp refuses none. Tokens that no text contains fill the vocabulary: the model
+    may generate any id."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    known = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    known = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
     tokens = [*known, *(f"token{i}" for i in range(len(known), VOCAB_SIZE))]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
@@ -71,18 +76,27 @@ def convert_to_openvino(model: Path, folder: Path, venvs: Path) -> None:
     )
 
 
-def convert_to_gguf(model: Path, file: Path, dtype: str, venvs: Path) -> None:
+def convert_to_gguf(model: Path, folder: Path, dtype: str, venvs: Path) -> None:
     """With llama.cpp's own script. It knows tokenizers by a hash of how they split a text, and ours not: it is told gpt-2's
-    way, which is byte-level too. (No text is tokenised in this comparison.)"""
+    way, which is byte-level too. (No text is tokenised in this comparison.) The config is put beside it."""
     source = venvs / "llama_cpp/vendor/llama.cpp"
     script = source / "convert_hf_to_gguf_byte_level.py"
     original = (source / "convert_hf_to_gguf.py").read_text()
     # The function lives in a class of the package beside the script: replaced there, before the script's own main().
     patch = "from conversion.base import TextModel\nTextModel.get_vocab_base_pre = lambda self, tokenizer: 'gpt-2'\n"
     script.write_text(re.sub(r"(?m)^if __name__ == .__main__.:", patch + r"\g<0>", original))
-    file.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(model / "config.json", folder)
     subprocess.run(
-        [venvs / "convert/bin/python", script, model, "--outfile", file, "--outtype", GGUF_TYPES[dtype]],
+        [
+            venvs / "convert/bin/python",
+            script,
+            model,
+            "--outfile",
+            folder / "model.gguf",
+            "--outtype",
+            GGUF_TYPES[dtype],
+        ],
         check=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )

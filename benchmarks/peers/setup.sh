@@ -41,15 +41,17 @@ make_venv convert "torch==$TORCH" "optimum-intel==$OPTIMUM_INTEL" "openvino==$OP
 "$FOLDER/convert/bin/pip" uninstall --quiet --yes torchvision 2>/dev/null || true
 
 SOURCE=$FOLDER/llama_cpp
-if [ ! -e "$SOURCE/.built" ]; then
-    BIN=$FOLDER/convert/bin
+BIN=$FOLDER/convert/bin
+if [ ! -e "$SOURCE/.unpacked" ]; then
     rm -rf "$SOURCE" && mkdir -p "$SOURCE"
     "$BIN/pip" download --quiet --no-deps --no-binary llama-cpp-python --dest "$SOURCE" "llama-cpp-python==$LLAMA_CPP_PYTHON"
     tar -xzf "$SOURCE"/llama_cpp_python-*.tar.gz -C "$SOURCE" --strip-components=1
-    # A binary that is meant to be run from here needs no installed libraries: link statically.
+    touch "$SOURCE/.unpacked"
+fi
+if [ ! -e "$SOURCE/.built" ]; then # ninja goes on where an interrupted build stopped
     PATH=$BIN:$PATH nice -n 10 cmake -S "$SOURCE/vendor/llama.cpp" -B "$SOURCE/build" -G Ninja \
         -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON \
-        -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF
+        -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF
     PATH=$BIN:$PATH nice -n 10 cmake --build "$SOURCE/build" --target llama-server -j 2
     touch "$SOURCE/.built"
 fi
