@@ -101,8 +101,9 @@ class Request:
 
     token_ids: the context, prompt first, then what was generated. pending: ranges [start, end) of positions that are
     still to compute, in order, holes included; a decoding request has exactly its last token pending. chunks: its row
-    of pinned chunks, front first; empty while waiting or suspended. num_swapped_in_tokens: of those found in the cache at
-    the last admission, how many were in the CPU tier only.
+    of pinned chunks, front first; empty while waiting or suspended. num_known_tokens: its length at the last admission; what
+    comes after them the worker has sampled itself. num_swapped_in_tokens: of those found in the cache at the last admission,
+    how many were in the CPU tier only.
     """
 
     __slots__ = (
@@ -117,6 +118,7 @@ class Request:
         "num_cpu_cached_tokens",
         "num_dropped_tokens",
         "num_history_tokens",
+        "num_known_tokens",
         "num_prompt_tokens",
         "num_suspensions",
         "num_swapped_in_tokens",
@@ -161,6 +163,7 @@ class Request:
         self.num_cached_tokens = 0
         self.num_cpu_cached_tokens = 0
         self.num_dropped_tokens = 0
+        self.num_known_tokens = 0
         self.num_computed_tokens = 0
         self.num_suspensions = 0
         self.num_swapped_in_tokens = 0

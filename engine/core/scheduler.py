@@ -127,7 +127,8 @@ class Scheduler:
             if not length:
                 break
             stop = start + length
-            tokens = tuple(request.token_ids[start:stop])
+            is_sampled = start >= request.num_known_tokens
+            tokens = None if is_sampled else tuple(request.token_ids[start:stop])
             draft.segments.append(QuerySegment(request.request_id, start, tokens, stop == request.num_tokens))
             draft.budget -= length
 
@@ -139,15 +140,17 @@ class Scheduler:
             self.waiting.popleft()
             self._count_admission(request)
             request.status = RequestStatus.RUNNING
+            request.num_known_tokens = request.num_tokens
             self.running.append(request)
             draft.starts.append(
                 RequestStart(
                     request.request_id,
-                    tuple(request.token_ids),
+                    request.num_tokens,
                     request.num_prompt_tokens,
                     request.sampling,
                     tuple(sorted(request.stop_token_ids)),
                     tuple(chunk.gpu_block for chunk in request.chunks if chunk.gpu_block is not None),
+                    tuple(request.token_ids) if request.sampling.has_penalties else (),
                 )
             )
             self._plan_pending(request, draft)

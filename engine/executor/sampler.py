@@ -25,13 +25,15 @@ class SamplingState:
         self,
         request_id: str,
         params: SamplingParams,
-        token_ids: Sequence[int],
+        num_tokens: int,
         num_prompt_tokens: int,
         stop_token_ids: Sequence[int],
+        token_ids: Sequence[int] = (),
     ) -> None:
+        """token_ids: all `num_tokens` of the context; needed where there are penalties."""
         self.request_id = request_id
         self.params = params
-        self.num_tokens = len(token_ids)
+        self.num_tokens = num_tokens
         self.num_prompt_tokens = num_prompt_tokens
         self.stop_token_ids = list(stop_token_ids)
         self.prompt_ids: set[int] = set()

@@ -34,16 +34,22 @@ class ContextExecutor:
     which reads a wrong, stale, unwritten or not yet arrived slot fails at once. Ahead-of-time swap-outs run as early as
     they may in odd steps and as late as they may in even ones.
 
+    context_of: request id -> its tokens, as the core knows them when the request starts. Plans do not tell them; here they
+    are to check the tokens of the segments and the KV that the request finds.
     fails: the next steps raise, and whatever they were to write is garbage. computation_fails: only what they were to compute
     is; their copies are made. corrupted: CPU blocks whose content is no
     longer what was swapped out; swap-ins of them are reported (as with `verify_swaps`).
     """
 
-    def __init__(self, num_blocks: int, chunk_size: int, num_cpu_blocks: int = 0) -> None:
+    def __init__(
+        self, num_blocks: int, chunk_size: int, num_cpu_blocks: int, context_of: Callable[[str], list[int]]
+    ) -> None:
         self.chunk_size = chunk_size
+        self.context_of = context_of
         self.slots: list[list[tuple[int, ...]]] = [[()] * chunk_size for _ in range(num_blocks)]
         self.cpu_slots: list[list[tuple[int, ...]]] = [[()] * chunk_size for _ in range(num_cpu_blocks)]
         self.token_ids: dict[str, list[int]] = {}
+        self.num_known: dict[str, int] = {}  # the rest was sampled here
         self.block_tables: dict[str, list[int]] = {}
         self.fails = False
         self.computation_fails = False
@@ -55,7 +61,11 @@ class ContextExecutor:
             self.block_tables.pop(request_id, None)
         for start in plan.starts:
             assert start.request_id not in self.token_ids, "started twice, never told that it ended"
-            self.token_ids[start.request_id] = list(start.token_ids)
+            known = self.context_of(start.request_id)
+            assert start.num_tokens == len(known)
+            assert start.token_ids == (tuple(known) if start.sampling.has_penalties else ())
+            self.token_ids[start.request_id] = list(known)
+            self.num_known[start.request_id] = len(known)
             self.block_tables[start.request_id] = list(start.block_table)
         for append in plan.appends:
             self.block_tables[append.request_id].append(append.block_id)
@@ -83,7 +93,11 @@ class ContextExecutor:
         misled = {name for name, table in self.block_tables.items() if not set(table).isdisjoint(failed)}
         for segment in plan.segments:
             known = self.token_ids[segment.request_id]
-            assert list(segment.token_ids) == known[segment.start : segment.context_len]
+            if segment.start >= self.num_known[segment.request_id]:
+                assert (segment.token_ids, segment.context_len) == (None, len(known)), "told what was sampled here"
+            else:
+                assert segment.token_ids is not None, "not sampled here"
+                assert list(segment.token_ids) == known[segment.start : segment.context_len]
             for position in range(segment.start, segment.context_len):
                 self._set(
                     segment.request_id, position, () if segment.request_id in misled else tuple(known[: position + 1])
@@ -131,7 +145,12 @@ class CoreDriver:
 
     def __init__(self, config: CoreConfig) -> None:
         self.core = EngineCore(config)
-        self.executor = ContextExecutor(config.num_gpu_blocks, config.chunk_size, config.num_cpu_blocks)
+        self.executor = ContextExecutor(
+            config.num_gpu_blocks,
+            config.chunk_size,
+            config.num_cpu_blocks,
+            lambda request_id: self.core._requests[request_id].token_ids,
+        )
         self.now = 0.0
         self.plans: list[StepPlan] = []
         self.requests: dict[str, Request] = {}

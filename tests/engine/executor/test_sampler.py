@@ -28,7 +28,7 @@ def make_logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> torch
 def state(token_ids=(1, 2, 3), num_prompt=None, stop=(), name="r", **params) -> SamplingState:
     params = {"temperature": 1.0, "seed": 0, **params}
     num_prompt = len(token_ids) if num_prompt is None else num_prompt
-    return SamplingState(name, SamplingParams(**params), token_ids, num_prompt, stop)
+    return SamplingState(name, SamplingParams(**params), len(token_ids), num_prompt, stop, token_ids)
 
 
 def chosen(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
