@@ -124,6 +124,7 @@ class Driver:
         plan = self.core.schedule(self.now)
         if plan is None:
             return []
+        self.core.plan_ahead(plan)
         if abort_in_flight is not None:
             self.core.abort(abort_in_flight, self.now)
         self.plans.append(plan)

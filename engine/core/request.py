@@ -185,11 +185,17 @@ class Request:
     def num_pending_tokens(self) -> int:
         return sum(end - start for start, end in self.pending)
 
-    @property
-    def is_decoding(self) -> bool:
-        """Exactly one generated token is to compute: the step is a decode for this request."""
-        num_tokens, pending = len(self.token_ids), self.pending
-        return num_tokens > self.num_prompt_tokens and len(pending) == 1 and pending[0][0] == num_tokens - 1
-
     def __repr__(self) -> str:
         return f"Request({self.request_id}, {self.status.value}, {self.num_tokens} tokens, pending {self.pending})"
+
+
+def without_front(ranges: Sequence[tuple[int, int]], num_tokens: int) -> list[tuple[int, int]]:
+    """Ascending ranges [start, end) without their first `num_tokens` positions."""
+    rest = []
+    for start, end in ranges:
+        num_dropped = min(num_tokens, end - start)
+        num_tokens -= num_dropped
+        if start + num_dropped < end:
+            rest.append((start + num_dropped, end))
+    assert not num_tokens, "more than there is"
+    return rest

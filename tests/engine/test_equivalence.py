@@ -79,6 +79,7 @@ def test_interleaved_conversations_equal_stateless(family, tiny_model, make_driv
     assert sum(stats["evictions"].values()) > 50
     assert stats["num_gpu_cached_tokens"] > 0
     assert stats["num_suspensions"] > 0
+    assert min(stats["num_used_drafts"], stats["num_discarded_drafts"]) > 0
     segments_of_a_request = [
         sum(s.request_id == start.request_id for s in plan.segments) for plan in kept.plans for start in plan.starts
     ]

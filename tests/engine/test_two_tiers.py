@@ -105,6 +105,7 @@ def test_both_tiers_tiny_equal_stateless(family, policy, chunk_size, tiny_model,
     stats = kept.core.get_statistics()
     assert stats["num_aborted"] > 0
     assert stats["num_suspensions"] > 0
+    assert min(stats["num_used_drafts"], stats["num_discarded_drafts"]) > 0
     assert stats["num_cpu_cached_tokens"] > 0
     assert stats["num_gpu_cached_tokens"] > 0
     assert stats["evictions"]["cpu_dropped"] > 0

@@ -141,9 +141,11 @@ class ContextExecutor:
 
 
 class CoreDriver:
-    """Steps a core with a ContextExecutor; the clock is the number of the step."""
+    """Steps a core with a ContextExecutor; the clock is the number of the step. plans_ahead: drafts the next step while one
+    is being executed, in odd steps before an abort in flight, in even ones after it."""
 
     def __init__(self, config: CoreConfig) -> None:
+        self.plans_ahead = True
         self.core = EngineCore(config)
         self.executor = ContextExecutor(
             config.num_gpu_blocks,
@@ -167,10 +169,13 @@ class CoreDriver:
     ) -> Request:
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         request = Request(request_id, prompt, sampling, conversation_id=conversation_id, **options)  # type: ignore[arg-type]
-        self.core.add_request(request, self.now)
-        self.requests[request_id] = request
-        self.tokens[request_id] = ()
+        self.add_request(request)
         return request
+
+    def add_request(self, request: Request) -> None:
+        self.core.add_request(request, self.now)
+        self.requests[request.request_id] = request
+        self.tokens[request.request_id] = ()
 
     def step(self, abort_in_flight: str | None = None) -> StepPlan | None:
         """One step; None where there was nothing to do. A failing executor is answered by `fail_step`. `abort_in_flight` is
@@ -180,9 +185,13 @@ class CoreDriver:
         if plan is None:
             return None
         self.plans.append(plan)
+        if self.plans_ahead and plan.step_id % 2:
+            self.core.plan_ahead(plan)
         if abort_in_flight is not None:
             self.core.abort(abort_in_flight, self.now)
             self.core.check_integrity()
+        if self.plans_ahead and not plan.step_id % 2:
+            self.core.plan_ahead(plan)
         try:
             result = self.executor.execute(plan)
         except (RuntimeError, ComputationFailedError) as error:
@@ -198,6 +207,10 @@ class CoreDriver:
 
     def run(self) -> None:
         while self.core.has_requests:
+            assert self.step() is not None
+
+    def run_steps(self, num_steps: int) -> None:
+        for _ in range(num_steps):
             assert self.step() is not None
 
     def settle(self) -> list[StepPlan]:

@@ -47,8 +47,7 @@ def test_only_who_is_penalised_for_its_tokens_tells_them_all_at_its_start(make_c
     driver = make_core(8)
     for name, options in [("plain", {}), ("penalised", {"frequency_penalty": 0.5})]:
         sampling = SamplingParams(temperature=0.0, max_tokens=2, **options)
-        driver.core.add_request(Request(name, range(3), sampling), 0.0)
-        driver.tokens[name] = ()
+        driver.add_request(Request(name, range(3), sampling))
     plan = driver.step()
     assert [(start.num_tokens, start.token_ids) for start in plan.starts] == [(3, ()), (3, (0, 1, 2))]
 
