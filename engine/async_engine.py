@@ -24,7 +24,7 @@ from engine.config import EngineConfig
 from engine.core.conversation import NO_MATCH, ConversationTable, Transcript
 from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
 from engine.core.executor import ComputationFailedError, Executor
-from engine.core.plan import SampledToken, StepPlan
+from engine.core.plan import StepPlan
 from engine.core.request import FinishReason, Request, SamplingParams
 from engine.errors import (
     ConfigError,
@@ -339,11 +339,9 @@ class AsyncEngine:
         stream = self._streams[output.request_id]
         request, detokenizer = stream.request, stream.detokenizer
         reason, stats = output.finish_reason, output.stats
-        num_output_tokens = request.num_output_tokens  # now: a stop string takes some back
-        may_stop = num_output_tokens > request.sampling.min_tokens
-        for sample in output.samples:
-            if reason is not FinishReason.STOP:  # the token that ends an answer is not part of its text
-                detokenizer.append(sample.token_id, may_stop=may_stop)
+        if reason is not FinishReason.STOP:  # the token that ends an answer is not part of its text
+            may_stop = output.num_output_tokens > request.sampling.min_tokens
+            detokenizer.append(output.token_id, may_stop=may_stop)
         if detokenizer.is_stopped and reason is None:
             reason = FinishReason.STOP
             kept = len(self._kept_output_ids(stream))
@@ -355,19 +353,21 @@ class AsyncEngine:
             self._remember(stream)
         return OutputDelta(
             text=detokenizer.take_text(final=reason is not None),
-            token_ids=tuple(sample.token_id for sample in output.samples),
-            logprobs=tuple(self._logprob(s) for s in output.samples if s.logprob is not None),
+            token_ids=(output.token_id,),
+            logprobs=self._logprobs(output),
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
-            num_output_tokens=num_output_tokens,
+            num_output_tokens=output.num_output_tokens,
             finish_reason=None if reason is None else reason.value,
             stats=stats,
         )
 
-    def _logprob(self, sample: SampledToken) -> TokenLogprob:
-        assert sample.logprob is not None
-        top = tuple((i, self._tokenizer.decode([i]), value) for i, value in sample.top_logprobs)
-        return TokenLogprob(sample.token_id, self._tokenizer.decode([sample.token_id]), sample.logprob, top)
+    def _logprobs(self, output: RequestOutput) -> tuple[TokenLogprob, ...]:
+        if output.logprobs is None:
+            return ()
+        top = tuple((i, self._tokenizer.decode([i]), value) for i, value in output.logprobs.top)
+        text = self._tokenizer.decode([output.token_id])
+        return (TokenLogprob(output.token_id, text, output.logprobs.chosen, top),)
 
     def _add(self, stream: _Stream) -> None:
         self._core.add_request(stream.request, time.monotonic())

@@ -101,20 +101,20 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class SampledToken:
-    """The next token of a request. logprob and top_logprobs [(token id, logprob)] only where they were asked for."""
+class Logprobs:
+    """Natural-log probabilities in one place: of the token that was chosen, and the largest ones [(token id, logprob)]."""
 
-    request_id: str
-    token_id: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave: one sampled token per segment with `samples`, in the order of the segments. failed_swap_ins: GPU
-    blocks to which a swap-in brought something else than was swapped out."""
+    """What a step gave. token_ids: one for each segment with `samples`, in the order of the segments. logprobs: as many, None
+    where they were not asked for; empty where nobody did. failed_swap_ins: GPU blocks to which a swap-in brought something
+    else than was swapped out."""
 
     step_id: int
-    samples: tuple[SampledToken, ...]
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs | None, ...] = ()
     failed_swap_ins: tuple[int, ...] = ()

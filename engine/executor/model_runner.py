@@ -14,7 +14,7 @@ import torch
 from engine.attention.interface import PagedAttention, attention_handled_by
 from engine.attention.metadata import AttentionBackend, AttentionMetadata
 from engine.core.executor import ComputationFailedError
-from engine.core.plan import QuerySegment, SampledToken, StepPlan, StepResult
+from engine.core.plan import Logprobs, QuerySegment, StepPlan, StepResult
 from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import LoadedModel
 from engine.executor.sampler import SamplingState, sample
@@ -80,15 +80,16 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         self._follow(plan)
         wait_for_layer = self._swapper.begin(plan)
-        samples: list[SampledToken] = []
+        token_ids: tuple[int, ...] = ()
+        logprobs: tuple[Logprobs | None, ...] = ()
         failure: Exception | None = None
         try:
             if plan.segments:
                 states = [self._requests[segment.request_id] for segment in plan.segments if segment.samples]
                 logits = self._forward(plan.segments, wait_for_layer)
-                samples = sample(logits, [state.sampling for state in states])
-                for state, token in zip(states, samples, strict=True):
-                    state.last_token = (token.token_id,)
+                token_ids, logprobs = sample(logits, [state.sampling for state in states])
+                for state, token_id in zip(states, token_ids, strict=True):
+                    state.last_token = (token_id,)
         except Exception as error:
             failure = error
         # Whatever happened, no copy may be under way when the core decides about the blocks again.
@@ -97,7 +98,7 @@ class ModelRunner:
             raise ComputationFailedError(repr(failure)) from failure
         if failure is not None:
             raise failure
-        return StepResult(plan.step_id, tuple(samples), failed_swap_ins)
+        return StepResult(plan.step_id, token_ids, logprobs, failed_swap_ins)
 
     def _follow(self, plan: StepPlan) -> None:
         for request_id in plan.ended:
@@ -108,7 +109,6 @@ class ModelRunner:
             self._requests[start.request_id] = _RequestState(
                 self._tables.add(start.block_table),
                 SamplingState(
-                    start.request_id,
                     start.sampling,
                     start.num_tokens,
                     start.num_prompt_tokens,

@@ -11,7 +11,7 @@ import pytest
 from engine.core.cost_model import CostModel
 from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
 from engine.core.executor import ComputationFailedError
-from engine.core.plan import BlockCopy, QuerySegment, SampledToken, StepPlan, StepResult
+from engine.core.plan import BlockCopy, QuerySegment, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, SamplingParams
 
 FIRST_TOKEN, NUM_TOKENS = 100, 50
@@ -102,12 +102,16 @@ class ContextExecutor:
                 self._set(
                     segment.request_id, position, () if segment.request_id in misled else tuple(known[: position + 1])
                 )
-        samples = [self._sample(segment, segment.request_id in misled) for segment in plan.segments]
+        token_ids = [self._sample(segment, segment.request_id in misled) for segment in plan.segments]
         if not plan.step_id % 2:
             self._swap_out(plan.swap_outs)
-        return StepResult(plan.step_id, tuple(sample for sample in samples if sample is not None), tuple(failed))
+        return StepResult(
+            plan.step_id,
+            tuple(token_id for token_id in token_ids if token_id is not None),
+            failed_swap_ins=tuple(failed),
+        )
 
-    def _sample(self, segment: QuerySegment, is_misled: bool) -> SampledToken | None:
+    def _sample(self, segment: QuerySegment, is_misled: bool) -> int | None:
         known = self.token_ids[segment.request_id]
         if not is_misled:
             for position in range(segment.context_len):
@@ -116,7 +120,7 @@ class ContextExecutor:
             return None
         assert segment.context_len == len(known)
         known.append(0 if is_misled else next_token(tuple(known)))
-        return SampledToken(segment.request_id, known[-1])
+        return known[-1]
 
     def _swap_out(self, copies: tuple[BlockCopy, ...]) -> None:
         for copy in copies:
@@ -192,6 +196,11 @@ class CoreDriver:
             self.core.check_integrity()
         if self.plans_ahead and not plan.step_id % 2:
             self.core.plan_ahead(plan)
+        self.execute(plan)
+        return plan
+
+    def execute(self, plan: StepPlan) -> None:
+        """From a plan to what came of it."""
         try:
             result = self.executor.execute(plan)
         except (RuntimeError, ComputationFailedError) as error:
@@ -199,11 +208,11 @@ class CoreDriver:
             self.failed = self.core.fail_step(plan, self.now, are_copies_made=are_copies_made)
         else:
             for output in self.core.update(plan, result, self.now):
-                self.tokens[output.request_id] += tuple(sample.token_id for sample in output.samples)
+                self.tokens[output.request_id] += (output.token_id,)
+                assert len(self.tokens[output.request_id]) == output.num_output_tokens
                 if output.finish_reason is not None:
                     self.finished[output.request_id] = output
         self.core.check_integrity()
-        return plan
 
     def run(self) -> None:
         while self.core.has_requests:

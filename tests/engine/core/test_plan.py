@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, SampledToken, StepPlan, StepResult
+from engine.core.plan import BlockAppend, BlockCopy, Logprobs, QuerySegment, RequestStart, StepPlan, StepResult
 from engine.core.request import SamplingParams
 
 
@@ -41,7 +41,7 @@ def test_a_plan_survives_pickling_and_compares_by_value():
 
 
 def test_a_result_survives_pickling():
-    result = StepResult(3, (SampledToken("r1", 4, -0.5, ((4, -0.5), (9, -1.0))),))
+    result = StepResult(3, (4, 7), (Logprobs(-0.5, ((4, -0.5), (9, -1.0))), None), failed_swap_ins=(2,))
     assert pickle.loads(pickle.dumps(result)) == result
     assert plain(result)
 

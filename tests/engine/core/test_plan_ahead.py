@@ -110,7 +110,7 @@ def test_an_abort_is_not_foreseen(make_core, moment):
     driver.core.plan_ahead(plan)
     if moment == "after the draft":
         driver.core.abort("a", 1.0)
-    driver.core.update(plan, driver.executor.execute(plan), 1.0)
+    driver.execute(plan)
     if moment == "after the step":
         driver.core.abort("a", 1.0)
     assert driver.step().segments == (decode("b", 3),)
@@ -123,7 +123,7 @@ def test_an_arrival_during_the_step_is_admitted_in_the_next_one(make_core):
     plan = driver.core.schedule(1.0)
     driver.core.plan_ahead(plan)
     driver.add("b", range(50, 58), max_tokens=9)
-    driver.core.update(plan, driver.executor.execute(plan), 1.0)
+    driver.execute(plan)
     assert driver.step().segments == (decode("a", 3), QuerySegment("b", 0, (50, 51, 52)))
     assert drafts(driver) == (1, 0)
 
