@@ -60,7 +60,7 @@ def main() -> None:
             )
         )
     tokens = tuple(i % 2048 for i in range(longest))
-    start = RequestStart("r", tokens, longest, SamplingParams(temperature=0.0), (), tuple(range(num_blocks)))
+    start = RequestStart("r", longest, longest, SamplingParams(temperature=0.0), (), tuple(range(num_blocks)))
     executor.execute(StepPlan(0, (QuerySegment("r", 0, tokens),), (start,)))
     executor.execute(StepPlan(0, (), swap_outs=tuple(BlockCopy(i, i) for i in range(num_blocks))))
 

@@ -1,9 +1,14 @@
 """The engine as a server uses it: one thread that steps, an asyncio facade that streams. Knows no HTTP and no Ray.
 
-event loop                                   engine thread
+event loop                                   engine thread                    executor's thread
 generate() -- tokenise, queue a command -->  core.add_request
-           <-- OutputDelta, one wake-up a step --  schedule -> execute -> update -> detokenise
+                                             schedule step n  -- plan -->     execute step n
+           <-- OutputDelta, one wake-up ---  text of step n-1                    :
+                                             draft step n+1                      :
+                                             update           <-- result --
 cancelled  -- queue a command ------------>  core.abort
+
+Without `async_scheduling`, the engine thread executes the step itself, makes its text, and then schedules the next one.
 """
 
 from __future__ import annotations
@@ -16,16 +21,17 @@ import secrets
 import threading
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from engine.config import EngineConfig
 from engine.core.conversation import NO_MATCH, ConversationTable, Transcript
-from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
+from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.executor import ComputationFailedError, Executor
-from engine.core.plan import SampledToken, StepPlan
-from engine.core.request import FinishReason, Request, SamplingParams
+from engine.core.plan import StepPlan, StepResult
+from engine.core.request import Request, SamplingParams
 from engine.errors import (
     ConfigError,
     ContextLengthError,
@@ -36,10 +42,11 @@ from engine.errors import (
 )
 from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import default_model_name, model_location
-from engine.output import OutputDelta, TokenLogprob, merge_deltas
+from engine.output import OutputDelta, merge_deltas
+from engine.output_processor import OutputProcessor, Stream
 from engine.profile import load_cost_model
 from engine.prompt import ChatPrompt, Prompt, TokenPrompt
-from engine.tokenizer import Detokenizer, Tokenizer
+from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -51,19 +58,6 @@ LOG_INTERVAL_S = 10.0
 MAX_INLINE_CHARS = 4096
 # Token ids that the text of conversations is remembered for: 64M ids are 256 MiB.
 MAX_CONVERSATION_TOKENS = 1 << 26
-
-_Item = OutputDelta | EngineError
-
-
-@dataclass(slots=True)
-class _Stream:
-    """The way of one request's output: engine thread to whoever waits for it."""
-
-    request: Request
-    prompt: Transcript
-    detokenizer: Detokenizer
-    loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
 
 
 class AsyncEngine:
@@ -102,7 +96,7 @@ class AsyncEngine:
             )
         )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
+        self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
         self._num_failures = 0
         self._logged_s = time.monotonic()
         self._is_stopping = False
@@ -144,7 +138,7 @@ class AsyncEngine:
             num_history_tokens=num_history,
         )
         detokenizer = self._tokenizer.detokenizer(transcript.token_ids, sampling.stop)
-        stream = _Stream(request, transcript, detokenizer, asyncio.get_running_loop())
+        stream = Stream(request, transcript, detokenizer, asyncio.get_running_loop())
         is_first, is_finished = True, False
         try:
             try:
@@ -170,7 +164,7 @@ class AsyncEngine:
                     raise failure
         finally:
             if not is_finished:
-                self._commands.put(lambda: self._abort(stream))
+                self._commands.put(lambda: self._outputs.abandon(stream))
 
     def get_statistics(self) -> dict[str, Any]:
         """Counters since the start and the state now; see EngineCore.get_statistics."""
@@ -229,31 +223,6 @@ class AsyncEngine:
                 f"token id {token_id} is outside the vocabulary (0 to {self._vocab_size - 1})", param=param
             )
 
-    def _remember(self, stream: _Stream) -> None:
-        """Keep the turn's tokens with their text, for when the client sends its history again."""
-        request, prompt = stream.request, stream.prompt
-        if request.conversation_id == request.request_id:
-            return
-        output_ids = self._kept_output_ids(stream)
-        text = stream.detokenizer.text
-        if not prompt.text:  # a prompt of token ids: nothing to compare texts with
-            self._conversations.record_turn(request.conversation_id, prompt, output_ids, "")
-            return
-        if stream.detokenizer.is_stopped or any(self._tokenizer.is_special(token_id) for token_id in output_ids[:-1]):
-            text = self._tokenizer.decode(output_ids)
-        elif output_ids and output_ids[-1] in request.stop_token_ids:
-            text += self._tokenizer.decode(output_ids[-1:])
-        self._conversations.record_turn(request.conversation_id, prompt, output_ids, text)
-
-    def _kept_output_ids(self, stream: _Stream) -> list[int]:
-        """The generated tokens that the answer consists of. A stop string is not part of it; which tokens are, is known only
-        up to whole tokens."""
-        output_ids = stream.request.token_ids[stream.request.num_prompt_tokens :]
-        if stream.detokenizer.is_stopped:
-            while output_ids and len(self._tokenizer.decode(output_ids)) > len(stream.detokenizer.text):
-                output_ids.pop()
-        return output_ids
-
     # -- the engine thread ---------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -261,17 +230,25 @@ class AsyncEngine:
             while not self._is_stopping:
                 self._run_commands(wait=False)
                 plan = self._core.schedule(time.monotonic())
-                if plan is not None:
-                    self._step(plan)
-                elif not self._is_stopping:  # a shutdown's wake-up call may have been taken already
-                    self._run_commands(wait=True)
+                if plan is None:
+                    self._outputs.deliver()
+                    if not self._is_stopping:  # a shutdown's wake-up call may have been taken already
+                        self._run_commands(wait=True)
+                elif self.config.async_scheduling:
+                    future = self._executor.submit(plan)
+                    # Meanwhile the text of the step before, and the plan of the step after.
+                    self._outputs.deliver()
+                    self._core.plan_ahead(plan)
+                    self._finish_step(plan, future.result)
+                else:
+                    self._finish_step(plan, partial(self._executor.execute, plan))
+                    self._outputs.deliver()
         except BaseException as error:
             logger.exception("the engine thread died")
             self._fatal = error
         finally:
             stopped = EngineStoppedError("the engine stopped while the request was running")
-            self._deliver([(stream, stopped) for stream in self._streams.values()])
-            self._streams.clear()
+            self._outputs.fail(list(self._outputs.streams), stopped)
             self._is_stopping = True
             self._run_commands(wait=False)
 
@@ -284,24 +261,22 @@ class AsyncEngine:
             command()
             wait = False
 
-    def _step(self, plan: StepPlan) -> None:
+    def _finish_step(self, plan: StepPlan, wait_for_result: Callable[[], StepResult]) -> None:
         try:
-            result = self._executor.execute(plan)
+            result = wait_for_result()
         except Exception as error:
             logger.exception("step %d failed", plan.step_id)
             self._num_failures += 1
-            failure = ExecutorError(f"the step that computed this request failed: {error!r}")
             are_copies_made = isinstance(error, ComputationFailedError)
             failed = self._core.fail_step(plan, time.monotonic(), are_copies_made=are_copies_made)
-            self._deliver([(self._streams.pop(request_id), failure) for request_id in failed])
+            self._outputs.fail(failed, ExecutorError(f"the step that computed this request failed: {error!r}"))
             return
         self._num_failures = 0
         now = time.monotonic()
-        outputs = self._core.update(plan, result, now)
+        self._outputs.add(self._core.update(plan, result, now))
         if now - self._logged_s >= LOG_INTERVAL_S:
             self._logged_s = now
             self._log_statistics()
-        self._deliver([(self._streams[output.request_id], self._process_or_fail(output)) for output in outputs])
 
     def _log_statistics(self) -> None:
         stats = self.get_statistics()
@@ -324,74 +299,9 @@ class AsyncEngine:
             stats["num_suspensions"],
         )
 
-    def _process_or_fail(self, output: RequestOutput) -> _Item:
-        """One answer that cannot be told (a tokenizer's fault, say) must not end the others."""
-        try:
-            return self._process(output)
-        except Exception as error:
-            logger.exception("request %s failed", output.request_id)
-            self._streams.pop(output.request_id, None)
-            self._core.abort(output.request_id, time.monotonic())
-            return EngineError(f"the answer could not be put into text: {error!r}")
-
-    def _process(self, output: RequestOutput) -> OutputDelta:
-        """From tokens to text; ends the request where a stop string is complete."""
-        stream = self._streams[output.request_id]
-        request, detokenizer = stream.request, stream.detokenizer
-        reason, stats = output.finish_reason, output.stats
-        num_output_tokens = request.num_output_tokens  # now: a stop string takes some back
-        may_stop = num_output_tokens > request.sampling.min_tokens
-        for sample in output.samples:
-            if reason is not FinishReason.STOP:  # the token that ends an answer is not part of its text
-                detokenizer.append(sample.token_id, may_stop=may_stop)
-        if detokenizer.is_stopped and reason is None:
-            reason = FinishReason.STOP
-            kept = len(self._kept_output_ids(stream))
-            stats = self._core.stop(request.request_id, time.monotonic(), num_kept_output_tokens=kept)
-        elif detokenizer.is_stopped:
-            reason = FinishReason.STOP
-        if reason is not None:
-            del self._streams[request.request_id]
-            self._remember(stream)
-        return OutputDelta(
-            text=detokenizer.take_text(final=reason is not None),
-            token_ids=tuple(sample.token_id for sample in output.samples),
-            logprobs=tuple(self._logprob(s) for s in output.samples if s.logprob is not None),
-            num_prompt_tokens=request.num_prompt_tokens,
-            num_cached_tokens=output.num_cached_tokens,
-            num_output_tokens=num_output_tokens,
-            finish_reason=None if reason is None else reason.value,
-            stats=stats,
-        )
-
-    def _logprob(self, sample: SampledToken) -> TokenLogprob:
-        assert sample.logprob is not None
-        top = tuple((i, self._tokenizer.decode([i]), value) for i, value in sample.top_logprobs)
-        return TokenLogprob(sample.token_id, self._tokenizer.decode([sample.token_id]), sample.logprob, top)
-
-    def _add(self, stream: _Stream) -> None:
+    def _add(self, stream: Stream) -> None:
         self._core.add_request(stream.request, time.monotonic())
-        self._streams[stream.request.request_id] = stream
-
-    def _abort(self, stream: _Stream) -> None:
-        """Not by id: a refused request may bear the id of one that runs."""
-        request_id = stream.request.request_id
-        if self._streams.get(request_id) is stream:
-            del self._streams[request_id]
-            self._core.abort(request_id, time.monotonic())
-            self._remember(stream)
-
-    @staticmethod
-    def _deliver(items: Sequence[tuple[_Stream, _Item]]) -> None:
-        """One wake-up per event loop, however many requests got something."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _Item]]] = {}
-        for stream, item in items:
-            by_loop.setdefault(stream.loop, []).append((stream, item))
-        for loop, batch in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_put_all, batch)
-            except RuntimeError:  # that loop is closed: nobody waits there any more
-                logger.debug("an event loop closed before its requests ended")
+        self._outputs.streams[stream.request.request_id] = stream
 
     async def _call(self, function: Callable[[], Any]) -> Any:
         """Run `function` in the engine thread between two steps; its result or exception."""
@@ -412,11 +322,6 @@ class AsyncEngine:
         if self._is_stopping:  # the thread may have looked for commands for the last time
             self.check_health()
         return await asyncio.wrap_future(future)
-
-
-def _put_all(batch: list[tuple[_Stream, _Item]]) -> None:
-    for stream, item in batch:
-        stream.items.put_nowait(item)
 
 
 def _resolve_max_model_len(config: EngineConfig, model_window: int, num_gpu_blocks: int) -> int:

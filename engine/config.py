@@ -38,7 +38,8 @@ class EngineConfig:
     one in the user's cache folder, if any. num_threads: CPU threads of the model; None = the cores that the process was
     given. attention_backend: "cpu" (the C++ kernel), "reference" (torch's operations), or "auto", the first of them that
     runs here. pack_weights: lay the weights of linear layers out for the CPU's matrix kernels and join those that share
-    their input, where that works.
+    their input, where that works. async_scheduling: put the last step into text and plan the next one while a step runs; the
+    plans and the answers are the same.
     """
 
     model: str = "embedded"
@@ -64,6 +65,7 @@ class EngineConfig:
     num_threads: int | None = None
     attention_backend: str = "auto"
     pack_weights: bool = True
+    async_scheduling: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -182,7 +182,7 @@ def _measure_chunks(executor: LocalExecutor, chunk_size: int, lengths: list[int]
     vocab_size = executor.loaded.vocab_size
     tokens = tuple(i % vocab_size for i in range(num_tokens))
     table = tuple(range(-(-num_tokens // chunk_size)))
-    start = RequestStart("profile", tokens, num_tokens, SamplingParams(temperature=0.0), (), table)
+    start = RequestStart("profile", num_tokens, num_tokens, SamplingParams(temperature=0.0), (), table)
     # Every position is written once, so that no step reads what was never computed.
     executor.execute(StepPlan(0, (QuerySegment("profile", 0, tokens),), (start,)))
     rounds = tqdm(range(repeats + 1), desc="profiling", unit="round", disable=not sys.stderr.isatty())

@@ -101,7 +101,7 @@ class Driver:
         self.core = EngineCore(core_config)
         self.now = 0.0
         self.plans: list = []
-        self.samples: dict[str, list] = {}
+        self.outputs: dict[str, list[RequestOutput]] = {}
         self.cached: dict[str, int] = {}
         self.finished: dict[str, FinishReason] = {}
 
@@ -116,7 +116,7 @@ class Driver:
         sampling = sampling or SamplingParams(temperature=0.0, max_tokens=8, logprobs=2)
         request = Request(request_id, token_ids, sampling, conversation_id=conversation_id, **kwargs)  # type: ignore[arg-type]
         self.core.add_request(request, self.now)
-        self.samples[request_id] = []
+        self.outputs[request_id] = []
 
     def step(self, abort_in_flight: str | None = None) -> list[RequestOutput]:
         """One step; `abort_in_flight` is aborted while it is under way."""
@@ -124,12 +124,13 @@ class Driver:
         plan = self.core.schedule(self.now)
         if plan is None:
             return []
+        self.core.plan_ahead(plan)
         if abort_in_flight is not None:
             self.core.abort(abort_in_flight, self.now)
         self.plans.append(plan)
         outputs = self.core.update(plan, self.executor.execute(plan), self.now)
         for output in outputs:
-            self.samples[output.request_id].extend(output.samples)
+            self.outputs[output.request_id].append(output)
             self.cached[output.request_id] = output.num_cached_tokens
             if output.finish_reason is not None:
                 self.finished[output.request_id] = output.finish_reason
@@ -145,7 +146,7 @@ class Driver:
         return self.tokens(request_id)
 
     def tokens(self, request_id: str) -> list[int]:
-        return [sample.token_id for sample in self.samples[request_id]]
+        return [output.token_id for output in self.outputs[request_id]]
 
 
 @pytest.fixture

@@ -4,17 +4,20 @@ simulation; the driver owns the clock.
     plan = core.schedule(now)                 # what to compute
     result = executor.execute(plan)           # or an event at now + cost_model.step_time(plan)
     outputs = core.update(plan, result, now)  # what came of it
+
+While the plan is being executed, `core.plan_ahead(plan)` drafts the next one. The plans are the same with and without.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 from engine.core.cache_manager import CacheManager
 from engine.core.cost_model import CostModel
-from engine.core.plan import SampledToken, StepPlan, StepResult
-from engine.core.request import FinishReason, Request, RequestStatus
+from engine.core.plan import Logprobs, StepPlan, StepResult
+from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineStats, RequestStats
 from engine.errors import ConfigError, ContextLengthError, InvalidParameterError
@@ -42,11 +45,13 @@ class CoreConfig:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What one step gave to one request. `samples`: its new tokens. finish_reason None: more follows; `stats` come with
-    the end."""
+    """What one step gave to one request: its next token. The counts are as of then. finish_reason None: more follows;
+    `stats` come with the end."""
 
     request_id: str
-    samples: tuple[SampledToken, ...]
+    token_id: int
+    logprobs: Logprobs | None
+    num_output_tokens: int
     num_cached_tokens: int
     finish_reason: FinishReason | None = None
     stats: RequestStats | None = None
@@ -86,9 +91,9 @@ class EngineCore:
             max_swap_outs=config.max_swap_outs,
         )
         self._requests: dict[str, Request] = {}
-        # Requests of the plan that is being executed, and those of them that are to end when its result is there: until
-        # then their blocks are written to.
-        self._in_flight: set[str] = set()
+        # The plan that is being executed, and those of its requests that are to end when its result is there: until then
+        # their blocks are written to.
+        self._executing: StepPlan | None = None
         self._to_abort: list[str] = []
 
     @property
@@ -120,10 +125,13 @@ class EngineCore:
     def schedule(self, now: float) -> StepPlan | None:
         """What to compute next; None when nothing is to do. A plan without segments moves blocks while nobody waits. Each
         plan must be answered by `update` or `fail_step` before the next call."""
-        plan = self._scheduler.schedule(now)
-        if plan is not None:
-            self._in_flight = {segment.request_id for segment in plan.segments}
-        return plan
+        self._executing = self._scheduler.schedule(now)
+        return self._executing
+
+    def plan_ahead(self, plan: StepPlan) -> None:
+        """Draft the step after `plan`, the one that is being executed, so that the next `schedule` has less to do. Changes
+        no request and no block: a draft that something unforeseen overtakes is thrown away."""
+        self._scheduler.plan_ahead(plan)
 
     def update(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
         """Take in what a step gave. Requests that were aborted meanwhile are passed over."""
@@ -131,21 +139,23 @@ class EngineCore:
         self.stats.num_steps += 1
         self._restart_corrupted(plan, result, now)
         self._cache.complete_transfers()
-        samples = iter(result.samples)
+        sampled = zip(result.token_ids, result.logprobs or repeat(None), strict=False)
+        num_step_tokens = 0
         outputs = []
         for segment in plan.segments:
-            sample = next(samples) if segment.samples else None
+            token_id, logprobs = next(sampled) if segment.samples else (None, None)
             request = self._requests.get(segment.request_id)
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue
-            num_computed = segment.query_len
-            self._cache.commit(request, segment.start, segment.start + num_computed)
-            self._take_pending(request, num_computed)
-            request.num_computed_tokens += num_computed
-            self.stats.num_computed_tokens += num_computed
-            if sample is not None and request.request_id not in self._to_abort:
-                assert sample.request_id == request.request_id
-                outputs.append(self._append(request, sample, now))
+            num_tokens = segment.query_len
+            self._cache.commit(request, segment.start, segment.start + num_tokens)
+            request.num_computed_tokens += num_tokens
+            num_step_tokens += num_tokens
+            if token_id is None:
+                request.pending = without_front(request.pending, num_tokens)
+            elif segment.request_id not in self._to_abort:
+                outputs.append(self._append(request, token_id, logprobs, now))
+        self.stats.num_computed_tokens += num_step_tokens
         self._land(now)
         return outputs
 
@@ -169,7 +179,8 @@ class EngineCore:
         """End a request early; what it computed stays in the cache. While a plan of it is being executed, it ends with
         that. An unknown id is no error: the request may just have ended."""
         request = self._requests.get(request_id)
-        if request_id in self._in_flight:
+        executing = () if self._executing is None else self._executing.segments
+        if any(segment.request_id == request_id for segment in executing):
             self._to_abort.append(request_id)
         elif request is not None:
             self._finish(request, now)
@@ -214,7 +225,7 @@ class EngineCore:
 
     def _land(self, now: float) -> None:
         """Nothing is in flight any more: end what was to end."""
-        self._in_flight = set()
+        self._executing = None
         to_abort, self._to_abort = self._to_abort, []
         for request_id in to_abort:
             self.abort(request_id, now)
@@ -227,37 +238,30 @@ class EngineCore:
                 if not failed.isdisjoint(request.chunks):
                     self._scheduler.restart(request, now)
 
-    def _append(self, request: Request, sample: SampledToken, now: float) -> RequestOutput:
-        request.token_ids.append(sample.token_id)
-        request.pending = [(request.num_tokens - 1, request.num_tokens)]
+    def _append(self, request: Request, token_id: int, logprobs: Logprobs | None, now: float) -> RequestOutput:
+        request.token_ids.append(token_id)
+        num_tokens, num_output_tokens = request.num_tokens, request.num_output_tokens
+        request.pending = [(num_tokens - 1, num_tokens)]
         self.stats.num_output_tokens += 1
         if request.first_token_s is None:
             request.first_token_s = now
-        reason = None
-        if sample.token_id in request.stop_token_ids and request.num_output_tokens > request.sampling.min_tokens:
+        reason = account = None
+        if token_id in request.stop_token_ids and num_output_tokens > request.sampling.min_tokens:
             reason = FinishReason.STOP
-        elif request.num_tokens >= request.max_total_tokens:
+        elif num_tokens >= request.max_total_tokens:
             reason = FinishReason.LENGTH
-        if reason is None:
-            return RequestOutput(request.request_id, (sample,), request.num_cached_tokens)
-        self._finish(request, now)
-        self.stats.num_finished += 1
-        account = self._account(request, now)
-        return RequestOutput(request.request_id, (sample,), request.num_cached_tokens, reason, account)
+        if reason is not None:
+            self._finish(request, now)
+            self.stats.num_finished += 1
+            account = self._account(request, now)
+        return RequestOutput(
+            request.request_id, token_id, logprobs, num_output_tokens, request.num_cached_tokens, reason, account
+        )
 
     def _finish(self, request: Request, now: float, *, step_failed: bool = False) -> None:
         self._scheduler.remove(request, now, step_failed=step_failed)
         request.status = RequestStatus.FINISHED
         del self._requests[request.request_id]
-
-    @staticmethod
-    def _take_pending(request: Request, num_tokens: int) -> None:
-        start, end = request.pending[0]
-        if start + num_tokens < end:
-            request.pending[0] = (start + num_tokens, end)
-        else:
-            assert start + num_tokens == end
-            del request.pending[0]
 
     @staticmethod
     def _account(request: Request, now: float) -> RequestStats:

@@ -4,6 +4,7 @@ a cost model in a simulation.
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Protocol
 
 from engine.core.plan import StepPlan, StepResult
@@ -17,6 +18,10 @@ class Executor(Protocol):
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step. On any exception the driver fails the requests of the plan and goes on with the next; unless it
         is ComputationFailedError, it takes every copy of the plan for lost."""
+        ...
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """`execute` elsewhere; returns at once. One step at a time: the next call follows the result."""
         ...
 
     def shutdown(self) -> None:

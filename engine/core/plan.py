@@ -1,12 +1,15 @@
 """What crosses between the core and an executor. Plain data: ints, strings, tuples; it pickles to worker actors and
 compares in tests.
 
-One step is told as a difference: a worker keeps the token ids and the block table of every request it was told to start,
-until it is told that the request ended. Example, chunk_size 4, a 10-token context of which chunk 1 is cached:
+One step is told as a difference: a worker keeps the block table and the last sampled token of every request it was told to
+start, until it is told that the request ended. A token that a worker sampled is never told back to it, so that a plan can be
+made before the token is known. Example, chunk_size 4, a 10-token context of which chunk 1 is cached, and its first decode:
 
-    starts    RequestStart("r1", token_ids=(10 ids), block_table=(7, 3, 5), ...)
-    segments  QuerySegment("r1", start=0, token_ids=(4 ids))                 positions 0..3, attends to 0..3
-              QuerySegment("r1", start=8, token_ids=(2 ids), samples=True)   positions 8..9, attends to 0..9
+    starts    RequestStart("r1", num_tokens=10, block_table=(7, 3, 5), ...)
+    segments  QuerySegment("r1", start=0, token_ids=(4 ids))                  positions 0..3, attends to 0..3
+              QuerySegment("r1", start=8, token_ids=(2 ids), samples=True)    positions 8..9, attends to 0..9
+
+    segments  QuerySegment("r1", start=10, token_ids=None, samples=True)      the token sampled above, attends to 0..10
 """
 
 from __future__ import annotations
@@ -20,36 +23,39 @@ from engine.core.request import SamplingParams
 class QuerySegment:
     """Consecutive positions of one request that this step computes. Each attends causally to all before it.
 
-    start: first position. token_ids: the tokens there, `query_len` of them. samples: the segment ends the context as it
-    is known, so the logits of its last row choose the next token.
+    start: first position. token_ids: the tokens there, `query_len` of them; None: the one token that the request's previous
+    segment with `samples` chose, since its last start. samples: the segment ends the context as it is known, so the logits
+    of its last row choose the next token.
     """
 
     request_id: str
     start: int
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] | None
     samples: bool = False
 
     @property
     def query_len(self) -> int:
-        return len(self.token_ids)
+        return 1 if self.token_ids is None else len(self.token_ids)
 
     @property
     def context_len(self) -> int:
         """Tokens that the last row attends to, itself included."""
-        return self.start + len(self.token_ids)
+        return self.start + self.query_len
 
 
 @dataclass(frozen=True, slots=True)
 class RequestStart:
-    """A request that the worker is to know from this step on. `token_ids`: the whole context, the first
-    `num_prompt_tokens` of it the prompt. `block_table`: GPU block ids in order of position."""
+    """A request that the worker is to know from this step on. `num_tokens`: of its context, the first `num_prompt_tokens` of
+    them the prompt. `block_table`: GPU block ids in order of position. `token_ids`: the whole context where sampling needs
+    it, for penalties; else empty."""
 
     request_id: str
-    token_ids: tuple[int, ...]
+    num_tokens: int
     num_prompt_tokens: int
     sampling: SamplingParams
     stop_token_ids: tuple[int, ...]
     block_table: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,24 +97,24 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(segment.token_ids) for segment in self.segments)
+        return sum(segment.query_len for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)
-class SampledToken:
-    """The next token of a request. logprob and top_logprobs [(token id, logprob)] only where they were asked for."""
+class Logprobs:
+    """Natural-log probabilities in one place: of the token that was chosen, and the largest ones [(token id, logprob)]."""
 
-    request_id: str
-    token_id: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave: one sampled token per segment with `samples`, in the order of the segments. failed_swap_ins: GPU
-    blocks to which a swap-in brought something else than was swapped out."""
+    """What a step gave. token_ids: one for each segment with `samples`, in the order of the segments. logprobs: as many, None
+    where they were not asked for; empty where nobody did. failed_swap_ins: GPU blocks to which a swap-in brought something
+    else than was swapped out."""
 
     step_id: int
-    samples: tuple[SampledToken, ...]
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs | None, ...] = ()
     failed_swap_ins: tuple[int, ...] = ()

@@ -101,8 +101,9 @@ class Request:
 
     token_ids: the context, prompt first, then what was generated. pending: ranges [start, end) of positions that are
     still to compute, in order, holes included; a decoding request has exactly its last token pending. chunks: its row
-    of pinned chunks, front first; empty while waiting or suspended. num_swapped_in_tokens: of those found in the cache at
-    the last admission, how many were in the CPU tier only.
+    of pinned chunks, front first; empty while waiting or suspended. num_known_tokens: its length at the last admission; what
+    comes after them the worker has sampled itself. num_swapped_in_tokens: of those found in the cache at the last admission,
+    how many were in the CPU tier only.
     """
 
     __slots__ = (
@@ -117,6 +118,7 @@ class Request:
         "num_cpu_cached_tokens",
         "num_dropped_tokens",
         "num_history_tokens",
+        "num_known_tokens",
         "num_prompt_tokens",
         "num_suspensions",
         "num_swapped_in_tokens",
@@ -161,6 +163,7 @@ class Request:
         self.num_cached_tokens = 0
         self.num_cpu_cached_tokens = 0
         self.num_dropped_tokens = 0
+        self.num_known_tokens = 0
         self.num_computed_tokens = 0
         self.num_suspensions = 0
         self.num_swapped_in_tokens = 0
@@ -182,11 +185,17 @@ class Request:
     def num_pending_tokens(self) -> int:
         return sum(end - start for start, end in self.pending)
 
-    @property
-    def is_decoding(self) -> bool:
-        """Exactly one generated token is to compute: the step is a decode for this request."""
-        num_tokens, pending = len(self.token_ids), self.pending
-        return num_tokens > self.num_prompt_tokens and len(pending) == 1 and pending[0][0] == num_tokens - 1
-
     def __repr__(self) -> str:
         return f"Request({self.request_id}, {self.status.value}, {self.num_tokens} tokens, pending {self.pending})"
+
+
+def without_front(ranges: Sequence[tuple[int, int]], num_tokens: int) -> list[tuple[int, int]]:
+    """Ascending ranges [start, end) without their first `num_tokens` positions."""
+    rest = []
+    for start, end in ranges:
+        num_dropped = min(num_tokens, end - start)
+        num_tokens -= num_dropped
+        if start + num_dropped < end:
+            rest.append((start + num_dropped, end))
+    assert not num_tokens, "more than there is"
+    return rest

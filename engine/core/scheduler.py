@@ -6,22 +6,26 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.core.cache_manager import CacheManager
 from engine.core.plan import BlockAppend, QuerySegment, RequestStart, StepPlan
-from engine.core.request import Request, RequestStatus
+from engine.core.request import Request, RequestStatus, without_front
 from engine.core.stats import EngineStats
 
 
 @dataclass(slots=True)
 class _Draft:
-    """The step being planned."""
+    """What running requests compute in a step. Holds as long as the running requests are exactly those of `running`.
+
+    budget: what is left of the step's. growing: those of the requests that need one more block for it.
+    """
 
     budget: int
     segments: list[QuerySegment] = field(default_factory=list)
-    starts: list[RequestStart] = field(default_factory=list)
-    appends: list[BlockAppend] = field(default_factory=list)
+    running: list[Request] = field(default_factory=list)
+    growing: list[Request] = field(default_factory=list)
 
 
 class Scheduler:
@@ -55,6 +59,7 @@ class Scheduler:
         self._max_swap_outs = max_swap_outs
         self._ended: list[str] = []
         self._step_id = 0
+        self._ahead: _Draft | None = None
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -71,19 +76,28 @@ class Scheduler:
         """The executor failed at `plan`: tell it again, next time, which requests have ended."""
         self._ended = [*plan.ended, *self._ended]
 
+    def plan_ahead(self, plan: StepPlan) -> None:
+        """Draft the step after `plan`, which is being executed. Changes nothing else."""
+        draft = self._draft(plan)
+        self._ahead = draft if draft.running else None
+
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step, decodes first, then what prompts the budget still holds; None when there is nothing to do."""
-        draft = _Draft(self._max_num_batched_tokens)
-        num_suspended = self._stats.num_suspensions
-        for request in list(self.running):
-            if request.is_decoding and request.status is RequestStatus.RUNNING:
-                self._plan_decode(request, draft, now)
-        for request in self.running:
-            if not request.is_decoding:
-                self._plan_pending(request, draft)
-        # Whoever was just suspended must not take back the blocks that it gave up.
-        if self._stats.num_suspensions == num_suspended:
-            self._admit(draft, now)
+        """The next step, decodes first, then what prompts the budget still holds; None when there is nothing to do. The same
+        whether it was drafted ahead or not."""
+        # Whatever unforeseen happens to a running request (it ends, fails, is aborted or has to start again) takes it out of
+        # the running ones. So where those are the foreseen ones, the step did for each what was foreseen.
+        ahead, self._ahead = self._ahead, None
+        draft = ahead if ahead is not None and ahead.running == self.running else self._draft()
+        appends = self._append_blocks(draft.growing, now)
+        starts: list[RequestStart] = []
+        if len(self.running) < len(draft.running):
+            # Whoever was just suspended must not take back the blocks that it gave up, so nobody is admitted.
+            draft = self._draft()
+        else:
+            starts = self._admit(draft, now)
+        if ahead is not None:
+            self._stats.num_used_drafts += draft is ahead
+            self._stats.num_discarded_drafts += draft is not ahead
         # Whoever is alone finds room: nothing but running requests and transfers pins, and those end with their step.
         assert draft.segments or not (self.running or self.waiting), "requests but nothing to compute"
         is_swapping_in = self._cache.num_planned_swap_ins > 0
@@ -98,8 +112,8 @@ class Scheduler:
         return StepPlan(
             self._step_id,
             tuple(draft.segments),
-            tuple(draft.starts),
-            tuple(draft.appends),
+            tuple(starts),
+            tuple(appends),
             ended,
             tuple(copy for _, copy in transfers.evictions),
             tuple(transfers.gpu_copies),
@@ -107,50 +121,89 @@ class Scheduler:
             tuple(copy for _, copy in transfers.swap_outs),
         )
 
-    def _plan_decode(self, request: Request, draft: _Draft, now: float) -> None:
-        """One token for a decoding request; suspends from the newest arrival on until it has a block for it."""
-        while self._cache.num_chunks(request.num_tokens) > len(request.chunks):
-            block_id = self._cache.try_append_block(request, now)
-            if block_id is not None:
-                draft.appends.append(BlockAppend(request.request_id, block_id))
-                break
-            newest = self.running[-1]
-            self._suspend(newest, now)
-            if newest is request:
-                return
-        self._plan_pending(request, draft)
+    def _draft(self, executing: StepPlan | None = None) -> _Draft:
+        """Segments for the running requests as they are, or with `executing` as they will be after that plan if nothing
+        unforeseen happens: its segments computed, a token sampled where it samples, and who reaches its length ended."""
+        draft = _Draft(self._max_num_batched_tokens)
+        num_computed: dict[str, int] = {}
+        samplers: set[str] = set()
+        for segment in () if executing is None else executing.segments:
+            request_id = segment.request_id
+            if segment.samples:
+                samplers.add(request_id)
+            else:
+                num_computed[request_id] = num_computed.get(request_id, 0) + segment.query_len
+        prefills: list[tuple[Request, list[tuple[int, int]]]] = []
+        for request in self.running:
+            num_tokens, pending = request.num_tokens, request.pending
+            if request.request_id in samplers:
+                pending = [(num_tokens, num_tokens + 1)]
+                num_tokens += 1
+                if num_tokens >= request.max_total_tokens:
+                    continue
+            elif request.request_id in num_computed:
+                pending = without_front(pending, num_computed[request.request_id])
+            draft.running.append(request)
+            if num_tokens > request.num_prompt_tokens and pending[0][0] == num_tokens - 1:
+                if self._cache.num_chunks(num_tokens) > len(request.chunks):
+                    draft.growing.append(request)
+                self._add_segments(draft, request, pending)
+            else:
+                prefills.append((request, pending))
+        for request, pending in prefills:
+            self._add_segments(draft, request, pending)
+        return draft
 
-    def _plan_pending(self, request: Request, draft: _Draft) -> None:
-        """Segments for as much of the request's pending ranges as the budget holds, front first."""
-        for start, end in request.pending:
+    def _add_segments(self, draft: _Draft, request: Request, pending: Sequence[tuple[int, int]]) -> None:
+        """As much of the pending ranges as the budget holds, front first. The last range ends with the context."""
+        context_len = pending[-1][1]
+        for start, end in pending:
             length = min(end - start, draft.budget)
             if not length:
                 break
             stop = start + length
-            tokens = tuple(request.token_ids[start:stop])
-            draft.segments.append(QuerySegment(request.request_id, start, tokens, stop == request.num_tokens))
+            is_sampled = start >= request.num_known_tokens
+            tokens = None if is_sampled else tuple(request.token_ids[start:stop])
+            draft.segments.append(QuerySegment(request.request_id, start, tokens, stop == context_len))
             draft.budget -= length
 
-    def _admit(self, draft: _Draft, now: float) -> None:
+    def _append_blocks(self, growing: Sequence[Request], now: float) -> list[BlockAppend]:
+        """One more block for each of them; as long as there is none, the newest arrival is suspended."""
+        appends = []
+        for request in growing:
+            while request.status is RequestStatus.RUNNING:
+                block_id = self._cache.try_append_block(request, now)
+                if block_id is not None:
+                    appends.append(BlockAppend(request.request_id, block_id))
+                    break
+                self._suspend(self.running[-1], now)
+        return appends
+
+    def _admit(self, draft: _Draft, now: float) -> list[RequestStart]:
+        """Start waiting requests as far as budget and blocks reach; their segments come last in the draft."""
+        starts = []
         while self.waiting and draft.budget and len(self.running) < self._max_num_seqs:
             request = self.waiting[0]
             if not self._cache.try_admit(request, self._reserve_blocks if self.running else 0, now):
-                return
+                break
             self.waiting.popleft()
             self._count_admission(request)
             request.status = RequestStatus.RUNNING
+            request.num_known_tokens = request.num_tokens
             self.running.append(request)
-            draft.starts.append(
+            starts.append(
                 RequestStart(
                     request.request_id,
-                    tuple(request.token_ids),
+                    request.num_tokens,
                     request.num_prompt_tokens,
                     request.sampling,
                     tuple(sorted(request.stop_token_ids)),
                     tuple(chunk.gpu_block for chunk in request.chunks if chunk.gpu_block is not None),
+                    tuple(request.token_ids) if request.sampling.has_penalties else (),
                 )
             )
-            self._plan_pending(request, draft)
+            self._add_segments(draft, request, request.pending)
+        return starts
 
     def _count_admission(self, request: Request) -> None:
         stats = self._stats

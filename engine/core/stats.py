@@ -16,7 +16,8 @@ EVICTION_REASONS = ("gpu_reclaimed", "gpu_swapped_out", "gpu_dropped", "cpu_drop
 class EngineStats:
     """Monotonic counters. Prompt tokens are told apart by where they were on arrival: cached in the GPU or the CPU tier,
     dropped (an earlier turn computed them), or new. `num_resumed_tokens`: left to compute when
-    suspended requests came back. Swaps and copies are counted in blocks; `num_corrupted_swaps` by `verify_swaps`."""
+    suspended requests came back. Swaps and copies are counted in blocks; `num_corrupted_swaps` by `verify_swaps`. Drafts are
+    plans made ahead: used, or discarded because something unforeseen happened."""
 
     num_steps: int = 0
     num_requests: int = 0
@@ -37,6 +38,8 @@ class EngineStats:
     num_swap_outs: int = 0
     num_corrupted_swaps: int = 0
     num_recomputed_instead_of_loaded_tokens: int = 0
+    num_used_drafts: int = 0
+    num_discarded_drafts: int = 0
     evictions: dict[str, int] = field(default_factory=lambda: dict.fromkeys(EVICTION_REASONS, 0))
 
     def as_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -39,11 +40,14 @@ def available_cores() -> int:
 
 
 class LocalExecutor:
-    """One model, one KV store. `execute` is to be called from one thread at a time."""
+    """One model, one KV store. One step at a time, in whichever thread."""
 
     def __init__(self, config: EngineConfig) -> None:
         """Loads and allocates; blocking. Raises ModelLoadError or ConfigError."""
-        torch.set_num_threads(config.num_threads or available_cores())
+        num_threads = config.num_threads or available_cores()
+        torch.set_num_threads(num_threads)
+        # One thread for all steps, because torch's worker threads belong to the thread that started them.
+        self._thread = ThreadPoolExecutor(1, "executor", torch.set_num_threads, (num_threads,))
         self.loaded: LoadedModel = load_model(config)
         bytes_per_block = block_bytes(self.loaded.layers, config.chunk_size, self.loaded.dtype)
         self.num_gpu_blocks = config.num_gpu_blocks or self._num_blocks_for_memory(config, bytes_per_block)
@@ -78,8 +82,12 @@ class LocalExecutor:
     def execute(self, plan: StepPlan) -> StepResult:
         return self._runner.execute(plan)
 
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        return self._thread.submit(self.execute, plan)
+
     def shutdown(self) -> None:
-        """Frees the model and the KV stores."""
+        """Frees the model and the KV stores, after the step that runs."""
+        self._thread.shutdown()
         self._swapper.shutdown()
         del self._runner, self._swapper, self.gpu_store, self.cpu_store, self.loaded
 

@@ -14,7 +14,7 @@ import torch
 from engine.attention.interface import PagedAttention, attention_handled_by
 from engine.attention.metadata import AttentionBackend, AttentionMetadata
 from engine.core.executor import ComputationFailedError
-from engine.core.plan import QuerySegment, SampledToken, StepPlan, StepResult
+from engine.core.plan import Logprobs, QuerySegment, StepPlan, StepResult
 from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import LoadedModel
 from engine.executor.sampler import SamplingState, sample
@@ -59,10 +59,11 @@ class BlockTables:
 
 @dataclass(slots=True)
 class _RequestState:
-    """table_row: of the request's block table."""
+    """table_row: of the request's block table. last_token: what was sampled last, alone; None before that."""
 
     table_row: int
     sampling: SamplingState
+    last_token: tuple[int] | None = None
 
 
 class ModelRunner:
@@ -79,12 +80,16 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         self._follow(plan)
         wait_for_layer = self._swapper.begin(plan)
-        samples: list[SampledToken] = []
+        token_ids: tuple[int, ...] = ()
+        logprobs: tuple[Logprobs | None, ...] = ()
         failure: Exception | None = None
         try:
             if plan.segments:
-                states = [self._requests[segment.request_id].sampling for segment in plan.segments if segment.samples]
-                samples = sample(self._forward(plan.segments, wait_for_layer), states)
+                states = [self._requests[segment.request_id] for segment in plan.segments if segment.samples]
+                logits = self._forward(plan.segments, wait_for_layer)
+                token_ids, logprobs = sample(logits, [state.sampling for state in states])
+                for state, token_id in zip(states, token_ids, strict=True):
+                    state.last_token = (token_id,)
         except Exception as error:
             failure = error
         # Whatever happened, no copy may be under way when the core decides about the blocks again.
@@ -93,7 +98,7 @@ class ModelRunner:
             raise ComputationFailedError(repr(failure)) from failure
         if failure is not None:
             raise failure
-        return StepResult(plan.step_id, tuple(samples), failed_swap_ins)
+        return StepResult(plan.step_id, token_ids, logprobs, failed_swap_ins)
 
     def _follow(self, plan: StepPlan) -> None:
         for request_id in plan.ended:
@@ -104,11 +109,11 @@ class ModelRunner:
             self._requests[start.request_id] = _RequestState(
                 self._tables.add(start.block_table),
                 SamplingState(
-                    start.request_id,
                     start.sampling,
-                    start.token_ids,
+                    start.num_tokens,
                     start.num_prompt_tokens,
                     start.stop_token_ids,
+                    start.token_ids,
                 ),
             )
         for append in plan.appends:
@@ -120,11 +125,12 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Logits [number of sampling segments, vocabulary]. Writes the KV of all rows."""
         device, chunk_size = self._loaded.device, self._kv_store.chunk_size
+        states = [self._requests[segment.request_id] for segment in segments]
         # Every array of the step in a few operations over all segments, whatever their number.
-        token_ids = np.fromiter(chain.from_iterable(segment.token_ids for segment in segments), dtype=np.int64)
+        token_ids = np.fromiter(chain.from_iterable(map(_token_ids, segments, states)), dtype=np.int64)
         starts = np.array([segment.start for segment in segments])
         lengths = np.array([segment.query_len for segment in segments])
-        table_rows = np.array([self._requests[segment.request_id].table_row for segment in segments])
+        table_rows = np.array([state.table_row for state in states])
         ends = lengths.cumsum()
         first_rows = ends - lengths
         positions = np.arange(len(token_ids)) + np.repeat(starts - first_rows, lengths)
@@ -148,3 +154,10 @@ class ModelRunner:
             ).logits[0]
         assert attention.num_calls == len(self._kv_store.layer_pools), "a layer did not attend"
         return logits
+
+
+def _token_ids(segment: QuerySegment, state: _RequestState) -> tuple[int, ...]:
+    if segment.token_ids is not None:
+        return segment.token_ids
+    assert state.last_token is not None, "a decode before anything was sampled"
+    return state.last_token

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.core.plan import SampledToken
+from engine.core.plan import Logprobs
 from engine.core.request import SamplingParams
 
 # Tokens that are sorted at first where a filter is on.
@@ -26,15 +26,15 @@ class SamplingState:
 
     def __init__(
         self,
-        request_id: str,
         params: SamplingParams,
-        token_ids: Sequence[int],
+        num_tokens: int,
         num_prompt_tokens: int,
         stop_token_ids: Sequence[int],
+        token_ids: Sequence[int] = (),
     ) -> None:
-        self.request_id = request_id
+        """token_ids: all `num_tokens` of the context; needed where there are penalties."""
         self.params = params
-        self.num_tokens = len(token_ids)
+        self.num_tokens = num_tokens
         self.num_prompt_tokens = num_prompt_tokens
         self.stop_token_ids = list(stop_token_ids)
         self.prompt_ids: set[int] = set()
@@ -59,11 +59,13 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[SampledToken]:
-    """The next token of each request, appended to its state. logits: [len(states), vocabulary], any float dtype, not
-    kept. Log-probabilities are the model's own, before penalties and temperature."""
+def sample(
+    logits: torch.Tensor, states: Sequence[SamplingState]
+) -> tuple[tuple[int, ...], tuple[Logprobs | None, ...]]:
+    """The next token of each request, appended to its state, and their log-probabilities as StepResult has them: the model's
+    own, before penalties and temperature. logits: [len(states), vocabulary], any float dtype, not kept."""
     if not states:
-        return []
+        return (), ()
     logits = logits.float()
     wants_logprobs = [row for row, state in enumerate(states) if state.params.logprobs is not None]
     raw_logprobs = logits[wants_logprobs].log_softmax(-1) if wants_logprobs else None
@@ -75,18 +77,17 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[Sample
     drawn = [row for row, state in enumerate(states) if not state.params.is_greedy]
     if drawn:
         token_ids[drawn] = _draw(logits[drawn], [states[row] for row in drawn])
-    chosen = token_ids.tolist()
-    samples = []
-    for row, (state, token_id) in enumerate(zip(states, chosen, strict=True)):
+    chosen = tuple(token_ids.tolist())
+    for state, token_id in zip(states, chosen, strict=True):
         state.append(token_id)
-        if raw_logprobs is None or state.params.logprobs is None:
-            samples.append(SampledToken(state.request_id, token_id))
-            continue
-        logprobs = raw_logprobs[wants_logprobs.index(row)]
-        top_values, top_ids = logprobs.topk(min(state.params.logprobs, logprobs.numel()))
+    if raw_logprobs is None:
+        return chosen, ()
+    logprobs: list[Logprobs | None] = [None] * len(states)
+    for row, values in zip(wants_logprobs, raw_logprobs, strict=True):
+        top_values, top_ids = values.topk(min(states[row].params.logprobs or 0, values.numel()))
         top = tuple(zip(top_ids.tolist(), top_values.tolist(), strict=True))
-        samples.append(SampledToken(state.request_id, token_id, logprobs[token_id].item(), top))
-    return samples
+        logprobs[row] = Logprobs(values[chosen[row]].item(), top)
+    return chosen, tuple(logprobs)
 
 
 def _changes_logits(state: SamplingState) -> bool:

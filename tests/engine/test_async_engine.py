@@ -42,13 +42,14 @@ class FaultyExecutor(LocalExecutor):
         return super().execute(plan)
 
 
-@pytest.fixture
-async def make_engine() -> AsyncIterator[Callable[..., AsyncEngine]]:
+@pytest.fixture(params=[True, False], ids=["overlapped", "in turn"])
+async def make_engine(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., AsyncEngine]]:
     """Options -> AsyncEngine of the embedded model with a FaultyExecutor, shut down at the end."""
     engines: list[AsyncEngine] = []
 
     def make(**options: object) -> AsyncEngine:
         config = {"num_gpu_blocks": 128, "chunk_size": 8, "max_model_len": 512, "num_threads": 1, **options}
+        config.setdefault("async_scheduling", request.param)
         engines.append(AsyncEngine(EngineConfig.from_options(config), FaultyExecutor))
         return engines[-1]
 
@@ -115,7 +116,7 @@ async def assert_all_free(engine: AsyncEngine) -> None:
     statistics = engine.get_statistics()
     assert statistics["num_gpu_blocks_pinned"] == 0
     assert statistics["num_requests_running"] == statistics["num_requests_waiting"] == 0
-    assert engine._streams == {}
+    assert engine._outputs.streams == {}
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def start(request_id: str, token_ids: list[int], block_table: list[int]) -> RequestStart:
-    return RequestStart(request_id, tuple(token_ids), len(token_ids), GREEDY, (), tuple(block_table))
+    return RequestStart(request_id, len(token_ids), len(token_ids), GREEDY, (), tuple(block_table))
 
 
 def segment(request_id: str, context: list[int], first: int, end: int | None = None) -> QuerySegment:
@@ -219,6 +219,17 @@ def test_prefills_in_parts_mixed_with_decodes_equal_the_plain_forward(bench, con
         appends=(BlockAppend("2", tables[4][1]),),
     )
     bench.assert_right(logits, [*a, 44], [*c, 7], d)
+
+
+def test_a_decode_without_a_token_goes_on_from_what_was_sampled_last(bench, contexts):
+    tables = shuffled_tables([24, 80])
+    rows = [contexts[2], contexts[1]]
+    starts = tuple(start(str(i), rows[i], tables[i]) for i in range(2))
+    logits = bench.step(*(segment(str(i), rows[i], 0) for i in range(2)), starts=starts)
+    for _ in range(4):
+        rows = [[*row, int(values.argmax())] for row, values in zip(rows, logits, strict=True)]
+        logits = bench.step(*(QuerySegment(str(i), len(rows[i]) - 1, None, True) for i in range(2)))
+        bench.assert_right(logits, *rows)
 
 
 @pytest.mark.parametrize("holes", [[(0, 8)], [(8, 24)], [(0, 8), (16, 24), (40, 48)], [(0, 56)]], ids=str)

@@ -11,7 +11,7 @@ import pytest
 from engine.core.cost_model import CostModel
 from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
 from engine.core.executor import ComputationFailedError
-from engine.core.plan import BlockCopy, QuerySegment, SampledToken, StepPlan, StepResult
+from engine.core.plan import BlockCopy, QuerySegment, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, SamplingParams
 
 FIRST_TOKEN, NUM_TOKENS = 100, 50
@@ -34,16 +34,22 @@ class ContextExecutor:
     which reads a wrong, stale, unwritten or not yet arrived slot fails at once. Ahead-of-time swap-outs run as early as
     they may in odd steps and as late as they may in even ones.
 
+    context_of: request id -> its tokens, as the core knows them when the request starts. Plans do not tell them; here they
+    are to check the tokens of the segments and the KV that the request finds.
     fails: the next steps raise, and whatever they were to write is garbage. computation_fails: only what they were to compute
     is; their copies are made. corrupted: CPU blocks whose content is no
     longer what was swapped out; swap-ins of them are reported (as with `verify_swaps`).
     """
 
-    def __init__(self, num_blocks: int, chunk_size: int, num_cpu_blocks: int = 0) -> None:
+    def __init__(
+        self, num_blocks: int, chunk_size: int, num_cpu_blocks: int, context_of: Callable[[str], list[int]]
+    ) -> None:
         self.chunk_size = chunk_size
+        self.context_of = context_of
         self.slots: list[list[tuple[int, ...]]] = [[()] * chunk_size for _ in range(num_blocks)]
         self.cpu_slots: list[list[tuple[int, ...]]] = [[()] * chunk_size for _ in range(num_cpu_blocks)]
         self.token_ids: dict[str, list[int]] = {}
+        self.num_known: dict[str, int] = {}  # the rest was sampled here
         self.block_tables: dict[str, list[int]] = {}
         self.fails = False
         self.computation_fails = False
@@ -55,7 +61,11 @@ class ContextExecutor:
             self.block_tables.pop(request_id, None)
         for start in plan.starts:
             assert start.request_id not in self.token_ids, "started twice, never told that it ended"
-            self.token_ids[start.request_id] = list(start.token_ids)
+            known = self.context_of(start.request_id)
+            assert start.num_tokens == len(known)
+            assert start.token_ids == (tuple(known) if start.sampling.has_penalties else ())
+            self.token_ids[start.request_id] = list(known)
+            self.num_known[start.request_id] = len(known)
             self.block_tables[start.request_id] = list(start.block_table)
         for append in plan.appends:
             self.block_tables[append.request_id].append(append.block_id)
@@ -83,17 +93,25 @@ class ContextExecutor:
         misled = {name for name, table in self.block_tables.items() if not set(table).isdisjoint(failed)}
         for segment in plan.segments:
             known = self.token_ids[segment.request_id]
-            assert list(segment.token_ids) == known[segment.start : segment.context_len]
+            if segment.start >= self.num_known[segment.request_id]:
+                assert (segment.token_ids, segment.context_len) == (None, len(known)), "told what was sampled here"
+            else:
+                assert segment.token_ids is not None, "not sampled here"
+                assert list(segment.token_ids) == known[segment.start : segment.context_len]
             for position in range(segment.start, segment.context_len):
                 self._set(
                     segment.request_id, position, () if segment.request_id in misled else tuple(known[: position + 1])
                 )
-        samples = [self._sample(segment, segment.request_id in misled) for segment in plan.segments]
+        token_ids = [self._sample(segment, segment.request_id in misled) for segment in plan.segments]
         if not plan.step_id % 2:
             self._swap_out(plan.swap_outs)
-        return StepResult(plan.step_id, tuple(sample for sample in samples if sample is not None), tuple(failed))
+        return StepResult(
+            plan.step_id,
+            tuple(token_id for token_id in token_ids if token_id is not None),
+            failed_swap_ins=tuple(failed),
+        )
 
-    def _sample(self, segment: QuerySegment, is_misled: bool) -> SampledToken | None:
+    def _sample(self, segment: QuerySegment, is_misled: bool) -> int | None:
         known = self.token_ids[segment.request_id]
         if not is_misled:
             for position in range(segment.context_len):
@@ -102,7 +120,7 @@ class ContextExecutor:
             return None
         assert segment.context_len == len(known)
         known.append(0 if is_misled else next_token(tuple(known)))
-        return SampledToken(segment.request_id, known[-1])
+        return known[-1]
 
     def _swap_out(self, copies: tuple[BlockCopy, ...]) -> None:
         for copy in copies:
@@ -127,11 +145,18 @@ class ContextExecutor:
 
 
 class CoreDriver:
-    """Steps a core with a ContextExecutor; the clock is the number of the step."""
+    """Steps a core with a ContextExecutor; the clock is the number of the step. plans_ahead: drafts the next step while one
+    is being executed, in odd steps before an abort in flight, in even ones after it."""
 
     def __init__(self, config: CoreConfig) -> None:
+        self.plans_ahead = True
         self.core = EngineCore(config)
-        self.executor = ContextExecutor(config.num_gpu_blocks, config.chunk_size, config.num_cpu_blocks)
+        self.executor = ContextExecutor(
+            config.num_gpu_blocks,
+            config.chunk_size,
+            config.num_cpu_blocks,
+            lambda request_id: self.core._requests[request_id].token_ids,
+        )
         self.now = 0.0
         self.plans: list[StepPlan] = []
         self.requests: dict[str, Request] = {}
@@ -148,10 +173,13 @@ class CoreDriver:
     ) -> Request:
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         request = Request(request_id, prompt, sampling, conversation_id=conversation_id, **options)  # type: ignore[arg-type]
-        self.core.add_request(request, self.now)
-        self.requests[request_id] = request
-        self.tokens[request_id] = ()
+        self.add_request(request)
         return request
+
+    def add_request(self, request: Request) -> None:
+        self.core.add_request(request, self.now)
+        self.requests[request.request_id] = request
+        self.tokens[request.request_id] = ()
 
     def step(self, abort_in_flight: str | None = None) -> StepPlan | None:
         """One step; None where there was nothing to do. A failing executor is answered by `fail_step`. `abort_in_flight` is
@@ -161,9 +189,18 @@ class CoreDriver:
         if plan is None:
             return None
         self.plans.append(plan)
+        if self.plans_ahead and plan.step_id % 2:
+            self.core.plan_ahead(plan)
         if abort_in_flight is not None:
             self.core.abort(abort_in_flight, self.now)
             self.core.check_integrity()
+        if self.plans_ahead and not plan.step_id % 2:
+            self.core.plan_ahead(plan)
+        self.execute(plan)
+        return plan
+
+    def execute(self, plan: StepPlan) -> None:
+        """From a plan to what came of it."""
         try:
             result = self.executor.execute(plan)
         except (RuntimeError, ComputationFailedError) as error:
@@ -171,14 +208,18 @@ class CoreDriver:
             self.failed = self.core.fail_step(plan, self.now, are_copies_made=are_copies_made)
         else:
             for output in self.core.update(plan, result, self.now):
-                self.tokens[output.request_id] += tuple(sample.token_id for sample in output.samples)
+                self.tokens[output.request_id] += (output.token_id,)
+                assert len(self.tokens[output.request_id]) == output.num_output_tokens
                 if output.finish_reason is not None:
                     self.finished[output.request_id] = output
         self.core.check_integrity()
-        return plan
 
     def run(self) -> None:
         while self.core.has_requests:
+            assert self.step() is not None
+
+    def run_steps(self, num_steps: int) -> None:
+        for _ in range(num_steps):
             assert self.step() is not None
 
     def settle(self) -> list[StepPlan]:

@@ -5,17 +5,17 @@ import pickle
 
 import pytest
 
-from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, SampledToken, StepPlan, StepResult
+from engine.core.plan import BlockAppend, BlockCopy, Logprobs, QuerySegment, RequestStart, StepPlan, StepResult
 from engine.core.request import SamplingParams
 
 
 def make_plan(num_decodes: int = 0) -> StepPlan:
     sampling = SamplingParams(temperature=0.5, stop=("\n",), stop_token_ids=(7,))
-    decodes = tuple(QuerySegment(f"d{i}", 1000 + i, (i,), True) for i in range(num_decodes))
+    decodes = tuple(QuerySegment(f"d{i}", 1000 + i, None, True) for i in range(num_decodes))
     return StepPlan(
         step_id=3,
         segments=(QuerySegment("r1", 0, (5, 6, 7, 8)), QuerySegment("r1", 8, (1, 2), True), *decodes),
-        starts=(RequestStart("r1", (5, 6, 7, 8, 1, 1, 1, 1, 1, 2), 10, sampling, (7,), (7, 3, 5)),),
+        starts=(RequestStart("r1", 10, 10, sampling, (7,), (7, 3, 5), (5, 6, 7, 8, 1, 1, 1, 1, 1, 2)),),
         appends=(BlockAppend("r0", 2),),
         ended=("r9",),
         gpu_copies=(BlockCopy(1, 5),),
@@ -41,7 +41,7 @@ def test_a_plan_survives_pickling_and_compares_by_value():
 
 
 def test_a_result_survives_pickling():
-    result = StepResult(3, (SampledToken("r1", 4, -0.5, ((4, -0.5), (9, -1.0))),))
+    result = StepResult(3, (4, 7), (Logprobs(-0.5, ((4, -0.5), (9, -1.0))), None), failed_swap_ins=(2,))
     assert pickle.loads(pickle.dumps(result)) == result
     assert plain(result)
 
@@ -52,7 +52,7 @@ def test_a_plan_cannot_be_changed():
 
 
 def test_a_decode_adds_few_bytes_to_a_plan():
-    """A step is told as a difference: a decode with 30 blocks behind it sends its token, not its block table."""
+    """A step is told as a difference: a decode with 30 blocks behind it sends no token and no block table."""
     per_decode = (len(pickle.dumps(make_plan(264))) - len(pickle.dumps(make_plan(64)))) / 200
     assert per_decode < 40
 

@@ -19,7 +19,7 @@ def segments(plan: StepPlan) -> list[tuple[str, int, int]]:
 
 def start(request_id: str, prompt, max_tokens: int, block_table: tuple[int, ...]) -> RequestStart:
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    return RequestStart(request_id, tuple(prompt), len(prompt), sampling, (), block_table)
+    return RequestStart(request_id, len(prompt), len(prompt), sampling, (), block_table)
 
 
 # -- the plan of a step ------------------------------------------------------------------------------------------------
@@ -31,17 +31,25 @@ def test_plans_of_one_request_literally(make_core, answer):
     prompt = tuple(range(1, 11))
     driver.add("a", prompt, max_tokens=4)
     driver.run()
-    t = answer(prompt, 4)
     assert driver.plans == [
         StepPlan(1, (QuerySegment("a", 0, prompt[:8]),), starts=(start("a", prompt, 4, (0, 1, 2)),)),
         StepPlan(2, (QuerySegment("a", 8, prompt[8:], True),)),
-        StepPlan(3, (QuerySegment("a", 10, t[:1], True),)),
-        StepPlan(4, (QuerySegment("a", 11, t[1:2], True),)),
-        StepPlan(5, (QuerySegment("a", 12, t[2:3], True),), appends=(BlockAppend("a", 3),)),
+        StepPlan(3, (QuerySegment("a", 10, None, True),)),
+        StepPlan(4, (QuerySegment("a", 11, None, True),)),
+        StepPlan(5, (QuerySegment("a", 12, None, True),), appends=(BlockAppend("a", 3),)),
     ]
-    assert driver.tokens["a"] == t
+    assert driver.tokens["a"] == answer(prompt, 4)
     assert driver.reason("a") is FinishReason.LENGTH
     assert driver.core.schedule(99.0) is None
+
+
+def test_only_who_is_penalised_for_its_tokens_tells_them_all_at_its_start(make_core):
+    driver = make_core(8)
+    for name, options in [("plain", {}), ("penalised", {"frequency_penalty": 0.5})]:
+        sampling = SamplingParams(temperature=0.0, max_tokens=2, **options)
+        driver.add_request(Request(name, range(3), sampling))
+    plan = driver.step()
+    assert [(start.num_tokens, start.token_ids) for start in plan.starts] == [(3, ()), (3, (0, 1, 2))]
 
 
 def test_the_next_plan_tells_who_ended(make_core):
@@ -161,7 +169,8 @@ def test_the_newest_is_suspended_and_resumes_without_computing_what_is_still_the
     # b's chunk 0 was in the block that "a" took, its chunk 1 stayed; 9 tokens are 3 chunks.
     assert segments(plan) == [("b", 0, 4), ("b", 8, 1)]
     assert plan.starts[0].block_table[1] == 3
-    assert plan.starts[0].token_ids == b + answer(b, 2)
+    assert [segment.token_ids for segment in plan.segments] == [b[:4], answer(b, 2)[1:]]
+    assert (plan.starts[0].num_tokens, plan.starts[0].token_ids) == (9, ())
     assert plan.starts[0].num_prompt_tokens == 7
     driver.run()
     assert driver.tokens["b"] == answer(b, 4)
@@ -405,7 +414,7 @@ def test_a_suspended_request_swaps_out_and_resumes_without_computing_again(make_
     driver.step()
     assert driver.step() == StepPlan(
         3,
-        (QuerySegment("a", 8, answer(a, 2)[1:], True),),
+        (QuerySegment("a", 8, None, True),),
         appends=(BlockAppend("a", 2),),
         ended=("b",),
         evictions=moves((2, 0)),
@@ -414,7 +423,7 @@ def test_a_suspended_request_swaps_out_and_resumes_without_computing_again(make_
     assert driver.step() == StepPlan(
         4,
         (QuerySegment("b", 8, context[8:], True),),
-        starts=(RequestStart("b", context, 7, SamplingParams(temperature=0.0, max_tokens=4), (), (0, 3, 1)),),
+        starts=(RequestStart("b", 9, 7, SamplingParams(temperature=0.0, max_tokens=4), (), (0, 3, 1)),),
         ended=("a",),
         evictions=moves((0, 1), (1, 2)),
         swap_ins=moves((0, 0)),

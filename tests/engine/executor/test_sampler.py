@@ -25,14 +25,14 @@ def make_logits(rows: int, seed: int = 0, vocabulary: int = VOCABULARY) -> torch
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2.5
 
 
-def state(token_ids=(1, 2, 3), num_prompt=None, stop=(), name="r", **params) -> SamplingState:
+def state(token_ids=(1, 2, 3), num_prompt=None, stop=(), **params) -> SamplingState:
     params = {"temperature": 1.0, "seed": 0, **params}
     num_prompt = len(token_ids) if num_prompt is None else num_prompt
-    return SamplingState(name, SamplingParams(**params), token_ids, num_prompt, stop)
+    return SamplingState(SamplingParams(**params), len(token_ids), num_prompt, stop, token_ids)
 
 
 def chosen(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
-    return [token.token_id for token in sample(logits, states)]
+    return list(sample(logits, states)[0])
 
 
 def distribution(logits: torch.Tensor, sampling_state: SamplingState, monkeypatch) -> torch.Tensor:
@@ -151,7 +151,7 @@ def test_the_callers_logits_are_left_alone():
 
 
 def test_no_request_no_token():
-    assert sample(torch.empty(0, VOCABULARY), []) == []
+    assert sample(torch.empty(0, VOCABULARY), []) == ((), ())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -324,23 +324,24 @@ def test_logprobs_are_the_models_own():
     logits = make_logits(4)
     expected = logits.log_softmax(-1)
     states = [
-        state(seed=0, temperature=5.0, logprobs=2, name="a"),
-        state(seed=1, name="b"),
-        state(seed=2, temperature=0.0, logprobs=0, repetition_penalty=1.9, name="c"),
-        state(seed=3, temperature=0.0, logprobs=20, top_k=1, name="d"),
+        state(seed=0, temperature=5.0, logprobs=2),
+        state(seed=1),
+        state(seed=2, temperature=0.0, logprobs=0, repetition_penalty=1.9),
+        state(seed=3, temperature=0.0, logprobs=20, top_k=1),
     ]
-    samples = sample(logits, states)
-    assert [token.request_id for token in samples] == list("abcd")
-    assert [len(token.top_logprobs) for token in samples] == [2, 0, 0, 20]
-    assert samples[1].logprob is None
+    token_ids, logprobs = sample(logits, states)
+    assert [None if each is None else len(each.top) for each in logprobs] == [2, None, 0, 20]
     for row in (0, 2, 3):
-        token = samples[row]
-        assert token.logprob == pytest.approx(expected[row, token.token_id].item(), abs=1e-5)
-        best = expected[row].topk(len(token.top_logprobs))
-        assert [i for i, _ in token.top_logprobs] == best.indices.tolist()
-        assert [value for _, value in token.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-5)
+        assert logprobs[row].chosen == pytest.approx(expected[row, token_ids[row]].item(), abs=1e-5)
+        best = expected[row].topk(len(logprobs[row].top))
+        assert [i for i, _ in logprobs[row].top] == best.indices.tolist()
+        assert [value for _, value in logprobs[row].top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_where_nobody_wants_logprobs_there_are_none():
+    assert sample(make_logits(2), [state(), state(temperature=0.0)])[1] == ()
 
 
 def test_more_logprobs_than_tokens_give_all_of_them():
-    token = sample(torch.tensor([[1.0, 3.0, 2.0]]), [state(temperature=0.0, logprobs=20)])[0]
-    assert [i for i, _ in token.top_logprobs] == [1, 2, 0]
+    _, (logprobs,) = sample(torch.tensor([[1.0, 3.0, 2.0]]), [state(temperature=0.0, logprobs=20)])
+    assert [i for i, _ in logprobs.top] == [1, 2, 0]

@@ -1,0 +1,299 @@
+"""A plan that was drafted while the step before it ran is the plan that would have been made after it."""
+
+import io
+import pickle
+import random
+from dataclasses import dataclass, field
+from types import FunctionType
+
+import pytest
+
+from engine.core.cost_model import CostModel
+from engine.core.engine_core import EngineCore
+from engine.core.plan import BlockAppend, QuerySegment, StepPlan
+from engine.core.request import FinishReason, Request, SamplingParams
+
+
+def drafts(driver) -> tuple[int, int]:
+    """How many were used, and how many discarded."""
+    return driver.core.stats.num_used_drafts, driver.core.stats.num_discarded_drafts
+
+
+def decode(request_id: str, start: int) -> QuerySegment:
+    return QuerySegment(request_id, start, None, True)
+
+
+# -- what is foreseen, and what is not ---------------------------------------------------------------------------------
+
+
+def test_decodes_and_the_rest_of_a_prompt_are_foreseen(make_core):
+    """ "a" decodes, and "b" takes what its token leaves of the budget; "a" needs a third block at its ninth token."""
+    driver = make_core(16, max_num_batched_tokens=4)
+    b = tuple(range(50, 60))
+    driver.add("a", range(3), max_tokens=20)
+    driver.add("b", b, max_tokens=20)
+    driver.run_steps(6)
+    assert [plan.segments for plan in driver.plans] == [
+        (QuerySegment("a", 0, (0, 1, 2), True), QuerySegment("b", 0, b[:1])),
+        (decode("a", 3), QuerySegment("b", 1, b[1:4])),
+        (decode("a", 4), QuerySegment("b", 4, b[4:7])),
+        (decode("a", 5), QuerySegment("b", 7, b[7:10], True)),
+        (decode("a", 6), decode("b", 10)),
+        (decode("a", 7), decode("b", 11)),
+    ]
+    assert driver.step().appends == (BlockAppend("a", 5), BlockAppend("b", 6))
+    assert drafts(driver) == (6, 0)
+
+
+def test_holes_are_foreseen_too(make_core):
+    driver = make_core(4, max_num_batched_tokens=3, max_num_seqs=1)
+    first = tuple(range(11))
+    driver.add("turn 1", first, max_tokens=1, conversation_id="a")
+    driver.run()
+    driver.add("other", range(50, 55), max_tokens=1)
+    driver.run()
+    driver.add("turn 2", (*first, *driver.tokens["turn 1"], 70), max_tokens=1, conversation_id="a")
+    used, _ = drafts(driver)
+    assert [(s.start, s.query_len) for s in driver.step().segments] == [(0, 3)]
+    assert [(s.start, s.query_len) for s in driver.step().segments] == [(3, 1), (11, 2)]
+    assert drafts(driver) == (used + 1, 0)
+
+
+def test_who_reaches_its_length_is_left_out(make_core):
+    driver = make_core(8)
+    driver.add("a", range(3), max_tokens=2)
+    driver.add("b", range(50, 53), max_tokens=4)
+    driver.add("c", range(80, 83), max_tokens=1)
+    driver.run()
+    assert [plan.segments for plan in driver.plans[1:]] == [
+        (decode("a", 3), decode("b", 3)),
+        (decode("b", 4),),
+        (decode("b", 5),),
+    ]
+    assert drafts(driver) == (3, 0)
+
+
+def test_a_stop_token_is_not_foreseen(make_core, answer):
+    prompt = tuple(range(5))
+    stop = answer(prompt, 2)[1]
+    driver = make_core(8)
+    driver.add("a", prompt, max_tokens=9, eos_token_ids=(stop,))
+    driver.add("b", range(50, 53), max_tokens=4)
+    driver.run()
+    assert driver.reason("a") is FinishReason.STOP
+    assert [plan.segments for plan in driver.plans[1:]] == [
+        (decode("a", 5), decode("b", 3)),
+        (decode("b", 4),),
+        (decode("b", 5),),
+    ]
+    assert drafts(driver) == (2, 1)
+
+
+def test_a_stop_string_is_not_foreseen(make_core):
+    driver = make_core(8)
+    driver.add("a", range(5), max_tokens=9)
+    driver.add("b", range(50, 53), max_tokens=3)
+    driver.step()
+    driver.core.stop("a", driver.now)
+    assert driver.step().segments == (decode("b", 3),)
+    assert drafts(driver) == (0, 1)
+
+
+@pytest.mark.parametrize("moment", ["before the draft", "after the draft", "after the step"])
+def test_an_abort_is_not_foreseen(make_core, moment):
+    driver = make_core(8)
+    driver.add("a", range(5), max_tokens=9)
+    driver.add("b", range(50, 53), max_tokens=3)
+    plan = driver.core.schedule(1.0)
+    if moment == "before the draft":
+        driver.core.abort("a", 1.0)
+    driver.core.plan_ahead(plan)
+    if moment == "after the draft":
+        driver.core.abort("a", 1.0)
+    driver.execute(plan)
+    if moment == "after the step":
+        driver.core.abort("a", 1.0)
+    assert driver.step().segments == (decode("b", 3),)
+    assert drafts(driver) == (0, 1)
+
+
+def test_an_arrival_during_the_step_is_admitted_in_the_next_one(make_core):
+    driver = make_core(8, max_num_batched_tokens=4)
+    driver.add("a", range(3), max_tokens=9)
+    plan = driver.core.schedule(1.0)
+    driver.core.plan_ahead(plan)
+    driver.add("b", range(50, 58), max_tokens=9)
+    driver.execute(plan)
+    assert driver.step().segments == (decode("a", 3), QuerySegment("b", 0, (50, 51, 52)))
+    assert drafts(driver) == (1, 0)
+
+
+def test_a_failed_step_is_not_foreseen(make_core):
+    driver = make_core(8)
+    driver.add("a", range(5), max_tokens=9)
+    driver.step()
+    driver.executor.fails = True
+    driver.add("b", range(50, 53), max_tokens=3)
+    driver.step()
+    driver.executor.fails = False
+    assert driver.failed == ["a", "b"]
+    driver.add("c", range(80, 83), max_tokens=1)
+    assert driver.step().segments == (QuerySegment("c", 0, (80, 81, 82), True),)
+    assert drafts(driver) == (1, 1)
+
+
+def test_a_corrupted_swap_in_is_not_foreseen(make_core, answer):
+    driver = make_core(4, num_cpu_blocks=8, swap_out_watermark=0.0)
+    prompt = tuple(range(11))
+    driver.add("turn 1", prompt, 1, "a")
+    driver.run()
+    driver.add("other", range(50, 65), 1, "b")
+    driver.run()
+    driver.executor.corrupted = {1}
+    driver.add("turn 2", (*prompt, 70), 2, "a")
+    assert len(driver.step().swap_ins) == 3
+    plan = driver.step()
+    assert [start.request_id for start in plan.starts] == ["turn 2"]
+    assert drafts(driver)[1] == 1
+    driver.run()
+    assert driver.tokens["turn 2"] == answer((*prompt, 70), 2)
+
+
+def test_a_suspension_is_not_foreseen_and_who_has_its_block_already_keeps_it(make_core):
+    """4 blocks, 3 taken: at the fifth token "a" gets the last one, "b" none, so "c" gives up its own."""
+    driver = make_core(4)
+    for name, first in [("a", 0), ("b", 20), ("c", 40)]:
+        driver.add(name, range(first, first + 3), max_tokens=9)
+    driver.run_steps(2)
+    plan = driver.step()
+    assert plan.segments == (decode("a", 4), decode("b", 4))
+    assert plan.appends == (BlockAppend("a", 3), BlockAppend("b", 2))
+    assert plan.ended == ("c",)
+    assert drafts(driver) == (1, 1)
+
+
+# -- whatever the load -------------------------------------------------------------------------------------------------
+
+
+class CorePickler(pickle.Pickler):
+    def reducer_override(self, value: object) -> object:
+        """The eviction policies hold functions."""
+        return (str, (value.__qualname__,)) if isinstance(value, FunctionType) else NotImplemented
+
+
+def pickled_without_draft(core: EngineCore) -> bytes:
+    core._scheduler._ahead = None
+    stream = io.BytesIO()
+    CorePickler(stream).dump(core)
+    return stream.getvalue()
+
+
+@dataclass
+class Load:
+    """Arrivals, ends and faults at random; the same for the same seed as long as the plans and outputs are the same."""
+
+    driver: object
+    seed: int
+    num_requests: int = 60
+    prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    conversations: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> None:
+        rng, driver = random.Random(self.seed), self.driver
+        num_cpu_blocks = driver.core.config.num_cpu_blocks
+        window = driver.core.config.max_model_len
+        histories = dict.fromkeys("abcdef", tuple(rng.choices(range(9), k=6)))
+        num_arrived = 0
+        while num_arrived < self.num_requests or driver.core.has_requests:
+            idle = [c for c in histories if c not in self.conversations.values()]
+            while num_arrived < self.num_requests and idle and rng.random() < 0.4:
+                name, conversation = f"r{num_arrived}", idle.pop(rng.randrange(len(idle)))
+                history = histories[rng.choice(list(histories)) if rng.random() < 0.3 else conversation]
+                prompt = (*history, *rng.choices(range(9), k=rng.randint(1, 9)))
+                prompt = prompt if len(prompt) <= window - 12 else prompt[:6]
+                stop = rng.sample(range(100, 150), k=3)  # a step in seventeen gives one of these
+                options = {"frequency_penalty": 0.5} if rng.random() < 0.2 else {}
+                max_tokens = rng.choice([1, 2, 4, 12, None])
+                sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, **options)
+                request = Request(name, prompt, sampling, conversation_id=conversation, eos_token_ids=stop)
+                driver.add_request(request)
+                self.prompts[name], self.conversations[name] = prompt, conversation
+                num_arrived += 1
+            driver.executor.fails = rng.random() < 0.02
+            driver.executor.computation_fails = rng.random() < 0.02
+            if num_cpu_blocks and rng.random() < 0.05:
+                driver.executor.corrupted.add(rng.randrange(num_cpu_blocks))
+            running = list(self.conversations)
+            driver.step(rng.choice(running) if running and rng.random() < 0.05 else None)
+            for name in running:
+                if rng.random() < 0.01:
+                    driver.core.stop(name, driver.now, num_kept_output_tokens=1)
+                elif rng.random() < 0.01:
+                    driver.core.abort(name, driver.now)
+                if name not in driver.core._requests:
+                    histories[self.conversations.pop(name)] = self.prompts[name] + driver.tokens[name]
+        driver.settle()
+
+
+@pytest.mark.parametrize("num_cpu_blocks", [0, 4, 20])
+@pytest.mark.parametrize("seed", range(12))
+def test_under_any_load_the_plans_are_the_same_with_drafts_and_without(make_core, seed, num_cpu_blocks):
+    rng = random.Random(seed)
+    num_blocks = rng.randint(7, 12)
+    options = {
+        "max_num_batched_tokens": rng.choice([2, 4, 7, 64]),
+        "max_num_seqs": rng.choice([3, 6]),
+        "decode_reserve": rng.choice([0.0, 0.2]),
+        "num_cpu_blocks": num_cpu_blocks,
+        "swap_out_watermark": rng.choice([0.0, 0.25, 0.8]),
+        "max_swap_outs": rng.choice([1, 4, 16]),
+        "write_through": rng.random() < 0.3,
+        "cost_model": CostModel(1.0, 0.25, 4, swap_in_cost=rng.choice([0.0, 0.0, 1.0])),
+        "keep": rng.random() < 0.9,
+    }
+    ahead, behind = make_core(num_blocks, **options), make_core(num_blocks, **options)
+    behind.plans_ahead = False
+    for driver in (ahead, behind):
+        Load(driver, seed).run()
+    assert ahead.plans == behind.plans
+    assert ahead.tokens == behind.tokens
+    assert ahead.finished == behind.finished
+    stats, others = ahead.core.stats.as_dict(), behind.core.stats.as_dict()
+    used, discarded = stats.pop("num_used_drafts"), stats.pop("num_discarded_drafts")
+    assert (others.pop("num_used_drafts"), others.pop("num_discarded_drafts")) == (0, 0)
+    assert stats == others
+    assert used > 30
+    assert discarded > 10
+
+
+def test_the_loads_above_have_everything_in_them(make_core):
+    """Guards the test above: evictions in both tiers, suspensions, stops, aborts, failures, corrupted blocks."""
+    driver = make_core(8, max_num_seqs=6, num_cpu_blocks=8, max_num_batched_tokens=7)
+    Load(driver, seed=1, num_requests=200).run()
+    stats = driver.core.stats
+    assert min(stats.num_suspensions, stats.num_aborted, stats.num_failed, stats.num_corrupted_swaps) > 0
+    assert min(stats.num_swap_ins, stats.num_gpu_copies) > 0
+    assert all(stats.evictions[reason] for reason in ("gpu_reclaimed", "gpu_swapped_out", "cpu_dropped"))
+    reasons = [output.finish_reason for output in driver.finished.values()]
+    assert {FinishReason.STOP, FinishReason.LENGTH} == set(reasons)
+
+
+def test_drafting_changes_nothing(make_core, monkeypatch):
+    """Not one bit of the core but the draft itself, at any moment of a load."""
+    driver = make_core(8, max_num_seqs=6, num_cpu_blocks=8, max_num_batched_tokens=7)
+    num_drafts = 0
+    plan_ahead = EngineCore.plan_ahead
+
+    def checked(core: EngineCore, plan: StepPlan) -> None:
+        nonlocal num_drafts
+        before = pickled_without_draft(core)
+        plan_ahead(core, plan)
+        core.check_integrity()
+        num_drafts += core._scheduler._ahead is not None
+        assert pickled_without_draft(core) == before
+        plan_ahead(core, plan)
+
+    monkeypatch.setattr(EngineCore, "plan_ahead", checked)
+    Load(driver, seed=1).run()
+    assert num_drafts > 50
+    assert drafts(driver)[0] > 30
