@@ -40,7 +40,7 @@ from engine.executor.local import LocalExecutor
 from engine.executor.packed_linear import PackedLinear
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from model import VOCAB_SIZE, save_model  # noqa: E402  (beside the runners of the peer comparison)
+from model import VOCAB_SIZE, save_model
 
 PARTS = ("matrix multiplications", "attention", "rest of the model", "sampling", "rest of the executor", "scheduling")
 NUM_STEPS = 20

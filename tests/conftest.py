@@ -100,6 +100,7 @@ class Driver:
         self.executor = executor
         self.core = EngineCore(core_config)
         self.now = 0.0
+        self.plans_ahead = True
         self.plans: list = []
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.cached: dict[str, int] = {}
@@ -124,7 +125,8 @@ class Driver:
         plan = self.core.schedule(self.now)
         if plan is None:
             return []
-        self.core.plan_ahead(plan)
+        if self.plans_ahead:
+            self.core.plan_ahead(plan)
         if abort_in_flight is not None:
             self.core.abort(abort_in_flight, self.now)
         self.plans.append(plan)
