@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.core.cache_manager import CacheManager
 from engine.core.cost_model import CostModel
@@ -43,10 +43,9 @@ class CoreConfig:
     cost_model: CostModel = field(default_factory=CostModel)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """What one step gave to one request: its next token. The counts are as of then. finish_reason None: more follows;
-    `stats` come with the end."""
+    `stats` come with the end. (A tuple, as one is made per request and step while nothing else runs.)"""
 
     request_id: str
     token_id: int
