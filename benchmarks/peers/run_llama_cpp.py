@@ -70,12 +70,11 @@ async def serve(options: Options, server: Path, details: dict[str, Any]) -> Asyn
             process.terminate()
             process.wait()
             log.seek(0)
-            print(text := log.read().decode(errors="replace"), file=sys.stderr)
+            print(log.read().decode(errors="replace"), file=sys.stderr)
         package = (server.parents[2] / "PKG-INFO").read_text().splitlines()  # what setup.sh unpacked
         details.update(
             source=[line for line in package if line.startswith(("Name:", "Version:"))],
             options=" ".join(tuning),
-            system_info=[line for line in text.splitlines() if "system_info" in line],
         )
 
 
