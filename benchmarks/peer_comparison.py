@@ -43,6 +43,7 @@ WORKLOADS = {
     "pressure": Workload("pressure", num_sessions=16, num_active=4),
     # To see that all runs.
     "tiny": Workload("tiny", num_sessions=2, num_active=2, num_turns=2),
+    "tiny_pressure": Workload("tiny_pressure", num_sessions=6, num_active=2, num_turns=3, prompt_len=96, output_len=16),
 }
 
 
@@ -98,7 +99,7 @@ def run_system(system: System, workload: Workload, arguments: argparse.Namespace
     command = [str(system.python), str(PEERS / system.script), json.dumps(asdict(workload)), str(system.model)]
     command += [*system.arguments, "--dtype", arguments.dtype, "--num-threads", str(arguments.num_threads)]
     command += ["--max-num-batched-tokens", str(arguments.max_num_batched_tokens)]
-    if workload.name == "pressure":
+    if workload.name.endswith("pressure"):
         half = workload.working_set // 2
         command += ["--first-tier-tokens", str(half), "--second-tier-tokens", str(workload.working_set - half)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.num_threads), "HF_HUB_OFFLINE": "1"}

@@ -42,8 +42,8 @@ async def serve(options: Options, server: Path, details: dict[str, Any]) -> Asyn
         port = probe.getsockname()[1]
     batch, threads = str(options.max_num_batched_tokens), str(options.num_threads)
     command = [str(server), "-m", str(options.model / "model.gguf"), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["-np", str(workload.num_active), "-c", str(context_len), "--no-kv-unified", "-cram", str(cache_mib)]
-    command += ["-t", threads, "-tb", threads, "-b", batch, "-ub", batch, *KV_OPTIONS[options.dtype]]
+    tuning = ["-np", str(workload.num_active), "-c", str(context_len), "--no-kv-unified", "-cram", str(cache_mib)]
+    tuning += ["-t", threads, "-tb", threads, "-b", batch, "-ub", batch, *KV_OPTIONS[options.dtype]]
 
     async def generate(turn: Turn) -> AsyncIterator[Sequence[int]]:
         body = {
@@ -62,7 +62,7 @@ async def serve(options: Options, server: Path, details: dict[str, Any]) -> Asyn
 
     # A file, since a pipe that nobody reads fills up.
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen([*command, *tuning], stdout=log, stderr=log)
         try:
             await wait_until_up(process, port)
             yield generate
@@ -70,8 +70,12 @@ async def serve(options: Options, server: Path, details: dict[str, Any]) -> Asyn
             process.terminate()
             process.wait()
             log.seek(0)
-            print(text := log.read().decode(errors="replace"), file=sys.stderr)
-        details.update(command=command[1:], system_info=[line for line in text.splitlines() if "system_info" in line])
+            print(log.read().decode(errors="replace"), file=sys.stderr)
+        package = (server.parents[2] / "PKG-INFO").read_text().splitlines()  # what setup.sh unpacked
+        details.update(
+            source=[line for line in package if line.startswith(("Name:", "Version:"))],
+            options=" ".join(tuning),
+        )
 
 
 async def wait_until_up(process: subprocess.Popen, port: int) -> None:

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import importlib.metadata
 import json
+import signal
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,10 @@ def run(
             num_turns += 1
             print(json.dumps({"turn": num_turns}), flush=True)
 
+        # Whoever ends a runner wants the server that it started to end as well.
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         async with serving as generate:
             return await run_workload(options.workload, generate, report_turn)
 
