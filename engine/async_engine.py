@@ -72,6 +72,9 @@ class AsyncEngine:
         self._tokenizer = Tokenizer(location)
         self._executor: Executor = executor
         loaded = executor.loaded
+        self._is_overlapped = (
+            loaded.device.type != "cpu" if config.async_scheduling is None else config.async_scheduling
+        )
         self._vocab_size = loaded.vocab_size
         self._bytes_per_block = executor.bytes_per_block
         eos_token_id = self._tokenizer.eos_token_id
@@ -234,7 +237,7 @@ class AsyncEngine:
                     self._outputs.deliver()
                     if not self._is_stopping:  # a shutdown's wake-up call may have been taken already
                         self._run_commands(wait=True)
-                elif self.config.async_scheduling:
+                elif self._is_overlapped:
                     future = self._executor.submit(plan)
                     # Meanwhile the text of the step before, and the plan of the step after.
                     self._outputs.deliver()

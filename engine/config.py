@@ -39,7 +39,7 @@ class EngineConfig:
     given. attention_backend: "cpu" (the C++ kernel), "reference" (torch's operations), or "auto", the first of them that
     runs here. pack_weights: lay the weights of linear layers out for the CPU's matrix kernels and join those that share
     their input, where that works. async_scheduling: put the last step into text and plan the next one while a step runs; the
-    plans and the answers are the same.
+    plans and the answers are the same. None = on a GPU; where the model computes on the same cores, it costs.
     """
 
     model: str = "embedded"
@@ -65,7 +65,7 @@ class EngineConfig:
     num_threads: int | None = None
     attention_backend: str = "auto"
     pack_weights: bool = True
-    async_scheduling: bool = True
+    async_scheduling: bool | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -36,7 +36,7 @@ BOUNDS = [
     ("num_threads", [1, None], [0, -1, 1.0]),
     ("attention_backend", ["auto", "cpu", "reference"], ["triton", "", None]),
     ("pack_weights", [True, False], [0, 1, None, "yes"]),
-    ("async_scheduling", [True, False], [0, 1, None, "yes"]),
+    ("async_scheduling", [True, False, None], [0, 1, "yes"]),
 ]
 
 
