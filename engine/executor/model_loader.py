@@ -20,7 +20,7 @@ from engine.attention.metadata import LayerShape
 from engine.config import EngineConfig
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
-from engine.executor.packed_linear import can_pack, pack_linears
+from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +102,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     model.eval()
     probe = _check_attention(config.model, model, text_config, dtype)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    if (
-        config.pack_weights
-        and device.type == "cpu"
-        and can_pack(dtype)
-        and not _pack(config.model, model, text_config, dtype)
-    ):
+    packing = choose_packing(dtype) if config.pack_weights and device.type == "cpu" else None
+    if packing is not None and not _pack(config.model, model, text_config, dtype, packing):
         return load_model(replace(config, pack_weights=False))
     return LoadedModel(
         model=model,
@@ -188,19 +184,19 @@ def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
 
 
-def _pack(name: str, model: Any, text_config: Any, dtype: torch.dtype) -> bool:
+def _pack(name: str, model: Any, text_config: Any, dtype: torch.dtype, packing: type[PackedWeight]) -> bool:
     """Pack the model's linear layers. False where it does not compute the same any more, and is useless then."""
     expected = _probe(model, text_config, ShapeProbe())
-    num_packed = pack_linears(model, lambda: _probe(model, text_config, ShapeProbe()))
     try:
+        num_packed = pack_linears(model, lambda: _probe(model, text_config, ShapeProbe()), packing)
         error = _relative_error(_probe(model, text_config, ShapeProbe()), expected)
-    except (RuntimeError, AttributeError, TypeError) as failure:
+    except (RuntimeError, AttributeError, TypeError, ValueError) as failure:
         logger.warning("%s: not served with packed weights, its code cannot use them: %r", name, failure)
         return False
     if not error <= PROBE_TOLERANCE[dtype]:
         logger.warning("%s: not served with packed weights, its logits differ then by %.1e", name, error)
         return False
-    logger.info("%s: %d linear layers packed", name, num_packed)
+    logger.info("%s: %d linear layers packed (%s)", name, num_packed, packing.__name__)
     return True
 
 

@@ -1,15 +1,16 @@
-"""Linear layers for a CPU: weights laid out once for oneDNN's matrix kernels, and layers that get the same input joined to
-one multiplication (Q, K and V; gate and up). Knows no model family: which layers share their input is seen in a forward.
+"""Linear layers for a CPU: weights laid out once for its matrix kernels, and layers that get the same input joined to one
+multiplication (Q, K and V; gate and up). Knows no model family: which layers share their input is seen in a forward.
 
-torch packs a weight anew at every call; with few rows, as in decoding, that costs more than the multiplication. The packing
-operations are those that torch's own compiler uses, but private: where they are missing or fail, nothing is packed.
+torch packs a weight anew at every call; with few rows, as in decoding, that costs more than the multiplication. oneDNN's
+packing operations are those that torch's own compiler uses, but private, FBGEMM's those of its quantization: where they are
+missing or fail, nothing is packed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,54 +18,102 @@ from torch.utils.hooks import RemovableHandle
 
 logger = logging.getLogger(__name__)
 
-# Rows that the layout is chosen for. One layout serves all steps; this one was best or near it from 1 to 512.
+# Rows that oneDNN's layout is chosen for. One layout serves all steps; this one was best or near it from 1 to 512.
 NUM_ROWS_HINT = 64
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this torch on this processor multiplies packed weights of that dtype."""
-    if not torch.backends.mkldnn.is_available():
-        return False
+class PackedWeight(Protocol):
+    """A weight [out_features, in_features] and a bias in a kernel's own layout."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None: ...
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features], in the dtype of x."""
+        ...
+
+    def unpack(self) -> torch.Tensor:
+        """The weight, a copy in float32 or its own dtype."""
+        ...
+
+
+class OneDnnWeight:
+    """Computes in the dtype of the weight: float32, and bfloat16 where the processor has instructions for it."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, NUM_ROWS_HINT)
+        self._bias = bias
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return out
+
+    def unpack(self) -> torch.Tensor:
+        dense: torch.Tensor = self._packed.to_dense()
+        return dense
+
+
+class FbgemmWeight:
+    """For half-precision weights where the processor cannot compute in them: kept as float16, multiplied in float32. Every
+    bfloat16 between 2**-14 and 65504 is a float16 too; smaller ones lose bits that never matter beside the others."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        if weight.abs().max() > torch.finfo(torch.float16).max:
+            raise ValueError("a weight is beyond the range of float16")
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._packed)
+        return out.to(x.dtype)
+
+    def unpack(self) -> torch.Tensor:
+        dense: torch.Tensor = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
+        return dense
+
+
+def choose_packing(dtype: torch.dtype) -> type[PackedWeight] | None:
+    """What packs weights of that dtype with this torch on this processor; None where nothing does."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    candidates: tuple[type[PackedWeight], ...] = (OneDnnWeight, FbgemmWeight) if half else (OneDnnWeight,)
     weight = torch.ones(16, 16, dtype=dtype)
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, NUM_ROWS_HINT)
-        product = torch.ops.mkldnn._linear_pointwise(weight[None], packed, None, "none", [], "")
-        return bool(torch.equal(product[0], torch.full_like(weight, 16)) and torch.equal(packed.to_dense(), weight))
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
-        logger.debug("weights of %s cannot be packed: %s", dtype, error)
-        return False
+    for packing in candidates:
+        try:
+            packed = packing(weight, None)
+            product = packed.multiply(weight[None])
+            if (
+                product.dtype == dtype
+                and torch.equal(product[0], 16 * weight)
+                and torch.equal(packed.unpack(), weight.float())
+            ):
+                return packing
+        except (RuntimeError, AttributeError, NotImplementedError) as error:
+            logger.debug("%s does not pack %s: %s", packing.__name__, dtype, error)
+    return None
 
 
 class PackedLinear(nn.Module):
-    """One or several linear layers on the same input, as one multiplication. weights: [out_features of each, in_features]."""
+    """One or several linear layers on the same input, as one multiplication. weight: [out_features of all, in_features]."""
 
-    def __init__(self, layers: list[nn.Linear]) -> None:
+    def __init__(self, layers: list[nn.Linear], packing: type[PackedWeight]) -> None:
         super().__init__()
         self.in_features = layers[0].in_features
         self.sizes = [layer.out_features for layer in layers]
-        self.num_parameters = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
-        weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), NUM_ROWS_HINT)
-        self._bias: torch.Tensor | None = None
+        self.dtype = layers[0].weight.dtype
+        self.bias: torch.Tensor | None = None
         if any(layer.bias is not None for layer in layers):
             biases = [
                 layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers
             ]
-            self._bias = torch.cat(biases).detach()
+            self.bias = torch.cat(biases).detach()
+        weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
+        self._packed = packing(weight.detach().contiguous(), self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        return out
+        return self._packed.multiply(x)
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out_features, in_features], unpacked; a copy, for whoever looks at its dtype or values."""
-        dense: torch.Tensor = self._packed.to_dense()
-        return dense
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return self._bias
+        """Unpacked; a copy, for whoever looks at its dtype or values."""
+        return self._packed.unpack().to(self.dtype)
 
 
 class _JoinedInput:
@@ -111,7 +160,7 @@ class JoinedLinear(nn.Module):
         return None if bias is None else bias.split(self._joined.linear.sizes)[self._index]
 
 
-def pack_linears(model: nn.Module, forward: Callable[[], Any]) -> int:
+def pack_linears(model: nn.Module, forward: Callable[[], Any], packing: type[PackedWeight]) -> int:
     """Replace the linear layers of `model`, one group after the other, so that at no time more than one group is there twice.
     forward: runs the model on a few tokens, in the order that every step repeats. Returns the number of layers packed;
     those that the forward did not call stay as they are.
@@ -123,9 +172,9 @@ def pack_linears(model: nn.Module, forward: Callable[[], Any]) -> int:
     num_packed = 0
     for group in groups:
         if len(group) == 1:
-            replacements: list[nn.Module] = [PackedLinear(group)]
+            replacements: list[nn.Module] = [PackedLinear(group, packing)]
         else:
-            joined = _JoinedInput(PackedLinear(group))
+            joined = _JoinedInput(PackedLinear(group, packing))
             replacements = [JoinedLinear(joined, index) for index in range(len(group))]
         for layer, replacement in zip(group, replacements, strict=True):
             parent, name = places.pop(layer)

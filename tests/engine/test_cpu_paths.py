@@ -1,5 +1,5 @@
-"""Greedy fp32 output is the same by every path of the CPU executor: torch's attention or the C++ kernel, plain or packed weights,
-the next step drafted ahead or not."""
+"""Greedy fp32 output is the same by every path of the CPU executor: torch's attention or the C++ kernel, plain or packed
+weights, the next step drafted ahead or not."""
 
 from __future__ import annotations
 

@@ -12,9 +12,16 @@ from torch import nn
 from engine.config import EngineConfig
 from engine.executor import model_loader
 from engine.executor.model_loader import load_model
-from engine.executor.packed_linear import JoinedLinear, PackedLinear, can_pack, pack_linears
+from engine.executor.packed_linear import (
+    FbgemmWeight,
+    JoinedLinear,
+    OneDnnWeight,
+    PackedLinear,
+    choose_packing,
+    pack_linears,
+)
 
-pytestmark = pytest.mark.skipif(not can_pack(torch.float32), reason="this torch has no packed multiplication")
+pytestmark = pytest.mark.skipif(choose_packing(torch.float32) is None, reason="this torch has no packed multiplication")
 
 
 class Attention(nn.Module):
@@ -41,7 +48,7 @@ def test_layers_on_one_input_are_joined_and_compute_the_same(bias):
     x = torch.randn(5, 24)
     expected = model(x)
     weights = {name: getattr(model, name).weight.clone() for name in ("q", "k", "v", "out")}
-    assert pack_linears(model, lambda: model(x)) == 4
+    assert pack_linears(model, lambda: model(x), OneDnnWeight) == 4
     assert [type(getattr(model, name)) for name in ("q", "k", "v", "out", "unused")] == [
         *[JoinedLinear] * 3,
         PackedLinear,
@@ -62,7 +69,7 @@ def test_members_may_be_called_in_any_order_and_on_different_inputs():
     model = Attention()
     x, y = torch.randn(2, 3, 24)
     expected = {(name, which): getattr(model, name)(t) for name in "qkv" for which, t in (("x", x), ("y", y))}
-    pack_linears(model, lambda: model(x))
+    pack_linears(model, lambda: model(x), OneDnnWeight)
     for name, which in [("v", "x"), ("q", "x"), ("k", "y"), ("k", "x"), ("q", "x"), ("q", "y"), ("q", "y"), ("v", "y")]:
         actual = getattr(model, name)(x if which == "x" else y)
         torch.testing.assert_close(actual, expected[name, which])
@@ -73,7 +80,7 @@ def test_unpacked_weights_and_inputs_are_not_kept():
     model = Attention()
     x = torch.randn(5, 24)
     weights = [weakref.ref(getattr(model, name).weight) for name in ("q", "k", "v", "out")]
-    pack_linears(model, lambda: model(torch.randn(5, 24)))
+    pack_linears(model, lambda: model(torch.randn(5, 24)), OneDnnWeight)
     model(x)
     reference = weakref.ref(x)
     del x
@@ -94,7 +101,7 @@ def test_a_layer_that_is_called_twice_is_packed_alone():
 
     model, x = Twice(), torch.randn(3, 8)
     expected = model(x)
-    assert pack_linears(model, lambda: model(x)) == 2
+    assert pack_linears(model, lambda: model(x), OneDnnWeight) == 2
     assert isinstance(model.a, PackedLinear)
     assert isinstance(model.b, PackedLinear)
     torch.testing.assert_close(model(x), expected)
@@ -121,6 +128,37 @@ def test_a_model_that_packing_breaks_is_served_without_it(fault, tiny_model, mon
     loaded = load_model(EngineConfig(model=str(tiny_model("llama")), dtype="float32"))
     assert not any(isinstance(module, PackedLinear) for module in loaded.model.modules())
     assert "not served with packed weights" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_half_precision_is_multiplied_in_float32_where_the_processor_cannot(dtype):
+    torch.manual_seed(0)
+    model, exact = Attention(bias=True).to(dtype), Attention(bias=True)
+    exact.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    x = torch.randn(5, 24, dtype=dtype)
+    expected = exact(x.float())
+    weight = model.k.weight.clone()
+    pack_linears(model, lambda: model(x), FbgemmWeight)
+    out = model(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
+    assert torch.equal(model.k.weight, weight)
+    assert model.k.weight.dtype == dtype
+
+
+def test_a_weight_that_float16_cannot_hold_leaves_the_model_unpacked(tiny_model, monkeypatch, caplog):
+    with pytest.raises(ValueError, match="range of float16"):
+        FbgemmWeight(torch.full((4, 4), 1e6, dtype=torch.bfloat16), None)
+
+    def refuse(self, weight, bias):
+        raise ValueError("beyond the range")
+
+    monkeypatch.setattr(model_loader, "choose_packing", lambda dtype: FbgemmWeight)
+    monkeypatch.setattr(FbgemmWeight, "__init__", refuse)
+    loaded = load_model(EngineConfig(model=str(tiny_model("llama")), dtype="bfloat16"))
+    assert not any(isinstance(module, PackedLinear) for module in loaded.model.modules())
+    assert "beyond the range" in caplog.text
 
 
 def test_dtype_auto_is_bfloat16_where_the_processor_has_it(tiny_model, monkeypatch):
