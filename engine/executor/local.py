@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 # Options of glibc's mallopt(3); it takes no larger threshold for mmap than 32 MiB.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+OMP_PAUSE_SOFT = 1  # of omp.h
 DEFAULT_CPU_DEVICE_GIB = 1.0
 
 
@@ -54,6 +55,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(option, value)
 
 
+def end_openmp_team() -> None:
+    """End the OpenMP threads that loading has started for the calling thread. Steps run in another thread, with threads of its
+    own, and once there are more in all than cores, GNU's OpenMP puts each to sleep at every barrier. No effect elsewhere."""
+    try:
+        ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(OMP_PAUSE_SOFT)
+    except (OSError, AttributeError):
+        logger.debug("torch does not use GNU's OpenMP here")
+
+
 class LocalExecutor:
     """One model, one KV store. One step at a time, in whichever thread."""
 
@@ -80,6 +90,7 @@ class LocalExecutor:
         )
         if device.type == "cpu":
             keep_freed_memory()  # not before: what loading leaves free goes back
+            end_openmp_team()
         self._swapper = make_swapper(self.gpu_store, self.cpu_store, verify=config.verify_swaps)
         backend = choose_backend(config.attention_backend, device, self.loaded.dtype)
         self._runner = ModelRunner(self.loaded, self.gpu_store, self._swapper, backend)
