@@ -56,8 +56,8 @@ def keep_freed_memory() -> None:
 
 
 def end_openmp_team() -> None:
-    """End the OpenMP threads that loading has started for the calling thread. Steps run in another thread, with threads of its
-    own, and once there are more in all than cores, GNU's OpenMP puts each to sleep at every barrier. No effect elsewhere."""
+    """End the OpenMP threads that loading has started for the calling thread. Steps run in another thread, with threads of
+    its own, and once there are more in all than cores, GNU's OpenMP sleeps at every barrier. No effect elsewhere."""
     try:
         ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(OMP_PAUSE_SOFT)
     except (OSError, AttributeError):
