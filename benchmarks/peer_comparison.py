@@ -28,11 +28,11 @@ from typing import Any
 from machine import RESULTS, write_result
 from tqdm import tqdm
 
-PEERS = Path(__file__).parent / "peers"
-sys.path.insert(0, str(PEERS))
+sys.path.insert(0, str(Path(__file__).parent / "peers"))  # the runners import each other as scripts
+import model as peer_model
+from workload import Workload
 
-import model as peer_model  # noqa: E402  (beside the runners, which import each other as scripts)
-from workload import Workload  # noqa: E402
+PEERS = Path(__file__).parent / "peers"
 
 WORKLOADS = {
     # Every session active, everything fits.

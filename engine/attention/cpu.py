@@ -41,7 +41,10 @@ def load_kernel() -> str:
     for. Raises KernelBuildError where it cannot be built."""
     capability = torch.backends.cpu.get_cpu_capability()
     if not hasattr(torch.ops.pensieve, "paged_attention"):
-        torch.ops.load_library(str(_build(capability)))
+        try:
+            torch.ops.load_library(str(_build(capability)))
+        except OSError as error:  # a cache folder that cannot be written, a library that does not fit this machine
+            raise KernelBuildError(f"the attention kernel cannot be kept or loaded: {error}") from error
     return capability
 
 

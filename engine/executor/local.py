@@ -27,6 +27,7 @@ GIB = 1 << 30
 # Options of glibc's mallopt(3); it takes no larger threshold for mmap than 32 MiB.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 OMP_PAUSE_SOFT = 1  # of omp.h
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 DEFAULT_CPU_DEVICE_GIB = 1.0
 
 
@@ -36,9 +37,8 @@ def available_cores() -> int:
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.exists():
-        limit, period = quota.read_text().split()
+    if CPU_QUOTA.exists():
+        limit, period = CPU_QUOTA.read_text().split()
         if limit != "max":
             num_cores = min(num_cores, max(1, int(limit) // int(period)))
     return num_cores

@@ -82,7 +82,7 @@ def choose_packing(dtype: torch.dtype) -> type[PackedWeight] | None:
             if (
                 product.dtype == dtype
                 and torch.equal(product[0], 16 * weight)
-                and torch.equal(packed.unpack(), weight.float())
+                and torch.equal(packed.unpack().to(dtype), weight)
             ):
                 return packing
         except (RuntimeError, AttributeError, NotImplementedError) as error:
@@ -107,8 +107,8 @@ class PackedLinear(nn.Module):
         weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
         self._packed = packing(weight.detach().contiguous(), self.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._packed.multiply(x)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._packed.multiply(input)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -146,8 +146,8 @@ class JoinedLinear(nn.Module):
         self.in_features = joined.linear.in_features
         self.out_features = joined.linear.sizes[index]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._joined.take(x, self._index)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._joined.take(input, self._index)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -192,14 +192,17 @@ def _find_groups(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.L
     called: dict[nn.Linear, int] = {}
     inputs: list[torch.Tensor] = []  # kept alive, so that no id is used twice
 
-    def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, nn.Linear)
+        x = args[0] if args else kwargs["input"]
         called[layer] = called.get(layer, 0) + 1
-        inputs.append(args[0])
-        groups.setdefault((id(parent_of[layer]), id(args[0])), []).append(layer)
+        inputs.append(x)
+        groups.setdefault((id(parent_of[layer]), id(x)), []).append(layer)
 
     hooks: list[RemovableHandle] = [
-        module.register_forward_pre_hook(note) for module in model.modules() if type(module) is nn.Linear
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        for module in model.modules()
+        if type(module) is nn.Linear
     ]
     try:
         forward()

@@ -200,6 +200,18 @@ def test_a_compiler_that_fails_is_an_error_with_its_words(monkeypatch, tmp_path)
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_a_cache_folder_that_cannot_be_used_is_no_reason_to_stop(tmp_path):
+    (tmp_path / "pensieve").write_text("a file where the folder would be")
+    process = subprocess.run(
+        [sys.executable, "-m", "engine.attention.cpu"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        check=True,
+    )
+    assert "torch's operations will be used" in process.stderr
+
+
 def test_a_built_kernel_is_found_without_a_compiler(tmp_path):
     """In a fresh process: the build of this machine is used as it is."""
     built = subprocess.run(

@@ -1,5 +1,8 @@
 """One model in this process: where its steps run."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -7,7 +10,8 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan, StepResult
-from engine.executor.local import LocalExecutor
+from engine.executor import local
+from engine.executor.local import LocalExecutor, available_cores
 
 
 class WhereExecutor(LocalExecutor):
@@ -52,3 +56,65 @@ def test_a_submitted_step_that_fails_says_so_and_the_next_one_runs(executor):
         executor.submit(StepPlan(1, (), ended=("a",))).result(60)
     assert executor.submit(StepPlan(2, ())).result(60) == StepResult(2)
     executor.shutdown()
+
+
+# -- the cores and the memory of the process ---------------------------------------------------------------------------
+
+
+def test_the_cores_are_those_of_omp_num_threads_or_else_of_affinity_and_quota(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(local, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert available_cores() == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert available_cores() == 8
+    for quota, cores in [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8)]:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        assert available_cores() == cores
+
+
+def run_in_a_process_of_its_own(script: str) -> list[int]:
+    """The numbers that a script prints; what it does is for the whole process."""
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return [int(word) for word in process.stdout.split()]
+
+
+OPENMP = """
+import os, torch
+from engine.executor.local import end_openmp_team
+num_tasks = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(3)
+before = num_tasks()
+torch.ones(1 << 20).add(1)
+during = num_tasks()
+end_openmp_team()
+print(before, during, num_tasks(), int(torch.ones(1 << 20).add(1).sum()))
+"""
+
+MEMORY = """
+import resource, torch
+from engine.executor.local import keep_freed_memory
+num_faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.set_num_threads(1)
+keep_freed_memory()
+torch.zeros(4 << 20)
+before = num_faults()
+for _ in range(20):
+    torch.zeros(4 << 20)
+print(num_faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP and C library")
+def test_the_loading_thread_gives_its_openmp_threads_back():
+    before, during, after, total = run_in_a_process_of_its_own(OPENMP)
+    assert during == before + 2
+    assert after == before
+    assert total == 2 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP and C library")
+def test_freed_activations_are_used_again():
+    """16 MiB are 4096 pages, which 20 rounds would fetch 20 times."""
+    (num_faults,) = run_in_a_process_of_its_own(MEMORY)
+    assert num_faults < 2 * 4096

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from engine.config import EngineConfig
-from engine.executor import model_loader
+from engine.executor import model_loader, packed_linear
 from engine.executor.model_loader import load_model
 from engine.executor.packed_linear import (
     FbgemmWeight,
@@ -73,6 +73,35 @@ def test_members_may_be_called_in_any_order_and_on_different_inputs():
     for name, which in [("v", "x"), ("q", "x"), ("k", "y"), ("k", "x"), ("q", "x"), ("q", "y"), ("q", "y"), ("v", "y")]:
         actual = getattr(model, name)(x if which == "x" else y)
         torch.testing.assert_close(actual, expected[name, which])
+
+
+@torch.inference_mode()
+def test_layers_that_are_called_by_keyword_are_packed_too():
+    class ByKeyword(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.q(input=x) * self.k(input=x).repeat(1, 2))
+
+    model, x = ByKeyword(), torch.randn(5, 24)
+    expected = model(x)
+    assert pack_linears(model, lambda: model(x), OneDnnWeight) == 3
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_processor_with_bfloat16_uses_it(monkeypatch):
+    """Weights that come back in their own dtype, as oneDNN's do, count as packed."""
+
+    class NativeWeight:
+        def __init__(self, weight, bias):
+            self.weight = weight
+
+        def multiply(self, x):
+            return x @ self.weight.T
+
+        def unpack(self):
+            return self.weight
+
+    monkeypatch.setattr(packed_linear, "OneDnnWeight", NativeWeight)
+    assert choose_packing(torch.bfloat16) is NativeWeight
 
 
 @torch.inference_mode()
