@@ -4,22 +4,62 @@ and Serve may raise into ErrorItems, and cancels what nobody reads any more. Kno
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import secrets
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import NodeDiedError, OwnerDiedError, RayActorError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.generation import ErrorItem, GenerationItem, GenerationRequest, ModelCard
+from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from engine.errors import EngineStoppedError
+from engine.prompt import AnswerBeginning
 
 logger = logging.getLogger("ray.serve")
 
 REPLICA_LOST = (RayActorError, NodeDiedError, OwnerDiedError, WorkerCrashedError, DeploymentUnavailableError)
+# What ends an attempt but not the request: the replica is gone, or on its way out.
+RESUMABLE = ("replica_lost", EngineStoppedError.code)
+# Replicas in a row that a request may lose without getting a token: it may be what kills them.
+MAX_LOSSES_IN_A_ROW = 5
+# The pauses between them are 0, 1, 3, 7 and 15 times this, in seconds.
+RESUME_BACKOFF_S = 0.5
 # How long an engine replica may take to say that it is alive, in seconds.
 DESCRIBE_TIMEOUT_S = 5.0
+
+
+class _Progress:
+    """What of an answer has come, so that another replica can go on from there."""
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self._request = request
+        self.token_ids: list[int] = []
+        self.is_finished = False
+        self._num_chars = 0
+        self._num_attempts = 0
+
+    def note(self, item: DeltaItem) -> DeltaItem:
+        """Take in an item on its way to the client, and make it what the client expects next."""
+        if self.token_ids and item.delta.prompt_token_ids:  # they came with the first one
+            item = replace(item, delta=replace(item.delta, prompt_token_ids=()))
+        self.token_ids += item.delta.token_ids
+        self._num_chars += len(item.delta.text)
+        self.is_finished = item.delta.finish_reason is not None
+        return item
+
+    def rest_of_request(self) -> GenerationRequest:
+        self._num_attempts += 1
+        if self._num_attempts == 1:
+            return self._request
+        # Another id: the first replica may be alive and not know yet that nobody listens.
+        request_id = f"{self._request.request_id}-{self._num_attempts}"
+        beginning = AnswerBeginning(tuple(self.token_ids), self._num_chars) if self.token_ids else None
+        return replace(self._request, request_id=request_id, beginning=beginning)
 
 
 class EngineClient:
@@ -30,8 +70,41 @@ class EngineClient:
         self._card: ModelCard | None = None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
-        """The items of the answer. Never raises on account of Ray: a lost replica or a full queue is an
-        ErrorItem. Closing or cancelling this generator aborts the request in the engine."""
+        """The items of the answer. Never raises on account of Ray: a full queue is an ErrorItem, and where the replica
+        is lost another one goes on from the last token that came. Closing or cancelling this generator aborts the
+        request in the engine."""
+        if request.sampling.seed is None and not request.sampling.is_greedy:
+            # Drawn here, so that a second replica samples what the first one would have.
+            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
+        progress = _Progress(request)
+        num_losses = 0
+        while True:
+            loss: ErrorItem | None = None
+            async with aclosing(self._attempt(progress.rest_of_request())) as items:
+                async for item in items:
+                    if isinstance(item, ErrorItem) and item.code in RESUMABLE:
+                        loss = item
+                        break
+                    if isinstance(item, DeltaItem):
+                        num_losses = 0
+                        item = progress.note(item)
+                    yield item
+            if loss is None or progress.is_finished:
+                return
+            num_losses += 1
+            if num_losses > MAX_LOSSES_IN_A_ROW:
+                yield loss
+                return
+            logger.warning(
+                "request %s goes on at output token %d elsewhere (%s)",
+                request.request_id,
+                len(progress.token_ids),
+                loss.code,
+            )
+            # Routers and health checks need a moment to see what is dead.
+            await asyncio.sleep(RESUME_BACKOFF_S * (2 ** (num_losses - 1) - 1))
+
+    async def _attempt(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
         handle = self._handle.options(stream=True, session_id=request.session_id)
         responses = handle.generate.remote(request)
         ended = False

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.core.conversation import Transcript
 from engine.core.request import SamplingParams
 from engine.errors import PensieveError
 from engine.output import OutputDelta
-from engine.prompt import Prompt
+from engine.prompt import AnswerBeginning, Prompt
+from engine.tenant import LOCAL_TENANT, Tenant
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One turn. stream: deltas as they come; else one delta with the whole answer. request_id is unique among
-    running requests."""
+    running requests. history, beginning: see AsyncEngine.generate. returns_transcript: the last delta is to bring what
+    was said, for whoever keeps it."""
 
     request_id: str
     session_id: str
@@ -23,6 +26,10 @@ class GenerationRequest:
     sampling: SamplingParams
     stream: bool
     return_prompt_token_ids: bool = False
+    tenant: Tenant = LOCAL_TENANT
+    history: Transcript | None = None
+    beginning: AnswerBeginning | None = None
+    returns_transcript: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,7 @@ class ErrorItem:
 
     @classmethod
     def from_error(cls, error: PensieveError) -> ErrorItem:
-        retry_after_s = 1.0 if error.http_status == 503 else None
+        retry_after_s = 1.0 if error.http_status in (429, 503) else None
         return cls(error.http_status, error.message, error.kind, error.code, error.param, retry_after_s)
 
 

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from ray import serve
@@ -57,6 +58,9 @@ class LLMServer:
             request.sampling,
             request_id=request.request_id,
             session_id=request.session_id,
+            tenant=request.tenant,
+            history=request.history,
+            beginning=request.beginning,
             return_prompt_token_ids=request.return_prompt_token_ids,
         )
         try:
@@ -64,12 +68,13 @@ class LLMServer:
             async with aclosing(cast(AsyncGenerator[OutputDelta, None], deltas)):
                 if request.stream:
                     async for delta in deltas:
-                        yield DeltaItem(delta, rank)
+                        yield DeltaItem(_for_travel(delta, request), rank)
                         if delta.finish_reason is None:
                             # Meanwhile the engine puts together what comes; see AsyncEngine.generate.
                             await asyncio.sleep(self._stream_interval_s)
                 else:
-                    yield DeltaItem(merge_deltas([delta async for delta in deltas]), rank)
+                    whole = merge_deltas([delta async for delta in deltas])
+                    yield DeltaItem(_for_travel(whole, request), rank)
         except PensieveError as error:
             yield ErrorItem.from_error(error)
         except Exception:
@@ -107,3 +112,8 @@ class LLMServer:
 
     async def __del__(self) -> None:
         await self._engine.shutdown()
+
+
+def _for_travel(delta: OutputDelta, request: GenerationRequest) -> OutputDelta:
+    """A transcript is as long as the conversation: it stays here unless somebody keeps it."""
+    return delta if delta.transcript is None or request.returns_transcript else replace(delta, transcript=None)

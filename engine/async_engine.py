@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.core.conversation import NO_MATCH, ConversationTable, Transcript
+from engine.core.conversation import NO_MATCH, Conversation, ConversationTable, Transcript
 from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.executor import ComputationFailedError, Executor
 from engine.core.plan import StepPlan, StepResult
@@ -39,13 +39,15 @@ from engine.errors import (
     EngineStoppedError,
     ExecutorError,
     InvalidParameterError,
+    OverloadedError,
 )
 from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import default_model_name, model_location
 from engine.output import OutputDelta, merge_deltas
 from engine.output_processor import OutputProcessor, Stream
 from engine.profile import load_cost_model
-from engine.prompt import ChatPrompt, Prompt, TokenPrompt
+from engine.prompt import AnswerBeginning, ChatPrompt, Prompt, TokenPrompt
+from engine.tenant import LOCAL_TENANT, Tenant
 from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,8 @@ class AsyncEngine:
                 chunk_size=config.chunk_size,
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_queued_reqs=config.max_num_queued_reqs,
+                max_num_queued_tokens=config.max_num_queued_tokens,
                 decode_reserve=config.decode_reserve,
                 swap_out_watermark=config.swap_out_watermark,
                 write_through=config.write_through,
@@ -117,17 +121,26 @@ class AsyncEngine:
         *,
         request_id: str,
         session_id: str | None = None,
+        tenant: Tenant = LOCAL_TENANT,
+        history: Transcript | None = None,
+        beginning: AnswerBeginning | None = None,
         return_prompt_token_ids: bool = False,
     ) -> AsyncIterator[OutputDelta]:
         """Stream the answer; what has piled up while the consumer was busy comes as one delta. Closing or cancelling the
-        generator aborts the request. Raises RequestError before the first delta where the request is at fault, EngineError
-        at any time where the engine is."""
+        generator aborts the request.
+
+        session_id: of the tenant's; two tenants share nothing. history: what the conversation has said, for an engine that
+        has not heard it. beginning: go on from there; the counts of the deltas include it, their texts and tokens do not.
+
+        Raises RequestError before the first delta where the request is at fault, OverloadedError before it where too many
+        wait, EngineError at any time where the engine is at fault."""
         self.check_health()
+        conversation_id = None if session_id is None else f"{tenant.tenant_id}\n{session_id}"
         if not isinstance(prompt, TokenPrompt) and prompt.num_chars > MAX_INLINE_CHARS:
             # A long prompt takes long to tokenise, and meanwhile the loop has others to serve.
-            transcript, num_history = await asyncio.to_thread(self._tokenize, prompt, session_id)
+            transcript, num_history = await asyncio.to_thread(self._tokenize, prompt, conversation_id, history)
         else:
-            transcript, num_history = self._tokenize(prompt, session_id)
+            transcript, num_history = self._tokenize(prompt, conversation_id, history)
         for token_id in sampling.stop_token_ids:
             self._check_token_id(token_id, "stop_token_ids")
         if sampling.seed is None and not sampling.is_greedy:
@@ -136,11 +149,16 @@ class AsyncEngine:
             request_id,
             transcript.token_ids,
             sampling,
-            conversation_id=session_id,
+            conversation_id=conversation_id,
+            tenant=tenant.tenant_id,
+            weight=tenant.weight,
             eos_token_ids=self._eos_token_ids,
             num_history_tokens=num_history,
+            output_token_ids=() if beginning is None else beginning.token_ids,
         )
         detokenizer = self._tokenizer.detokenizer(transcript.token_ids, sampling.stop)
+        if beginning is not None:
+            detokenizer.resume(beginning.token_ids, beginning.num_chars)
         stream = Stream(request, transcript, detokenizer, asyncio.get_running_loop())
         is_first, is_finished = True, False
         try:
@@ -206,17 +224,26 @@ class AsyncEngine:
 
     # -- tokenising ----------------------------------------------------------------------------------------------------
 
-    def _tokenize(self, prompt: Prompt, session_id: str | None) -> tuple[Transcript, int]:
+    def _tokenize(
+        self, prompt: Prompt, conversation_id: str | None, history: Transcript | None
+    ) -> tuple[Transcript, int]:
         """The prompt as token ids, and how many of them earlier turns of the conversation know."""
         if isinstance(prompt, TokenPrompt):
             for token_id in prompt.token_ids:
                 self._check_token_id(token_id, "prompt")
             token_ids = array("I", prompt.token_ids)
-            num_history = 0 if session_id is None else self._conversations.match_tokens(session_id, token_ids)
+            num_history = 0
+            if conversation_id is not None:
+                num_history = self._conversations.match_tokens(conversation_id, token_ids)
             return Transcript(token_ids, ""), num_history
         is_chat = isinstance(prompt, ChatPrompt)
         text = self._tokenizer.render_chat(prompt.messages) if isinstance(prompt, ChatPrompt) else prompt.text
-        known = NO_MATCH if session_id is None else self._conversations.match_text(session_id, text)
+        known = NO_MATCH
+        if conversation_id is not None:
+            known = self._conversations.match_text(conversation_id, text)
+        if history is not None:
+            told = Conversation.of(history).match_text(text)
+            known = max(told, known, key=lambda match: match.num_chars)
         transcript = self._tokenizer.encode_prompt(text, known, add_special_tokens=not is_chat)
         return transcript, known.num_computed
 
@@ -303,8 +330,11 @@ class AsyncEngine:
         )
 
     def _add(self, stream: Stream) -> None:
-        self._core.add_request(stream.request, time.monotonic())
+        thrown_out = self._core.add_request(stream.request, time.monotonic())
         self._outputs.streams[stream.request.request_id] = stream
+        if thrown_out:
+            message = "others wait for their share of the queue, of which this tenant had more; try again later"
+            self._outputs.fail(thrown_out, OverloadedError(message))
 
     async def _call(self, function: Callable[[], Any]) -> Any:
         """Run `function` in the engine thread between two steps; its result or exception."""

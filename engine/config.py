@@ -31,7 +31,9 @@ class EngineConfig:
     the model's, or what the GPU tier holds. chunk_size: tokens a chunk. num_gpu_blocks: size of the GPU tier in chunks;
     None = from gpu_memory_gib, and without it from gpu_memory_utilization on a GPU and 1 GiB on a CPU. num_cpu_blocks,
     kv_offloading_size (GiB): size of the CPU tier, 0 = none. max_num_seqs: most requests that run at once.
-    max_num_batched_tokens: token budget of a step. decode_reserve: share of GPU blocks that admission leaves free.
+    max_num_batched_tokens: token budget of a step. max_num_queued_reqs,
+    max_num_queued_tokens: how many requests, and with how many tokens in all (None = any), may wait to be started; more are
+    refused. decode_reserve: share of GPU blocks that admission leaves free.
     swap_out_watermark: share of free and reclaimable GPU blocks under which chunks are swapped out ahead of time.
     write_through: copy what a turn leaves to the CPU tier at its end, not only under the watermark. verify_swaps: checksum
     every block on its way; a wrong one is dropped and recomputed. profile: file that `pensieve profile` wrote; None = the
@@ -57,6 +59,8 @@ class EngineConfig:
     eviction_policy: str = "retention_value"
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    max_num_queued_reqs: int = 256
+    max_num_queued_tokens: int | None = None
     decode_reserve: float = 0.10
     swap_out_watermark: float = 0.25
     write_through: bool = False
@@ -94,10 +98,10 @@ class EngineConfig:
             "eviction_policy",
             "one of " + ", ".join(EVICTION_POLICIES),
         )
-        for name in ("max_model_len", "num_gpu_blocks", "num_threads"):
+        for name in ("max_model_len", "num_gpu_blocks", "num_threads", "max_num_queued_tokens"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, "at least 1")
-        for name in ("chunk_size", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("chunk_size", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
             check(getattr(self, name) >= 1, name, "at least 1")
         check(self.gpu_memory_gib is None or self.gpu_memory_gib > 0, "gpu_memory_gib", "above 0")
         check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "above 0 and at most 1")

@@ -10,6 +10,7 @@ PensieveError
 |   |-- ContextLengthError       prompt and answer do not fit the context window
 |   `-- UnknownModelError        no such model here (HTTP 404)
 `-- EngineError                  the engine is at fault (HTTP 500)
+    |-- OverloadedError          as many requests wait as may (HTTP 429)
     |-- ExecutorError            the step that computed this request failed; the engine goes on
     `-- EngineStoppedError       the engine is shut down (HTTP 503)
 """
@@ -74,6 +75,14 @@ class UnknownModelError(RequestError):
 
 class EngineError(PensieveError):
     """The engine is at fault, not the request."""
+
+
+class OverloadedError(EngineError):
+    """As many requests wait as may; trying again later makes sense."""
+
+    http_status = 429
+    kind = "rate_limit_error"
+    code = "overloaded"
 
 
 class ExecutorError(EngineError):

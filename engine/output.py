@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.core.conversation import Transcript
 from engine.core.stats import RequestStats
 
 
@@ -23,7 +24,8 @@ class OutputDelta:
     """What is new of one answer. Concatenated `text` and `token_ids` of all deltas are the answer; the counts are totals.
 
     text may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is held
-    back. finish_reason ("stop", "length") ends the stream; `stats` come with it. prompt_token_ids only in the first delta.
+    back. finish_reason ("stop", "length") ends the stream; `stats` come with it, and in a conversation the
+    `transcript`: all that was said in it, as it was computed. prompt_token_ids only in the first delta.
     """
 
     text: str = ""
@@ -35,6 +37,7 @@ class OutputDelta:
     num_output_tokens: int = 0
     finish_reason: str | None = None
     stats: RequestStats | None = None
+    transcript: Transcript | None = None
 
 
 def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
@@ -52,4 +55,5 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         num_output_tokens=last.num_output_tokens,
         finish_reason=last.finish_reason,
         stats=last.stats,
+        transcript=last.transcript,
     )

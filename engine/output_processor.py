@@ -104,8 +104,7 @@ class OutputProcessor:
             del self.streams[request.request_id]
         if detokenizer.is_stopped:
             reason = FinishReason.STOP
-        if reason is not None:
-            self._remember(stream)
+        transcript = None if reason is None else self._remember(stream)
         return OutputDelta(
             text=detokenizer.take_text(final=reason is not None),
             token_ids=(output.token_id,),
@@ -115,6 +114,7 @@ class OutputProcessor:
             num_output_tokens=output.num_output_tokens,
             finish_reason=None if reason is None else reason.value,
             stats=stats,
+            transcript=transcript,
         )
 
     def _logprobs(self, output: RequestOutput) -> tuple[TokenLogprob, ...]:
@@ -124,21 +124,22 @@ class OutputProcessor:
         text = self._tokenizer.decode([output.token_id])
         return (TokenLogprob(output.token_id, text, output.logprobs.chosen, top),)
 
-    def _remember(self, stream: Stream) -> None:
-        """Keep the turn's tokens with their text, for when the client sends its history again."""
+    def _remember(self, stream: Stream) -> Transcript | None:
+        """Keep the turn's tokens with their text, for when the client sends its history again. None where it belongs to no
+        conversation, or has no text."""
         request, prompt = stream.request, stream.prompt
         if request.conversation_id == request.request_id:
-            return
+            return None
         output_ids = self._kept_output_ids(stream)
         text = stream.detokenizer.text
         if not prompt.text:  # a prompt of token ids: nothing to compare texts with
             self._conversations.record_turn(request.conversation_id, prompt, output_ids, "")
-            return
+            return None
         if stream.detokenizer.is_stopped or any(self._tokenizer.is_special(token_id) for token_id in output_ids[:-1]):
             text = self._tokenizer.decode(output_ids)
         elif output_ids and output_ids[-1] in request.stop_token_ids:
             text += self._tokenizer.decode(output_ids[-1:])
-        self._conversations.record_turn(request.conversation_id, prompt, output_ids, text)
+        return self._conversations.record_turn(request.conversation_id, prompt, output_ids, text)
 
     def _kept_output_ids(self, stream: Stream) -> list[int]:
         """The generated tokens that the answer consists of. A stop string is not part of it; which tokens are, is known only

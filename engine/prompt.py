@@ -34,4 +34,13 @@ class TokenPrompt:
     token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerBeginning:
+    """The beginning of an answer that another engine gave before it was lost: its tokens, and how many characters of it
+    reached whoever asked."""
+
+    token_ids: tuple[int, ...]
+    num_chars: int
+
+
 Prompt = ChatPrompt | TextPrompt | TokenPrompt

@@ -142,6 +142,12 @@ class Detokenizer:
                 self.text = self.text[: min(found)]
                 self.is_stopped = True
 
+    def resume(self, token_ids: Sequence[int], num_taken_chars: int) -> None:
+        """Take in the beginning of an answer that did not stop, of which the first characters are known to whoever asked."""
+        for token_id in token_ids:
+            self.append(token_id, may_stop=False)
+        self._num_emitted = num_taken_chars
+
     def _decode_next(self, token_id: int) -> str:
         """Text that this token completes. (tokenizers' own DecodeStream raises on byte-fallback tokens that are no UTF-8, and
         repeats the prompt where that ends in half a character.)"""

@@ -63,6 +63,13 @@ class Conversation:
         self.conversation_id = conversation_id
         self.branches: list[Transcript] = []
 
+    @classmethod
+    def of(cls, branch: Transcript) -> Conversation:
+        """A nameless conversation that has this branch alone."""
+        conversation = cls("")
+        conversation.branches.append(branch)
+        return conversation
+
     @property
     def num_tokens(self) -> int:
         return sum(len(branch.token_ids) for branch in self.branches)
@@ -92,8 +99,9 @@ class Conversation:
         shared = (min(common_prefix_len(b.token_ids, token_ids), len(b.token_ids) - 1) for b in self.branches)
         return max(shared, default=0)
 
-    def record_turn(self, prompt: Transcript, output_token_ids: Sequence[int], output_text: str) -> None:
-        """Remember a turn: the prompt with the anchors in it, then what was generated, which begins at an anchor."""
+    def record_turn(self, prompt: Transcript, output_token_ids: Sequence[int], output_text: str) -> Transcript:
+        """Remember a turn: the prompt with the anchors in it, then what was generated, which begins at an anchor. Returns the
+        branch that it made."""
         branch = Transcript(
             prompt.token_ids + array("I", output_token_ids),
             prompt.text + output_text,
@@ -102,6 +110,7 @@ class Conversation:
         self.branches = [old for old in self.branches if branch.token_ids[: len(old.token_ids)] != old.token_ids]
         self.branches.append(branch)
         del self.branches[:-MAX_BRANCHES]
+        return branch
 
 
 class ConversationTable:
@@ -126,14 +135,16 @@ class ConversationTable:
 
     def record_turn(
         self, conversation_id: str, prompt: Transcript, output_token_ids: Sequence[int], output_text: str
-    ) -> None:
+    ) -> Transcript:
+        """See Conversation.record_turn."""
         conversation = self._conversations.get(conversation_id)
         if conversation is None:
             conversation = self._conversations[conversation_id] = Conversation(conversation_id)
         self.num_tokens -= conversation.num_tokens
-        conversation.record_turn(prompt, output_token_ids, output_text)
+        branch = conversation.record_turn(prompt, output_token_ids, output_text)
         self.num_tokens += conversation.num_tokens
         self._conversations.move_to_end(conversation_id)
         while self.num_tokens > self.max_tokens and len(self._conversations) > 1:
             _, oldest = self._conversations.popitem(last=False)
             self.num_tokens -= oldest.num_tokens
+        return branch

@@ -20,7 +20,7 @@ from engine.core.plan import Logprobs, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineStats, RequestStats
-from engine.errors import ConfigError, ContextLengthError, InvalidParameterError
+from engine.errors import ConfigError, ContextLengthError, InvalidParameterError, OverloadedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class CoreConfig:
     chunk_size: int = 32
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    max_num_queued_reqs: int = 1024
+    max_num_queued_tokens: int | None = None
     decode_reserve: float = 0.10
     swap_out_watermark: float = 0.25
     max_swap_outs: int = 16
@@ -99,9 +101,10 @@ class EngineCore:
     def has_requests(self) -> bool:
         return bool(self._requests)
 
-    def add_request(self, request: Request, now: float) -> None:
+    def add_request(self, request: Request, now: float) -> list[str]:
         """Queue a request. Raises ContextLengthError or InvalidParameterError, and nothing changed, for one that can
-        never run here."""
+        never run here; OverloadedError where as many wait as may. Returns the ids of waiting requests that were thrown out
+        for it: their tenants had more than their share of the queue."""
         num_prompt, window = request.num_prompt_tokens, self.config.max_model_len
         if request.request_id in self._requests:
             raise InvalidParameterError(f"a request with id {request.request_id!r} is running", param="request_id")
@@ -115,11 +118,39 @@ class EngineCore:
                 "shorten the prompt" + ("" if max_tokens is None else " or lower max_tokens"),
                 param="messages",
             )
+        thrown_out = self._make_room_to_wait(request, now)
         request.max_total_tokens = window if max_tokens is None else num_prompt + max_tokens
         request.arrival_s = now
         self._requests[request.request_id] = request
-        self._scheduler.add(request)
+        self._scheduler.waiting.append(request)
         self.stats.num_requests += 1
+        return thrown_out
+
+    def _make_room_to_wait(self, newcomer: Request, now: float) -> list[str]:
+        """Throw out waiting requests, by fairness between tenants, until `newcomer` may wait too; returns their ids. Raises
+        OverloadedError where the newcomer is the one to go, and nobody was thrown out."""
+        waiting = self._scheduler.waiting
+        max_tokens = self.config.max_num_queued_tokens
+        thrown_out: list[Request] = []
+        while waiting and (
+            len(waiting) >= self.config.max_num_queued_reqs
+            or (max_tokens is not None and waiting.num_tokens + newcomer.num_tokens > max_tokens)
+        ):
+            victim = waiting.find_victim(newcomer)
+            if victim is None:
+                for request in reversed(thrown_out):
+                    waiting.append(request)
+                self.stats.num_refused += 1
+                raise OverloadedError(
+                    f"{len(waiting)} requests with {waiting.num_tokens} tokens are waiting, as many as may; try again later"
+                )
+            waiting.remove(victim)
+            thrown_out.append(victim)
+        for request in thrown_out:
+            request.status = RequestStatus.FINISHED
+            del self._requests[request.request_id]
+        self.stats.num_refused += len(thrown_out)
+        return [request.request_id for request in thrown_out]
 
     def schedule(self, now: float) -> StepPlan | None:
         """What to compute next; None when nothing is to do. A plan without segments moves blocks while nobody waits. Each
@@ -205,6 +236,7 @@ class EngineCore:
             **self.stats.as_dict(),
             "num_requests_running": len(self._scheduler.running),
             "num_requests_waiting": len(self._scheduler.waiting),
+            "num_tokens_waiting": self._scheduler.waiting.num_tokens,
             "num_gpu_blocks": pool.num_blocks,
             "num_gpu_blocks_free": pool.num_free,
             "num_gpu_blocks_pinned": pool.num_blocks - self._cache.num_available_blocks,
@@ -242,6 +274,7 @@ class EngineCore:
         num_tokens, num_output_tokens = request.num_tokens, request.num_output_tokens
         request.pending = [(num_tokens - 1, num_tokens)]
         self.stats.num_output_tokens += 1
+        self._scheduler.waiting.charge(request, 1)
         if request.first_token_s is None:
             request.first_token_s = now
         reason = account = None

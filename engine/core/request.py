@@ -129,6 +129,7 @@ class Request:
         "stop_token_ids",
         "tenant",
         "token_ids",
+        "weight",
     )
 
     def __init__(
@@ -139,16 +140,21 @@ class Request:
         *,
         conversation_id: str | None = None,
         tenant: str = "local",
+        weight: float = 1.0,
         eos_token_ids: Sequence[int] = (),
         num_history_tokens: int = 0,
+        output_token_ids: Sequence[int] = (),
     ) -> None:
         """`num_history_tokens`: leading tokens of the prompt that earlier turns of the conversation computed (for the
-        statistics only). `conversation_id`: None = a conversation of its own."""
+        statistics only). `conversation_id`: None = a conversation of its own. `output_token_ids`: the beginning of the
+        answer, where another engine has generated it and the rest is wanted. `weight`: the tenant's share, relative to
+        others."""
         self.request_id = request_id
         self.conversation_id = conversation_id if conversation_id is not None else request_id
         self.tenant = tenant
-        self.token_ids = list(prompt_token_ids)
-        self.num_prompt_tokens = len(self.token_ids)
+        self.weight = weight
+        self.token_ids = [*prompt_token_ids, *output_token_ids]
+        self.num_prompt_tokens = len(prompt_token_ids)
         self.num_history_tokens = num_history_tokens
         self.sampling = sampling
         eos = () if sampling.ignore_eos else tuple(eos_token_ids)

@@ -5,7 +5,6 @@ budget. Owns the waiting and the running requests; asks the cache manager for ro
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from engine.core.cache_manager import CacheManager
 from engine.core.plan import BlockAppend, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, RequestStatus, without_front
 from engine.core.stats import EngineStats
+from engine.core.waiting_queue import WaitingQueue
 
 
 @dataclass(slots=True)
@@ -29,10 +29,11 @@ class _Draft:
 
 
 class Scheduler:
-    """First come, first served. `running` is in order of arrival; `waiting` too, suspended requests in front.
+    """First come, first served within a tenant, weighted fair between tenants (see WaitingQueue). `running` is in order of
+    admission.
 
     No request waits for ever: the oldest running request is never suspended for another one, every request fits the GPU
-    tier alone (the engine core refuses those that do not), and whoever waits longest is admitted next.
+    tier alone (the engine core refuses those that do not), and nobody is admitted before the one whose turn it is.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Scheduler:
     ) -> None:
         """max_swap_outs: blocks that a step may swap out ahead of time; a quarter of it in a step that swaps in, because the
         two directions slow each other down (paper section 5)."""
-        self.waiting: deque[Request] = deque()
+        self.waiting = WaitingQueue()
         self.running: list[Request] = []
         self._cache = cache
         self._stats = stats
@@ -60,9 +61,6 @@ class Scheduler:
         self._ended: list[str] = []
         self._step_id = 0
         self._ahead: _Draft | None = None
-
-    def add(self, request: Request) -> None:
-        self.waiting.append(request)
 
     def remove(self, request: Request, now: float, *, step_failed: bool = False) -> None:
         """Take a request out, wherever it is; its blocks go back to the cache."""
@@ -182,11 +180,13 @@ class Scheduler:
     def _admit(self, draft: _Draft, now: float) -> list[RequestStart]:
         """Start waiting requests as far as budget and blocks reach; their segments come last in the draft."""
         starts = []
-        while self.waiting and draft.budget and len(self.running) < self._max_num_seqs:
-            request = self.waiting[0]
+        while draft.budget and len(self.running) < self._max_num_seqs:
+            request = self.waiting.peek()
+            if request is None:
+                break
             if not self._cache.try_admit(request, self._reserve_blocks if self.running else 0, now):
                 break
-            self.waiting.popleft()
+            self.waiting.serve(request, request.num_pending_tokens)
             self._count_admission(request)
             request.status = RequestStatus.RUNNING
             request.num_known_tokens = request.num_tokens
@@ -210,8 +210,12 @@ class Scheduler:
         if request.status is RequestStatus.SUSPENDED:
             stats.num_resumed_tokens += request.num_pending_tokens
             return
-        request.num_cached_tokens = request.num_prompt_tokens - request.num_pending_tokens
-        request.num_cpu_cached_tokens = request.num_swapped_in_tokens
+        # A request that was begun elsewhere has to compute output tokens too; they are nobody's prompt.
+        num_prompt = request.num_prompt_tokens
+        num_pending = sum(max(0, min(end, num_prompt) - start) for start, end in request.pending)
+        request.num_cached_tokens = num_prompt - num_pending
+        request.num_cpu_cached_tokens = min(request.num_swapped_in_tokens, request.num_cached_tokens)
+        stats.num_resumed_tokens += request.num_pending_tokens - num_pending
         request.num_dropped_tokens = max(0, request.num_history_tokens - request.num_cached_tokens)
         stats.num_prompt_tokens += request.num_prompt_tokens
         stats.num_cpu_cached_tokens += request.num_cpu_cached_tokens
@@ -232,7 +236,7 @@ class Scheduler:
         self.running.remove(request)
         self._end(request, now, step_failed)
         request.status = RequestStatus.SUSPENDED
-        self.waiting.appendleft(request)
+        self.waiting.put_back(request)
 
     def _end(self, request: Request, now: float, step_failed: bool = False) -> None:
         self._cache.release(request, now, step_failed=step_failed)

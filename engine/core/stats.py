@@ -15,15 +15,17 @@ EVICTION_REASONS = ("gpu_reclaimed", "gpu_swapped_out", "gpu_dropped", "cpu_drop
 @dataclass(slots=True)
 class EngineStats:
     """Monotonic counters. Prompt tokens are told apart by where they were on arrival: cached in the GPU or the CPU tier,
-    dropped (an earlier turn computed them), or new. `num_resumed_tokens`: left to compute when
-    suspended requests came back. Swaps and copies are counted in blocks; `num_corrupted_swaps` by `verify_swaps`. Drafts are
-    plans made ahead: used, or discarded because something unforeseen happened."""
+    dropped (an earlier turn computed them), or new. `num_resumed_tokens`: left to compute when suspended requests came back,
+    and of answers that were begun elsewhere. `num_refused`: too many were waiting. Swaps and copies are counted in blocks;
+    `num_corrupted_swaps` by `verify_swaps`. Drafts are plans made ahead: used, or discarded because something unforeseen
+    happened."""
 
     num_steps: int = 0
     num_requests: int = 0
     num_finished: int = 0
     num_aborted: int = 0
     num_failed: int = 0
+    num_refused: int = 0
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_gpu_cached_tokens: int = 0

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
+from deployments import engine_client
 from deployments.engine_client import EngineClient
 from deployments.generation import DeltaItem, ErrorItem, GenerationRequest, ModelCard
 from engine.core.request import SamplingParams
 from engine.errors import EngineStoppedError
 from engine.output import OutputDelta
-from engine.prompt import TextPrompt
+from engine.prompt import AnswerBeginning, TextPrompt
 
-REQUEST = GenerationRequest("id-1", "session-1", TextPrompt("hi"), SamplingParams(), stream=True)
+REQUEST = GenerationRequest("id-1", "session-1", TextPrompt("hi"), SamplingParams(temperature=0.0), stream=True)
 ITEM = DeltaItem(OutputDelta("a"), 0)
 CARD = ModelCard("tiny", 100)
 
@@ -46,7 +48,7 @@ class FakeHandle:
         return self
 
     def remote(self, request: GenerationRequest) -> FakeHandle:
-        assert request is REQUEST
+        assert request is REQUEST or request.sampling.seed is not None
         return self
 
     async def _stream(self) -> AsyncIterator[DeltaItem]:
@@ -85,8 +87,6 @@ async def test_routes_by_session_and_passes_items_on() -> None:
     ("error", "status", "code", "retry_after_s"),
     [
         (BackPressureError(5, 5, 429, 2.0), 429, "overloaded", 2.0),
-        (ActorDiedError(), 503, "replica_lost", 1.0),
-        (RayActorError(), 503, "replica_lost", 1.0),
         (RayServeException("odd"), 500, None, None),
     ],
 )
@@ -145,10 +145,110 @@ async def test_model_card_is_asked_once_and_outlives_the_replicas() -> None:
     assert await client.model_card() == CARD
 
 
+# -- lost replicas -----------------------------------------------------------------------------------------------------
+
+
+class FakeReplicas(FakeHandle):
+    """Replicas that say "abcdef", a token a letter, from where they are told to begin. An attempt ends after its number of
+    `cuts` tokens by its one of `errors`; the last one by itself."""
+
+    def __init__(self, cuts: list[int], errors: list[Exception | ErrorItem]) -> None:
+        super().__init__()
+        self.cuts, self.errors = cuts, errors
+        self.requests: list[GenerationRequest] = []
+
+    def remote(self, request: GenerationRequest) -> FakeHandle:
+        self.requests.append(request)
+        self._items = self._say(request)
+        return self
+
+    async def _say(self, request: GenerationRequest) -> AsyncIterator[Any]:
+        begun = 0 if request.beginning is None else len(request.beginning.token_ids)
+        attempt = len(self.requests) - 1
+        cut = self.cuts[attempt] if attempt < len(self.cuts) else 6
+        for position in range(begun, min(6, begun + cut)):
+            prompt_token_ids = (8, 9) if position == begun else ()
+            last = "stop" if position == 5 else None
+            text = "abcdef"[position]
+            delta = OutputDelta(text, (position,), prompt_token_ids=prompt_token_ids, finish_reason=last)
+            yield DeltaItem(delta, attempt)
+        if attempt < len(self.errors):
+            error = self.errors[attempt]
+            if isinstance(error, ErrorItem):
+                yield error
+            else:
+                raise error
+
+
+STOPPED = ErrorItem.from_error(EngineStoppedError("dead"))
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "RESUME_BACKOFF_S", 0.0)
+
+
+async def answer(handle: FakeHandle, request: GenerationRequest = REQUEST) -> tuple[str, list[Any]]:
+    items = [item async for item in EngineClient(handle).generate(request)]
+    return "".join(item.delta.text for item in items if isinstance(item, DeltaItem)), items
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), RayActorError(), STOPPED], ids=repr)
+@pytest.mark.parametrize("cut", range(6))
+async def test_another_replica_goes_on_where_the_first_was_lost(cut: int, error: Any) -> None:
+    handle = FakeReplicas([cut], [error])
+    text, items = await answer(handle)
+    assert text == "abcdef"
+    assert [token for item in items for token in item.delta.token_ids] == list(range(6))
+    assert [item.delta.prompt_token_ids for item in items] == [(8, 9), *[()] * 5]
+    first, second = handle.requests
+    assert first == REQUEST
+    assert second.request_id != first.request_id
+    expected = AnswerBeginning(tuple(range(cut)), cut) if cut else None
+    assert second == replace(REQUEST, request_id=second.request_id, beginning=expected)
+    assert {tuple(call.items()) for call in handle.option_calls} == {(("stream", True), ("session_id", "session-1"))}
+
+
+async def test_as_often_as_it_gets_on() -> None:
+    text, _ = await answer(FakeReplicas([1, 0, 0, 2, 0, 1, 1], [ActorDiedError()] * 7))
+    assert text == "abcdef"
+
+
+async def test_what_kills_every_replica_is_given_up() -> None:
+    handle = FakeReplicas([2], [ActorDiedError()])
+    handle.cuts, handle.errors = [2, *[0] * 50], [ActorDiedError()] * 50
+    text, items = await answer(handle)
+    assert text == "ab"
+    assert (items[-1].status, items[-1].code) == (503, "replica_lost")
+    assert len(handle.requests) == 1 + engine_client.MAX_LOSSES_IN_A_ROW
+
+
+async def test_a_replica_lost_after_the_last_token_is_not_missed() -> None:
+    text, items = await answer(FakeReplicas([6], [ActorDiedError()]))
+    assert (text, len(items)) == ("abcdef", 6)
+
+
+async def test_an_error_of_the_request_is_not_tried_again() -> None:
+    handle = FakeReplicas([0], [ErrorItem(400, "no", "invalid_request_error")])
+    _, items = await answer(handle)
+    assert [item.status for item in items] == [400]
+    assert len(handle.requests) == 1
+
+
+async def test_all_attempts_sample_with_one_seed() -> None:
+    handle = FakeReplicas([2, 1], [ActorDiedError()] * 2)
+    await answer(handle, replace(REQUEST, sampling=SamplingParams(temperature=1.0)))
+    seeds = {request.sampling.seed for request in handle.requests}
+    assert len(seeds) == 1
+    assert None not in seeds
+    await answer(handle, REQUEST)
+    assert handle.requests[-1].sampling.seed is None
+
+
 async def test_deployment_that_failed_to_start() -> None:
     from ray.serve._private.common import DeploymentID
 
-    handle = FakeHandle(DeploymentUnavailableError(DeploymentID(name="LLMServer")))
-    *_, last = [item async for item in EngineClient(handle).generate(REQUEST)]
+    errors = [DeploymentUnavailableError(DeploymentID(name="LLMServer"))] * 50
+    *_, last = (await answer(FakeReplicas([0] * 50, errors)))[1]
     assert isinstance(last, ErrorItem)
     assert last.status == 503

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,15 @@ from deployments.generation import DeltaItem, ErrorItem, GenerationItem, Generat
 from deployments.llm_server import LLMServer
 from deployments.session_router import RANK
 from engine.config import EngineConfig
+from engine.core.conversation import Transcript
 from engine.core.request import SamplingParams
 from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError
 from engine.output import OutputDelta
-from engine.prompt import TextPrompt
+from engine.prompt import AnswerBeginning, TextPrompt
+from engine.tenant import Tenant
 
 SECRET = "the prompt"
+TRANSCRIPT = Transcript(array("I", [7, 8]), "said")
 
 
 class FakeEngine:
@@ -44,7 +48,8 @@ class FakeEngine:
             for i in range(self.num_tokens):
                 await asyncio.sleep(0)
                 is_last = i == self.num_tokens - 1 and self.error is None and not self.hangs
-                yield OutputDelta(f"{i} ", (i,), num_output_tokens=i + 1, finish_reason="stop" if is_last else None)
+                reason, transcript = ("stop", TRANSCRIPT) if is_last else (None, None)
+                yield OutputDelta(f"{i} ", (i,), num_output_tokens=i + 1, finish_reason=reason, transcript=transcript)
             if self.hangs:
                 await asyncio.Event().wait()
             if self.error is not None:
@@ -86,12 +91,31 @@ def server(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> LLMServer:
     return CollectableServer(EngineConfig(), stream_interval_s=0.0, start_engine=start_engine)
 
 
-def request(*, stream: bool) -> GenerationRequest:
-    return GenerationRequest("id-1", "session", TextPrompt(SECRET), SamplingParams(seed=1), stream, True)
+def request(*, stream: bool, returns_transcript: bool = False) -> GenerationRequest:
+    return GenerationRequest(
+        "id-1",
+        "session",
+        TextPrompt(SECRET),
+        SamplingParams(seed=1),
+        stream,
+        return_prompt_token_ids=True,
+        tenant=Tenant("t", 2.0),
+        beginning=AnswerBeginning((1,), 1),
+        returns_transcript=returns_transcript,
+    )
 
 
 async def items_of(server: LLMServer, *, stream: bool) -> list[GenerationItem]:
     return [item async for item in server.generate(request(stream=stream))]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_transcripts_travel_only_to_whoever_keeps_them(server: LLMServer, stream: bool) -> None:
+    for returns_transcript in (True, False):
+        generation = request(stream=stream, returns_transcript=returns_transcript)
+        *_, last = [item async for item in server.generate(generation)]
+        assert isinstance(last, DeltaItem)
+        assert last.delta.transcript == (TRANSCRIPT if returns_transcript else None)
 
 
 async def test_stream_passes_deltas_on_with_the_rank(server: LLMServer, engine: FakeEngine) -> None:
@@ -104,7 +128,14 @@ async def test_stream_passes_deltas_on_with_the_rank(server: LLMServer, engine: 
     assert engine.calls == [
         (
             (TextPrompt(SECRET), SamplingParams(seed=1)),
-            {"request_id": "id-1", "session_id": "session", "return_prompt_token_ids": True},
+            {
+                "request_id": "id-1",
+                "session_id": "session",
+                "tenant": Tenant("t", 2.0),
+                "history": None,
+                "beginning": AnswerBeginning((1,), 1),
+                "return_prompt_token_ids": True,
+            },
         )
     ]
 

@@ -414,16 +414,19 @@ class Follower:
         self._started = asyncio.Event()
         self.replica = ""
         self.last_line = ""
+        self.text = ""
         self.task = asyncio.create_task(self._follow())
 
     async def _follow(self) -> None:
-        body = chat(max_tokens=self._max_tokens, ignore_eos=True, stream=True)
+        body = chat(max_tokens=self._max_tokens, ignore_eos=True, stream=True, seed=5)
         headers = {"x-session-id": self._session_id}
         async with self._http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
             assert response.status_code == 200, await response.aread()
             self.replica = response.headers["x-pensieve-replica"]
             async for line in response.aiter_lines():
                 self.last_line = line or self.last_line
+                if line.startswith("data: {"):
+                    self.text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
                 self._started.set()
 
     async def started(self) -> str:
@@ -472,7 +475,7 @@ async def test_health_of_a_running_system(http: httpx.AsyncClient) -> None:
         assert len(response.headers.get_list("x-request-id")) == 1
 
 
-async def test_a_lost_replica_breaks_its_own_streams_only_and_its_sessions_go_on(
+async def test_a_lost_replica_delays_its_streams_and_its_sessions_return_to_the_replacement(
     http: httpx.AsyncClient, engines: DeploymentHandle
 ) -> None:
     """Runs last: the engine replica is replaced, but the others would have to wait for it."""
@@ -486,10 +489,10 @@ async def test_a_lost_replica_breaks_its_own_streams_only_and_its_sessions_go_on
     )
     ray.kill(ray.get_actor(victim["name"], namespace=victim["namespace"]))
     await asyncio.gather(*(follower.task for follower in followers.values()))
-    broken = {name for name in names if "replica_lost" in followers[name].last_line}
-    (lost,) = {home[name] for name in broken}
-    assert broken == {name for name in names if home[name] == lost}
-    assert {followers[name].last_line for name in names if name not in broken} == {"data: [DONE]"}
+    assert {follower.last_line for follower in followers.values()} == {"data: [DONE]"}
+    # One prompt and one seed: whatever happened on the way, all of them are told the same.
+    assert len({follower.text for follower in followers.values()}) == 1
+    assert sum(statistics["num_resumed_tokens"] for statistics in await ask_all(engines, "get_statistics")) > 0
 
     async def serve_again(name: str) -> str:
         body, headers = chat(max_tokens=2), {"x-session-id": name}
@@ -497,12 +500,10 @@ async def test_a_lost_replica_breaks_its_own_streams_only_and_its_sessions_go_on
         assert response.status_code == 200
         return str(response.headers["x-pensieve-replica"])
 
-    now = {name: await serve_again(name) for name in names}
-    assert {name for name in names if now[name] != home[name]} <= broken
-
     async def is_replaced() -> bool:
         return len(await ask_all(engines, "describe")) == ARGS.num_replicas
 
     await until(is_replaced)
     # The replacement has the rank of the lost one: all sessions are where they were.
     assert {name: await serve_again(name) for name in names} == home
+    await ask_all(engines, "check_integrity")

@@ -149,7 +149,7 @@ async def test_overlapped_or_in_turn_plans_answers_and_memories_are_the_same(mak
     assert len([each for each in ours if "abandoned" in each]) == len(ABANDONED)
     assert any(each["answer"].num_cached_tokens > 0 for each in ours if "answer" in each)
     for i in range(len(NAMES)):
-        branches = [engine._conversations._conversations[f"s{i}"].branches for engine in (overlapped, in_turn)]
+        branches = [engine._conversations._conversations[f"local\ns{i}"].branches for engine in (overlapped, in_turn)]
         assert branches[0] == branches[1]
     stats, others = overlapped.get_statistics(), in_turn.get_statistics()
     assert min(stats.pop("num_used_drafts"), stats.pop("num_discarded_drafts")) > 0
@@ -167,7 +167,7 @@ async def test_what_an_abandoned_request_said_is_remembered_up_to_its_last_token
     with pytest.raises(EngineError, match="abandoned"):
         await ask(engine, CAT, sampling, "a", "s")
     whole = await ask(engine, CAT, sampling, "b")
-    (branch,) = engine._conversations._conversations["s"].branches
+    (branch,) = engine._conversations._conversations["local\ns"].branches
     num_prompt, num_chars = branch.anchors[-1]
     assert tuple(branch.token_ids[num_prompt:]) == whole.token_ids[:5]
     assert branch.text[num_chars:] == engine._tokenizer.decode(whole.token_ids[:5])

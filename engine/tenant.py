@@ -1,0 +1,17 @@
+"""Who a request belongs to. Plain data; who may call himself a tenant, the HTTP side decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Tenants share no chunk, no conversation and no id. weight: of the engine where several tenants want more of it than
+    there is."""
+
+    tenant_id: str
+    weight: float = 1.0
+
+
+LOCAL_TENANT = Tenant("local")

@@ -1,0 +1,143 @@
+"""Engine replicas are killed, again and again, under conversations: every one of them ends with exactly the answers of an
+undisturbed run, and no client sees an error. PENSIEVE_CHAOS_S=120 runs it as long as the figure in the docs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import httpx
+import psutil
+import pytest
+import ray
+from ray import serve
+
+from deployments.app import build
+from deployments.schema import AppArgs
+from engine.embedded_model import EMBEDDED_MODEL_NAME
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+CHAOS_S = float(os.environ.get("PENSIEVE_CHAOS_S", "30"))
+KILL_INTERVAL_S = min(15.0, CHAOS_S / 3)
+NUM_CONVERSATIONS = 16
+NUM_TURNS = 5
+APP = "chaos"
+FACTS = ("my cat is called Mia", "my dog is called Rex", "the code of my bike is 4711", "i live in Rome")
+QUESTIONS = ("what is my cat called?", "what is my dog called?", "what is the code of my bike?", "where do i live?")
+ARGS = AppArgs(
+    engine={"model": "embedded", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 256},
+    num_replicas=2,
+    num_cpus=0.5,
+    ingress_num_cpus=0.25,
+)
+
+
+@pytest.fixture(scope="module")
+def base_url() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.run(build(ARGS), name=APP, route_prefix="/")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+@pytest.fixture
+async def http(base_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=base_url, timeout=300) as client:
+        yield client
+
+
+def turn_text(conversation: int, turn: int) -> str:
+    texts = FACTS if turn % 2 == 0 else QUESTIONS
+    return texts[(conversation + turn // 2) % len(texts)]
+
+
+async def hold_conversation(http: httpx.AsyncClient, number: int, name: str) -> list[str]:
+    """The answers of all turns. Every third conversation does not stream, every second one samples. Half of them go on from
+    their answers; the others force long ones, to be cut in the middle, and go on from another text: a random model's bytes
+    that are no UTF-8 do not survive the way through the client."""
+    is_long = number // 2 % 2 == 0
+    messages: list[dict[str, str]] = []
+    answers = []
+    for turn in range(NUM_TURNS):
+        messages.append({"role": "user", "content": turn_text(number, turn)})
+        body = {
+            "model": EMBEDDED_MODEL_NAME,
+            "messages": messages,
+            "max_tokens": 120,
+            "min_tokens": 100 if is_long else 0,
+            "stream": number % 3 != 0,
+            **({"temperature": 0} if number % 2 else {"temperature": 0.8, "seed": number}),
+        }
+        headers = {"x-session-id": f"{name}-{number}"}
+        async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+            raw = (await response.aread()).decode()
+        assert response.status_code == 200, raw
+        if body["stream"]:
+            lines = [line for line in raw.splitlines() if line]
+            assert lines[-1] == "data: [DONE]", lines[-1]
+            deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines[:-1]]
+            answers.append("".join(delta.get("content", "") for delta in deltas))
+        else:
+            answers.append(json.loads(raw)["choices"][0]["message"]["content"])
+        messages.append({"role": "assistant", "content": "i will remember." if is_long else answers[-1]})
+    return answers
+
+
+def engine_pids() -> list[int]:
+    title = f"ray::ServeReplica:{APP}:LLMServer"
+    return [process.pid for process in psutil.process_iter() if "".join(process.cmdline()[:1]).startswith(title)]
+
+
+async def kill_replicas(until_s: float) -> int:
+    """SIGKILL one engine replica in each interval; how many were killed."""
+    rng = random.Random(0)
+    num_killed = 0
+    while time.monotonic() < until_s:
+        await asyncio.sleep(KILL_INTERVAL_S / 2)
+        pids = engine_pids()
+        if pids:
+            os.kill(rng.choice(pids), signal.SIGKILL)
+            num_killed += 1
+        await asyncio.sleep(KILL_INTERVAL_S / 2)
+    return num_killed
+
+
+@pytest.mark.timeout(max(600, 5 * CHAOS_S))
+async def test_killed_replicas_are_not_noticed(http: httpx.AsyncClient) -> None:
+    undisturbed = await asyncio.gather(*(hold_conversation(http, n, "calm") for n in range(NUM_CONVERSATIONS)))
+    end = time.monotonic() + CHAOS_S
+    killer = asyncio.create_task(kill_replicas(end))
+    num_rounds = 0
+    try:
+        while time.monotonic() < end:
+            name = f"round-{num_rounds}"
+            answers = await asyncio.gather(*(hold_conversation(http, n, name) for n in range(NUM_CONVERSATIONS)))
+            assert answers == undisturbed
+            num_rounds += 1
+        num_killed = await killer
+    finally:
+        killer.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await killer
+    assert num_killed >= CHAOS_S // KILL_INTERVAL_S - 1
+    assert num_rounds >= 1
+    print(f"{num_killed} replicas killed, {num_rounds * NUM_CONVERSATIONS} conversations")
