@@ -4,14 +4,17 @@ the numbers mean is written in `schema.AppArgs`.
 
 # No `from __future__ import annotations`: Serve reads the annotation of `build` to make AppArgs of a plain dict.
 
+import os
+
 from ray import serve
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 from ray.serve.deployment import Application
 
-from deployments.ingress import Ingress
+from deployments.ingress import Ingress, IngressConfig
 from deployments.llm_server import LLMServer
 from deployments.schema import AppArgs
 from deployments.session_router import SessionRouter
+from deployments.tenants import load_tenants
 
 # An ingress replica holds what runs and what waits, and refuses the rest with an OpenAI error body itself;
 # these bound only what is still arriving.
@@ -55,4 +58,11 @@ def build(args: AppArgs) -> Application:
         backpressure_config=overload,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
     )
-    return ingress.bind(engine.bind(args.engine_config, args.stream_interval_s), args.max_body_bytes)
+    config = IngressConfig(
+        max_body_bytes=args.max_body_bytes,
+        max_header_bytes=args.max_header_bytes,
+        tenants=load_tenants(args.tenants_file, os.environ),
+        num_ingress_replicas=args.num_ingress_replicas,
+        request_timeout_s=args.request_timeout_s,
+    )
+    return ingress.bind(engine.bind(args.engine_config, args.stream_interval_s), config)

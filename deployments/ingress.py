@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -18,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from deployments.body_limit import BodyLimit
+from deployments.admission import Admission
 from deployments.engine_client import EngineClient
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.openai_responses import (
@@ -30,9 +31,12 @@ from deployments.openai_responses import (
     sse_event,
 )
 from deployments.openai_types import BodyT, ChatCompletionBody, CompletionBody, parse_request
+from deployments.request_limits import RequestLimits
 from deployments.session_key import session_key
+from deployments.tenants import Authenticator, TenantConfig
 from engine import __version__
 from engine.errors import PensieveError, UnknownModelError
+from engine.tenant import Tenant
 
 
 class Engine(Protocol):
@@ -45,19 +49,30 @@ class Engine(Protocol):
     async def model_card(self) -> ModelCard: ...
 
 
+@dataclass(frozen=True, slots=True)
+class IngressConfig:
+    """What one ingress replica goes by; see AppArgs and TenantConfig."""
+
+    max_body_bytes: int = 4 * 2**20
+    max_header_bytes: int = 32 * 2**10
+    tenants: tuple[TenantConfig, ...] = ()
+    num_ingress_replicas: int = 1
+    request_timeout_s: float | None = None
+
+
 class Ingress:
     """The ingress deployment; Serve asks it for the application once it is constructed."""
 
-    def __init__(self, handle: DeploymentHandle, max_body_bytes: int) -> None:
+    def __init__(self, handle: DeploymentHandle, config: IngressConfig) -> None:
         self._engine = EngineClient(handle)
-        self._max_body_bytes = max_body_bytes
+        self._config = config
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         ingress_id = serve.get_replica_context().replica_id.unique_id
-        return create_app(self._engine, max_body_bytes=self._max_body_bytes, ingress_id=ingress_id)
+        return create_app(self._engine, self._config, ingress_id=ingress_id)
 
 
-def create_app(engine: Engine, *, max_body_bytes: int, ingress_id: str) -> FastAPI:
+def create_app(engine: Engine, config: IngressConfig, *, ingress_id: str) -> FastAPI:
     """The application. ingress_id goes out in a header, for experiments with routing."""
     app = FastAPI(
         openapi_url=None,  # the API is OpenAI's, documented there
@@ -68,11 +83,27 @@ def create_app(engine: Engine, *, max_body_bytes: int, ingress_id: str) -> FastA
             Exception: _unexpected_error,
         },
     )
-    too_large = ErrorItem(
-        413, f"the body is larger than {max_body_bytes} bytes", "invalid_request_error", "body_too_large"
+    app.add_middleware(
+        RequestLimits,
+        max_body_bytes=config.max_body_bytes,
+        max_header_bytes=config.max_header_bytes,
+        too_large=_too_large(413, f"the body is larger than {config.max_body_bytes} bytes", "body_too_large"),
+        headers_too_large=_too_large(
+            431, f"the headers are larger than {config.max_header_bytes} bytes", "headers_too_large"
+        ),
     )
-    app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes, too_large=_error_response(too_large))
+    authenticator = Authenticator(config.tenants)
+    admission = Admission(
+        engine,
+        config.tenants,
+        num_ingress_replicas=config.num_ingress_replicas,
+        default_timeout_s=config.request_timeout_s,
+    )
     started = int(time.time())
+
+    def tenant_of(request: Request) -> Tenant:
+        client_host = request.client.host if request.client else None
+        return authenticator.authenticate(request.headers.get("authorization"), client_host)
 
     async def answer(
         request: Request,
@@ -80,6 +111,7 @@ def create_app(engine: Engine, *, max_body_bytes: int, ingress_id: str) -> FastA
         make_format: Callable[[str, int, BodyT], AnswerFormat],
         id_prefix: str,
     ) -> Response:
+        tenant = tenant_of(request)
         body, data = parse_request(kind, await request.body())
         sampling = body.sampling_params()
         _check_model(body.model, await engine.model_card())
@@ -90,9 +122,10 @@ def create_app(engine: Engine, *, max_body_bytes: int, ingress_id: str) -> FastA
             sampling=sampling,
             stream=body.stream,
             return_prompt_token_ids=body.return_token_ids,
+            tenant=tenant,
         )
         answer_format = make_format(generation.request_id, int(time.time()), body)
-        items = engine.generate(generation)
+        items = admission.generate(generation, body.timeout)
         first = await anext(items)  # decides on the status; nothing is sent before
         if isinstance(first, ErrorItem) or not body.stream:
             await _exhaust(items)
@@ -116,11 +149,13 @@ def create_app(engine: Engine, *, max_body_bytes: int, ingress_id: str) -> FastA
         return await answer(request, CompletionBody, CompletionFormat, "cmpl-")
 
     @app.get("/v1/models")
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
+        tenant_of(request)
         return JSONResponse({"object": "list", "data": [_model(await engine.model_card(), started)]})
 
     @app.get("/v1/models/{model:path}")  # path: hub ids have a slash
-    async def model(model: str) -> Response:
+    async def model(request: Request, model: str) -> Response:
+        tenant_of(request)
         card = await engine.model_card()
         _check_model(model, card)
         return JSONResponse(_model(card, started))
@@ -193,9 +228,14 @@ def _error_response(error: ErrorItem, headers: Mapping[str, str] | None = None) 
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 
 
+def _too_large(status: int, message: str, code: str) -> JSONResponse:
+    return _error_response(ErrorItem(status, message, "invalid_request_error", code))
+
+
 async def _pensieve_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PensieveError)
-    return _error_response(ErrorItem.from_error(error))
+    headers = {"www-authenticate": "Bearer"} if error.http_status == 401 else None
+    return _error_response(ErrorItem.from_error(error), headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

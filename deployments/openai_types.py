@@ -6,8 +6,8 @@ Ray.
                      stream, stream_options (include_usage, continuous_usage_stats), presence_penalty,
                      frequency_penalty, logprobs, top_logprobs
     beyond OpenAI    top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids,
-                     return_token_ids; prompt as token ids; session_id, conversation and prompt_cache_key name
-                     the session
+                     return_token_ids; timeout (seconds for the whole answer); prompt as token ids;
+                     session_id, conversation and prompt_cache_key name the session
     refused, unless  *_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass
     ignored          IGNORED below: they ask for nothing of the answer (labels, obfuscation) or concern only what
                      is refused anyway (parallel_tool_calls without tools)
@@ -191,6 +191,7 @@ class GenerationBody(Body):
         Conversation | None, BeforeValidator(lambda value: {"id": value} if isinstance(value, str) else value)
     ] = None
     prompt_cache_key: SessionKey | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:

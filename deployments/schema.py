@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.tenants import load_tenants
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 
@@ -34,8 +35,11 @@ class AppArgs(BaseModel):
     replica; further ones of its sessions go to the num_fallback_replicas next in their order.
     max_queued_requests: how many may wait in one ingress replica when all are full; above that, 429. Serve
     also counts those that are just being routed, so a small number refuses bursts.
-    max_body_bytes: of a request. stream_interval_s: least time between two chunks of one stream, seconds.
-    graceful_shutdown_timeout_s: what running requests get to end in when a replica is stopped, seconds.
+    max_body_bytes, max_header_bytes: of a request. request_timeout_s: how long an answer may take where the request says
+    nothing (`timeout`); none = any time. tenants_file: API keys and limits, see deployments/tenants.py; without one, and
+    without PENSIEVE_API_KEY in the environment, only this machine is served. stream_interval_s: least time between two
+    chunks of one stream, seconds. graceful_shutdown_timeout_s: what running requests get to end in when a replica is
+    stopped, seconds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +54,9 @@ class AppArgs(BaseModel):
     num_fallback_replicas: int = Field(default=1, ge=0)
     max_queued_requests: int = Field(default=256, ge=1)
     max_body_bytes: int = Field(default=4 * 2**20, ge=1)
+    max_header_bytes: int = Field(default=32 * 2**10, ge=1)
+    request_timeout_s: float | None = Field(default=None, gt=0)
+    tenants_file: str | None = None
     stream_interval_s: float = Field(default=0.01, ge=0)
     graceful_shutdown_timeout_s: float = Field(default=20.0, ge=0)
 
@@ -61,6 +68,15 @@ class AppArgs(BaseModel):
         except ConfigError as error:
             raise ValueError(error.message) from None
         return options
+
+    @field_validator("tenants_file")
+    @classmethod
+    def _check_tenants(cls, path: str | None) -> str | None:
+        try:
+            load_tenants(path, {})
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        return path
 
     @property
     def engine_config(self) -> EngineConfig:

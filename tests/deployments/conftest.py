@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 
 from deployments.generation import DeltaItem, GenerationItem, GenerationRequest, ModelCard
-from deployments.ingress import create_app
+from deployments.ingress import IngressConfig, create_app
 from engine.errors import EngineStoppedError
 from engine.output import OutputDelta
 
@@ -65,7 +65,7 @@ def engine() -> ScriptedEngine:
 
 @pytest.fixture
 def app(engine: ScriptedEngine) -> FastAPI:
-    return create_app(engine, max_body_bytes=MAX_BODY_BYTES, ingress_id="ingress-1")
+    return create_app(engine, IngressConfig(max_body_bytes=MAX_BODY_BYTES), ingress_id="ingress-1")
 
 
 @pytest.fixture

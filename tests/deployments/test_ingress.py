@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -12,9 +13,12 @@ from fastapi import FastAPI
 from starlette.types import Message
 
 from deployments.generation import DeltaItem, ErrorItem
+from deployments.ingress import IngressConfig, create_app
+from deployments.tenants import TenantConfig, hash_key
 from engine import __version__
 from engine.output import OutputDelta
 from engine.prompt import ChatPrompt, TokenPrompt
+from engine.tenant import Tenant
 
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -275,3 +279,57 @@ async def test_request_that_serve_cancels_is_told_to_the_engine(app: FastAPI, en
     with pytest.raises(asyncio.CancelledError):
         await connection.task
     assert (engine.num_running, engine.num_aborted) == (0, 1)
+
+
+# -- tenants -----------------------------------------------------------------------------------------------------------
+
+KEYS = {"a": "sk-a", "b": "sk-b"}
+
+
+@pytest.fixture
+async def tenants_client(engine: Any) -> AsyncIterator[httpx.AsyncClient]:
+    tenants = tuple(TenantConfig(id=name, api_keys_sha256=(hash_key(key),), weight=3.0) for name, key in KEYS.items())
+    transport = httpx.ASGITransport(create_app(engine, IngressConfig(tenants=tenants), ingress_id="i"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+async def test_the_key_says_who_asks(tenants_client: httpx.AsyncClient, engine: Any) -> None:
+    for name, key in KEYS.items():
+        headers = {"authorization": f"Bearer {key}", "x-session-id": "same"}
+        assert (await tenants_client.post(CHAT_URL, json=CHAT, headers=headers)).status_code == 200
+        assert engine.requests[-1].tenant == Tenant(name, 3.0)
+
+
+@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer sk-c"}, {"authorization": "Basic sk-a"}], ids=str)
+async def test_nothing_but_health_is_open_to_strangers(
+    tenants_client: httpx.AsyncClient, engine: Any, headers: dict[str, str]
+) -> None:
+    for method, path in [("POST", CHAT_URL), ("POST", COMPLETIONS_URL), ("GET", "/v1/models"), ("GET", "/v1/models/x")]:
+        response = await tenants_client.request(method, path, json=CHAT, headers=headers)
+        assert_error(response, 401, "invalid_api_key", None)
+        assert response.headers["www-authenticate"] == "Bearer"
+    for path in ("/health", "/ready", "/version"):
+        assert (await tenants_client.get(path, headers=headers)).status_code == 200
+    assert engine.requests == []
+
+
+async def test_without_keys_another_machine_is_refused(app: FastAPI, engine: Any) -> None:
+    transport = httpx.ASGITransport(app, client=("10.1.2.3", 4567))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert_error(await client.post(CHAT_URL, json=CHAT), 403, "no_api_keys_configured", None)
+        assert (await client.get("/health")).status_code == 200
+    assert engine.requests == []
+
+
+async def test_a_deadline_is_an_error_before_the_answer_and_an_event_in_it(
+    client: httpx.AsyncClient, engine: Any
+) -> None:
+    engine.hangs = True
+    engine.items = engine.items[:1]
+    response = await client.post(CHAT_URL, json=CHAT | {"stream": True, "timeout": 0.05})
+    assert events(response)[-1]["error"]["code"] == "timeout"
+    engine.items = []
+    assert_error(await client.post(CHAT_URL, json=CHAT | {"timeout": 0.05}), 504, "timeout", "timeout")
+    assert engine.num_running == 0
+    assert_error(await client.post(CHAT_URL, json=CHAT | {"timeout": 0}), 400, "invalid_value", "timeout")

@@ -5,7 +5,7 @@ from typing import Any
 from starlette.responses import PlainTextResponse
 from starlette.types import Message
 
-from deployments.body_limit import BodyLimit
+from deployments.request_limits import RequestLimits
 
 
 class Echo:
@@ -42,8 +42,14 @@ async def call(app: Any, chunks: list[bytes], headers: dict[str, str], *, discon
     return sent
 
 
-def limited(echo: Echo) -> BodyLimit:
-    return BodyLimit(echo, max_body_bytes=10, too_large=PlainTextResponse("too large", 413))
+def limited(echo: Echo) -> RequestLimits:
+    return RequestLimits(
+        echo,
+        max_body_bytes=10,
+        too_large=PlainTextResponse("too large", 413),
+        max_header_bytes=120,
+        headers_too_large=PlainTextResponse("headers too large", 431),
+    )
 
 
 async def test_body_is_handed_on_in_one_piece_and_then_the_connection() -> None:
@@ -72,3 +78,13 @@ async def test_client_that_leaves_while_sending_is_forgotten() -> None:
     echo = Echo()
     assert await call(limited(echo), [b"0", b"1"], {}, disconnect=True) == []
     assert echo.num_calls == 0
+
+
+async def test_headers_are_counted_names_and_values() -> None:
+    echo = Echo()
+    fits = {"a" * 20: "b" * 100}
+    assert (await call(limited(echo), [b"x"], fits))[0]["status"] == 200
+    for headers in (fits | {"c": ""}, {"a": "b" * 120}):
+        sent = await call(limited(echo), [b"x"], headers)
+        assert sent[0]["status"] == 431
+    assert echo.num_calls == 1
