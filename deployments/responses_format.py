@@ -195,15 +195,18 @@ def cancelled(response: Response) -> Response:
 
 def interrupted(response: Response) -> Response:
     """A response in progress that nobody works on any more; OpenAI's API has no reason of that name."""
-    return _closed(response, "incomplete", {"code": "server_error", "message": INTERRUPTED})
+    return _closed(response, "incomplete", _error("server_error", INTERRUPTED, "server_error", None))
 
 
 def failed(response: Response, error: ErrorItem) -> Response:
     """The codes of a failed response are few; its type and param are the error's own."""
     code = "server_error" if error.status >= 500 else "invalid_prompt"
     code = "rate_limit_exceeded" if error.status == 429 else code
-    message = error.message[:MAX_MESSAGE_CHARS]
-    return _closed(response, "failed", {"code": code, "message": message, "type": error.kind, "param": error.param})
+    return _closed(response, "failed", _error(code, error.message[:MAX_MESSAGE_CHARS], error.kind, error.param))
+
+
+def _error(code: str, message: str, kind: str, param: str | None) -> dict[str, Any]:
+    return {"code": code, "message": message, "type": kind, "param": param}
 
 
 def _closed(response: Response, status: str, error: dict[str, Any] | None) -> Response:
