@@ -274,16 +274,18 @@ class CompletionBody(GenerationBody):
 
 
 BodyT = TypeVar("BodyT", ChatCompletionBody, CompletionBody)
+AnyBodyT = TypeVar("AnyBodyT", bound=Body)
 _CODES = {
     "missing": "missing_required_parameter",
     "extra_forbidden": "unknown_parameter",
+    "mutually_exclusive_parameters": "mutually_exclusive_parameters",
     "unsupported_parameter": "unsupported_parameter",
 }
 _REASONS = {"extra_forbidden": "unknown parameter", "model_type": "must be an object"}
 MAX_NAME_CHARS = 64
 
 
-def parse_request(kind: type[BodyT], raw: bytes) -> tuple[BodyT, dict[str, Any]]:
+def parse_request(kind: type[AnyBodyT], raw: bytes) -> tuple[AnyBodyT, dict[str, Any]]:
     """The request, and the plain data that it was made of. Raises BadRequestError for the first thing that is wrong."""
     try:
         data = from_json(raw, allow_inf_nan=False)
@@ -291,8 +293,13 @@ def parse_request(kind: type[BodyT], raw: bytes) -> tuple[BodyT, dict[str, Any]]
         raise BadRequestError(f"the body is not valid JSON in UTF-8: {error}", None, None) from None
     if not isinstance(data, dict):
         raise BadRequestError("the body must be a JSON object", None, None)
+    return validated(kind, data), data
+
+
+def validated(kind: type[AnyBodyT], data: dict[str, Any]) -> AnyBodyT:
+    """Raises BadRequestError for the first thing that is wrong."""
     try:
-        return kind.model_validate(data), data
+        return kind.model_validate(data)
     except ValidationError as error:
         raise _bad_request(error.errors(include_url=False, include_input=False)[0]) from None
 
