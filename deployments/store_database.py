@@ -219,6 +219,8 @@ def _with_async_driver(url: str) -> URL:
 def _create_file(path: Path) -> None:
     """WAL lets readers go on while one process writes; the file remembers it. Changing to it needs the file for
     itself, without SQLite's patience, so only one process at a time tries."""
+    if not path.parent.is_dir():  # FileLock would make it, and a volume that is not mounted would go unnoticed
+        raise FileNotFoundError(f"there is no folder {path.parent}")
     with FileLock(f"{path}.lock", timeout=_OPEN_TIMEOUT_S):
         connection = sqlite3.connect(path, timeout=_OPEN_TIMEOUT_S)
         try:
