@@ -97,10 +97,10 @@ class ConversationStore:
         named = name_items(new.input, self.new_id)
 
         async def work(connection: AsyncConnection) -> StoredResponse:
-            session_key = new.id
+            session_key, start = new.id, None
             if new.previous_response_id is not None:
                 previous = await _find_previous(connection, tenant, new.previous_response_id, lock=True)
-                session_key = previous.session_key
+                session_key, start = previous.session_key, previous.conversation_start
             elif new.conversation_id is not None:
                 await find_conversation(connection, tenant, new.conversation_id, for_update=True)
                 await refuse_if_busy(connection, new.conversation_id, now)
@@ -113,6 +113,7 @@ class ConversationStore:
                     id=new.id,
                     tenant=tenant,
                     conversation_id=new.conversation_id,
+                    conversation_start=start,
                     previous_response_id=new.previous_response_id,
                     session_key=session_key,
                     model=new.model,
@@ -126,7 +127,23 @@ class ConversationStore:
                 )
             )
             await insert_items(connection, named, response_id=new.id)
-            return await _read_response(connection, tenant, new.id)
+            return StoredResponse(
+                id=new.id,
+                conversation_id=new.conversation_id,
+                previous_response_id=new.previous_response_id,
+                session_key=session_key,
+                model=new.model,
+                created_at=now,
+                completed_at=None,
+                status=Status.IN_PROGRESS,
+                incomplete_reason=None,
+                error=None,
+                instructions=new.instructions,
+                params=dict(new.params),
+                usage=None,
+                input=named,
+                output=(),
+            )
 
         return await self._database.write(work)
 
@@ -178,17 +195,15 @@ class ConversationStore:
                 query = select(conversations).where(conversations.c.id == conversation_id).with_for_update()
                 conversation = (await connection.execute(query)).one_or_none()
             is_live = conversation is not None and not conversation.deleted
-            changed = await _finish(
-                connection,
-                tenant,
-                response_id,
-                status=outcome.status,
-                incomplete_reason=outcome.incomplete_reason,
-                completed_at=outcome.completed_at,
-                usage=dict(outcome.usage),
-                conversation_start=conversation.next_position if conversation is not None else None,
-            )
-            if not changed:
+            values: dict[str, Any] = {
+                "status": outcome.status,
+                "incomplete_reason": outcome.incomplete_reason,
+                "completed_at": outcome.completed_at,
+                "usage": dict(outcome.usage),
+            }
+            if conversation is not None:
+                values["conversation_start"] = conversation.next_position
+            if not await _finish(connection, tenant, response_id, **values):
                 return await _was_completed(connection, tenant, response_id, outcome)
             num_input = 0
             if conversation is not None and is_live:
@@ -212,10 +227,10 @@ class ConversationStore:
                     )
                 )
             if end is not None:
-                values: dict[str, Any] = {"next_position": end[1] + len(named), "used_at": outcome.completed_at}
+                moved: dict[str, Any] = {"next_position": end[1] + len(named), "used_at": outcome.completed_at}
                 if outcome.transcript is not None:
-                    values["tip_response_id"] = response_id
-                await connection.execute(update(conversations).where(conversations.c.id == end[0]).values(**values))
+                    moved["tip_response_id"] = response_id
+                await connection.execute(update(conversations).where(conversations.c.id == end[0]).values(**moved))
             return True
 
         return await self._database.write(work)
@@ -282,7 +297,7 @@ class ConversationStore:
         async def work(connection: AsyncConnection) -> History:
             if previous_response_id is not None:
                 previous = await _find_previous(connection, tenant, previous_response_id)
-                said = await chain_items(connection, previous.id)
+                said = await chain_items(connection, previous)
                 return History(said, await load_transcript(connection, previous.id), previous.session_key)
             row = await find_conversation(connection, tenant, str(conversation_id))
             said = await conversation_items(connection, row.id, row.next_position)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import CTE, Integer, and_, literal, select
+from sqlalchemy import Integer, Row, and_, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from deployments.store_schema import items, responses, transcripts
@@ -16,14 +16,23 @@ from deployments.transcript_delta import TranscriptDelta, apply_deltas
 from engine.core.conversation import Transcript
 
 
-async def chain_items(connection: AsyncConnection, response_id: str) -> tuple[Item, ...]:
+async def chain_items(connection: AsyncConnection, latest: Row[Any]) -> tuple[Item, ...]:
     """Input and output of the chain's responses up to this one, oldest first. A chain that begins inside a conversation
     begins with what that conversation holds before it."""
-    chain = _response_chain(response_id)
-    root = (await connection.execute(select(chain).where(chain.c.previous_response_id.is_(None)))).one()
     before: tuple[Item, ...] = ()
-    if root.conversation_start is not None:
-        before = await conversation_items(connection, root.conversation_id, root.conversation_start)
+    if latest.conversation_start is not None:
+        before = await conversation_items(connection, latest.session_key, latest.conversation_start)
+    chain = (
+        select(responses.c.id, responses.c.previous_response_id, literal(0, Integer).label("depth"))
+        .where(responses.c.id == latest.id)
+        .cte("chain", recursive=True)
+    )
+    parent = responses.alias("parent")
+    chain = chain.union_all(
+        select(parent.c.id, parent.c.previous_response_id, chain.c.depth + 1).join(
+            chain, parent.c.id == chain.c.previous_response_id
+        )
+    )
     rows = await connection.execute(
         select(items.c.id, items.c.role, items.c.body)
         .join(chain, items.c.response_id == chain.c.id)
@@ -74,18 +83,3 @@ async def load_transcript(connection: AsyncConnection, response_id: str | None) 
 
 def to_items(rows: Iterable[Any]) -> tuple[Item, ...]:
     return tuple(Item(row.id, row.role, row.body) for row in rows)
-
-
-def _response_chain(response_id: str) -> CTE:
-    def columns(table: Any) -> tuple[Any, ...]:
-        return table.c.id, table.c.previous_response_id, table.c.conversation_id, table.c.conversation_start
-
-    chain = (
-        select(*columns(responses), literal(0, Integer).label("depth"))
-        .where(responses.c.id == response_id)
-        .cte("chain", recursive=True)
-    )
-    parent = responses.alias("parent")
-    return chain.union_all(
-        select(*columns(parent), chain.c.depth + 1).join(chain, parent.c.id == chain.c.previous_response_id)
-    )

@@ -75,7 +75,8 @@ responses = Table(
     Column("id", Text, primary_key=True),
     Column("tenant", Text, nullable=False),
     Column("conversation_id", Text, ForeignKey("conversations.id")),
-    # The turn's items follow those of the conversation below this position; null until the turn is complete.
+    # The history begins with the conversation's items below this position. Inherited by responses that continue this one
+    # outside the conversation, whose session_key names it. Null where there is none, and until the turn is complete.
     Column("conversation_start", Integer),
     Column("previous_response_id", Text, ForeignKey("responses.id")),
     Column("session_key", Text, nullable=False),

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import tempfile
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,11 +124,12 @@ class PostgresServer:
             self.process.wait(timeout=30)
             self.process = None
 
-    def create_database(self) -> str:
-        """URL of a new, empty database."""
-        name = f"d{uuid.uuid4().hex}"
-        self._run("createdb", "--host", str(self.folder), "--username=postgres", name)
-        return f"postgresql://postgres@/{name}?host={self.folder}"
+    def empty_database(self) -> str:
+        """URL of the one database, with nothing in it. A new one each time would be 8 MB each time."""
+        statements = ("DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+        commands = [argument for statement in statements for argument in ("--command", statement)]
+        self._run("psql", "--host", str(self.folder), "--username=postgres", "--quiet", *commands)
+        return f"postgresql://postgres@/postgres?host={self.folder}"
 
 
 @pytest.fixture(scope="session")
@@ -156,4 +156,4 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'store.db'}"
     server: PostgresServer = request.getfixturevalue("postgres")
-    return server.create_database()
+    return server.empty_database()

@@ -394,9 +394,9 @@ async def test_pages(store: ConversationStore) -> None:
 # Tenants
 
 
-@pytest.mark.parametrize("odd_id", ["unknown", "", "a\x00b", "\ud800", "x" * 5000, "é"])
-async def test_unknown_ids(store: ConversationStore, odd_id: str) -> None:
-    await assert_nothing_there(store, ME, odd_id, odd_id, odd_id)
+async def test_unknown_ids(store: ConversationStore) -> None:
+    for odd_id in ("unknown", "", "a\x00b", "\ud800", "x" * 5000, "é"):
+        await assert_nothing_there(store, ME, odd_id, odd_id, odd_id)
 
 
 async def test_ids_of_another_tenant_are_unknown(store: ConversationStore, store_url: str) -> None:
@@ -580,7 +580,7 @@ numbers = itertools.count()
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(plan=st.lists(steps, min_size=1, max_size=25))
 async def test_random_conversations_equal_a_plain_model(
@@ -876,7 +876,7 @@ async def assert_unavailable(store: ConversationStore) -> StoreUnavailableError:
 
 
 async def test_postgres_stopped_and_started_again(postgres: Any) -> None:
-    url = postgres.create_database()
+    url = postgres.empty_database()
     store = ConversationStore(url)
     await store.open(NOW)
     await turn(store, "a", "1", "2", transcript("12"))
@@ -913,7 +913,7 @@ async def test_postgres_that_never_answers() -> None:
 
 
 async def test_postgres_that_hangs_in_a_statement(postgres: Any) -> None:
-    url = postgres.create_database()
+    url = postgres.empty_database()
     store, other = ConversationStore(url, timeout_s=0.3), Database(url, 5.0)
     await store.open(NOW)
     await turn(store, "a")
