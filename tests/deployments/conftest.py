@@ -1,9 +1,20 @@
-"""Fixtures of the deployments' tests: a scripted engine behind the HTTP application, in this process and without Ray."""
+"""Fixtures of the deployments' tests: a scripted engine behind the HTTP application, in this process and without Ray; and
+databases for the conversation store.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -73,3 +84,76 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
+
+
+class PostgresServer:
+    """Debian's PostgreSQL in a temporary folder, on a Unix socket there, as a user that is not root."""
+
+    def __init__(self, binaries: Path) -> None:
+        self.binaries = binaries
+        self.folder = Path(tempfile.mkdtemp(prefix="pensieve-pg-", dir="/tmp"))  # a socket's path has to be short
+        self.process: subprocess.Popen[bytes] | None = None
+        self.user: dict[str, Any] = {}
+        if os.geteuid() == 0:  # which initdb and postgres refuse
+            account = pwd.getpwnam("postgres")
+            self.user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+            os.chown(self.folder, account.pw_uid, account.pw_gid)
+        options = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"]
+        self._run("initdb", *options, "--pgdata", str(self.folder / "data"))
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(self.binaries / program), *arguments]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, timeout=60, check=False, **self.user)
+        assert done.returncode == 0, f"{program}: {done.stderr.decode()}"
+
+    def start(self) -> None:
+        settings = ["listen_addresses=", f"unix_socket_directories={self.folder}", "fsync=off", "max_connections=60"]
+        command = [str(self.binaries / "postgres"), "-D", str(self.folder / "data")]
+        for setting in settings:
+            command += ["-c", setting]
+        with open(self.folder / "server.txt", "ab") as output:
+            self.process = subprocess.Popen(command, cwd=self.folder, stdout=output, stderr=output, **self.user)
+        is_ready = [str(self.binaries / "pg_isready"), "--quiet", "--host", str(self.folder)]
+        while subprocess.run(is_ready, check=False).returncode != 0:
+            assert self.process.poll() is None, (self.folder / "server.txt").read_text()
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGINT)  # without waiting for clients
+            self.process.wait(timeout=30)
+            self.process = None
+
+    def empty_database(self) -> str:
+        """URL of the one database, with nothing in it. A new one each time would be 8 MB each time."""
+        statements = ("DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+        commands = [argument for statement in statements for argument in ("--command", statement)]
+        self._run("psql", "--host", str(self.folder), "--username=postgres", "--quiet", *commands)
+        return f"postgresql://postgres@/postgres?host={self.folder}"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """Running before and after each test that uses it; skips where no PostgreSQL server is installed."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    on_path = shutil.which("postgres")
+    if not found and on_path is None:
+        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
+    if os.geteuid() == 0 and not any(account.pw_name == "postgres" for account in pwd.getpwall()):
+        pytest.skip("PostgreSQL refuses root, and there is no user 'postgres' to run it as")
+    server = PostgresServer(found[-1].parent if found else Path(str(on_path)).resolve().parent)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(server.folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database, once of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'store.db'}"
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.empty_database()
