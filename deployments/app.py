@@ -64,5 +64,7 @@ def build(args: AppArgs) -> Application:
         tenants=load_tenants(args.tenants_file, os.environ),
         num_ingress_replicas=args.num_ingress_replicas,
         request_timeout_s=args.request_timeout_s,
+        store_url=args.store_url,
+        retention_days=args.retention_days,
     )
     return ingress.bind(engine.bind(args.engine_config, args.stream_interval_s), config)

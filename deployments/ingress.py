@@ -4,11 +4,10 @@ the errors. Nothing here knows a token, a cache or a replica beyond the number t
 
 from __future__ import annotations
 
-import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,12 +15,13 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from deployments.admission import Admission
+from deployments.conversation_store import ConversationStore
 from deployments.engine_client import EngineClient
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
+from deployments.http_errors import EXCEPTION_HANDLERS, error_response, too_large
 from deployments.openai_responses import (
     DONE,
     AnswerFormat,
@@ -32,10 +32,13 @@ from deployments.openai_responses import (
 )
 from deployments.openai_types import BodyT, ChatCompletionBody, CompletionBody, parse_request
 from deployments.request_limits import RequestLimits
+from deployments.responses_api import ResponsesApi
+from deployments.responses_routes import add_response_routes
 from deployments.session_key import session_key
 from deployments.tenants import Authenticator, TenantConfig
 from engine import __version__
-from engine.errors import PensieveError, UnknownModelError
+from engine.errors import UnknownModelError
+from engine.paths import data_folder
 from engine.tenant import Tenant
 
 
@@ -58,6 +61,8 @@ class IngressConfig:
     tenants: tuple[TenantConfig, ...] = ()
     num_ingress_replicas: int = 1
     request_timeout_s: float | None = None
+    store_url: str | None = None
+    retention_days: float | None = None
 
 
 class Ingress:
@@ -74,31 +79,45 @@ class Ingress:
 
 def create_app(engine: Engine, config: IngressConfig, *, ingress_id: str) -> FastAPI:
     """The application. ingress_id goes out in a header, for experiments with routing."""
-    app = FastAPI(
-        openapi_url=None,  # the API is OpenAI's, documented there
-        redirect_slashes=False,
-        exception_handlers={
-            PensieveError: _pensieve_error,
-            HTTPException: _http_error,
-            Exception: _unexpected_error,
-        },
-    )
-    app.add_middleware(
-        RequestLimits,
-        max_body_bytes=config.max_body_bytes,
-        max_header_bytes=config.max_header_bytes,
-        too_large=_too_large(413, f"the body is larger than {config.max_body_bytes} bytes", "body_too_large"),
-        headers_too_large=_too_large(
-            431, f"the headers are larger than {config.max_header_bytes} bytes", "headers_too_large"
-        ),
-    )
-    authenticator = Authenticator(config.tenants)
     admission = Admission(
         engine,
         config.tenants,
         num_ingress_replicas=config.num_ingress_replicas,
         default_timeout_s=config.request_timeout_s,
     )
+
+    async def check_model(name: str) -> None:
+        _check_model(name, await engine.model_card())
+
+    responses = ResponsesApi(
+        admission,
+        ConversationStore(config.store_url or _default_store_url()),
+        owner=f"{ingress_id}-{uuid.uuid4().hex}",
+        check_model=check_model,
+        retention_days=config.retention_days,
+    )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await responses.close()
+
+    app = FastAPI(
+        lifespan=lifespan,
+        openapi_url=None,  # the API is OpenAI's, documented there
+        redirect_slashes=False,
+        exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
+    )
+    app.add_middleware(
+        RequestLimits,
+        max_body_bytes=config.max_body_bytes,
+        max_header_bytes=config.max_header_bytes,
+        too_large=too_large(413, f"the body is larger than {config.max_body_bytes} bytes", "body_too_large"),
+        headers_too_large=too_large(
+            431, f"the headers are larger than {config.max_header_bytes} bytes", "headers_too_large"
+        ),
+    )
+    authenticator = Authenticator(config.tenants)
     started = int(time.time())
 
     def tenant_of(request: Request) -> Tenant:
@@ -130,7 +149,7 @@ def create_app(engine: Engine, config: IngressConfig, *, ingress_id: str) -> Fas
         if isinstance(first, ErrorItem) or not body.stream:
             await _exhaust(items)
         if isinstance(first, ErrorItem):
-            return _error_response(first)
+            return error_response(first)
         headers = {"x-pensieve-replica": str(first.replica_rank), "x-pensieve-ingress": ingress_id}
         if not body.stream:
             return JSONResponse(answer_format.whole(first.delta), headers=headers)
@@ -147,6 +166,8 @@ def create_app(engine: Engine, config: IngressConfig, *, ingress_id: str) -> Fas
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await answer(request, CompletionBody, CompletionFormat, "cmpl-")
+
+    add_response_routes(app, responses, tenant_of)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -167,6 +188,7 @@ def create_app(engine: Engine, config: IngressConfig, *, ingress_id: str) -> Fas
     @app.get("/ready")
     async def ready() -> Response:
         await engine.describe()
+        await responses.check()
         return JSONResponse({"status": "ready"})
 
     @app.get("/version")
@@ -174,6 +196,12 @@ def create_app(engine: Engine, config: IngressConfig, *, ingress_id: str) -> Fas
         return JSONResponse({"version": __version__})
 
     return app
+
+
+def _default_store_url() -> str:
+    folder = data_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'conversations.db'}"
 
 
 async def _events(
@@ -219,35 +247,3 @@ def _model(card: ModelCard, created: int) -> dict[str, Any]:
         "owned_by": "pensieve",
         "max_model_len": card.max_model_len,
     }
-
-
-def _error_response(error: ErrorItem, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    headers = dict(headers or {})
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(math.ceil(error.retry_after_s))
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
-
-
-def _too_large(status: int, message: str, code: str) -> JSONResponse:
-    return _error_response(ErrorItem(status, message, "invalid_request_error", code))
-
-
-async def _pensieve_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, PensieveError)
-    headers = {"www-authenticate": "Bearer"} if error.http_status == 401 else None
-    return _error_response(ErrorItem.from_error(error), headers)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """No such route, or not with this method."""
-    assert isinstance(error, HTTPException)
-    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-    item = ErrorItem(
-        error.status_code, f"{request.method} {request.url.path}: {error.detail}", "invalid_request_error", code
-    )
-    return _error_response(item, error.headers)
-
-
-async def _unexpected_error(request: Request, error: Exception) -> Response:
-    """Starlette raises it again after this, so that Serve logs it."""
-    return _error_response(ErrorItem(500, "internal error", "server_error"))

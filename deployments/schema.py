@@ -37,9 +37,11 @@ class AppArgs(BaseModel):
     also counts those that are just being routed, so a small number refuses bursts.
     max_body_bytes, max_header_bytes: of a request. request_timeout_s: how long an answer may take where the request says
     nothing (`timeout`); none = any time. tenants_file: API keys and limits, see deployments/tenants.py; without one, and
-    without PENSIEVE_API_KEY in the environment, only this machine is served. stream_interval_s: least time between two
-    chunks of one stream, seconds. graceful_shutdown_timeout_s: what running requests get to end in when a replica is
-    stopped, seconds.
+    without PENSIEVE_API_KEY in the environment, only this machine is served. store_url: where /v1/responses and
+    /v1/conversations keep what was said, "postgresql://user@host/database", or "sqlite:///file" where all ingress replicas
+    are on one machine; none = a file in the user's data folder. retention_days: how long it is kept, none = for ever.
+    stream_interval_s: least time between two chunks of one stream, seconds. graceful_shutdown_timeout_s: what running
+    requests get to end in when a replica is stopped, seconds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,6 +59,8 @@ class AppArgs(BaseModel):
     max_header_bytes: int = Field(default=32 * 2**10, ge=1)
     request_timeout_s: float | None = Field(default=None, gt=0)
     tenants_file: str | None = None
+    store_url: str | None = None
+    retention_days: float | None = Field(default=None, gt=0)
     stream_interval_s: float = Field(default=0.01, ge=0)
     graceful_shutdown_timeout_s: float = Field(default=20.0, ge=0)
 

@@ -17,7 +17,7 @@ PROMPT_BEGINNING = 256
 def session_key(headers: Iterable[tuple[str, str]], body: Mapping[str, Any]) -> str:
     """The first that is there and not empty: header x-session-id, header x-correlation-id, then session_id,
     conversation (an id, or an object with one) and prompt_cache_key of the body; else a hash of the first
-    system message and the first user message, or of the beginning of the prompt.
+    system message (or the instructions) and the first user message, or of the beginning of the prompt.
 
     Header names are matched without regard to case, and `_` counts as `-`. A completions client that
     continues a prompt shorter than PROMPT_BEGINNING should name its session: there the hash changes with the
@@ -40,9 +40,12 @@ def session_key(headers: Iterable[tuple[str, str]], body: Mapping[str, Any]) -> 
 
 
 def _content_hash(body: Mapping[str, Any]) -> str:
-    if "messages" in body:
-        messages = body["messages"]
-        beginning: Any = [_first(messages, ("system", "developer")), _first(messages, ("user",))]
+    messages = body.get("messages", body.get("input"))
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if messages is not None:
+        system = body.get("instructions") or _first(messages, ("system", "developer"))
+        beginning: Any = [system, _first(messages, ("user",))]
     else:
         prompt = body.get("prompt") or ""
         if isinstance(prompt, list) and isinstance(prompt[0], (str, list)):

@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 
+def data_folder() -> Path:
+    """What must not be lost. May not exist yet."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "pensieve"
+
+
 def cache_folder() -> Path:
     """What can be made again at any time: built kernels, measured profiles. May not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pensieve"

@@ -75,8 +75,9 @@ def engine() -> ScriptedEngine:
 
 
 @pytest.fixture
-def app(engine: ScriptedEngine) -> FastAPI:
-    return create_app(engine, IngressConfig(max_body_bytes=MAX_BODY_BYTES), ingress_id="ingress-1")
+def app(engine: ScriptedEngine, tmp_path: Path) -> FastAPI:
+    config = IngressConfig(max_body_bytes=MAX_BODY_BYTES, store_url=f"sqlite:///{tmp_path / 'conversations.db'}")
+    return create_app(engine, config, ingress_id="ingress-1")
 
 
 @pytest.fixture

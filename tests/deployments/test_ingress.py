@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -287,9 +288,10 @@ KEYS = {"a": "sk-a", "b": "sk-b"}
 
 
 @pytest.fixture
-async def tenants_client(engine: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def tenants_client(engine: Any, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
     tenants = tuple(TenantConfig(id=name, api_keys_sha256=(hash_key(key),), weight=3.0) for name, key in KEYS.items())
-    transport = httpx.ASGITransport(create_app(engine, IngressConfig(tenants=tenants), ingress_id="i"))
+    config = IngressConfig(tenants=tenants, store_url=f"sqlite:///{tmp_path / 'conversations.db'}")
+    transport = httpx.ASGITransport(create_app(engine, config, ingress_id="i"))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         yield client
 

@@ -1,0 +1,514 @@
+"""/v1/responses and /v1/conversations: turns whose history the server keeps. Puts together what the store, the formats and
+the engine each know; keeps nothing itself but which turns run in this process.
+
+    body -> begin_response -> history -> engine -> complete_response -> answer
+                 (lease, renewed while it runs)      (one transaction, before the client hears the end)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from deployments.admission import Admission
+from deployments.conversation_store import ConversationStore
+from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest
+from deployments.http_errors import error_response
+from deployments.openai_types import parse_request
+from deployments.responses_format import (
+    Response as ResponseJson,
+)
+from deployments.responses_format import (
+    ResponseObject,
+    ResponseStream,
+    cancelled,
+    conversation_object,
+    deleted_conversation,
+    deleted_response,
+    failed,
+    interrupted,
+    list_object,
+    sse_named_event,
+)
+from deployments.responses_types import (
+    ConversationBody,
+    ConversationUpdateBody,
+    Item,
+    ItemsBody,
+    ListQuery,
+    ResponseBody,
+    messages_of,
+)
+from deployments.session_key import session_key
+from deployments.store_values import (
+    INTERRUPTED,
+    NewItem,
+    NewResponse,
+    Outcome,
+    Page,
+    Status,
+    StoredConversation,
+    StoredResponse,
+    StoreUnavailableError,
+)
+from engine.core.conversation import Transcript
+from engine.errors import ContextLengthError, PensieveError
+from engine.output import OutputDelta
+from engine.prompt import ChatPrompt
+from engine.tenant import Tenant
+
+logger = logging.getLogger("ray.serve")
+
+# A turn whose process is gone counts as interrupted after this; renewed several times in between. Seconds.
+LEASE_S = 10.0
+RENEWAL_S = 3.0
+# A complete answer is worth some patience with a store that does not answer. Pauses in seconds.
+STORE_RETRIES_S = (0.2, 1.0, 3.0)
+# How often what is older than the retention is deleted, in seconds.
+SWEEP_S = 3600.0
+DAY_S = 86400.0
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One turn under way. `is_stored`: the store has it, so its end has to be told there."""
+
+    tenant: Tenant
+    body: ResponseBody
+    form: ResponseObject
+    is_stored: bool
+    session_key: str
+    history: Sequence[Item] = ()
+    new_items: Sequence[Item] = ()
+    transcript: Transcript | None = None
+    texts: list[str] = field(default_factory=list)
+    pump: asyncio.Task[None] | None = None
+
+    @property
+    def response_id(self) -> str:
+        return self.form.response_id
+
+    def stop(self) -> None:
+        if self.pump is not None:
+            self.pump.cancel()
+
+
+class ResponsesApi:
+    """One per ingress process; `owner` is an id of its boot."""
+
+    def __init__(
+        self,
+        admission: Admission,
+        store: ConversationStore,
+        *,
+        owner: str,
+        check_model: Callable[[str], Coroutine[Any, Any, None]],
+        retention_days: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """check_model: raises UnknownModelError."""
+        self._admission = admission
+        self._store = store
+        self._owner = owner
+        self._check_model = check_model
+        self._retention_days = retention_days
+        self._clock = clock
+        self._is_open = False
+        self._opening = asyncio.Lock()
+        self._running: dict[str, _Turn] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def check(self) -> None:
+        """Raises StoreUnavailableError."""
+        await (await self._opened()).ping()
+
+    async def close(self) -> None:
+        """Turns that still run are marked as interrupted."""
+        for turn in list(self._running.values()):
+            turn.stop()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._is_open:
+            try:
+                await self._store.mark_interrupted(self._clock(), self._owner)
+            except StoreUnavailableError as error:
+                logger.warning("turns of this process are not marked as interrupted yet: %s", error.message)
+            await self._store.close()
+
+    # -- responses -----------------------------------------------------------------------------------------------------
+
+    async def create(self, tenant: Tenant, headers: Mapping[str, str], raw: bytes) -> Response:
+        body, data = parse_request(ResponseBody, raw)
+        body.sampling_params()  # raises where a value is out of range
+        await self._check_model(body.model)
+        turn = await self._begin(tenant, body, session_key(headers.items(), data))
+        try:
+            first, items = await self._start(turn)
+        except BaseException as error:
+            self._later(self._give_up(turn, None if isinstance(error, asyncio.CancelledError) else error))
+            raise
+        if isinstance(first, ErrorItem):
+            await self._give_up(turn, first)
+            return error_response(first)
+        out_headers = {"x-pensieve-replica": str(first.replica_rank)}
+        if body.stream:
+            events = self._events(turn, first, items)
+            return StreamingResponse(
+                events, media_type="text/event-stream", headers=out_headers | {"cache-control": "no-cache"}
+            )
+        ended = False
+        try:
+            async with aclosing(items):
+                async for _ in items:  # to its end: closing it before would cancel a call that is about to be over
+                    pass
+            answer = await self._complete(turn, first.delta)
+            ended = True
+        finally:
+            self._end(turn, ended)
+        return JSONResponse(answer, headers=out_headers)
+
+    async def get(self, tenant: Tenant, response_id: str) -> ResponseJson:
+        store = await self._opened()
+        return response_of(await store.get_response(tenant.tenant_id, response_id, self._clock()))
+
+    async def cancel(self, tenant: Tenant, response_id: str) -> ResponseJson:
+        """A response that is complete stays what it is."""
+        store = await self._opened()
+        if await store.cancel_response(tenant.tenant_id, response_id, self._clock()) and response_id in self._running:
+            self._running[response_id].stop()  # another process hears of it when it renews its leases
+        return await self.get(tenant, response_id)
+
+    async def delete(self, tenant: Tenant, response_id: str) -> dict[str, Any]:
+        store = await self._opened()
+        await store.delete_response(tenant.tenant_id, response_id, self._clock())
+        if response_id in self._running:
+            self._running[response_id].stop()
+        return deleted_response(response_id)
+
+    async def input_items(self, tenant: Tenant, response_id: str, query: ListQuery) -> dict[str, Any]:
+        store = await self._opened()
+        return _list(await store.list_input_items(tenant.tenant_id, response_id, query.after, query.limit, query.order))
+
+    # -- conversations -------------------------------------------------------------------------------------------------
+
+    async def create_conversation(self, tenant: Tenant, raw: bytes) -> dict[str, Any]:
+        body, _ = parse_request(ConversationBody, raw or b"{}")
+        store = await self._opened()
+        items = _new_items(body.new_items(self._new_item_id))
+        return _conversation(await store.conversations.create(tenant.tenant_id, body.metadata, items, self._clock()))
+
+    async def get_conversation(self, tenant: Tenant, conversation_id: str) -> dict[str, Any]:
+        store = await self._opened()
+        return _conversation(await store.conversations.get(tenant.tenant_id, conversation_id))
+
+    async def update_conversation(self, tenant: Tenant, conversation_id: str, raw: bytes) -> dict[str, Any]:
+        body, _ = parse_request(ConversationUpdateBody, raw)
+        store = await self._opened()
+        now = self._clock()
+        return _conversation(await store.conversations.update(tenant.tenant_id, conversation_id, body.metadata, now))
+
+    async def delete_conversation(self, tenant: Tenant, conversation_id: str) -> dict[str, Any]:
+        store = await self._opened()
+        await store.conversations.delete(tenant.tenant_id, conversation_id)
+        return deleted_conversation(conversation_id)
+
+    async def list_items(self, tenant: Tenant, conversation_id: str, query: ListQuery) -> dict[str, Any]:
+        store = await self._opened()
+        return _list(
+            await store.conversations.list_items(
+                tenant.tenant_id, conversation_id, query.after, query.limit, query.order
+            )
+        )
+
+    async def add_items(self, tenant: Tenant, conversation_id: str, raw: bytes) -> dict[str, Any]:
+        body, _ = parse_request(ItemsBody, raw)
+        store = await self._opened()
+        new_items = _new_items(body.new_items(self._new_item_id))
+        added = await store.conversations.add_items(tenant.tenant_id, conversation_id, new_items, self._clock())
+        return _list(Page(added, has_more=False))
+
+    async def get_item(self, tenant: Tenant, conversation_id: str, item_id: str) -> dict[str, Any]:
+        store = await self._opened()
+        return dict((await store.conversations.get_item(tenant.tenant_id, conversation_id, item_id)).body)
+
+    async def delete_item(self, tenant: Tenant, conversation_id: str, item_id: str) -> dict[str, Any]:
+        store = await self._opened()
+        now = self._clock()
+        return _conversation(await store.conversations.delete_item(tenant.tenant_id, conversation_id, item_id, now))
+
+    # -- a turn --------------------------------------------------------------------------------------------------------
+
+    async def _begin(self, tenant: Tenant, body: ResponseBody, session: str) -> _Turn:
+        """Finds what came before, and records the turn as running where it is to be stored. session: what the request is
+        routed by where nothing is stored."""
+        response_id = self._store.new_id("resp")
+        now = self._clock()
+        form = ResponseObject(response_id, int(now), body, self._new_item_id())
+        new_items = body.input_items(self._new_item_id)
+        turn = _Turn(tenant, body, form, body.store, session, new_items=new_items)
+        if not body.store and body.previous_response_id is None and body.conversation_id is None:
+            return turn
+        store = await self._opened()
+        if body.store:
+            new = NewResponse(
+                id=response_id,
+                model=body.model,
+                input=_new_items(new_items),
+                owner=self._owner,
+                lease_until=now + LEASE_S,
+                previous_response_id=body.previous_response_id,
+                conversation_id=body.conversation_id,
+                instructions=body.instructions,
+                params=form.in_progress(),
+            )
+            turn.session_key = (await store.begin_response(tenant.tenant_id, new, now)).session_key
+            self._running[response_id] = turn
+        if body.previous_response_id is not None or body.conversation_id is not None:
+            try:
+                history = await store.get_history(
+                    tenant.tenant_id,
+                    previous_response_id=body.previous_response_id,
+                    conversation_id=body.conversation_id,
+                )
+            except BaseException as error:
+                self._later(self._give_up(turn, error if isinstance(error, PensieveError) else None))
+                raise
+            turn.history = [dict(item.body) for item in history.items]
+            turn.transcript = history.transcript
+            turn.session_key = history.session_key
+        return turn
+
+    async def _start(self, turn: _Turn) -> tuple[GenerationItem, AsyncGenerator[GenerationItem, None]]:
+        """The first item, which decides on the status, and the rest. With truncation="auto", the oldest messages are left
+        out until the others fit the window."""
+        body = turn.body
+        messages = messages_of([*turn.history, *turn.new_items], body.instructions)
+        while True:
+            request = GenerationRequest(
+                request_id=turn.response_id,
+                session_id=turn.session_key,
+                prompt=ChatPrompt(messages),
+                sampling=body.sampling_params(),
+                stream=body.stream,
+                tenant=turn.tenant,
+                history=turn.transcript,
+                returns_transcript=turn.is_stored,
+            )
+            items = self._pumped(turn, self._admission.generate(request, body.timeout))
+            try:
+                first = await anext(items)
+            except BaseException:
+                turn.stop()
+                raise
+            is_too_long = isinstance(first, ErrorItem) and first.code == ContextLengthError.code
+            shorter = _without_oldest(messages)
+            if not (is_too_long and body.truncation == "auto" and shorter):
+                return first, items
+            async for _ in items:
+                pass
+            messages = shorter
+
+    async def _pumped(
+        self, turn: _Turn, items: AsyncGenerator[GenerationItem, None]
+    ) -> AsyncGenerator[GenerationItem, None]:
+        """The same items, read by a task of its own: whoever cancels the turn stops that, and not the client's request."""
+        queue: asyncio.Queue[GenerationItem | None] = asyncio.Queue()
+
+        async def pump() -> None:
+            try:
+                async with aclosing(items):
+                    async for item in items:
+                        queue.put_nowait(item)
+            finally:
+                queue.put_nowait(None)
+
+        turn.pump = asyncio.create_task(pump())
+        try:
+            while (item := await queue.get()) is not None:
+                yield item
+            if turn.pump.cancelled():
+                yield CANCELLED
+            elif (error := turn.pump.exception()) is not None:
+                raise error
+        finally:
+            turn.stop()
+
+    async def _events(
+        self, turn: _Turn, first: DeltaItem, items: AsyncGenerator[GenerationItem, None]
+    ) -> AsyncIterator[str]:
+        """Server-sent events. The last one says completed only after the store has the answer."""
+        stream = ResponseStream(turn.form)
+        ended = False
+        try:
+            async with aclosing(items):
+                item: GenerationItem = first
+                while isinstance(item, DeltaItem):
+                    delta = item.delta
+                    turn.texts.append(delta.text)
+                    if delta.finish_reason is not None:
+                        whole = replace(delta, text="".join(turn.texts))
+                        try:
+                            answer = await self._complete(turn, whole)
+                        except StoreUnavailableError as error:
+                            yield sse_named_event(stream.failed_event(ErrorItem.from_error(error)))
+                            return
+                        if answer["status"] == "cancelled":
+                            yield sse_named_event(stream.error_event(CANCELLED))
+                            return
+                        ended = True
+                    yield "".join(map(sse_named_event, stream.events(delta)))
+                    if ended:
+                        async for _ in items:
+                            pass
+                        return
+                    item = await anext(items)
+                if item is CANCELLED:
+                    yield sse_named_event(stream.error_event(item))
+                    return
+                await self._give_up(turn, item)
+                ended = True
+                yield sse_named_event(stream.failed_event(item))
+        finally:
+            self._end(turn, ended)
+
+    async def _complete(self, turn: _Turn, delta: OutputDelta) -> ResponseJson:
+        """The whole answer, stored; what became of the response instead, where it was cancelled or deleted meanwhile.
+        Raises StoreUnavailableError after some patience."""
+        answer = turn.form.whole(delta)
+        if not turn.is_stored:
+            return answer
+        details = answer["incomplete_details"]
+        outcome = Outcome(
+            output=_new_items(answer["output"]),
+            usage=answer["usage"],
+            transcript=delta.transcript,
+            completed_at=self._clock(),
+            incomplete_reason=None if details is None else details["reason"],
+        )
+        for pause_s in (*STORE_RETRIES_S, None):
+            try:
+                is_stored = await self._store.complete_response(turn.tenant.tenant_id, turn.response_id, outcome)
+                break
+            except StoreUnavailableError:
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(pause_s)
+        return answer if is_stored else cancelled(turn.form.in_progress())
+
+    async def _give_up(self, turn: _Turn, why: ErrorItem | BaseException | None) -> None:
+        """The turn has no answer: it failed, or nobody waits for it any more (None)."""
+        turn.stop()
+        self._running.pop(turn.response_id, None)
+        if not turn.is_stored:
+            return
+        now = self._clock()
+        try:
+            if why is None:
+                await self._store.cancel_response(turn.tenant.tenant_id, turn.response_id, now)
+                return
+            if isinstance(why, PensieveError):
+                item = ErrorItem.from_error(why)
+            else:
+                item = why if isinstance(why, ErrorItem) else ErrorItem(500, "internal error", "server_error")
+            error = failed(turn.form.in_progress(), item)["error"]
+            await self._store.fail_response(turn.tenant.tenant_id, turn.response_id, error, now)
+        except PensieveError as error:
+            logger.warning("response %s stays in progress until its lease is over: %s", turn.response_id, error.message)
+
+    def _end(self, turn: _Turn, ended: bool) -> None:
+        """The request is over; a turn that did not end is given up, after this."""
+        self._running.pop(turn.response_id, None)
+        if not ended:
+            self._later(self._give_up(turn, None))
+
+    # -- the store -----------------------------------------------------------------------------------------------------
+
+    async def _opened(self) -> ConversationStore:
+        if not self._is_open:
+            async with self._opening:
+                if not self._is_open:
+                    await self._store.open(self._clock())
+                    self._is_open = True
+                    self._later(self._keep_house())
+        return self._store
+
+    async def _keep_house(self) -> None:
+        """Renews the leases of the turns that run here, stops those that were cancelled elsewhere, forgets what is old."""
+        swept_s = 0.0
+        while True:
+            await asyncio.sleep(RENEWAL_S)
+            now = self._clock()
+            try:
+                running = list(self._running)
+                alive = await self._store.renew_leases(self._owner, now, LEASE_S, running)
+                for response_id in set(running) - alive:
+                    if response_id in self._running:
+                        self._running[response_id].stop()
+                if self._retention_days is not None and now - swept_s >= SWEEP_S:
+                    swept_s = now
+                    num_deleted = await self._store.delete_older_than(now - self._retention_days * DAY_S)
+                    logger.info("%d responses and conversations older than the retention were deleted", num_deleted)
+            except StoreUnavailableError as error:
+                logger.warning("the leases of %d turns were not renewed: %s", len(running), error.message)
+
+    def _later(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # nobody else holds it
+        task.add_done_callback(self._tasks.discard)
+
+    def _new_item_id(self) -> str:
+        return self._store.new_id("msg")
+
+
+CANCELLED = ErrorItem(409, "the response was cancelled", "invalid_request_error", "response_cancelled")
+
+
+def response_of(stored: StoredResponse) -> ResponseJson:
+    """A stored response as its client saw it."""
+    base: ResponseJson = dict(stored.params)
+    if stored.status is Status.IN_PROGRESS:
+        return base
+    if stored.status is Status.CANCELLED:
+        return cancelled(base)
+    if stored.status is Status.FAILED:
+        return base | {"status": "failed", "error": stored.error}
+    if stored.incomplete_reason == INTERRUPTED:
+        return interrupted(base)
+    details = None if stored.incomplete_reason is None else {"reason": stored.incomplete_reason}
+    output = [item.body for item in stored.output]
+    return base | {
+        "status": stored.status.value,
+        "output": output,
+        "usage": stored.usage,
+        "incomplete_details": details,
+    }
+
+
+def _without_oldest(messages: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """Without the oldest turns, at least a tenth of what is there; the system's words and the last message stay. Empty where
+    nothing else is left."""
+    system = tuple(message for message in messages if message[0] == "system")
+    others = [message for message in messages if message[0] != "system"]
+    kept = others[max(1, len(others) // 10) :]
+    while kept and kept[0][0] == "assistant":  # an answer without its question
+        kept = kept[1:]
+    return (*system, *kept) if kept else ()
+
+
+def _new_items(items: Sequence[Item]) -> list[NewItem]:
+    return [NewItem(item["role"], item, item["id"]) for item in items]
+
+
+def _list(page: Page) -> dict[str, Any]:
+    return list_object([dict(item.body) for item in page.items], has_more=page.has_more)
+
+
+def _conversation(stored: StoredConversation) -> dict[str, Any]:
+    return conversation_object(stored.id, int(stored.created_at), stored.metadata)

@@ -1,0 +1,76 @@
+"""The paths of /v1/responses and /v1/conversations. Who asks, and what; the rest is ResponsesApi's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from deployments.responses_api import ResponsesApi
+from deployments.responses_types import ListQuery, RetrieveQuery, parse_query
+from engine.tenant import Tenant
+
+
+def add_response_routes(app: FastAPI, api: ResponsesApi, tenant_of: Callable[[Request], Tenant]) -> None:
+    """tenant_of: raises where nobody may ask."""
+
+    @app.post("/v1/responses")
+    async def create_response(request: Request) -> Response:
+        tenant = tenant_of(request)
+        return await api.create(tenant, request.headers, await request.body())
+
+    @app.get("/v1/responses/{response_id}")
+    async def get_response(request: Request, response_id: str) -> dict[str, Any]:
+        tenant = tenant_of(request)
+        parse_query(RetrieveQuery, request.query_params.multi_items())
+        return await api.get(tenant, response_id)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
+        return await api.delete(tenant_of(request), response_id)
+
+    @app.post("/v1/responses/{response_id}/cancel")
+    async def cancel_response(request: Request, response_id: str) -> dict[str, Any]:
+        return await api.cancel(tenant_of(request), response_id)
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def list_input_items(request: Request, response_id: str) -> dict[str, Any]:
+        return await api.input_items(tenant_of(request), response_id, _list_query(request))
+
+    @app.post("/v1/conversations")
+    async def create_conversation(request: Request) -> dict[str, Any]:
+        return await api.create_conversation(tenant_of(request), await request.body())
+
+    @app.get("/v1/conversations/{conversation_id}")
+    async def get_conversation(request: Request, conversation_id: str) -> dict[str, Any]:
+        return await api.get_conversation(tenant_of(request), conversation_id)
+
+    @app.post("/v1/conversations/{conversation_id}")
+    async def update_conversation(request: Request, conversation_id: str) -> dict[str, Any]:
+        return await api.update_conversation(tenant_of(request), conversation_id, await request.body())
+
+    @app.delete("/v1/conversations/{conversation_id}")
+    async def delete_conversation(request: Request, conversation_id: str) -> dict[str, Any]:
+        return await api.delete_conversation(tenant_of(request), conversation_id)
+
+    @app.get("/v1/conversations/{conversation_id}/items")
+    async def list_items(request: Request, conversation_id: str) -> dict[str, Any]:
+        return await api.list_items(tenant_of(request), conversation_id, _list_query(request))
+
+    @app.post("/v1/conversations/{conversation_id}/items")
+    async def add_items(request: Request, conversation_id: str) -> dict[str, Any]:
+        return await api.add_items(tenant_of(request), conversation_id, await request.body())
+
+    @app.get("/v1/conversations/{conversation_id}/items/{item_id}")
+    async def get_item(request: Request, conversation_id: str, item_id: str) -> dict[str, Any]:
+        return await api.get_item(tenant_of(request), conversation_id, item_id)
+
+    @app.delete("/v1/conversations/{conversation_id}/items/{item_id}")
+    async def delete_item(request: Request, conversation_id: str, item_id: str) -> dict[str, Any]:
+        return await api.delete_item(tenant_of(request), conversation_id, item_id)
+
+
+def _list_query(request: Request) -> ListQuery:
+    return parse_query(ListQuery, [pair for pair in request.query_params.multi_items() if pair[0] != "include"])
