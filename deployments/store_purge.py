@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import and_, delete, exists, select, update
+from sqlalchemy import ColumnElement, and_, delete, exists, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from deployments.store_schema import conversations, items, responses, transcripts
@@ -46,7 +46,7 @@ async def purge_conversations(connection: AsyncConnection, conversation_ids: Col
     return len(ids)
 
 
-def _is_purgeable():  # type: ignore[no-untyped-def]  # an SQL expression; its type says nothing
+def _is_purgeable() -> ColumnElement[bool]:
     child, later = responses.alias("child"), transcripts.alias("later")
     return and_(
         responses.c.deleted,
