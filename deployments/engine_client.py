@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
+from deployments.rendezvous import choose_session_id, rank_replicas
 from engine.errors import EngineStoppedError
 from engine.prompt import AnswerBeginning
 
@@ -29,6 +31,8 @@ RESUMABLE = ("replica_lost", EngineStoppedError.code)
 MAX_LOSSES_IN_A_ROW = 5
 # The pauses between them are 0, 1, 3, 7 and 15 times this, in seconds.
 RESUME_BACKOFF_S = 0.5
+# Least time between two questions about the loads of all replicas, in seconds; asked only where sessions begin.
+LOADS_PERIOD_S = 0.5
 # How long an engine replica may take to say that it is alive, in seconds.
 DESCRIBE_TIMEOUT_S = 5.0
 
@@ -68,6 +72,9 @@ class EngineClient:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
         self._card: ModelCard | None = None
+        self._loads: dict[int, int] = {}
+        self._loads_s = -LOADS_PERIOD_S
+        self._asking: asyncio.Task[None] | None = None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
         """The items of the answer. Never raises on account of Ray: a full queue is an ErrorItem, and where the replica
@@ -120,6 +127,30 @@ class EngineClient:
             # configurations (calls by value), and always where nobody was iterating when the client left.
             if not ended:
                 responses.cancel()
+
+    def choose_session_id(self, candidates: Sequence[str]) -> str:
+        """For a session that begins: of these ids, the one whose home is the least loaded as far as is known here. Waits for
+        nothing: news of the loads arrive beside the requests."""
+        now = time.monotonic()
+        if now - self._loads_s >= LOADS_PERIOD_S and self._asking is None:
+            self._loads_s = now
+            self._asking = asyncio.create_task(self._ask_loads())
+        chosen = choose_session_id(candidates, self._loads)
+        ranks = sorted(self._loads)
+        if ranks:  # until the next news, it is where we sent it
+            self._loads[ranks[rank_replicas(chosen, ranks)[0]]] += 1
+        return chosen
+
+    async def _ask_loads(self) -> None:
+        try:
+            answers: list[Any] = await self._handle.broadcast("get_load").results_async(
+                timeout_s=DESCRIBE_TIMEOUT_S, return_exceptions=True
+            )
+            self._loads = dict(answer for answer in answers if isinstance(answer, tuple))
+        except (TimeoutError, *REPLICA_LOST) as error:
+            logger.debug("the loads of the engine replicas are not known: %r", error)
+        finally:
+            self._asking = None
 
     async def describe(self) -> ModelCard:
         """Ask the engine replicas; the first good answer. Raises EngineStoppedError where none of them gives

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -51,6 +51,8 @@ class Engine(Protocol):
 
     async def model_card(self) -> ModelCard: ...
 
+    def choose_session_id(self, candidates: Sequence[str]) -> str: ...
+
 
 @dataclass(frozen=True, slots=True)
 class IngressConfig:
@@ -94,6 +96,7 @@ def create_app(engine: Engine, config: IngressConfig, *, ingress_id: str) -> Fas
         ConversationStore(config.store_url or _default_store_url()),
         owner=f"{ingress_id}-{uuid.uuid4().hex}",
         check_model=check_model,
+        choose_session_id=engine.choose_session_id,
         retention_days=config.retention_days,
     )
 

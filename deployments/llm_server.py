@@ -90,6 +90,11 @@ class LLMServer:
     async def get_statistics(self) -> dict[str, Any]:
         return {"replica_rank": self.replica_rank(), **self._engine.get_statistics()}
 
+    async def get_load(self) -> tuple[int, int]:
+        """(rank, requests that run or wait)."""
+        statistics = self._engine.get_statistics()
+        return self.replica_rank(), statistics["num_requests_running"] + statistics["num_requests_waiting"]
+
     async def check_integrity(self) -> None:
         """Raises AssertionError where the books of the cache do not balance."""
         await self._engine.check_integrity()

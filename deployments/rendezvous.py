@@ -5,7 +5,7 @@ every ingress replica decides alike without talking to the others. Knows no Ray.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def rank_replicas(session_id: str, ranks: Sequence[int]) -> list[int]:
@@ -17,6 +17,16 @@ def rank_replicas(session_id: str, ranks: Sequence[int]) -> list[int]:
     given.
     """
     return sorted(range(len(ranks)), key=lambda index: _weight(session_id, ranks[index]), reverse=True)
+
+
+def choose_session_id(candidates: Sequence[str], loads: Mapping[int, int]) -> str:
+    """Of ids that a new session may be given, the one whose home has the smallest load (by rank); the first of equals, and
+    the first where no load is known. So a new session goes to the less loaded of two replicas, and everybody finds it there
+    by its id alone."""
+    ranks = sorted(loads)
+    if not ranks:
+        return candidates[0]
+    return min(candidates, key=lambda session_id: loads[ranks[rank_replicas(session_id, ranks)[0]]])
 
 
 def _weight(session_id: str, rank: int) -> int:

@@ -74,6 +74,7 @@ STORE_RETRIES_S = (0.2, 1.0, 3.0)
 # How often what is older than the retention is deleted, in seconds.
 SWEEP_S = 3600.0
 DAY_S = 86400.0
+NUM_ID_CHOICES = 2
 
 
 @dataclass(slots=True)
@@ -110,14 +111,16 @@ class ResponsesApi:
         *,
         owner: str,
         check_model: Callable[[str], Coroutine[Any, Any, None]],
+        choose_session_id: Callable[[Sequence[str]], str],
         retention_days: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """check_model: raises UnknownModelError."""
+        """check_model: raises UnknownModelError. choose_session_id: which of some ids a new session is to have."""
         self._admission = admission
         self._store = store
         self._owner = owner
         self._check_model = check_model
+        self._choose_session_id = choose_session_id
         self._retention_days = retention_days
         self._clock = clock
         self._is_open = False
@@ -248,7 +251,8 @@ class ResponsesApi:
     async def _begin(self, tenant: Tenant, body: ResponseBody, session: str) -> _Turn:
         """Finds what came before, and records the turn as running where it is to be stored. session: what the request is
         routed by where nothing is stored."""
-        response_id = self._store.new_id("resp")
+        # The id of a chain's first response is what all of it is routed by.
+        response_id = self._choose_session_id([self._store.new_id("resp") for _ in range(NUM_ID_CHOICES)])
         now = self._clock()
         form = ResponseObject(response_id, int(now), body, self._new_item_id())
         new_items = body.input_items(self._new_item_id)

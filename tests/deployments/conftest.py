@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,9 @@ class ScriptedEngine:
 
     async def model_card(self) -> ModelCard:
         return await self.describe()
+
+    def choose_session_id(self, candidates: Sequence[str]) -> str:
+        return candidates[-1]
 
 
 @pytest.fixture

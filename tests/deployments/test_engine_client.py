@@ -14,6 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from deployments import engine_client
 from deployments.engine_client import EngineClient
 from deployments.generation import DeltaItem, ErrorItem, GenerationRequest, ModelCard
+from deployments.rendezvous import rank_replicas
 from engine.core.request import SamplingParams
 from engine.errors import EngineStoppedError
 from engine.output import OutputDelta
@@ -65,7 +66,7 @@ class FakeHandle:
         self.num_cancelled += 1
 
     def broadcast(self, method: str) -> FakeHandle:
-        assert method == "describe"
+        assert method in ("describe", "get_load")
         self.num_broadcasts += 1
         return self
 
@@ -143,6 +144,24 @@ async def test_model_card_is_asked_once_and_outlives_the_replicas() -> None:
     assert handle.num_broadcasts == 1
     handle.answers = []
     assert await client.model_card() == CARD
+
+
+async def test_new_sessions_go_where_less_is_going_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = FakeHandle(answers=[(0, 0), ActorDiedError(), (1, 3)])
+    client = EngineClient(handle)
+    ids = [f"id-{i}" for i in range(200)]
+    home = {name: rank_replicas(name, [0, 1])[0] for name in ids}
+    assert client.choose_session_id(ids) == ids[0]  # nothing is known, and nobody waits for it
+    await asyncio.sleep(0.01)
+    chosen = [home[client.choose_session_id(ids)] for _ in range(7)]
+    assert (chosen.count(0), chosen.count(1)) == (5, 2)  # 3 more than the other had, then in turn
+    assert handle.num_broadcasts == 1
+    monkeypatch.setattr(engine_client, "LOADS_PERIOD_S", 0.0)
+    handle.answers = None  # a timeout
+    client.choose_session_id(ids)
+    await asyncio.sleep(0.01)
+    assert handle.num_broadcasts == 2
+    client.choose_session_id(ids)
 
 
 # -- lost replicas -----------------------------------------------------------------------------------------------------

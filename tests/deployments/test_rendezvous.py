@@ -1,10 +1,11 @@
 """Where sessions go: evenly, always alike, and as few as possible move when a replica comes or goes."""
 
+import itertools
 from collections import Counter
 
 import pytest
 
-from deployments.rendezvous import rank_replicas
+from deployments.rendezvous import choose_session_id, rank_replicas
 
 SESSIONS = [f"session-{i}" for i in range(3000)]
 
@@ -50,3 +51,31 @@ def test_sessions_of_a_lost_replica_go_to_their_second_choice() -> None:
 def test_equal_ranks_keep_their_order_and_none_is_lost() -> None:
     assert rank_replicas("a", [5, 5]) == [0, 1]
     assert rank_replicas("a", []) == []
+
+
+def test_a_new_session_gets_the_id_whose_home_has_less_to_do() -> None:
+    loads = {0: 5, 2: 0, 3: 9}
+    ranks = sorted(loads)
+    ids = [f"id-{i}" for i in range(40)]
+    home = {name: ranks[rank_replicas(name, ranks)[0]] for name in ids}
+    assert set(home.values()) == set(ranks)
+    for first, second in itertools.pairwise(ids):
+        chosen = choose_session_id([first, second], loads)
+        assert loads[home[chosen]] == min(loads[home[first]], loads[home[second]])
+        if home[first] == home[second]:
+            assert chosen == first
+    assert choose_session_id(ids, {}) == ids[0]
+
+
+def test_two_choices_even_out_what_one_leaves_uneven() -> None:
+    """The longest queue over the mean, by sessions that never end: far nearer to 1 with a choice."""
+
+    def longest(num_choices: int) -> float:
+        loads = dict.fromkeys(range(8), 0)
+        for number in range(4000):
+            candidates = [f"{number}-{choice}" for choice in range(num_choices)]
+            chosen = choose_session_id(candidates, loads)
+            loads[rank_replicas(chosen, range(8))[0]] += 1
+        return max(loads.values()) / 500
+
+    assert longest(2) < 1.01 < longest(1)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,9 @@ class EngineHere:
         return ModelCard(self.engine.model_name, self.engine.max_model_len)
 
     model_card = describe
+
+    def choose_session_id(self, candidates: Sequence[str]) -> str:
+        return candidates[-1]
 
 
 @asynccontextmanager
