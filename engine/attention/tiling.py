@@ -31,17 +31,19 @@ class Tiling:
     tile_tokens: int
 
 
-def tile_segments(segments: np.ndarray, tile_tokens: int, programs_per_split: int, num_programs: int) -> Tiling:
+def tile_segments(
+    segments: np.ndarray, tile_tokens: int, programs_per_split: int, num_programs: int, min_split: int = SPLIT_STEP
+) -> Tiling:
     """For a batch known on the host: contexts are split so that no program has many more keys than if all the keys were
-    shared out evenly among `num_programs`. programs_per_split: how many programs (heads) an entry of `work` stands for.
-    segments: as AttentionMetadata has them. The tensors are in host memory."""
+    shared out evenly among `num_programs`, nor fewer than min_split. programs_per_split: how many programs (heads) an entry
+    of `work` stands for. segments: as AttentionMetadata has them. The tensors are in host memory."""
     query_lens, context_lens = segments[:, 1].astype(np.int64), segments[:, 2].astype(np.int64)
     num_tiles = -(-query_lens // tile_tokens)
     segment = np.repeat(np.arange(len(segments)), num_tiles)
     first_token = (np.arange(len(segment)) - np.repeat(num_tiles.cumsum() - num_tiles, num_tiles)) * tile_tokens
     # Without the window, which differs between layers: a tile may be cut into more splits than its window fills.
     num_keys = (context_lens - query_lens)[segment] + np.minimum(first_token + tile_tokens, query_lens[segment])
-    fair_share = max(2 * SPLIT_STEP, -(-int(num_keys.sum()) * programs_per_split // num_programs))
+    fair_share = max(min_split, -(-int(num_keys.sum()) * programs_per_split // num_programs))
     num_splits = np.minimum(-(-num_keys // fair_share), MAX_SPLITS)
     order = np.argsort(-num_keys, kind="stable")  # the more keys the more splits: those that are split come first
     return _list_work(segment[order], first_token[order], num_splits[order], tile_tokens)
