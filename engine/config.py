@@ -16,7 +16,7 @@ from engine.errors import ConfigError
 
 MODES = ("pensieve", "stateless")
 MODE_ALIASES = {"vllm": "stateless"}
-ATTENTION_BACKENDS = ("auto", "cpu", "reference")
+ATTENTION_BACKENDS = ("auto", "triton", "cpu", "reference")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -38,10 +38,11 @@ class EngineConfig:
     write_through: copy what a turn leaves to the CPU tier at its end, not only under the watermark. verify_swaps: checksum
     every block on its way; a wrong one is dropped and recomputed. profile: file that `pensieve profile` wrote; None = the
     one in the user's cache folder, if any. num_threads: CPU threads of the model; None = the cores that the process was
-    given. attention_backend: "cpu" (the C++ kernel), "reference" (torch's operations), or "auto", the first of them that
-    runs here. pack_weights: lay the weights of linear layers out for the CPU's matrix kernels and join those that share
-    their input, where that works. async_scheduling: put the last step into text and plan the next one while a step runs; the
-    plans and the answers are the same. None = on a GPU; where the model computes on the same cores, it costs.
+    given. attention_backend: "triton" (the kernel for GPUs), "cpu" (the C++ kernel), "reference" (torch's operations), or
+    "auto", the first of them that is made for the device and runs here. pack_weights: lay the weights of linear layers out
+    for the CPU's matrix kernels and join those that share their input, where that works. async_scheduling: put the last step
+    into text and plan the next one while a step runs; the plans and the answers are the same. None = on a GPU; where the
+    model computes on the same cores, it costs.
     """
 
     model: str = "embedded"

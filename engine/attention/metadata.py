@@ -4,9 +4,10 @@ Built once per step and shared by all layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 
@@ -31,12 +32,20 @@ class AttentionMetadata:
     segments: int32 [num_segments, 4]: first row, query_len, context_len, row of `block_tables`. Rows [row, row +
     query_len) are consecutive positions, the last of which attends to `context_len` tokens. block_tables: int32
     [num_tables, capacity]; of a table the first ceil(context_len / chunk_size) block ids count.
+
+    host_segments: `segments` in host memory; without it a backend that plans on the host waits for the device to copy them.
+    is_decode_batch: every segment is one row, or none where it pads the batch (its slot is then -1), now and whenever the
+    tensors are refilled: what a backend launches depends on their shapes alone, so that a CUDA graph of it may be replayed
+    on new contents. Backends that offer this: triton_paged. derived: what a backend made of the above, for all layers.
     """
 
     slot_mapping: torch.Tensor
     segments: torch.Tensor
     block_tables: torch.Tensor
     chunk_size: int
+    host_segments: np.ndarray | None = None
+    is_decode_batch: bool = False
+    derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

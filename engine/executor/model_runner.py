@@ -142,6 +142,7 @@ class ModelRunner:
             segments=torch.from_numpy(descriptors).to(device),
             block_tables=torch.from_numpy(self._tables.array).to(device),
             chunk_size=chunk_size,
+            host_segments=descriptors,
         )
         last_rows = ends[[segment.samples for segment in segments]] - 1
         attention = PagedAttention(self._backend, metadata, self._kv_store.layer_pools, wait_for_layer)

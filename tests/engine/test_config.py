@@ -36,7 +36,7 @@ BOUNDS = [
     ("verify_swaps", [True, False], [0, 1, None, "no"]),
     ("profile", ["profile.json", None], [3, True]),
     ("num_threads", [1, None], [0, -1, 1.0]),
-    ("attention_backend", ["auto", "cpu", "reference"], ["triton", "", None]),
+    ("attention_backend", ["auto", "triton", "cpu", "reference"], ["cuda", "", None]),
     ("pack_weights", [True, False], [0, 1, None, "yes"]),
     ("async_scheduling", [True, False, None], [0, 1, "yes"]),
 ]

@@ -2,6 +2,8 @@
 plain transformers forward. Storage that was never written holds NaN, so that reading it shows."""
 
 import random
+from importlib.util import find_spec
+from itertools import product
 
 import pytest
 import torch
@@ -18,6 +20,14 @@ from engine.executor.model_runner import ModelRunner
 from engine.executor.swapper import ThreadSwapper
 
 SERVED_FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "gpt2", "opt", "mixtral"]
+BACKENDS = ["reference", "cpu"]
+# In its interpreter: a few families have to do.
+if find_spec("triton") is not None and not torch.cuda.is_available():
+    BACKENDS.append("triton")
+SERVED = [
+    *product(["reference", "cpu"], SERVED_FAMILIES),
+    *(("triton", family) for family in ("llama", "gemma2") if "triton" in BACKENDS),
+]
 PARAMS = [
     AttentionParams(0.25),
     AttentionParams(0.25, sliding_window=1),
@@ -28,7 +38,7 @@ PARAMS = [
 ]
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=BACKENDS)
 def backend(request):
     return choose_backend(request.param, torch.device("cpu"), torch.float32)
 
@@ -168,9 +178,11 @@ def segment(request_id: str, context: list[int], first: int, end: int | None = N
     return QuerySegment(request_id, first, tuple(context[first:end]), end == len(context))
 
 
-@pytest.fixture(params=SERVED_FAMILIES)
-def bench(request, backend, tiny_model) -> Bench:
-    return Bench(tiny_model(request.param), backend, chunk_size=8, num_blocks=40)
+@pytest.fixture(params=SERVED, ids="-".join)
+def bench(request, tiny_model) -> Bench:
+    option, family = request.param
+    backend = choose_backend(option, torch.device("cpu"), torch.float32)
+    return Bench(tiny_model(family), backend, chunk_size=8, num_blocks=40)
 
 
 @pytest.fixture

@@ -1,0 +1,67 @@
+"""Cuts a step's query segments into tiles of rows, and long contexts into splits, for a kernel that runs one program for each
+split of a tile. Plain arithmetic on the host; knows no kernel and no layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# Keys that the length of a split is a multiple of: whatever a split saves, its partial result has to be worth it.
+SPLIT_STEP = 128
+# Most splits of a tile: as many partial results are combined at once.
+MAX_SPLITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """The programs of one attention call, those with the most keys first: the largest should not be what all wait for.
+
+    work: int32 [num_work, 4]: segment, first row of the tile counted from the segment's first, split, number of splits of
+    the tile. combinations: int32 [num_combinations, 4]: the same of each tile that is split, but for the split the index in
+    `work` of its first. num_partials: the first so many of `work` belong to tiles that are split. tile_tokens: rows of a
+    tile. Which keys a split covers follows from context_len, on the device; it may be none.
+    """
+
+    work: torch.Tensor
+    combinations: torch.Tensor
+    num_partials: int
+    tile_tokens: int
+
+
+def tile_segments(
+    segments: np.ndarray, tile_tokens: int, programs_per_split: int, num_programs: int, min_split: int = SPLIT_STEP
+) -> Tiling:
+    """For a batch known on the host: contexts are split so that no program has many more keys than if all the keys were
+    shared out evenly among `num_programs`, nor fewer than min_split. programs_per_split: how many programs (heads) an entry
+    of `work` stands for. segments: as AttentionMetadata has them. The tensors are in host memory."""
+    query_lens, context_lens = segments[:, 1].astype(np.int64), segments[:, 2].astype(np.int64)
+    num_tiles = -(-query_lens // tile_tokens)
+    segment = np.repeat(np.arange(len(segments)), num_tiles)
+    first_token = (np.arange(len(segment)) - np.repeat(num_tiles.cumsum() - num_tiles, num_tiles)) * tile_tokens
+    # Without the window, which differs between layers: a tile may be cut into more splits than its window fills.
+    num_keys = (context_lens - query_lens)[segment] + np.minimum(first_token + tile_tokens, query_lens[segment])
+    fair_share = max(min_split, -(-int(num_keys.sum()) * programs_per_split // num_programs))
+    num_splits = np.minimum(-(-num_keys // fair_share), MAX_SPLITS)
+    order = np.argsort(-num_keys, kind="stable")  # the more keys the more splits: those that are split come first
+    return _list_work(segment[order], first_token[order], num_splits[order], tile_tokens)
+
+
+def tile_decode_batch(num_segments: int, programs_per_split: int, num_programs: int) -> Tiling:
+    """For any batch of so many segments of one row or none: all have as many splits as fill `num_programs`. Depends on the
+    arguments alone. The tensors are in host memory."""
+    num_splits = min(MAX_SPLITS, -(-num_programs // max(1, num_segments * programs_per_split)))
+    segment = np.arange(num_segments)
+    return _list_work(segment, np.zeros_like(segment), np.full_like(segment, num_splits), tile_tokens=1)
+
+
+def _list_work(segment: np.ndarray, first_token: np.ndarray, num_splits: np.ndarray, tile_tokens: int) -> Tiling:
+    first_work = num_splits.cumsum() - num_splits
+    tiles = np.stack([segment, first_token, first_work, num_splits], axis=1).astype(np.int32)
+    work = np.repeat(tiles, num_splits, axis=0)
+    work[:, 2] = np.arange(len(work)) - work[:, 2]
+    combinations = tiles[num_splits > 1]
+    num_partials = int(num_splits[num_splits > 1].sum())
+    return Tiling(torch.from_numpy(work), torch.from_numpy(combinations), num_partials, tile_tokens)

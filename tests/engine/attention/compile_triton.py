@@ -1,0 +1,84 @@
+"""Compiles the kernels for GPUs on a machine without one: the host's code runs on CPU tensors, and instead of launching, each
+launch is compiled with the types and constants that it came with. Run by test_triton.py in a process of its own, in which
+Triton does not interpret."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engine.attention import triton_paged
+from engine.attention.metadata import AttentionMetadata, AttentionParams
+
+CAPABILITIES = {80: 163 * 1024, 90: 227 * 1024}  # shared memory of a block
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Compiler:
+    """Stands in for a kernel: kernel[grid](...) compiles."""
+
+    def __init__(self, kernel: Any, capability: int) -> None:
+        self._kernel = kernel
+        self._capability = capability
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._compile
+
+    def _compile(self, *args: object, **kwargs: Any) -> None:
+        names = self._kernel.arg_names
+        options = {name: kwargs.pop(name) for name in list(kwargs) if name not in names}
+        values = {**dict(zip(names, args, strict=False)), **kwargs}
+        signature, constants, attributes = {}, {}, {}
+        for index, name in enumerate(names):
+            value = values[name]
+            if value is None or name.isupper():
+                signature[name], constants[(index,)] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                if isinstance(value, int) and value % 16 == 0 and name not in ("num_tokens", "table_stride"):
+                    attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self._kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self._capability, 32), options=options)
+        shared = compiled.metadata.shared
+        assert shared <= CAPABILITIES[self._capability], f"{shared} bytes of shared memory"
+        print(f"{self._kernel.fn.__name__} for {self._capability}: compiled, {shared} bytes of shared memory")
+
+
+def attend(dtype: torch.dtype, lengths: list[int], dim: int, chunk_size: int, params: AttentionParams) -> None:
+    """Compiles attention for segments of so many rows each, after 1000 tokens."""
+    num_tokens = sum(lengths)
+    segments = torch.tensor([[0, n, n + 1000, i] for i, n in enumerate(lengths)], dtype=torch.int32)
+    tables = torch.zeros(len(lengths), 64, dtype=torch.int32)
+    metadata = AttentionMetadata(torch.zeros(num_tokens, dtype=torch.long), segments, tables, chunk_size)
+    pool = torch.zeros(1, 4, chunk_size, dim, dtype=dtype)
+    query, key = (torch.zeros(num_tokens, heads, dim, dtype=dtype).transpose(0, 1) for heads in (16, 4))
+    triton_paged.write_kv(pool, pool, key, key, metadata)
+    triton_paged.attend(query, pool, pool, metadata, params)
+
+
+def main() -> None:
+    kernels = {name: getattr(triton_paged, name) for name in ("_write_kernel", "_attend_kernel", "_combine_kernel")}
+    for capability in CAPABILITIES:
+        for name, kernel in kernels.items():
+            setattr(triton_paged, name, Compiler(kernel, capability))
+        attend(torch.bfloat16, [1, 1], 128, 32, AttentionParams(0.1))
+        attend(torch.bfloat16, [100], 256, 5, AttentionParams(0.1, 512, 30.0, torch.zeros(16)))
+    attend(torch.float32, [7], 80, 32, AttentionParams(0.1))
+
+
+if __name__ == "__main__":
+    main()

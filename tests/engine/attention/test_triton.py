@@ -1,0 +1,330 @@
+"""The Triton kernel against the torch reference over random ragged batches. Where there is no GPU it runs in Triton's
+interpreter, which is slow (tiny sizes) and wrong in bfloat16; another test compiles it for GPUs, and those marked `gpu` run
+it on one. Whatever the segments do not cover holds NaN, and so does fresh memory. Whole models: test_backends.py."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="triton, which is optional, is not installed")
+
+import engine.attention
+from engine.attention import reference, triton_paged
+from engine.attention.backend import choose_backend
+from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.errors import ConfigError
+from tests.engine.attention.test_cpu import NUM_GUARD_BLOCKS, expected_output, make_batch
+
+interpreted = pytest.mark.skipif(not triton_paged.IS_INTERPRETED, reason="there is a GPU, or TRITON_INTERPRET is not 1")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+# (query heads, KV heads): one to one, grouped, and more query heads than a tile has rows in float32.
+HEADS = [(1, 1), (4, 4), (6, 2), (8, 1), (38, 2)]
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_holds_nan():
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_right(seed, segments, heads, k_dim, v_dim, chunk_size, dtype, params, device="cpu", on_host=True) -> None:
+    query, k_pool, v_pool, metadata = make_batch(seed, segments, heads, k_dim, v_dim, chunk_size, dtype)
+    expected = expected_output(query, k_pool, v_pool, metadata, params)
+    moved = replace(
+        metadata,
+        segments=metadata.segments.to(device),
+        block_tables=metadata.block_tables.to(device),
+        host_segments=metadata.segments.numpy() if on_host else None,
+    )
+    sinks = params.sinks.to(device) if params.sinks is not None else None
+    tensors = (tensor.to(device) for tensor in (query, k_pool, v_pool))
+    actual = triton_paged.attend(*tensors, moved, replace(params, sinks=sinks))
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.cpu().float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@interpreted
+@given(
+    seed=st.integers(0, 2**16),
+    segments=st.lists(
+        st.tuples(st.one_of(st.just(1), st.integers(1, 20)), st.integers(0, 60)).map(lambda t: (t[0], t[0] + t[1])),
+        min_size=1,
+        max_size=4,
+    ),
+    heads=st.sampled_from(HEADS),
+    dims=st.sampled_from([(4, 4), (8, 12), (20, 16), (32, 20)]),
+    chunk_size=st.sampled_from([1, 4, 5, 16, 32, 100]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    window=st.sampled_from([None, 1, 7, 64]),
+    softcap=st.sampled_from([None, 2.0]),
+    has_sinks=st.booleans(),
+)
+@settings(deadline=None, max_examples=20)
+def test_random_ragged_batches_equal_the_reference(
+    seed, segments, heads, dims, chunk_size, dtype, window, softcap, has_sinks
+):
+    sinks = torch.randn(heads[0], generator=torch.Generator().manual_seed(seed)) if has_sinks else None
+    params = AttentionParams(dims[0] ** -0.5, window, softcap, sinks)
+    assert_right(seed, segments, heads, *dims, chunk_size, dtype, params)
+
+
+@interpreted
+@pytest.mark.parametrize("window", [None, 9, 400])
+@pytest.mark.parametrize("segments", [[(1, 900)], [(1, 257), (1, 3), (1, 640)], [(2, 1300)]], ids=str)
+def test_split_contexts_equal_the_reference(segments, window):
+    """Sinks count once, and a window may leave one split of several."""
+    sinks = torch.tensor([0.5, 3.0])
+    assert_right(3, segments, (2, 1), 16, 12, 32, torch.float32, AttentionParams(0.25, window, None, sinks))
+
+
+@interpreted
+def test_without_host_segments_the_device_is_asked():
+    assert_right(1, [(3, 10), (1, 5)], (2, 2), 8, 8, 4, torch.float32, AttentionParams(0.3), on_host=False)
+
+
+@interpreted
+def test_layers_of_a_step_share_the_tiling():
+    query, k_pool, v_pool, metadata = make_batch(1, [(5, 20), (1, 30)], (4, 2), 8, 8, 16, torch.float32)
+    for window in (None, 3):
+        triton_paged.attend(query, k_pool, v_pool, metadata, AttentionParams(0.3, window))
+    (tiling,) = metadata.derived.values()
+    triton_paged.attend(query, k_pool[:, :1], v_pool[:, :1], metadata, AttentionParams(0.3))  # fewer KV heads
+    assert len(metadata.derived) == 2
+    assert tiling in metadata.derived.values()
+
+
+# -- batches of decodes, as a CUDA graph replays them --------------------------------------------------------------------
+
+
+class DecodeBatch:
+    """A batch of `size` segments, the last ones padding. `fill` gives its tensors new contents in place."""
+
+    def __init__(self, size: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.query = torch.full((4, size, 16), float("nan"), dtype=dtype, device=device)
+        self.pools = [torch.empty(60, 2, 16, dim, dtype=dtype, device=device) for dim in (16, 12)]
+        self.metadata = AttentionMetadata(
+            torch.full((size,), -1, device=device),
+            torch.zeros(size, 4, dtype=torch.int32, device=device),
+            torch.zeros(size, 60, dtype=torch.int32, device=device),
+            16,
+            is_decode_batch=True,
+        )
+
+    def fill(self, seed: int, context_lens: list[int]) -> torch.Tensor:
+        """Returns what attention has to give for the rows that are not padding."""
+        batch = make_batch(seed, [(1, context_len) for context_len in context_lens], (4, 2), 16, 12, 16, self.dtype)
+        query, k_pool, v_pool, metadata = batch
+        count, tables = len(context_lens), metadata.block_tables[: len(self.metadata.segments)]
+        self.query[:, :count] = query.to(self.query.device)
+        for pool, source in zip(self.pools, (k_pool, v_pool), strict=True):
+            pool.fill_(float("nan"))
+            pool[: len(source)] = source.to(pool.device)
+        self.metadata.segments.zero_()
+        self.metadata.segments[:count] = metadata.segments.to(self.query.device)
+        self.metadata.block_tables[: len(tables), : tables.shape[1]] = tables.to(self.query.device)
+        return expected_output(query, k_pool, v_pool, metadata, PARAMS)
+
+
+PARAMS = AttentionParams(0.25, softcap=3.0)
+
+
+@interpreted
+def test_a_padded_decode_batch_is_right_and_launches_the_same_whatever_it_holds():
+    batch = DecodeBatch(7)
+    tilings = []
+    for seed, context_lens in enumerate([[1, 30], [700, 5, 16], [129, 20, 3, 1, 9]]):
+        expected = batch.fill(seed, context_lens)
+        out = triton_paged.attend(batch.query, *batch.pools, batch.metadata, PARAMS)
+        torch.testing.assert_close(out[: len(context_lens)], expected, atol=1e-5, rtol=1e-5)
+        assert out[len(context_lens) :].isnan().all()  # nobody wrote there
+        tilings.append(next(iter(batch.metadata.derived.values())))
+    assert tilings[0] is tilings[1] is tilings[2]
+    assert len(tilings[0].work) == 7 * 3
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_decode_batch_can_be_captured_and_replayed():
+    batch = DecodeBatch(7, "cuda", torch.float16)
+    batch.fill(0, [1, 30])
+    triton_paged.attend(batch.query, *batch.pools, batch.metadata, PARAMS)  # compiles, and makes the tiling
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = triton_paged.attend(batch.query, *batch.pools, batch.metadata, PARAMS)
+    for seed, context_lens in enumerate([[700, 5, 16], [129, 20, 3, 1, 9]]):
+        expected = batch.fill(seed, context_lens)
+        graph.replay()
+        torch.testing.assert_close(out[: len(context_lens)].cpu().float(), expected, atol=1e-2, rtol=1e-2)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def assert_writes_right(seed, num_tokens, num_heads, dims, chunk_size, dtype, device="cpu") -> None:
+    """The same slots as the reference, those of -1 left out, and no others."""
+    num_blocks = -(-num_tokens // chunk_size) + NUM_GUARD_BLOCKS
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.randperm(num_blocks * chunk_size, generator=generator)[:num_tokens]
+    slots[torch.rand(num_tokens, generator=generator) < 0.2] = -1
+    nothing = torch.zeros(0, 4, dtype=torch.int32)
+    key, value = (torch.randn(num_tokens, num_heads, d, generator=generator).to(dtype).transpose(0, 1) for d in dims)
+    expected, actual = (
+        [torch.zeros(num_blocks, num_heads, chunk_size, dim, dtype=dtype) for dim in dims] for _ in "ab"
+    )
+    kept = slots >= 0
+    reference.write_kv(
+        *expected, key[:, kept], value[:, kept], AttentionMetadata(slots[kept], nothing, nothing, chunk_size)
+    )
+    pools = [pool.to(device) for pool in actual]
+    metadata = AttentionMetadata(slots.to(device), nothing, nothing, chunk_size)
+    triton_paged.write_kv(*pools, key.to(device), value.to(device), metadata)
+    for pool, right in zip(pools, expected, strict=True):
+        assert torch.equal(pool.cpu(), right)
+
+
+@interpreted
+@given(
+    seed=st.integers(0, 2**16),
+    num_tokens=st.integers(1, 50),
+    num_heads=st.integers(1, 3),
+    dims=st.sampled_from([(4, 4), (8, 3), (5, 16)]),
+    chunk_size=st.sampled_from([1, 3, 32]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+@settings(deadline=None, max_examples=30)
+def test_writes_equal_the_reference(seed, num_tokens, num_heads, dims, chunk_size, dtype):
+    assert_writes_right(seed, num_tokens, num_heads, dims, chunk_size, dtype)
+
+
+@interpreted
+def test_pools_may_be_views_of_blocks_that_hold_all_layers():
+    """As KVStore lays them out: the stride between blocks is that of all layers together."""
+    query, k_pool, v_pool, metadata = make_batch(1, [(1, 50), (3, 20)], (4, 2), 8, 8, 16, torch.float32)
+    storage = torch.full((len(k_pool), 3 * k_pool[0].numel()), float("nan"))
+    views = [storage[:, i * k_pool[0].numel() : (i + 1) * k_pool[0].numel()].view(k_pool.shape) for i in (1, 2)]
+    for view, pool in zip(views, (k_pool, v_pool), strict=True):
+        view.copy_(pool)
+    actual, expected = (
+        triton_paged.attend(query, *p, metadata, AttentionParams(0.3)) for p in (views, (k_pool, v_pool))
+    )
+    assert torch.equal(actual, expected)
+    key = torch.ones(2, 4, 8)
+    triton_paged.write_kv(*views, key, key, metadata)
+    assert views[0][0, :, 0].eq(1).all()
+    assert storage[:, : k_pool[0].numel()].isnan().all()
+
+
+def test_wrong_tensors_are_refused():
+    query, k_pool, v_pool, metadata = make_batch(1, [(1, 50)], (4, 2), 8, 8, 16, torch.float32)
+    params = AttentionParams(0.3)
+    with pytest.raises(ValueError, match="same dtype"):
+        triton_paged.attend(query.half(), k_pool, v_pool, metadata, params)
+    with pytest.raises(ValueError, match="multiple of num_kv_heads"):
+        triton_paged.attend(query[:3], k_pool, v_pool, metadata, params)
+    with pytest.raises(ValueError, match="k_dim"):
+        triton_paged.attend(query[..., :4], k_pool, v_pool, metadata, params)
+    with pytest.raises(ValueError, match="contiguous"):
+        triton_paged.attend(query, k_pool[:, :, ::2], v_pool, metadata, params)
+    with pytest.raises(ValueError, match="of their pools"):
+        triton_paged.write_kv(k_pool, v_pool, query, query, metadata)
+
+
+# -- on a GPU, or for one ------------------------------------------------------------------------------------------------
+
+
+def test_it_compiles_for_gpus_and_fits_their_shared_memory():
+    """Ahead of time, which needs no GPU: Ampere and Hopper, decodes and prefills, with and without everything optional."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.engine.attention.compile_triton"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=Path(engine.attention.__file__).parents[2],
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count("compiled") == 12
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(
+    ("heads", "k_dim", "v_dim", "chunk_size", "params"),
+    [
+        ((32, 8), 128, 128, 32, AttentionParams(128**-0.5)),
+        ((12, 12), 64, 64, 16, AttentionParams(0.125, sliding_window=100)),
+        ((8, 4), 256, 256, 32, AttentionParams(0.0625, sliding_window=300, softcap=50.0)),
+        ((16, 2), 64, 64, 5, AttentionParams(0.125, 128, None, torch.linspace(-1, 1, 16))),
+        ((16, 16), 192, 128, 32, AttentionParams(0.07)),
+        ((71, 1), 80, 80, 1, AttentionParams(0.1)),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_it_equals_the_reference(heads, k_dim, v_dim, chunk_size, params, dtype):
+    device = "cuda"
+    for segments in ([(1, 1), (1, 3000), (1, 77)], [(70, 300), (1, 5000), (33, 33), (5, 2000)]):
+        assert_right(1, segments, heads, k_dim, v_dim, chunk_size, dtype, params, device)
+    assert_writes_right(1, 100, heads[1], (k_dim, v_dim), chunk_size, dtype, device)
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda")
+
+
+@interpreted
+def test_it_is_there_on_a_cpu_only_where_it_is_interpreted(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    assert choose_backend("triton", torch.device("cpu"), torch.float32) is triton_paged
+    assert "attention: Triton kernel (triton), interpreted" in caplog.text
+    monkeypatch.setattr(triton_paged, "IS_INTERPRETED", False)
+    with pytest.raises(ConfigError, match=r"not on a CUDA device; use 'auto'.*TRITON_INTERPRET=1"):
+        choose_backend("triton", torch.device("cpu"), torch.float32)
+
+
+def test_auto_is_triton_on_a_gpu(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(triton_paged, "load_kernel", lambda device: f"triton on {device}")
+    assert choose_backend("auto", CUDA, torch.bfloat16) is triton_paged
+    assert "attention: Triton kernel (triton), triton on cuda" in caplog.text
+    assert choose_backend("reference", CUDA, torch.bfloat16) is reference
+
+
+def test_without_triton_auto_is_the_reference_and_says_why(monkeypatch, caplog):
+    monkeypatch.delattr(engine.attention, "triton_paged")
+    monkeypatch.setitem(sys.modules, "engine.attention.triton_paged", None)
+    assert choose_backend("auto", CUDA, torch.bfloat16) is reference
+    assert "triton cannot be imported" in caplog.text
+    assert "pip install 'pensieve-ray[gpu]'" in caplog.text
+    with pytest.raises(ConfigError, match="pip install"):
+        choose_backend("triton", CUDA, torch.bfloat16)
+
+
+def test_where_it_cannot_run_auto_is_the_reference_and_says_why(monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(triton_paged, "write_kv", fail)
+    load_kernel = triton_paged.load_kernel
+    monkeypatch.setattr(triton_paged, "load_kernel", lambda _: load_kernel(torch.device("cpu")))
+    assert choose_backend("auto", CUDA, torch.bfloat16) is reference
+    assert "cannot run here: RuntimeError('Failed to find C compiler')" in caplog.text
+    with pytest.raises(ConfigError, match="C compiler"):
+        choose_backend("triton", CUDA, torch.bfloat16)
+
+
+def test_a_dtype_that_it_does_not_know_is_refused():
+    with pytest.raises(ConfigError, match="float64"):
+        choose_backend("triton", CUDA, torch.float64)
