@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt engine/attention/paged_cpu.cpp
 install: $(INSTALLED)
 
 serve: $(INSTALLED)
-	RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 $(BIN)/serve run serve_config.yaml
+	$(BIN)/python -m deployments.run serve_config.yaml
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

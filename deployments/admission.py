@@ -35,7 +35,7 @@ class _Account:
 
 
 class Admission:
-    """Limits per tenant, of one of `num_ingress_replicas` ingress replicas: each holds its part of a limit, so that none
+    """Limits per tenant, of one of `num_ingress_replicas()` ingress replicas: each holds its part of a limit, so that none
     has to ask the others."""
 
     def __init__(
@@ -43,13 +43,13 @@ class Admission:
         engine: Generates,
         tenants: Sequence[TenantConfig],
         *,
-        num_ingress_replicas: int = 1,
+        num_ingress_replicas: Callable[[], int] = lambda: 1,
         default_timeout_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._limits = {tenant.id: tenant for tenant in tenants}
-        self._num_parts = num_ingress_replicas
+        self._num_ingress_replicas = num_ingress_replicas
         self._default_timeout_s = default_timeout_s
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
@@ -100,7 +100,7 @@ class Admission:
         if limits is None:
             return None
         if limits.max_concurrent_requests is not None:
-            part = math.ceil(limits.max_concurrent_requests / self._num_parts)
+            part = math.ceil(limits.max_concurrent_requests / self._num_ingress_replicas())
             if account.num_running >= part:
                 message = (
                     f"{limits.max_concurrent_requests} requests of this tenant may run at once; wait for one to end"
@@ -123,4 +123,4 @@ class Admission:
         limits = self._limits.get(tenant_id)
         if limits is None or limits.tokens_per_minute is None:
             return None
-        return limits.tokens_per_minute / self._num_parts
+        return limits.tokens_per_minute / self._num_ingress_replicas()

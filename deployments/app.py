@@ -62,7 +62,6 @@ def build(args: AppArgs) -> Application:
         max_body_bytes=args.max_body_bytes,
         max_header_bytes=args.max_header_bytes,
         tenants=load_tenants(args.tenants_file, os.environ),
-        num_ingress_replicas=args.num_ingress_replicas,
         request_timeout_s=args.request_timeout_s,
         store_url=args.store_url,
         retention_days=args.retention_days,

@@ -244,6 +244,19 @@ class ConversationStore:
             )
         )
 
+    async def interrupt_response(self, tenant: str, response_id: str, now: float) -> bool:
+        """Nobody waits for it any more. Whether it was in progress until now."""
+        return await self._database.write(
+            lambda connection: _finish(
+                connection,
+                tenant,
+                response_id,
+                status=Status.INCOMPLETE,
+                incomplete_reason=INTERRUPTED,
+                completed_at=now,
+            )
+        )
+
     async def cancel_response(self, tenant: str, response_id: str, now: float) -> bool:
         """Whether it was in progress until now. The ingress that runs it learns of it from `renew_leases` and
         `complete_response`. Raises NotFoundError."""

@@ -61,7 +61,6 @@ class IngressConfig:
     max_body_bytes: int = 4 * 2**20
     max_header_bytes: int = 32 * 2**10
     tenants: tuple[TenantConfig, ...] = ()
-    num_ingress_replicas: int = 1
     request_timeout_s: float | None = None
     store_url: str | None = None
     retention_days: float | None = None
@@ -75,16 +74,23 @@ class Ingress:
         self._config = config
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        ingress_id = serve.get_replica_context().replica_id.unique_id
-        return create_app(self._engine, self._config, ingress_id=ingress_id)
+        return create_app(
+            self._engine,
+            self._config,
+            ingress_id=serve.get_replica_context().replica_id.unique_id,
+            # Asked each time: the deployment may be scaled.
+            num_ingress_replicas=lambda: serve.get_replica_context().world_size,
+        )
 
 
-def create_app(engine: Engine, config: IngressConfig, *, ingress_id: str) -> FastAPI:
+def create_app(
+    engine: Engine, config: IngressConfig, *, ingress_id: str, num_ingress_replicas: Callable[[], int] = lambda: 1
+) -> FastAPI:
     """The application. ingress_id goes out in a header, for experiments with routing."""
     admission = Admission(
         engine,
         config.tenants,
-        num_ingress_replicas=config.num_ingress_replicas,
+        num_ingress_replicas=num_ingress_replicas,
         default_timeout_s=config.request_timeout_s,
     )
 

@@ -415,7 +415,7 @@ class ResponsesApi:
         now = self._clock()
         try:
             if why is None:
-                await self._store.cancel_response(turn.tenant.tenant_id, turn.response_id, now)
+                await self._store.interrupt_response(turn.tenant.tenant_id, turn.response_id, now)
                 return
             if isinstance(why, PensieveError):
                 item = ErrorItem.from_error(why)

@@ -21,7 +21,7 @@ from engine.output import OutputDelta
 Response = dict[str, Any]
 Event = tuple[str, dict[str, Any]]
 
-INTERRUPTED = "the server stopped before the answer was complete"
+INTERRUPTED = "the server stopped, or the client left, before the answer was complete"
 
 
 class ResponseObject:

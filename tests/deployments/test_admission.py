@@ -84,7 +84,7 @@ async def test_concurrent_requests_of_a_tenant_are_limited_exactly() -> None:
 
 
 async def test_each_ingress_replica_holds_its_part_of_a_limit() -> None:
-    admission = Admission(Engine(), [tenant("a", max_concurrent_requests=5)], num_ingress_replicas=3)
+    admission = Admission(Engine(), [tenant("a", max_concurrent_requests=5)], num_ingress_replicas=lambda: 3)
     running = [admission.generate(request()) for _ in range(2)]
     for items in running:
         await anext(items)

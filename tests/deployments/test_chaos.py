@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import httpx
 import psutil
@@ -42,7 +43,8 @@ ARGS = AppArgs(
 
 
 @pytest.fixture(scope="module")
-def base_url() -> Iterator[str]:
+def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    store_url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'conversations.db'}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -52,7 +54,7 @@ def base_url() -> Iterator[str]:
         ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(build(ARGS), name=APP, route_prefix="/")
+            serve.run(build(ARGS.model_copy(update={"store_url": store_url})), name=APP, route_prefix="/")
             yield f"http://127.0.0.1:{port}"
         finally:
             serve.shutdown()
@@ -71,35 +73,49 @@ def turn_text(conversation: int, turn: int) -> str:
 
 
 async def hold_conversation(http: httpx.AsyncClient, number: int, name: str) -> list[str]:
-    """The answers of all turns. Every third conversation does not stream, every second one samples. Half of them go on from
-    their answers; the others force long ones, to be cut in the middle, and go on from another text: a random model's bytes
-    that are no UTF-8 do not survive the way through the client."""
-    is_long = number // 2 % 2 == 0
+    """The answers of all turns. A quarter each: chat that goes on from its answers; chat with long answers, to be cut in the
+    middle, that goes on from another text, because bytes that are no UTF-8 do not survive the way through the
+    client; responses, long and sampled, by previous response, where the server knows the tokens; and the same in a
+    conversation. Every third one does not stream."""
+    kind = ("chat", "long chat", "previous", "conversation")[number % 4]
+    headers = {"x-session-id": f"{name}-{number}"} if "chat" in kind else {}
+    context: dict[str, Any] = {}
+    if kind == "conversation":
+        context["conversation"] = (await http.post("/v1/conversations")).json()["id"]
     messages: list[dict[str, str]] = []
-    answers = []
+    answers: list[str] = []
     for turn in range(NUM_TURNS):
-        messages.append({"role": "user", "content": turn_text(number, turn)})
-        body = {
-            "model": EMBEDDED_MODEL_NAME,
-            "messages": messages,
-            "max_tokens": 120,
-            "min_tokens": 100 if is_long else 0,
-            "stream": number % 3 != 0,
-            **({"temperature": 0} if number % 2 else {"temperature": 0.8, "seed": number}),
-        }
-        headers = {"x-session-id": f"{name}-{number}"}
-        async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
-            raw = (await response.aread()).decode()
-        assert response.status_code == 200, raw
-        if body["stream"]:
-            lines = [line for line in raw.splitlines() if line]
-            assert lines[-1] == "data: [DONE]", lines[-1]
-            deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines[:-1]]
-            answers.append("".join(delta.get("content", "") for delta in deltas))
+        body: dict[str, Any] = {"model": EMBEDDED_MODEL_NAME, "temperature": 0, "stream": number % 3 != 0}
+        if kind != "chat":
+            body |= {"temperature": 1.2, "seed": number, "min_tokens": 60}
+        if "chat" in kind:
+            messages.append({"role": "user", "content": turn_text(number, turn)})
+            body |= {"messages": messages, "max_tokens": 80}
+            answers.append(await ask(http, "/v1/chat/completions", body, headers))
+            messages.append({"role": "assistant", "content": answers[-1] if kind == "chat" else "i will remember."})
         else:
-            answers.append(json.loads(raw)["choices"][0]["message"]["content"])
-        messages.append({"role": "assistant", "content": "i will remember." if is_long else answers[-1]})
+            body |= {"input": turn_text(number, turn), "max_output_tokens": 80, **context}
+            response = json.loads(await ask(http, "/v1/responses", body, headers))
+            assert response["status"] in ("completed", "incomplete"), response
+            answers.append(response["output"][0]["content"][0]["text"])
+            if kind == "previous":
+                context["previous_response_id"] = response["id"]
     return answers
+
+
+async def ask(http: httpx.AsyncClient, path: str, body: dict[str, Any], headers: dict[str, str]) -> str:
+    """The text of a chat's answer; of a response all of it, as JSON."""
+    async with http.stream("POST", path, json=body, headers=headers) as response:
+        raw = (await response.aread()).decode()
+    assert response.status_code == 200, raw
+    if not body["stream"]:
+        return raw if "input" in body else str(json.loads(raw)["choices"][0]["message"]["content"])
+    lines = [line for line in raw.splitlines() if line]
+    if "input" in body:
+        assert lines[-2] in ("event: response.completed", "event: response.incomplete"), lines[-1]
+        return json.dumps(json.loads(lines[-1][6:])["response"])
+    assert lines[-1] == "data: [DONE]", lines[-1]
+    return "".join(json.loads(line[6:])["choices"][0]["delta"].get("content", "") for line in lines[:-1])
 
 
 def engine_pids() -> list[int]:

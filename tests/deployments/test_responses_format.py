@@ -159,7 +159,9 @@ def test_other_ends() -> None:
                 k: v for k, v in begun.items() if k not in changed
             }
         assert ends["cancelled"]["error"] is None
-        assert ends["incomplete"]["error"]["message"] == "the server stopped before the answer was complete"
+        assert ends["incomplete"]["error"]["message"] == (
+            "the server stopped, or the client left, before the answer was complete"
+        )
         assert ends["failed"]["error"] == {
             "code": "server_error",
             "message": "the step failed",

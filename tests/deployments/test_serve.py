@@ -54,7 +54,8 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def base_url() -> Iterator[str]:
+def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    store_url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'conversations.db'}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -63,7 +64,7 @@ def base_url() -> Iterator[str]:
         ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(build(ARGS), name=APP, route_prefix="/")
+            serve.run(build(ARGS.model_copy(update={"store_url": store_url})), name=APP, route_prefix="/")
             yield f"http://127.0.0.1:{port}"
         finally:
             serve.shutdown()

@@ -1,0 +1,77 @@
+"""`pensieve-serve serve_config.yaml`: what `serve run` does, and what it does not: the file is checked first, SIGTERM and
+Ctrl-C drain, and --fast-path sets Serve's switches for speed before Ray starts.
+
+Draining: no new requests; those that run end, within `graceful_shutdown_timeout_s`; then everything stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Sequence
+
+from deployments.schema import check_serve_config
+
+# HAProxy as the HTTP proxy, replicas without an event loop of their own for user code. See docs/configuration.md.
+FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+# `serve run` may write a token to the user's home otherwise.
+DEFAULTS = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="pensieve-serve", description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("config", help="a Serve config file, such as serve_config.yaml")
+    parser.add_argument("--fast-path", action="store_true", help="HAProxy in front, listening on all interfaces")
+    options = parser.parse_args(arguments)
+    try:
+        problems = check_serve_config(options.config)
+    except OSError as error:
+        problems = [str(error)]
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        return 2
+    for name, value in {**DEFAULTS, **(FAST_PATH if options.fast_path else {})}.items():
+        os.environ.setdefault(name, value)
+    return _run(options.config)
+
+
+def _run(config: str) -> int:
+    """`serve run` in a process of its own, because Ray installs a handler for SIGTERM that drains nothing. In a session of
+    its own, because Ctrl-C in a terminal goes to all processes of one, Ray's daemons included."""
+    command = "import sys; from deployments.run import serve_run; serve_run(sys.argv[1])"
+    serve = subprocess.Popen([sys.executable, "-c", command, config], start_new_session=True)
+
+    def pass_on(number: int, frame: types.FrameType | None) -> None:
+        serve.send_signal(signal.SIGINT)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, pass_on)
+    return serve.wait()
+
+
+def serve_run(config: str) -> None:
+    """`serve run config`, which drains on SIGINT. Serve's own answer to it ends the HTTP proxies first, and with them all
+    streams; so the applications are deleted before, whose replicas let their requests end."""
+    from ray import serve  # only now: Ray reads its environment when it is imported
+    from ray.serve.scripts import cli
+
+    def drain(number: int, frame: types.FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever asks again does not want to wait
+        print("draining: running requests may end", flush=True)
+        try:
+            for name in serve.status().applications:
+                serve.delete(name)
+        except Exception as error:  # still starting, or half gone: nothing that could be drained
+            print(f"not drained: {error!r}", flush=True)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, drain)
+    cli(["run", config])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

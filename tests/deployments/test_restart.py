@@ -1,0 +1,139 @@
+"""Everything is stopped in the middle of traffic and started again: conversations go on with the answers of an undisturbed
+run, and turns that were under way are marked as interrupted and nowhere else to be seen."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+from openai import AsyncOpenAI
+from ray import serve
+
+from deployments.app import build
+from deployments.responses_api import LEASE_S
+from deployments.schema import AppArgs
+from engine.embedded_model import EMBEDDED_MODEL_NAME
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NUM_CONVERSATIONS = 6
+TURNS = ("my cat is called Mia", "i live in Rome", "what is my cat called?", "where do i live?")
+STOPPED_TURN = 2
+# An answer goes on after its end-of-sequence token was barred, with tokens that no tokenizer would make of its text.
+OPTIONS: dict[str, Any] = {"model": EMBEDDED_MODEL_NAME, "temperature": 0, "max_output_tokens": 40}
+
+
+@contextmanager
+def served(store_url: str) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        args = AppArgs(
+            engine={"model": "embedded", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 256},
+            num_replicas=2,
+            num_cpus=0.5,
+            num_ingress_replicas=2,
+            ingress_num_cpus=0.25,
+            store_url=store_url,
+        )
+        ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.run(build(args), name="restart", route_prefix="/")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            ray.shutdown()  # and not serve.shutdown(): nothing is told that it is about to end
+
+
+def client_of(url: str) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+async def turn(client: AsyncOpenAI, number: int, index: int, before: Any, conversation: str | None) -> Any:
+    """One turn of conversation `number`: by conversation, or by previous response; streaming or not."""
+    context: dict[str, Any] = {}
+    if conversation is not None:
+        context["conversation"] = conversation
+    elif before is not None:
+        context["previous_response_id"] = before.id
+    sampling = {"temperature": 1.5, "extra_body": {"seed": number, "min_tokens": 30}} if number % 3 == 0 else {}
+    options: dict[str, Any] = OPTIONS | context | sampling
+    if number % 2:
+        return await client.responses.create(input=TURNS[index], **options)
+    events = [event async for event in await client.responses.create(input=TURNS[index], stream=True, **options)]
+    return events[-1].response  # completed, or incomplete
+
+
+async def hold(client: AsyncOpenAI, number: int, turns: range, before: Any, conversation: str | None) -> list[Any]:
+    responses = [before]
+    for index in turns:
+        responses.append(await turn(client, number, index, responses[-1], conversation))
+    return responses[1:]
+
+
+async def conversation_of(client: AsyncOpenAI, number: int) -> str | None:
+    return (await client.conversations.create()).id if number % 2 else None
+
+
+async def begin_endless(url: str, before: Any, conversation: str | None) -> str:
+    """Begin a turn that will not end by itself; the id of its response."""
+    context = {"previous_response_id": before.id} if conversation is None else {"conversation": conversation}
+    body = {**OPTIONS, **context, "input": TURNS[STOPPED_TURN], "stream": True, "max_output_tokens": 3000}
+    http = httpx.AsyncClient(timeout=60)  # left open: it is the server that goes
+    request = http.build_request("POST", f"{url}/v1/responses", json=body | {"ignore_eos": True})
+    response = await http.send(request, stream=True)
+    assert response.status_code == 200
+    async for line in response.aiter_lines():
+        if line.startswith("data: "):
+            return str(line.partition('"id":"')[2].partition('"')[0])
+    raise AssertionError("no event")
+
+
+async def test_conversations_go_on_after_everything_was_stopped(store_url: str) -> None:
+    numbers = range(NUM_CONVERSATIONS)
+    with served(store_url) as url:
+        client = client_of(url)
+        conversations = [await conversation_of(client, number) for number in numbers]
+        calm = await asyncio.gather(*(hold(client, n, range(len(TURNS)), None, conversations[n]) for n in numbers))
+        conversations = [await conversation_of(client, number) for number in numbers]
+        begun = await asyncio.gather(*(hold(client, n, range(STOPPED_TURN), None, conversations[n]) for n in numbers))
+        stopped = await asyncio.gather(*(begin_endless(url, begun[n][-1], conversations[n]) for n in numbers))
+
+    with served(store_url) as url:
+        client = client_of(url)
+
+        async def is_marked(response_id: str) -> bool:
+            response = await client.responses.retrieve(response_id)
+            assert response.status in ("in_progress", "incomplete")
+            return response.status == "incomplete"
+
+        async with asyncio.timeout(3 * LEASE_S):
+            for response_id in stopped:
+                while not await is_marked(response_id):
+                    await asyncio.sleep(0.5)
+        for response_id in stopped:
+            response = await client.responses.retrieve(response_id)
+            assert (response.output, response.error is not None) == ([], True)
+            with pytest.raises(openai.BadRequestError):
+                await client.responses.create(input="go on", previous_response_id=response_id, **OPTIONS)
+        rest = await asyncio.gather(
+            *(hold(client, n, range(STOPPED_TURN, len(TURNS)), begun[n][-1], conversations[n]) for n in numbers)
+        )
+        for number in numbers:
+            told = [response.output_text for response in (*begun[number], *rest[number])]
+            assert told == [response.output_text for response in calm[number]]
+            usage = [response.usage.input_tokens for response in (*begun[number], *rest[number])]
+            assert usage == [response.usage.input_tokens for response in calm[number]]
+            if (conversation := conversations[number]) is not None:
+                items = [item async for item in client.conversations.items.list(conversation, limit=100)]
+                assert len(items) == 2 * len(TURNS)

@@ -1,0 +1,86 @@
+"""pensieve-serve as an operator uses it: a bad file is refused, SIGTERM drains."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from deployments import run
+from engine.embedded_model import EMBEDDED_MODEL_NAME
+
+CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
+
+
+def test_a_bad_file_is_refused_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    config = yaml.safe_load(CONFIG.read_text())
+    config["applications"][0]["args"]["max_ongoing_request"] = 3
+    config["htp_options"] = {}
+    path.write_text(yaml.safe_dump(config))
+    assert run.main([str(path)]) == 2
+    printed = capsys.readouterr().err
+    assert "htp_options: unknown key" in printed
+    assert "max_ongoing_request" in printed
+    assert run.main([str(tmp_path / "nothing.yaml")]) == 2
+    assert "nothing.yaml" in capsys.readouterr().err
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
+    """The process, and where it listens."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    config = yaml.safe_load(CONFIG.read_text())
+    config["http_options"]["port"] = port
+    application = config["applications"][0]
+    application["args"]["store_url"] = f"sqlite:///{tmp_path / 'conversations.db'}"
+    application["deployments"][0]["num_replicas"] = 1
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with open(tmp_path / "output.txt", "wb") as output:
+        process = subprocess.Popen([sys.executable, "-m", "deployments.run", str(path)], stdout=output, stderr=output)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        async with asyncio.timeout(120), httpx.AsyncClient() as http:
+            while True:
+                try:
+                    if (await http.get(f"{url}/ready")).status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                assert process.poll() is None, (tmp_path / "output.txt").read_text()
+                await asyncio.sleep(0.2)
+        yield process, url
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+async def test_sigterm_lets_running_requests_end(server: tuple[subprocess.Popen[bytes], str]) -> None:
+    process, url = server
+    body = {"model": EMBEDDED_MODEL_NAME, "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        async with http.stream(
+            "POST", "/v1/chat/completions", json=body | {"stream": True, "max_tokens": 600}
+        ) as response:
+            lines = response.aiter_lines()
+            for _ in range(10):
+                await anext(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line async for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"length"' in rest[-2]
+    assert await asyncio.to_thread(process.wait, 60) == 0
