@@ -52,7 +52,7 @@ class AppArgs(BaseModel):
     num_gpus: float = Field(default=0.0, ge=0)
     num_ingress_replicas: int = Field(default=1, ge=1)
     ingress_num_cpus: float = Field(default=0.25, ge=0)
-    max_ongoing_requests: int = Field(default=64, ge=1)
+    max_ongoing_requests: int = Field(default=128, ge=1)
     num_fallback_replicas: int = Field(default=1, ge=0)
     max_queued_requests: int = Field(default=256, ge=1)
     max_body_bytes: int = Field(default=4 * 2**20, ge=1)

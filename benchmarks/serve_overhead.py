@@ -1,0 +1,233 @@
+"""What the way through Ray Serve costs: time to first token and tokens/s of streams over HTTP (proxy, ingress, engine
+replica) beside the same engine asked directly in this process, by number of streams at once.
+
+    python benchmarks/serve_overhead.py
+    python benchmarks/serve_overhead.py --fast-path    # also with HAProxy and Serve's throughput switches (needs haproxy)
+
+Both sides run the embedded model, float32, one thread, in turns, the order changed each time. All processes share the
+machine: with few cores, client, proxy and ingress take from the engine what they need, so tokens/s at many streams say
+less about the path than about the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import yaml
+from machine import RESULTS, write_result
+from tqdm import tqdm
+
+from deployments.run import FAST_PATH
+from engine.async_engine import AsyncEngine
+from engine.config import EngineConfig
+from engine.core.request import SamplingParams
+from engine.embedded_model import EMBEDDED_MODEL_NAME
+from engine.prompt import ChatPrompt
+
+ENGINE = {"model": "embedded", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 4096, "max_num_seqs": 64}
+START_TIMEOUT_S = 180
+
+# A stream: first token, then the end. Yields twice.
+Stream = Callable[[str], AsyncIterator[None]]
+
+
+@contextmanager
+def serve_app(fast_path: bool) -> Iterator[str]:
+    """A Serve application of one ingress and one engine replica in processes of its own; its URL."""
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        config = {
+            "http_options": {"host": "127.0.0.1", "port": port},
+            "logging_config": {"enable_access_log": False},
+            "applications": [
+                {
+                    "name": "overhead",
+                    "route_prefix": "/",
+                    "import_path": "deployments.app:build",
+                    "args": {
+                        "engine": ENGINE,
+                        "num_cpus": 0.5,
+                        "max_ongoing_requests": 128,
+                        "store_url": f"sqlite:///{folder}/conversations.db",
+                    },
+                }
+            ],
+        }
+        path = Path(folder) / "config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        command = [sys.executable, "-m", "deployments.run", str(path), *(["--fast-path"] if fast_path else [])]
+        with open(Path(folder) / "output.txt", "wb") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            asyncio.run(wait_until_ready(url, process, Path(folder) / "output.txt"))
+            yield url
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+async def wait_until_ready(url: str, process: subprocess.Popen[bytes], output: Path) -> None:
+    async with asyncio.timeout(START_TIMEOUT_S), aiohttp.ClientSession() as http:
+        while True:
+            try:
+                async with http.get(f"{url}/ready") as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            if process.poll() is not None:
+                sys.exit(f"the application did not start:\n{output.read_text()[-3000:]}")
+            await asyncio.sleep(0.5)
+
+
+def over_http(http: aiohttp.ClientSession, url: str, num_tokens: int) -> Stream:
+    async def stream(name: str) -> AsyncIterator[None]:
+        body = {
+            "model": EMBEDDED_MODEL_NAME,
+            "messages": [{"role": "user", "content": f"hello {name}"}],
+            "max_tokens": num_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        async with http.post(f"{url}/v1/chat/completions", json=body, headers={"x-session-id": name}) as response:
+            assert response.status == 200, await response.text()
+            is_first = True
+            async for chunk in response.content.iter_any():
+                if is_first:
+                    is_first = False
+                    yield
+                last = chunk
+            assert last.endswith(b"data: [DONE]\n\n"), last
+            yield
+
+    return stream
+
+
+def direct(engine: AsyncEngine, num_tokens: int) -> Stream:
+    async def stream(name: str) -> AsyncIterator[None]:
+        prompt = ChatPrompt((("user", f"hello {name}"),))
+        sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        is_first = True
+        async for _ in engine.generate(prompt, sampling, request_id=name, session_id=name):
+            if is_first:
+                is_first = False
+                yield
+        yield
+
+    return stream
+
+
+async def run_streams(stream: Stream, num_streams: int, label: str) -> tuple[list[float], float]:
+    """Seconds to the first token of each stream, and seconds until all are done."""
+
+    async def follow(name: str) -> float:
+        start = time.perf_counter()
+        times = [time.perf_counter() - start async for _ in stream(name)]
+        return times[0]
+
+    start = time.perf_counter()
+    firsts = await asyncio.gather(*(follow(f"{label}-{number}") for number in range(num_streams)))
+    return list(firsts), time.perf_counter() - start
+
+
+async def measure(urls: dict[str, str], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    engine = AsyncEngine(EngineConfig.from_options(ENGINE))
+    connector = aiohttp.TCPConnector(limit=0)
+    results: dict[str, list[dict[str, Any]]] = {}
+    async with aiohttp.ClientSession(connector=connector) as http:
+        sides: dict[str, Stream] = {"engine alone": direct(engine, options.num_tokens)}
+        for name, url in urls.items():
+            sides[name] = over_http(http, url, options.num_tokens)
+        names = list(sides)
+        progress = tqdm(total=len(options.streams) * options.repeats * len(sides), unit="run")
+        for num_streams in options.streams:
+            firsts: dict[str, list[float]] = {name: [] for name in names}
+            totals: dict[str, list[float]] = {name: [] for name in names}
+            for repeat in range(-1, options.repeats):  # the first one warms up
+                for name in names[:: 1 if repeat % 2 else -1]:
+                    label = f"{name}-{num_streams}-{repeat}"
+                    ttfts, total = await run_streams(sides[name], num_streams, label)
+                    if repeat >= 0:
+                        firsts[name] += ttfts
+                        totals[name].append(total)
+                        progress.update()
+            for name in names:
+                per_run = [num_streams * options.num_tokens / total for total in totals[name]]
+                results.setdefault(name, []).append(
+                    {
+                        "num_streams": num_streams,
+                        "ttft_p50_ms": 1e3 * statistics.median(firsts[name]),
+                        "ttft_p95_ms": 1e3 * statistics.quantiles(firsts[name], n=20)[-1],
+                        "tokens_per_s": statistics.median(per_run),
+                    }
+                )
+        progress.close()
+    await engine.shutdown()
+    return results
+
+
+def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    for name, rows in results.items():
+        streams = [row["num_streams"] for row in rows]
+        left.plot(streams, [row["ttft_p50_ms"] for row in rows], marker="o", label=name)
+        right.plot(streams, [row["tokens_per_s"] for row in rows], marker="o", label=name)
+    for axes, label in ((left, "time to first token, p50 (ms)"), (right, "tokens/s, all streams")):
+        axes.set(xscale="log", xlabel="streams at once", ylabel=label)
+        axes.set_xticks(streams, [str(number) for number in streams])
+        axes.legend()
+        axes.grid(alpha=0.3)
+    left.set_yscale("log")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--num-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--fast-path", action="store_true")
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        urls = {"over HTTP": stack.enter_context(serve_app(fast_path=False))}
+        if options.fast_path:
+            urls["over HTTP, fast path"] = stack.enter_context(serve_app(fast_path=True))
+        results = asyncio.run(measure(urls, options))
+    alone = results["engine alone"]
+    for name, rows in results.items():
+        for row, base in zip(rows, alone, strict=True):
+            row["added_ttft_p50_ms"] = row["ttft_p50_ms"] - base["ttft_p50_ms"]
+            row["share_of_tokens_per_s"] = row["tokens_per_s"] / base["tokens_per_s"]
+            print(
+                f"{name:22} {row['num_streams']:3} streams: first token {row['ttft_p50_ms']:7.1f} ms "
+                f"(+{row['added_ttft_p50_ms']:.1f}; p95 {row['ttft_p95_ms']:.1f}), {row['tokens_per_s']:7.0f} tokens/s "
+                f"({row['share_of_tokens_per_s']:.0%})"
+            )
+    settings = {"num_tokens": options.num_tokens, "repeats": options.repeats, "engine": ENGINE}
+    write_result("serve_overhead", {"settings": settings, "fast_path": FAST_PATH, "results": results})
+    plot(results, RESULTS / "serve_overhead.png")
+
+
+if __name__ == "__main__":
+    main()
