@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import socket
 import time
 from collections import defaultdict
@@ -386,23 +387,39 @@ async def test_client_that_leaves_frees_what_its_request_held(
     await ask_all(engines, "check_integrity")
 
 
-async def test_clients_that_leave_at_once_leave_nothing_behind(
+async def test_a_thousand_clients_that_leave_leave_nothing_behind(
     base_url: str, http: httpx.AsyncClient, engines: DeploymentHandle
 ) -> None:
-    """At every moment of a request's way in. Long prompts of one session: the engine is busy when they come."""
+    """At every moment of a request: on its way in, while it waits, in its prompt, in its answer; streams and not, chats and
+    responses, in a few sessions, so that replicas are busy when they come."""
+    rng = random.Random(0)
 
     async def hasty(number: int) -> None:
-        body = chat(f"{number} " * 300, max_tokens=1000, ignore_eos=True, stream=number % 2 == 0)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0.005 * number), httpx.AsyncClient(base_url=base_url) as leaver:
-                await leaver.post("/v1/chat/completions", json=body, headers={"x-session-id": "hasty"})
-                raise AssertionError("that was too fast to be told anything by")
+        text = f"{number} " * rng.randint(1, 300)
+        stream = {"stream": number % 2 == 0, "ignore_eos": True, "model": EMBEDDED_MODEL_NAME}
+        headers = {"x-session-id": f"hasty-{number % 5}"}
+        if number % 3:
+            path, body = "/v1/chat/completions", chat(text, max_tokens=1000, **stream)
+        else:
+            path, body = "/v1/responses", {"input": text, "max_output_tokens": 1000, **stream}
+        with contextlib.suppress(TimeoutError, httpx.TransportError):
+            async with asyncio.timeout(rng.uniform(0, 0.3)), httpx.AsyncClient(base_url=base_url) as leaver:
+                response = await leaver.post(path, json=body, headers=headers)
+                assert response.status_code == 429, "that was too fast to be told anything by"
 
-    await asyncio.gather(*(http.get("/v1/models") for _ in range(8)))  # both ingress replicas know the way
-    for start in range(1, 40, 8):
-        await asyncio.gather(*(hasty(number) for number in range(start, start + 8)))
+    for start in range(0, 1000, 20):
+        await asyncio.gather(*(hasty(number) for number in range(start, start + 20)))
     await until(lambda: is_idle(engines))
     await ask_all(engines, "check_integrity")
+
+    # Every place is free again: as many as fit the home and its fallback at once, and nobody is refused.
+    async def follow() -> int:
+        body = chat("hello", max_tokens=20, ignore_eos=True)
+        return (await http.post("/v1/chat/completions", json=body, headers={"x-session-id": "after"})).status_code
+
+    assert (
+        await asyncio.gather(*(follow() for _ in range(2 * MAX_ONGOING_REQUESTS))) == [200] * 2 * MAX_ONGOING_REQUESTS
+    )
 
 
 class Follower:
