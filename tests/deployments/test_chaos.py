@@ -38,7 +38,10 @@ ARGS = AppArgs(
     engine={"model": "embedded", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 256},
     num_replicas=2,
     num_cpus=0.5,
+    num_ingress_replicas=2,
     ingress_num_cpus=0.25,
+    # How long Serve waits for the requests of a replica that does not answer before it kills that.
+    graceful_shutdown_timeout_s=2,
 )
 
 
@@ -118,8 +121,8 @@ async def ask(http: httpx.AsyncClient, path: str, body: dict[str, Any], headers:
     return "".join(json.loads(line[6:])["choices"][0]["delta"].get("content", "") for line in lines[:-1])
 
 
-def engine_pids() -> list[int]:
-    title = f"ray::ServeReplica:{APP}:LLMServer"
+def pids_of(deployment: str) -> list[int]:
+    title = f"ray::ServeReplica:{APP}:{deployment}"
     return [process.pid for process in psutil.process_iter() if "".join(process.cmdline()[:1]).startswith(title)]
 
 
@@ -129,7 +132,7 @@ async def kill_replicas(until_s: float) -> int:
     num_killed = 0
     while time.monotonic() < until_s:
         await asyncio.sleep(KILL_INTERVAL_S / 2)
-        pids = engine_pids()
+        pids = pids_of("LLMServer")
         if pids:
             os.kill(rng.choice(pids), signal.SIGKILL)
             num_killed += 1
@@ -157,3 +160,68 @@ async def test_killed_replicas_are_not_noticed(http: httpx.AsyncClient) -> None:
     assert num_killed >= CHAOS_S // KILL_INTERVAL_S - 1
     assert num_rounds >= 1
     print(f"{num_killed} replicas killed, {num_rounds * NUM_CONVERSATIONS} conversations")
+
+
+class Stream:
+    """One streamed answer under way. Its client waits for the first token."""
+
+    def __init__(self, http: httpx.AsyncClient, session: str) -> None:
+        body = {"model": EMBEDDED_MODEL_NAME, "input": "hello", "temperature": 0, "stream": True}
+        body |= {"max_output_tokens": 1500, "ignore_eos": True}
+        request = http.build_request("POST", "/v1/responses", json=body, headers={"x-session-id": session})
+        self.events: list[dict[str, Any]] = []
+        self.started = asyncio.Event()
+        self.task = asyncio.create_task(self._follow(http, request))
+
+    async def _follow(self, http: httpx.AsyncClient, request: httpx.Request) -> str:
+        response = await http.send(request, stream=True)
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if line.startswith("data: "):
+                self.events.append(json.loads(line[6:]))
+                self.started.set()
+        return str(self.events[-1]["type"])
+
+
+@pytest.mark.timeout(600)
+async def test_a_hung_replica_is_replaced_and_its_requests_go_on(http: httpx.AsyncClient) -> None:
+    streams = [Stream(http, f"hung-{number}") for number in range(6)]
+    for stream in streams:
+        await stream.started.wait()
+    (pid, *_) = pids_of("LLMServer")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        ends = await asyncio.gather(*(stream.task for stream in streams))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    assert set(ends) == {"response.incomplete"}
+    texts = {stream.events[-1]["response"]["output"][0]["content"][0]["text"] for stream in streams}
+    assert len(texts) == 1
+    assert pid not in pids_of("LLMServer")
+
+
+@pytest.mark.timeout(600)
+async def test_an_ingress_that_dies_loses_its_open_connections_only(http: httpx.AsyncClient) -> None:
+    streams = [Stream(http, f"ingress-{number}") for number in range(8)]
+    for stream in streams:
+        await stream.started.wait()
+    ids = [stream.events[0]["response"]["id"] for stream in streams]
+    os.kill(pids_of("Ingress")[0], signal.SIGKILL)
+    ends = await asyncio.gather(*(stream.task for stream in streams), return_exceptions=True)
+    kept = [index for index, end in enumerate(ends) if end == "response.incomplete"]
+    assert 0 < len(kept) < len(streams)
+
+    async def state_of(response_id: str) -> dict[str, Any]:
+        async with asyncio.timeout(60):
+            while True:
+                response = await http.get(f"/v1/responses/{response_id}")
+                if response.status_code == 200 and response.json()["status"] != "in_progress":
+                    return dict(response.json())
+                await asyncio.sleep(0.5)
+
+    for index, response_id in enumerate(ids):
+        state = await state_of(response_id)
+        assert (state["error"] is None) == (index in kept), (index, state)
+        assert bool(state["output"]) == (index in kept)
+    assert await hold_conversation(http, 2, "after") == await hold_conversation(http, 2, "after again")
