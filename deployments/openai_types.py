@@ -122,7 +122,9 @@ class Body(BaseModel):
         whole = handler.resolve_ref_schema(schema)
         fields = whole.get("properties", {})
         known: dict[str, Any] = {
-            name: field if name in whole.get("required", ()) or {"type": "null"} in field.get("anyOf", ()) else _or_null(field)
+            name: field
+            if name in whole.get("required", ()) or {"type": "null"} in field.get("anyOf", ())
+            else _or_null(field)
             for name, field in fields.items()
         }
         for name, neutral in cls.not_implemented.items():
@@ -314,7 +316,9 @@ class CompletionBody(GenerationBody):
 
     not_implemented = COMPLETION_NOT_IMPLEMENTED
 
-    prompt: Annotated[str | list[int], Field(min_length=1), BeforeValidator(_one_prompt, json_schema_input_type=PromptInput)]
+    prompt: Annotated[
+        str | list[int], Field(min_length=1), BeforeValidator(_one_prompt, json_schema_input_type=PromptInput)
+    ]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def prompt_value(self) -> TextPrompt | TokenPrompt:

@@ -226,7 +226,7 @@ def _operation(name: str, path: str, operation: _Operation) -> dict[str, Any]:
 def _answer(operation: _Operation) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": dict(operation.answer)}}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}  # OpenAPI 3.1 has no schema of a stream, only of its whole text
     answer: dict[str, Any] = {"description": "done", "content": content}
     if operation.links:
         answer["links"] = {
@@ -258,5 +258,7 @@ def _query_parameters(kind: type[Query]) -> list[dict[str, Any]]:
                 continue
         if schema.get("default", "") is None:
             del schema["default"]
+        if name in kind.ignored:
+            schema["type"] = "string"  # any, but only one
         parameters.append({"name": name, "in": "query", "required": False, "schema": schema})
     return parameters
