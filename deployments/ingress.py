@@ -202,12 +202,10 @@ def create_app(engine: Engine, config: IngressConfig, *, ingress_id: str) -> Fas
         return JSONResponse(document)
 
     document = openapi_document(
-        (
-            (method, route.path, route.name)
-            for route in app.routes
-            if isinstance(route, APIRoute)
-            for method in route.methods
-        )
+        (method, route.path, route.name)
+        for route in app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
     )
     return app
 

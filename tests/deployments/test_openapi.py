@@ -1,8 +1,8 @@
-"""The served OpenAPI document: it is valid, covers every route, and tells the truth. schemathesis makes requests from it, right and
-wrong ones, for the application in this process over the embedded model's engine and a SQLite store.
+"""The served OpenAPI document: it is valid, covers every route, and tells the truth. schemathesis makes requests from it,
+right and wrong ones, for the application in this process over the embedded model's engine and a SQLite store.
 
-PENSIEVE_FUZZ_CASES: how many, spread over the operations. From 2000 on schemathesis' coverage phase is added: about as many again,
-each value at and beyond each limit of the document.
+PENSIEVE_FUZZ_CASES: how many, spread over the operations. From 2000 on schemathesis' coverage phase is added: about as many
+again, with each value at and beyond each limit of the document.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import httpx
@@ -31,7 +32,11 @@ from schemathesis.config import SchemathesisConfig
 from deployments.generation import ModelCard
 from deployments.ingress import Engine, IngressConfig, create_app
 from deployments.llm_server import LLMServer
+from deployments.openai_types import BadRequestError, CompletionBody, validated
+from deployments.tenants import TenantConfig, hash_key
 from engine.config import EngineConfig
+from engine.core.request import SamplingParams
+from engine.errors import InvalidParameterError
 
 MODEL = "pensieve-recall-0.6m"
 NUM_CASES = int(os.environ.get("PENSIEVE_FUZZ_CASES", "300"))
@@ -94,7 +99,8 @@ LEFT_OUT = {
     # A defect is a 500, and promised as such; see check_status.
     "not_a_server_error",
 }
-# What a request by the schemas can still be refused for, with 400: what its parts, the window or the vocabulary say of each other.
+# What a request by the schemas can still be refused for, with 400: where its parts contradict each other, the window or the
+# vocabulary.
 REFUSALS = re.compile(
     r"^stream_options: only allowed when stream is true$"
     r"|^top_logprobs: only allowed when logprobs is true$"
@@ -157,6 +163,70 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         print(f"{server.num_cases} cases")
 
 
+def test_the_document_is_valid_and_has_every_route() -> None:
+    SCHEMA.validate()
+    routes = [route for route in APP.routes if isinstance(route, APIRoute)]
+    there = {(method.lower(), route.path.replace(":path", "")) for route in routes for method in route.methods}
+    assert {(method, path) for path, operations in DOCUMENT["paths"].items() for method in operations} == there
+    for path, operations in DOCUMENT["paths"].items():
+        for operation in operations.values():
+            assert ("401" in operation["responses"]) is (operation["security"] != []) is (path not in PUBLIC)
+
+
+def limits(schema: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """The last value within and the first one beyond each limit."""
+    (number,) = [choice for choice in schema["anyOf"] if choice.get("type") in ("integer", "number")]
+    for limit, exclusive, way in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
+        for name in {limit, exclusive} & set(number):
+            bound = number[name]
+            beyond = bound + way if number["type"] == "integer" else math.nextafter(bound, way * math.inf)
+            within = bound - way if number["type"] == "integer" else math.nextafter(bound, -way * math.inf)
+            yield (bound, beyond) if name == limit else (within, bound)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_limits"),
+    [
+        ("max_tokens", 1),
+        ("min_tokens", 1),
+        ("temperature", 2),
+        ("top_p", 2),
+        ("min_p", 2),
+        ("repetition_penalty", 2),
+        ("presence_penalty", 2),
+        ("frequency_penalty", 2),
+        ("seed", 2),
+        ("logprobs", 2),
+    ],
+)
+def test_the_limits_are_those_of_the_engine(name: str, num_limits: int) -> None:
+    found = list(limits(DOCUMENT["components"]["schemas"]["CompletionBody"]["properties"][name]))
+    assert len(found) == num_limits
+    for within, beyond in found:
+        SamplingParams(**{name: within})
+        CompletionBody.model_validate({"model": MODEL, "prompt": "x", name: within})
+        with pytest.raises(InvalidParameterError):
+            SamplingParams(**{name: beyond})
+        with pytest.raises(BadRequestError) as caught:
+            validated(CompletionBody, {"model": MODEL, "prompt": "x", name: beyond})
+        assert (caught.value.param, caught.value.code) == (name, "invalid_value")
+
+
+async def test_a_key_is_asked_for_where_the_document_says_so(engine: Engine, tmp_path: Path) -> None:
+    tenants = (TenantConfig(id="a", api_keys_sha256=(hash_key("sk-a"),)),)
+    url = f"sqlite:///{tmp_path / 'conversations.db'}"
+    app = create_app(engine, IngressConfig(store_url=url, tenants=tenants), ingress_id="ingress-1")
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+    ):
+        for path, operations in DOCUMENT["paths"].items():
+            for method, operation in operations.items():
+                answer = await client.request(method, path.replace("{", "").replace("}", ""))
+                assert answer.status_code == (401 if operation["security"] else 200), path
+                assert ("www-authenticate" in answer.headers) is bool(operation["security"])
+
+
 @pytest.mark.parametrize("path", DOCUMENT["paths"])
 def test_other_methods_are_refused_with_those_that_there_are(server: Server, path: str) -> None:
     there = {method.upper() for method in DOCUMENT["paths"][path]}
@@ -190,21 +260,13 @@ def make_answerable(case: schemathesis.Case, server: Server) -> None:
 def check_status(case: schemathesis.Case, response: httpx.Response) -> None:
     promised = case.operation.definition.raw["responses"]
     assert response.status_code < 500 or (response.status_code in (503, 504) and str(response.status_code) in promised)
+    # What fails after the start of a stream is an event.
+    assert '"server_error"' not in response.text
 
 
 def check_refusal(case: schemathesis.Case, response: httpx.Response) -> None:
     if case.meta is not None and case.meta.generation.mode is GenerationMode.POSITIVE and response.status_code == 400:
         assert REFUSALS.search(response.json()["error"]["message"]), response.text
-
-
-def test_the_document_is_valid_and_has_every_route() -> None:
-    SCHEMA.validate()
-    routes = [route for route in APP.routes if isinstance(route, APIRoute)]
-    there = {(method.lower(), route.path.replace(":path", "")) for route in routes for method in route.methods}
-    assert {(method, path) for path, operations in DOCUMENT["paths"].items() for method in operations} == there
-    for path, operations in DOCUMENT["paths"].items():
-        for operation in operations.values():
-            assert ("401" in operation["responses"]) is (operation["security"] != []) is (path not in PUBLIC)
 
 
 @SCHEMA.parametrize()
