@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from deployments.generation import ErrorItem
 from deployments.openai_responses import error_body
@@ -38,7 +39,18 @@ async def http_error(request: Request, error: Exception) -> Response:
     item = ErrorItem(
         error.status_code, f"{request.method} {request.url.path}: {error.detail}", "invalid_request_error", code
     )
-    return error_response(item, error.headers)
+    return error_response(item, {"allow": _allowed(request)} if error.status_code == 405 else error.headers)
+
+
+def _allowed(request: Request) -> str:
+    """The methods of all routes of this path; the exception knows only those of one."""
+    methods = {
+        method
+        for route in request.app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+        for method in route.methods or ()
+    }
+    return ", ".join(sorted(methods))
 
 
 async def unexpected_error(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
@@ -31,6 +32,7 @@ from deployments.openai_responses import (
     sse_event,
 )
 from deployments.openai_types import BodyT, ChatCompletionBody, CompletionBody, parse_request
+from deployments.openapi import openapi_document
 from deployments.request_limits import RequestLimits
 from deployments.responses_api import ResponsesApi
 from deployments.responses_routes import add_response_routes
@@ -113,7 +115,7 @@ def create_app(
 
     app = FastAPI(
         lifespan=lifespan,
-        openapi_url=None,  # the API is OpenAI's, documented there
+        openapi_url=None,  # the bodies are parsed by hand; FastAPI's own document would know nothing of them
         redirect_slashes=False,
         exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
     )
@@ -204,6 +206,16 @@ def create_app(
     async def version() -> Response:
         return JSONResponse({"version": __version__})
 
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return JSONResponse(document)
+
+    document = openapi_document(
+        (method, route.path, route.name)
+        for route in app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    )
     return app
 
 

@@ -21,10 +21,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError, from_json
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, from_json
 
-from engine.core.request import MAX_LOGPROBS, SamplingParams
+from engine.core.request import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
 from engine.errors import RequestError
 from engine.prompt import ChatPrompt, TextPrompt, TokenPrompt
 
@@ -107,6 +115,30 @@ class Body(BaseModel):
             if name not in cls.not_implemented and name not in cls.ignored and name not in known_none
         }
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """For the served document: what _sort_out lets pass, besides the fields."""
+        schema = handler(core_schema)
+        whole = handler.resolve_ref_schema(schema)
+        fields = whole.get("properties", {})
+        known: dict[str, Any] = {
+            name: field
+            if name in whole.get("required", ()) or {"type": "null"} in field.get("anyOf", ())
+            else _or_null(field)
+            for name, field in fields.items()
+        }
+        for name, neutral in cls.not_implemented.items():
+            known[name] = {"enum": [None, *neutral], "description": "not implemented; these values ask for nothing"}
+        for name in sorted(cls.ignored):
+            known[name] = {"description": "ignored"}
+        whole["properties"] = known
+        return schema
+
+
+def _or_null(field: dict[str, Any]) -> dict[str, Any]:
+    default = {"default": field["default"]} if "default" in field else {}
+    return {"anyOf": [{name: value for name, value in field.items() if name != "default"}, {"type": "null"}], **default}
+
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     # True == 1, but {"n": true} is a mistake.
@@ -146,11 +178,16 @@ def _one_prompt(prompt: Any) -> Any:
     raise PydanticCustomError("invalid", "must be a text or a list of token ids (integers of at least 0)")
 
 
+class ChatTextPart(BaseModel):  # for the served document; _joined_text takes these apart
+    type: Literal["text"]
+    text: str
+
+
 class Message(Body):
     not_implemented = MESSAGE_NOT_IMPLEMENTED
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined_text)]
+    content: Annotated[str, BeforeValidator(_joined_text, json_schema_input_type=str | list[ChatTextPart])]
 
 
 class StreamOptions(Body):
@@ -164,31 +201,39 @@ class Conversation(Body):
     id: SessionKey
 
 
+StopString = Annotated[str, Field(min_length=1)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+
+
 class GenerationBody(Body):
-    """What both endpoints share."""
+    """What all endpoints that generate share. The ranges are those of SamplingParams, said here too for the document."""
 
     ignored = IGNORED
 
     model: str
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: Annotated[list[str], BeforeValidator(_as_list)] = []
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=StopString | StopStrings)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    min_tokens: int = 0
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    top_k: Annotated[int, Field(ge=-1)] = 0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
+    min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
     stop_token_ids: list[TokenId] = []
     return_token_ids: bool = False
     session_id: SessionKey | None = None
     conversation: Annotated[
-        Conversation | None, BeforeValidator(lambda value: {"id": value} if isinstance(value, str) else value)
+        Conversation | None,
+        BeforeValidator(
+            lambda value: {"id": value} if isinstance(value, str) else value,
+            json_schema_input_type=SessionKey | Conversation | None,
+        ),
     ] = None
     prompt_cache_key: SessionKey | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
@@ -256,12 +301,24 @@ class ChatCompletionBody(GenerationBody):
         return self._sampling_params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
 
 
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+PromptText = Annotated[str, Field(min_length=1)]
+PromptInput = (
+    PromptText
+    | TokenIds
+    | Annotated[list[PromptText], Field(min_length=1, max_length=1)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=1)]
+)
+
+
 class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     not_implemented = COMPLETION_NOT_IMPLEMENTED
 
-    prompt: Annotated[str | list[int], Field(min_length=1), BeforeValidator(_one_prompt)]
+    prompt: Annotated[
+        str | list[int], Field(min_length=1), BeforeValidator(_one_prompt, json_schema_input_type=PromptInput)
+    ]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def prompt_value(self) -> TextPrompt | TokenPrompt:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.openai_types import (
@@ -139,7 +139,17 @@ def _as_items(items: Any) -> Any:
     ]
 
 
-Metadata = Annotated[dict[str, str], AfterValidator(_check_metadata)]
+METADATA_SCHEMA = {  # _check_metadata's rules, for the served document
+    "type": "object",
+    "maxProperties": MAX_METADATA_PAIRS,
+    "propertyNames": {"maxLength": MAX_METADATA_KEY_CHARS},
+    "additionalProperties": {"type": "string", "maxLength": MAX_METADATA_VALUE_CHARS},
+}
+Metadata = Annotated[dict[str, str], AfterValidator(_check_metadata), WithJsonSchema(METADATA_SCHEMA)]
+Include = Annotated[
+    list[str],
+    BeforeValidator(_nothing_included, json_schema_input_type=Annotated[list[str], Field(max_length=0)]),
+]
 
 
 class TextPart(Body):
@@ -152,6 +162,9 @@ class TextPart(Body):
     text: str
 
 
+TextParts = Annotated[list[TextPart], Field(min_length=1)]
+
+
 class MessageItem(Body):
     """The only kind of item. An item is taken back as it went out; its old id and status mean nothing."""
 
@@ -160,7 +173,7 @@ class MessageItem(Body):
 
     type: Annotated[Literal["message"], _only("message")] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Annotated[list[TextPart], Field(min_length=1), BeforeValidator(_as_parts)]
+    content: Annotated[TextParts, BeforeValidator(_as_parts, json_schema_input_type=str | TextParts)]
 
     def item(self, item_id: str) -> Item:
         if self.role == "assistant":
@@ -170,7 +183,9 @@ class MessageItem(Body):
         return {"id": item_id, "type": "message", "status": "completed", "role": self.role, "content": parts}
 
 
-Items = Annotated[list[MessageItem], BeforeValidator(_as_items)]
+SomeItems = Annotated[list[MessageItem], Field(min_length=1)]
+FewItems = Annotated[list[MessageItem], Field(max_length=MAX_ITEMS)]
+SomeFewItems = Annotated[list[MessageItem], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
 def output_text(text: str) -> dict[str, Any]:
@@ -212,7 +227,7 @@ class ResponseBody(GenerationBody):
     not_implemented = RESPONSE_NOT_IMPLEMENTED
     ignored = RESPONSE_IGNORED
 
-    input: Annotated[Items, Field(min_length=1)]
+    input: Annotated[SomeItems, BeforeValidator(_as_items, json_schema_input_type=str | SomeItems)]
     previous_response_id: SessionKey | None = None
     store: bool = True
     instructions: str | None = None
@@ -222,7 +237,7 @@ class ResponseBody(GenerationBody):
     stream_options: ResponseStreamOptions | None = None
     tool_choice: Annotated[Literal["auto", "none"], _only("auto", "none")] = "auto"
     parallel_tool_calls: bool = True
-    include: Annotated[list[str], BeforeValidator(_nothing_included)] = Field(default_factory=list)
+    include: Include = Field(default_factory=list)
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     prompt_cache_options: PromptCacheOptions | None = None
@@ -253,7 +268,9 @@ class ResponseBody(GenerationBody):
 class ConversationBody(Body):
     """POST /v1/conversations."""
 
-    items: Annotated[Items, Field(max_length=MAX_ITEMS)] = Field(default_factory=list)
+    items: Annotated[FewItems, BeforeValidator(_as_items, json_schema_input_type=str | FewItems)] = Field(
+        default_factory=list
+    )
     metadata: Metadata = Field(default_factory=dict)
 
     def new_items(self, new_id: Callable[[], str]) -> tuple[Item, ...]:
@@ -263,7 +280,7 @@ class ConversationBody(Body):
 class ConversationUpdateBody(Body):
     """POST /v1/conversations/{id}: these pairs in place of the old ones. null clears them; absent is a mistake."""
 
-    metadata: Metadata
+    metadata: Annotated[Metadata, WithJsonSchema({"anyOf": [METADATA_SCHEMA, {"type": "null"}]})]
 
     @model_validator(mode="before")
     @classmethod
@@ -276,8 +293,8 @@ class ConversationUpdateBody(Body):
 class ItemsBody(Body):
     """POST /v1/conversations/{id}/items."""
 
-    items: Annotated[Items, Field(min_length=1, max_length=MAX_ITEMS)]
-    include: Annotated[list[str], BeforeValidator(_nothing_included)] = Field(default_factory=list)
+    items: Annotated[SomeFewItems, BeforeValidator(_as_items, json_schema_input_type=str | SomeFewItems)]
+    include: Include = Field(default_factory=list)
 
     def new_items(self, new_id: Callable[[], str]) -> tuple[Item, ...]:
         return _with_ids(self.items, new_id)

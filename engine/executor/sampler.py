@@ -18,6 +18,9 @@ from engine.core.request import SamplingParams
 
 # Tokens that are sorted at first where a filter is on.
 MIN_CANDIDATES = 64
+# Of what is more than 0, and of what is finite, in the float32 that is sampled in.
+SMALLEST = torch.finfo(torch.float32).tiny
+LARGEST = torch.finfo(torch.float32).max
 
 
 class SamplingState:
@@ -102,7 +105,9 @@ def _apply_penalties(logits: torch.Tensor, state: SamplingState) -> None:
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(state.prompt_ids | state.output_counts.keys()), device=logits.device)
         values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        # In float32 the smallest penalties would be 0, and a logit divided by one is infinite, which is not to be drawn from.
+        penalty = max(params.repetition_penalty, SMALLEST)
+        logits[seen] = torch.where(values > 0, values / penalty, values * penalty).clamp(max=LARGEST)
     if state.output_counts and (params.presence_penalty or params.frequency_penalty):
         ids = torch.tensor(list(state.output_counts), device=logits.device)
         counts = torch.tensor(list(state.output_counts.values()), dtype=logits.dtype, device=logits.device)
@@ -113,8 +118,7 @@ def _draw(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor
     """Token ids [rows]. Each row goes the same way whatever its neighbours want, or its draw would depend on them."""
     device = logits.device
     # In float32 the smallest temperatures would be 0, and 0 / 0 is no number.
-    smallest = torch.finfo(torch.float32).tiny
-    temperature = torch.tensor([max(state.params.temperature, smallest) for state in states], device=device)
+    temperature = torch.tensor([max(state.params.temperature, SMALLEST) for state in states], device=device)
     uniforms = torch.tensor(
         [uniform(state.params.seed or 0, state.num_tokens) for state in states],
         dtype=torch.float64,
@@ -149,7 +153,10 @@ def _filter(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> tuple[tor
     """
     device, vocabulary = scaled.device, scaled.shape[-1]
     top_k = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=device)[:, None]
-    top_p = torch.tensor([p.top_p if p.top_p < 1.0 else float("inf") for p in params], device=device)[:, None]
+    # Not 0, which would leave nothing of a row.
+    top_p = torch.tensor([max(p.top_p, SMALLEST) if p.top_p < 1.0 else float("inf") for p in params], device=device)[
+        :, None
+    ]
     min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
     whole = scaled.exp().sum(-1, keepdim=True)
     num_candidates = max([MIN_CANDIDATES, *(2 * p.top_k for p in params)])

@@ -285,6 +285,23 @@ def test_a_tiny_temperature_is_greedy(temperature, params):
     assert chosen(logits, states) == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("top_p", [1e-38, 1e-45, 1e-60, 5e-324])
+def test_a_tiny_top_p_is_greedy(top_p):
+    logits = make_logits(8)
+    assert chosen(logits, [state(seed=seed, top_p=top_p) for seed in range(8)]) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("penalty", [1e-38, 1e-45, 5e-324])
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 5e-324}, {"temperature": 0.0}, {"top_p": 5e-324}, {"top_k": 3}], ids=str
+)
+def test_a_tiny_repetition_penalty_repeats(penalty, params):
+    """Two of the three seen tokens become as probable as a number can say; a barred one stays barred."""
+    logits = torch.tensor([[9.0, 2.0, -math.inf, 1.0, -5.0]]).expand(20, -1)
+    states = [state(seed=seed, repetition_penalty=penalty, **params) for seed in range(20)]
+    assert set(chosen(logits, states)) <= {1, 3}
+
+
 def test_the_highest_temperature_draws_nearly_evenly():
     logits = make_logits(1).expand(400, -1)
     drawn = chosen(logits, [state(seed=seed, temperature=100.0) for seed in range(400)])
