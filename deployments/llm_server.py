@@ -9,11 +9,12 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
+from deployments.metrics import EngineMetrics
 from deployments.session_router import RANK
 from engine.config import EngineConfig
 from engine.errors import PensieveError
@@ -48,12 +49,14 @@ class LLMServer:
     ) -> None:
         self._stream_interval_s = stream_interval_s
         self._engine = start_engine(config)
+        self._metrics = EngineMetrics(self._engine.get_statistics)
+        self._metrics.start()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
         """The answer as DeltaItems, or what was got of it and an ErrorItem. Closing or cancelling aborts the
         request."""
         rank = self.replica_rank()
-        deltas = self._engine.generate(
+        answer = self._engine.generate(
             request.prompt,
             request.sampling,
             request_id=request.request_id,
@@ -63,9 +66,10 @@ class LLMServer:
             beginning=request.beginning,
             return_prompt_token_ids=request.return_prompt_token_ids,
         )
+        deltas = self._metrics.timed(answer, is_resumed=request.beginning is not None)
         try:
             # aclosing: closed here, the engine has to hear of it now and not when garbage is collected.
-            async with aclosing(cast(AsyncGenerator[OutputDelta, None], deltas)):
+            async with aclosing(deltas):
                 if request.stream:
                     async for delta in deltas:
                         yield DeltaItem(_for_travel(delta, request), rank)
@@ -116,6 +120,7 @@ class LLMServer:
         self._engine.check_health()
 
     async def __del__(self) -> None:
+        self._metrics.stop()
         await self._engine.shutdown()
 
 

@@ -17,6 +17,7 @@ from deployments.llm_server import LLMServer
 from deployments.session_router import RANK
 from engine.config import EngineConfig
 from engine.core.conversation import Transcript
+from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.request import SamplingParams
 from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError
 from engine.output import OutputDelta
@@ -62,7 +63,12 @@ class FakeEngine:
             raise EngineStoppedError("dead")
 
     def get_statistics(self) -> dict[str, Any]:
-        return {"num_requests": len(self.calls)}
+        core = EngineCore(CoreConfig(max_model_len=32, num_gpu_blocks=1))
+        return core.get_statistics() | {
+            "num_requests": len(self.calls),
+            "num_swap_in_bytes": 0,
+            "num_swap_out_bytes": 0,
+        }
 
     async def check_integrity(self) -> None:
         raise AssertionError("a block is lost")
@@ -84,11 +90,13 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def server(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> LLMServer:
+async def server(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LLMServer]:
     context = SimpleNamespace(rank=SimpleNamespace(rank=4))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     start_engine: Callable[..., Any] = lambda config: engine  # noqa: E731
-    return CollectableServer(EngineConfig(), stream_interval_s=0.0, start_engine=start_engine)
+    server = CollectableServer(EngineConfig(), stream_interval_s=0.0, start_engine=start_engine)
+    yield server
+    server._metrics.stop()
 
 
 def request(*, stream: bool, returns_transcript: bool = False) -> GenerationRequest:
@@ -224,7 +232,7 @@ async def test_closing_reaches_the_engine(server: LLMServer, engine: FakeEngine)
 async def test_what_serve_and_the_ingress_ask(server: LLMServer, engine: FakeEngine) -> None:
     assert server.record_replica_metadata() == server.record_routing_stats() == {RANK: 4}
     assert await server.describe() == ModelCard("tiny", 100)
-    assert await server.get_statistics() == {"replica_rank": 4, "num_requests": 0}
+    assert await server.get_statistics() == {"replica_rank": 4, **engine.get_statistics()}
     server.check_health()
     with pytest.raises(AssertionError, match="a block is lost"):
         await server.check_integrity()
@@ -236,5 +244,8 @@ async def test_what_serve_and_the_ingress_ask(server: LLMServer, engine: FakeEng
 
 
 async def test_shutdown(server: LLMServer, engine: FakeEngine) -> None:
+    num_tasks = len(asyncio.all_tasks())
     await LLMServer.__del__(server)
     assert engine.is_shut_down
+    await asyncio.sleep(0)
+    assert len(asyncio.all_tasks()) == num_tasks - 1, "the metrics keep the replica's event loop busy"

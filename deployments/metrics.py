@@ -1,0 +1,218 @@
+"""What is measured of an engine replica, as Ray metrics: the definitions, the way from the engine's statistics to them, and
+the times of each request. Ray adds application, deployment and replica as labels and `ray_` to the names. No label is
+ever a session or a tenant: the number of series is bounded. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from ray.serve.metrics import Counter, Gauge, Histogram
+
+from engine.core.stats import EVICTION_REASONS
+from engine.output import OutputDelta
+
+logger = logging.getLogger("ray.serve")
+
+# Between two looks at the statistics, in seconds. Ray collects what a process counted every ten.
+EXPORT_INTERVAL_S = 2.0
+
+Statistics = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricDefinition:
+    """labels: those that Ray does not add. boundaries: of a histogram's buckets, in seconds."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    name: str
+    description: str
+    labels: tuple[str, ...] = ()
+    boundaries: tuple[float, ...] = ()
+
+
+TIME_TO_FIRST_TOKEN = MetricDefinition(
+    "histogram",
+    "pensieve_time_to_first_token_seconds",
+    "From a request's arrival at the engine replica to its first token, seconds",
+    boundaries=(0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 1.5, 2.5, 5, 7.5, 10, 20, 40, 80),
+)
+INTER_TOKEN_LATENCY = MetricDefinition(
+    "histogram",
+    "pensieve_inter_token_latency_seconds",
+    "Between two pieces of an answer, divided by the tokens of the second, seconds",
+    boundaries=(
+        *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05),
+        *(0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5),
+    ),
+)
+E2E_REQUEST_LATENCY = MetricDefinition(
+    "histogram",
+    "pensieve_e2e_request_latency_seconds",
+    "From a request's arrival at the engine replica to the end of its answer, seconds",
+    boundaries=(0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 600),
+)
+ROUTER_DECISIONS = MetricDefinition(
+    "counter",
+    "pensieve_router_decisions_total",
+    "Requests by what the router did with their session: sticky, spill, new or rehash",
+    ("kind",),
+)
+METRICS = (
+    MetricDefinition("gauge", "pensieve_num_requests_running", "Requests that the engine computes"),
+    MetricDefinition("gauge", "pensieve_num_requests_waiting", "Requests that wait for room in the engine"),
+    MetricDefinition("gauge", "pensieve_kv_blocks", "Blocks of KV cache: free, used, pinned", ("tier", "state")),
+    TIME_TO_FIRST_TOKEN,
+    INTER_TOKEN_LATENCY,
+    E2E_REQUEST_LATENCY,
+    MetricDefinition("counter", "pensieve_requests_total", "Requests that ended, by how", ("outcome",)),
+    MetricDefinition("counter", "pensieve_prompt_tokens_total", "Prompt tokens of requests that began to run"),
+    MetricDefinition("counter", "pensieve_generation_tokens_total", "Generated tokens"),
+    MetricDefinition("counter", "pensieve_cached_tokens_total", "Prompt tokens found in the cache", ("source",)),
+    MetricDefinition(
+        "counter", "pensieve_recomputed_tokens_total", "Prompt tokens not found in the cache", ("reason",)
+    ),
+    MetricDefinition("counter", "pensieve_swap_bytes_total", "KV copied between GPU and CPU tier", ("direction",)),
+    MetricDefinition("counter", "pensieve_evictions_total", "Chunks that lost a block", ("tier", "reason")),
+    MetricDefinition("counter", "pensieve_suspensions_total", "Running requests that were put back for want of blocks"),
+    ROUTER_DECISIONS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One line of a graph: a metric's name and the values of its labels, in the order of the definition."""
+
+    name: str
+    values: tuple[str, ...] = ()
+
+
+# Where in the engine's statistics each counter is.
+_COUNTS: dict[Series, str] = {
+    Series("pensieve_requests_total", ("finished",)): "num_finished",
+    Series("pensieve_requests_total", ("aborted",)): "num_aborted",
+    Series("pensieve_requests_total", ("failed",)): "num_failed",
+    Series("pensieve_requests_total", ("refused",)): "num_refused",
+    Series("pensieve_prompt_tokens_total"): "num_prompt_tokens",
+    Series("pensieve_generation_tokens_total"): "num_output_tokens",
+    Series("pensieve_cached_tokens_total", ("gpu",)): "num_gpu_cached_tokens",
+    Series("pensieve_cached_tokens_total", ("cpu",)): "num_cpu_cached_tokens",
+    Series("pensieve_recomputed_tokens_total", ("dropped",)): "num_dropped_tokens",
+    Series("pensieve_recomputed_tokens_total", ("new",)): "num_new_tokens",
+    Series("pensieve_swap_bytes_total", ("in",)): "num_swap_in_bytes",
+    Series("pensieve_swap_bytes_total", ("out",)): "num_swap_out_bytes",
+    Series("pensieve_suspensions_total"): "num_suspensions",
+}
+_EVICTIONS: dict[Series, str] = {
+    Series("pensieve_evictions_total", tuple(key.split("_", 1))): key for key in EVICTION_REASONS
+}
+
+
+def read_counters(statistics: Statistics) -> dict[Series, int]:
+    """The counters of one snapshot, since the engine's start."""
+    counts = {series: statistics[key] for series, key in _COUNTS.items()}
+    return counts | {series: statistics["evictions"][key] for series, key in _EVICTIONS.items()}
+
+
+def read_gauges(statistics: Statistics) -> dict[Series, int]:
+    """The state at one snapshot. A tier's free, used (holding KV that nobody needs now) and pinned blocks are all of it."""
+    idle = statistics["num_idle_chunks"]
+    gauges = {
+        Series("pensieve_num_requests_running"): statistics["num_requests_running"],
+        Series("pensieve_num_requests_waiting"): statistics["num_requests_waiting"],
+    }
+    for tier in ("gpu", "cpu"):
+        free, used = statistics[f"num_{tier}_blocks_free"], idle[tier] + idle["both"]
+        gauges[Series("pensieve_kv_blocks", (tier, "free"))] = free
+        gauges[Series("pensieve_kv_blocks", (tier, "used"))] = used
+        # The engine went on while its statistics were read: they may be out by a few blocks.
+        gauges[Series("pensieve_kv_blocks", (tier, "pinned"))] = max(0, statistics[f"num_{tier}_blocks"] - free - used)
+    return gauges
+
+
+class CounterIncrements:
+    """What the counters grew by between one snapshot of an engine's statistics and the next one."""
+
+    def __init__(self) -> None:
+        self._last: dict[Series, int] = {}
+
+    def take(self, statistics: Statistics) -> dict[Series, int]:
+        """Since the snapshot before, or the engine's start. Counters that stood still are not in it."""
+        last, self._last = self._last, read_counters(statistics)
+        grown = {series: count - last.get(series, 0) for series, count in self._last.items()}
+        return {series: increment for series, increment in grown.items() if increment > 0}
+
+
+def make_metric(definition: MetricDefinition) -> Any:
+    """The Ray metric. To be made in the process that measures, once."""
+    if definition.kind == "counter":
+        return Counter(definition.name, definition.description, definition.labels)
+    if definition.kind == "gauge":
+        return Gauge(definition.name, definition.description, definition.labels)
+    return Histogram(definition.name, definition.description, list(definition.boundaries), definition.labels)
+
+
+class EngineMetrics:
+    """The metrics of one engine replica. Counters and gauges follow the statistics every EXPORT_INTERVAL_S; times are
+    observed as they happen."""
+
+    def __init__(self, get_statistics: Callable[[], Statistics]) -> None:
+        self._get_statistics = get_statistics
+        self._increments = CounterIncrements()
+        self._labels = {definition.name: definition.labels for definition in METRICS}
+        self._metrics = {
+            definition.name: make_metric(definition) for definition in METRICS if definition is not ROUTER_DECISIONS
+        }
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Follow the statistics until `stop`, in the running event loop."""
+        self._task = asyncio.get_running_loop().create_task(self._follow())
+
+    def stop(self) -> None:
+        """May be called without `start`."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def timed(self, deltas: AsyncIterator[OutputDelta], *, is_resumed: bool) -> AsyncGenerator[OutputDelta, None]:
+        """Passes an answer on and observes when its pieces come. is_resumed: another replica began it, so its first token
+        and its whole time are not to be known here. Closing this closes `deltas`."""
+        start_s = last_s = time.monotonic()
+        is_first = True
+        async with aclosing(cast(AsyncGenerator[OutputDelta, None], deltas)):
+            async for delta in deltas:
+                now = time.monotonic()
+                if not is_first:
+                    if delta.token_ids:
+                        self._metrics[INTER_TOKEN_LATENCY.name].observe((now - last_s) / len(delta.token_ids))
+                elif not is_resumed:
+                    self._metrics[TIME_TO_FIRST_TOKEN.name].observe(now - start_s)
+                if delta.finish_reason is not None and not is_resumed:
+                    self._metrics[E2E_REQUEST_LATENCY.name].observe(now - start_s)
+                is_first, last_s = False, now
+                yield delta
+
+    def export(self) -> None:
+        """Hand Ray what changed since the last time."""
+        statistics = self._get_statistics()
+        for series, increment in self._increments.take(statistics).items():
+            self._metrics[series.name].inc(increment, self._tags(series))
+        for series, value in read_gauges(statistics).items():
+            self._metrics[series.name].set(value, self._tags(series))
+
+    def _tags(self, series: Series) -> dict[str, str]:
+        return dict(zip(self._labels[series.name], series.values, strict=True))
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                self.export()
+            except Exception:
+                logger.exception("metrics could not be exported")  # and serving goes on
+            await asyncio.sleep(EXPORT_INTERVAL_S)

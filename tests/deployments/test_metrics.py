@@ -1,0 +1,238 @@
+"""From the engine's statistics to increments and states, and the times of an answer. Ray's metrics are replaced by a
+notebook; test_metrics_endpoint.py has the real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+from itertools import count
+from typing import Any
+
+import pytest
+
+from deployments import metrics
+from deployments.metrics import METRICS, CounterIncrements, EngineMetrics, Series, read_gauges
+from engine.core.engine_core import CoreConfig, EngineCore
+from engine.output import OutputDelta
+
+
+def core() -> EngineCore:
+    return EngineCore(CoreConfig(max_model_len=32, num_gpu_blocks=4, num_cpu_blocks=8, chunk_size=8))
+
+
+def statistics_of(engine_core: EngineCore) -> dict[str, Any]:
+    """As AsyncEngine gives them, for blocks of 100 bytes."""
+    statistics = engine_core.get_statistics()
+    return statistics | {
+        "num_swap_in_bytes": statistics["num_swap_ins"] * 100,
+        "num_swap_out_bytes": statistics["num_swap_outs"] * 100,
+    }
+
+
+def test_increments_are_differences_of_two_snapshots() -> None:
+    increments = CounterIncrements()
+    engine_core = core()
+    stats = engine_core.stats
+    assert increments.take(statistics_of(engine_core)) == {}
+
+    stats.num_prompt_tokens, stats.num_gpu_cached_tokens, stats.num_cpu_cached_tokens = 50, 20, 10
+    stats.num_dropped_tokens, stats.num_new_tokens, stats.num_output_tokens = 15, 5, 7
+    stats.num_finished, stats.num_aborted, stats.num_failed, stats.num_refused = 4, 3, 2, 1
+    stats.num_swap_ins, stats.num_swap_outs, stats.num_suspensions = 1, 2, 3
+    stats.evictions |= {"gpu_reclaimed": 5, "cpu_copy_dropped": 6}
+    assert increments.take(statistics_of(engine_core)) == {
+        Series("pensieve_requests_total", ("finished",)): 4,
+        Series("pensieve_requests_total", ("aborted",)): 3,
+        Series("pensieve_requests_total", ("failed",)): 2,
+        Series("pensieve_requests_total", ("refused",)): 1,
+        Series("pensieve_prompt_tokens_total"): 50,
+        Series("pensieve_generation_tokens_total"): 7,
+        Series("pensieve_cached_tokens_total", ("gpu",)): 20,
+        Series("pensieve_cached_tokens_total", ("cpu",)): 10,
+        Series("pensieve_recomputed_tokens_total", ("dropped",)): 15,
+        Series("pensieve_recomputed_tokens_total", ("new",)): 5,
+        Series("pensieve_swap_bytes_total", ("in",)): 100,
+        Series("pensieve_swap_bytes_total", ("out",)): 200,
+        Series("pensieve_suspensions_total"): 3,
+        Series("pensieve_evictions_total", ("gpu", "reclaimed")): 5,
+        Series("pensieve_evictions_total", ("cpu", "copy_dropped")): 6,
+    }
+    assert increments.take(statistics_of(engine_core)) == {}
+
+    stats.num_output_tokens += 2
+    assert increments.take(statistics_of(engine_core)) == {Series("pensieve_generation_tokens_total"): 2}
+
+
+def test_the_states_of_a_tier_are_all_of_its_blocks() -> None:
+    statistics = statistics_of(core()) | {
+        "num_requests_running": 2,
+        "num_requests_waiting": 3,
+        "num_gpu_blocks": 100,
+        "num_gpu_blocks_free": 20,
+        "num_cpu_blocks": 200,
+        "num_cpu_blocks_free": 120,
+        "num_idle_chunks": {"gpu": 30, "both": 10, "cpu": 65},
+    }
+    assert read_gauges(statistics) == {
+        Series("pensieve_num_requests_running"): 2,
+        Series("pensieve_num_requests_waiting"): 3,
+        Series("pensieve_kv_blocks", ("gpu", "free")): 20,
+        Series("pensieve_kv_blocks", ("gpu", "used")): 40,
+        Series("pensieve_kv_blocks", ("gpu", "pinned")): 40,
+        Series("pensieve_kv_blocks", ("cpu", "free")): 120,
+        Series("pensieve_kv_blocks", ("cpu", "used")): 75,
+        Series("pensieve_kv_blocks", ("cpu", "pinned")): 5,
+    }
+
+
+def test_names_are_what_prometheus_expects() -> None:
+    assert len({definition.name for definition in METRICS}) == len(METRICS)
+    for definition in METRICS:
+        assert definition.name.startswith("pensieve_")
+        assert definition.name.endswith("_total") == (definition.kind == "counter")
+        assert definition.name.endswith("_seconds") == (definition.kind == "histogram")
+        assert not {"session", "session_id", "tenant", "request_id", "application", "deployment", "replica"} & {
+            *definition.labels
+        }
+        assert list(definition.boundaries) == sorted(set(definition.boundaries))
+
+
+class Notebook:
+    """Stands in for all of Ray's metrics."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[tuple[str, ...]] = Counter()
+        self.states: dict[tuple[str, ...], float] = {}
+        self.times: list[tuple[str, float]] = []
+
+    def make_metric(self, definition: metrics.MetricDefinition) -> Any:
+        notebook, name, labels = self, definition.name.removeprefix("pensieve_"), definition.labels
+
+        class Metric:
+            def inc(self, value: float, tags: dict[str, str]) -> None:
+                notebook.counts[(name, *(tags[label] for label in labels))] += value  # type: ignore[assignment]
+
+            def set(self, value: float, tags: dict[str, str]) -> None:
+                notebook.states[(name, *(tags[label] for label in labels))] = value
+
+            def observe(self, value: float) -> None:
+                notebook.times.append((name, value))
+
+        return Metric()
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> Notebook:
+    notebook = Notebook()
+    monkeypatch.setattr(metrics, "make_metric", notebook.make_metric)
+    return notebook
+
+
+def test_export(notebook: Notebook) -> None:
+    engine_core = core()
+    engine_metrics = EngineMetrics(lambda: statistics_of(engine_core))
+    engine_core.stats.num_output_tokens = 3
+    engine_core.stats.evictions["gpu_dropped"] = 2
+    engine_metrics.export()
+    engine_core.stats.num_output_tokens = 5
+    engine_metrics.export()
+    assert notebook.counts == {("generation_tokens_total",): 5, ("evictions_total", "gpu", "dropped"): 2}
+    assert notebook.states == {
+        ("num_requests_running",): 0,
+        ("num_requests_waiting",): 0,
+        ("kv_blocks", "gpu", "free"): 4,
+        ("kv_blocks", "gpu", "used"): 0,
+        ("kv_blocks", "gpu", "pinned"): 0,
+        ("kv_blocks", "cpu", "free"): 8,
+        ("kv_blocks", "cpu", "used"): 0,
+        ("kv_blocks", "cpu", "pinned"): 0,
+    }
+
+
+async def test_follows_the_statistics_until_stopped_whatever_happens(
+    notebook: Notebook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    monkeypatch.setattr(metrics, "EXPORT_INTERVAL_S", 0.0)
+    engine_core = core()
+    asked = count()
+
+    def get_statistics() -> dict[str, Any]:
+        if next(asked) == 1:
+            raise KeyError("a bug")
+        return statistics_of(engine_core)
+
+    engine_metrics = EngineMetrics(get_statistics)
+    engine_metrics.start()
+    await asyncio.sleep(0)
+    engine_core.stats.num_output_tokens = 3
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert notebook.counts == {("generation_tokens_total",): 3}
+    assert "metrics could not be exported" in caplog.text
+    engine_metrics.stop()
+    await asyncio.sleep(0)
+    num_asked = next(asked)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert next(asked) == num_asked + 1
+
+
+class Answer:
+    """Three deltas: at 2 s, at 2.5 s, and two tokens at 3.5 s, of a clock that stands still otherwise."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        self.is_closed = False
+        monkeypatch.setattr(metrics.time, "monotonic", lambda: self.now)
+
+    async def deltas(self) -> AsyncIterator[OutputDelta]:
+        try:
+            self.now += 2.0
+            yield OutputDelta(token_ids=(1,))
+            self.now += 0.5
+            yield OutputDelta(token_ids=(2,))
+            self.now += 1.0
+            yield OutputDelta(token_ids=(3, 4), finish_reason="stop")
+        finally:
+            self.is_closed = True
+
+
+@pytest.fixture
+def answer(monkeypatch: pytest.MonkeyPatch) -> Answer:
+    return Answer(monkeypatch)
+
+
+@pytest.fixture
+def engine_metrics(notebook: Notebook) -> EngineMetrics:
+    return EngineMetrics(dict)
+
+
+async def test_times_of_an_answer(engine_metrics: EngineMetrics, notebook: Notebook, answer: Answer) -> None:
+    passed_on = [delta.token_ids async for delta in engine_metrics.timed(answer.deltas(), is_resumed=False)]
+    assert passed_on == [(1,), (2,), (3, 4)]
+    assert notebook.times == [
+        ("time_to_first_token_seconds", 2.0),
+        ("inter_token_latency_seconds", 0.5),
+        ("inter_token_latency_seconds", 0.5),
+        ("e2e_request_latency_seconds", 3.5),
+    ]
+
+
+async def test_a_resumed_answer_has_no_first_token_and_no_whole_time(
+    engine_metrics: EngineMetrics, notebook: Notebook, answer: Answer
+) -> None:
+    assert len([delta async for delta in engine_metrics.timed(answer.deltas(), is_resumed=True)]) == 3
+    assert notebook.times == [("inter_token_latency_seconds", 0.5), ("inter_token_latency_seconds", 0.5)]
+
+
+async def test_closing_early_reaches_the_engine(
+    engine_metrics: EngineMetrics, notebook: Notebook, answer: Answer
+) -> None:
+    deltas = engine_metrics.timed(answer.deltas(), is_resumed=False)
+    await anext(deltas)
+    await deltas.aclose()
+    assert answer.is_closed
+    assert notebook.times == [("time_to_first_token_seconds", 2.0)]

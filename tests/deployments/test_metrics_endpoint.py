@@ -1,0 +1,172 @@
+"""What Prometheus gets from a node that serves: every metric by its name, and the numbers that the clients were told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+from ray import serve
+
+from deployments.app import build
+from deployments.metrics import METRICS
+from deployments.schema import AppArgs
+from engine.embedded_model import EMBEDDED_MODEL_NAME
+
+pytestmark = pytest.mark.ray
+
+ARGS = AppArgs(
+    # A GPU tier for one window and a half: two long requests at once, and one of them is suspended.
+    engine={
+        "model": "embedded",
+        "dtype": "float32",
+        "num_threads": 1,
+        "num_gpu_blocks": 30,
+        "max_model_len": 640,
+        "kv_offloading_size": 0.02,
+    },
+    num_replicas=2,
+    num_cpus=0.5,
+    ingress_num_cpus=0.25,
+    max_ongoing_requests=2,
+    max_queued_requests=8,
+    num_fallback_replicas=1,
+    graceful_shutdown_timeout_s=1,
+)
+PATIENCE_S = 60.0
+DASHBOARD = Path(__file__).parents[2] / "cluster_configs" / "grafana" / "pensieve.json"
+
+Sample = tuple[dict[str, str], float]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for sock in sockets:
+        sock.bind(("127.0.0.1", 0))
+    ports = [int(sock.getsockname()[1]) for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def urls() -> Iterator[tuple[str, str]]:
+    """Of the server, and of the node's metrics."""
+    http_port, metrics_port = free_ports(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            "local",
+            num_cpus=4,
+            object_store_memory=150 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            _metrics_export_port=metrics_port,
+            _system_config={"metrics_report_interval_ms": 1000},
+        )
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": http_port})
+            serve.run(build(ARGS), name="pensieve", route_prefix="/")
+            yield f"http://127.0.0.1:{http_port}", f"http://127.0.0.1:{metrics_port}/metrics"
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def parse(text: str) -> dict[str, list[Sample]]:
+    """Samples by name, of Prometheus's text format."""
+    samples: dict[str, list[Sample]] = defaultdict(list)
+    for line in text.splitlines():
+        if match := re.fullmatch(r"([\w:]+)(?:\{(.*)\})? (\S+)", line):
+            name, labels, value = match.groups()
+            samples[name].append((dict(re.findall(r'(\w+)="([^"]*)"', labels or "")), float(value)))
+    return samples
+
+
+def total(samples: list[Sample], **labels: str) -> float:
+    return sum(value for have, value in samples if labels.items() <= have.items())
+
+
+async def ask(http: httpx.AsyncClient, content: str, max_tokens: int, *, stream: bool = False) -> dict[str, Any]:
+    """The usage that the client is told."""
+    body = {
+        "model": EMBEDDED_MODEL_NAME,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "stream": stream,
+    } | ({"stream_options": {"include_usage": True}} if stream else {})
+    response = await http.post("/v1/chat/completions", json=body, headers={"x-session-id": "session"})
+    assert response.status_code == 200, response.text
+    if not stream:
+        return response.json()["usage"]
+    *_, last, _ = [line for line in response.text.splitlines() if line]
+    return json.loads(last.removeprefix("data: "))["usage"]
+
+
+async def scrape(url: str) -> dict[str, list[Sample]]:
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as http:
+        return parse((await http.get(url)).text)
+
+
+def outcomes(samples: dict[str, list[Sample]]) -> float:
+    return total(samples["ray_pensieve_requests_total"])
+
+
+async def test_everything_is_exported(urls: tuple[str, str]) -> None:
+    base_url, metrics_url = urls
+    async with httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S) as http:
+        usages = [await ask(http, "hello", 8)]
+        # One session, three at once: two fill its home, where both do not fit the GPU tier; the third spills over.
+        usages += await asyncio.gather(*(ask(http, f"{i} " * 150, 300, stream=i == 0) for i in range(3)))
+        usages += [await ask(http, f"{i} " * 150, 300) for i in range(3)]
+
+    end = time.monotonic() + PATIENCE_S
+    while outcomes(samples := await scrape(metrics_url)) < len(usages):  # they are reported every now and then
+        assert time.monotonic() < end, "waited in vain"
+        await asyncio.sleep(0.5)
+
+    for definition in METRICS:
+        name = f"ray_{definition.name}" + ("_count" if definition.kind == "histogram" else "")
+        assert samples[name], f"{name} is not exported"
+        for labels, _ in samples[name]:
+            assert {*definition.labels, "application", "deployment", "replica"} <= set(labels)
+            assert labels["application"] == "pensieve"
+
+    def value(name: str, **labels: str) -> float:
+        return total(samples[f"ray_pensieve_{name}"], **labels)
+
+    num_prompt = sum(usage["prompt_tokens"] for usage in usages)
+    num_cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
+    assert value("requests_total", outcome="finished") == value("requests_total") == len(usages)
+    assert value("prompt_tokens_total") == num_prompt
+    assert value("generation_tokens_total") == sum(usage["completion_tokens"] for usage in usages)
+    assert value("cached_tokens_total") == num_cached > 0
+    assert value("recomputed_tokens_total") == num_prompt - num_cached
+    assert value("suspensions_total") >= 1
+    assert value("swap_bytes_total", direction="out") > 0
+    assert value("evictions_total", tier="gpu") > 0
+    assert value("num_requests_running") == value("num_requests_waiting") == 0
+    assert value("kv_blocks", tier="gpu") == ARGS.num_replicas * ARGS.engine["num_gpu_blocks"]
+    assert value("kv_blocks", state="pinned") == 0
+    assert value("kv_blocks", tier="gpu", state="used") > 0
+    assert value("router_decisions_total", kind="new") == 1
+    assert value("router_decisions_total", kind="spill") == 1
+    assert value("router_decisions_total", kind="sticky") == len(usages) - 2
+    assert value("router_decisions_total", deployment="Ingress") == len(usages)
+    assert value("time_to_first_token_seconds_count") == value("e2e_request_latency_seconds_count") == len(usages)
+    assert value("inter_token_latency_seconds_count") > len(usages)
+
+    used_of_ray = set(re.findall(r"ray_serve_\w+", DASHBOARD.read_text()))
+    assert used_of_ray
+    assert used_of_ray <= set(samples), "Ray's own metrics in the dashboard bear other names now"
