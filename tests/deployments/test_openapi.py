@@ -12,10 +12,11 @@ import math
 import os
 import re
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+from unittest.mock import create_autospec
 
 import httpx
 import pytest
@@ -29,6 +30,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 from schemathesis.config import SchemathesisConfig
 
+from deployments.engine_client import EngineClient
 from deployments.generation import ModelCard
 from deployments.ingress import Engine, IngressConfig, create_app
 from deployments.llm_server import LLMServer
@@ -54,12 +56,15 @@ class EngineHere(LLMServer):
     async def model_card(self) -> ModelCard:
         return await self.describe()
 
+    def choose_session_id(self, candidates: Sequence[str]) -> str:
+        return candidates[0]
+
 
 def make_app(engine: Engine, store_url: str) -> FastAPI:
     return create_app(engine, IngressConfig(store_url=store_url), ingress_id="ingress-1")
 
 
-APP = make_app(cast(Engine, None), "sqlite:///never-opened.db")  # for its document
+APP = make_app(create_autospec(EngineClient, instance=True), "sqlite:///never-opened.db")  # for its document
 PUBLIC = {"/health", "/ready", "/version", "/openapi.json"}
 
 
