@@ -115,8 +115,13 @@ async def ask(http: httpx.AsyncClient, content: str, max_tokens: int, *, stream:
 
 
 async def scrape(url: str) -> dict[str, list[Sample]]:
+    """Samples by name, of all but this process."""
     async with httpx.AsyncClient(timeout=PATIENCE_S) as http:
-        return parse((await http.get(url)).text)
+        samples = parse((await http.get(url)).text)
+    # This process is on the node too, and other tests may have made metrics in it; they belong to no replica.
+    for name, found in samples.items():
+        samples[name] = [sample for sample in found if sample[0].get("replica") != ""]
+    return samples
 
 
 def outcomes(samples: dict[str, list[Sample]]) -> float:
