@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import NodeDiedError, OwnerDiedError, RayActorError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -24,7 +24,14 @@ from engine.prompt import AnswerBeginning
 
 logger = logging.getLogger("ray.serve")
 
-REPLICA_LOST = (RayActorError, NodeDiedError, OwnerDiedError, WorkerCrashedError, DeploymentUnavailableError)
+REPLICA_LOST = (
+    RayActorError,
+    NodeDiedError,
+    ObjectLostError,  # a large item went with its node
+    OutOfMemoryError,  # Ray killed the replica before the system would
+    WorkerCrashedError,
+    DeploymentUnavailableError,
+)
 # What ends an attempt but not the request: the replica is gone, or on its way out.
 RESUMABLE = ("replica_lost", EngineStoppedError.code)
 # Replicas in a row that a request may lose without getting a token: it may be what kills them.

@@ -12,9 +12,13 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from deployments.schema import check_serve_config
+import yaml
+
+from deployments.schema import IMPORT_PATH, check_serve_config
+from deployments.tenants import API_KEY_VARIABLE, load_tenants
 
 # HAProxy as the HTTP proxy, replicas without an event loop of their own for user code. See docs/configuration.md.
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
@@ -29,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         problems = check_serve_config(options.config)
+        if options.fast_path and not problems:
+            problems = list(_open_applications(options.config))
     except OSError as error:
         problems = [str(error)]
     if problems:
@@ -37,6 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in {**DEFAULTS, **(FAST_PATH if options.fast_path else {})}.items():
         os.environ.setdefault(name, value)
     return _run(options.config)
+
+
+def _open_applications(config: str) -> Iterator[str]:
+    """Behind HAProxy every client looks like this machine, so that an application without keys could serve nobody."""
+    for index, application in enumerate(yaml.safe_load(Path(config).read_text())["applications"]):
+        if application["import_path"] == IMPORT_PATH:
+            path = (application.get("args") or {}).get("tenants_file")
+            if not load_tenants(path, os.environ):
+                yield (
+                    f"applications[{index}]: --fast-path needs API keys, for HAProxy does not say who asks: set "
+                    f"args.tenants_file or {API_KEY_VARIABLE}"
+                )
 
 
 def _run(config: str) -> int:

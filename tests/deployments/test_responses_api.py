@@ -555,6 +555,58 @@ async def test_without_its_store_the_server_says_so_and_recovers(
     assert "Mia" in (await ask(client, TURNS[2], previous_response_id=root.id)).output_text
 
 
+async def test_many_who_find_no_store_wait_for_one_attempt(engine: EngineHere) -> None:
+    """Each attempt may take seconds: one after the other, the last of many would wait for minutes."""
+    num_connections, give_up = 0, asyncio.Event()
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_connections
+        num_connections += 1
+        await give_up.wait()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with served(engine, f"postgresql://user@127.0.0.1:{port}/x") as http:
+            requests = [asyncio.create_task(http.post("/v1/conversations")) for _ in range(20)]
+
+            async def is_tried() -> bool:
+                return num_connections > 0
+
+            await until(is_tried)
+            give_up.set()
+            answers = await asyncio.gather(*requests)
+            assert {answer.json()["error"]["code"] for answer in answers} == {"store_unavailable"}
+            num_first = num_connections
+            assert num_first < 4  # with TLS and without
+            assert (await http.post("/v1/conversations")).status_code == 503  # and whoever comes later tries again
+            assert num_connections > num_first
+
+
+async def test_leases_are_renewed_whatever_happened_to_the_last_renewal(
+    client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_calls = 0
+    renew = ConversationStore.renew_leases
+
+    async def renew_leases(self: ConversationStore, *args: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise RuntimeError("a defect")
+        return await renew(self, *args)
+
+    monkeypatch.setattr(responses_api, "RENEWAL_S", 0.01)
+    monkeypatch.setattr(ConversationStore, "renew_leases", renew_leases)
+    await client.conversations.create()
+
+    async def goes_on() -> bool:
+        return num_calls > 3
+
+    await until(goes_on)
+    assert "a defect" in caplog.text
+
+
 # -- another client ----------------------------------------------------------------------------------------------------
 
 

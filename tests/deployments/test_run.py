@@ -34,6 +34,19 @@ def test_a_bad_file_is_refused_before_anything_starts(tmp_path: Path, capsys: py
     assert "nothing.yaml" in capsys.readouterr().err
 
 
+def test_the_fast_path_needs_keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(run, "_run", lambda config: started.append(config) or 0)
+    for name in run.FAST_PATH:  # to be put back
+        monkeypatch.setenv(name, "0")
+    monkeypatch.delenv("PENSIEVE_API_KEY", raising=False)
+    assert run.main(["--fast-path", str(CONFIG)]) == 2
+    assert "PENSIEVE_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("PENSIEVE_API_KEY", "sk-a")
+    assert run.main(["--fast-path", str(CONFIG)]) == 0
+    assert started == [str(CONFIG)]
+
+
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
     """The process, and where it listens."""
