@@ -3,16 +3,20 @@ replica) beside the same engine asked directly in this process, by number of str
 
     python benchmarks/serve_overhead.py
     python benchmarks/serve_overhead.py --fast-path    # also with HAProxy and Serve's throughput switches (needs haproxy)
+    python benchmarks/serve_overhead.py --model 102m --streams 64 --repeats 3
 
-Both sides run the embedded model, float32, one thread, in turns, the order changed each time. All processes share the
-machine: with few cores, client, proxy and ingress take from the engine what they need, so tokens/s at many streams say
-less about the path than about the cores.
+Both sides run the same model, float32, one thread, in turns, the order changed each time. All processes share the machine:
+with few cores, client, proxy and ingress take from the engine what they need. The embedded model makes a token of each of
+64 streams in a few milliseconds, as fast as no model that is of use: its time to first token shows what the path adds, its
+tokens/s only what the cores have left. `--model 102m` is the random Llama of benchmarks/peers, whose steps take as long as
+those of a real one.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import socket
 import statistics
 import subprocess
@@ -31,16 +35,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
 from machine import RESULTS, write_result
+from peers.model import save_model
 from tqdm import tqdm
 
 from deployments.run import FAST_PATH
+from deployments.tenants import API_KEY_VARIABLE
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
-from engine.embedded_model import EMBEDDED_MODEL_NAME
-from engine.prompt import ChatPrompt
+from engine.prompt import TextPrompt
 
-ENGINE = {"model": "embedded", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 4096, "max_num_seqs": 64}
+ENGINE = {"served_model_name": "it", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 512, "max_num_seqs": 64}
+KEY = "sk-benchmark"  # which the fast path asks for
 START_TIMEOUT_S = 180
 
 # A stream: first token, then the end. Yields twice.
@@ -48,7 +54,7 @@ Stream = Callable[[str], AsyncIterator[None]]
 
 
 @contextmanager
-def serve_app(fast_path: bool) -> Iterator[str]:
+def serve_app(engine: dict[str, Any], fast_path: bool) -> Iterator[str]:
     """A Serve application of one ingress and one engine replica in processes of its own; its URL."""
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as sock:
@@ -63,7 +69,7 @@ def serve_app(fast_path: bool) -> Iterator[str]:
                     "route_prefix": "/",
                     "import_path": "deployments.app:build",
                     "args": {
-                        "engine": ENGINE,
+                        "engine": engine,
                         "num_cpus": 0.5,
                         "max_ongoing_requests": 128,
                         "store_url": f"sqlite:///{folder}/conversations.db",
@@ -75,7 +81,8 @@ def serve_app(fast_path: bool) -> Iterator[str]:
         path.write_text(yaml.safe_dump(config))
         command = [sys.executable, "-m", "deployments.run", str(path), *(["--fast-path"] if fast_path else [])]
         with open(Path(folder) / "output.txt", "wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output)
+            environment = os.environ | {API_KEY_VARIABLE: KEY}
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         url = f"http://127.0.0.1:{port}"
         try:
             asyncio.run(wait_until_ready(url, process, Path(folder) / "output.txt"))
@@ -102,14 +109,15 @@ async def wait_until_ready(url: str, process: subprocess.Popen[bytes], output: P
 def over_http(http: aiohttp.ClientSession, url: str, num_tokens: int) -> Stream:
     async def stream(name: str) -> AsyncIterator[None]:
         body = {
-            "model": EMBEDDED_MODEL_NAME,
-            "messages": [{"role": "user", "content": f"hello {name}"}],
+            "model": ENGINE["served_model_name"],
+            "prompt": f"hello {name}",
             "max_tokens": num_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
         }
-        async with http.post(f"{url}/v1/chat/completions", json=body, headers={"x-session-id": name}) as response:
+        headers = {"x-session-id": name, "authorization": f"Bearer {KEY}"}
+        async with http.post(f"{url}/v1/completions", json=body, headers=headers) as response:
             assert response.status == 200, await response.text()
             is_first = True
             async for chunk in response.content.iter_any():
@@ -125,7 +133,7 @@ def over_http(http: aiohttp.ClientSession, url: str, num_tokens: int) -> Stream:
 
 def direct(engine: AsyncEngine, num_tokens: int) -> Stream:
     async def stream(name: str) -> AsyncIterator[None]:
-        prompt = ChatPrompt((("user", f"hello {name}"),))
+        prompt = TextPrompt(f"hello {name}")
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
         is_first = True
         async for _ in engine.generate(prompt, sampling, request_id=name, session_id=name):
@@ -150,8 +158,10 @@ async def run_streams(stream: Stream, num_streams: int, label: str) -> tuple[lis
     return list(firsts), time.perf_counter() - start
 
 
-async def measure(urls: dict[str, str], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    engine = AsyncEngine(EngineConfig.from_options(ENGINE))
+async def measure(
+    engine_options: dict[str, Any], urls: dict[str, str], options: argparse.Namespace
+) -> dict[str, list[dict[str, Any]]]:
+    engine = AsyncEngine(EngineConfig.from_options(engine_options))
     connector = aiohttp.TCPConnector(limit=0)
     results: dict[str, list[dict[str, Any]]] = {}
     async with aiohttp.ClientSession(connector=connector) as http:
@@ -204,16 +214,22 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--model", choices=("embedded", "102m"), default="embedded")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--num-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--fast-path", action="store_true")
     options = parser.parse_args()
     with ExitStack() as stack:
-        urls = {"over HTTP": stack.enter_context(serve_app(fast_path=False))}
+        model = options.model
+        if model != "embedded":
+            model = stack.enter_context(tempfile.TemporaryDirectory())
+            save_model(Path(model), ENGINE["dtype"])
+        engine = ENGINE | {"model": model}
+        urls = {"over HTTP": stack.enter_context(serve_app(engine, fast_path=False))}
         if options.fast_path:
-            urls["over HTTP, fast path"] = stack.enter_context(serve_app(fast_path=True))
-        results = asyncio.run(measure(urls, options))
+            urls["over HTTP, fast path"] = stack.enter_context(serve_app(engine, fast_path=True))
+        results = asyncio.run(measure(engine, urls, options))
     alone = results["engine alone"]
     for name, rows in results.items():
         for row, base in zip(rows, alone, strict=True):
@@ -224,9 +240,11 @@ def main() -> None:
                 f"(+{row['added_ttft_p50_ms']:.1f}; p95 {row['ttft_p95_ms']:.1f}), {row['tokens_per_s']:7.0f} tokens/s "
                 f"({row['share_of_tokens_per_s']:.0%})"
             )
-    settings = {"num_tokens": options.num_tokens, "repeats": options.repeats, "engine": ENGINE}
-    write_result("serve_overhead", {"settings": settings, "fast_path": FAST_PATH, "results": results})
-    plot(results, RESULTS / "serve_overhead.png")
+    settings = {"num_tokens": options.num_tokens, "repeats": options.repeats, "model": options.model, "engine": ENGINE}
+    name = "serve_overhead" + ("" if options.model == "embedded" else f"_{options.model}")
+    write_result(name, {"settings": settings, "fast_path": FAST_PATH, "results": results})
+    if len(options.streams) > 1:
+        plot(results, RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

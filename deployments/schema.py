@@ -40,8 +40,8 @@ class AppArgs(BaseModel):
     without PENSIEVE_API_KEY in the environment, only this machine is served. store_url: where /v1/responses and
     /v1/conversations keep what was said, "postgresql://user@host/database", or "sqlite:///file" where all ingress replicas
     are on one machine; none = a file in the user's data folder. retention_days: how long it is kept, none = for ever.
-    stream_interval_s: least time between two chunks of one stream, seconds. graceful_shutdown_timeout_s: what running
-    requests get to end in when a replica is stopped, seconds.
+    stream_interval_s: least time between two chunks of one stream, seconds, more with many streams.
+    graceful_shutdown_timeout_s: what running requests get to end in when a replica is stopped, seconds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

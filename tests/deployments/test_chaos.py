@@ -21,7 +21,8 @@ import pytest
 import ray
 from ray import serve
 
-from deployments.app import build
+from deployments import app
+from deployments.run import DEFAULTS
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 
@@ -49,15 +50,17 @@ ARGS = AppArgs(
 def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     store_url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'conversations.db'}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for name, value in DEFAULTS.items():  # as pensieve-serve does; test_restart and test_routing have Ray's own
+            patch.setenv(name, value)
+        # Serve gives a replica three of them; half a minute is long to wait for one that is known to hang.
+        patch.setattr(app, "HEALTH_CHECK_TIMEOUT_S", 3.0)
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
         ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(build(ARGS.model_copy(update={"store_url": store_url})), name=APP, route_prefix="/")
+            serve.run(app.build(ARGS.model_copy(update={"store_url": store_url})), name=APP, route_prefix="/")
             yield f"http://127.0.0.1:{port}"
         finally:
             serve.shutdown()

@@ -9,6 +9,7 @@ import contextlib
 import json
 import random
 import socket
+import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,6 +24,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.app import build
+from deployments.run import DEFAULTS
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 from engine.embedded_model.dialogues import generate_dialogue
@@ -55,17 +57,22 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    store_url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'conversations.db'}"
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the conversation store."""
+    return tmp_path_factory.mktemp("store") / "conversations.db"
+
+
+@pytest.fixture(scope="module")
+def base_url(store: Path) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for name, value in DEFAULTS.items():  # as pensieve-serve does; test_restart and test_routing have Ray's own
+            patch.setenv(name, value)
         # Two Serve instances on one port share its connections silently.
         port = free_port()
         ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(build(ARGS.model_copy(update={"store_url": store_url})), name=APP, route_prefix="/")
+            serve.run(build(ARGS.model_copy(update={"store_url": f"sqlite:///{store}"})), name=APP, route_prefix="/")
             yield f"http://127.0.0.1:{port}"
         finally:
             serve.shutdown()
@@ -388,7 +395,7 @@ async def test_client_that_leaves_frees_what_its_request_held(
 
 
 async def test_a_thousand_clients_that_leave_leave_nothing_behind(
-    base_url: str, http: httpx.AsyncClient, engines: DeploymentHandle
+    base_url: str, http: httpx.AsyncClient, engines: DeploymentHandle, store: Path
 ) -> None:
     """At every moment of a request: on its way in, while it waits, in its prompt, in its answer; streams and not, chats and
     responses, in a few sessions, so that replicas are busy when they come."""
@@ -411,6 +418,15 @@ async def test_a_thousand_clients_that_leave_leave_nothing_behind(
         await asyncio.gather(*(hasty(number) for number in range(start, start + 20)))
     await until(lambda: is_idle(engines))
     await ask_all(engines, "check_integrity")
+
+    async def is_marked() -> bool:
+        """No ingress holds a turn that nobody waits for: it would renew the turn's lease for ever."""
+        with contextlib.closing(sqlite3.connect(store)) as database:
+            num_turns = dict(database.execute("SELECT status, count(*) FROM responses GROUP BY status"))
+        assert num_turns["incomplete"] > 100
+        return "in_progress" not in num_turns
+
+    await until(is_marked)
 
     # Every place is free again: as many as fit the home and its fallback at once, and nobody is refused.
     async def follow() -> int:
