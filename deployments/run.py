@@ -19,6 +19,7 @@ import yaml
 
 from deployments.schema import IMPORT_PATH, check_serve_config
 from deployments.tenants import API_KEY_VARIABLE, load_tenants
+from engine.errors import ConfigError
 
 DEFAULTS = {
     # `serve run` may write a token to the user's home otherwise.
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problems = check_serve_config(options.config)
         if options.fast_path and not problems:
             problems = list(_open_applications(options.config))
-    except OSError as error:
+    except (OSError, ConfigError) as error:
         problems = [str(error)]
     if problems:
         print("\n".join(problems), file=sys.stderr)
