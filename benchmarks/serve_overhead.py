@@ -38,7 +38,7 @@ from machine import RESULTS, write_result
 from peers.model import save_model
 from tqdm import tqdm
 
-from deployments.run import FAST_PATH
+from deployments.run import DEFAULTS, FAST_PATH
 from deployments.tenants import API_KEY_VARIABLE
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
@@ -48,6 +48,7 @@ from engine.prompt import TextPrompt
 ENGINE = {"served_model_name": "it", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 512, "max_num_seqs": 64}
 KEY = "sk-benchmark"  # which the fast path asks for
 START_TIMEOUT_S = 180
+MIN_STREAMS = 100  # measured of each kind, for their first tokens
 
 # A stream: first token, then the end. Yields twice.
 Stream = Callable[[str], AsyncIterator[None]]
@@ -158,50 +159,52 @@ async def run_streams(stream: Stream, num_streams: int, label: str) -> tuple[lis
     return list(firsts), time.perf_counter() - start
 
 
-async def measure(
-    engine_options: dict[str, Any], urls: dict[str, str], options: argparse.Namespace
-) -> dict[str, list[dict[str, Any]]]:
+async def measure(engine_options: dict[str, Any], url: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each number of streams: the engine alone, and over HTTP."""
     engine = AsyncEngine(EngineConfig.from_options(engine_options))
-    connector = aiohttp.TCPConnector(limit=0)
-    results: dict[str, list[dict[str, Any]]] = {}
-    async with aiohttp.ClientSession(connector=connector) as http:
-        sides: dict[str, Stream] = {"engine alone": direct(engine, options.num_tokens)}
-        for name, url in urls.items():
-            sides[name] = over_http(http, url, options.num_tokens)
-        names = list(sides)
-        progress = tqdm(total=len(options.streams) * options.repeats * len(sides), unit="run")
+    rows = []
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        sides = {"alone": direct(engine, options.num_tokens), "http": over_http(http, url, options.num_tokens)}
         for num_streams in options.streams:
-            firsts: dict[str, list[float]] = {name: [] for name in names}
-            totals: dict[str, list[float]] = {name: [] for name in names}
-            for repeat in range(-1, options.repeats):  # the first one warms up
-                for name in names[:: 1 if repeat % 2 else -1]:
-                    label = f"{name}-{num_streams}-{repeat}"
-                    ttfts, total = await run_streams(sides[name], num_streams, label)
+            firsts: dict[str, list[float]] = {side: [] for side in sides}
+            totals: dict[str, list[float]] = {side: [] for side in sides}
+            num_repeats = max(options.repeats, MIN_STREAMS // num_streams)
+            for repeat in tqdm(range(-1, num_repeats), desc=f"{num_streams} streams"):  # the first one warms up
+                for side in list(sides)[:: 1 if repeat % 2 else -1]:
+                    ttfts, total = await run_streams(sides[side], num_streams, f"{side}-{num_streams}-{repeat}")
                     if repeat >= 0:
-                        firsts[name] += ttfts
-                        totals[name].append(total)
-                        progress.update()
-            for name in names:
-                per_run = [num_streams * options.num_tokens / total for total in totals[name]]
-                results.setdefault(name, []).append(
-                    {
-                        "num_streams": num_streams,
-                        "ttft_p50_ms": 1e3 * statistics.median(firsts[name]),
-                        "ttft_p95_ms": 1e3 * statistics.quantiles(firsts[name], n=20)[-1],
-                        "tokens_per_s": statistics.median(per_run),
-                    }
-                )
-        progress.close()
+                        firsts[side] += ttfts
+                        totals[side].append(total)
+            row: dict[str, Any] = {"num_streams": num_streams}
+            for side in sides:
+                per_run = [num_streams * options.num_tokens / total for total in totals[side]]
+                row[side] = {
+                    "ttft_p50_ms": 1e3 * statistics.median(firsts[side]),
+                    "ttft_p95_ms": 1e3 * statistics.quantiles(firsts[side], n=20)[-1],
+                    "tokens_per_s": statistics.median(per_run),
+                }
+            row["added_ttft_p50_ms"] = row["http"]["ttft_p50_ms"] - row["alone"]["ttft_p50_ms"]
+            row["share_of_tokens_per_s"] = row["http"]["tokens_per_s"] / row["alone"]["tokens_per_s"]
+            rows.append(row)
     await engine.shutdown()
-    return results
+    return rows
+
+
+def print_row(path: str, row: dict[str, Any]) -> None:
+    http, alone = row["http"], row["alone"]
+    ttft = f"{http['ttft_p50_ms']:.1f} ms (+{row['added_ttft_p50_ms']:.1f}; p95 {http['ttft_p95_ms']:.1f})"
+    rate = f"{http['tokens_per_s']:.0f} of {alone['tokens_per_s']:.0f} tokens/s ({row['share_of_tokens_per_s']:.0%})"
+    print(f"{path:10} {row['num_streams']:3} streams: first token {ttft}, {rate}")
 
 
 def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for name, rows in results.items():
-        streams = [row["num_streams"] for row in rows]
-        left.plot(streams, [row["ttft_p50_ms"] for row in rows], marker="o", label=name)
-        right.plot(streams, [row["tokens_per_s"] for row in rows], marker="o", label=name)
+    streams = [row["num_streams"] for row in next(iter(results.values()))]
+    lines = {"engine alone": [row["alone"] for row in next(iter(results.values()))]}
+    lines |= {f"over HTTP, {name}": [row["http"] for row in rows] for name, rows in results.items()}
+    for name, points in lines.items():
+        left.plot(streams, [point["ttft_p50_ms"] for point in points], marker="o", label=name)
+        right.plot(streams, [point["tokens_per_s"] for point in points], marker="o", label=name)
     for axes, label in ((left, "time to first token, p50 (ms)"), (right, "tokens/s, all streams")):
         axes.set(xscale="log", xlabel="streams at once", ylabel=label)
         axes.set_xticks(streams, [str(number) for number in streams])
@@ -220,29 +223,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--fast-path", action="store_true")
     options = parser.parse_args()
+    results: dict[str, list[dict[str, Any]]] = {}
     with ExitStack() as stack:
         model = options.model
         if model != "embedded":
             model = stack.enter_context(tempfile.TemporaryDirectory())
             save_model(Path(model), ENGINE["dtype"])
         engine = ENGINE | {"model": model}
-        urls = {"over HTTP": stack.enter_context(serve_app(engine, fast_path=False))}
-        if options.fast_path:
-            urls["over HTTP, fast path"] = stack.enter_context(serve_app(engine, fast_path=True))
-        results = asyncio.run(measure(engine, urls, options))
-    alone = results["engine alone"]
-    for name, rows in results.items():
-        for row, base in zip(rows, alone, strict=True):
-            row["added_ttft_p50_ms"] = row["ttft_p50_ms"] - base["ttft_p50_ms"]
-            row["share_of_tokens_per_s"] = row["tokens_per_s"] / base["tokens_per_s"]
-            print(
-                f"{name:22} {row['num_streams']:3} streams: first token {row['ttft_p50_ms']:7.1f} ms "
-                f"(+{row['added_ttft_p50_ms']:.1f}; p95 {row['ttft_p95_ms']:.1f}), {row['tokens_per_s']:7.0f} tokens/s "
-                f"({row['share_of_tokens_per_s']:.0%})"
-            )
+        for path in ("default", "fast path") if options.fast_path else ("default",):
+            with serve_app(engine, fast_path=path != "default") as url:
+                results[path] = asyncio.run(measure(engine, url, options))
+    for path, rows in results.items():
+        for row in rows:
+            print_row(path, row)
     settings = {"num_tokens": options.num_tokens, "repeats": options.repeats, "model": options.model, "engine": ENGINE}
     name = "serve_overhead" + ("" if options.model == "embedded" else f"_{options.model}")
-    write_result(name, {"settings": settings, "fast_path": FAST_PATH, "results": results})
+    write_result(name, {"settings": settings, "default": DEFAULTS, "fast_path": FAST_PATH, "results": results})
     if len(options.streams) > 1:
         plot(results, RESULTS / f"{name}.png")
 

@@ -68,13 +68,14 @@ class IngressConfig:
     request_timeout_s: float | None = None
     store_url: str | None = None
     retention_days: float | None = None
+    num_fallback_replicas: int = 1
 
 
 class Ingress:
     """The ingress deployment; Serve asks it for the application once it is constructed."""
 
     def __init__(self, handle: DeploymentHandle, config: IngressConfig) -> None:
-        self._engine = EngineClient(handle)
+        self._engine = EngineClient(handle, config.num_fallback_replicas)
         self._config = config
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
