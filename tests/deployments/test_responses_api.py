@@ -35,8 +35,8 @@ KEYS = {"a": "sk-a", "b": "sk-b"}
 class EngineHere:
     """An engine in this process, with the face of EngineClient. Can be told to fail, and to wait after the first item."""
 
-    def __init__(self) -> None:
-        options = {"num_threads": 1, "dtype": "float32", "num_gpu_blocks": 256, "max_model_len": 1024}
+    def __init__(self, **more: int) -> None:
+        options = {"num_threads": 1, "dtype": "float32", "num_gpu_blocks": 256, "max_model_len": 1024, **more}
         self.engine = AsyncEngine(EngineConfig.from_options(options))
         self.requests: list[GenerationRequest] = []
         self.error: ErrorItem | None = None
@@ -336,6 +336,42 @@ async def test_equal_prompts_of_two_tenants_share_nothing(engine: EngineHere, ur
 
 
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_flood_of_one_tenant_makes_room_for_another(url: str) -> None:
+    tenants = tuple(TenantConfig(id=name, api_keys_sha256=(hash_key(key),)) for name, key in KEYS.items())
+    here = EngineHere(max_num_seqs=2, max_num_queued_reqs=2)
+    ended: list[tuple[str, int]] = []
+    async with served(here, url, tenants=tenants) as http:
+
+        async def ask_as(name: str, max_tokens: int) -> None:
+            body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+            headers = {"authorization": f"Bearer {KEYS[name]}"}
+            answer = await http.post("/v1/chat/completions", json=body | {"max_tokens": max_tokens}, headers=headers)
+            ended.append((name, answer.status_code))
+
+        async def are(num_running: int, num_waiting: int) -> None:
+            async def is_so() -> bool:
+                statistics = here.engine.get_statistics()
+                return (statistics["num_requests_running"], statistics["num_requests_waiting"]) == (
+                    num_running,
+                    num_waiting,
+                )
+
+            await until(is_so)
+
+        flood = [asyncio.create_task(ask_as("a", 900)) for _ in range(2)]
+        await are(2, 0)
+        flood += [asyncio.create_task(ask_as("a", 900)) for _ in range(10)]
+        await are(2, 2)
+        await ask_as("b", 2)
+        assert ended[-1] == ("b", 200)
+        await asyncio.gather(*flood)
+    # Eight came too late, one had to make room; and of the three that were left two had begun before the other tenant came.
+    assert ended.count(("a", 429)) == 9
+    assert ended.index(("b", 200)) < len(ended) - 1
+    assert ended[-1] == ("a", 200)
+    await here.engine.shutdown()
 
 
 async def until(condition: Callable[[], Any]) -> None:
