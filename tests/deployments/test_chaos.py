@@ -63,7 +63,6 @@ def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             serve.run(app.build(ARGS.model_copy(update={"store_url": store_url})), name=APP, route_prefix="/")
             yield f"http://127.0.0.1:{port}"
         finally:
-            serve.shutdown()
             ray.shutdown()
 
 

@@ -96,7 +96,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             yield Cluster(port, store_url)
         finally:
-            serve.shutdown()
             ray.shutdown()
 
 

@@ -81,7 +81,6 @@ def base_url(store: Path) -> Iterator[str]:
             serve.run(build(ARGS.model_copy(update={"store_url": f"sqlite:///{store}"})), name=APP, route_prefix="/")
             yield f"http://127.0.0.1:{port}"
         finally:
-            serve.shutdown()
             ray.shutdown()
 
 
