@@ -8,6 +8,7 @@ the engine each know; keeps nothing itself but which turns run in this process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -276,7 +277,12 @@ class ResponsesApi:
                 instructions=body.instructions,
                 params=form.in_progress(),
             )
-            turn.session_key = (await store.begin_response(tenant.tenant_id, new, now)).session_key
+            begun = asyncio.create_task(store.begin_response(tenant.tenant_id, new, now))
+            try:
+                turn.session_key = (await asyncio.shield(begun)).session_key
+            except asyncio.CancelledError:
+                self._later(self._give_up_begun(turn, begun))
+                raise
             self._running[response_id] = turn
         if body.previous_response_id is not None or body.conversation_id is not None:
             try:
@@ -428,6 +434,12 @@ class ResponsesApi:
             await self._store.fail_response(turn.tenant.tenant_id, turn.response_id, error, now)
         except PensieveError as error:
             logger.warning("response %s stays in progress until its lease is over: %s", turn.response_id, error.message)
+
+    async def _give_up_begun(self, turn: _Turn, begun: asyncio.Task[StoredResponse]) -> None:
+        """Whoever asked left while the turn was being recorded, and that comes to its end all the same."""
+        with contextlib.suppress(PensieveError):
+            await begun
+            await self._give_up(turn, None)
 
     def _end(self, turn: _Turn, ended: bool) -> None:
         """The request is over; a turn that did not end is given up, after this. May be called again."""

@@ -493,6 +493,40 @@ async def test_a_turn_that_is_given_up_is_marked_and_ends_in_the_engine(
     assert "Mia" in answer.output_text
 
 
+async def test_a_client_that_leaves_while_its_turn_is_being_recorded(
+    client: AsyncOpenAI, app: FastAPI, engine: EngineHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded, go = asyncio.Event(), asyncio.Event()
+    begin = ConversationStore.begin_response
+
+    async def begin_response(self: ConversationStore, *args: Any) -> Any:
+        response = await begin(self, *args)
+        recorded.set()
+        await go.wait()
+        return response
+
+    monkeypatch.setattr(responses_api, "LEASE_S", 3600.0)
+    conversation = await client.conversations.create()
+    monkeypatch.setattr(ConversationStore, "begin_response", begin_response)
+    streaming = Streaming(app, {"input": TURNS[0], "conversation": conversation.id})
+    await recorded.wait()
+    streaming.task.cancel()  # what Serve does then
+    with pytest.raises(asyncio.CancelledError):
+        await streaming.task
+    monkeypatch.undo()
+    with pytest.raises(openai.ConflictError) as caught:
+        await ask(client, TURNS[0], conversation=conversation.id)
+    go.set()
+    response_id = str(caught.value).split("'resp_")[1].split("'")[0]
+
+    async def is_marked() -> bool:
+        return (await client.responses.retrieve(f"resp_{response_id}")).status == "incomplete"
+
+    await until(is_marked)  # and not when its lease is over
+    assert engine.requests == []
+    assert (await ask(client, TURNS[0], conversation=conversation.id)).status == "completed"
+
+
 @pytest.mark.parametrize("num_items", [0, 1, 3])
 async def test_an_engine_that_fails_fails_the_turn(
     client: AsyncOpenAI, app: FastAPI, engine: EngineHere, num_items: int
