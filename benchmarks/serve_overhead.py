@@ -3,16 +3,20 @@ replica) beside the same engine asked directly in this process, by number of str
 
     python benchmarks/serve_overhead.py
     python benchmarks/serve_overhead.py --fast-path    # also with HAProxy and Serve's throughput switches (needs haproxy)
+    python benchmarks/serve_overhead.py --model 102m --streams 64 --repeats 3
 
-Both sides run the embedded model, float32, one thread, in turns, the order changed each time. All processes share the
-machine: with few cores, client, proxy and ingress take from the engine what they need, so tokens/s at many streams say
-less about the path than about the cores.
+Both sides run the same model, float32, one thread, in turns, the order changed each time. All processes share the machine:
+with few cores, client, proxy and ingress take from the engine what they need. The embedded model makes a token of each of
+64 streams in a few milliseconds, as fast as no model that is of use: its time to first token shows what the path adds, its
+tokens/s only what the cores have left. `--model 102m` is the random Llama of benchmarks/peers, whose steps take as long as
+those of a real one.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import socket
 import statistics
 import subprocess
@@ -31,24 +35,27 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
 from machine import RESULTS, write_result
+from peers.model import save_model
 from tqdm import tqdm
 
-from deployments.run import FAST_PATH
+from deployments.run import DEFAULTS, FAST_PATH
+from deployments.tenants import API_KEY_VARIABLE
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
-from engine.embedded_model import EMBEDDED_MODEL_NAME
-from engine.prompt import ChatPrompt
+from engine.prompt import TextPrompt
 
-ENGINE = {"model": "embedded", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 4096, "max_num_seqs": 64}
+ENGINE = {"served_model_name": "it", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 512, "max_num_seqs": 64}
+KEY = "sk-benchmark"  # which the fast path asks for
 START_TIMEOUT_S = 180
+MIN_STREAMS = 100  # measured of each kind, for their first tokens
 
 # A stream: first token, then the end. Yields twice.
 Stream = Callable[[str], AsyncIterator[None]]
 
 
 @contextmanager
-def serve_app(fast_path: bool) -> Iterator[str]:
+def serve_app(engine: dict[str, Any], fast_path: bool) -> Iterator[str]:
     """A Serve application of one ingress and one engine replica in processes of its own; its URL."""
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as sock:
@@ -63,7 +70,7 @@ def serve_app(fast_path: bool) -> Iterator[str]:
                     "route_prefix": "/",
                     "import_path": "deployments.app:build",
                     "args": {
-                        "engine": ENGINE,
+                        "engine": engine,
                         "num_cpus": 0.5,
                         "max_ongoing_requests": 128,
                         "store_url": f"sqlite:///{folder}/conversations.db",
@@ -75,7 +82,8 @@ def serve_app(fast_path: bool) -> Iterator[str]:
         path.write_text(yaml.safe_dump(config))
         command = [sys.executable, "-m", "deployments.run", str(path), *(["--fast-path"] if fast_path else [])]
         with open(Path(folder) / "output.txt", "wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output)
+            environment = os.environ | {API_KEY_VARIABLE: KEY}
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         url = f"http://127.0.0.1:{port}"
         try:
             asyncio.run(wait_until_ready(url, process, Path(folder) / "output.txt"))
@@ -102,14 +110,15 @@ async def wait_until_ready(url: str, process: subprocess.Popen[bytes], output: P
 def over_http(http: aiohttp.ClientSession, url: str, num_tokens: int) -> Stream:
     async def stream(name: str) -> AsyncIterator[None]:
         body = {
-            "model": EMBEDDED_MODEL_NAME,
-            "messages": [{"role": "user", "content": f"hello {name}"}],
+            "model": ENGINE["served_model_name"],
+            "prompt": f"hello {name}",
             "max_tokens": num_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
         }
-        async with http.post(f"{url}/v1/chat/completions", json=body, headers={"x-session-id": name}) as response:
+        headers = {"x-session-id": name, "authorization": f"Bearer {KEY}"}
+        async with http.post(f"{url}/v1/completions", json=body, headers=headers) as response:
             assert response.status == 200, await response.text()
             is_first = True
             async for chunk in response.content.iter_any():
@@ -125,7 +134,7 @@ def over_http(http: aiohttp.ClientSession, url: str, num_tokens: int) -> Stream:
 
 def direct(engine: AsyncEngine, num_tokens: int) -> Stream:
     async def stream(name: str) -> AsyncIterator[None]:
-        prompt = ChatPrompt((("user", f"hello {name}"),))
+        prompt = TextPrompt(f"hello {name}")
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
         is_first = True
         async for _ in engine.generate(prompt, sampling, request_id=name, session_id=name):
@@ -150,48 +159,52 @@ async def run_streams(stream: Stream, num_streams: int, label: str) -> tuple[lis
     return list(firsts), time.perf_counter() - start
 
 
-async def measure(urls: dict[str, str], options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    engine = AsyncEngine(EngineConfig.from_options(ENGINE))
-    connector = aiohttp.TCPConnector(limit=0)
-    results: dict[str, list[dict[str, Any]]] = {}
-    async with aiohttp.ClientSession(connector=connector) as http:
-        sides: dict[str, Stream] = {"engine alone": direct(engine, options.num_tokens)}
-        for name, url in urls.items():
-            sides[name] = over_http(http, url, options.num_tokens)
-        names = list(sides)
-        progress = tqdm(total=len(options.streams) * options.repeats * len(sides), unit="run")
+async def measure(engine_options: dict[str, Any], url: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each number of streams: the engine alone, and over HTTP."""
+    engine = AsyncEngine(EngineConfig.from_options(engine_options))
+    rows = []
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        sides = {"alone": direct(engine, options.num_tokens), "http": over_http(http, url, options.num_tokens)}
         for num_streams in options.streams:
-            firsts: dict[str, list[float]] = {name: [] for name in names}
-            totals: dict[str, list[float]] = {name: [] for name in names}
-            for repeat in range(-1, options.repeats):  # the first one warms up
-                for name in names[:: 1 if repeat % 2 else -1]:
-                    label = f"{name}-{num_streams}-{repeat}"
-                    ttfts, total = await run_streams(sides[name], num_streams, label)
+            firsts: dict[str, list[float]] = {side: [] for side in sides}
+            totals: dict[str, list[float]] = {side: [] for side in sides}
+            num_repeats = max(options.repeats, MIN_STREAMS // num_streams)
+            for repeat in tqdm(range(-1, num_repeats), desc=f"{num_streams} streams"):  # the first one warms up
+                for side in list(sides)[:: 1 if repeat % 2 else -1]:
+                    ttfts, total = await run_streams(sides[side], num_streams, f"{side}-{num_streams}-{repeat}")
                     if repeat >= 0:
-                        firsts[name] += ttfts
-                        totals[name].append(total)
-                        progress.update()
-            for name in names:
-                per_run = [num_streams * options.num_tokens / total for total in totals[name]]
-                results.setdefault(name, []).append(
-                    {
-                        "num_streams": num_streams,
-                        "ttft_p50_ms": 1e3 * statistics.median(firsts[name]),
-                        "ttft_p95_ms": 1e3 * statistics.quantiles(firsts[name], n=20)[-1],
-                        "tokens_per_s": statistics.median(per_run),
-                    }
-                )
-        progress.close()
+                        firsts[side] += ttfts
+                        totals[side].append(total)
+            row: dict[str, Any] = {"num_streams": num_streams}
+            for side in sides:
+                per_run = [num_streams * options.num_tokens / total for total in totals[side]]
+                row[side] = {
+                    "ttft_p50_ms": 1e3 * statistics.median(firsts[side]),
+                    "ttft_p95_ms": 1e3 * statistics.quantiles(firsts[side], n=20)[-1],
+                    "tokens_per_s": statistics.median(per_run),
+                }
+            row["added_ttft_p50_ms"] = row["http"]["ttft_p50_ms"] - row["alone"]["ttft_p50_ms"]
+            row["share_of_tokens_per_s"] = row["http"]["tokens_per_s"] / row["alone"]["tokens_per_s"]
+            rows.append(row)
     await engine.shutdown()
-    return results
+    return rows
+
+
+def print_row(path: str, row: dict[str, Any]) -> None:
+    http, alone = row["http"], row["alone"]
+    ttft = f"{http['ttft_p50_ms']:.1f} ms (+{row['added_ttft_p50_ms']:.1f}; p95 {http['ttft_p95_ms']:.1f})"
+    rate = f"{http['tokens_per_s']:.0f} of {alone['tokens_per_s']:.0f} tokens/s ({row['share_of_tokens_per_s']:.0%})"
+    print(f"{path:10} {row['num_streams']:3} streams: first token {ttft}, {rate}")
 
 
 def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for name, rows in results.items():
-        streams = [row["num_streams"] for row in rows]
-        left.plot(streams, [row["ttft_p50_ms"] for row in rows], marker="o", label=name)
-        right.plot(streams, [row["tokens_per_s"] for row in rows], marker="o", label=name)
+    streams = [row["num_streams"] for row in next(iter(results.values()))]
+    lines = {"engine alone": [row["alone"] for row in next(iter(results.values()))]}
+    lines |= {f"over HTTP, {name}": [row["http"] for row in rows] for name, rows in results.items()}
+    for name, points in lines.items():
+        left.plot(streams, [point["ttft_p50_ms"] for point in points], marker="o", label=name)
+        right.plot(streams, [point["tokens_per_s"] for point in points], marker="o", label=name)
     for axes, label in ((left, "time to first token, p50 (ms)"), (right, "tokens/s, all streams")):
         axes.set(xscale="log", xlabel="streams at once", ylabel=label)
         axes.set_xticks(streams, [str(number) for number in streams])
@@ -204,29 +217,30 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--model", choices=("embedded", "102m"), default="embedded")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--num-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--fast-path", action="store_true")
     options = parser.parse_args()
+    results: dict[str, list[dict[str, Any]]] = {}
     with ExitStack() as stack:
-        urls = {"over HTTP": stack.enter_context(serve_app(fast_path=False))}
-        if options.fast_path:
-            urls["over HTTP, fast path"] = stack.enter_context(serve_app(fast_path=True))
-        results = asyncio.run(measure(urls, options))
-    alone = results["engine alone"]
-    for name, rows in results.items():
-        for row, base in zip(rows, alone, strict=True):
-            row["added_ttft_p50_ms"] = row["ttft_p50_ms"] - base["ttft_p50_ms"]
-            row["share_of_tokens_per_s"] = row["tokens_per_s"] / base["tokens_per_s"]
-            print(
-                f"{name:22} {row['num_streams']:3} streams: first token {row['ttft_p50_ms']:7.1f} ms "
-                f"(+{row['added_ttft_p50_ms']:.1f}; p95 {row['ttft_p95_ms']:.1f}), {row['tokens_per_s']:7.0f} tokens/s "
-                f"({row['share_of_tokens_per_s']:.0%})"
-            )
-    settings = {"num_tokens": options.num_tokens, "repeats": options.repeats, "engine": ENGINE}
-    write_result("serve_overhead", {"settings": settings, "fast_path": FAST_PATH, "results": results})
-    plot(results, RESULTS / "serve_overhead.png")
+        model = options.model
+        if model != "embedded":
+            model = stack.enter_context(tempfile.TemporaryDirectory())
+            save_model(Path(model), ENGINE["dtype"])
+        engine = ENGINE | {"model": model}
+        for path in ("default", "fast path") if options.fast_path else ("default",):
+            with serve_app(engine, fast_path=path != "default") as url:
+                results[path] = asyncio.run(measure(engine, url, options))
+    for path, rows in results.items():
+        for row in rows:
+            print_row(path, row)
+    settings = {"num_tokens": options.num_tokens, "repeats": options.repeats, "model": options.model, "engine": ENGINE}
+    name = "serve_overhead" + ("" if options.model == "embedded" else f"_{options.model}")
+    write_result(name, {"settings": settings, "default": DEFAULTS, "fast_path": FAST_PATH, "results": results})
+    if len(options.streams) > 1:
+        plot(results, RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,15 @@ from deployments.llm_server import LLMServer
 from deployments.schema import AppArgs
 from deployments.session_router import SessionRouter
 from deployments.tenants import load_tenants
+from engine.config import EngineConfig
 
 # An ingress replica holds what runs and what waits, and refuses the rest with an OpenAI error body itself;
 # these bound only what is still arriving.
 INGRESS_MAX_ONGOING_REQUESTS = 4096
 INGRESS_MAX_QUEUED_REQUESTS = 4096
 RETRY_AFTER_S = 2.0
+# Requests in an engine replica that the engine has not admitted or refused yet.
+IN_TRANSIT = 64
 # How soon a dead engine is noticed, and how long a busy one may take to answer, in seconds.
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 10.0
@@ -36,7 +39,7 @@ def build(args: AppArgs) -> Application:
         name="LLMServer",
         num_replicas=args.num_replicas,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
-        max_ongoing_requests=args.max_ongoing_requests,
+        max_ongoing_requests=args.max_ongoing_requests or _engine_limit(args.engine_config),
         max_queued_requests=args.max_queued_requests,
         backpressure_config=overload,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -65,5 +68,12 @@ def build(args: AppArgs) -> Application:
         request_timeout_s=args.request_timeout_s,
         store_url=args.store_url,
         retention_days=args.retention_days,
+        num_fallback_replicas=args.num_fallback_replicas,
     )
     return ingress.bind(engine.bind(args.engine_config, args.stream_interval_s), config)
+
+
+def _engine_limit(config: EngineConfig) -> int:
+    """More than an engine lets run and wait: so it is the engine that refuses, exactly and by fairness between tenants, and
+    not Serve, whose queues know no tenants and let who waits for a full replica stand in the way of all others."""
+    return config.max_num_seqs + config.max_num_queued_reqs + IN_TRANSIT

@@ -13,18 +13,25 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import NodeDiedError, OwnerDiedError, RayActorError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
-from deployments.rendezvous import choose_session_id, rank_replicas
-from engine.errors import EngineStoppedError
+from deployments.rendezvous import choose_session_id, rank_replicas, routing_name
+from engine.errors import EngineStoppedError, OverloadedError
 from engine.prompt import AnswerBeginning
 
 logger = logging.getLogger("ray.serve")
 
-REPLICA_LOST = (RayActorError, NodeDiedError, OwnerDiedError, WorkerCrashedError, DeploymentUnavailableError)
+REPLICA_LOST = (
+    RayActorError,
+    NodeDiedError,
+    ObjectLostError,  # a large item went with its node
+    OutOfMemoryError,  # Ray killed the replica before the system would
+    WorkerCrashedError,
+    DeploymentUnavailableError,
+)
 # What ends an attempt but not the request: the replica is gone, or on its way out.
 RESUMABLE = ("replica_lost", EngineStoppedError.code)
 # Replicas in a row that a request may lose without getting a token: it may be what kills them.
@@ -67,35 +74,44 @@ class _Progress:
 
 
 class EngineClient:
-    """Engine replicas behind one handle."""
+    """Engine replicas behind one handle. num_fallback_replicas: how many besides its home may be asked for a request."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, num_fallback_replicas: int = 1) -> None:
         self._handle = handle
+        self._num_fallback_replicas = num_fallback_replicas
         self._card: ModelCard | None = None
         self._loads: dict[int, int] = {}
         self._loads_s = -LOADS_PERIOD_S
         self._asking: asyncio.Task[None] | None = None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
-        """The items of the answer. Never raises on account of Ray: a full queue is an ErrorItem, and where the replica
-        is lost another one goes on from the last token that came. Closing or cancelling this generator aborts the
-        request in the engine."""
+        """The items of the answer. Never raises on account of Ray: where the home is full the session's next choice is asked,
+        where all are that is an ErrorItem, and where the replica is lost another one goes on from the last token that came.
+        Closing or cancelling this generator aborts the request in the engine."""
         if request.sampling.seed is None and not request.sampling.is_greedy:
             # Drawn here, so that a second replica samples what the first one would have.
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
         progress = _Progress(request)
-        num_losses = 0
+        num_losses = num_refusals = 0
         while True:
             loss: ErrorItem | None = None
-            async with aclosing(self._attempt(progress.rest_of_request())) as items:
+            is_refused = False
+            async with aclosing(self._attempt(progress.rest_of_request(), num_refusals)) as items:
                 async for item in items:
                     if isinstance(item, ErrorItem) and item.code in RESUMABLE:
                         loss = item
                         break
+                    if isinstance(item, ErrorItem) and item.code == OverloadedError.code:
+                        is_refused = num_refusals < self._num_fallback_replicas
+                        if is_refused:
+                            break
                     if isinstance(item, DeltaItem):
                         num_losses = 0
                         item = progress.note(item)
                     yield item
+            if is_refused:
+                num_refusals += 1
+                continue
             if loss is None or progress.is_finished:
                 return
             num_losses += 1
@@ -111,8 +127,8 @@ class EngineClient:
             # Routers and health checks need a moment to see what is dead.
             await asyncio.sleep(RESUME_BACKOFF_S * (2 ** (num_losses - 1) - 1))
 
-    async def _attempt(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
-        handle = self._handle.options(stream=True, session_id=request.session_id)
+    async def _attempt(self, request: GenerationRequest, num_refusals: int) -> AsyncGenerator[GenerationItem, None]:
+        handle = self._handle.options(stream=True, session_id=routing_name(request.session_id, num_refusals))
         responses = handle.generate.remote(request)
         ended = False
         try:

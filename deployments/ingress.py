@@ -4,6 +4,7 @@ the errors. Nothing here knows a token, a cache or a replica beyond the number t
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp
 from deployments.admission import Admission
 from deployments.conversation_store import ConversationStore
 from deployments.engine_client import EngineClient
+from deployments.event_stream import EventStream
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.http_errors import EXCEPTION_HANDLERS, error_response, too_large
 from deployments.openai_responses import (
@@ -66,13 +68,14 @@ class IngressConfig:
     request_timeout_s: float | None = None
     store_url: str | None = None
     retention_days: float | None = None
+    num_fallback_replicas: int = 1
 
 
 class Ingress:
     """The ingress deployment; Serve asks it for the application once it is constructed."""
 
     def __init__(self, handle: DeploymentHandle, config: IngressConfig) -> None:
-        self._engine = EngineClient(handle)
+        self._engine = EngineClient(handle, config.num_fallback_replicas)
         self._config = config
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -82,13 +85,21 @@ class Ingress:
             ingress_id=serve.get_replica_context().replica_id.unique_id,
             # Asked each time: the deployment may be scaled.
             num_ingress_replicas=lambda: serve.get_replica_context().world_size,
+            # HAProxy does not say for whom it asks.
+            sees_clients=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
         )
 
 
 def create_app(
-    engine: Engine, config: IngressConfig, *, ingress_id: str, num_ingress_replicas: Callable[[], int] = lambda: 1
+    engine: Engine,
+    config: IngressConfig,
+    *,
+    ingress_id: str,
+    num_ingress_replicas: Callable[[], int] = lambda: 1,
+    sees_clients: bool = True,
 ) -> FastAPI:
-    """The application. ingress_id goes out in a header, for experiments with routing."""
+    """The application. ingress_id goes out in a header, for experiments with routing. sees_clients: the address that a
+    request comes from is its client's."""
     admission = Admission(
         engine,
         config.tenants,
@@ -128,7 +139,7 @@ def create_app(
             431, f"the headers are larger than {config.max_header_bytes} bytes", "headers_too_large"
         ),
     )
-    authenticator = Authenticator(config.tenants)
+    authenticator = Authenticator(config.tenants, sees_clients=sees_clients)
     started = int(time.time())
 
     def tenant_of(request: Request) -> Tenant:
@@ -164,11 +175,8 @@ def create_app(
         headers = {"x-pensieve-replica": str(first.replica_rank), "x-pensieve-ingress": ingress_id}
         if not body.stream:
             return JSONResponse(answer_format.whole(first.delta), headers=headers)
-        return StreamingResponse(
-            _events(first, items, answer_format, include_usage=body.include_usage),
-            media_type="text/event-stream",
-            headers=headers | {"cache-control": "no-cache"},
-        )
+        events = _events(first, items, answer_format, include_usage=body.include_usage)
+        return EventStream(events, items.aclose, headers)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:

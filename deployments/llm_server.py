@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 # Serve writes this logger to the replica's own file, with the HTTP request id on each line.
 logger = logging.getLogger("ray.serve")
 
+# What the way of one message through Serve costs, about, in seconds of several processes' time. The streams of a replica
+# together send no more than one in that time: with many of them each has to bring more, or the engine would starve.
+MESSAGE_INTERVAL_S = 0.001
+
 
 def start_engine(config: EngineConfig) -> AsyncEngine:
     # Here and not above: what builds the application, and the ingress, need neither torch nor its 300 MB.
@@ -37,8 +41,8 @@ def start_engine(config: EngineConfig) -> AsyncEngine:
 class LLMServer:
     """One engine and its stream of answers.
 
-    stream_interval_s: the first token of an answer goes out at once, later ones at most this often; one Serve
-    message a token would cost more than the token.
+    stream_interval_s: the first token of an answer goes out at once, later ones at most this often, and less often with
+    many streams; one Serve message a token would cost more than the token.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class LLMServer:
         start_engine: Callable[[EngineConfig], AsyncEngine] = start_engine,
     ) -> None:
         self._stream_interval_s = stream_interval_s
+        self._num_speaking = 0
         self._engine = start_engine(config)
         self._metrics = EngineMetrics(self._engine.get_statistics)
         self._metrics.start()
@@ -71,11 +76,9 @@ class LLMServer:
             # aclosing: closed here, the engine has to hear of it now and not when garbage is collected.
             async with aclosing(deltas):
                 if request.stream:
-                    async for delta in deltas:
-                        yield DeltaItem(_for_travel(delta, request), rank)
-                        if delta.finish_reason is None:
-                            # Meanwhile the engine puts together what comes; see AsyncEngine.generate.
-                            await asyncio.sleep(self._stream_interval_s)
+                    async with aclosing(self._coalesced(deltas)) as coalesced:
+                        async for delta in coalesced:
+                            yield DeltaItem(_for_travel(delta, request), rank)
                 else:
                     whole = merge_deltas([delta async for delta in deltas])
                     yield DeltaItem(_for_travel(whole, request), rank)
@@ -85,6 +88,20 @@ class LLMServer:
             # Never the prompt: logs are read by more people than conversations are.
             logger.exception("request %s failed", request.request_id)
             yield ErrorItem(500, f"internal error while serving {request.request_id}", "server_error")
+
+    async def _coalesced(self, deltas: AsyncIterator[OutputDelta]) -> AsyncGenerator[OutputDelta, None]:
+        """Fewer and larger ones: in the pauses the engine puts together what comes; see AsyncEngine.generate."""
+        is_speaking = False
+        try:
+            async for delta in deltas:
+                if not is_speaking:
+                    is_speaking = True
+                    self._num_speaking += 1
+                yield delta
+                if delta.finish_reason is None:
+                    await asyncio.sleep(max(self._stream_interval_s, self._num_speaking * MESSAGE_INTERVAL_S))
+        finally:
+            self._num_speaking -= is_speaking
 
     async def describe(self) -> ModelCard:
         """Also the sign of life that readiness asks for. Raises EngineStoppedError where the engine is dead."""

@@ -19,6 +19,17 @@ def rank_replicas(session_id: str, ranks: Sequence[int]) -> list[int]:
     return sorted(range(len(ranks)), key=lambda index: _weight(session_id, ranks[index]), reverse=True)
 
 
+def routing_name(session_id: str, num_refusals: int) -> str:
+    """What the router is told of a session whose first `num_refusals` choices have refused the request."""
+    return f"{num_refusals}|{session_id}"
+
+
+def read_routing_name(name: str) -> tuple[str, int]:
+    """The session, and how many of its choices are to be passed over."""
+    num_refusals, _, session_id = name.partition("|")
+    return session_id, int(num_refusals)
+
+
 def choose_session_id(candidates: Sequence[str], loads: Mapping[int, int]) -> str:
     """Of ids that a new session may be given, the one whose home has the smallest load (by rank); the first of equals, and
     the first where no load is known. So a new session goes to the less loaded of two replicas, and everybody finds it there

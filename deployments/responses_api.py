@@ -8,17 +8,19 @@ the engine each know; keeps nothing itself but which turns run in this process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from deployments.admission import Admission
 from deployments.conversation_store import ConversationStore
+from deployments.event_stream import EventStream
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest
 from deployments.http_errors import error_response
 from deployments.openai_types import parse_request
@@ -123,8 +125,7 @@ class ResponsesApi:
         self._choose_session_id = choose_session_id
         self._retention_days = retention_days
         self._clock = clock
-        self._is_open = False
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[None] | None = None  # under way or done
         self._running: dict[str, _Turn] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -138,6 +139,8 @@ class ResponsesApi:
             turn.stop()
         for task in list(self._tasks):
             task.cancel()
+        if self._opening is not None:
+            self._opening.cancel()  # nothing where it is done
         if self._is_open:
             try:
                 await self._store.mark_interrupted(self._clock(), self._owner)
@@ -162,10 +165,12 @@ class ResponsesApi:
             return error_response(first)
         out_headers = {"x-pensieve-replica": str(first.replica_rank)}
         if body.stream:
-            events = self._events(turn, first, items)
-            return StreamingResponse(
-                events, media_type="text/event-stream", headers=out_headers | {"cache-control": "no-cache"}
-            )
+
+            async def end() -> None:
+                await items.aclose()
+                self._end(turn, ended=False)
+
+            return EventStream(self._events(turn, first, items), end, out_headers)
         ended = False
         try:
             async with aclosing(items):
@@ -272,7 +277,12 @@ class ResponsesApi:
                 instructions=body.instructions,
                 params=form.in_progress(),
             )
-            turn.session_key = (await store.begin_response(tenant.tenant_id, new, now)).session_key
+            begun = asyncio.create_task(store.begin_response(tenant.tenant_id, new, now))
+            try:
+                turn.session_key = (await asyncio.shield(begun)).session_key
+            except asyncio.CancelledError:
+                self._later(self._give_up_begun(turn, begun))
+                raise
             self._running[response_id] = turn
         if body.previous_response_id is not None or body.conversation_id is not None:
             try:
@@ -326,14 +336,13 @@ class ResponsesApi:
         queue: asyncio.Queue[GenerationItem | None] = asyncio.Queue()
 
         async def pump() -> None:
-            try:
-                async with aclosing(items):
-                    async for item in items:
-                        queue.put_nowait(item)
-            finally:
-                queue.put_nowait(None)
+            async with aclosing(items):
+                async for item in items:
+                    queue.put_nowait(item)
 
         turn.pump = asyncio.create_task(pump())
+        # Not from within: a task that is cancelled before its first step runs nothing.
+        turn.pump.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (item := await queue.get()) is not None:
                 yield item
@@ -346,7 +355,7 @@ class ResponsesApi:
 
     async def _events(
         self, turn: _Turn, first: DeltaItem, items: AsyncGenerator[GenerationItem, None]
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str, None]:
         """Server-sent events. The last one says completed only after the store has the answer."""
         stream = ResponseStream(turn.form)
         ended = False
@@ -426,41 +435,65 @@ class ResponsesApi:
         except PensieveError as error:
             logger.warning("response %s stays in progress until its lease is over: %s", turn.response_id, error.message)
 
+    async def _give_up_begun(self, turn: _Turn, begun: asyncio.Task[StoredResponse]) -> None:
+        """Whoever asked left while the turn was being recorded, and that comes to its end all the same."""
+        with contextlib.suppress(PensieveError):
+            await begun
+            await self._give_up(turn, None)
+
     def _end(self, turn: _Turn, ended: bool) -> None:
-        """The request is over; a turn that did not end is given up, after this."""
-        self._running.pop(turn.response_id, None)
-        if not ended:
+        """The request is over; a turn that did not end is given up, after this. May be called again."""
+        was_running = self._running.pop(turn.response_id, None) is not None
+        if was_running and not ended:
             self._later(self._give_up(turn, None))
 
     # -- the store -----------------------------------------------------------------------------------------------------
 
+    @property
+    def _is_open(self) -> bool:
+        return self._opening is not None and self._opening.done()
+
     async def _opened(self) -> ConversationStore:
-        if not self._is_open:
-            async with self._opening:
-                if not self._is_open:
-                    await self._store.open(self._clock())
-                    self._is_open = True
-                    self._later(self._keep_house())
+        """Opens it first where that is still to be done. Whoever comes meanwhile waits for the same attempt; the next one is
+        made for whoever comes after it failed."""
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+        await asyncio.shield(self._opening)
         return self._store
 
-    async def _keep_house(self) -> None:
-        """Renews the leases of the turns that run here, stops those that were cancelled elsewhere, forgets what is old."""
-        swept_s = 0.0
+    async def _open(self) -> None:
+        try:
+            await self._store.open(self._clock())
+        except BaseException:
+            self._opening = None
+            raise
+        self._later(self._repeat(self._renew_leases, RENEWAL_S))
+        if self._retention_days is not None:
+            self._later(self._repeat(self._forget_what_is_old, SWEEP_S))
+
+    async def _repeat(self, work: Callable[[], Awaitable[None]], period_s: float) -> None:
+        """In a task of its own for each kind of work: leases do not wait for a large clean-up."""
         while True:
-            await asyncio.sleep(RENEWAL_S)
-            now = self._clock()
             try:
-                running = list(self._running)
-                alive = await self._store.renew_leases(self._owner, now, LEASE_S, running)
-                for response_id in set(running) - alive:
-                    if response_id in self._running:
-                        self._running[response_id].stop()
-                if self._retention_days is not None and now - swept_s >= SWEEP_S:
-                    swept_s = now
-                    num_deleted = await self._store.delete_older_than(now - self._retention_days * DAY_S)
-                    logger.info("%d responses and conversations older than the retention were deleted", num_deleted)
+                await work()
             except StoreUnavailableError as error:
-                logger.warning("the leases of %d turns were not renewed: %s", len(running), error.message)
+                logger.warning("%s: %s", work.__name__, error.message)
+            except Exception:
+                logger.exception("%s", work.__name__)  # and again, after the pause
+            await asyncio.sleep(period_s)
+
+    async def _renew_leases(self) -> None:
+        """Also stops the turns that were cancelled elsewhere."""
+        running = list(self._running)
+        alive = await self._store.renew_leases(self._owner, self._clock(), LEASE_S, running)
+        for response_id in set(running) - alive:
+            if response_id in self._running:
+                self._running[response_id].stop()
+
+    async def _forget_what_is_old(self) -> None:
+        assert self._retention_days is not None
+        num_deleted = await self._store.delete_older_than(self._clock() - self._retention_days * DAY_S)
+        logger.info("%d responses and conversations older than the retention were deleted", num_deleted)
 
     def _later(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)

@@ -1,5 +1,5 @@
 """`pensieve-serve serve_config.yaml`: what `serve run` does, and what it does not: the file is checked first, SIGTERM and
-Ctrl-C drain, and --fast-path sets Serve's switches for speed before Ray starts.
+Ctrl-C drain, and Serve's switches for speed are set before Ray starts, more of them with --fast-path.
 
 Draining: no new requests; those that run end, within `graceful_shutdown_timeout_s`; then everything stops.
 """
@@ -12,24 +12,40 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from deployments.schema import check_serve_config
+import yaml
 
-# HAProxy as the HTTP proxy, replicas without an event loop of their own for user code. See docs/configuration.md.
+from deployments.schema import IMPORT_PATH, check_serve_config
+from deployments.tenants import API_KEY_VARIABLE, load_tenants
+from engine.errors import ConfigError
+
+DEFAULTS = {
+    # `serve run` may write a token to the user's home otherwise.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Requests go from process to process by gRPC, and each process has one event loop instead of three: this halves what the
+    # way of a request costs. On one machine, for which this command is, a process that dies closes its connections; a
+    # machine that vanishes does not, and gRPC would take minutes to notice.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}
+# HAProxy as the HTTP proxy, and all of Serve's own set. See docs/configuration.md.
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-# `serve run` may write a token to the user's home otherwise.
-DEFAULTS = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="pensieve-serve", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("config", help="a Serve config file, such as serve_config.yaml")
-    parser.add_argument("--fast-path", action="store_true", help="HAProxy in front, listening on all interfaces")
+    parser.add_argument("--fast-path", action="store_true", help="HAProxy in front; needs API keys")
     options = parser.parse_args(arguments)
     try:
         problems = check_serve_config(options.config)
-    except OSError as error:
+        if options.fast_path and not problems:
+            problems = list(_open_applications(options.config))
+    except (OSError, ConfigError) as error:
         problems = [str(error)]
     if problems:
         print("\n".join(problems), file=sys.stderr)
@@ -37,6 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in {**DEFAULTS, **(FAST_PATH if options.fast_path else {})}.items():
         os.environ.setdefault(name, value)
     return _run(options.config)
+
+
+def _open_applications(config: str) -> Iterator[str]:
+    """Behind HAProxy every client looks like this machine, so that an application without keys could serve nobody."""
+    for index, application in enumerate(yaml.safe_load(Path(config).read_text())["applications"]):
+        if application["import_path"] == IMPORT_PATH:
+            path = (application.get("args") or {}).get("tenants_file")
+            if not load_tenants(path, os.environ):
+                yield (
+                    f"applications[{index}]: --fast-path needs API keys, for HAProxy does not say who asks: set "
+                    f"args.tenants_file or {API_KEY_VARIABLE}"
+                )
 
 
 def _run(config: str) -> int:

@@ -31,17 +31,19 @@ class AppArgs(BaseModel):
 
     engine: options of EngineConfig. num_replicas: engine replicas; each holds the model and its own cache.
     num_cpus, num_gpus: what Ray sets aside for one of them (fractions are fine; CPUs are not enforced).
-    num_ingress_replicas, ingress_num_cpus: the HTTP side. max_ongoing_requests: requests in one engine
-    replica; further ones of its sessions go to the num_fallback_replicas next in their order.
-    max_queued_requests: how many may wait in one ingress replica when all are full; above that, 429. Serve
-    also counts those that are just being routed, so a small number refuses bursts.
+    num_ingress_replicas, ingress_num_cpus: the HTTP side. num_fallback_replicas: how many replicas, next in a session's
+    order, may take a request that its home refuses, because as many run and wait there as may (max_num_seqs and
+    max_num_queued_reqs of the engine). max_ongoing_requests: a lower limit for one engine replica, by Serve's count, which
+    knows no tenants; none = the engine's own. max_queued_requests: how many may wait in one ingress replica where that
+    limit is reached everywhere; above that, 429. Serve also counts those that are just being routed, so a small number
+    refuses bursts.
     max_body_bytes, max_header_bytes: of a request. request_timeout_s: how long an answer may take where the request says
     nothing (`timeout`); none = any time. tenants_file: API keys and limits, see deployments/tenants.py; without one, and
     without PENSIEVE_API_KEY in the environment, only this machine is served. store_url: where /v1/responses and
     /v1/conversations keep what was said, "postgresql://user@host/database", or "sqlite:///file" where all ingress replicas
     are on one machine; none = a file in the user's data folder. retention_days: how long it is kept, none = for ever.
-    stream_interval_s: least time between two chunks of one stream, seconds. graceful_shutdown_timeout_s: what running
-    requests get to end in when a replica is stopped, seconds.
+    stream_interval_s: least time between two chunks of one stream, seconds, more with many streams.
+    graceful_shutdown_timeout_s: what running requests get to end in when a replica is stopped, seconds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,7 +54,7 @@ class AppArgs(BaseModel):
     num_gpus: float = Field(default=0.0, ge=0)
     num_ingress_replicas: int = Field(default=1, ge=1)
     ingress_num_cpus: float = Field(default=0.25, ge=0)
-    max_ongoing_requests: int = Field(default=128, ge=1)
+    max_ongoing_requests: int | None = Field(default=None, ge=1)
     num_fallback_replicas: int = Field(default=1, ge=0)
     max_queued_requests: int = Field(default=256, ge=1)
     max_body_bytes: int = Field(default=4 * 2**20, ge=1)

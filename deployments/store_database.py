@@ -144,10 +144,11 @@ class Database:
         )
 
     def _create_engine(self, timeout_s: float) -> AsyncEngine:
+        """timeout_s: of a statement. Who cannot be connected to is never waited for longer than everyday work may take."""
         # hide_parameters: errors are logged, and parameters are what users said.
         if self._path is None:
             options = {
-                "timeout": timeout_s,
+                "timeout": self._timeout_s,
                 "command_timeout": timeout_s,
                 # A process that hangs in the middle of a transaction must not hold its locks for ever.
                 "server_settings": {

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from engine.errors import ConfigError, RequestError
 from engine.tenant import LOCAL_TENANT, Tenant
@@ -58,6 +58,13 @@ class TenantConfig(BaseModel):
     weight: float = Field(default=1.0, gt=0, le=1000)
     max_concurrent_requests: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
+
+    @field_validator("api_keys_sha256")
+    @classmethod
+    def _check_not_empty(cls, hashes: tuple[str, ...]) -> tuple[str, ...]:
+        if hash_key("") in hashes:  # of a variable that was not set: everybody would have that key
+            raise ValueError("one of them is the hash of nothing; hash the key itself")
+        return hashes
 
     @property
     def tenant(self) -> Tenant:
@@ -110,15 +117,22 @@ def hash_key(key: str) -> str:
 
 
 class Authenticator:
-    """From the Authorization header to the tenant. Without tenants, everybody on this machine is the local one."""
+    """From the Authorization header to the tenant. Without tenants, everybody on this machine is the local one; where it
+    cannot be seen who is (sees_clients), nobody."""
 
-    def __init__(self, tenants: Sequence[TenantConfig]) -> None:
+    def __init__(self, tenants: Sequence[TenantConfig], *, sees_clients: bool = True) -> None:
         self.is_open = not tenants
+        self._sees_clients = sees_clients
         self._tenants = tuple((key_hash, tenant.tenant) for tenant in tenants for key_hash in tenant.api_keys_sha256)
 
     def authenticate(self, authorization: str | None, client_host: str | None) -> Tenant:
         """Raises AuthenticationError, or RemoteWithoutKeysError."""
         if self.is_open:
+            if not self._sees_clients:
+                raise RemoteWithoutKeysError(
+                    "no API keys are configured, and behind HAProxy every client looks like this machine; set tenants_file "
+                    f"or {API_KEY_VARIABLE}, see deployments/tenants.py"
+                )
             if client_host is not None and not client_host.startswith(LOOPBACK):
                 raise RemoteWithoutKeysError(
                     "no API keys are configured, so only this machine is served; set tenants_file, see deployments/tenants.py"

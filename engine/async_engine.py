@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 # Steps in a row that may fail before the engine says that it is broken: one may be the request's fault.
 MAX_FAILURES_IN_A_ROW = 3
+# After so long in one step the engine says that it hangs, in seconds. No step is that slow, not even one that compiles.
+MAX_STEP_S = 300.0
 # Least time between two log lines with the statistics, in seconds.
 LOG_INTERVAL_S = 10.0
 # Characters that are tokenised in the event loop itself, about a millisecond's worth.
@@ -106,6 +108,7 @@ class AsyncEngine:
         self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
         self._num_failures = 0
         self._logged_s = time.monotonic()
+        self._step_start_s: float | None = None  # None while there is nothing to do
         self._is_stopping = False
         self._is_shut_down = False
         self._fatal: BaseException | None = None
@@ -208,6 +211,9 @@ class AsyncEngine:
             raise EngineStoppedError(f"the last {self._num_failures} steps failed; see the log")
         if self._is_stopping:
             raise EngineStoppedError("the engine is shut down")
+        start_s = self._step_start_s
+        if start_s is not None and time.monotonic() - start_s > MAX_STEP_S:
+            raise EngineStoppedError(f"the engine hangs: its last step began more than {MAX_STEP_S:g} seconds ago")
 
     async def check_integrity(self) -> None:
         """Raises AssertionError where the books of the cache do not balance; runs between two steps."""
@@ -258,11 +264,13 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while not self._is_stopping:
+                self._step_start_s = time.monotonic()
                 self._run_commands(wait=False)
                 plan = self._core.schedule(time.monotonic())
                 if plan is None:
                     self._outputs.deliver()
                     if not self._is_stopping:  # a shutdown's wake-up call may have been taken already
+                        self._step_start_s = None
                         self._run_commands(wait=True)
                 elif self._is_overlapped:
                     future = self._executor.submit(plan)

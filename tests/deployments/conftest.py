@@ -20,12 +20,32 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from deployments import metrics
 from deployments.generation import DeltaItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.ingress import IngressConfig, create_app
 from engine.errors import EngineStoppedError
 from engine.output import OutputDelta
 
 MAX_BODY_BYTES = 4096
+
+
+class NoMetric:
+    """Takes what a metric takes, and forgets it."""
+
+    def inc(self, value: float, tags: dict[str, str]) -> None: ...
+
+    def set(self, value: float, tags: dict[str, str]) -> None: ...
+
+    def observe(self, value: float) -> None: ...
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_metrics_of_the_tests_own_process() -> Iterator[None]:
+    """Ray keeps a process's metrics and exports them from whichever cluster the process starts next: an engine replica made
+    here would be seen among those of a real application."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "make_metric", lambda definition: NoMetric())
+        yield
 
 
 class ScriptedEngine:

@@ -16,7 +16,7 @@ from deployments.engine_client import EngineClient
 from deployments.generation import DeltaItem, ErrorItem, GenerationRequest, ModelCard
 from deployments.rendezvous import rank_replicas
 from engine.core.request import SamplingParams
-from engine.errors import EngineStoppedError
+from engine.errors import EngineStoppedError, OverloadedError
 from engine.output import OutputDelta
 from engine.prompt import AnswerBeginning, TextPrompt
 
@@ -80,25 +80,16 @@ class FakeHandle:
 async def test_routes_by_session_and_passes_items_on() -> None:
     handle = FakeHandle()
     assert [item async for item in EngineClient(handle).generate(REQUEST)] == [ITEM]
-    assert handle.option_calls == [{"stream": True, "session_id": "session-1"}]
+    assert handle.option_calls == [{"stream": True, "session_id": "0|session-1"}]
     assert handle.num_cancelled == 0
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "code", "retry_after_s"),
-    [
-        (BackPressureError(5, 5, 429, 2.0), 429, "overloaded", 2.0),
-        (RayServeException("odd"), 500, None, None),
-    ],
-)
-async def test_what_ray_raises_becomes_an_item(
-    error: Exception, status: int, code: str | None, retry_after_s: float | None
-) -> None:
-    handle = FakeHandle(error)
+async def test_what_ray_raises_becomes_an_item() -> None:
+    handle = FakeHandle(RayServeException("odd"))
     first, last = [item async for item in EngineClient(handle).generate(REQUEST)]
     assert first == ITEM
     assert isinstance(last, ErrorItem)
-    assert (last.status, last.code, last.retry_after_s) == (status, code, retry_after_s)
+    assert (last.status, last.code, last.retry_after_s) == (500, None, None)
     assert handle.num_cancelled == 0  # it is over already
 
 
@@ -225,7 +216,7 @@ async def test_another_replica_goes_on_where_the_first_was_lost(cut: int, error:
     assert second.request_id != first.request_id
     expected = AnswerBeginning(tuple(range(cut)), cut) if cut else None
     assert second == replace(REQUEST, request_id=second.request_id, beginning=expected)
-    assert {tuple(call.items()) for call in handle.option_calls} == {(("stream", True), ("session_id", "session-1"))}
+    assert {tuple(call.items()) for call in handle.option_calls} == {(("stream", True), ("session_id", "0|session-1"))}
 
 
 async def test_as_often_as_it_gets_on() -> None:
@@ -262,6 +253,43 @@ async def test_all_attempts_sample_with_one_seed() -> None:
     assert None not in seeds
     await answer(handle, REQUEST)
     assert handle.requests[-1].sampling.seed is None
+
+
+# -- full replicas -----------------------------------------------------------------------------------------------------
+
+FULL = ErrorItem.from_error(OverloadedError("full"))
+
+
+def asked(handle: FakeReplicas) -> list[str]:
+    return [call["session_id"] for call in handle.option_calls]
+
+
+async def test_the_next_choice_is_asked_where_the_home_is_full() -> None:
+    handle = FakeReplicas([0], [FULL])
+    text, items = await answer(handle)
+    assert (text, len(items)) == ("abcdef", 6)
+    assert asked(handle) == ["0|session-1", "1|session-1"]
+    assert len({request.request_id for request in handle.requests}) == 2
+
+
+@pytest.mark.parametrize(
+    ("full", "retry_after_s"), [(FULL, 1.0), (BackPressureError(5, 5, 429, 2.0), 2.0)], ids=["engine", "serve"]
+)
+@pytest.mark.parametrize("num_fallbacks", [0, 1, 2])
+async def test_no_more_are_asked_than_may_be(
+    num_fallbacks: int, full: ErrorItem | Exception, retry_after_s: float
+) -> None:
+    handle = FakeReplicas([0] * 9, [full] * 9)
+    items = [item async for item in EngineClient(handle, num_fallbacks).generate(REQUEST)]
+    assert [(item.status, item.code, item.retry_after_s) for item in items] == [(429, "overloaded", retry_after_s)]
+    assert asked(handle) == [f"{number}|session-1" for number in range(1 + num_fallbacks)]
+
+
+async def test_a_replica_lost_after_a_spill_is_resumed_where_the_spill_went() -> None:
+    handle = FakeReplicas([0, 3], [FULL, ActorDiedError()])
+    text, _ = await answer(handle)
+    assert text == "abcdef"
+    assert asked(handle) == ["0|session-1", "1|session-1", "1|session-1"]
 
 
 async def test_deployment_that_failed_to_start() -> None:

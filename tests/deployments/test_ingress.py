@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from deployments.generation import DeltaItem, ErrorItem
@@ -236,9 +237,12 @@ async def test_liveness_readiness_version(client: httpx.AsyncClient, engine: Any
 
 
 class Connection:
-    """One POST of a client that may leave, as an ASGI server gives it to the application."""
+    """One POST of a client that may leave, as an ASGI server gives it to the application. refuses: whatever is sent to it is
+    an error, as where it has left."""
 
-    def __init__(self, app: FastAPI, body: dict[str, Any], spec_version: str) -> None:
+    def __init__(
+        self, app: FastAPI, body: dict[str, Any], spec_version: str, path: str = CHAT_URL, *, refuses: bool = False
+    ) -> None:
         self._incoming: asyncio.Queue[Message] = asyncio.Queue()
         self._incoming.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
         self.sent: asyncio.Queue[Message] = asyncio.Queue()
@@ -246,14 +250,52 @@ class Connection:
             "type": "http",
             "asgi": {"spec_version": spec_version},
             "method": "POST",
-            "path": CHAT_URL,
+            "path": path,
             "query_string": b"",
             "headers": [],
         }
-        self.task = asyncio.create_task(app(scope, self._incoming.get, self.sent.put))
+        self._refuses = refuses
+        self.task = asyncio.create_task(app(scope, self._incoming.get, self._take))
+
+    async def _take(self, message: Message) -> None:
+        if self._refuses:
+            await asyncio.sleep(0)
+            raise OSError("the connection is closed")
+        await self.sent.put(message)
 
     def leave(self) -> None:
         self._incoming.put_nowait({"type": "http.disconnect"})
+
+
+@pytest.mark.parametrize("path", [CHAT_URL, "/v1/responses"])
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+async def test_client_that_leaves_before_the_stream_begins_is_told_to_the_engine(
+    app: FastAPI, client: httpx.AsyncClient, engine: Any, spec_version: str, path: str
+) -> None:
+    """So early that no event is ever asked for, as ASGI servers of both kinds say it."""
+    engine.hangs, engine.items = True, engine.items[:2]
+    body = CHAT | {"stream": True}
+    conversation = None
+    if path != CHAT_URL:
+        conversation = (await client.post("/v1/conversations")).json()["id"]
+        body = {"model": "tiny", "input": "hi", "conversation": conversation, "stream": True}
+    connection = Connection(app, body, spec_version, path, refuses=True)
+    connection.leave()
+    try:
+        await connection.task
+    except (OSError, ClientDisconnect):
+        assert spec_version == "2.4"
+    async with asyncio.timeout(10):
+        while engine.num_running:
+            await asyncio.sleep(0.01)
+    assert engine.num_aborted == 1
+    if conversation is not None:  # is free for the next turn
+        engine.hangs, engine.items = False, [DeltaItem(OutputDelta("Hello", (1,), finish_reason="stop"), 2)]
+        async with asyncio.timeout(10):
+            while (await client.post(path, json=body | {"stream": False})).status_code == 409:
+                await asyncio.sleep(0.01)
+        items = (await client.get(f"/v1/conversations/{conversation}/items")).json()["data"]
+        assert [item["role"] for item in items] == ["assistant", "user"]
 
 
 async def test_client_that_leaves_in_mid_stream_is_told_to_the_engine(app: FastAPI, engine: Any) -> None:

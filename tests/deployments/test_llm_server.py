@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from ray import serve
 
+from deployments import llm_server
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.llm_server import LLMServer
 from deployments.session_router import RANK
@@ -165,6 +166,26 @@ async def test_stream_waits_between_deltas_but_not_before_the_first_or_after_the
         assert isinstance(item, DeltaItem)
         happened.append(item.delta.text)
     assert happened == ["0 ", "sleep 0.5", "1 ", "sleep 0.5", "2 "]
+
+
+async def test_the_more_streams_speak_the_longer_each_waits(server: LLMServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    delays: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted_sleep(delay: float) -> None:
+        if delay:
+            delays.append(round(delay / llm_server.MESSAGE_INTERVAL_S))
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", noted_sleep)
+    others = [server.generate(request(stream=True)) for _ in range(8)]
+    for items in others[:7]:
+        await anext(items)  # the eighth is waiting, and counts for nothing
+    await items_of(server, stream=True)
+    for items in others:
+        await items.aclose()
+    await items_of(server, stream=True)
+    assert delays == [8, 8, 1, 1]
 
 
 async def test_without_stream_one_item_says_all(server: LLMServer) -> None:

@@ -79,7 +79,6 @@ def urls() -> Iterator[tuple[str, str]]:
             serve.run(build(ARGS), name="pensieve", route_prefix="/")
             yield f"http://127.0.0.1:{http_port}", f"http://127.0.0.1:{metrics_port}/metrics"
         finally:
-            serve.shutdown()
             ray.shutdown()
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from deployments.rendezvous import choose_session_id, rank_replicas
+from deployments.rendezvous import choose_session_id, rank_replicas, read_routing_name, routing_name
 
 SESSIONS = [f"session-{i}" for i in range(3000)]
 
@@ -79,3 +79,9 @@ def test_two_choices_even_out_what_one_leaves_uneven() -> None:
         return max(loads.values()) / 500
 
     assert longest(2) < 1.01 < longest(1)
+
+
+@pytest.mark.parametrize("session_id", ["a", "", "1|b", "|", "conv_\u00e9\n2"])
+def test_a_name_for_the_router_tells_session_and_refusals(session_id: str) -> None:
+    for num_refusals in (0, 1, 12):
+        assert read_routing_name(routing_name(session_id, num_refusals)) == (session_id, num_refusals)

@@ -35,8 +35,8 @@ KEYS = {"a": "sk-a", "b": "sk-b"}
 class EngineHere:
     """An engine in this process, with the face of EngineClient. Can be told to fail, and to wait after the first item."""
 
-    def __init__(self) -> None:
-        options = {"num_threads": 1, "dtype": "float32", "num_gpu_blocks": 256, "max_model_len": 1024}
+    def __init__(self, **more: int) -> None:
+        options = {"num_threads": 1, "dtype": "float32", "num_gpu_blocks": 256, "max_model_len": 1024, **more}
         self.engine = AsyncEngine(EngineConfig.from_options(options))
         self.requests: list[GenerationRequest] = []
         self.error: ErrorItem | None = None
@@ -338,6 +338,42 @@ async def test_equal_prompts_of_two_tenants_share_nothing(engine: EngineHere, ur
 # -- what goes wrong ---------------------------------------------------------------------------------------------------
 
 
+async def test_a_flood_of_one_tenant_makes_room_for_another(url: str) -> None:
+    tenants = tuple(TenantConfig(id=name, api_keys_sha256=(hash_key(key),)) for name, key in KEYS.items())
+    here = EngineHere(max_num_seqs=2, max_num_queued_reqs=2)
+    ended: list[tuple[str, int]] = []
+    async with served(here, url, tenants=tenants) as http:
+
+        async def ask_as(name: str, max_tokens: int) -> None:
+            body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+            headers = {"authorization": f"Bearer {KEYS[name]}"}
+            answer = await http.post("/v1/chat/completions", json=body | {"max_tokens": max_tokens}, headers=headers)
+            ended.append((name, answer.status_code))
+
+        async def are(num_running: int, num_waiting: int) -> None:
+            async def is_so() -> bool:
+                statistics = here.engine.get_statistics()
+                return (statistics["num_requests_running"], statistics["num_requests_waiting"]) == (
+                    num_running,
+                    num_waiting,
+                )
+
+            await until(is_so)
+
+        flood = [asyncio.create_task(ask_as("a", 900)) for _ in range(2)]
+        await are(2, 0)
+        flood += [asyncio.create_task(ask_as("a", 900)) for _ in range(10)]
+        await are(2, 2)
+        await ask_as("b", 2)
+        assert ended[-1] == ("b", 200)
+        await asyncio.gather(*flood)
+    # Eight came too late, one had to make room; and of the three that were left two had begun before the other tenant came.
+    assert ended.count(("a", 429)) == 9
+    assert ended.index(("b", 200)) < len(ended) - 1
+    assert ended[-1] == ("a", 200)
+    await here.engine.shutdown()
+
+
 async def until(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(30):
         while not await condition():
@@ -457,6 +493,40 @@ async def test_a_turn_that_is_given_up_is_marked_and_ends_in_the_engine(
     assert "Mia" in answer.output_text
 
 
+async def test_a_client_that_leaves_while_its_turn_is_being_recorded(
+    client: AsyncOpenAI, app: FastAPI, engine: EngineHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded, go = asyncio.Event(), asyncio.Event()
+    begin = ConversationStore.begin_response
+
+    async def begin_response(self: ConversationStore, *args: Any) -> Any:
+        response = await begin(self, *args)
+        recorded.set()
+        await go.wait()
+        return response
+
+    monkeypatch.setattr(responses_api, "LEASE_S", 3600.0)
+    conversation = await client.conversations.create()
+    monkeypatch.setattr(ConversationStore, "begin_response", begin_response)
+    streaming = Streaming(app, {"input": TURNS[0], "conversation": conversation.id})
+    await recorded.wait()
+    streaming.task.cancel()  # what Serve does then
+    with pytest.raises(asyncio.CancelledError):
+        await streaming.task
+    monkeypatch.undo()
+    with pytest.raises(openai.ConflictError) as caught:
+        await ask(client, TURNS[0], conversation=conversation.id)
+    go.set()
+    response_id = str(caught.value).split("'resp_")[1].split("'")[0]
+
+    async def is_marked() -> bool:
+        return (await client.responses.retrieve(f"resp_{response_id}")).status == "incomplete"
+
+    await until(is_marked)  # and not when its lease is over
+    assert engine.requests == []
+    assert (await ask(client, TURNS[0], conversation=conversation.id)).status == "completed"
+
+
 @pytest.mark.parametrize("num_items", [0, 1, 3])
 async def test_an_engine_that_fails_fails_the_turn(
     client: AsyncOpenAI, app: FastAPI, engine: EngineHere, num_items: int
@@ -553,6 +623,58 @@ async def test_without_its_store_the_server_says_so_and_recovers(
         os.rename(path, tmp_path / path.name)
     assert (await http.get("/ready")).status_code == 200
     assert "Mia" in (await ask(client, TURNS[2], previous_response_id=root.id)).output_text
+
+
+async def test_many_who_find_no_store_wait_for_one_attempt(engine: EngineHere) -> None:
+    """Each attempt may take seconds: one after the other, the last of many would wait for minutes."""
+    num_connections, give_up = 0, asyncio.Event()
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal num_connections
+        num_connections += 1
+        await give_up.wait()
+        writer.close()
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with served(engine, f"postgresql://user@127.0.0.1:{port}/x") as http:
+            requests = [asyncio.create_task(http.post("/v1/conversations")) for _ in range(20)]
+
+            async def is_tried() -> bool:
+                return num_connections > 0
+
+            await until(is_tried)
+            give_up.set()
+            answers = await asyncio.gather(*requests)
+            assert {answer.json()["error"]["code"] for answer in answers} == {"store_unavailable"}
+            num_first = num_connections
+            assert num_first < 4  # with TLS and without
+            assert (await http.post("/v1/conversations")).status_code == 503  # and whoever comes later tries again
+            assert num_connections > num_first
+
+
+async def test_leases_are_renewed_whatever_happened_to_the_last_renewal(
+    client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_calls = 0
+    renew = ConversationStore.renew_leases
+
+    async def renew_leases(self: ConversationStore, *args: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise RuntimeError("a defect")
+        return await renew(self, *args)
+
+    monkeypatch.setattr(responses_api, "RENEWAL_S", 0.01)
+    monkeypatch.setattr(ConversationStore, "renew_leases", renew_leases)
+    await client.conversations.create()
+
+    async def goes_on() -> bool:
+        return num_calls > 3
+
+    await until(goes_on)
+    assert "a defect" in caplog.text
 
 
 # -- another client ----------------------------------------------------------------------------------------------------

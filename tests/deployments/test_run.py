@@ -1,4 +1,4 @@
-"""pensieve-serve as an operator uses it: a bad file is refused, SIGTERM drains."""
+"""pensieve-serve as an operator uses it: a bad file is refused, signals drain."""
 
 from __future__ import annotations
 
@@ -32,6 +32,19 @@ def test_a_bad_file_is_refused_before_anything_starts(tmp_path: Path, capsys: py
     assert "max_ongoing_request" in printed
     assert run.main([str(tmp_path / "nothing.yaml")]) == 2
     assert "nothing.yaml" in capsys.readouterr().err
+
+
+def test_the_fast_path_needs_keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(run, "_run", lambda config: started.append(config) or 0)
+    for name in run.FAST_PATH:  # to be put back
+        monkeypatch.setenv(name, "0")
+    monkeypatch.delenv("PENSIEVE_API_KEY", raising=False)
+    assert run.main(["--fast-path", str(CONFIG)]) == 2
+    assert "PENSIEVE_API_KEY" in capsys.readouterr().err
+    monkeypatch.setenv("PENSIEVE_API_KEY", "sk-a")
+    assert run.main(["--fast-path", str(CONFIG)]) == 0
+    assert started == [str(CONFIG)]
 
 
 @pytest.fixture
@@ -69,7 +82,10 @@ async def server(tmp_path: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes],
 
 @pytest.mark.ray
 @pytest.mark.slow
-async def test_sigterm_lets_running_requests_end(server: tuple[subprocess.Popen[bytes], str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+async def test_a_signal_lets_running_requests_end(
+    server: tuple[subprocess.Popen[bytes], str], number: signal.Signals
+) -> None:
     process, url = server
     body = {"model": EMBEDDED_MODEL_NAME, "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
@@ -79,7 +95,7 @@ async def test_sigterm_lets_running_requests_end(server: tuple[subprocess.Popen[
             lines = response.aiter_lines()
             for _ in range(10):
                 await anext(lines)
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             rest = [line async for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in rest[-2]

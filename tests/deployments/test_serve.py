@@ -9,6 +9,7 @@ import contextlib
 import json
 import random
 import socket
+import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,6 +24,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.app import build
+from deployments.rendezvous import rank_replicas
+from deployments.run import DEFAULTS
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 from engine.embedded_model.dialogues import generate_dialogue
@@ -30,17 +33,22 @@ from engine.embedded_model.dialogues import generate_dialogue
 pytestmark = pytest.mark.ray
 
 APP = "pensieve"
-MAX_ONGOING_REQUESTS = 16
-MAX_QUEUED_REQUESTS = 16
+MAX_NUM_SEQS = 16
+MAX_NUM_QUEUED_REQS = 16
 ARGS = AppArgs(
     # A GPU tier for hardly more than one full window: what is said here has to survive in the CPU tier.
-    engine={"model": "embedded", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 160},
+    engine={
+        "model": "embedded",
+        "dtype": "float32",
+        "num_threads": 1,
+        "num_gpu_blocks": 160,
+        "max_num_seqs": MAX_NUM_SEQS,
+        "max_num_queued_reqs": MAX_NUM_QUEUED_REQS,
+    },
     num_replicas=3,
     num_cpus=0.5,
     num_ingress_replicas=2,
     ingress_num_cpus=0.25,
-    max_ongoing_requests=MAX_ONGOING_REQUESTS,
-    max_queued_requests=MAX_QUEUED_REQUESTS,
     num_fallback_replicas=1,
     graceful_shutdown_timeout_s=5,
 )
@@ -55,20 +63,24 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def base_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    store_url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'conversations.db'}"
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of the conversation store."""
+    return tmp_path_factory.mktemp("store") / "conversations.db"
+
+
+@pytest.fixture(scope="module")
+def base_url(store: Path) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for name, value in DEFAULTS.items():  # as pensieve-serve does; test_restart and test_routing have Ray's own
+            patch.setenv(name, value)
         # Two Serve instances on one port share its connections silently.
         port = free_port()
         ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(build(ARGS.model_copy(update={"store_url": store_url})), name=APP, route_prefix="/")
+            serve.run(build(ARGS.model_copy(update={"store_url": f"sqlite:///{store}"})), name=APP, route_prefix="/")
             yield f"http://127.0.0.1:{port}"
         finally:
-            serve.shutdown()
             ray.shutdown()
 
 
@@ -388,7 +400,7 @@ async def test_client_that_leaves_frees_what_its_request_held(
 
 
 async def test_a_thousand_clients_that_leave_leave_nothing_behind(
-    base_url: str, http: httpx.AsyncClient, engines: DeploymentHandle
+    base_url: str, http: httpx.AsyncClient, engines: DeploymentHandle, store: Path
 ) -> None:
     """At every moment of a request: on its way in, while it waits, in its prompt, in its answer; streams and not, chats and
     responses, in a few sessions, so that replicas are busy when they come."""
@@ -412,14 +424,22 @@ async def test_a_thousand_clients_that_leave_leave_nothing_behind(
     await until(lambda: is_idle(engines))
     await ask_all(engines, "check_integrity")
 
+    async def is_marked() -> bool:
+        """No ingress holds a turn that nobody waits for: it would renew the turn's lease for ever."""
+        with contextlib.closing(sqlite3.connect(store)) as database:
+            num_turns = dict(database.execute("SELECT status, count(*) FROM responses GROUP BY status"))
+        assert num_turns["incomplete"] > 20
+        return "in_progress" not in num_turns
+
+    await until(is_marked)
+
     # Every place is free again: as many as fit the home and its fallback at once, and nobody is refused.
     async def follow() -> int:
         body = chat("hello", max_tokens=20, ignore_eos=True)
         return (await http.post("/v1/chat/completions", json=body, headers={"x-session-id": "after"})).status_code
 
-    assert (
-        await asyncio.gather(*(follow() for _ in range(2 * MAX_ONGOING_REQUESTS))) == [200] * 2 * MAX_ONGOING_REQUESTS
-    )
+    num_places = 2 * MAX_NUM_QUEUED_REQS
+    assert await asyncio.gather(*(follow() for _ in range(num_places))) == [200] * num_places
 
 
 class Follower:
@@ -431,6 +451,7 @@ class Follower:
         self._max_tokens = max_tokens
         self._started = asyncio.Event()
         self.replica = ""
+        self.refusal: httpx.Response | None = None
         self.last_line = ""
         self.text = ""
         self.task = asyncio.create_task(self._follow())
@@ -439,7 +460,10 @@ class Follower:
         body = chat(max_tokens=self._max_tokens, ignore_eos=True, stream=True, seed=5)
         headers = {"x-session-id": self._session_id}
         async with self._http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
-            assert response.status_code == 200, await response.aread()
+            if response.status_code != 200:
+                await response.aread()
+                self.refusal = response
+                return
             self.replica = response.headers["x-pensieve-replica"]
             async for line in response.aiter_lines():
                 self.last_line = line or self.last_line
@@ -453,36 +477,44 @@ class Follower:
         await asyncio.wait([self.task, waiting], return_when=asyncio.FIRST_COMPLETED)
         if self.task.done():
             self.task.result()
+        assert self.refusal is None, self.refusal.text
         return self.replica
 
 
 async def test_a_full_replica_spills_to_one_other_and_then_requests_are_refused(
     http: httpx.AsyncClient, engines: DeploymentHandle
 ) -> None:
-    followers: list[Follower] = []
-    used: list[str] = []
-    for _ in range(2 * MAX_ONGOING_REQUESTS):
-        followers.append(Follower(http, "crowd", max_tokens=3500))
-        used.append(await followers[-1].started())
-    assert len(set(used[:MAX_ONGOING_REQUESTS])) == len(set(used[MAX_ONGOING_REQUESTS:])) == 1
-    assert len(set(used)) == 2
+    """One session with far more requests than its home and one other can hold; a session of the third replica does not
+    notice."""
+    home, fallback, third = rank_replicas("crowd", [0, 1, 2])
+    crowd = [Follower(http, "crowd", max_tokens=3500) for _ in range(3 * (MAX_NUM_SEQS + MAX_NUM_QUEUED_REQS))]
+    num_places = 2 * (MAX_NUM_SEQS + MAX_NUM_QUEUED_REQS)
 
-    async def more() -> httpx.Response:
-        body, headers = chat(max_tokens=2), {"x-session-id": "crowd"}
-        return await http.post("/v1/chat/completions", json=body, headers=headers)
+    def refused() -> list[httpx.Response]:
+        return [follower.refusal for follower in crowd if follower.refusal is not None]
 
-    crowd = [asyncio.create_task(more()) for _ in range(4 * MAX_QUEUED_REQUESTS)]
-    await asyncio.wait(crowd, return_when=asyncio.FIRST_COMPLETED)
-    for follower in followers:
+    def used() -> set[str]:
+        return {follower.replica for follower in crowd if follower.replica}
+
+    async def are_both_full() -> bool:
+        return len(refused()) >= len(crowd) - num_places and len(used()) >= 2
+
+    await until(are_both_full)
+    quiet = next(name for name in map(str, range(100)) if rank_replicas(name, [0, 1, 2])[0] == third)
+    answer = await http.post("/v1/chat/completions", json=chat(max_tokens=2), headers={"x-session-id": quiet})
+    assert (answer.status_code, answer.headers["x-pensieve-replica"]) == (200, str(third))
+    for response in refused():
+        assert response.status_code == 429
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"]["code"] == "overloaded"
+    assert used() == {str(home), str(fallback)}
+
+    for follower in crowd:
         follower.task.cancel()
-    await asyncio.gather(*(follower.task for follower in followers), return_exceptions=True)
-    responses = await asyncio.gather(*crowd)
-    assert {response.status_code for response in responses} == {200, 429}
-    for response in responses:
-        if response.status_code == 429:
-            assert int(response.headers["retry-after"]) >= 1
-            assert response.json()["error"]["code"] == "overloaded"
+    await asyncio.gather(*(follower.task for follower in crowd), return_exceptions=True)
     await until(lambda: is_idle(engines))
+    again = await http.post("/v1/chat/completions", json=chat(max_tokens=2), headers={"x-session-id": "crowd"})
+    assert again.headers["x-pensieve-replica"] == str(home)
     await ask_all(engines, "check_integrity")
 
 

@@ -84,6 +84,13 @@ def test_without_keys_only_this_machine_is_served() -> None:
             authenticator.authenticate(None, host)
 
 
+def test_where_clients_cannot_be_told_apart_keys_are_needed(tenants_file: Path) -> None:
+    with pytest.raises(RemoteWithoutKeysError, match="HAProxy"):
+        Authenticator((), sees_clients=False).authenticate(None, "127.0.0.1")
+    authenticator = Authenticator(load_tenants(str(tenants_file), {}), sees_clients=False)
+    assert authenticator.authenticate(f"Bearer {KEY_A}", "127.0.0.1") == Tenant("a", 2.0)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -101,6 +108,7 @@ def test_without_keys_only_this_machine_is_served() -> None:
             "tenants: [{id: a, api_keys_sha256: ['" + "0" * 64 + "']}, {id: a, api_keys_sha256: ['" + "1" * 64 + "']}]",
             "tenant id twice",
         ),
+        (f"tenants: [{{id: a, api_keys_sha256: [{hash_key('')}]}}]", "the hash of nothing"),
         ("tenants: [", "cannot be read"),
         ("[]", "valid dictionary"),
     ],

@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
+from engine import async_engine
 from engine.async_engine import MAX_FAILURES_IN_A_ROW, AsyncEngine
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan, StepResult
@@ -554,6 +555,23 @@ async def test_failures_in_a_row_make_the_engine_unhealthy_and_one_success_reset
         engine.check_health()
     with pytest.raises(EngineStoppedError):
         await ask(engine, CAT)
+
+
+async def test_a_step_that_never_ends_makes_the_engine_unhealthy(engine, monkeypatch):
+    executor(engine).go.clear()
+    asking = asyncio.create_task(ask(engine, CAT))
+    await asyncio.to_thread(executor(engine).in_step.wait, 60)
+    engine.check_health()
+    monkeypatch.setattr(async_engine, "MAX_STEP_S", 0.0)
+    with pytest.raises(EngineStoppedError, match="hangs"):
+        engine.check_health()
+    executor(engine).go.set()
+    monkeypatch.undo()
+    assert (await asking).text
+    while engine._step_start_s is not None:  # it does the last of its work
+        await asyncio.sleep(0.01)
+    monkeypatch.setattr(async_engine, "MAX_STEP_S", 0.0)
+    engine.check_health()  # with nothing to do, nothing hangs
 
 
 async def test_shutdown_ends_running_and_waiting_requests(make_engine):
