@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.distributed import DistributedConfig
 
 from engine.attention.interface import ATTENTION_NAME, ShapeProbe, attention_handled_by
 from engine.attention.metadata import LayerShape
@@ -21,6 +22,8 @@ from engine.config import EngineConfig
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
+from engine.executor.process_group import ProcessGroup
+from engine.executor.sharding import localize, make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ REFUSED_LAYER_TYPES = ("chunked_attention", "linear_attention", "mamba", "recurr
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to run. layers: KV shape of each attention call of a forward, in order. num_attention_heads: query
-    heads of the first one. max_model_len: the window by its config."""
+    heads of the first one. num_parameters: of the whole model, num_weight_bytes: of this rank's. max_model_len: the window by its config."""
 
     model: Any
     device: torch.device
@@ -42,6 +45,7 @@ class LoadedModel:
     layers: tuple[LayerShape, ...]
     num_attention_heads: int
     num_parameters: int
+    num_weight_bytes: int
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
@@ -73,11 +77,12 @@ def choose_device(option: str) -> torch.device:
     return device
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
+def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> LoadedModel:
     """Load, check, and put in place. Weights go straight to the device, one file at a time, into a model that was built
-    empty: peak memory stays near the size of the weights. Raises ModelLoadError or UnsupportedModelError."""
+    empty: peak memory stays near the size of the weights. group: whose shard of it this rank loads; None = all of it. Raises
+    ModelLoadError or UnsupportedModelError."""
     location = model_location(config.model)
-    device = choose_device(config.device)
+    device = choose_device(config.device) if group is None else group.device
     if not sys.stderr.isatty():  # a progress bar in a log file is noise
         transformers.utils.logging.disable_progress_bar()
     try:
@@ -87,10 +92,15 @@ def load_model(config: EngineConfig) -> LoadedModel:
     text_config = hf_config.get_text_config()
     _refuse_unsupported(config.model, text_config, config.max_model_len)
     dtype = _choose_dtype(config.dtype, text_config, device)
+    plan = {} if group is None else make_plan(config.model, hf_config, group.size)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, device_map={"": device}, attn_implementation="eager", output_loading_info=True
-        )
+        options = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}
+        if group is None:
+            model, report = AutoModelForCausalLM.from_pretrained(location, device_map={"": device}, **options)
+        else:
+            with group.environment():
+                shards = DistributedConfig(tp_size=group.size, tp_plan=plan)
+                model, report = AutoModelForCausalLM.from_pretrained(location, distributed_config=shards, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _load_error(config.model, error) from error
     if report["missing_keys"]:  # transformers would go on with random ones
@@ -100,11 +110,16 @@ def load_model(config: EngineConfig) -> LoadedModel:
             param="model",
         )
     model.eval()
-    probe = _check_attention(config.model, model, text_config, dtype)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if group is not None:
+        localize(model, plan, group)
+    num_weight_bytes = sum(weights.numel() * weights.element_size() for weights in model.parameters())
+    probe = _check_attention(config.model, model, text_config, dtype)
     packing = choose_packing(dtype) if config.pack_weights and device.type == "cpu" else None
-    if packing is not None and not _pack(config.model, model, text_config, dtype, packing):
-        return load_model(replace(config, pack_weights=False))
+    if packing is not None:
+        is_packed = _pack(config.model, model, text_config, dtype, packing)
+        if not (is_packed if group is None else group.minimum(is_packed)):
+            return load_model(replace(config, pack_weights=False), group)
     return LoadedModel(
         model=model,
         device=device,
@@ -112,6 +127,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         layers=tuple(probe.layers),
         num_attention_heads=probe.num_heads[0],
         num_parameters=num_parameters,
+        num_weight_bytes=num_weight_bytes,
         vocab_size=text_config.vocab_size,
         max_model_len=_model_window(text_config),
         eos_token_ids=_eos_token_ids(location, text_config),

@@ -1,0 +1,239 @@
+"""The executor for a model that is sharded over several devices: rank 0, in this process, which tells its plans to the others.
+
+Who starts the others is a WorkerStarter's business: processes of this machine here, Ray actors in the deployments.
+
+    engine thread         executor's thread              "workers" thread
+    submit(plan) -------> plan and last tokens to all    heartbeats of all
+                          step of rank 0 (collectives)   one is lost: break, kill the workers, which ends
+           <-- result --  SwapsDone of all, if verified  the collectives of rank 0 as well
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch.distributed as dist
+
+import engine
+from engine.config import EngineConfig
+from engine.core.executor import SamplingFailedError
+from engine.core.plan import StepPlan, StepResult
+from engine.errors import EngineError, EngineStoppedError
+from engine.executor.local import LocalExecutor, available_cores
+from engine.executor.plan_channel import PlanSender
+from engine.executor.process_group import GroupMember, ProcessGroup
+
+logger = logging.getLogger(__name__)
+
+# Until all workers have connected: an interpreter starts and imports torch; where actors start, a machine may have to come.
+CONNECT_TIMEOUT_S = 300.0
+# A step that takes longer hangs.
+STEP_TIMEOUT_S = 300.0
+# How long the workers may take to free what they have when they are told to stop, or until they say why a step failed.
+LEAVE_TIMEOUT_S = 10.0
+BLAME_TIMEOUT_S = 2.0
+
+
+class WorkerStarter(Protocol):
+    """Starts ranks 1 to n-1, each with `run_worker(config, member)`.
+
+    host: how they reach rank 0's machine over the network; None where all are on it."""
+
+    host: str | None
+
+    def start(self, config: EngineConfig, members: Sequence[GroupMember]) -> None:
+        """Start them all; need not wait until they run. Called once."""
+        ...
+
+    def check(self) -> None:
+        """Raises EngineError where a worker has ended. Called while rank 0 waits for the workers to come."""
+        ...
+
+    def shutdown(self) -> None:
+        """End at once (kill) the workers that have not ended by themselves. From any thread; may be called again."""
+        ...
+
+
+class ProcessWorkers:
+    """Workers that are processes of this machine."""
+
+    host = None
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, config: EngineConfig, members: Sequence[GroupMember]) -> None:
+        folder = str(Path(engine.__file__).parents[1])
+        python_path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+        for member in members:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "engine.executor.worker"],
+                stdin=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": python_path},
+            )
+            self._processes.append(process)
+            assert process.stdin is not None
+            with process.stdin as stdin:
+                stdin.write(pickle.dumps((config, member)))
+
+    def check(self) -> None:
+        for rank, process in enumerate(self._processes, 1):
+            if process.poll() is not None:
+                raise EngineError(
+                    f"the process of rank {rank} ended at its start (status {process.returncode}); see its log"
+                )
+
+    def shutdown(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+
+
+class GroupExecutor(LocalExecutor):
+    """Rank 0. broken: done, with the error, once the group cannot compute any more, whatever rank is to blame; cancelled by
+    a regular shutdown. Its callbacks run in a thread of the group's."""
+
+    def __init__(self, config: EngineConfig, starter: WorkerStarter | None = None) -> None:
+        """starter: None = processes of this machine, which share its cores. Blocks until all ranks have loaded; raises what
+        any of them raised."""
+        self.broken: Future[EngineStoppedError] = Future()
+        self._outcome: Future[StepResult] = Future()
+        self._sampled: tuple[int, ...] = ()
+        self._group = None
+        self._verifies = config.verify_swaps
+        self._size = config.tensor_parallel_size
+        if starter is None:
+            starter = ProcessWorkers()
+            config = replace(config, num_threads=config.num_threads or max(1, available_cores() // self._size))
+        self._starter = starter
+        self._folder = tempfile.mkdtemp(prefix="pensieve-")
+        self._channel = PlanSender(
+            self._size,
+            host=starter.host,
+            path=f"{self._folder}/plans",
+            on_lost=lambda rank, why: self._break(rank, why),
+        )
+        try:
+            store = (
+                None if starter.host is None else dist.TCPStore(starter.host, 0, is_master=True, wait_for_workers=False)
+            )
+            rendezvous = f"file://{self._folder}/store" if store is None else f"tcp://{starter.host}:{store.port}"
+            members = [
+                GroupMember(rank, self._size, rendezvous, self._channel.address, self._channel.authkey)
+                for rank in range(self._size)
+            ]
+            starter.start(config, members[1:])
+            self._channel.accept(starter.check, CONNECT_TIMEOUT_S)
+            super().__init__(config, ProcessGroup(members[0], config.device, store))
+            self.placements = (self.placement, *self._channel.wait_until_ready())
+            self.check_health()
+        except BaseException as error:
+            blamed = self._find_blamed(error)
+            self._end()
+            if blamed is error:
+                raise
+            raise blamed from error
+        for placement in self.placements:
+            logger.info("%s", placement)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return self.submit(plan).result()
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """The result is there, as an error, even where the step hangs."""
+        outcome: Future[StepResult] = Future()
+        self._outcome = outcome
+        if self.broken.done():
+            _settle(outcome, self.broken.result())
+        else:
+            self._thread.submit(self._run, plan, outcome)
+        return outcome
+
+    def check_health(self) -> None:
+        """Raises EngineStoppedError, which names the rank, where the group is broken."""
+        if self.is_broken:
+            raise self.broken.result()
+
+    @property
+    def is_broken(self) -> bool:
+        return self.broken.done() and not self.broken.cancelled()
+
+    def shutdown(self) -> None:
+        """Frees the model and the KV stores of all ranks, after the step that runs."""
+        self._thread.shutdown(wait=not self.is_broken)  # a collective without its other ranks may not return
+        self.broken.cancel()
+        self._end()
+        if not self.is_broken:
+            super().shutdown()
+
+    def _run(self, plan: StepPlan, outcome: Future[StepResult]) -> None:
+        """A step, in the executor's thread."""
+        try:
+            self._channel.send(self._sampled, plan, STEP_TIMEOUT_S)
+            self._sampled = ()
+            result = super().execute(plan)
+            self._sampled = result.token_ids
+            if self._verifies and plan.swap_ins:
+                failed = {*result.failed_swap_ins, *self._channel.failed_swap_ins(plan.step_id)}
+                result = replace(result, failed_swap_ins=tuple(sorted(failed)))
+        except SamplingFailedError as error:
+            _settle(outcome, error)  # after the last collective: the ranks agree still
+        except BaseException as error:
+            _settle(outcome, self._find_blamed(error))
+        else:
+            self._channel.end_step()
+            with suppress(InvalidStateError):
+                outcome.set_result(result)
+
+    def _find_blamed(self, error: BaseException) -> BaseException:
+        """What broke the group, where rank 0 got `error`: another rank's failure shows here as a lost connection."""
+        try:
+            blamed: BaseException = self.broken.result(BLAME_TIMEOUT_S)
+        except TimeoutError:
+            self._break(0, repr(error))
+            blamed = error
+        failure = self._channel.failure
+        return failure.error if failure is not None and failure.error is not None else blamed
+
+    def _break(self, rank: int, why: str) -> None:
+        """From any thread: no step is computed from here on, and the workers end."""
+        error = EngineStoppedError(f"the tensor-parallel group is broken: rank {rank} of {self._size}: {why}")
+        try:
+            self.broken.set_result(error)
+        except InvalidStateError:
+            return  # it was broken before, or is shut down
+        logger.error("%s", error)
+        _settle(self._outcome, error)
+        self._starter.shutdown()  # ends what rank 0 waits for in a collective, too
+
+    def _end(self) -> None:
+        """Give back workers, connections, files."""
+        self._channel.close(0.0 if self.is_broken else LEAVE_TIMEOUT_S)
+        self._starter.shutdown()
+        if self._group is not None and not (self.is_broken and self._group.device.type == "cuda"):
+            self._group.close()  # of a broken group, NCCL would wait for the others
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _settle(outcome: Future[StepResult], error: BaseException) -> None:
+    """Where nobody else has, in another thread."""
+    with suppress(InvalidStateError):
+        outcome.set_exception(error)
+
+
+def make_executor(config: EngineConfig) -> LocalExecutor:
+    """For that many ranks as the config wants, all on this machine. Raises ModelLoadError or ConfigError."""
+    return LocalExecutor(config) if config.tensor_parallel_size == 1 else GroupExecutor(config)

@@ -1,0 +1,281 @@
+"""How plans go from rank 0 to the other ranks of a tensor-parallel group, and what comes back: that a worker lives, what it
+has, what went wrong. One connection per worker, over a Unix socket or TCP; knows no model.
+
+    rank 0 -> worker   (tokens that rank 0 sampled in the step before, StepPlan), or None to stop
+    worker -> rank 0   Beat every second; Ready once; SwapsDone where swaps are verified; Failure, its last word
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection, Listener, wait
+from typing import Any
+
+from engine.core.plan import StepPlan
+from engine.errors import EngineError, PensieveError
+from engine.executor.process_group import GroupMember
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+# Without a heartbeat for so long, a worker is stopped or its machine gone: one that computes beats too.
+LOST_AFTER_S = 10.0
+# A worker whose rank 0 is gone ends by itself within that, even in the middle of a collective.
+END_ALONE_AFTER_S = 10.0
+PROTOCOL = pickle.HIGHEST_PROTOCOL
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What one rank has, where: bytes of weights and of both tiers, and the device they are for."""
+
+    rank: int
+    host: str
+    pid: int
+    device: str
+    num_weight_bytes: int
+    num_gpu_tier_bytes: int
+    num_cpu_tier_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The worker lives. step_id: of the last step that it finished."""
+
+    step_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SwapsDone:
+    """GPU blocks to which a step's swap-ins brought something else than was swapped out on that rank."""
+
+    step_id: int
+    failed_swap_ins: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why the worker ends. error: where it is one that the engine raises on purpose."""
+
+    text: str
+    error: PensieveError | None = None
+
+
+class PlanSender:
+    """Rank 0's side. A thread listens to the workers and calls `on_lost(rank, why)`, once, when one of them is lost."""
+
+    def __init__(self, size: int, *, host: str | None, path: str, on_lost: Callable[[int, str], None]) -> None:
+        """host: this machine's, where workers come from others; None = listen on the Unix socket `path`."""
+        self._size = size
+        self.authkey = os.urandom(32)
+        if host is None:
+            self._listener = Listener(path, "AF_UNIX", backlog=size, authkey=self.authkey)
+            self.address: str | tuple[str, int] = path
+        else:
+            self._listener = Listener((host, 0), "AF_INET", backlog=size, authkey=self.authkey)
+            self.address = (host, int(self._listener.address[1]))  # type: ignore[arg-type]
+        self._on_lost = on_lost
+        self._connections: dict[int, Connection[Any, Any]] = {}
+        self._changed = threading.Condition()
+        self._beats: dict[int, tuple[float, int]] = {}
+        self._placements: dict[int, Placement] = {}
+        self._swaps_done: dict[int, SwapsDone] = {}
+        self._step: tuple[int, float] | None = None  # the step that runs, and its deadline
+        self.failure: Failure | None = None
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._listen, name="workers", daemon=True)
+
+    def accept(self, check: Callable[[], None], timeout_s: float) -> None:
+        """Wait until every worker has connected. check: called again and again meanwhile, raises where it is of no use."""
+        accepted = threading.Thread(target=self._accept_all, name="accept", daemon=True)
+        accepted.start()
+        deadline = time.monotonic() + timeout_s
+        while accepted.is_alive():
+            check()
+            if time.monotonic() > deadline:
+                missing = sorted(set(range(1, self._size)) - set(self._connections))
+                raise EngineError(f"ranks {missing} of {self._size} did not connect within {timeout_s:.0f} s")
+            accepted.join(0.05)
+        self._listener.close()
+        now = time.monotonic()
+        self._beats = dict.fromkeys(self._connections, (now, -1))
+        self._thread.start()
+
+    def _accept_all(self) -> None:
+        while len(self._connections) < self._size - 1:
+            try:
+                connection = self._listener.accept()
+                rank = connection.recv()
+            except OSError as error:
+                if self._is_closing:
+                    return
+                logger.warning("a connection that is no worker's: %r", error)
+                continue
+            if self._listener.address and not isinstance(self._listener.address, str):
+                _tune_tcp(connection)
+            self._connections[rank] = connection
+
+    def send(self, token_ids: tuple[int, ...], plan: StepPlan, timeout_s: float) -> None:
+        """To all workers. timeout_s: within that, `end_step` has to follow, or the group counts as hung."""
+        message = pickle.dumps((token_ids, plan), PROTOCOL)
+        self._step = (plan.step_id, time.monotonic() + timeout_s)
+        for connection in self._connections.values():
+            connection.send_bytes(message)
+
+    def end_step(self) -> None:
+        """Rank 0 has finished the step."""
+        self._step = None
+
+    def wait_until_ready(self) -> tuple[Placement, ...]:
+        """What the workers have, by rank; blocks until all have loaded."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._placements) == self._size - 1 or self.failure is not None)
+            return tuple(self._placements[rank] for rank in sorted(self._placements))
+
+    def failed_swap_ins(self, step_id: int) -> set[int]:
+        """Of all workers, of a step with swap-ins, where these are verified; blocks until all have told."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self.failure is not None
+                    or all(
+                        rank in self._swaps_done and self._swaps_done[rank].step_id == step_id
+                        for rank in self._connections
+                    )
+                )
+            )
+            return {block for done in self._swaps_done.values() for block in done.failed_swap_ins}
+
+    def close(self, timeout_s: float) -> None:
+        """Tell the workers to stop, and wait that long for them to leave."""
+        self._is_closing = True
+        message = pickle.dumps(None, PROTOCOL)
+        for connection in self._connections.values():
+            try:
+                connection.send_bytes(message)
+            except OSError:
+                logger.debug("a worker is gone already")
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+        self._listener.close()
+        for connection in self._connections.values():
+            connection.close()
+
+    def _listen(self) -> None:
+        ranks = {connection: rank for rank, connection in self._connections.items()}
+        while ranks:
+            for connection in wait(list(ranks), HEARTBEAT_S):
+                assert isinstance(connection, Connection)
+                rank = ranks[connection]
+                try:
+                    self._note(rank, connection.recv())
+                except (EOFError, OSError):
+                    del ranks[connection]
+                    self._lose(rank, "its process has ended")
+            now = time.monotonic()
+            for rank in ranks.values():
+                silent_s = now - self._beats[rank][0]
+                if silent_s > LOST_AFTER_S:
+                    self._lose(rank, f"it has not answered for {silent_s:.0f} s")
+            step = self._step
+            if step is not None and now > step[1]:
+                behind = [rank for rank in ranks.values() if self._beats[rank][1] < step[0]]
+                self._lose(min(behind, default=0), f"step {step[0]} does not end")
+
+    def _note(self, rank: int, message: Any) -> None:
+        with self._changed:
+            match message:
+                case Beat(step_id):
+                    self._beats[rank] = (time.monotonic(), step_id)
+                case Placement():
+                    self._placements[rank] = message
+                case SwapsDone():
+                    self._swaps_done[rank] = message
+                case Failure():
+                    self._lose(rank, message.text, message)
+            self._changed.notify_all()
+
+    def _lose(self, rank: int, why: str, failure: Failure | None = None) -> None:
+        with self._changed:
+            if self._is_closing or self.failure is not None:
+                return
+            self.failure = failure or Failure(why)
+            self._changed.notify_all()
+        self._on_lost(rank, why)
+
+
+class PlanReceiver:
+    """A worker's side. A thread sends heartbeats; when rank 0 is gone, it ends the process should that not end by itself."""
+
+    def __init__(self, member: GroupMember) -> None:
+        is_local = isinstance(member.plan_address, str)
+        self._connection: Connection[Any, Any] = Client(
+            member.plan_address, "AF_UNIX" if is_local else "AF_INET", authkey=member.authkey
+        )
+        if not is_local:
+            _tune_tcp(self._connection)
+        self._connection.send(member.rank)
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._step_id = -1
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def receive(self) -> tuple[tuple[int, ...], StepPlan] | None:
+        """The next plan, with the tokens that rank 0 sampled in the step before; None = stop. Raises EOFError where rank 0 is
+        gone."""
+        try:
+            message: tuple[tuple[int, ...], StepPlan] | None = pickle.loads(self._connection.recv_bytes())
+        except OSError as error:
+            raise EOFError from error
+        return message
+
+    def finish_step(self, step_id: int) -> None:
+        self._step_id = step_id
+
+    def report(self, message: Placement | SwapsDone | Failure) -> None:
+        """Nothing happens where rank 0 is gone."""
+        try:
+            self._send(message)
+        except OSError as error:
+            logger.warning("cannot tell rank 0 %s: %r", message, error)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        self._connection.close()
+
+    def _send(self, message: Any) -> None:
+        with self._lock:
+            self._connection.send(message)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(HEARTBEAT_S):
+            try:
+                self._send(Beat(self._step_id))
+            except OSError:
+                if not self._closed.wait(END_ALONE_AFTER_S):
+                    logger.error("rank 0 is gone, and a collective does not end: leaving")
+                    os._exit(1)
+                return
+
+
+def failure_of(error: BaseException) -> Failure:
+    """An error as rank 0 is told of it."""
+    return Failure(str(error) or repr(error), error if isinstance(error, PensieveError) else None)
+
+
+def _tune_tcp(connection: Connection[Any, Any]) -> None:
+    """Small messages leave at once, and a machine that is gone is noticed."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as tcp:
+        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(LOST_AFTER_S * 1000))
