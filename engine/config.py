@@ -43,7 +43,7 @@ class EngineConfig:
     for the CPU's matrix kernels and join those that share their input, where that works. async_scheduling: put the last step
     into text and plan the next one while a step runs; the plans and the answers are the same. None = on a GPU; where the
     model computes on the same cores, it costs. tensor_parallel_size: ranks that share the model's weights and KV heads, each
-    with a device of its own; what is said of the GPU tier's bytes is for each of them, kv_offloading_size is for all together.
+    with a device of its own; gpu_memory_gib is for each of them, kv_offloading_size for all together.
     """
 
     model: str = "embedded"

@@ -1,4 +1,4 @@
-"""The executor for a model that is sharded over several devices: rank 0, in this process, which tells its plans to the others.
+"""The executor for a model that is sharded over several devices: rank 0, in this process, which tells the others its plans.
 
 Who starts the others is a WorkerStarter's business: processes of this machine here, Ray actors in the deployments.
 

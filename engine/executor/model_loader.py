@@ -23,7 +23,7 @@ from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
 from engine.executor.process_group import ProcessGroup
-from engine.executor.sharding import localize, make_plan
+from engine.executor.sharding import localize, make_plan, num_local_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,9 @@ REFUSED_LAYER_TYPES = ("chunked_attention", "linear_attention", "mamba", "recurr
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run. layers: KV shape of each attention call of a forward, in order. num_attention_heads: query
-    heads of the first one. num_parameters: of the whole model, num_weight_bytes: of this rank's. max_model_len: the window by its config."""
+    """A model ready to run, or one rank's shard of it. layers: KV shape of each attention call of a forward, in order, and
+    num_weight_bytes: of this rank. num_attention_heads (query heads of a layer), num_parameters: of the whole.
+    max_model_len: the window by its config."""
 
     model: Any
     device: torch.device
@@ -113,7 +114,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if group is not None:
         localize(model, plan, group)
-    num_weight_bytes = sum(weights.numel() * weights.element_size() for weights in model.parameters())
+    num_weight_bytes = num_local_bytes(model)
     probe = _check_attention(config.model, model, text_config, dtype)
     packing = choose_packing(dtype) if config.pack_weights and device.type == "cpu" else None
     if packing is not None:
@@ -125,7 +126,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
         device=device,
         dtype=dtype,
         layers=tuple(probe.layers),
-        num_attention_heads=probe.num_heads[0],
+        num_attention_heads=probe.num_heads[0] if group is None else text_config.num_attention_heads,
         num_parameters=num_parameters,
         num_weight_bytes=num_weight_bytes,
         vocab_size=text_config.vocab_size,

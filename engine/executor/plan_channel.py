@@ -1,8 +1,8 @@
 """How plans go from rank 0 to the other ranks of a tensor-parallel group, and what comes back: that a worker lives, what it
 has, what went wrong. One connection per worker, over a Unix socket or TCP; knows no model.
 
-    rank 0 -> worker   (tokens that rank 0 sampled in the step before, StepPlan), or None to stop
-    worker -> rank 0   Beat every second; Ready once; SwapsDone where swaps are verified; Failure, its last word
+    rank 0 -> worker   a step: encode_plan(...); or STOP
+    worker -> rank 0   Beat every second; Placement once; SwapsDone where swaps are verified; Failure, its last word
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import starmap
 from multiprocessing.connection import Client, Connection, Listener, wait
+from operator import attrgetter
 from typing import Any
 
-from engine.core.plan import StepPlan
+from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.errors import EngineError, PensieveError
 from engine.executor.process_group import GroupMember
 
@@ -30,6 +32,7 @@ LOST_AFTER_S = 10.0
 # A worker whose rank 0 is gone ends by itself within that, even in the middle of a collective.
 END_ALONE_AFTER_S = 10.0
 PROTOCOL = pickle.HIGHEST_PROTOCOL
+STOP = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,31 @@ class Failure:
 
     text: str
     error: PensieveError | None = None
+
+
+# The parts of a plan that are rows of one class. Rows travel as tuples: pickled as objects they take ten times as long.
+_ROWS: tuple[tuple[str, Callable[..., Any]], ...] = (
+    ("segments", QuerySegment),
+    ("starts", RequestStart),
+    ("appends", BlockAppend),
+    ("evictions", BlockCopy),
+    ("gpu_copies", BlockCopy),
+    ("swap_ins", BlockCopy),
+    ("swap_outs", BlockCopy),
+)
+_TO_TUPLE = {kind: attrgetter(*(field.name for field in fields(kind))) for kind in {kind for _, kind in _ROWS}}
+
+
+def encode_plan(token_ids: tuple[int, ...], plan: StepPlan) -> bytes:
+    """token_ids: sampled in the step before, by rank 0."""
+    rows = tuple(tuple(map(_TO_TUPLE[kind], getattr(plan, name))) for name, kind in _ROWS)
+    return pickle.dumps((token_ids, plan.step_id, plan.ended, rows), PROTOCOL)
+
+
+def decode_plan(message: bytes) -> tuple[tuple[int, ...], StepPlan]:
+    token_ids, step_id, ended, rows = pickle.loads(message)
+    parts = {name: tuple(starmap(kind, part)) for (name, kind), part in zip(_ROWS, rows, strict=True) if part}
+    return token_ids, StepPlan(step_id, parts.pop("segments", ()), ended=ended, **parts)
 
 
 class PlanSender:
@@ -124,7 +152,7 @@ class PlanSender:
 
     def send(self, token_ids: tuple[int, ...], plan: StepPlan, timeout_s: float) -> None:
         """To all workers. timeout_s: within that, `end_step` has to follow, or the group counts as hung."""
-        message = pickle.dumps((token_ids, plan), PROTOCOL)
+        message = encode_plan(token_ids, plan)
         self._step = (plan.step_id, time.monotonic() + timeout_s)
         for connection in self._connections.values():
             connection.send_bytes(message)
@@ -156,10 +184,9 @@ class PlanSender:
     def close(self, timeout_s: float) -> None:
         """Tell the workers to stop, and wait that long for them to leave."""
         self._is_closing = True
-        message = pickle.dumps(None, PROTOCOL)
         for connection in self._connections.values():
             try:
-                connection.send_bytes(message)
+                connection.send_bytes(STOP)
             except OSError:
                 logger.debug("a worker is gone already")
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
@@ -232,10 +259,10 @@ class PlanReceiver:
         """The next plan, with the tokens that rank 0 sampled in the step before; None = stop. Raises EOFError where rank 0 is
         gone."""
         try:
-            message: tuple[tuple[int, ...], StepPlan] | None = pickle.loads(self._connection.recv_bytes())
+            message = self._connection.recv_bytes()
         except OSError as error:
             raise EOFError from error
-        return message
+        return None if message == STOP else decode_plan(message)
 
     def finish_step(self, step_id: int) -> None:
         self._step_id = step_id

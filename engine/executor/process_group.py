@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from engine.errors import ConfigError
 
-# Ranks read their weights at their own pace, and the first collective waits for the slowest. Steps have a deadline of their own.
+# Ranks read their weights at their own pace, and the first collective waits for the slowest. Steps have their own deadline.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -38,7 +38,7 @@ class ProcessGroup:
         """Blocks until all ranks are there. device: the option. store: where this process holds what `rendezvous` names."""
         if dist.is_initialized():
             raise ConfigError(
-                "this process is a rank of another tensor-parallel group; shut that engine down first, or use another process",
+                "this process is a rank of another tensor-parallel group; shut that engine down first, or use another one",
                 param="tensor_parallel_size",
             )
         self.rank, self.size = member.rank, member.size
