@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +110,10 @@ class GroupExecutor(LocalExecutor):
         """starter: None = processes of this machine, which share its cores. Blocks until all ranks have loaded; raises what
         any of them raised."""
         self.broken: Future[EngineStoppedError] = Future()
+        # Of the last step: what `submit` gave, and the call in the executor's thread.
         self._outcome: Future[StepResult] = Future()
+        self._step: Future[None] = Future()
+        self._step.set_result(None)
         self._sampled: tuple[int, ...] = ()
         self._group = None
         self._verifies = config.verify_swaps
@@ -127,10 +130,10 @@ class GroupExecutor(LocalExecutor):
             on_lost=lambda rank, why: self._break(rank, why),
         )
         try:
-            store = (
-                None if starter.host is None else dist.TCPStore(starter.host, 0, is_master=True, wait_for_workers=False)
-            )
-            rendezvous = f"file://{self._folder}/store" if store is None else f"tcp://{starter.host}:{store.port}"
+            store, rendezvous = None, f"file://{self._folder}/store"
+            if starter.host is not None:
+                store = dist.TCPStore(starter.host, 0, is_master=True, wait_for_workers=False)
+                rendezvous = f"tcp://{starter.host}:{store.port}"
             members = [
                 GroupMember(rank, self._size, rendezvous, self._channel.address, self._channel.authkey)
                 for rank in range(self._size)
@@ -159,7 +162,7 @@ class GroupExecutor(LocalExecutor):
         if self.broken.done():
             _settle(outcome, self.broken.result())
         else:
-            self._thread.submit(self._run, plan, outcome)
+            self._step = self._thread.submit(self._run, plan, outcome)
         return outcome
 
     def check_health(self) -> None:
@@ -173,11 +176,14 @@ class GroupExecutor(LocalExecutor):
 
     def shutdown(self) -> None:
         """Frees the model and the KV stores of all ranks, after the step that runs."""
-        self._thread.shutdown(wait=not self.is_broken)  # a collective without its other ranks may not return
+        wait([self._step, self.broken], return_when=FIRST_COMPLETED)
+        wait([self._step], LEAVE_TIMEOUT_S)
         self.broken.cancel()
         self._end()
-        if not self.is_broken:
+        if self._step.done():
             super().shutdown()
+        else:
+            logger.error("a collective does not return; what rank 0 has is freed with the process")
 
     def _run(self, plan: StepPlan, outcome: Future[StepResult]) -> None:
         """A step, in the executor's thread."""
@@ -194,9 +200,10 @@ class GroupExecutor(LocalExecutor):
         except BaseException as error:
             _settle(outcome, self._find_blamed(error))
         else:
-            self._channel.end_step()
             with suppress(InvalidStateError):
                 outcome.set_result(result)
+        finally:
+            self._channel.end_step()
 
     def _find_blamed(self, error: BaseException) -> BaseException:
         """What broke the group, where rank 0 got `error`: another rank's failure shows here as a lost connection."""
@@ -217,14 +224,16 @@ class GroupExecutor(LocalExecutor):
             return  # it was broken before, or is shut down
         logger.error("%s", error)
         _settle(self._outcome, error)
-        self._starter.shutdown()  # ends what rank 0 waits for in a collective, too
+        self._starter.shutdown()
+        if self._group is not None:
+            self._group.abort()
 
     def _end(self) -> None:
         """Give back workers, connections, files."""
         self._channel.close(0.0 if self.is_broken else LEAVE_TIMEOUT_S)
         self._starter.shutdown()
-        if self._group is not None and not (self.is_broken and self._group.device.type == "cuda"):
-            self._group.close()  # of a broken group, NCCL would wait for the others
+        if self._group is not None:
+            self._group.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

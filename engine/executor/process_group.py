@@ -75,6 +75,11 @@ class ProcessGroup:
             else:
                 os.environ["LOCAL_RANK"] = before
 
+    def abort(self) -> None:
+        """End the collectives that wait for ranks which are gone. gloo's end by themselves, with the connections."""
+        if self.device.type == "cuda" and dist.group.WORLD is not None:
+            dist.group.WORLD.abort()
+
     def close(self) -> None:
         """No collective follows, on any rank."""
         dist.destroy_process_group()
