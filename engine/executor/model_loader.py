@@ -23,7 +23,7 @@ from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
 from engine.executor.process_group import ProcessGroup
-from engine.executor.sharding import localize, make_plan, num_local_bytes
+from engine.executor.sharding import is_own, localize, make_plan, num_local_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     model.eval()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if group is not None:
-        localize(model, plan, group)
+        _localize(config.model, model, text_config, dtype, plan, group)
     num_weight_bytes = num_local_bytes(model)
     probe = _check_attention(config.model, model, text_config, dtype)
     packing = choose_packing(dtype) if config.pack_weights and device.type == "cpu" else None
@@ -215,6 +215,26 @@ def _pack(name: str, model: Any, text_config: Any, dtype: torch.dtype, packing: 
         return False
     logger.info("%s: %d linear layers packed (%s)", name, num_packed, packing.__name__)
     return True
+
+
+def _localize(
+    name: str, model: Any, text_config: Any, dtype: torch.dtype, plan: dict[str, str], group: ProcessGroup
+) -> None:
+    """Put local layers in place of transformers' distributed ones; refuse the model where they do not compute the same."""
+    expected = None if is_own(plan, text_config) else _probe(model, text_config, ShapeProbe())
+    localize(model, plan, group)
+    if expected is None:
+        return
+    actual = _probe(model, text_config, ShapeProbe())
+    error = (
+        _relative_error(actual, expected) if group.rank == 0 else 0.0
+    )  # which has the logits of the whole vocabulary
+    if not group.minimum(error <= PROBE_TOLERANCE[dtype]):
+        raise UnsupportedModelError(
+            f"{name!r} ({text_config.model_type}) gives other logits with this engine's sharded layers than with transformers' "
+            f"(relative difference {error:.1e} on rank {group.rank}); use tensor_parallel_size 1",
+            param="tensor_parallel_size",
+        )
 
 
 @torch.inference_mode()

@@ -116,6 +116,11 @@ def make_plan(name: str, hf_config: Any, size: int) -> dict[str, str]:
     return plan
 
 
+def is_own(plan: dict[str, str], text_config: Any) -> bool:
+    """Whether transformers alone could not compute with that plan: `localize` has to come first."""
+    return text_config.model_type in OWN_PLANS or REPLICATED in plan.values()
+
+
 def localize(model: Any, plan: dict[str, str], group: ProcessGroup) -> None:
     """Put local layers in place of the distributed ones of a loaded model."""
     text_config = model.config.get_text_config()
@@ -132,7 +137,7 @@ def localize(model: Any, plan: dict[str, str], group: ProcessGroup) -> None:
             replacement = _local_conv(module, style, group)
         elif type(module) is nn.Linear and isinstance(module.weight, DTensor):
             replacement = _local_linear(module, style, group, is_head=module is head)
-        elif isinstance(module, nn.Embedding) and isinstance(module.weight, DTensor):
+        elif type(module) is nn.Embedding and isinstance(module.weight, DTensor):  # not one that scales, too
             first_row = group.rank * -(-module.weight.shape[0] // group.size)
             replacement = SummedEmbedding(_local(module.weight), first_row)
         if replacement is not None:
