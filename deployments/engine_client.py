@@ -8,7 +8,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
+from deployments.placement import GroupNotPlacedError
 from deployments.rendezvous import choose_session_id, rank_replicas
 from engine.errors import EngineStoppedError
 from engine.prompt import AnswerBeginning
@@ -69,8 +70,10 @@ class _Progress:
 class EngineClient:
     """Engine replicas behind one handle."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, why_not_placed: Callable[[], str | None] = lambda: None) -> None:
+        """why_not_placed: what a replica waits for, where none is there; may block."""
         self._handle = handle
+        self._why_not_placed = why_not_placed
         self._card: ModelCard | None = None
         self._loads: dict[int, int] = {}
         self._loads_s = -LOADS_PERIOD_S
@@ -154,7 +157,7 @@ class EngineClient:
 
     async def describe(self) -> ModelCard:
         """Ask the engine replicas; the first good answer. Raises EngineStoppedError where none of them gives
-        one in time.
+        one in time, GroupNotPlacedError where one has no room to start in.
 
         A broadcast, because a call that is routed waits behind the requests: busy is not dead.
         """
@@ -168,6 +171,9 @@ class EngineClient:
             if isinstance(answer, ModelCard):
                 self._card = answer
                 return answer
+        if why := await asyncio.to_thread(self._why_not_placed):
+            logger.warning(why)
+            raise GroupNotPlacedError(why)
         raise EngineStoppedError("no engine replica is ready; try again in a moment")
 
     async def model_card(self) -> ModelCard:
