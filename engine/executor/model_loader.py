@@ -231,8 +231,8 @@ def _localize(
     )  # which has the logits of the whole vocabulary
     if not group.minimum(error <= PROBE_TOLERANCE[dtype]):
         raise UnsupportedModelError(
-            f"{name!r} ({text_config.model_type}) gives other logits with this engine's sharded layers than with transformers' "
-            f"(relative difference {error:.1e} on rank {group.rank}); use tensor_parallel_size 1",
+            f"{name!r} ({text_config.model_type}) gives other logits with this engine's sharded layers than with "
+            f"transformers' (relative difference {error:.1e} on rank {group.rank}); use tensor_parallel_size 1",
             param="tensor_parallel_size",
         )
 
