@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from contextlib import suppress
@@ -44,6 +45,7 @@ STEP_TIMEOUT_S = 300.0
 # How long the workers may take to free what they have when they are told to stop, or until they say why a step failed.
 LEAVE_TIMEOUT_S = 10.0
 BLAME_TIMEOUT_S = 2.0
+MAX_FOLDER_LEN = 80
 
 
 class WorkerStarter(Protocol):
@@ -122,7 +124,7 @@ class GroupExecutor(LocalExecutor):
             starter = ProcessWorkers()
             config = replace(config, num_threads=config.num_threads or max(1, available_cores() // self._size))
         self._starter = starter
-        self._folder = tempfile.mkdtemp(prefix="pensieve-")
+        self._folder = _make_folder()
         self._channel = PlanSender(
             self._size,
             host=starter.host,
@@ -140,7 +142,7 @@ class GroupExecutor(LocalExecutor):
             ]
             starter.start(config, members[1:])
             self._channel.accept(starter.check, CONNECT_TIMEOUT_S)
-            super().__init__(config, ProcessGroup(members[0], config.device, store))
+            self._load(config, members[0], store)
             self.placements = (self.placement, *self._channel.wait_until_ready())
             self.check_health()
         except BaseException as error:
@@ -151,6 +153,26 @@ class GroupExecutor(LocalExecutor):
             raise blamed from error
         for placement in self.placements:
             logger.info("%s", placement)
+
+    def _load(self, config: EngineConfig, member: GroupMember, store: dist.TCPStore | None) -> None:
+        """What an executor without a group does in its constructor; in a thread, because it waits for ever for a rank that
+        ended on its way into the group."""
+        loaded: Future[None] = Future()
+
+        def load() -> None:
+            try:
+                super(GroupExecutor, self).__init__(config, ProcessGroup(member, config.device, store))
+            except BaseException as error:
+                loaded.set_exception(error)
+            else:
+                loaded.set_result(None)
+
+        threading.Thread(target=load, name="load", daemon=True).start()
+        wait([loaded, self.broken], return_when=FIRST_COMPLETED)
+        wait([loaded], LEAVE_TIMEOUT_S)
+        if not loaded.done():
+            raise self.broken.result()
+        loaded.result()
 
     def execute(self, plan: StepPlan) -> StepResult:
         return self.submit(plan).result()
@@ -235,6 +257,12 @@ class GroupExecutor(LocalExecutor):
         if self._group is not None:
             self._group.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _make_folder() -> str:
+    """For a socket and what torch.distributed meets in; the path of a socket must be short."""
+    is_long = len(tempfile.gettempdir()) > MAX_FOLDER_LEN and os.path.isdir("/tmp")
+    return tempfile.mkdtemp(prefix="pensieve-", dir="/tmp" if is_long else None)
 
 
 def _settle(outcome: Future[StepResult], error: BaseException) -> None:

@@ -27,8 +27,10 @@ from engine.executor.process_group import GroupMember
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
-# Without a heartbeat for so long, a worker is stopped or its machine gone: one that computes beats too.
+# Without a heartbeat for so long, a worker is stopped or its machine gone: one that computes beats too. One that loads may
+# be kept from it by a slow file system.
 LOST_AFTER_S = 10.0
+LOST_IN_LOADING_AFTER_S = 300.0
 # A worker whose rank 0 is gone ends by itself within that, even in the middle of a collective.
 END_ALONE_AFTER_S = 10.0
 PROTOCOL = pickle.HIGHEST_PROTOCOL
@@ -46,6 +48,14 @@ class Placement:
     num_weight_bytes: int
     num_gpu_tier_bytes: int
     num_cpu_tier_bytes: int
+
+    def __str__(self) -> str:
+        sizes = (self.num_weight_bytes, self.num_gpu_tier_bytes, self.num_cpu_tier_bytes)
+        weights, gpu_tier, cpu_tier = (f"{num_bytes / (1 << 30):.2f} GiB" for num_bytes in sizes)
+        return (
+            f"rank {self.rank} on {self.host}, process {self.pid}, {self.device}: weights {weights}, GPU tier {gpu_tier}, "
+            f"CPU tier {cpu_tier}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +219,7 @@ class PlanSender:
             now = time.monotonic()
             for rank in ranks.values():
                 silent_s = now - self._beats[rank][0]
-                if silent_s > LOST_AFTER_S:
+                if silent_s > (LOST_AFTER_S if rank in self._placements else LOST_IN_LOADING_AFTER_S):
                     self._lose(rank, f"it has not answered for {silent_s:.0f} s")
             step = self._step
             if step is not None and now > step[1]:

@@ -152,8 +152,8 @@ def localize(model: Any, plan: dict[str, str], group: ProcessGroup) -> None:
 
 
 def num_local_bytes(model: nn.Module) -> int:
-    """Bytes of the weights on this rank."""
-    return sum(weights.numel() * weights.element_size() for weights in map(_local, model.parameters()))
+    """Bytes of the weights on this rank; a tied weight counts once."""
+    return sum({weights.data_ptr(): weights.nbytes for weights in map(_local, model.parameters())}.values())
 
 
 class SummedLinear(nn.Module):

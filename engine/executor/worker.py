@@ -24,28 +24,34 @@ def run_worker(config: EngineConfig, member: GroupMember) -> None:
     """Join the group, load this rank's shard, follow plans until rank 0 says stop or is gone; blocking. What goes wrong here
     is told to rank 0 and raised: the group is broken then."""
     receiver = PlanReceiver(member)
+    group: ProcessGroup | None = None
     try:
         group = ProcessGroup(member, config.device)
-        executor = LocalExecutor(config, group)
-        try:
-            receiver.report(executor.placement)
-            while (message := receiver.receive()) is not None:
-                token_ids, plan = message
-                executor.note_sampled(token_ids)
-                result = executor.execute(plan)
-                if config.verify_swaps and plan.swap_ins:
-                    receiver.report(SwapsDone(plan.step_id, result.failed_swap_ins))
-                receiver.finish_step(plan.step_id)
-        finally:
-            executor.shutdown()
-            group.close()
+        _follow_plans(config, group, receiver)
     except EOFError:
         logger.warning("rank %d: rank 0 is gone", member.rank)
     except BaseException as error:
-        receiver.report(failure_of(error))
+        receiver.report(failure_of(error))  # before anything that may wait for other ranks
         raise
     finally:
+        if group is not None:
+            group.close()
         receiver.close()
+
+
+def _follow_plans(config: EngineConfig, group: ProcessGroup, receiver: PlanReceiver) -> None:
+    executor = LocalExecutor(config, group)
+    try:
+        receiver.report(executor.placement)
+        while (message := receiver.receive()) is not None:
+            token_ids, plan = message
+            executor.note_sampled(token_ids)
+            result = executor.execute(plan)
+            if config.verify_swaps and plan.swap_ins:
+                receiver.report(SwapsDone(plan.step_id, result.failed_swap_ins))
+            receiver.finish_step(plan.step_id)
+    finally:
+        executor.shutdown()
 
 
 def main() -> None:
