@@ -1,5 +1,5 @@
-"""Tensor-parallel groups on a real Ray cluster: two replicas of two ranks, over gloo on this machine. One application for
-most of the module; the test that takes it down comes after those that use it.
+"""Tensor-parallel groups on a real Ray cluster of two nodes, on this machine, over gloo. One application of two replicas of
+two ranks, for most of the module; the test that takes it down comes after those that use it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import psutil
 import pytest
 import ray
 from ray import serve
+from ray.cluster_utils import Cluster
 from ray.serve.handle import DeploymentHandle
 
 from deployments.app import build
@@ -36,6 +37,8 @@ pytestmark = pytest.mark.ray
 
 APP = "group"
 NUM_RANKS = 2
+NODE_CPUS = (3, 1)
+NODE: dict[str, Any] = {"object_store_memory": 150 * 2**20, "include_dashboard": False}
 NUM_CONVERSATIONS = 10
 NUM_TURNS = 4
 # Two conversations in the GPU tier, less than one in the CPU tier: the others are evicted, swapped, dropped and recomputed.
@@ -124,13 +127,16 @@ def cluster(folder: Path) -> Iterator[str]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("TMPDIR", str(folder))
         port = free_port()
-        ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": NODE_CPUS[0], **NODE})
         try:
+            nodes.add_node(num_cpus=NODE_CPUS[1], **NODE)
+            ray.init(nodes.address, log_to_driver=False)
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             yield f"http://127.0.0.1:{port}"
         finally:
             serve.shutdown()
             ray.shutdown()
+            nodes.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -228,47 +234,50 @@ async def test_ray_knows_which_rank_of_which_replica_is_where(base_url: str) -> 
     names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
     assert names >= {f"TENSOR_PARALLEL_WORKER::{replica}#rank1" for replica in replicas}
     logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"  # type: ignore[union-attr]
-    (node,) = ray.nodes()
-    for replica in replicas:
+    for group in groups():
+        replica = group["name"].removeprefix("SERVE_REPLICA::")
         (log,) = logs.glob(f"replica_*{replica.rpartition('#')[2]}*")
         placed = re.findall(r"rank (\d) of 2: bundle (\d) on node (\w+) .*, process (\d+), cpu;", log.read_text())
-        assert [(rank, bundle, node_id) for rank, bundle, node_id, _ in placed] == [
-            (str(rank), str(rank), node["NodeID"]) for rank in range(NUM_RANKS)
+        assert [(int(rank), int(bundle), node_id) for rank, bundle, node_id, _ in placed] == [
+            (rank, rank, group["bundles_to_node_id"][rank]) for rank in range(NUM_RANKS)
         ]
         assert int(placed[1][3]) in {process.pid for process in workers()}
 
 
+LOSSES = [("worker", signal.SIGKILL), ("worker", signal.SIGSTOP), ("replica", signal.SIGKILL)]
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
-async def test_conversations_outlive_a_worker(
-    http: httpx.AsyncClient, expected: list[list[Turn]], number: signal.Signals
+@pytest.mark.parametrize(("kind", "number"), LOSSES, ids=["lost worker", "hung worker", "lost rank 0"])
+async def test_a_group_ends_and_starts_as_a_whole_and_no_conversation_notices(
+    http: httpx.AsyncClient, expected: list[list[Turn]], kind: str, number: signal.Signals
 ) -> None:
-    """Lost (SIGKILL) or hung (SIGSTOP): its replica ends, and starts anew in a new group."""
-    (group_names, pids) = {group["name"] for group in groups()}, {process.pid for process in workers()}
-    load = asyncio.create_task(repeat_all(http, number.name, expected))
+    names = {group["name"] for group in groups()}
+    pids = {process.pid for process in workers()}
+    load = asyncio.create_task(repeat_all(http, f"{kind} {number.name}", expected))
 
     async def is_under_load() -> bool:
         return all(statistics["num_requests_running"] for statistics in await ask_all("get_statistics"))
 
     await until(lambda: load.done() or is_under_load())
     assert not load.done()
-    victim = workers()[0]
+    victim = (workers() if kind == "worker" else processes(f"ray::ServeReplica:{APP}:LLMServer"))[0]
     victim.send_signal(number)
     await load
-    await until(lambda: not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE)
 
     async def is_whole() -> bool:
         states = [group["state"] for group in groups()]
         return states == ["CREATED"] * 2 and len(workers()) == 2 and len(await ask_all("describe")) == 2
 
+    await until(lambda: not victim.is_running())
     await until(is_whole)
-    assert len(group_names & {group["name"] for group in groups()}) == 1
+    assert len(names & {group["name"] for group in groups()}) == 1
     assert len(pids & {process.pid for process in workers()}) == 1
-    await repeat_all(http, f"after {number.name}", expected[:4])
+    await repeat_all(http, f"after {kind} {number.name}", expected[:4])
 
 
 async def test_a_group_without_a_place_says_why(base_url: str, folder: Path) -> None:
-    args = app_args(folder).model_copy(update={"num_cpus": 3.0})
+    args = app_args(folder).model_copy(update={"num_cpus": 2.0})
     serve.api._run(build(args), _blocking=False, name="large", route_prefix="/large")
     try:
         async with httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S) as http:
@@ -279,8 +288,10 @@ async def test_a_group_without_a_place_says_why(base_url: str, folder: Path) -> 
 
             await until(is_explained)
             message = (await http.get("/large/ready")).json()["error"]["message"]
-            assert "2 bundles of 3 CPU, all on one node (STRICT_PACK)" in message
-            assert "of 4 CPU" in message
+            assert "2 bundles of 2 CPU, all on one node (STRICT_PACK)" in message
+            assert "free on the 2 nodes: " in message
+            assert "of 3 CPU" in message
+            assert "Not even all of it would do" in message
             assert (await http.get("/ready")).status_code == 200
     finally:
         serve.delete("large")
@@ -300,7 +311,7 @@ async def test_shutdown_leaves_nothing_behind(base_url: str, folder: Path) -> No
     assert workers() == []
     assert [path for path in shared - store if path.exists()] == []
     assert [path.name for path in folder.iterdir() if path.name.startswith("pensieve-")] == []
-    await until(lambda: ray.available_resources().get("CPU", 0) >= 4)
+    await until(lambda: ray.available_resources().get("CPU", 0) == sum(NODE_CPUS))
 
 
 FAMILIES = (
@@ -310,14 +321,19 @@ FAMILIES = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_four_ranks(cluster: str, folder: Path, tiny_model: Callable[[str], Path], family: str) -> None:
-    """More ranks than KV heads, for families that share them."""
+async def test_four_ranks_on_two_nodes(
+    cluster: str, folder: Path, tiny_model: Callable[[str], Path], family: str
+) -> None:
+    """More ranks than KV heads, for families that share them; one of them does not fit on the node of the others."""
     model = str(tiny_model(family))
     expected = await undisturbed(model, 6)
     args = app_args(folder, model, num_ranks=4)
-    args = args.model_copy(update={"engine": {**args.engine, "served_model_name": "pensieve-recall-0.6m"}})
+    named = {**args.engine, "served_model_name": "pensieve-recall-0.6m"}
+    args = args.model_copy(update={"engine": named, "num_cpus": 0.9, "placement_group_strategy": "PACK"})
     serve.run(build(args), name=family, route_prefix="/four")
     try:
+        (group,) = groups()
+        assert len(set(group["bundles_to_node_id"].values())) == 2
         async with httpx.AsyncClient(base_url=f"{cluster}/four", timeout=PATIENCE_S) as http:
             await repeat_all(http, family, expected)
         (statistics,) = await ask_all("get_statistics", family)
