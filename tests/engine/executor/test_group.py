@@ -57,8 +57,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def temporary(monkeypatch) -> Iterator[Path]:
+def temporary(monkeypatch, tmp_path_factory) -> Iterator[Path]:
     """Where groups keep their files; afterwards none is left."""
+    tmp_path_factory.getbasetemp()  # which is made on first use, and not to be in there
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
