@@ -82,7 +82,7 @@ class Failure:
 
 
 # The parts of a plan that are rows of one class. Rows travel as tuples: pickled as objects they take ten times as long.
-_ROWS: tuple[tuple[str, Callable[..., Any]], ...] = (
+_ROWS: tuple[tuple[str, type[Any]], ...] = (
     ("segments", QuerySegment),
     ("starts", RequestStart),
     ("appends", BlockAppend),
@@ -118,7 +118,7 @@ class PlanSender:
             self.address: str | tuple[str, int] = path
         else:
             self._listener = Listener((host, 0), "AF_INET", backlog=size, authkey=self.authkey)
-            self.address = (host, int(self._listener.address[1]))  # type: ignore[arg-type]
+            self.address = (host, int(self._listener.address[1]))
         self._on_lost = on_lost
         self._connections: dict[int, Connection[Any, Any]] = {}
         self._changed = threading.Condition()
