@@ -174,7 +174,7 @@ def make_driver(request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver
     def make(model: Path | str, **options: object) -> Driver:
         config = EngineConfig.from_options({"model": str(model), "dtype": "float32", "num_threads": 1, **options})
         if config.tensor_parallel_size > 1:
-            groups.append(GroupExecutor(config, request.getfixturevalue("warm_workers")))
+            groups.append(GroupExecutor(config, request.getfixturevalue("warm_workers").starter()))
             executor: LocalExecutor = groups[-1]
         else:
             executor = LocalExecutor(config)

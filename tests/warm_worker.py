@@ -1,4 +1,4 @@
-"""A worker process for tests that belongs to one group after the other, because an interpreter with torch starts slowly.
+"""A worker process that belongs to one group after the other.
 
 Standard input: pickled (EngineConfig, GroupMember, fault). Standard output: a line after each. fault: None, or what happens
 instead of this rank's second step that computes: "raise" or "hang".
@@ -8,7 +8,6 @@ import logging
 import pickle
 import sys
 import threading
-import traceback
 
 import torch
 
@@ -40,8 +39,5 @@ while True:
     except EOFError:
         break
     ModelRunner._forward = forward if fault is None else faulty(fault)
-    try:
-        run_worker(config, member)
-    except Exception:
-        traceback.print_exc()
+    run_worker(config, member)  # whatever it raises ends the process, as it does elsewhere
     print("ended", flush=True)

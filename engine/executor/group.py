@@ -23,7 +23,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -34,7 +34,7 @@ from engine.core.plan import StepPlan, StepResult
 from engine.errors import EngineError, EngineStoppedError
 from engine.executor.local import LocalExecutor, available_cores
 from engine.executor.plan_channel import PlanSender
-from engine.executor.process_group import GroupMember, ProcessGroup
+from engine.executor.process_group import GroupMember, ProcessGroup, check_no_group
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class WorkerStarter(Protocol):
 class ProcessWorkers:
     """Workers that are processes of this machine."""
 
-    host = None
+    host: str | None = None
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -106,11 +106,12 @@ class ProcessWorkers:
 
 class GroupExecutor(LocalExecutor):
     """Rank 0. broken: done, with the error, once the group cannot compute any more, whatever rank is to blame; cancelled by
-    a regular shutdown. Its callbacks run in a thread of the group's."""
+    a regular shutdown. Its callbacks run in a thread of the group's, and must not wait for the group."""
 
     def __init__(self, config: EngineConfig, starter: WorkerStarter | None = None) -> None:
         """starter: None = processes of this machine, which share its cores. Blocks until all ranks have loaded; raises what
         any of them raised."""
+        check_no_group()
         self.broken: Future[EngineStoppedError] = Future()
         # Of the last step: what `submit` gave, and the call in the executor's thread.
         self._outcome: Future[StepResult] = Future()
@@ -168,9 +169,7 @@ class GroupExecutor(LocalExecutor):
                 loaded.set_result(None)
 
         threading.Thread(target=load, name="load", daemon=True).start()
-        wait([loaded, self.broken], return_when=FIRST_COMPLETED)
-        wait([loaded], LEAVE_TIMEOUT_S)
-        if not loaded.done():
+        if not self._has_ended(loaded):
             raise self.broken.result()
         loaded.result()
 
@@ -198,11 +197,10 @@ class GroupExecutor(LocalExecutor):
 
     def shutdown(self) -> None:
         """Frees the model and the KV stores of all ranks, after the step that runs."""
-        wait([self._step, self.broken], return_when=FIRST_COMPLETED)
-        wait([self._step], LEAVE_TIMEOUT_S)
+        has_ended = self._has_ended(self._step)
         self.broken.cancel()
         self._end()
-        if self._step.done():
+        if has_ended:
             super().shutdown()
         else:
             logger.error("a collective does not return; what rank 0 has is freed with the process")
@@ -226,6 +224,13 @@ class GroupExecutor(LocalExecutor):
                 outcome.set_result(result)
         finally:
             self._channel.end_step()
+
+    def _has_ended(self, work: Future[None]) -> bool:
+        """Waits for work with collectives in it, which are to end soon once the group is broken. False where they do not."""
+        futures: list[Future[Any]] = [work, self.broken]
+        wait(futures, return_when=FIRST_COMPLETED)
+        wait([work], LEAVE_TIMEOUT_S)
+        return work.done()
 
     def _find_blamed(self, error: BaseException) -> BaseException:
         """What broke the group, where rank 0 got `error`: another rank's failure shows here as a lost connection."""

@@ -14,8 +14,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import starmap
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, wait
 from operator import attrgetter
 from typing import Any
@@ -82,7 +84,7 @@ class Failure:
 
 
 # The parts of a plan that are rows of one class. Rows travel as tuples: pickled as objects they take ten times as long.
-_ROWS: tuple[tuple[str, Callable[..., Any]], ...] = (
+_ROWS: tuple[tuple[str, type[Any]], ...] = (
     ("segments", QuerySegment),
     ("starts", RequestStart),
     ("appends", BlockAppend),
@@ -118,7 +120,7 @@ class PlanSender:
             self.address: str | tuple[str, int] = path
         else:
             self._listener = Listener((host, 0), "AF_INET", backlog=size, authkey=self.authkey)
-            self.address = (host, int(self._listener.address[1]))  # type: ignore[arg-type]
+            self.address = (host, int(self._listener.address[1]))
         self._on_lost = on_lost
         self._connections: dict[int, Connection[Any, Any]] = {}
         self._changed = threading.Condition()
@@ -151,12 +153,12 @@ class PlanSender:
             try:
                 connection = self._listener.accept()
                 rank = connection.recv()
-            except OSError as error:
+            except (OSError, EOFError, AuthenticationError) as error:
                 if self._is_closing:
                     return
                 logger.warning("a connection that is no worker's: %r", error)
                 continue
-            if self._listener.address and not isinstance(self._listener.address, str):
+            if not isinstance(self.address, str):
                 _tune_tcp(connection)
             self._connections[rank] = connection
 
@@ -199,8 +201,11 @@ class PlanSender:
                 connection.send_bytes(STOP)
             except OSError:
                 logger.debug("a worker is gone already")
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        if self._thread.is_alive():
             self._thread.join(timeout_s)
+            for connection in self._connections.values():
+                _hang_up(connection)  # ends the thread where a worker has not
+            self._thread.join()
         self._listener.close()
         for connection in self._connections.values():
             connection.close()
@@ -307,6 +312,12 @@ class PlanReceiver:
 def failure_of(error: BaseException) -> Failure:
     """An error as rank 0 is told of it."""
     return Failure(str(error) or repr(error), error if isinstance(error, PensieveError) else None)
+
+
+def _hang_up(connection: Connection[Any, Any]) -> None:
+    """Both sides read the end from here on."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate, suppress(OSError):
+        duplicate.shutdown(socket.SHUT_RDWR)
 
 
 def _tune_tcp(connection: Connection[Any, Any]) -> None:

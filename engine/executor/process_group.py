@@ -36,11 +36,6 @@ class ProcessGroup:
 
     def __init__(self, member: GroupMember, device: str, store: dist.TCPStore | None = None) -> None:
         """Blocks until all ranks are there. device: the option. store: where this process holds what `rendezvous` names."""
-        if dist.is_initialized():
-            raise ConfigError(
-                "this process is a rank of another tensor-parallel group; shut that engine down first, or use another one",
-                param="tensor_parallel_size",
-            )
         self.rank, self.size = member.rank, member.size
         self.device = _choose_device(device, member.rank)
         is_cuda = self.device.type == "cuda"
@@ -83,6 +78,15 @@ class ProcessGroup:
     def close(self) -> None:
         """No collective follows, on any rank."""
         dist.destroy_process_group()
+
+
+def check_no_group() -> None:
+    """Raises ConfigError where this process cannot join a group."""
+    if dist.is_initialized():
+        raise ConfigError(
+            "this process is a rank of another tensor-parallel group; shut that engine down first, or use another process",
+            param="tensor_parallel_size",
+        )
 
 
 def _choose_device(option: str, rank: int) -> torch.device:

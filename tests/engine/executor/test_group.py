@@ -57,8 +57,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def temporary(monkeypatch) -> Iterator[Path]:
+def temporary(monkeypatch, tmp_path_factory) -> Iterator[Path]:
     """Where groups keep their files; afterwards none is left."""
+    tmp_path_factory.getbasetemp()  # which is made on first use, and not to be in there
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
@@ -67,14 +68,14 @@ def temporary(monkeypatch) -> Iterator[Path]:
 
 @pytest.fixture
 def make_group(tiny_model, warm_workers, temporary) -> Iterator[Callable[..., GroupExecutor]]:
-    """Options -> a group of tiny Llama's, shut down at the end."""
+    """(model, fault of rank 1, options) -> a group, shut down at the end."""
     groups: list[GroupExecutor] = []
 
-    def make(model: Path | None = None, **options: object) -> GroupExecutor:
+    def make(model: Path | None = None, fault: str | None = None, **options: object) -> GroupExecutor:
         options = {"chunk_size": 8, "num_gpu_blocks": 16, "num_cpu_blocks": 8, "tensor_parallel_size": 2, **options}
         model = model or tiny_model("llama")
         config = EngineConfig.from_options({"model": str(model), "dtype": "float32", "num_threads": 1, **options})
-        groups.append(GroupExecutor(config, warm_workers))
+        groups.append(GroupExecutor(config, warm_workers.starter(fault)))
         return groups[-1]
 
     yield make
@@ -165,18 +166,16 @@ def test_a_stopped_worker_breaks_the_group(make_group, monkeypatch):
     wait_until(lambda: not is_alive(pid))
 
 
-def test_a_worker_that_fails_breaks_the_group_and_says_why(make_group, warm_workers):
-    warm_workers.fault = "raise"
-    executor = make_group()
+def test_a_worker_that_fails_breaks_the_group_and_says_why(make_group):
+    executor = make_group(fault="raise")
     executor.execute(FIRST)
     assert_broken(executor, executor.submit(decode(1)), r"rank 1 of 2: .*injected fault")
 
 
-def test_a_worker_that_hangs_breaks_the_group(make_group, warm_workers, monkeypatch):
+def test_a_worker_that_hangs_breaks_the_group(make_group, monkeypatch):
     """Its heart beats on."""
     monkeypatch.setattr(group, "STEP_TIMEOUT_S", 3.0)
-    warm_workers.fault = "hang"
-    executor = make_group()
+    executor = make_group(fault="hang")
     executor.execute(FIRST)
     assert_broken(executor, executor.submit(decode(1)), "rank 1 of 2: step 1 does not end")
 
@@ -261,7 +260,7 @@ async def test_the_engine_ends_its_streams_and_says_which_rank(make_group, warm_
     groups: list[GroupExecutor] = []
 
     def executor_of(config: EngineConfig) -> GroupExecutor:
-        groups.append(GroupExecutor(config, warm_workers))
+        groups.append(GroupExecutor(config, warm_workers.starter()))
         return groups[-1]
 
     options = {"chunk_size": 8, "num_gpu_blocks": 64, "num_cpu_blocks": 0, "tensor_parallel_size": 2, "num_threads": 1}
