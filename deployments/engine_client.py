@@ -74,6 +74,7 @@ class EngineClient:
         """why_not_placed: what a replica waits for, where none is there; may block."""
         self._handle = handle
         self._why_not_placed = why_not_placed
+        self._why_logged = ""
         self._card: ModelCard | None = None
         self._loads: dict[int, int] = {}
         self._loads_s = -LOADS_PERIOD_S
@@ -172,7 +173,9 @@ class EngineClient:
                 self._card = answer
                 return answer
         if why := await asyncio.to_thread(self._why_not_placed):
-            logger.warning(why)
+            if why != self._why_logged:  # whoever waits for us asks every few seconds
+                self._why_logged = why
+                logger.warning(why)
             raise GroupNotPlacedError(why)
         raise EngineStoppedError("no engine replica is ready; try again in a moment")
 

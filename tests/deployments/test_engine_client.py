@@ -138,10 +138,14 @@ async def test_no_replica_that_answers(answers: list[Any] | None) -> None:
         await EngineClient(FakeHandle(answers=answers)).describe()
 
 
-async def test_a_replica_that_has_no_room_says_so() -> None:
+async def test_a_replica_that_has_no_room_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    waiting = EngineClient(FakeHandle(answers=[]), lambda: "no room")
     with pytest.raises(GroupNotPlacedError, match="no room") as info:
-        await EngineClient(FakeHandle(answers=[]), lambda: "no room").describe()
+        await waiting.describe()
     assert (info.value.http_status, info.value.code) == (503, "group_not_placed")
+    with pytest.raises(GroupNotPlacedError):
+        await waiting.describe()
+    assert [record.getMessage() for record in caplog.records] == ["no room"]
     client = EngineClient(FakeHandle(answers=[CARD]), lambda: "no room")  # for a second one
     assert await client.describe() == CARD
 
