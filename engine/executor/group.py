@@ -213,7 +213,7 @@ class GroupExecutor(LocalExecutor):
             result = super().execute(plan)
             self._sampled = result.token_ids
             if self._verifies and plan.swap_ins:
-                failed = {*result.failed_swap_ins, *self._channel.failed_swap_ins(plan.step_id)}
+                failed = {*result.failed_swap_ins, *self._channel.take_failed_swap_ins()}
                 result = replace(result, failed_swap_ins=tuple(sorted(failed)))
         except SamplingFailedError as error:
             _settle(outcome, error)  # after the last collective: the ranks agree still
