@@ -68,19 +68,24 @@ def temporary(monkeypatch, tmp_path_factory) -> Iterator[Path]:
 
 @pytest.fixture
 def make_group(tiny_model, warm_workers, temporary) -> Iterator[Callable[..., GroupExecutor]]:
-    """(model, fault of rank 1, options) -> a group, shut down at the end."""
+    """(model, fault of rank 1, host of rank 0 for the others, options) -> a group, shut down at the end."""
     groups: list[GroupExecutor] = []
 
-    def make(model: Path | None = None, fault: str | None = None, **options: object) -> GroupExecutor:
+    def make(
+        model: Path | None = None, fault: str | None = None, host: str | None = None, **options: object
+    ) -> GroupExecutor:
         options = {"chunk_size": 8, "num_gpu_blocks": 16, "num_cpu_blocks": 8, "tensor_parallel_size": 2, **options}
         model = model or tiny_model("llama")
         config = EngineConfig.from_options({"model": str(model), "dtype": "float32", "num_threads": 1, **options})
-        groups.append(GroupExecutor(config, warm_workers.starter(fault)))
+        starter = warm_workers.starter(fault)
+        starter.host = host
+        groups.append(GroupExecutor(config, starter))
         return groups[-1]
 
     yield make
     for executor in groups:
-        executor.shutdown()
+        if not executor.broken.cancelled():  # by a shutdown in the test
+            executor.shutdown()
     assert not torch.distributed.is_initialized()
 
 
@@ -144,6 +149,14 @@ def test_a_block_that_one_worker_finds_damaged_is_told(make_group, tiny_model):
     executor.execute(StepPlan(1, (), swap_outs=(swap_out,)))
     assert executor.execute(StepPlan(2, (), swap_ins=(plan_channel.BlockCopy(5, 4),))).failed_swap_ins == ()
     assert executor.execute(StepPlan(3, (), swap_ins=(plan_channel.BlockCopy(6, 7),))).failed_swap_ins == (7,)
+
+
+def test_workers_may_come_over_the_network(make_group):
+    local = make_group()
+    expected = [local.execute(plan).token_ids for plan in (FIRST, decode(1), decode(2))]
+    local.shutdown()
+    remote = make_group(host="127.0.0.1")
+    assert [remote.execute(plan).token_ids for plan in (FIRST, decode(1), decode(2))] == expected
 
 
 def test_a_killed_worker_breaks_the_group_at_once(make_group):
