@@ -269,7 +269,8 @@ def test_workers_end_when_rank_0_is_gone(tiny_model, tmp_path):
     wait_until(lambda: not is_alive(int(rank_0.stdout)))
 
 
-async def test_the_engine_ends_its_streams_and_says_which_rank(make_group, warm_workers, tiny_model):
+@pytest.mark.parametrize("async_scheduling", [True, False])
+async def test_the_engine_ends_its_streams_and_says_which_rank(async_scheduling, warm_workers, tiny_model, temporary):
     groups: list[GroupExecutor] = []
 
     def executor_of(config: EngineConfig) -> GroupExecutor:
@@ -277,7 +278,8 @@ async def test_the_engine_ends_its_streams_and_says_which_rank(make_group, warm_
         return groups[-1]
 
     options = {"chunk_size": 8, "num_gpu_blocks": 64, "num_cpu_blocks": 0, "tensor_parallel_size": 2, "num_threads": 1}
-    engine = AsyncEngine(EngineConfig(model=str(tiny_model("llama")), dtype="float32", **options), executor_of)
+    config = EngineConfig(model=str(tiny_model("llama")), async_scheduling=async_scheduling, **options)
+    engine = AsyncEngine(config, executor_of)
     try:
         stream = engine.generate(TextPrompt("hello"), GREEDY, request_id="a")
         await anext(stream)
