@@ -27,8 +27,9 @@ class WarmWorkers:
         self.idle: list[subprocess.Popen[bytes]] = []
 
     def take(self) -> subprocess.Popen[bytes]:
-        if self.idle:
-            return self.idle.pop()
+        return self.idle.pop() if self.idle else self.spawn()
+
+    def spawn(self) -> subprocess.Popen[bytes]:
         python_path = os.pathsep.join([str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.Popen(
             [sys.executable, str(FOLDER / "warm_worker.py")],
@@ -79,3 +80,4 @@ class WarmStarter:
                 else:
                     process.kill()
                     process.wait()
+                    self._pool.idle.append(self._pool.spawn())  # the next test comes soon

@@ -33,6 +33,7 @@ from engine.core.executor import SamplingFailedError
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import EngineError, EngineStoppedError
 from engine.executor.local import LocalExecutor, available_cores
+from engine.executor.model_loader import check_can_be_sharded
 from engine.executor.plan_channel import PlanSender
 from engine.executor.process_group import GroupMember, ProcessGroup, check_no_group
 
@@ -87,7 +88,7 @@ class ProcessWorkers:
             )
             self._processes.append(process)
             assert process.stdin is not None
-            with process.stdin as stdin:
+            with suppress(BrokenPipeError), process.stdin as stdin:  # `check` says that it has ended
                 stdin.write(pickle.dumps((config, member)))
 
     def check(self) -> None:
@@ -112,6 +113,7 @@ class GroupExecutor(LocalExecutor):
         """starter: None = processes of this machine, which share its cores. Blocks until all ranks have loaded; raises what
         any of them raised."""
         check_no_group()
+        check_can_be_sharded(config)
         self.broken: Future[EngineStoppedError] = Future()
         # Of the last step: what `submit` gave, and the call in the executor's thread.
         self._outcome: Future[StepResult] = Future()
@@ -213,7 +215,7 @@ class GroupExecutor(LocalExecutor):
             result = super().execute(plan)
             self._sampled = result.token_ids
             if self._verifies and plan.swap_ins:
-                failed = {*result.failed_swap_ins, *self._channel.failed_swap_ins(plan.step_id)}
+                failed = {*result.failed_swap_ins, *self._channel.take_failed_swap_ins()}
                 result = replace(result, failed_swap_ins=tuple(sorted(failed)))
         except SamplingFailedError as error:
             _settle(outcome, error)  # after the last collective: the ranks agree still

@@ -86,12 +86,8 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     device = choose_device(config.device) if group is None else group.device
     if not sys.stderr.isatty():  # a progress bar in a log file is noise
         transformers.utils.logging.disable_progress_bar()
-    try:
-        hf_config = AutoConfig.from_pretrained(location)
-    except (OSError, ValueError) as error:
-        raise _load_error(config.model, error) from error
+    hf_config = _read_config(config)
     text_config = hf_config.get_text_config()
-    _refuse_unsupported(config.model, text_config, config.max_model_len)
     dtype = _choose_dtype(config.dtype, text_config, device)
     plan = {} if group is None else make_plan(config.model, hf_config, group.size)
     try:
@@ -133,6 +129,21 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
         max_model_len=_model_window(text_config),
         eos_token_ids=_eos_token_ids(location, text_config),
     )
+
+
+def check_can_be_sharded(config: EngineConfig) -> None:
+    """Raises ModelLoadError or UnsupportedModelError where that shows without reading weights."""
+    make_plan(config.model, _read_config(config), config.tensor_parallel_size)
+
+
+def _read_config(config: EngineConfig) -> Any:
+    """transformers' config of a model that can be served."""
+    try:
+        hf_config = AutoConfig.from_pretrained(model_location(config.model))
+    except (OSError, ValueError) as error:
+        raise _load_error(config.model, error) from error
+    _refuse_unsupported(config.model, hf_config.get_text_config(), config.max_model_len)
+    return hf_config
 
 
 def _load_error(model: str, error: Exception) -> ModelLoadError:

@@ -71,7 +71,6 @@ class Beat:
 class SwapsDone:
     """GPU blocks to which a step's swap-ins brought something else than was swapped out on that rank."""
 
-    step_id: int
     failed_swap_ins: tuple[int, ...]
 
 
@@ -179,19 +178,12 @@ class PlanSender:
             self._changed.wait_for(lambda: len(self._placements) == self._size - 1 or self.failure is not None)
             return tuple(self._placements[rank] for rank in sorted(self._placements))
 
-    def failed_swap_ins(self, step_id: int) -> set[int]:
-        """Of all workers, of a step with swap-ins, where these are verified; blocks until all have told."""
+    def take_failed_swap_ins(self) -> set[int]:
+        """Of all workers, after a step with swap-ins where these are verified; blocks until all have told."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self.failure is not None
-                    or all(
-                        rank in self._swaps_done and self._swaps_done[rank].step_id == step_id
-                        for rank in self._connections
-                    )
-                )
-            )
-            return {block for done in self._swaps_done.values() for block in done.failed_swap_ins}
+            self._changed.wait_for(lambda: len(self._swaps_done) == self._size - 1 or self.failure is not None)
+            done, self._swaps_done = self._swaps_done, {}
+        return {block for swaps in done.values() for block in swaps.failed_swap_ins}
 
     def close(self, timeout_s: float) -> None:
         """Tell the workers to stop, and wait that long for them to leave."""

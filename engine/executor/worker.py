@@ -48,7 +48,7 @@ def _follow_plans(config: EngineConfig, group: ProcessGroup, receiver: PlanRecei
             executor.note_sampled(token_ids)
             result = executor.execute(plan)
             if config.verify_swaps and plan.swap_ins:
-                receiver.report(SwapsDone(plan.step_id, result.failed_swap_ins))
+                receiver.report(SwapsDone(result.failed_swap_ins))
             receiver.finish_step(plan.step_id)
     finally:
         executor.shutdown()
