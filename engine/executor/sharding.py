@@ -10,7 +10,7 @@ layers with one explicit collective each: the same arithmetic at less cost a ste
     rowwise_split_input      input features                   SummedLinear, which takes its part of the input itself
     colwise_gather_output    output features                  GatheredLinear: all get all; of the head, rank 0 alone
     embedding_rowwise        rows of the vocabulary           SummedEmbedding
-    moe_tp_experts           a part of every expert           as it was, with plain tensors
+    moe_tp_experts           a part of every expert           the same module, whose results are added
 """
 
 from __future__ import annotations
@@ -127,9 +127,10 @@ def localize(model: Any, plan: dict[str, str], group: ProcessGroup) -> None:
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         style = plan.get(_generic(name))
-        if style == "moe_tp_experts":
-            for key, parameter in module.named_parameters(recurse=False):
-                module._parameters[key] = _parameter(_local(parameter))
+        if style == "moe_tp_experts" and any(
+            isinstance(weight, DTensor) for weight in module.parameters(recurse=False)
+        ):
+            _localize_experts(module)
         replacement: nn.Module | None = None
         if style == REPLICATED:
             _keep_kv_head(module, text_config, group)
@@ -230,6 +231,19 @@ def _local_linear(layer: nn.Linear, style: str | None, group: ProcessGroup, *, i
     if style in ("colwise_gather_output", "colwise_rep"):
         return GatheredLinear(part, layer.out_features, group, to_all=not is_head)
     return part if style == "colwise" else None
+
+
+def _localize_experts(experts: nn.Module) -> None:
+    """In place; each rank has a part of every expert, and the results of all ranks are added."""
+    for key, weight in list(experts.named_parameters(recurse=False)):
+        experts._parameters[key] = _parameter(_local(weight))
+    experts.__dict__.pop("forward", None)  # transformers' hook
+
+    def add(_module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(out)
+        return out
+
+    experts.register_forward_hook(add)
 
 
 def _local_conv(layer: Conv1D, style: str, group: ProcessGroup) -> nn.Module:
