@@ -88,14 +88,14 @@ def make_plan(name: str, hf_config: Any, size: int) -> dict[str, str]:
     family = text_config.model_type
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    plan: dict[str, str] = dict(model.tp_plan or OWN_PLANS.get(family, {}))
+    plan: dict[str, str] = dict(OWN_PLANS.get(family) or model.tp_plan or {})
 
     def refuse(why: str, remedy: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{name!r} ({family}) cannot be shared by {size} ranks: {why}; {remedy}", param="tensor_parallel_size"
         )
 
-    if not any("layers" in key or key.startswith(_GPT2_LAYER) for key in plan):
+    if not any("*" in key for key in plan):  # some have one for the head alone
         raise refuse(
             "neither transformers nor this engine has a tensor-parallel plan for it", "use tensor_parallel_size 1"
         )
@@ -127,9 +127,7 @@ def localize(model: Any, plan: dict[str, str], group: ProcessGroup) -> None:
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         style = plan.get(_generic(name))
-        if style == "moe_tp_experts" and any(
-            isinstance(weight, DTensor) for weight in module.parameters(recurse=False)
-        ):
+        if style == "moe_tp_experts":
             _localize_experts(module)
         replacement: nn.Module | None = None
         if style == REPLICATED:
@@ -235,6 +233,8 @@ def _local_linear(layer: nn.Linear, style: str | None, group: ProcessGroup, *, i
 
 def _localize_experts(experts: nn.Module) -> None:
     """In place; each rank has a part of every expert, and the results of all ranks are added."""
+    if not any(isinstance(weight, DTensor) for weight in experts.parameters(recurse=False)):
+        return
     for key, weight in list(experts.named_parameters(recurse=False)):
         experts._parameters[key] = _parameter(_local(weight))
     experts.__dict__.pop("forward", None)  # transformers' hook
