@@ -133,7 +133,11 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
 
 def check_can_be_sharded(config: EngineConfig) -> None:
     """Raises ModelLoadError or UnsupportedModelError where that shows without reading weights."""
-    make_plan(config.model, _read_config(config), config.tensor_parallel_size)
+    hf_config = _read_config(config)
+    try:
+        make_plan(config.model, hf_config, config.tensor_parallel_size)
+    except ValueError as error:  # no decoder
+        raise _load_error(config.model, error) from error
 
 
 def _read_config(config: EngineConfig) -> Any:

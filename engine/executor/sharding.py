@@ -10,7 +10,7 @@ layers with one explicit collective each: the same arithmetic at less cost a ste
     rowwise_split_input      input features                   SummedLinear, which takes its part of the input itself
     colwise_gather_output    output features                  GatheredLinear: all get all; of the head, rank 0 alone
     embedding_rowwise        rows of the vocabulary           SummedEmbedding
-    moe_tp_experts           a part of every expert           as it was, with plain tensors
+    moe_tp_experts           a part of every expert           the same module, whose results are added
 """
 
 from __future__ import annotations
@@ -88,14 +88,14 @@ def make_plan(name: str, hf_config: Any, size: int) -> dict[str, str]:
     family = text_config.model_type
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
-    plan: dict[str, str] = dict(model.tp_plan or OWN_PLANS.get(family, {}))
+    plan: dict[str, str] = dict(OWN_PLANS.get(family) or model.tp_plan or {})
 
     def refuse(why: str, remedy: str) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"{name!r} ({family}) cannot be shared by {size} ranks: {why}; {remedy}", param="tensor_parallel_size"
         )
 
-    if not any("layers" in key or key.startswith(_GPT2_LAYER) for key in plan):
+    if not any("*" in key for key in plan):  # some have one for the head alone
         raise refuse(
             "neither transformers nor this engine has a tensor-parallel plan for it", "use tensor_parallel_size 1"
         )
@@ -128,8 +128,7 @@ def localize(model: Any, plan: dict[str, str], group: ProcessGroup) -> None:
     for name, module in list(model.named_modules()):
         style = plan.get(_generic(name))
         if style == "moe_tp_experts":
-            for key, parameter in module.named_parameters(recurse=False):
-                module._parameters[key] = _parameter(_local(parameter))
+            _localize_experts(module)
         replacement: nn.Module | None = None
         if style == REPLICATED:
             _keep_kv_head(module, text_config, group)
@@ -230,6 +229,21 @@ def _local_linear(layer: nn.Linear, style: str | None, group: ProcessGroup, *, i
     if style in ("colwise_gather_output", "colwise_rep"):
         return GatheredLinear(part, layer.out_features, group, to_all=not is_head)
     return part if style == "colwise" else None
+
+
+def _localize_experts(experts: nn.Module) -> None:
+    """In place; each rank has a part of every expert, and the results of all ranks are added."""
+    if not any(isinstance(weight, DTensor) for weight in experts.parameters(recurse=False)):
+        return
+    for key, weight in list(experts.named_parameters(recurse=False)):
+        experts._parameters[key] = _parameter(_local(weight))
+    experts.__dict__.pop("forward", None)  # transformers' hook
+
+    def add(_module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(out)
+        return out
+
+    experts.register_forward_hook(add)
 
 
 def _local_conv(layer: Conv1D, style: str, group: ProcessGroup) -> nn.Module:
