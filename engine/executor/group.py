@@ -25,13 +25,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 
 import engine
 from engine.config import EngineConfig
 from engine.core.executor import SamplingFailedError
 from engine.core.plan import StepPlan, StepResult
-from engine.errors import EngineError, EngineStoppedError
+from engine.errors import ConfigError, EngineError, EngineStoppedError
 from engine.executor.local import LocalExecutor, available_cores
 from engine.executor.model_loader import check_can_be_sharded
 from engine.executor.plan_channel import PlanSender
@@ -78,6 +79,12 @@ class ProcessWorkers:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, config: EngineConfig, members: Sequence[GroupMember]) -> None:
+        if 0 < torch.cuda.device_count() <= len(members):
+            raise ConfigError(
+                f"tensor_parallel_size is {len(members) + 1}, but this process sees {torch.cuda.device_count()} CUDA devices, "
+                "and each rank takes one",
+                param="tensor_parallel_size",
+            )
         folder = str(Path(engine.__file__).parents[1])
         python_path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
         for member in members:
