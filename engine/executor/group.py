@@ -79,10 +79,11 @@ class ProcessWorkers:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, config: EngineConfig, members: Sequence[GroupMember]) -> None:
-        if 0 < torch.cuda.device_count() <= len(members):
+        num_devices = torch.cuda.device_count()
+        if 0 < num_devices <= len(members):
             raise ConfigError(
-                f"tensor_parallel_size is {len(members) + 1}, but this process sees {torch.cuda.device_count()} CUDA devices, "
-                "and each rank takes one",
+                f"tensor_parallel_size is {len(members) + 1}, but this process sees {num_devices} CUDA devices, and each rank "
+                "takes one",
                 param="tensor_parallel_size",
             )
         folder = str(Path(engine.__file__).parents[1])
