@@ -82,15 +82,15 @@ class ProcessWorkers:
         num_devices = torch.cuda.device_count()
         if 0 < num_devices <= len(members):
             raise ConfigError(
-                f"tensor_parallel_size is {len(members) + 1}, but this process sees {num_devices} CUDA devices, and each rank "
-                "takes one",
+                f"tensor_parallel_size is {len(members) + 1}, and each rank takes a CUDA device, but this process sees "
+                f"{num_devices} of them",
                 param="tensor_parallel_size",
             )
         folder = str(Path(engine.__file__).parents[1])
         python_path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
         for member in members:
             process = subprocess.Popen(
-                [sys.executable, "-m", "engine.executor.worker"],
+                [sys.executable, "-P", "-m", "engine.executor.worker"],  # -P: whatever lies in the current folder
                 stdin=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": python_path},
             )
