@@ -25,13 +25,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 
 import engine
 from engine.config import EngineConfig
 from engine.core.executor import SamplingFailedError
 from engine.core.plan import StepPlan, StepResult
-from engine.errors import EngineError, EngineStoppedError
+from engine.errors import ConfigError, EngineError, EngineStoppedError
 from engine.executor.local import LocalExecutor, available_cores
 from engine.executor.model_loader import check_can_be_sharded
 from engine.executor.plan_channel import PlanSender
@@ -78,11 +79,18 @@ class ProcessWorkers:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, config: EngineConfig, members: Sequence[GroupMember]) -> None:
+        num_devices = torch.cuda.device_count()
+        if 0 < num_devices <= len(members):
+            raise ConfigError(
+                f"tensor_parallel_size is {len(members) + 1}, and each rank takes a CUDA device, but this process sees "
+                f"{num_devices} of them",
+                param="tensor_parallel_size",
+            )
         folder = str(Path(engine.__file__).parents[1])
         python_path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
         for member in members:
             process = subprocess.Popen(
-                [sys.executable, "-m", "engine.executor.worker"],
+                [sys.executable, "-P", "-m", "engine.executor.worker"],  # -P: whatever lies in the current folder
                 stdin=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": python_path},
             )

@@ -7,10 +7,13 @@ import os
 import random
 
 import pytest
+import torch
 
 from engine import cli
 from engine.core.request import SamplingParams
 from tests.engine.test_equivalence import assert_same_tokens
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with GPUs each rank takes one")
 
 NUM_CONVERSATIONS = 10
 NUM_TURNS = 3
