@@ -12,6 +12,7 @@ from ray.serve.deployment import Application
 
 from deployments.ingress import Ingress, IngressConfig
 from deployments.llm_server import LLMServer
+from deployments.placement import group_bundles
 from deployments.schema import AppArgs
 from deployments.session_router import SessionRouter
 from deployments.tenants import load_tenants
@@ -33,12 +34,20 @@ ROUTING_STATS_PERIOD_S = 2.0
 
 def build(args: AppArgs) -> Application:
     """A Serve application from the `args` of its configuration. Loads nothing: the replicas do."""
+    num_ranks = args.engine_config.tensor_parallel_size
+    placement = {}
+    if num_ranks > 1:
+        placement = {
+            "placement_group_bundles": group_bundles(num_ranks, args.num_cpus, args.num_gpus),
+            "placement_group_strategy": args.placement_group_strategy,
+        }
     overload = BackpressureConfig(status_code=429, retry_after_s=RETRY_AFTER_S)
     engine = serve.deployment(
         LLMServer,
         name="LLMServer",
         num_replicas=args.num_replicas,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+        **placement,
         max_ongoing_requests=args.max_ongoing_requests or _engine_limit(args.engine_config),
         max_queued_requests=args.max_queued_requests,
         backpressure_config=overload,

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
+from deployments.placement import GroupNotPlacedError
 from deployments.rendezvous import choose_session_id, rank_replicas, routing_name
 from engine.errors import EngineStoppedError, OverloadedError
 from engine.prompt import AnswerBeginning
@@ -76,9 +77,17 @@ class _Progress:
 class EngineClient:
     """Engine replicas behind one handle. num_fallback_replicas: how many besides its home may be asked for a request."""
 
-    def __init__(self, handle: DeploymentHandle, num_fallback_replicas: int = 1) -> None:
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        num_fallback_replicas: int = 1,
+        why_not_placed: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """why_not_placed: what a replica waits for, where none is there; may block."""
         self._handle = handle
         self._num_fallback_replicas = num_fallback_replicas
+        self._why_not_placed = why_not_placed
+        self._why_logged = ""
         self._card: ModelCard | None = None
         self._loads: dict[int, int] = {}
         self._loads_s = -LOADS_PERIOD_S
@@ -170,7 +179,7 @@ class EngineClient:
 
     async def describe(self) -> ModelCard:
         """Ask the engine replicas; the first good answer. Raises EngineStoppedError where none of them gives
-        one in time.
+        one in time, GroupNotPlacedError where one has no room to start in.
 
         A broadcast, because a call that is routed waits behind the requests: busy is not dead.
         """
@@ -184,6 +193,11 @@ class EngineClient:
             if isinstance(answer, ModelCard):
                 self._card = answer
                 return answer
+        if why := await asyncio.to_thread(self._why_not_placed):
+            if why != self._why_logged:  # whoever waits for us asks every few seconds
+                self._why_logged = why
+                logger.warning(why)
+            raise GroupNotPlacedError(why)
         raise EngineStoppedError("no engine replica is ready; try again in a moment")
 
     async def model_card(self) -> ModelCard:

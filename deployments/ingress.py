@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -35,6 +36,7 @@ from deployments.openai_responses import (
 )
 from deployments.openai_types import BodyT, ChatCompletionBody, CompletionBody, parse_request
 from deployments.openapi import openapi_document
+from deployments.placement import why_not_placed
 from deployments.request_limits import RequestLimits
 from deployments.responses_api import ResponsesApi
 from deployments.responses_routes import add_response_routes
@@ -75,7 +77,8 @@ class Ingress:
     """The ingress deployment; Serve asks it for the application once it is constructed."""
 
     def __init__(self, handle: DeploymentHandle, config: IngressConfig) -> None:
-        self._engine = EngineClient(handle, config.num_fallback_replicas)
+        why = partial(why_not_placed, handle.app_name, handle.deployment_name)
+        self._engine = EngineClient(handle, config.num_fallback_replicas, why)
         self._config = config
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

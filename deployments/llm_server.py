@@ -35,7 +35,11 @@ def start_engine(config: EngineConfig) -> AsyncEngine:
     # Here and not above: what builds the application, and the ingress, need neither torch nor its 300 MB.
     from engine.async_engine import AsyncEngine
 
-    return AsyncEngine(config)
+    if config.tensor_parallel_size == 1:
+        return AsyncEngine(config)
+    from deployments.tp_group import start_group
+
+    return AsyncEngine(config, start_group)
 
 
 class LLMServer:

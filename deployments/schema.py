@@ -11,10 +11,10 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.tenants import load_tenants
@@ -30,7 +30,9 @@ class AppArgs(BaseModel):
     ones alone.
 
     engine: options of EngineConfig. num_replicas: engine replicas; each holds the model and its own cache.
-    num_cpus, num_gpus: what Ray sets aside for one of them (fractions are fine; CPUs are not enforced).
+    num_cpus, num_gpus: what Ray sets aside for one of them (fractions are fine; CPUs are not enforced); with a
+    tensor_parallel_size above 1 under `engine`, for each rank of one of them. placement_group_strategy: where the ranks
+    of a replica go, STRICT_PACK = all on one node, PACK = on as few as possible.
     num_ingress_replicas, ingress_num_cpus: the HTTP side. num_fallback_replicas: how many replicas, next in a session's
     order, may take a request that its home refuses, because as many run and wait there as may (max_num_seqs and
     max_num_queued_reqs of the engine). max_ongoing_requests: a lower limit for one engine replica, by Serve's count, which
@@ -52,6 +54,7 @@ class AppArgs(BaseModel):
     num_replicas: int = Field(default=1, ge=1)
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
+    placement_group_strategy: Literal["STRICT_PACK", "PACK"] = "STRICT_PACK"
     num_ingress_replicas: int = Field(default=1, ge=1)
     ingress_num_cpus: float = Field(default=0.25, ge=0)
     max_ongoing_requests: int | None = Field(default=None, ge=1)
@@ -83,6 +86,15 @@ class AppArgs(BaseModel):
         except ConfigError as error:
             raise ValueError(error.message) from None
         return path
+
+    @model_validator(mode="after")
+    def _check_group(self) -> AppArgs:
+        if self.engine_config.tensor_parallel_size > 1:
+            if self.num_gpus not in (0, 1):
+                raise ValueError(f"num_gpus must be 1, or 0 on CPUs, for each rank of a group; got {self.num_gpus:g}")
+            if self.num_cpus == self.num_gpus == 0:
+                raise ValueError("num_cpus or num_gpus must be above 0 where tensor_parallel_size is above 1")
+        return self
 
     @property
     def engine_config(self) -> EngineConfig:

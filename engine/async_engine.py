@@ -41,6 +41,7 @@ from engine.errors import (
     InvalidParameterError,
     OverloadedError,
 )
+from engine.executor.group import make_executor
 from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import default_model_name, model_location
 from engine.output import OutputDelta, merge_deltas
@@ -67,12 +68,15 @@ MAX_CONVERSATION_TOKENS = 1 << 26
 class AsyncEngine:
     """One engine. Thread-safe where asyncio is: call it from any event loop."""
 
-    def __init__(self, config: EngineConfig, executor_class: type[LocalExecutor] = LocalExecutor) -> None:
-        """Loads the model and starts the engine thread; blocking. Raises ModelLoadError or ConfigError."""
+    def __init__(
+        self, config: EngineConfig, make_executor: Callable[[EngineConfig], LocalExecutor] = make_executor
+    ) -> None:
+        """Loads the model and starts the engine thread; blocking. make_executor: as many ranks as the config wants, on this
+        machine, unless another one starts them elsewhere. Raises ModelLoadError or ConfigError."""
         self.config = config
         location = model_location(config.model)
         self.model_name = config.served_model_name or default_model_name(config.model)
-        executor = executor_class(config)
+        executor = make_executor(config)
         self._tokenizer = Tokenizer(location)
         self._executor: Executor = executor
         loaded = executor.loaded
@@ -207,6 +211,7 @@ class AsyncEngine:
         """Raises EngineStoppedError where no request can be served any more."""
         if self._fatal is not None:
             raise EngineStoppedError(f"the engine thread died: {self._fatal!r}")
+        self._executor.check_health()
         if self._num_failures >= MAX_FAILURES_IN_A_ROW:
             raise EngineStoppedError(f"the last {self._num_failures} steps failed; see the log")
         if self._is_stopping:
@@ -303,6 +308,7 @@ class AsyncEngine:
         try:
             result = wait_for_result()
         except Exception as error:
+            self._executor.check_health()  # where it computes no further step, this thread ends
             logger.exception("step %d failed", plan.step_id)
             self._num_failures += 1
             are_copies_made = isinstance(error, ComputationFailedError)

@@ -42,7 +42,8 @@ class EngineConfig:
     "auto", the first of them that is made for the device and runs here. pack_weights: lay the weights of linear layers out
     for the CPU's matrix kernels and join those that share their input, where that works. async_scheduling: put the last step
     into text and plan the next one while a step runs; the plans and the answers are the same. None = on a GPU; where the
-    model computes on the same cores, it costs.
+    model computes on the same cores, it costs. tensor_parallel_size: ranks that share the model's weights and KV heads, each
+    with a device of its own; gpu_memory_gib is for each of them, kv_offloading_size for all together.
     """
 
     model: str = "embedded"
@@ -71,6 +72,7 @@ class EngineConfig:
     attention_backend: str = "auto"
     pack_weights: bool = True
     async_scheduling: bool | None = None
+    tensor_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -102,7 +104,13 @@ class EngineConfig:
         for name in ("max_model_len", "num_gpu_blocks", "num_threads", "max_num_queued_tokens"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, "at least 1")
-        for name in ("chunk_size", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
+        for name in (
+            "chunk_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_num_queued_reqs",
+            "tensor_parallel_size",
+        ):
             check(getattr(self, name) >= 1, name, "at least 1")
         check(self.gpu_memory_gib is None or self.gpu_memory_gib > 0, "gpu_memory_gib", "above 0")
         check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "above 0 and at most 1")

@@ -24,6 +24,7 @@ from engine.core.cost_model import CostModel
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError
+from engine.executor.group import make_executor
 from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import LoadedModel
 from engine.paths import cache_folder
@@ -84,7 +85,7 @@ def profile_path(config: EngineConfig, model: str, dtype: str, device: str) -> P
     """Where the profile of this model on this device is kept unless the option `profile` names a file."""
     if config.profile is not None:
         return Path(config.profile)
-    parts = (model, dtype, device, "tp1")
+    parts = (model, dtype, device, f"tp{config.tensor_parallel_size}")
     return cache_folder() / "profiles" / (re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(parts)).strip("-") + ".json")
 
 
@@ -97,11 +98,12 @@ def load_cost_model(config: EngineConfig, executor: LocalExecutor) -> CostModel:
     if path.exists() or config.profile is not None:
         profile = Profile.load(path)
         found = (profile.model, profile.dtype, profile.device)
-        if found == wanted:
+        if (found, profile.tensor_parallel_size) == (wanted, config.tensor_parallel_size):
             logger.info("cost model: measured, from %s", path)
             return profile.cost_model(config.chunk_size)
         raise ConfigError(
-            f"{path} is a profile of {' on '.join(found)}, not of {' on '.join(wanted)}; make one with `pensieve profile`",
+            f"{path} is a profile of {' on '.join(found)} ({profile.tensor_parallel_size} ranks), not of "
+            f"{' on '.join(wanted)} ({config.tensor_parallel_size}); make one with `pensieve profile`",
             param="profile",
         )
     logger.info("cost model: analytic, from the model's shape; `pensieve profile` measures it")
@@ -117,11 +119,11 @@ def load_cost_model(config: EngineConfig, executor: LocalExecutor) -> CostModel:
 def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
     """Load the model and measure; minutes for a large one. Uses tiers of its own, just large enough."""
     probe = replace(config, num_gpu_blocks=1, num_cpu_blocks=0, mode="pensieve", profile=None)
-    executor = LocalExecutor(probe)
+    executor = make_executor(probe)
     window = min(executor.loaded.max_model_len, config.max_model_len or executor.loaded.max_model_len)
     executor.shutdown()
     num_blocks = max(-(-window // config.chunk_size), NUM_SWAPPED_BLOCKS)
-    executor = LocalExecutor(replace(probe, num_gpu_blocks=num_blocks, num_cpu_blocks=NUM_SWAPPED_BLOCKS))
+    executor = make_executor(replace(probe, num_gpu_blocks=num_blocks, num_cpu_blocks=NUM_SWAPPED_BLOCKS))
     try:
         loaded = executor.loaded
         lengths = [1 << power for power in range(MIN_CONTEXT_LEN.bit_length() - 1, window.bit_length())]
@@ -137,7 +139,7 @@ def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
             model=config.model,
             dtype=_dtype_name(loaded),
             device=_device_name(loaded),
-            tensor_parallel_size=1,
+            tensor_parallel_size=config.tensor_parallel_size,
             chunk_size=config.chunk_size,
             bytes_per_block=executor.bytes_per_block,
             chunk_s=chunk_s,
@@ -241,6 +243,7 @@ def describe_profile(profile: Profile) -> dict[str, Any]:
         "model": profile.model,
         "dtype": profile.dtype,
         "device": profile.device,
+        "ranks": profile.tensor_parallel_size,
         "chunk, without attention": f"{profile.constant_s * 1e3:.3f} ms",
         "attention per 1024 tokens of context": f"{profile.per_context_token_s * 1024e3:.3f} ms",
         "swap in": f"{profile.swap_in_s * 1e3:.3f} ms a block, {in_gb_s:.2f} GB/s",

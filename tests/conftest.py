@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Where there is no GPU, Triton's interpreter runs the kernel for GPUs. triton reads this when torch imports it.
@@ -20,7 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from engine.config import EngineConfig
 from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
 from engine.core.request import FinishReason, Request, SamplingParams
+from engine.executor.group import GroupExecutor
 from engine.executor.local import LocalExecutor
+from tests.group_workers import WarmWorkers
 
 torch.set_num_threads(1)
 
@@ -156,13 +158,26 @@ class Driver:
         return [output.token_id for output in self.outputs[request_id]]
 
 
+@pytest.fixture(scope="session")
+def warm_workers() -> Iterator[WarmWorkers]:
+    """The workers of one tensor-parallel group after the other."""
+    workers = WarmWorkers()
+    yield workers
+    workers.close()
+
+
 @pytest.fixture
-def make_driver() -> Callable[..., Driver]:
+def make_driver(request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver]]:
     """(model folder, EngineConfig options) -> Driver."""
+    groups: list[GroupExecutor] = []
 
     def make(model: Path | str, **options: object) -> Driver:
         config = EngineConfig.from_options({"model": str(model), "dtype": "float32", "num_threads": 1, **options})
-        executor = LocalExecutor(config)
+        if config.tensor_parallel_size > 1:
+            groups.append(GroupExecutor(config, request.getfixturevalue("warm_workers").starter()))
+            executor: LocalExecutor = groups[-1]
+        else:
+            executor = LocalExecutor(config)
         window = min(config.max_model_len or executor.loaded.max_model_len, executor.num_gpu_blocks * config.chunk_size)
         core_config = CoreConfig(
             max_model_len=window,
@@ -179,7 +194,9 @@ def make_driver() -> Callable[..., Driver]:
         )
         return Driver(executor, core_config)
 
-    return make
+    yield make
+    for group in groups:
+        group.shutdown()
 
 
 @pytest.fixture

@@ -14,6 +14,10 @@ class ComputationFailedError(Exception):
     """The step's computation failed, but every copy of its plan was made: only its own requests are lost."""
 
 
+class SamplingFailedError(ComputationFailedError):
+    """The logits were there, on all ranks that compute them together; only choosing tokens failed."""
+
+
 class Executor(Protocol):
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step. On any exception the driver fails the requests of the plan and goes on with the next; unless it
@@ -22,6 +26,10 @@ class Executor(Protocol):
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         """`execute` elsewhere; returns at once. One step at a time: the next call follows the result."""
+        ...
+
+    def check_health(self) -> None:
+        """Raises EngineStoppedError where no step can be computed any more."""
         ...
 
     def shutdown(self) -> None:

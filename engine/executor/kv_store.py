@@ -54,6 +54,10 @@ class KVStore:
                 offset += size
             self.layer_pools.append((pools[0], pools[1]))
 
+    @property
+    def num_bytes(self) -> int:
+        return self.storage.numel() * self.storage.element_size()
+
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Within this tier; every source is read before any target is written."""
         if copies:

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import platform
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from engine.errors import ConfigError
 from engine.executor.kv_store import KVStore, block_bytes
 from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
+from engine.executor.plan_channel import Placement
+from engine.executor.process_group import ProcessGroup
 from engine.executor.swapper import make_swapper
 
 logger = logging.getLogger(__name__)
@@ -65,19 +68,25 @@ def end_openmp_team() -> None:
 
 
 class LocalExecutor:
-    """One model, one KV store. One step at a time, in whichever thread."""
+    """One model, or one rank's shard of it; one KV store. One step at a time, in whichever thread."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Loads and allocates; blocking. Raises ModelLoadError or ConfigError."""
+    def __init__(self, config: EngineConfig, group: ProcessGroup | None = None) -> None:
+        """Loads and allocates; blocking. group: of this rank, where the model is sharded. Raises ModelLoadError or
+        ConfigError."""
+        self._group = group
         num_threads = config.num_threads or available_cores()
         torch.set_num_threads(num_threads)
         # One thread for all steps, because torch's worker threads belong to the thread that started them.
         self._thread = ThreadPoolExecutor(1, "executor", torch.set_num_threads, (num_threads,))
-        self.loaded: LoadedModel = load_model(config)
+        self.loaded: LoadedModel = load_model(config, group)
+        num_ranks = 1 if group is None else group.size
         bytes_per_block = block_bytes(self.loaded.layers, config.chunk_size, self.loaded.dtype)
+        self.bytes_per_block = bytes_per_block * num_ranks  # of all ranks
         self.num_gpu_blocks = config.num_gpu_blocks or self._num_blocks_for_memory(config, bytes_per_block)
-        self.num_cpu_blocks = self._num_cpu_blocks(config, bytes_per_block)
-        self.bytes_per_block = bytes_per_block
+        self.num_cpu_blocks = self._num_cpu_blocks(config, self.bytes_per_block)
+        if group is not None:  # one scheduler for all of them: the smallest counts
+            self.num_gpu_blocks = group.minimum(self.num_gpu_blocks)
+            self.num_cpu_blocks = group.minimum(self.num_cpu_blocks)
         sizes = {"chunk_size": config.chunk_size, "dtype": self.loaded.dtype}
         layers, device = self.loaded.layers, self.loaded.device
         self.gpu_store = KVStore(layers, num_blocks=self.num_gpu_blocks, device=device, **sizes)
@@ -93,7 +102,8 @@ class LocalExecutor:
             end_openmp_team()
         self._swapper = make_swapper(self.gpu_store, self.cpu_store, verify=config.verify_swaps)
         backend = choose_backend(config.attention_backend, device, self.loaded.dtype)
-        self._runner = ModelRunner(self.loaded, self.gpu_store, self._swapper, backend)
+        samples = group is None or group.rank == 0
+        self._runner = ModelRunner(self.loaded, self.gpu_store, self._swapper, backend, samples=samples)
         logger.info(
             "%s: %.1fM parameters, %s on %s; blocks of %d tokens, GPU tier %d (%.2f GiB), CPU tier %d (%.2f GiB)",
             config.model,
@@ -112,6 +122,26 @@ class LocalExecutor:
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
         return self._thread.submit(self.execute, plan)
+
+    def note_sampled(self, token_ids: Sequence[int]) -> None:
+        """On a rank that does not sample: what was sampled in the last step, before the next one."""
+        self._runner.note_sampled(token_ids)
+
+    def check_health(self) -> None:
+        """Whatever becomes of a step, the next one may go well."""
+
+    @property
+    def placement(self) -> Placement:
+        """What this rank has, where."""
+        return Placement(
+            rank=0 if self._group is None else self._group.rank,
+            host=platform.node(),
+            pid=os.getpid(),
+            device=_device_name(self.loaded.device),
+            num_weight_bytes=self.loaded.num_weight_bytes,
+            num_gpu_tier_bytes=self.gpu_store.num_bytes,
+            num_cpu_tier_bytes=self.cpu_store.num_bytes,
+        )
 
     def shutdown(self) -> None:
         """Frees the model and the KV stores, after the step that runs."""
@@ -161,3 +191,7 @@ class LocalExecutor:
         free, total = torch.cuda.mem_get_info(device)
         others = total - free - torch.cuda.memory_reserved(device)
         return total * config.gpu_memory_utilization - peak - others
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

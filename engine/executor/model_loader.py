@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.distributed import DistributedConfig
 
 from engine.attention.interface import ATTENTION_NAME, ShapeProbe, attention_handled_by
 from engine.attention.metadata import LayerShape
@@ -21,6 +22,8 @@ from engine.config import EngineConfig
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
+from engine.executor.process_group import ProcessGroup
+from engine.executor.sharding import is_own, localize, make_plan, num_local_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +36,9 @@ REFUSED_LAYER_TYPES = ("chunked_attention", "linear_attention", "mamba", "recurr
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run. layers: KV shape of each attention call of a forward, in order. num_attention_heads: query
-    heads of the first one. max_model_len: the window by its config."""
+    """A model ready to run, or one rank's shard of it. layers: KV shape of each attention call of a forward, in order, and
+    num_weight_bytes: of this rank. num_attention_heads (query heads of a layer), num_parameters: of the whole.
+    max_model_len: the window by its config."""
 
     model: Any
     device: torch.device
@@ -42,6 +46,7 @@ class LoadedModel:
     layers: tuple[LayerShape, ...]
     num_attention_heads: int
     num_parameters: int
+    num_weight_bytes: int
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
@@ -73,24 +78,26 @@ def choose_device(option: str) -> torch.device:
     return device
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
+def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> LoadedModel:
     """Load, check, and put in place. Weights go straight to the device, one file at a time, into a model that was built
-    empty: peak memory stays near the size of the weights. Raises ModelLoadError or UnsupportedModelError."""
+    empty: peak memory stays near the size of the weights. group: whose shard of it this rank loads; None = all of it. Raises
+    ModelLoadError or UnsupportedModelError."""
     location = model_location(config.model)
-    device = choose_device(config.device)
+    device = choose_device(config.device) if group is None else group.device
     if not sys.stderr.isatty():  # a progress bar in a log file is noise
         transformers.utils.logging.disable_progress_bar()
-    try:
-        hf_config = AutoConfig.from_pretrained(location)
-    except (OSError, ValueError) as error:
-        raise _load_error(config.model, error) from error
+    hf_config = _read_config(config)
     text_config = hf_config.get_text_config()
-    _refuse_unsupported(config.model, text_config, config.max_model_len)
     dtype = _choose_dtype(config.dtype, text_config, device)
+    plan = {} if group is None else make_plan(config.model, hf_config, group.size)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, device_map={"": device}, attn_implementation="eager", output_loading_info=True
-        )
+        options = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}
+        if group is None:
+            model, report = AutoModelForCausalLM.from_pretrained(location, device_map={"": device}, **options)
+        else:
+            with group.environment():
+                shards = DistributedConfig(tp_size=group.size, tp_plan=plan)
+                model, report = AutoModelForCausalLM.from_pretrained(location, distributed_config=shards, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _load_error(config.model, error) from error
     if report["missing_keys"]:  # transformers would go on with random ones
@@ -100,22 +107,47 @@ def load_model(config: EngineConfig) -> LoadedModel:
             param="model",
         )
     model.eval()
-    probe = _check_attention(config.model, model, text_config, dtype)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if group is not None:
+        _localize(config.model, model, text_config, dtype, plan, group)
+    num_weight_bytes = num_local_bytes(model)
+    probe = _check_attention(config.model, model, text_config, dtype)
     packing = choose_packing(dtype) if config.pack_weights and device.type == "cpu" else None
-    if packing is not None and not _pack(config.model, model, text_config, dtype, packing):
-        return load_model(replace(config, pack_weights=False))
+    if packing is not None:
+        is_packed = _pack(config.model, model, text_config, dtype, packing)
+        if not (is_packed if group is None else group.minimum(is_packed)):
+            return load_model(replace(config, pack_weights=False), group)
     return LoadedModel(
         model=model,
         device=device,
         dtype=dtype,
         layers=tuple(probe.layers),
-        num_attention_heads=probe.num_heads[0],
+        num_attention_heads=probe.num_heads[0] if group is None else text_config.num_attention_heads,
         num_parameters=num_parameters,
+        num_weight_bytes=num_weight_bytes,
         vocab_size=text_config.vocab_size,
         max_model_len=_model_window(text_config),
         eos_token_ids=_eos_token_ids(location, text_config),
     )
+
+
+def check_can_be_sharded(config: EngineConfig) -> None:
+    """Raises ModelLoadError or UnsupportedModelError where that shows without reading weights."""
+    hf_config = _read_config(config)
+    try:
+        make_plan(config.model, hf_config, config.tensor_parallel_size)
+    except ValueError as error:  # no decoder
+        raise _load_error(config.model, error) from error
+
+
+def _read_config(config: EngineConfig) -> Any:
+    """transformers' config of a model that can be served."""
+    try:
+        hf_config = AutoConfig.from_pretrained(model_location(config.model))
+    except (OSError, ValueError) as error:
+        raise _load_error(config.model, error) from error
+    _refuse_unsupported(config.model, hf_config.get_text_config(), config.max_model_len)
+    return hf_config
 
 
 def _load_error(model: str, error: Exception) -> ModelLoadError:
@@ -198,6 +230,26 @@ def _pack(name: str, model: Any, text_config: Any, dtype: torch.dtype, packing: 
         return False
     logger.info("%s: %d linear layers packed (%s)", name, num_packed, packing.__name__)
     return True
+
+
+def _localize(
+    name: str, model: Any, text_config: Any, dtype: torch.dtype, plan: dict[str, str], group: ProcessGroup
+) -> None:
+    """Put local layers in place of transformers' distributed ones; refuse the model where they do not compute the same."""
+    expected = None if is_own(plan, text_config) else _probe(model, text_config, ShapeProbe())
+    localize(model, plan, group)
+    if expected is None:
+        return
+    actual = _probe(model, text_config, ShapeProbe())
+    error = (
+        _relative_error(actual, expected) if group.rank == 0 else 0.0
+    )  # which has the logits of the whole vocabulary
+    if not group.minimum(error <= PROBE_TOLERANCE[dtype]):
+        raise UnsupportedModelError(
+            f"{name!r} ({text_config.model_type}) gives other logits with this engine's sharded layers than with "
+            f"transformers' (relative difference {error:.1e} on rank {group.rank}); use tensor_parallel_size 1",
+            param="tensor_parallel_size",
+        )
 
 
 @torch.inference_mode()

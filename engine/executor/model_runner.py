@@ -13,8 +13,8 @@ import torch
 
 from engine.attention.interface import PagedAttention, attention_handled_by
 from engine.attention.metadata import AttentionBackend, AttentionMetadata
-from engine.core.executor import ComputationFailedError
-from engine.core.plan import Logprobs, QuerySegment, StepPlan, StepResult
+from engine.core.executor import ComputationFailedError, SamplingFailedError
+from engine.core.plan import Logprobs, QuerySegment, RequestStart, StepPlan, StepResult
 from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import LoadedModel
 from engine.executor.sampler import SamplingState, sample
@@ -59,18 +59,31 @@ class BlockTables:
 
 @dataclass(slots=True)
 class _RequestState:
-    """table_row: of the request's block table. last_token: what was sampled last, alone; None before that."""
+    """table_row: of the request's block table. sampling: None on a rank that does not sample. last_token: what was sampled
+    last, alone; None before that."""
 
     table_row: int
-    sampling: SamplingState
+    sampling: SamplingState | None
     last_token: tuple[int] | None = None
 
 
 class ModelRunner:
     """One model (or one rank's shard of it) and its KV."""
 
-    def __init__(self, loaded: LoadedModel, kv_store: KVStore, swapper: Swapper, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        kv_store: KVStore,
+        swapper: Swapper,
+        backend: AttentionBackend,
+        *,
+        samples: bool = True,
+    ) -> None:
+        """samples: False on the ranks that are told what rank 0 sampled."""
         self._loaded = loaded
+        self._samples = samples
+        # Those that the last step sampled for, in order.
+        self._sampled: list[_RequestState] = []
         self._backend = backend
         self._tables = BlockTables()
         self._kv_store = kv_store
@@ -83,22 +96,29 @@ class ModelRunner:
         token_ids: tuple[int, ...] = ()
         logprobs: tuple[Logprobs | None, ...] = ()
         failure: Exception | None = None
+        has_logits = False
+        self._sampled = [self._requests[segment.request_id] for segment in plan.segments if segment.samples]
         try:
             if plan.segments:
-                states = [self._requests[segment.request_id] for segment in plan.segments if segment.samples]
                 logits = self._forward(plan.segments, wait_for_layer)
-                token_ids, logprobs = sample(logits, [state.sampling for state in states])
-                for state, token_id in zip(states, token_ids, strict=True):
-                    state.last_token = (token_id,)
+                has_logits = True
+                if self._samples:
+                    token_ids, logprobs = sample(logits, [s.sampling for s in self._sampled if s.sampling is not None])
+                    self.note_sampled(token_ids)
         except Exception as error:
             failure = error
         # Whatever happened, no copy may be under way when the core decides about the blocks again.
         failed_swap_ins = self._swapper.finish()
         if failure is not None and not failed_swap_ins:
-            raise ComputationFailedError(repr(failure)) from failure
+            raise (SamplingFailedError if has_logits else ComputationFailedError)(repr(failure)) from failure
         if failure is not None:
             raise failure
         return StepResult(plan.step_id, token_ids, logprobs, failed_swap_ins)
+
+    def note_sampled(self, token_ids: Sequence[int]) -> None:
+        """What was sampled in the last step, in the order of its segments; nothing where that failed."""
+        for state, token_id in zip(self._sampled, token_ids, strict=bool(token_ids)):
+            state.last_token = (token_id,)
 
     def _follow(self, plan: StepPlan) -> None:
         for request_id in plan.ended:
@@ -108,13 +128,7 @@ class ModelRunner:
         for start in plan.starts:
             self._requests[start.request_id] = _RequestState(
                 self._tables.add(start.block_table),
-                SamplingState(
-                    start.sampling,
-                    start.num_tokens,
-                    start.num_prompt_tokens,
-                    start.stop_token_ids,
-                    start.token_ids,
-                ),
+                _sampling_state(start) if self._samples else None,
             )
         for append in plan.appends:
             self._tables.append(self._requests[append.request_id].table_row, append.block_id)
@@ -155,6 +169,12 @@ class ModelRunner:
             ).logits[0]
         assert attention.num_calls == len(self._kv_store.layer_pools), "a layer did not attend"
         return logits
+
+
+def _sampling_state(start: RequestStart) -> SamplingState:
+    return SamplingState(
+        start.sampling, start.num_tokens, start.num_prompt_tokens, start.stop_token_ids, start.token_ids
+    )
 
 
 def _token_ids(segment: QuerySegment, state: _RequestState) -> tuple[int, ...]:

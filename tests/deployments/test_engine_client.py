@@ -14,6 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from deployments import engine_client
 from deployments.engine_client import EngineClient
 from deployments.generation import DeltaItem, ErrorItem, GenerationRequest, ModelCard
+from deployments.placement import GroupNotPlacedError
 from deployments.rendezvous import rank_replicas
 from engine.core.request import SamplingParams
 from engine.errors import EngineStoppedError, OverloadedError
@@ -126,6 +127,18 @@ async def test_one_replica_that_answers_is_enough() -> None:
 async def test_no_replica_that_answers(answers: list[Any] | None) -> None:
     with pytest.raises(EngineStoppedError):
         await EngineClient(FakeHandle(answers=answers)).describe()
+
+
+async def test_a_replica_that_has_no_room_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    waiting = EngineClient(FakeHandle(answers=[]), why_not_placed=lambda: "no room")
+    with pytest.raises(GroupNotPlacedError, match="no room") as info:
+        await waiting.describe()
+    assert (info.value.http_status, info.value.code) == (503, "group_not_placed")
+    with pytest.raises(GroupNotPlacedError):
+        await waiting.describe()
+    assert [record.getMessage() for record in caplog.records] == ["no room"]
+    client = EngineClient(FakeHandle(answers=[CARD]), why_not_placed=lambda: "no room")  # for a second one
+    assert await client.describe() == CARD
 
 
 async def test_model_card_is_asked_once_and_outlives_the_replicas() -> None:

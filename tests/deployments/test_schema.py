@@ -68,6 +68,21 @@ def test_args() -> None:
             AppArgs.model_validate(wrong)
 
 
+def test_a_group_gets_a_bundle_for_each_rank() -> None:
+    def placement(**args: object) -> tuple[object, object]:
+        engine = build(AppArgs.model_validate(args))._bound_deployment.init_args[0]
+        options = engine._bound_deployment._replica_config
+        return options.placement_group_bundles, options.placement_group_strategy
+
+    assert placement(num_gpus=1, num_cpus=2) == (None, None)
+    group = {"engine": {"tensor_parallel_size": 2}, "num_cpus": 2}
+    assert placement(**group, num_gpus=1) == ([{"CPU": 2.0, "GPU": 1.0}] * 2, "STRICT_PACK")
+    assert placement(**group, placement_group_strategy="PACK") == ([{"CPU": 2.0}] * 2, "PACK")
+    for wrong in ({"num_gpus": 0.5}, {"num_gpus": 2}, {"num_cpus": 0}, {"placement_group_strategy": "SPREAD"}):
+        with pytest.raises(ValidationError):
+            AppArgs.model_validate(group | wrong)
+
+
 def test_serve_can_read_the_type_of_the_builder_s_argument() -> None:
     # As a string (postponed annotations) it would be ignored, and build called with a plain dict.
     assert build.__annotations__["args"] is AppArgs

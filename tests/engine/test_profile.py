@@ -72,6 +72,9 @@ def test_a_profile_of_something_else_is_refused(profile, executor, tmp_path):
     replace(profile, model="another").save(path)
     with pytest.raises(ConfigError, match="profile of another"):
         load_cost_model(EngineConfig.from_options({**OPTIONS, "profile": str(path)}), executor)
+    replace(profile, tensor_parallel_size=2).save(path)
+    with pytest.raises(ConfigError, match="2 ranks"):
+        load_cost_model(EngineConfig.from_options({**OPTIONS, "profile": str(path)}), executor)
     with pytest.raises(ConfigError, match="missing"):
         load_cost_model(EngineConfig.from_options({**OPTIONS, "profile": str(tmp_path / "missing.json")}), executor)
 

@@ -1,0 +1,291 @@
+"""The executor for a model that is sharded over several devices: rank 0, in this process, which tells the others its plans.
+
+Who starts the others is a WorkerStarter's business: processes of this machine here, Ray actors in the deployments.
+
+    engine thread         executor's thread              "workers" thread
+    submit(plan) -------> plan and last tokens to all    heartbeats of all
+                          step of rank 0 (collectives)   one is lost: break, kill the workers, which ends
+           <-- result --  SwapsDone of all, if verified  the collectives of rank 0 as well
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+import engine
+from engine.config import EngineConfig
+from engine.core.executor import SamplingFailedError
+from engine.core.plan import StepPlan, StepResult
+from engine.errors import ConfigError, EngineError, EngineStoppedError
+from engine.executor.local import LocalExecutor, available_cores
+from engine.executor.model_loader import check_can_be_sharded
+from engine.executor.plan_channel import PlanSender
+from engine.executor.process_group import GroupMember, ProcessGroup, check_no_group
+
+logger = logging.getLogger(__name__)
+
+# Until all workers have connected: an interpreter starts and imports torch; where actors start, a machine may have to come.
+CONNECT_TIMEOUT_S = 300.0
+# A step that takes longer hangs.
+STEP_TIMEOUT_S = 300.0
+# How long the workers may take to free what they have when they are told to stop, or until they say why a step failed.
+LEAVE_TIMEOUT_S = 10.0
+BLAME_TIMEOUT_S = 2.0
+MAX_FOLDER_LEN = 80
+
+
+class WorkerStarter(Protocol):
+    """Starts ranks 1 to n-1, each with `run_worker(config, member)`.
+
+    host: how they reach rank 0's machine over the network; None where all are on it."""
+
+    host: str | None
+
+    def start(self, config: EngineConfig, members: Sequence[GroupMember]) -> None:
+        """Start them all; need not wait until they run. Called once."""
+        ...
+
+    def check(self) -> None:
+        """Raises EngineError where a worker has ended. Called while rank 0 waits for the workers to come."""
+        ...
+
+    def shutdown(self) -> None:
+        """End at once (kill) the workers that have not ended by themselves. From any thread; may be called again."""
+        ...
+
+
+class ProcessWorkers:
+    """Workers that are processes of this machine."""
+
+    host: str | None = None
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, config: EngineConfig, members: Sequence[GroupMember]) -> None:
+        num_devices = torch.cuda.device_count()
+        if 0 < num_devices <= len(members):
+            raise ConfigError(
+                f"tensor_parallel_size is {len(members) + 1}, and each rank takes a CUDA device, but this process sees "
+                f"{num_devices} of them",
+                param="tensor_parallel_size",
+            )
+        folder = str(Path(engine.__file__).parents[1])
+        python_path = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+        for member in members:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "engine.executor.worker"],  # -P: whatever lies in the current folder
+                stdin=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": python_path},
+            )
+            self._processes.append(process)
+            assert process.stdin is not None
+            with suppress(BrokenPipeError), process.stdin as stdin:  # `check` says that it has ended
+                stdin.write(pickle.dumps((config, member)))
+
+    def check(self) -> None:
+        for rank, process in enumerate(self._processes, 1):
+            if process.poll() is not None:
+                raise EngineError(
+                    f"the process of rank {rank} ended at its start (status {process.returncode}); see its log"
+                )
+
+    def shutdown(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+
+
+class GroupExecutor(LocalExecutor):
+    """Rank 0. broken: done, with the error, once the group cannot compute any more, whatever rank is to blame; cancelled by
+    a regular shutdown. Its callbacks run in a thread of the group's, and must not wait for the group."""
+
+    def __init__(self, config: EngineConfig, starter: WorkerStarter | None = None) -> None:
+        """starter: None = processes of this machine, which share its cores. Blocks until all ranks have loaded; raises what
+        any of them raised."""
+        check_no_group()
+        check_can_be_sharded(config)
+        self.broken: Future[EngineStoppedError] = Future()
+        # Of the last step: what `submit` gave, and the call in the executor's thread.
+        self._outcome: Future[StepResult] = Future()
+        self._step: Future[None] = Future()
+        self._step.set_result(None)
+        self._sampled: tuple[int, ...] = ()
+        self._group = None
+        self._verifies = config.verify_swaps
+        self._size = config.tensor_parallel_size
+        if starter is None:
+            starter = ProcessWorkers()
+            config = replace(config, num_threads=config.num_threads or max(1, available_cores() // self._size))
+        self._starter = starter
+        self._folder = _make_folder()
+        self._channel = PlanSender(
+            self._size,
+            host=starter.host,
+            path=f"{self._folder}/plans",
+            on_lost=lambda rank, why: self._break(rank, why),
+        )
+        try:
+            store, rendezvous = None, f"file://{self._folder}/store"
+            if starter.host is not None:
+                store = dist.TCPStore(starter.host, 0, is_master=True, wait_for_workers=False)
+                rendezvous = f"tcp://{starter.host}:{store.port}"
+            members = [
+                GroupMember(rank, self._size, rendezvous, self._channel.address, self._channel.authkey)
+                for rank in range(self._size)
+            ]
+            starter.start(config, members[1:])
+            self._channel.accept(starter.check, CONNECT_TIMEOUT_S)
+            self._load(config, members[0], store)
+            self.placements = (self.placement, *self._channel.wait_until_ready())
+            self.check_health()
+        except BaseException as error:
+            blamed = self._find_blamed(error)
+            self._end()
+            if blamed is error:
+                raise
+            raise blamed from error
+        for placement in self.placements:
+            logger.info("%s", placement)
+
+    def _load(self, config: EngineConfig, member: GroupMember, store: dist.TCPStore | None) -> None:
+        """What an executor without a group does in its constructor; in a thread, because it waits for ever for a rank that
+        ended on its way into the group."""
+        loaded: Future[None] = Future()
+
+        def load() -> None:
+            try:
+                super(GroupExecutor, self).__init__(config, ProcessGroup(member, config.device, store))
+            except BaseException as error:
+                loaded.set_exception(error)
+            else:
+                loaded.set_result(None)
+
+        threading.Thread(target=load, name="load", daemon=True).start()
+        if not self._has_ended(loaded):
+            raise self.broken.result()
+        loaded.result()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return self.submit(plan).result()
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """The result is there, as an error, even where the step hangs."""
+        outcome: Future[StepResult] = Future()
+        self._outcome = outcome
+        if self.broken.done():
+            _settle(outcome, self.broken.result())
+        else:
+            self._step = self._thread.submit(self._run, plan, outcome)
+        return outcome
+
+    def check_health(self) -> None:
+        """Raises EngineStoppedError, which names the rank, where the group is broken."""
+        if self.is_broken:
+            raise self.broken.result()
+
+    @property
+    def is_broken(self) -> bool:
+        return self.broken.done() and not self.broken.cancelled()
+
+    def shutdown(self) -> None:
+        """Frees the model and the KV stores of all ranks, after the step that runs."""
+        has_ended = self._has_ended(self._step)
+        self.broken.cancel()
+        self._end()
+        if has_ended:
+            super().shutdown()
+        else:
+            logger.error("a collective does not return; what rank 0 has is freed with the process")
+
+    def _run(self, plan: StepPlan, outcome: Future[StepResult]) -> None:
+        """A step, in the executor's thread."""
+        try:
+            self._channel.send(self._sampled, plan, STEP_TIMEOUT_S)
+            self._sampled = ()
+            result = super().execute(plan)
+            self._sampled = result.token_ids
+            if self._verifies and plan.swap_ins:
+                failed = {*result.failed_swap_ins, *self._channel.take_failed_swap_ins()}
+                result = replace(result, failed_swap_ins=tuple(sorted(failed)))
+        except SamplingFailedError as error:
+            _settle(outcome, error)  # after the last collective: the ranks agree still
+        except BaseException as error:
+            _settle(outcome, self._find_blamed(error))
+        else:
+            with suppress(InvalidStateError):
+                outcome.set_result(result)
+        finally:
+            self._channel.end_step()
+
+    def _has_ended(self, work: Future[None]) -> bool:
+        """Waits for work with collectives in it, which are to end soon once the group is broken. False where they do not."""
+        futures: list[Future[Any]] = [work, self.broken]
+        wait(futures, return_when=FIRST_COMPLETED)
+        wait([work], LEAVE_TIMEOUT_S)
+        return work.done()
+
+    def _find_blamed(self, error: BaseException) -> BaseException:
+        """What broke the group, where rank 0 got `error`: another rank's failure shows here as a lost connection."""
+        try:
+            blamed: BaseException = self.broken.result(BLAME_TIMEOUT_S)
+        except TimeoutError:
+            self._break(0, repr(error))
+            blamed = error
+        failure = self._channel.failure
+        return failure.error if failure is not None and failure.error is not None else blamed
+
+    def _break(self, rank: int, why: str) -> None:
+        """From any thread: no step is computed from here on, and the workers end."""
+        error = EngineStoppedError(f"the tensor-parallel group is broken: rank {rank} of {self._size}: {why}")
+        try:
+            self.broken.set_result(error)
+        except InvalidStateError:
+            return  # it was broken before, or is shut down
+        logger.error("%s", error)
+        _settle(self._outcome, error)
+        self._starter.shutdown()
+        if self._group is not None:
+            self._group.abort()
+
+    def _end(self) -> None:
+        """Give back workers, connections, files."""
+        self._channel.close(0.0 if self.is_broken else LEAVE_TIMEOUT_S)
+        self._starter.shutdown()
+        if self._group is not None:
+            self._group.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _make_folder() -> str:
+    """For a socket and what torch.distributed meets in; the path of a socket must be short."""
+    is_long = len(tempfile.gettempdir()) > MAX_FOLDER_LEN and os.path.isdir("/tmp")
+    return tempfile.mkdtemp(prefix="pensieve-", dir="/tmp" if is_long else None)
+
+
+def _settle(outcome: Future[StepResult], error: BaseException) -> None:
+    """Where nobody else has, in another thread."""
+    with suppress(InvalidStateError):
+        outcome.set_exception(error)
+
+
+def make_executor(config: EngineConfig) -> LocalExecutor:
+    """For that many ranks as the config wants, all on this machine. Raises ModelLoadError or ConfigError."""
+    return LocalExecutor(config) if config.tensor_parallel_size == 1 else GroupExecutor(config)

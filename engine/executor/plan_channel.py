@@ -1,0 +1,336 @@
+"""How plans go from rank 0 to the other ranks of a tensor-parallel group, and what comes back: that a worker lives, what it
+has, what went wrong. One connection per worker, over a Unix socket or TCP; knows no model.
+
+    rank 0 -> worker   a step: encode_plan(...); or STOP
+    worker -> rank 0   Beat every second; Placement once; SwapsDone where swaps are verified; Failure, its last word
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from itertools import starmap
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener, wait
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
+from engine.errors import EngineError, PensieveError
+from engine.executor.process_group import GroupMember
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+# Without a heartbeat for so long, a worker is stopped or its machine gone: one that computes beats too. One that loads may
+# be kept from it by a slow file system.
+LOST_AFTER_S = 10.0
+LOST_IN_LOADING_AFTER_S = 300.0
+# A worker whose rank 0 is gone ends by itself within that, even in the middle of a collective.
+END_ALONE_AFTER_S = 10.0
+PROTOCOL = pickle.HIGHEST_PROTOCOL
+STOP = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What one rank has, where: bytes of weights and of both tiers, and the device they are for."""
+
+    rank: int
+    host: str
+    pid: int
+    device: str
+    num_weight_bytes: int
+    num_gpu_tier_bytes: int
+    num_cpu_tier_bytes: int
+
+    def __str__(self) -> str:
+        sizes = (self.num_weight_bytes, self.num_gpu_tier_bytes, self.num_cpu_tier_bytes)
+        weights, gpu_tier, cpu_tier = (f"{num_bytes / (1 << 30):.2f} GiB" for num_bytes in sizes)
+        return (
+            f"rank {self.rank} on {self.host}, process {self.pid}, {self.device}: weights {weights}, GPU tier {gpu_tier}, "
+            f"CPU tier {cpu_tier}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The worker lives. step_id: of the last step that it finished."""
+
+    step_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SwapsDone:
+    """GPU blocks to which a step's swap-ins brought something else than was swapped out on that rank."""
+
+    failed_swap_ins: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why the worker ends. error: where it is one that the engine raises on purpose."""
+
+    text: str
+    error: PensieveError | None = None
+
+
+# The parts of a plan that are rows of one class. Rows travel as tuples: pickled as objects they take ten times as long.
+_ROWS: tuple[tuple[str, type[Any]], ...] = (
+    ("segments", QuerySegment),
+    ("starts", RequestStart),
+    ("appends", BlockAppend),
+    ("evictions", BlockCopy),
+    ("gpu_copies", BlockCopy),
+    ("swap_ins", BlockCopy),
+    ("swap_outs", BlockCopy),
+)
+_TO_TUPLE = {kind: attrgetter(*(field.name for field in fields(kind))) for kind in {kind for _, kind in _ROWS}}
+
+
+def encode_plan(token_ids: tuple[int, ...], plan: StepPlan) -> bytes:
+    """token_ids: sampled in the step before, by rank 0."""
+    rows = tuple(tuple(map(_TO_TUPLE[kind], getattr(plan, name))) for name, kind in _ROWS)
+    return pickle.dumps((token_ids, plan.step_id, plan.ended, rows), PROTOCOL)
+
+
+def decode_plan(message: bytes) -> tuple[tuple[int, ...], StepPlan]:
+    token_ids, step_id, ended, rows = pickle.loads(message)
+    parts = {name: tuple(starmap(kind, part)) for (name, kind), part in zip(_ROWS, rows, strict=True) if part}
+    return token_ids, StepPlan(step_id, parts.pop("segments", ()), ended=ended, **parts)
+
+
+class PlanSender:
+    """Rank 0's side. A thread listens to the workers and calls `on_lost(rank, why)`, once, when one of them is lost."""
+
+    def __init__(self, size: int, *, host: str | None, path: str, on_lost: Callable[[int, str], None]) -> None:
+        """host: this machine's, where workers come from others; None = listen on the Unix socket `path`, in a folder that is
+        the group's alone."""
+        self._size = size
+        self.authkey = os.urandom(32)
+        if host is None:
+            self._listener = Listener(path, "AF_UNIX", backlog=size, authkey=self.authkey)
+            self.address: str | tuple[str, int] = path
+        else:
+            self._listener = Listener((host, 0), "AF_INET", backlog=size, authkey=self.authkey)
+            self.address = (host, int(self._listener.address[1]))
+        self._on_lost = on_lost
+        self._connections: dict[int, Connection[Any, Any]] = {}
+        self._changed = threading.Condition()
+        self._beats: dict[int, tuple[float, int]] = {}
+        self._placements: dict[int, Placement] = {}
+        self._swaps_done: dict[int, SwapsDone] = {}
+        self._step: tuple[int, float] | None = None  # the step that runs, and its deadline
+        self.failure: Failure | None = None
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._listen, name="workers", daemon=True)
+
+    def accept(self, check: Callable[[], None], timeout_s: float) -> None:
+        """Wait until every worker has connected. check: called again and again meanwhile, raises where it is of no use."""
+        accepted = threading.Thread(target=self._accept_all, name="accept", daemon=True)
+        accepted.start()
+        deadline = time.monotonic() + timeout_s
+        while accepted.is_alive():
+            check()
+            if time.monotonic() > deadline:
+                missing = sorted(set(range(1, self._size)) - set(self._connections))
+                raise EngineError(f"ranks {missing} of {self._size} did not connect within {timeout_s:.0f} s")
+            accepted.join(0.05)
+        self._listener.close()
+        now = time.monotonic()
+        self._beats = dict.fromkeys(self._connections, (now, -1))
+        self._thread.start()
+
+    def _accept_all(self) -> None:
+        while len(self._connections) < self._size - 1:
+            try:
+                connection = self._listener.accept()
+                rank = connection.recv()
+            except (OSError, EOFError, AuthenticationError) as error:
+                if self._is_closing:
+                    return
+                logger.warning("a connection that is no worker's: %r", error)
+                continue
+            if not isinstance(self.address, str):
+                _tune_tcp(connection)
+            self._connections[rank] = connection
+
+    def send(self, token_ids: tuple[int, ...], plan: StepPlan, timeout_s: float) -> None:
+        """To all workers. timeout_s: within that, `end_step` has to follow, or the group counts as hung."""
+        message = encode_plan(token_ids, plan)
+        self._step = (plan.step_id, time.monotonic() + timeout_s)
+        for connection in self._connections.values():
+            connection.send_bytes(message)
+
+    def end_step(self) -> None:
+        """Rank 0 has finished the step."""
+        self._step = None
+
+    def wait_until_ready(self) -> tuple[Placement, ...]:
+        """What the workers have, by rank; blocks until all have loaded."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._placements) == self._size - 1 or self.failure is not None)
+            return tuple(self._placements[rank] for rank in sorted(self._placements))
+
+    def take_failed_swap_ins(self) -> set[int]:
+        """Of all workers, after a step with swap-ins where these are verified; blocks until all have told."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._swaps_done) == self._size - 1 or self.failure is not None)
+            done, self._swaps_done = self._swaps_done, {}
+        return {block for swaps in done.values() for block in swaps.failed_swap_ins}
+
+    def close(self, timeout_s: float) -> None:
+        """Tell the workers to stop, and wait that long for them to leave."""
+        self._is_closing = True
+        for connection in self._connections.values():
+            try:
+                connection.send_bytes(STOP)
+            except OSError:
+                logger.debug("a worker is gone already")
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+            for connection in self._connections.values():
+                _hang_up(connection)  # ends the thread where a worker has not
+            self._thread.join()
+        self._listener.close()
+        for connection in self._connections.values():
+            connection.close()
+
+    def _listen(self) -> None:
+        ranks = {connection: rank for rank, connection in self._connections.items()}
+        while ranks:
+            for connection in wait(list(ranks), HEARTBEAT_S):
+                assert isinstance(connection, Connection)
+                rank = ranks[connection]
+                try:
+                    self._note(rank, connection.recv())
+                except (EOFError, OSError):
+                    del ranks[connection]
+                    self._lose(rank, "its process has ended")
+            now = time.monotonic()
+            for rank in ranks.values():
+                silent_s = now - self._beats[rank][0]
+                if silent_s > (LOST_AFTER_S if rank in self._placements else LOST_IN_LOADING_AFTER_S):
+                    self._lose(rank, f"it has not answered for {silent_s:.0f} s")
+            step = self._step
+            if step is not None and now > step[1]:
+                behind = [rank for rank in ranks.values() if self._beats[rank][1] < step[0]]
+                self._lose(min(behind, default=0), f"step {step[0]} does not end")
+
+    def _note(self, rank: int, message: Any) -> None:
+        with self._changed:
+            match message:
+                case Beat(step_id):
+                    self._beats[rank] = (time.monotonic(), step_id)
+                case Placement():
+                    self._placements[rank] = message
+                case SwapsDone():
+                    self._swaps_done[rank] = message
+                case Failure():
+                    self._lose(rank, message.text, message)
+            self._changed.notify_all()
+
+    def _lose(self, rank: int, why: str, failure: Failure | None = None) -> None:
+        with self._changed:
+            if self._is_closing or self.failure is not None:
+                return
+            self.failure = failure or Failure(why)
+            self._changed.notify_all()
+        self._on_lost(rank, why)
+
+
+class PlanReceiver:
+    """A worker's side. A thread sends heartbeats; when rank 0 is gone, it ends the process should that not end by itself."""
+
+    def __init__(self, member: GroupMember) -> None:
+        self._path = member.plan_address if isinstance(member.plan_address, str) else None
+        self._is_orphan = False
+        family = "AF_INET" if self._path is None else "AF_UNIX"
+        self._connection: Connection[Any, Any] = Client(member.plan_address, family, authkey=member.authkey)
+        if self._path is None:
+            _tune_tcp(self._connection)
+        self._connection.send(member.rank)
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._step_id = -1
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def receive(self) -> tuple[tuple[int, ...], StepPlan] | None:
+        """The next plan, with the tokens that rank 0 sampled in the step before; None = stop. Raises EOFError where rank 0 is
+        gone."""
+        try:
+            message = self._connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            self._is_orphan = True
+            raise EOFError from error
+        return None if message == STOP else decode_plan(message)
+
+    def finish_step(self, step_id: int) -> None:
+        self._step_id = step_id
+
+    def report(self, message: Placement | SwapsDone | Failure) -> None:
+        """Nothing happens where rank 0 is gone."""
+        try:
+            self._send(message)
+        except OSError as error:
+            logger.warning("cannot tell rank 0 %s: %r", message, error)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        self._connection.close()
+        self._tidy_up()
+
+    def _send(self, message: Any) -> None:
+        try:
+            with self._lock:
+                self._connection.send(message)
+        except OSError:
+            self._is_orphan = True
+            raise
+
+    def _tidy_up(self) -> None:
+        """What rank 0 would have removed, had it not been killed."""
+        if self._is_orphan and self._path is not None:
+            shutil.rmtree(Path(self._path).parent, ignore_errors=True)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(HEARTBEAT_S):
+            try:
+                self._send(Beat(self._step_id))
+            except OSError:
+                if not self._closed.wait(END_ALONE_AFTER_S):
+                    logger.error("rank 0 is gone, and a collective does not end: leaving")
+                    self._tidy_up()
+                    os._exit(1)
+                return
+
+
+def failure_of(error: BaseException) -> Failure:
+    """An error as rank 0 is told of it."""
+    return Failure(str(error) or repr(error), error if isinstance(error, PensieveError) else None)
+
+
+def _hang_up(connection: Connection[Any, Any]) -> None:
+    """Both sides read the end from here on."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate, suppress(OSError):
+        duplicate.shutdown(socket.SHUT_RDWR)
+
+
+def _tune_tcp(connection: Connection[Any, Any]) -> None:
+    """Small messages leave at once, and a machine that is gone is noticed."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as tcp:
+        tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(LOST_AFTER_S * 1000))

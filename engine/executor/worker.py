@@ -1,0 +1,66 @@
+"""Ranks 1 to n-1 of a tensor-parallel group: each follows the plans that rank 0 sends, on its shard of the model.
+
+`python -m engine.executor.worker` is one such process: it reads (EngineConfig, GroupMember), pickled, from standard input.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import signal
+import sys
+
+from engine.config import EngineConfig
+from engine.executor.local import LocalExecutor
+from engine.executor.plan_channel import PlanReceiver, SwapsDone, failure_of
+from engine.executor.process_group import GroupMember, ProcessGroup
+
+__all__ = ["GroupMember", "run_worker"]
+
+logger = logging.getLogger(__name__)
+
+
+def run_worker(config: EngineConfig, member: GroupMember) -> None:
+    """Join the group, load this rank's shard, follow plans until rank 0 says stop or is gone; blocking. What goes wrong here
+    is told to rank 0 and raised: the group is broken then."""
+    receiver = PlanReceiver(member)
+    group: ProcessGroup | None = None
+    try:
+        group = ProcessGroup(member, config.device)
+        _follow_plans(config, group, receiver)
+    except EOFError:
+        logger.warning("rank %d: rank 0 is gone", member.rank)
+    except BaseException as error:
+        receiver.report(failure_of(error))  # before anything that may wait for other ranks
+        raise
+    finally:
+        if group is not None:
+            group.close()
+        receiver.close()
+
+
+def _follow_plans(config: EngineConfig, group: ProcessGroup, receiver: PlanReceiver) -> None:
+    executor = LocalExecutor(config, group)
+    try:
+        receiver.report(executor.placement)
+        while (message := receiver.receive()) is not None:
+            token_ids, plan = message
+            executor.note_sampled(token_ids)
+            result = executor.execute(plan)
+            if config.verify_swaps and plan.swap_ins:
+                receiver.report(SwapsDone(result.failed_swap_ins))
+            receiver.finish_step(plan.step_id)
+    finally:
+        executor.shutdown()
+
+
+def main() -> None:
+    # Ctrl-C goes to every process of a terminal; rank 0 decides what comes of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config, member = pickle.load(sys.stdin.buffer)
+    logging.basicConfig(level=logging.WARNING, format=f"%(levelname)s rank {member.rank} %(name)s: %(message)s")
+    run_worker(config, member)
+
+
+if __name__ == "__main__":
+    main()
