@@ -6,10 +6,11 @@
 //     segments      int32 [n, 4]: first row, query_len, context_len, row of block_tables
 //     block_tables  int32 [rows, capacity]
 //
-// Work is cut into jobs (segment, KV head, tile of query rows, range of the context); the query heads of a KV head are packed
+// Work is cut into jobs (segment, KV heads, tile of query rows, range of the context); the query heads of a KV head are packed
 // into the tile, so that K and V are read once for all of them. A job runs the online softmax over panels of keys:
 //
-//     few rows (decode)    scores as dot products along k_dim, one K row at a time: bound by memory
+//     few rows (decode)    scores as dot products along k_dim, a few K rows at a time: bound by memory, so a job takes several KV
+//                          heads, whose K and V lie next to each other in a block: long runs are read faster than short ones
 //     many rows (prefill)  everything transposed, query rows along the lanes: K and V elements are broadcast straight from
 //                          the pools, so nothing of the context is packed or transposed, and no reduction crosses lanes
 //
@@ -66,6 +67,18 @@ inline Vec load(const T* p, int n) {
 inline float sum(Vec v) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, v);
 }
+// The sums of kLanes vectors, as the lanes of one: halving the number of vectors interleaves what is left of each, so it takes
+// fewer operations than one reduction after the other.
+inline Vec sums(Vec (&v)[kLanes]) {
+#pragma GCC unroll 4
+  for (int n = kLanes / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) {
+      const auto [low, high] = at::vec::interleave2(v[i], v[i + n]);
+      v[i] = low + high;
+    }
+  return v[0];
+}
 inline float max(Vec v) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, v);
 }
@@ -81,14 +94,15 @@ struct Call {
   const float* sinks;   // [num_heads] or null
 };
 
-// Rows [first, first + num_tokens) x group of one KV head, over keys [begin, end) of the context.
+// Rows [first, first + num_tokens) x group of the KV heads from `kv_head` on (one where there are many rows), over keys
+// [begin, end) of the context.
 struct Job {
-  int kv_head, first_row, first_position, num_tokens, table_row, begin, end;
-  int64_t partial;  // first row of this job's partial results, or -1 where it writes the output itself
+  int kv_head, num_heads, first_row, first_position, num_tokens, table_row, begin, end;
+  int64_t partial;  // first row of this job's partial results, head by head, or -1 where it writes the output itself
   bool has_sink;
 };
 
-// Consecutive keys in one block.
+// Consecutive keys in one block, of the job's first head.
 template <typename T>
 struct Run {
   const T* k;
@@ -147,16 +161,19 @@ struct Sink {
   float* partials;
   int num_heads;
 
-  T* row(const Call& c, const Job& job, int r) const {
+  // Row r of the job's head h.
+  T* row(const Call& c, const Job& job, int h, int r) const {
     const int64_t token = job.first_row + r / c.group;
-    return out + (token * num_heads + job.kv_head * c.group + r % c.group) * c.v_dim;
+    return out + (token * num_heads + (job.kv_head + h) * c.group + r % c.group) * c.v_dim;
   }
-  float* partial(const Call& c, const Job& job, int r) const { return partials + (job.partial + r) * (c.v_dim + 2); }
+  float* partial(const Call& c, const Job& job, int h, int r) const {
+    return partials + (job.partial + int64_t(h) * job.num_tokens * c.group + r) * (c.v_dim + 2);
+  }
 };
 
 template <typename T>
-inline const T* query_row(const Call& c, const Job& job, const T* query, int r) {
-  return query + (job.first_row + r / c.group) * c.q_token + (job.kv_head * c.group + r % c.group) * c.q_head;
+inline const T* query_row(const Call& c, const Job& job, const T* query, int h, int r) {
+  return query + (job.first_row + r / c.group) * c.q_token + ((job.kv_head + h) * c.group + r % c.group) * c.q_head;
 }
 
 struct Scratch {
@@ -166,42 +183,52 @@ struct Scratch {
 
 // -- few rows --------------------------------------------------------------------------------------------------------------
 
+// s[r][j] = q[r] . k[j]. As many sums as a vector has lanes are finished together; `K` keys where that fits, else one.
 template <typename T, int R, int K>
 inline void dot_keys(const float* q, int q_stride, const T* k, int k_dim, float* s) {
-  Vec acc[R][K];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < K; ++j) acc[r][j] = Vec(0.f);
-  int d = 0;
-  for (; d + kLanes <= k_dim; d += kLanes) {
-    Vec x[R];
+  static_assert(R * K <= kLanes || K == 1);
+  constexpr int G = std::min(K, 4);  // keys side by side; with more, the hardware no longer foresees what is read next
+  Vec acc[std::max(R * K, kLanes)];
+#pragma GCC unroll 16
+  for (Vec& a : acc) a = Vec(0.f);
+#pragma GCC unroll 16
+  for (int first = 0; first < K; first += G) {
+    int d = 0;
+    for (; d + kLanes <= k_dim; d += kLanes) {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) x[r] = Vec::loadu(q + r * q_stride + d);
-#pragma GCC unroll 8
-    for (int j = 0; j < K; ++j) {
-      const Vec key = load(k + j * k_dim + d);
+      for (int j = first; j < first + G; ++j) {
+        const Vec key = load(k + j * k_dim + d);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][j] = at::vec::fmadd(x[r], key, acc[r][j]);
+        for (int r = 0; r < R; ++r) acc[r * K + j] = at::vec::fmadd(Vec::loadu(q + r * q_stride + d), key, acc[r * K + j]);
+      }
+    }
+    if (d < k_dim) {
+      for (int j = first; j < first + G; ++j) {
+        const Vec key = load(k + j * k_dim + d, k_dim - d);
+        for (int r = 0; r < R; ++r) acc[r * K + j] = at::vec::fmadd(Vec::loadu(q + r * q_stride + d), key, acc[r * K + j]);
+      }
     }
   }
-  if (d < k_dim) {
-    for (int j = 0; j < K; ++j) {
-      const Vec key = load(k + j * k_dim + d, k_dim - d);
-      for (int r = 0; r < R; ++r) acc[r][j] = at::vec::fmadd(Vec::loadu(q + r * q_stride + d), key, acc[r][j]);
-    }
+  if constexpr (K == 1) {
+    for (int r = 0; r < R; ++r) s[r * kPanel] = sum(acc[r]);
+  } else if constexpr (R == 1 && K == kLanes) {
+    sums(acc).store(s);
+  } else {
+    alignas(64) float all[kLanes];
+    sums(acc).store(all);
+    for (int r = 0; r < R; ++r) std::copy_n(all + r * K, K, s + r * kPanel);
   }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < K; ++j) s[r * kPanel + j] = sum(acc[r][j]);
 }
 
 template <typename T, int R, int N>
-inline void add_values(const Panel<T>& panel, const float* s, int v_dim, int d, float* o, int o_stride) {
+inline void add_values(const Panel<T>& panel, int64_t head, const float* s, int v_dim, int d, float* o, int o_stride) {
   Vec acc[R][N];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) acc[r][n] = Vec::loadu(o + r * o_stride + d + n * kLanes);
   for (int i = 0; i < panel.num_runs; ++i) {
     const Run<T>& run = panel.runs[i];
     for (int j = 0; j < run.length; ++j) {
-      const T* v = run.v + j * v_dim + d;
+      const T* v = run.v + head + j * v_dim + d;
       Vec p[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) p[r] = Vec(s[r * kPanel + run.offset + j]);
@@ -217,89 +244,100 @@ inline void add_values(const Panel<T>& panel, const float* s, int v_dim, int d, 
     for (int n = 0; n < N; ++n) acc[r][n].store(o + r * o_stride + d + n * kLanes);
 }
 
+// o[r] += sum over the panel's keys of s[r][key] * v[key], from feature d on, as far as vectors of N go.
+template <typename T, int R, int N>
+inline int add_values_from(const Panel<T>& panel, int64_t head, const float* s, int v_dim, int d, float* o, int o_stride) {
+  for (; d + N * kLanes <= v_dim; d += N * kLanes) add_values<T, R, N>(panel, head, s, v_dim, d, o, o_stride);
+  return d;
+}
+
 template <typename T, int R>
 void attend_few(const Call& c, const Job& job, const T* query, const T* k_pool, const T* v_pool, const Sink<T>& sink,
                 Scratch& scratch) {
-  constexpr int K = R == 1 ? 8 : R == 2 ? 4 : 2;  // with R rows of queries they fill the registers of AVX2
-  constexpr int N = R == 1 ? 8 : R == 2 ? 4 : 2;
+  constexpr int K = R == 1 ? kLanes : R == 2 ? kLanes / 2 : kLanes / 4;  // keys whose sums fill a vector
+  constexpr int N = R == 1 ? 8 : R == 2 ? 4 : 2;  // vectors of features that fill the registers of AVX2
   const int q_stride = ceil_div(c.k_dim, kLanes) * kLanes, o_stride = ceil_div(c.v_dim, kLanes) * kLanes;
-  scratch.q.assign(R * q_stride, 0.f);
-  scratch.o.assign(R * o_stride, 0.f);
-  float *q = scratch.q.data(), *o = scratch.o.data();
-  float m[R], l[R];
+  const int num_rows = job.num_heads * R;
+  scratch.q.assign(num_rows * q_stride, 0.f);
+  scratch.o.assign(num_rows * o_stride, 0.f);
+  scratch.m.resize(num_rows);
+  scratch.l.resize(num_rows);
   int position[R];
-  for (int r = 0; r < R; ++r) {
-    const T* row = query_row(c, job, query, r);
-    for (int d = 0; d < c.k_dim; ++d) q[r * q_stride + d] = static_cast<float>(row[d]) * c.scaling;
+  for (int r = 0; r < R; ++r) position[r] = job.first_position + r / c.group;
+  for (int i = 0; i < num_rows; ++i) {
+    const T* row = query_row(c, job, query, i / R, i % R);
+    for (int d = 0; d < c.k_dim; ++d) scratch.q[i * q_stride + d] = static_cast<float>(row[d]) * c.scaling;
     const bool has_sink = job.has_sink && c.sinks != nullptr;
-    m[r] = has_sink ? c.sinks[job.kv_head * c.group + r % c.group] : kLowest;
-    l[r] = has_sink ? 1.f : 0.f;
-    position[r] = job.first_position + r / c.group;
+    scratch.m[i] = has_sink ? c.sinks[(job.kv_head + i / R) * c.group + i % R % c.group] : kLowest;
+    scratch.l[i] = has_sink ? 1.f : 0.f;
   }
   alignas(64) float s[R * kPanel];
-  Panel<T> panels[2];
-  fill(panels[0], c, job, k_pool, v_pool, job.begin);
-  for (int start = job.begin, turn = 0; start < job.end; start += kPanel, turn ^= 1) {
-    const Panel<T>& panel = panels[turn];
-    if (start + kPanel < job.end) {
-      fill(panels[turn ^ 1], c, job, k_pool, v_pool, start + kPanel);
-      prefetch(panels[turn ^ 1], c);
-    }
-    for (int i = 0; i < panel.num_runs; ++i) {
-      const Run<T>& run = panel.runs[i];
-      int j = 0;
-      for (; j + K <= run.length; j += K)
-        dot_keys<T, R, K>(q, q_stride, run.k + j * c.k_dim, c.k_dim, s + run.offset + j);
-      for (; j < run.length; ++j) dot_keys<T, R, 1>(q, q_stride, run.k + j * c.k_dim, c.k_dim, s + run.offset + j);
-    }
+  Panel<T> panel;
+  for (int start = job.begin; start < job.end; start += kPanel) {
+    fill(panel, c, job, k_pool, v_pool, start);
     const int padded = ceil_div(panel.length, kLanes) * kLanes;
-    for (int r = 0; r < R; ++r) {
-      float* row = s + r * kPanel;
-      if (c.softcap > 0.f) {
-        for (int j = 0; j < panel.length; ++j) row[j] = c.softcap * std::tanh(row[j] / c.softcap);
-      }
-      const int visible = std::clamp(position[r] + 1 - start, 0, panel.length);
-      for (int j = visible; j < padded; ++j) row[j] = kNegInf;
-      const int first = std::min(first_visible(c, position[r], start), panel.length);
-      for (int j = 0; j < first; ++j) row[j] = kNegInf;
-      Vec highest(m[r]);
-      for (int j = 0; j < padded; j += kLanes) highest = at::vec::maximum(highest, Vec::loadu(row + j));
-      const float new_m = max(highest);
-      if (new_m != m[r]) {
-        const float alpha = std::exp(m[r] - new_m);
-        l[r] *= alpha;
-        for (int d = 0; d < o_stride; d += kLanes) (Vec::loadu(o + r * o_stride + d) * Vec(alpha)).store(o + r * o_stride + d);
-        m[r] = new_m;
-      }
-      Vec total(0.f);
-      for (int j = 0; j < padded; j += kLanes) {
-        const Vec p = (Vec::loadu(row + j) - Vec(new_m)).exp_u20();
-        p.store(row + j);
-        total = total + p;
-      }
-      l[r] += sum(total);
-    }
-    int d = 0;
-    for (; d + N * kLanes <= c.v_dim; d += N * kLanes) add_values<T, R, N>(panel, s, c.v_dim, d, o, o_stride);
-    for (; d + kLanes <= c.v_dim; d += kLanes) add_values<T, R, 1>(panel, s, c.v_dim, d, o, o_stride);
-    for (; d < c.v_dim; ++d) {
+    for (int h = 0; h < job.num_heads; ++h) {
+      const float* q = scratch.q.data() + h * R * q_stride;
+      float* o = scratch.o.data() + h * R * o_stride;
+      const int64_t k_head = h * c.k_head, v_head = h * c.v_head;
       for (int i = 0; i < panel.num_runs; ++i) {
         const Run<T>& run = panel.runs[i];
-        for (int j = 0; j < run.length; ++j)
-          for (int r = 0; r < R; ++r)
-            o[r * o_stride + d] += s[r * kPanel + run.offset + j] * static_cast<float>(run.v[j * c.v_dim + d]);
+        const T* k = run.k + k_head;
+        int j = 0;
+        for (; j + K <= run.length; j += K) dot_keys<T, R, K>(q, q_stride, k + j * c.k_dim, c.k_dim, s + run.offset + j);
+        for (; j < run.length; ++j) dot_keys<T, R, 1>(q, q_stride, k + j * c.k_dim, c.k_dim, s + run.offset + j);
+      }
+      for (int r = 0; r < R; ++r) {
+        float* row = s + r * kPanel;
+        float &m = scratch.m[h * R + r], &l = scratch.l[h * R + r];
+        if (c.softcap > 0.f) {
+          for (int j = 0; j < panel.length; ++j) row[j] = c.softcap * std::tanh(row[j] / c.softcap);
+        }
+        const int visible = std::clamp(position[r] + 1 - start, 0, panel.length);
+        for (int j = visible; j < padded; ++j) row[j] = kNegInf;
+        const int first = std::min(first_visible(c, position[r], start), panel.length);
+        for (int j = 0; j < first; ++j) row[j] = kNegInf;
+        Vec highest(m);
+        for (int j = 0; j < padded; j += kLanes) highest = at::vec::maximum(highest, Vec::loadu(row + j));
+        const float new_m = max(highest);
+        if (new_m != m) {
+          const float alpha = std::exp(m - new_m);
+          l *= alpha;
+          for (int d = 0; d < o_stride; d += kLanes)
+            (Vec::loadu(o + r * o_stride + d) * Vec(alpha)).store(o + r * o_stride + d);
+          m = new_m;
+        }
+        Vec total(0.f);
+        for (int j = 0; j < padded; j += kLanes) {
+          const Vec p = (Vec::loadu(row + j) - Vec(new_m)).exp_u20();
+          p.store(row + j);
+          total = total + p;
+        }
+        l += sum(total);
+      }
+      int d = add_values_from<T, R, N>(panel, v_head, s, c.v_dim, 0, o, o_stride);
+      if constexpr (N > 4) d = add_values_from<T, R, 4>(panel, v_head, s, c.v_dim, d, o, o_stride);
+      d = add_values_from<T, R, 1>(panel, v_head, s, c.v_dim, d, o, o_stride);
+      for (; d < c.v_dim; ++d) {
+        for (int i = 0; i < panel.num_runs; ++i) {
+          const Run<T>& run = panel.runs[i];
+          for (int j = 0; j < run.length; ++j)
+            for (int r = 0; r < R; ++r)
+              o[r * o_stride + d] += s[r * kPanel + run.offset + j] * static_cast<float>(run.v[v_head + j * c.v_dim + d]);
+        }
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
+  for (int i = 0; i < num_rows; ++i) {
+    const float* o = scratch.o.data() + i * o_stride;
     if (job.partial >= 0) {
-      float* partial = sink.partial(c, job, r);
-      partial[0] = m[r];
-      partial[1] = l[r];
-      std::copy_n(o + r * o_stride, c.v_dim, partial + 2);
+      float* partial = sink.partial(c, job, i / R, i % R);
+      partial[0] = scratch.m[i];
+      partial[1] = scratch.l[i];
+      std::copy_n(o, c.v_dim, partial + 2);
     } else {
-      T* out = sink.row(c, job, r);
-      for (int d = 0; d < c.v_dim; ++d) out[d] = static_cast<T>(o[r * o_stride + d] / l[r]);
+      T* out = sink.row(c, job, i / R, i % R);
+      for (int d = 0; d < c.v_dim; ++d) out[d] = static_cast<T>(o[d] / scratch.l[i]);
     }
   }
 }
@@ -432,7 +470,7 @@ void attend_many(const Call& c, const Job& job, const T* query, const T* k_pool,
     l[r] = has_sink ? 1.f : 0.f;
     positions[r] = job.first_position + (r < num_rows ? r / c.group : 0);
     if (r < num_rows) {
-      const T* row = query_row(c, job, query, r);
+      const T* row = query_row(c, job, query, 0, r);
       for (int d = 0; d < c.k_dim; ++d) q[d * kTileRows + r] = static_cast<float>(row[d]) * c.scaling;
     }
   }
@@ -484,12 +522,12 @@ void attend_many(const Call& c, const Job& job, const T* query, const T* k_pool,
   }
   for (int r = 0; r < num_rows; ++r) {
     if (job.partial >= 0) {
-      float* partial = sink.partial(c, job, r);
+      float* partial = sink.partial(c, job, 0, r);
       partial[0] = m[r];
       partial[1] = l[r];
       for (int d = 0; d < c.v_dim; ++d) partial[2 + d] = o[d * kTileRows + r];
     } else {
-      T* out = sink.row(c, job, r);
+      T* out = sink.row(c, job, 0, r);
       const float scale = 1.f / l[r];
       for (int d = 0; d < c.v_dim; ++d) out[d] = static_cast<T>(o[d * kTileRows + r] * scale);
     }
@@ -535,8 +573,15 @@ void run(const Call& c, const at::Tensor& query, const at::Tensor& k_pool, const
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return cost(a) > cost(b); });
 
   const int tile_tokens = std::max(1, kTileRows / c.group);
-  int64_t num_tiles = 0;
-  for (int i = 0; i < num_segments; ++i) num_tiles += int64_t(ceil_div(all[i].query_len, tile_tokens)) * c.num_kv_heads;
+  const auto is_few = [&](int num_tokens) { return num_tokens * c.group <= kFewRows; };
+  int64_t num_tiles = 0, num_few = 0;
+  for (int i = 0; i < num_segments; ++i) {
+    num_tiles += int64_t(ceil_div(all[i].query_len, tile_tokens)) * c.num_kv_heads;
+    num_few += is_few(all[i].query_len);
+  }
+  // Heads that a job of few rows takes: many, but not so many that there are too few jobs for the threads to share evenly.
+  const int64_t min_jobs = int64_t(4) * at::get_num_threads();
+  const int few_heads = std::clamp(static_cast<int>(num_few * c.num_kv_heads / min_jobs), 1, c.num_kv_heads);
   const int max_splits = static_cast<int>(ceil_div(2 * at::get_num_threads(), static_cast<int>(std::max<int64_t>(1, num_tiles))));
 
   struct Combination {
@@ -555,13 +600,15 @@ void run(const Call& c, const at::Tensor& query, const at::Tensor& k_pool, const
       const int begin = c.window > 0 ? std::max(0, position - c.window + 1) : 0;
       const int num_splits = std::clamp((end - begin) / kMinSplit, 1, max_splits);
       const int split = ceil_div(end - begin, num_splits);
-      for (int head = 0; head < c.num_kv_heads; ++head) {
+      const int step = is_few(num_tokens) ? few_heads : 1;
+      for (int head = 0; head < c.num_kv_heads; head += step) {
+        const int num_heads = std::min(step, c.num_kv_heads - head);
         if (num_splits > 1) combinations.push_back({static_cast<int>(jobs.size()), ceil_div(end - begin, split)});
         for (int from = begin; from < end; from += split) {
           const bool is_split = num_splits > 1;
-          jobs.push_back({head, segment.row + t, position, num_tokens, segment.table_row, from,
+          jobs.push_back({head, num_heads, segment.row + t, position, num_tokens, segment.table_row, from,
                           std::min(end, from + split), is_split ? num_partials : -1, from == begin});
-          if (is_split) num_partials += num_tokens * c.group;
+          if (is_split) num_partials += num_heads * num_tokens * c.group;
         }
       }
     }
@@ -578,19 +625,21 @@ void run(const Call& c, const at::Tensor& query, const at::Tensor& k_pool, const
   for_each_job(static_cast<int64_t>(combinations.size()), [&](int64_t i) {
     const Job* parts = jobs.data() + combinations[i].first_job;
     const int n = combinations[i].num_splits;
-    for (int r = 0; r < parts[0].num_tokens * c.group; ++r) {
+    const int rows_per_head = parts[0].num_tokens * c.group;
+    for (int i = 0; i < parts[0].num_heads * rows_per_head; ++i) {
+      const int h = i / rows_per_head, r = i % rows_per_head;
       float m = kLowest, l = 0.f;
-      for (int p = 0; p < n; ++p) m = std::max(m, sink.partial(c, parts[p], r)[0]);
+      for (int p = 0; p < n; ++p) m = std::max(m, sink.partial(c, parts[p], h, r)[0]);
       for (int p = 0; p < n; ++p) {
-        float* partial = sink.partial(c, parts[p], r);
+        float* partial = sink.partial(c, parts[p], h, r);
         partial[0] = std::exp(partial[0] - m);  // the weight of this part from here on
         l += partial[0] * partial[1];
       }
-      T* row = sink.row(c, parts[0], r);
+      T* row = sink.row(c, parts[0], h, r);
       for (int d = 0; d < c.v_dim; ++d) {
         float total = 0.f;
         for (int p = 0; p < n; ++p) {
-          const float* partial = sink.partial(c, parts[p], r);
+          const float* partial = sink.partial(c, parts[p], h, r);
           total += partial[0] * partial[2 + d];
         }
         row[d] = static_cast<T>(total / l);
