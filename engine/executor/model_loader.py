@@ -87,19 +87,14 @@ def load_model(config: EngineConfig) -> LoadedModel:
     text_config = hf_config.get_text_config()
     _refuse_unsupported(config.model, text_config, config.max_model_len)
     dtype = _choose_dtype(config.dtype, text_config, device)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            location, dtype=dtype, device_map={"": device}, attn_implementation="eager", output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _load_error(config.model, error) from error
-    if report["missing_keys"]:  # transformers would go on with random ones
-        raise ModelLoadError(
-            f"the files of {config.model!r} lack {len(report['missing_keys'])} weights of a {text_config.model_type} model, "
-            f"such as {min(report['missing_keys'])}; is the download complete, and of a decoder model?",
-            param="model",
-        )
+    if config.load_format == "dummy":
+        logger.warning("%s: random weights instead of its own, for measurements (load_format)", config.model)
+        model = _make_random_model(hf_config, dtype, device)
+    else:
+        model = _read_model(config.model, location, text_config.model_type, dtype, device)
     model.eval()
+    # Some families look at every forward whether tokens are padding, and wait for the device to say so. Ours never are.
+    model.config.get_text_config().pad_token_id = None
     probe = _check_attention(config.model, model, text_config, dtype)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     packing = choose_packing(dtype) if config.pack_weights and device.type == "cpu" else None
@@ -116,6 +111,31 @@ def load_model(config: EngineConfig) -> LoadedModel:
         max_model_len=_model_window(text_config),
         eos_token_ids=_eos_token_ids(location, text_config),
     )
+
+
+def _read_model(name: str, location: str, family: str, dtype: torch.dtype, device: torch.device) -> Any:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            location, dtype=dtype, device_map={"": device}, attn_implementation="eager", output_loading_info=True
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _load_error(name, error) from error
+    if report["missing_keys"]:  # transformers would go on with random ones
+        raise ModelLoadError(
+            f"the files of {name!r} lack {len(report['missing_keys'])} weights of a {family} model, such as "
+            f"{min(report['missing_keys'])}; is the download complete, and of a decoder model?",
+            param="model",
+        )
+    return model
+
+
+def _make_random_model(hf_config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Made where it is to be: weights of this size would take long to bring there. The same ones each time."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="eager")
 
 
 def _load_error(model: str, error: Exception) -> ModelLoadError:
