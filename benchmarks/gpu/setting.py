@@ -97,8 +97,10 @@ class Setting:
     figure_12_new: int
     decode_batches: tuple[int, ...]
     decode_context: int
+    decode_steps: int
     prefill_len: int
     overhead_batch: int
+    overhead_steps: int
     num_swapped_blocks: int
     transfers: tuple[tuple[int, int], ...]
     accuracy_layers: int
@@ -141,8 +143,10 @@ def for_gpu() -> Setting:
         figure_12_new=8,
         decode_batches=(1, 4, 16, 32, 64),
         decode_context=2048,
+        decode_steps=12,
         prefill_len=8192,
         overhead_batch=64,
+        overhead_steps=64,
         num_swapped_blocks=96,
         transfers=((1024, 64), (2048, 64), (2048, 512), (2048, 2048)),
         accuracy_layers=8,
@@ -171,8 +175,10 @@ def for_smoke() -> Setting:
         figure_12_new=2,
         decode_batches=(1, 2),
         decode_context=48,
+        decode_steps=3,
         prefill_len=64,
         overhead_batch=2,
+        overhead_steps=3,
         num_swapped_blocks=4,
         transfers=((64, 8),),
         accuracy_layers=2,

@@ -25,7 +25,6 @@ from engine.executor.streams import Streams, cuda_streams
 from engine.executor.swapper import StreamSwapper
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
-NUM_DECODES = 12
 
 
 def make_config(setting: Setting, folder: str, **options: Any) -> EngineConfig:
@@ -49,7 +48,7 @@ def make_config(setting: Setting, folder: str, **options: Any) -> EngineConfig:
 def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, float]) -> dict[str, Any]:
     """Everything that one loaded model is measured for."""
     shape = setting.models[name]
-    longest = max(setting.prefill_len, setting.decode_context + NUM_DECODES + 2)
+    longest = max(setting.prefill_len, setting.decode_context + setting.decode_steps + 2)
     blocks_each = -(-longest // CHUNK_SIZE)
     num_blocks = max(setting.decode_batches) * (setting.decode_context // CHUNK_SIZE + 2) + 4
     num_blocks = max(num_blocks, blocks_each, setting.num_swapped_blocks * 2)
@@ -99,7 +98,7 @@ def _ended(num_requests: int) -> StepPlan:
 def _measure_decodes(setting: Setting, executor: LocalExecutor, roofs: dict[str, float]) -> list[dict[str, Any]]:
     """The time of a step by batch size, and how often the least that reading the weights and the KV takes goes into it."""
     context = setting.decode_context
-    blocks_each = -(-(context + NUM_DECODES + 1) // CHUNK_SIZE)
+    blocks_each = -(-(context + setting.decode_steps + 1) // CHUNK_SIZE)
     weights = sum(p.nbytes for p in executor.loaded.model.parameters())
     # Of the input embedding only a few rows are read, unless it is the output's weight too.
     embeddings = executor.loaded.model.get_input_embeddings().weight
@@ -113,7 +112,7 @@ def _measure_decodes(setting: Setting, executor: LocalExecutor, roofs: dict[str,
         first = tuple(QuerySegment(str(i), context - 1, (7,), True) for i in range(batch))
         executor.execute(StepPlan(0, first, _starts(batch, context, blocks_each)))
         seconds = []
-        for step in range(NUM_DECODES):
+        for step in range(setting.decode_steps):
             plan = StepPlan(0, tuple(QuerySegment(str(i), context + step, None, True) for i in range(batch)))
             begin = time.perf_counter()
             executor.execute(plan)
@@ -288,7 +287,7 @@ def _measure_overhead(setting: Setting, executor: LocalExecutor) -> dict[str, An
         tokens = [(i + j) % 1000 + 8 for j in range(prompt_len)]
         core.add_request(Request(f"o{i}", tokens, sampling), 0.0)
     seconds: dict[str, list[float]] = {"schedule": [], "execute": [], "update": []}
-    for _ in range(2 * CHUNK_SIZE):
+    for _ in range(setting.overhead_steps):
         times = [time.perf_counter()]
         plan = core.schedule(0.0)
         assert plan is not None
