@@ -69,6 +69,11 @@ def test_values_outside_the_bounds_are_refused_by_name(name, value):
     assert str(error.value).startswith(f"{error.value.param} must be ")
 
 
+def test_random_weights_are_not_cut_for_ranks():
+    with pytest.raises(ConfigError, match="load_format must be auto where tensor_parallel_size"):
+        EngineConfig(load_format="dummy", tensor_parallel_size=2)
+
+
 def test_integers_stand_for_floats_as_yaml_gives_them():
     config = EngineConfig.from_options({"gpu_memory_gib": 2, "decode_reserve": 0})
     assert (type(config.gpu_memory_gib), type(config.decode_reserve)) == (float, float)
