@@ -11,14 +11,17 @@
 //
 //     few rows (decode)    scores as dot products along k_dim, a few K rows at a time: bound by memory, so a job takes several KV
 //                          heads, whose K and V lie next to each other in a block: long runs are read faster than short ones
-//     many rows (prefill)  everything transposed, query rows along the lanes: K and V elements are broadcast straight from
-//                          the pools, so nothing of the context is packed or transposed, and no reduction crosses lanes
+//     many rows (prefill)  by the matrix kernels that torch has for small tiles (brgemm), where the processor has AVX-512 and, for
+//                          half precision, instructions for it: a panel of K and V is packed for them once per tile
+//     rows in between,     everything transposed, query rows along the lanes: K and V elements are broadcast straight from
+//     and elsewhere        the pools, so nothing of the context is packed or transposed, and no reduction crosses lanes
 //
-// All arithmetic is in float, whatever the pools hold.
+// All sums are in float, whatever the pools hold; brgemm multiplies half-precision elements as they are.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -39,6 +42,9 @@ constexpr int kFewRows = 4;               // up to so many rows are computed one
 constexpr int kVecs = 3;                  // vectors of query rows in a register tile
 constexpr int kKeys = kLanes >= 16 ? 8 : 4;  // keys in a register tile: fills 16 registers of AVX2, 32 of AVX-512
 constexpr int kTileRows = 2 * kVecs * kLanes;
+constexpr int kMatrixRows = 256;          // rows of a tile for the matrix kernels
+constexpr int kMatrixKeys = 128;          // and keys of a panel
+constexpr int kMatrixStep = 16;           // rows are padded to a multiple of this: each new size is compiled anew
 constexpr int kMinSplit = 256;            // keys that a job has at least before a context is split
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 // The running maximum starts here and not at -inf: -inf minus -inf would be NaN where a row sees no key of a panel.
@@ -79,8 +85,10 @@ inline Vec sums(Vec (&v)[kLanes]) {
     }
   return v[0];
 }
+// The larger one of each lane, in one instruction; at::vec::maximum takes several to hand on NaN, which exp does anyway.
+inline Vec larger(Vec a, Vec b) { return at::vec::clamp_min(a, b); }
 inline float max(Vec v) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, v);
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return larger(a, b); }, v);
 }
 
 // What all jobs of a call share. Strides in elements. `group` query heads share K and V; a KV head with more of them than fit a
@@ -91,6 +99,7 @@ struct Call {
   const int32_t* tables;
   float scaling, softcap;
   int window;           // 0: none
+  int min_matrix_rows;  // tiles with fewer rows are not for the matrix kernels
   const float* sinks;   // [num_heads] or null
 };
 
@@ -116,37 +125,40 @@ struct Panel {
   int num_runs = 0, start = 0, length = 0;
 };
 
-// Keys from `start` on, as many as a panel holds.
-template <typename T>
-void fill(Panel<T>& panel, const Call& c, const Job& job, const T* k_pool, const T* v_pool, int start) {
+// f(k, v, offset from start, length) for the keys [start, end) of the job's first head, block by block.
+template <typename T, typename F>
+inline void for_each_run(const Call& c, const Job& job, const T* k_pool, const T* v_pool, int start, int end, const F& f) {
   const int32_t* table = c.tables + job.table_row * c.table_stride;
-  const int end = std::min(job.end, start + kPanel);
-  panel.start = start;
-  panel.length = end - start;
-  panel.num_runs = 0;
+  const int64_t head = job.kv_head / c.num_sharers;
   for (int key = start; key < end;) {
     const int offset = key % c.chunk_size;
     const int length = std::min(c.chunk_size - offset, end - key);
     const int64_t block = table[key / c.chunk_size];
-    const int64_t head = job.kv_head / c.num_sharers;
-    const T* k = k_pool + block * c.k_block + head * c.k_head + int64_t(offset) * c.k_dim;
-    const T* v = v_pool + block * c.v_block + head * c.v_head + int64_t(offset) * c.v_dim;
-    panel.runs[panel.num_runs++] = {k, v, key - start, length};
+    f(k_pool + block * c.k_block + head * c.k_head + int64_t(offset) * c.k_dim,
+      v_pool + block * c.v_block + head * c.v_head + int64_t(offset) * c.v_dim, key - start, length);
     key += length;
   }
 }
 
-// Ask for a panel's K and V ahead of their use: blocks lie anywhere, and the hardware does not look past a page.
+// Keys from `start` on, as many as a panel holds.
 template <typename T>
-inline void prefetch(const Panel<T>& panel, const Call& c) {
+void fill(Panel<T>& panel, const Call& c, const Job& job, const T* k_pool, const T* v_pool, int start) {
+  const int end = std::min(job.end, start + kPanel);
+  panel.start = start;
+  panel.length = end - start;
+  panel.num_runs = 0;
+  for_each_run(c, job, k_pool, v_pool, start, end, [&](const T* k, const T* v, int offset, int length) {
+    panel.runs[panel.num_runs++] = {k, v, offset, length};
+  });
+}
+
+// Ask for K and V ahead of their use: the hardware does not look past a page.
+template <typename T>
+inline void prefetch(const Call& c, const T* k, const T* v, int length) {
   constexpr int kLine = 64;
-  for (int i = 0; i < panel.num_runs; ++i) {
-    const Run<T>& run = panel.runs[i];
-    const char *k = reinterpret_cast<const char*>(run.k), *v = reinterpret_cast<const char*>(run.v);
-    const int64_t k_bytes = int64_t(run.length) * c.k_dim * sizeof(T), v_bytes = int64_t(run.length) * c.v_dim * sizeof(T);
-    for (int64_t b = 0; b < k_bytes; b += kLine) __builtin_prefetch(k + b, 0, 2);
-    for (int64_t b = 0; b < v_bytes; b += kLine) __builtin_prefetch(v + b, 0, 2);
-  }
+  const char *k_bytes = reinterpret_cast<const char*>(k), *v_bytes = reinterpret_cast<const char*>(v);
+  for (int64_t b = 0; b < int64_t(length) * c.k_dim * int64_t(sizeof(T)); b += kLine) __builtin_prefetch(k_bytes + b, 0, 2);
+  for (int64_t b = 0; b < int64_t(length) * c.v_dim * int64_t(sizeof(T)); b += kLine) __builtin_prefetch(v_bytes + b, 0, 2);
 }
 
 // Visible keys of a query position, as a range of the panel.
@@ -177,7 +189,7 @@ inline const T* query_row(const Call& c, const Job& job, const T* query, int h, 
 }
 
 struct Scratch {
-  std::vector<float> q, s, o, m, l, alpha, positions, k, v;
+  std::vector<float> q, s, o, m, l, alpha, positions, k, v, p;
   Panel<float> panel;
 };
 
@@ -298,7 +310,7 @@ void attend_few(const Call& c, const Job& job, const T* query, const T* k_pool, 
         const int first = std::min(first_visible(c, position[r], start), panel.length);
         for (int j = 0; j < first; ++j) row[j] = kNegInf;
         Vec highest(m);
-        for (int j = 0; j < padded; j += kLanes) highest = at::vec::maximum(highest, Vec::loadu(row + j));
+        for (int j = 0; j < padded; j += kLanes) highest = larger(highest, Vec::loadu(row + j));
         const float new_m = max(highest);
         if (new_m != m) {
           const float alpha = std::exp(m - new_m);
@@ -481,7 +493,8 @@ void attend_many(const Call& c, const Job& job, const T* query, const T* k_pool,
   for (int start = job.begin, turn = 0; start < job.end; start += kPanel, turn ^= 1) {
     if (start + kPanel < job.end) {
       fill(stored[turn ^ 1], c, job, k_pool, v_pool, start + kPanel);
-      prefetch(stored[turn ^ 1], c);
+      const Panel<T>& next = stored[turn ^ 1];
+      for (int i = 0; i < next.num_runs; ++i) prefetch(c, next.runs[i].k, next.runs[i].v, next.runs[i].length);
     }
     const Panel<float>& panel = as_float(stored[turn], c, scratch);
     for_row_groups(
@@ -502,7 +515,7 @@ void attend_many(const Call& c, const Job& job, const T* query, const T* k_pool,
           if (c.window > 0) x = Vec::blendv(Vec(kNegInf), x, key > position - Vec(static_cast<float>(c.window)));
         }
         if (c.softcap > 0.f || !all_visible) x.store(s + j * kTileRows + row);
-        new_m = at::vec::maximum(new_m, x);
+        new_m = larger(new_m, x);
       }
       const Vec a = (old_m - new_m).exp_u20();
       Vec total = Vec::loadu(l + row) * a;
@@ -534,6 +547,140 @@ void attend_many(const Call& c, const Job& job, const T* query, const T* k_pool,
   }
 }
 
+// -- matrix kernels --------------------------------------------------------------------------------------------------------
+
+// Whether torch has a brgemm for T here: it throws where the processor lacks the instructions. In float it is no faster than
+// attend_many.
+template <typename T>
+bool has_brgemm() {
+  if constexpr (sizeof(T) != 2 || kLanes < 16) {
+    return false;
+  } else {
+    static const bool has = [] {
+      try {
+        constexpr int n = kMatrixStep;
+        const std::vector<T> a(2 * n, T(1.f)), b(2 * n, T(2.f));
+        std::vector<float> product(n * n, 0.f);
+        at::native::cpublas::brgemm(n, n, 2, 2, n, n, false, a.data(), b.data(), product.data(), true);
+        at::native::cpublas::brgemm_release(true);
+        return std::all_of(product.begin(), product.end(), [](float x) { return x == 4.f; });
+      } catch (const std::exception&) {
+        return false;
+      }
+    }();
+    return has;
+  }
+}
+
+// The panel's keys [0, length) as brgemm takes a matrix: pairs of rows beside each other. k: of K transposed, [k_dim / 2]
+// [kMatrixKeys][2]; v: of V, [kMatrixKeys / 2][v_dim][2], zeros behind `length`: what weighs nothing must not be NaN.
+template <typename T>
+void pack_panel(const Call& c, const Job& job, const T* k_pool, const T* v_pool, int start, int length, float* k, uint32_t* v) {
+  const int words = c.k_dim / 2, v_dim = c.v_dim;
+  for_each_run(c, job, k_pool, v_pool, start, start + length, [&](const T* k_run, const T* v_run, int offset, int n) {
+    at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(k_run), words, k + offset, kMatrixKeys, n, words);
+    for (int j = 0; j < n; ++j) {
+      const auto* __restrict row = reinterpret_cast<const uint16_t*>(v_run) + int64_t(j) * v_dim;
+      uint32_t* __restrict out = v + int64_t(offset + j) / 2 * v_dim;
+      if ((offset + j) % 2 != 0) {  // the run before ended between two
+        for (int d = 0; d < v_dim; ++d) out[d] |= uint32_t(row[d]) << 16;
+      } else if (j + 1 < n) {
+        const uint16_t* __restrict next = row + v_dim;
+        for (int d = 0; d < v_dim; ++d) out[d] = row[d] | uint32_t(next[d]) << 16;
+        ++j;
+      } else {
+        for (int d = 0; d < v_dim; ++d) out[d] = row[d];
+      }
+    }
+  });
+  const int num_pairs = ceil_div(length, 2);
+  std::fill(v + int64_t(num_pairs) * v_dim, v + int64_t(kMatrixKeys / 2) * v_dim, 0u);
+}
+
+template <typename T>
+void attend_matrix(const Call& c, const Job& job, const T* query, const T* k_pool, const T* v_pool, const Sink<T>& sink,
+                   Scratch& scratch) {
+  const int num_rows = job.num_tokens * c.group, padded_rows = ceil_div(num_rows, kMatrixStep) * kMatrixStep;
+  scratch.q.assign(padded_rows * c.k_dim / 2, 0.f);
+  scratch.k.resize(c.k_dim / 2 * kMatrixKeys);
+  scratch.v.resize(kMatrixKeys / 2 * c.v_dim);
+  scratch.s.resize(padded_rows * kMatrixKeys);
+  scratch.p.assign(padded_rows * kMatrixKeys / 2, 0.f);
+  scratch.o.assign(padded_rows * c.v_dim, 0.f);
+  scratch.m.resize(num_rows);
+  scratch.l.resize(num_rows);
+  T *q = reinterpret_cast<T*>(scratch.q.data()), *p = reinterpret_cast<T*>(scratch.p.data());
+  const T *k = reinterpret_cast<const T*>(scratch.k.data()), *v = reinterpret_cast<const T*>(scratch.v.data());
+  float *s = scratch.s.data(), *o = scratch.o.data();
+  const bool has_sink = job.has_sink && c.sinks != nullptr;
+  for (int r = 0; r < num_rows; ++r) {
+    std::copy_n(query_row(c, job, query, 0, r), c.k_dim, q + int64_t(r) * c.k_dim);
+    scratch.m[r] = has_sink ? c.sinks[job.kv_head * c.group + r % c.group] : kLowest;
+    scratch.l[r] = has_sink ? 1.f : 0.f;
+  }
+  for (int start = job.begin; start < job.end; start += kMatrixKeys) {
+    const int length = std::min(kMatrixKeys, job.end - start);
+    pack_panel(c, job, k_pool, v_pool, start, length, scratch.k.data(), reinterpret_cast<uint32_t*>(scratch.v.data()));
+    for_each_run(c, job, k_pool, v_pool, start + length, std::min(start + length + kMatrixKeys, job.end),
+                 [&](const T* next_k, const T* next_v, int, int n) { prefetch(c, next_k, next_v, n); });
+    at::native::cpublas::brgemm(padded_rows, kMatrixKeys, c.k_dim, c.k_dim, kMatrixKeys, kMatrixKeys, false, q, k, s, true);
+    for (int r = 0; r < num_rows; ++r) {
+      const int position = job.first_position + r / c.group;
+      const int visible = std::clamp(position + 1 - start, 0, length), first = first_visible(c, position, start);
+      float* row = s + r * kMatrixKeys;
+      T* weights = p + r * kMatrixKeys;
+      if (first >= visible) {
+        std::fill(weights, weights + kMatrixKeys, T(0.f));
+        continue;
+      }
+      const int end = ceil_div(visible, 2 * kLanes) * 2 * kLanes;
+      Vec highest(kNegInf);
+      if (c.softcap > 0.f) {
+        const Vec to_cap(c.scaling / c.softcap), cap(c.softcap / c.scaling);
+        for (int j = 0; j < end; j += kLanes) ((Vec::loadu(row + j) * to_cap).tanh() * cap).store(row + j);
+      }
+      for (int j = visible; j < end; ++j) row[j] = kNegInf;
+      for (int j = 0; j < first; ++j) row[j] = kNegInf;
+      for (int j = 0; j < end; j += kLanes) highest = larger(highest, Vec::loadu(row + j));
+      const float new_m = std::max(scratch.m[r], max(highest) * c.scaling);
+      if (new_m != scratch.m[r]) {
+        const float alpha = std::exp(scratch.m[r] - new_m);
+        scratch.l[r] *= alpha;
+        scratch.m[r] = new_m;
+        float* sums = o + int64_t(r) * c.v_dim;
+        int d = 0;
+        for (; d + kLanes <= c.v_dim; d += kLanes) (Vec::loadu(sums + d) * Vec(alpha)).store(sums + d);
+        for (; d < c.v_dim; ++d) sums[d] *= alpha;
+      }
+      const Vec scaling(c.scaling), lowered(-new_m);
+      Vec total(0.f);
+      for (int j = 0; j < end; j += 2 * kLanes) {
+        const Vec a = at::vec::fmadd(Vec::loadu(row + j), scaling, lowered).exp_u20();
+        const Vec b = at::vec::fmadd(Vec::loadu(row + j + kLanes), scaling, lowered).exp_u20();
+        total = total + a + b;
+        at::vec::convert_from_float<T>(a, b).store(weights + j);
+      }
+      scratch.l[r] += sum(total);
+      std::fill(weights + end, weights + kMatrixKeys, T(0.f));
+    }
+    at::native::cpublas::brgemm(padded_rows, c.v_dim, kMatrixKeys, kMatrixKeys, c.v_dim, c.v_dim, true, p, v, o, true);
+  }
+  at::native::cpublas::brgemm_release(true);
+  for (int r = 0; r < num_rows; ++r) {
+    const float* sums = o + int64_t(r) * c.v_dim;
+    if (job.partial >= 0) {
+      float* partial = sink.partial(c, job, 0, r);
+      partial[0] = scratch.m[r];
+      partial[1] = scratch.l[r];
+      std::copy_n(sums, c.v_dim, partial + 2);
+    } else {
+      T* out = sink.row(c, job, 0, r);
+      const float scale = 1.f / scratch.l[r];
+      for (int d = 0; d < c.v_dim; ++d) out[d] = static_cast<T>(sums[d] * scale);
+    }
+  }
+}
+
 template <typename T>
 void attend(const Call& c, const Job& job, const T* query, const T* k_pool, const T* v_pool, const Sink<T>& sink,
             Scratch& scratch) {
@@ -542,7 +689,11 @@ void attend(const Call& c, const Job& job, const T* query, const T* k_pool, cons
     case 2: return attend_few<T, 2>(c, job, query, k_pool, v_pool, sink, scratch);
     case 3: return attend_few<T, 3>(c, job, query, k_pool, v_pool, sink, scratch);
     case 4: return attend_few<T, 4>(c, job, query, k_pool, v_pool, sink, scratch);
-    default: return attend_many<T>(c, job, query, k_pool, v_pool, sink, scratch);
+    default:
+      if constexpr (sizeof(T) == 2) {
+        if (job.num_tokens * c.group >= c.min_matrix_rows) return attend_matrix<T>(c, job, query, k_pool, v_pool, sink, scratch);
+      }
+      return attend_many<T>(c, job, query, k_pool, v_pool, sink, scratch);
   }
 }
 
@@ -559,7 +710,7 @@ void for_each_job(int64_t n, const F& f) {
 }
 
 template <typename T>
-void run(const Call& c, const at::Tensor& query, const at::Tensor& k_pool, const at::Tensor& v_pool,
+void run(Call& c, const at::Tensor& query, const at::Tensor& k_pool, const at::Tensor& v_pool,
          const at::Tensor& segments, at::Tensor& out) {
   struct Segment {
     int32_t row, query_len, context_len, table_row;
@@ -572,11 +723,13 @@ void run(const Call& c, const at::Tensor& query, const at::Tensor& k_pool, const
   const auto cost = [&](int i) { return int64_t(all[i].query_len) * all[i].context_len; };
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return cost(a) > cost(b); });
 
-  const int tile_tokens = std::max(1, kTileRows / c.group);
+  const bool has_matrix = has_brgemm<T>() && c.k_dim % 2 == 0 && c.scaling > 0.f;
+  c.min_matrix_rows = has_matrix ? kMatrixStep / 2 : std::numeric_limits<int>::max();
+  const int max_tile_tokens = std::max(1, (has_matrix ? kMatrixRows : kTileRows) / c.group);
   const auto is_few = [&](int num_tokens) { return num_tokens * c.group <= kFewRows; };
   int64_t num_tiles = 0, num_few = 0;
   for (int i = 0; i < num_segments; ++i) {
-    num_tiles += int64_t(ceil_div(all[i].query_len, tile_tokens)) * c.num_kv_heads;
+    num_tiles += int64_t(ceil_div(all[i].query_len, max_tile_tokens)) * c.num_kv_heads;
     num_few += is_few(all[i].query_len);
   }
   // Heads that a job of few rows takes: many, but not so many that there are too few jobs for the threads to share evenly.
@@ -594,6 +747,7 @@ void run(const Call& c, const at::Tensor& query, const at::Tensor& k_pool, const
   for (const int i : order) {
     const Segment& segment = all[i];
     const int first_position = segment.context_len - segment.query_len;
+    const int tile_tokens = ceil_div(segment.query_len, ceil_div(segment.query_len, max_tile_tokens));  // of equal size
     for (int t = 0; t < segment.query_len; t += tile_tokens) {
       const int num_tokens = std::min(tile_tokens, segment.query_len - t);
       const int position = first_position + t, end = position + num_tokens;

@@ -111,14 +111,15 @@ def test_random_ragged_batches_equal_the_reference(
 
 @pytest.mark.parametrize("num_threads", [1, 3, 16])
 @pytest.mark.parametrize("window", [None, 1000])
-@pytest.mark.parametrize("segments", [[(1, 3000)], [(9, 2500)], [(1, 700), (60, 2000)]], ids=str)
-def test_contexts_split_over_threads_equal_the_reference(num_threads, window, segments):
+@pytest.mark.parametrize("segments", [[(1, 3000)], [(9, 2500)], [(1, 700), (60, 2000)], [(300, 2001)]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_contexts_split_over_threads_equal_the_reference(num_threads, window, segments, dtype):
     """Few jobs and long contexts: the kernel cuts the context and combines the parts."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
         sinks = torch.tensor([0.5, -1.0])
-        assert_right(3, segments, (2, 1), 16, 16, 32, torch.float32, AttentionParams(0.25, window, None, sinks))
+        assert_right(3, segments, (2, 1), 16, 16, 32, dtype, AttentionParams(0.25, window, None, sinks))
     finally:
         torch.set_num_threads(before)
 
