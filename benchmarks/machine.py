@@ -14,10 +14,10 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_result(name: str, figures: dict[str, Any]) -> None:
-    """benchmarks/results/NAME.json: the figures, and what they were measured with."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"run": describe_run(), **figures}, indent=2) + "\n")
+def write_result(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> None:
+    """NAME.json in `folder`: the figures, and what they were measured with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"run": describe_run(), **figures}, indent=2) + "\n")
 
 
 def describe_run() -> dict[str, Any]:
@@ -29,6 +29,21 @@ def describe_run() -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "processor": _processor(),
         "cores": os.cpu_count(),
+        **_describe_gpu(),
+    }
+
+
+def _describe_gpu() -> dict[str, Any]:
+    """Only where this process has used torch with one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "cuda": torch.version.cuda,
+        "triton": version("triton"),
     }
 
 

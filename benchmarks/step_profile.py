@@ -35,9 +35,9 @@ from engine.attention.interface import PagedAttention
 from engine.config import EngineConfig
 from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.request import Request, SamplingParams
-from engine.executor import model_runner
 from engine.executor.local import LocalExecutor
 from engine.executor.packed_linear import PackedLinear
+from engine.executor.sampler import Draw, SamplingBatch
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from model import VOCAB_SIZE, save_model
@@ -75,7 +75,9 @@ def instrumented(executor: LocalExecutor, core: EngineCore, clock: Clock) -> Ite
         (torch.nn.Linear, "forward", "matrix multiplications"),
         (PagedAttention, "attend", "attention"),
         (executor.loaded.model, "forward", "rest of the model"),
-        (model_runner, "sample", "sampling"),
+        (SamplingBatch, "__init__", "sampling"),
+        (SamplingBatch, "draw", "sampling"),
+        (Draw, "finish", "sampling"),
         (executor, "execute", "rest of the executor"),
         (core, "schedule", "scheduling"),
         (core, "update", "scheduling"),

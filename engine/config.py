@@ -16,7 +16,9 @@ from engine.errors import ConfigError
 
 MODES = ("pensieve", "stateless")
 MODE_ALIASES = {"vllm": "stateless"}
-ATTENTION_BACKENDS = ("auto", "triton", "cpu", "reference")
+ATTENTION_BACKENDS = ("auto", "triton", "varlen", "cpu", "reference")
+LOAD_FORMATS = ("auto", "dummy")
+SWAP_COPIES = ("auto", "dma", "kernel")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -38,8 +40,11 @@ class EngineConfig:
     write_through: copy what a turn leaves to the CPU tier at its end, not only under the watermark. verify_swaps: checksum
     every block on its way; a wrong one is dropped and recomputed. profile: file that `pensieve profile` wrote; None = the
     one in the user's cache folder, if any. num_threads: CPU threads of the model; None = the cores that the process was
-    given. attention_backend: "triton" (the kernel for GPUs), "cpu" (the C++ kernel), "reference" (torch's operations), or
-    "auto", the first of them that is made for the device and runs here. pack_weights: lay the weights of linear layers out
+    given. attention_backend: "triton" (the kernel for GPUs), "varlen" (FlashAttention as torch brings it), "cpu" (the C++
+    kernel), "reference" (torch's operations), or "auto", "triton", "cpu" or "reference", the first of them that is made for
+    the device and runs here. load_format: "auto" reads the weights, "dummy" makes random ones on the device, for
+    measurements. enforce_eager: no CUDA graphs. swap_copies: between GPU and pinned host memory by "dma" (copy engines), by
+    "kernel" (a copy kernel), or "auto", by the size of a block. pack_weights: lay the weights of linear layers out
     for the CPU's matrix kernels and join those that share their input, where that works. async_scheduling: put the last step
     into text and plan the next one while a step runs; the plans and the answers are the same. None = on a GPU; where the
     model computes on the same cores, it costs. tensor_parallel_size: ranks that share the model's weights and KV heads, each
@@ -70,6 +75,9 @@ class EngineConfig:
     profile: str | None = None
     num_threads: int | None = None
     attention_backend: str = "auto"
+    load_format: str = "auto"
+    enforce_eager: bool = False
+    swap_copies: str = "auto"
     pack_weights: bool = True
     async_scheduling: bool | None = None
     tensor_parallel_size: int = 1
@@ -85,12 +93,18 @@ class EngineConfig:
 
         check(bool(self.model), "model", "'embedded', a local folder or a hub id")
         check(self.mode in MODES, "mode", "'pensieve' or 'stateless' (alias 'vllm')")
+        for name, values in (
+            ("attention_backend", ATTENTION_BACKENDS),
+            ("dtype", DTYPES),
+            ("load_format", LOAD_FORMATS),
+            ("swap_copies", SWAP_COPIES),
+        ):
+            check(getattr(self, name) in values, name, "one of " + ", ".join(values))
         check(
-            self.attention_backend in ATTENTION_BACKENDS,
-            "attention_backend",
-            "one of " + ", ".join(ATTENTION_BACKENDS),
+            self.load_format == "auto" or self.tensor_parallel_size == 1,
+            "load_format",
+            "auto where tensor_parallel_size is above 1: random weights are made whole",
         )
-        check(self.dtype in DTYPES, "dtype", "one of " + ", ".join(DTYPES))
         check(
             re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device) is not None,
             "device",

@@ -118,7 +118,7 @@ def load_cost_model(config: EngineConfig, executor: LocalExecutor) -> CostModel:
 
 def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
     """Load the model and measure; minutes for a large one. Uses tiers of its own, just large enough."""
-    probe = replace(config, num_gpu_blocks=1, num_cpu_blocks=0, mode="pensieve", profile=None)
+    probe = replace(config, num_gpu_blocks=1, num_cpu_blocks=0, mode="pensieve", profile=None, enforce_eager=True)
     executor = make_executor(probe)
     window = min(executor.loaded.max_model_len, config.max_model_len or executor.loaded.max_model_len)
     executor.shutdown()

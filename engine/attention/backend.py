@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from engine.attention import cpu, reference
-from engine.attention.metadata import AttentionBackend
+from engine.attention.metadata import AttentionBackend, LayerShape
 from engine.errors import ConfigError, KernelBuildError
 
 logger = logging.getLogger(__name__)
 
 
-def choose_backend(option: str, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The backend of the option `attention_backend`. Raises ConfigError where it was asked for by name and cannot run."""
+def choose_backend(
+    option: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Sequence[LayerShape] = (),
+    chunk_size: int = 0,
+) -> AttentionBackend:
+    """The backend of the option `attention_backend`, for a model with these layers and blocks of `chunk_size` tokens. Raises
+    ConfigError where it was asked for by name and cannot run."""
     if option == "cpu" and device.type != "cpu":
         raise _config_error(f"attention_backend is 'cpu', but the model is on {device}; use 'auto'")
     name = option
@@ -23,6 +31,8 @@ def choose_backend(option: str, device: torch.device, dtype: torch.dtype) -> Att
     try:
         if name == "triton":
             return _load_triton(device, dtype)
+        if name == "varlen":
+            return _load_varlen(device, dtype, layers, chunk_size)
         if name == "cpu" and dtype in cpu.DTYPES:
             logger.info("attention: C++ kernel (cpu), %s", cpu.load_kernel())
             return cpu
@@ -52,6 +62,19 @@ def _load_triton(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
         raise KernelBuildError(f"its kernel does not compute in {dtype}; use 'reference'")
     logger.info("attention: Triton kernel (triton), %s", triton_paged.load_kernel(device))
     return triton_paged
+
+
+def _load_varlen(
+    device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape], chunk_size: int
+) -> AttentionBackend:
+    """Raises KernelBuildError where it cannot run."""
+    _load_triton(device, dtype)  # for what the other cannot
+    from engine.attention import varlen
+
+    if dtype not in varlen.DTYPES:
+        raise KernelBuildError(f"FlashAttention does not compute in {dtype}; use 'triton'")
+    logger.info("attention: FlashAttention (varlen), %s", varlen.load_kernel(device, layers, chunk_size))
+    return varlen
 
 
 def _config_error(message: str) -> ConfigError:

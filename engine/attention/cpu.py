@@ -34,6 +34,7 @@ _ISA_FLAGS = {
     ),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAN_REPLAY_DECODES = True
 
 
 def load_kernel() -> str:

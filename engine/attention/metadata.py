@@ -36,7 +36,7 @@ class AttentionMetadata:
     host_segments: `segments` in host memory; without it a backend that plans on the host waits for the device to copy them.
     is_decode_batch: every segment is one row, or none where it pads the batch (its slot is then -1), now and whenever the
     tensors are refilled: what a backend launches depends on their shapes alone, so that a CUDA graph of it may be replayed
-    on new contents. Backends that offer this: triton_paged. derived: what a backend made of the above, for all layers.
+    on new contents. For backends with CAN_REPLAY_DECODES. derived: what a backend made of the above, for all layers.
     """
 
     slot_mapping: torch.Tensor
@@ -59,8 +59,17 @@ class AttentionParams:
     sinks: torch.Tensor | None = None
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor in host memory, copied in the current stream of the device without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # torch keeps pinned memory until copies from it are done
+
+
 class AttentionBackend(Protocol):
-    """One implementation of paged attention; a module is one."""
+    """One implementation of paged attention; a module is one. CAN_REPLAY_DECODES: see AttentionMetadata.is_decode_batch."""
+
+    CAN_REPLAY_DECODES: bool
 
     def write_kv(
         self,

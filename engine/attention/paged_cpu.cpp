@@ -705,7 +705,8 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& k_pool, co
   return out;
 }
 
-// K and V of this step to their slots (block_id * chunk_size + offset). key, value: [num_kv_heads, num_tokens, dim].
+// K and V of this step to their slots (block_id * chunk_size + offset), but for slots of -1. key, value: [num_kv_heads,
+// num_tokens, dim].
 void write_kv(const at::Tensor& k_pool, const at::Tensor& v_pool, const at::Tensor& key, const at::Tensor& value,
               const at::Tensor& slot_mapping) {
   check_pools(k_pool, v_pool);
@@ -725,6 +726,7 @@ void write_kv(const at::Tensor& k_pool, const at::Tensor& v_pool, const at::Tens
     const int64_t from_head = source->stride(0) * size, from_token = source->stride(1) * size;
     at::parallel_for(0, num_tokens, 64, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
+        if (slots[t] < 0) continue;
         char* target = to + slots[t] / chunk_size * block + slots[t] % chunk_size * row_bytes;
         for (int64_t h = 0; h < num_heads; ++h)
           std::memcpy(target + h * to_head, from + h * from_head + t * from_token, row_bytes);

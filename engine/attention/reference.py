@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from engine.attention.metadata import AttentionMetadata, AttentionParams
 
+CAN_REPLAY_DECODES = False
+
 
 def write_kv(
     k_pool: torch.Tensor,

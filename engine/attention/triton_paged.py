@@ -16,12 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.attention.metadata import AttentionMetadata, AttentionParams, to_device
 from engine.attention.tiling import MAX_SPLITS, SPLIT_STEP, Tiling, tile_decode_batch, tile_segments
 from engine.errors import KernelBuildError
 
 IS_INTERPRETED: bool = triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAN_REPLAY_DECODES = True
 
 # Rows (query row x query head of one KV head) of a tile: what the matrix units take at least.
 _MIN_ROWS = 16
@@ -175,13 +176,14 @@ def attend(
 
 
 def _tiling(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: int) -> Tiling:
-    """Made at the first layer of a step; layers with the same heads share it. On the device."""
+    """Made at the first layer of a step; layers with the same heads share it. On the device, or on its way there in the
+    current stream: waiting for it would be waiting for all that comes before it, such as KV that is swapped in."""
     key = (max_tile_tokens, num_head_tiles)
     tiling: Tiling | None = metadata.derived.get(key)
     if tiling is None:
         tiling = _cut(metadata, max_tile_tokens, num_head_tiles)
         num_work = len(tiling.work)
-        both = torch.cat([tiling.work, tiling.combinations]).to(metadata.segments.device)  # one copy
+        both = to_device(torch.cat([tiling.work, tiling.combinations]), metadata.segments.device)  # one copy
         tiling = metadata.derived[key] = replace(tiling, work=both[:num_work], combinations=both[num_work:])
     return tiling
 

@@ -13,8 +13,12 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.attention.metadata import LayerShape
+from engine.attention.metadata import LayerShape, to_device
 from engine.core.plan import BlockCopy
+from engine.errors import ConfigError
+
+# cudaHostRegisterPortable and cudaHostRegisterMapped: pinned for every device of the process, and kernels may use it.
+PORTABLE_AND_MAPPED = 1 | 2
 
 
 def block_bytes(layers: Sequence[LayerShape], chunk_size: int, dtype: torch.dtype) -> int:
@@ -35,11 +39,15 @@ class KVStore:
         device: torch.device,
         pin_memory: bool = False,
     ) -> None:
-        """pin_memory: for the CPU tier of a CUDA device, which copies at full speed only from and to pinned memory."""
+        """pin_memory: for the CPU tier of a CUDA device, which copies at full speed only from and to pinned memory. Raises
+        ConfigError where so much cannot be pinned."""
         self.num_blocks = num_blocks
         self.chunk_size = chunk_size
         numel = sum(layer.numel_per_token for layer in layers) * chunk_size
-        self.storage = torch.empty(num_blocks, numel, dtype=dtype, device=device, pin_memory=pin_memory)
+        self.storage = torch.empty(num_blocks, numel, dtype=dtype, device=device)
+        self._is_pinned = False
+        if pin_memory and num_blocks > 0:
+            self._pin()
         self.layer_pools: list[tuple[torch.Tensor, torch.Tensor]] = []
         # The columns of `storage` that hold a layer.
         self.layer_slices: list[slice] = []
@@ -61,6 +69,24 @@ class KVStore:
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Within this tier; every source is read before any target is written."""
         if copies:
-            sources = torch.tensor([copy.source for copy in copies], device=self.storage.device)
-            targets = torch.tensor([copy.target for copy in copies], device=self.storage.device)
+            pairs = torch.tensor([(copy.source, copy.target) for copy in copies])
+            sources, targets = to_device(pairs, self.storage.device).unbind(1)
             self.storage[targets] = self.storage[sources]
+
+    def _pin(self) -> None:
+        """In place. torch's allocator of pinned memory rounds up to a power of two: it would take 64 GiB for 40."""
+        address, num_bytes = self.storage.data_ptr(), self.storage.nbytes
+        error = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, PORTABLE_AND_MAPPED))
+        if error:
+            raise ConfigError(
+                f"{num_bytes / 2**30:.1f} GiB of host memory cannot be pinned for the CPU tier (CUDA error {error}); lower "
+                "kv_offloading_size or num_cpu_blocks",
+                param="kv_offloading_size",
+            )
+        self._is_pinned = True
+
+    def unpin(self) -> None:
+        """Give pinned memory back to the system; to be called before the store is forgotten, when no copy is under way."""
+        if self._is_pinned:
+            torch.cuda.cudart().cudaHostUnregister(self.storage.data_ptr())
+            self._is_pinned = False

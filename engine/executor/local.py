@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from engine.attention.backend import choose_backend
-from engine.attention.interface import ShapeProbe, attention_handled_by
+from engine.attention.metadata import AttentionBackend
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError
+from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
 from engine.executor.kv_store import KVStore, block_bytes
+from engine.executor.memory import bytes_left_for_blocks, out_of_memory_means, step_limits
 from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
 from engine.executor.plan_channel import Placement
@@ -78,18 +80,29 @@ class LocalExecutor:
         torch.set_num_threads(num_threads)
         # One thread for all steps, because torch's worker threads belong to the thread that started them.
         self._thread = ThreadPoolExecutor(1, "executor", torch.set_num_threads, (num_threads,))
-        self.loaded: LoadedModel = load_model(config, group)
+        with out_of_memory_means(
+            f"the weights of {config.model!r} do not fit the device; take a smaller model", "model"
+        ):
+            self.loaded: LoadedModel = load_model(config, group)
+        backend = choose_backend(
+            config.attention_backend, self.loaded.device, self.loaded.dtype, self.loaded.layers, config.chunk_size
+        )
         num_ranks = 1 if group is None else group.size
         bytes_per_block = block_bytes(self.loaded.layers, config.chunk_size, self.loaded.dtype)
         self.bytes_per_block = bytes_per_block * num_ranks  # of all ranks
-        self.num_gpu_blocks = config.num_gpu_blocks or self._num_blocks_for_memory(config, bytes_per_block)
+        self.num_gpu_blocks = config.num_gpu_blocks or self._num_blocks_for_memory(config, bytes_per_block, backend)
         self.num_cpu_blocks = self._num_cpu_blocks(config, self.bytes_per_block)
         if group is not None:  # one scheduler for all of them: the smallest counts
             self.num_gpu_blocks = group.minimum(self.num_gpu_blocks)
             self.num_cpu_blocks = group.minimum(self.num_cpu_blocks)
         sizes = {"chunk_size": config.chunk_size, "dtype": self.loaded.dtype}
         layers, device = self.loaded.layers, self.loaded.device
-        self.gpu_store = KVStore(layers, num_blocks=self.num_gpu_blocks, device=device, **sizes)
+        with out_of_memory_means(
+            f"{self.num_gpu_blocks} blocks of {bytes_per_block} bytes do not fit the device beside the model; lower "
+            "gpu_memory_utilization (or num_gpu_blocks, gpu_memory_gib)",
+            "gpu_memory_utilization",
+        ):
+            self.gpu_store = KVStore(layers, num_blocks=self.num_gpu_blocks, device=device, **sizes)
         self.cpu_store = KVStore(
             layers,
             num_blocks=self.num_cpu_blocks,
@@ -100,10 +113,14 @@ class LocalExecutor:
         if device.type == "cpu":
             keep_freed_memory()  # not before: what loading leaves free goes back
             end_openmp_team()
-        self._swapper = make_swapper(self.gpu_store, self.cpu_store, verify=config.verify_swaps)
-        backend = choose_backend(config.attention_backend, device, self.loaded.dtype)
+        self._swapper = make_swapper(
+            self.gpu_store, self.cpu_store, verify=config.verify_swaps, copies=config.swap_copies
+        )
+        limits = step_limits(config, self.loaded, self.num_gpu_blocks) if device.type == "cuda" else None
         samples = group is None or group.rank == 0
-        self._runner = ModelRunner(self.loaded, self.gpu_store, self._swapper, backend, samples=samples)
+        self._runner = ModelRunner(self.loaded, self.gpu_store, self._swapper, backend, limits, samples=samples)
+        if device.type == "cuda" and backend.CAN_REPLAY_DECODES and not config.enforce_eager:
+            self._runner.capture_graphs(CudaGraphMaker(device), bucket_sizes(config.max_num_seqs))
         logger.info(
             "%s: %.1fM parameters, %s on %s; blocks of %d tokens, GPU tier %d (%.2f GiB), CPU tier %d (%.2f GiB)",
             config.model,
@@ -147,6 +164,7 @@ class LocalExecutor:
         """Frees the model and the KV stores, after the step that runs."""
         self._thread.shutdown()
         self._swapper.shutdown()
+        self.cpu_store.unpin()
         del self._runner, self._swapper, self.gpu_store, self.cpu_store, self.loaded
 
     @staticmethod
@@ -157,40 +175,21 @@ class LocalExecutor:
             return config.num_cpu_blocks
         return int(config.kv_offloading_size * GIB // bytes_per_block)
 
-    def _num_blocks_for_memory(self, config: EngineConfig, bytes_per_block: int) -> int:
+    def _num_blocks_for_memory(self, config: EngineConfig, bytes_per_block: int, backend: AttentionBackend) -> int:
         if config.gpu_memory_gib is not None:
             num_bytes = config.gpu_memory_gib * GIB
         elif self.loaded.device.type == "cuda":
-            num_bytes = self._free_after_largest_step(config)
+            num_bytes = bytes_left_for_blocks(config, self.loaded, backend)
         else:
             num_bytes = DEFAULT_CPU_DEVICE_GIB * GIB
         num_blocks = int(num_bytes // bytes_per_block)
         if num_blocks < 1:
             raise ConfigError(
                 f"{num_bytes / GIB:.3f} GiB are left for the GPU tier, less than one block of {bytes_per_block} bytes; raise "
-                "gpu_memory_utilization or gpu_memory_gib, or lower chunk_size or max_num_batched_tokens",
+                "gpu_memory_utilization or gpu_memory_gib, or lower chunk_size, max_num_batched_tokens or max_num_seqs",
                 param="gpu_memory_gib" if config.gpu_memory_gib is not None else "gpu_memory_utilization",
             )
         return num_blocks
-
-    @torch.inference_mode()
-    def _free_after_largest_step(self, config: EngineConfig) -> float:
-        """Bytes that `gpu_memory_utilization` leaves on the device beside weights and the largest step's activations."""
-        device = self.loaded.device
-        torch.cuda.reset_peak_memory_stats(device)
-        num_tokens = min(config.max_num_batched_tokens, self.loaded.max_model_len)
-        ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
-        positions = torch.arange(num_tokens, device=device)[None]
-        rows = torch.arange(min(config.max_num_seqs, num_tokens), device=device)
-        with attention_handled_by(ShapeProbe()):
-            logits = self.loaded.model(
-                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows
-            ).logits
-            logits.float().log_softmax(-1)
-        peak = torch.cuda.max_memory_allocated(device)
-        free, total = torch.cuda.mem_get_info(device)
-        others = total - free - torch.cuda.memory_reserved(device)
-        return total * config.gpu_memory_utilization - peak - others
 
 
 def _device_name(device: torch.device) -> str:

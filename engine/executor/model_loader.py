@@ -90,23 +90,14 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     text_config = hf_config.get_text_config()
     dtype = _choose_dtype(config.dtype, text_config, device)
     plan = {} if group is None else make_plan(config.model, hf_config, group.size)
-    try:
-        options = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}
-        if group is None:
-            model, report = AutoModelForCausalLM.from_pretrained(location, device_map={"": device}, **options)
-        else:
-            with group.environment():
-                shards = DistributedConfig(tp_size=group.size, tp_plan=plan)
-                model, report = AutoModelForCausalLM.from_pretrained(location, distributed_config=shards, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _load_error(config.model, error) from error
-    if report["missing_keys"]:  # transformers would go on with random ones
-        raise ModelLoadError(
-            f"the files of {config.model!r} lack {len(report['missing_keys'])} weights of a {text_config.model_type} model, "
-            f"such as {min(report['missing_keys'])}; is the download complete, and of a decoder model?",
-            param="model",
-        )
+    if config.load_format == "dummy":
+        logger.warning("%s: random weights instead of its own, for measurements (load_format)", config.model)
+        model = _make_random_model(hf_config, dtype, device)
+    else:
+        model = _read_model(config, hf_config, dtype, device, group, plan)
     model.eval()
+    # Some families look at every forward whether tokens are padding, and wait for the device to say so. Ours never are.
+    model.config.get_text_config().pad_token_id = None
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     if group is not None:
         _localize(config.model, model, text_config, dtype, plan, group)
@@ -148,6 +139,44 @@ def _read_config(config: EngineConfig) -> Any:
         raise _load_error(config.model, error) from error
     _refuse_unsupported(config.model, hf_config.get_text_config(), config.max_model_len)
     return hf_config
+
+
+def _read_model(
+    config: EngineConfig,
+    hf_config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: ProcessGroup | None,
+    plan: dict[str, str],
+) -> Any:
+    """plan: how its weights are cut for the ranks of `group`."""
+    name, location, family = config.model, model_location(config.model), hf_config.get_text_config().model_type
+    options = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}
+    try:
+        if group is None:
+            model, report = AutoModelForCausalLM.from_pretrained(location, device_map={"": device}, **options)
+        else:
+            with group.environment():
+                shards = DistributedConfig(tp_size=group.size, tp_plan=plan)
+                model, report = AutoModelForCausalLM.from_pretrained(location, distributed_config=shards, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _load_error(name, error) from error
+    if report["missing_keys"]:  # transformers would go on with random ones
+        raise ModelLoadError(
+            f"the files of {name!r} lack {len(report['missing_keys'])} weights of a {family} model, such as "
+            f"{min(report['missing_keys'])}; is the download complete, and of a decoder model?",
+            param="model",
+        )
+    return model
+
+
+def _make_random_model(hf_config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Made where it is to be: weights of this size would take long to bring there. The same ones each time."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="eager")
 
 
 def _load_error(model: str, error: Exception) -> ModelLoadError:

@@ -1,70 +1,33 @@
 """Computes one step: plan to tensors, forward, logits of the last rows, sampling. Keeps what a worker must know of each
-started request (block table, sampling state) and nothing else between steps.
+started request (block table, last token, sampling state) and nothing else between steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 
-import numpy as np
 import torch
 
 from engine.attention.interface import PagedAttention, attention_handled_by
 from engine.attention.metadata import AttentionBackend, AttentionMetadata
 from engine.core.executor import ComputationFailedError, SamplingFailedError
 from engine.core.plan import Logprobs, QuerySegment, RequestStart, StepPlan, StepResult
+from engine.executor.decode_graphs import DecodeGraphs, GraphMaker
 from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import LoadedModel
-from engine.executor.sampler import SamplingState, sample
+from engine.executor.sampler import SamplingBatch, SamplingState
+from engine.executor.step_inputs import BlockTables, Staging, StepArrays, StepLimits
 from engine.executor.swapper import Swapper
-
-
-class BlockTables:
-    """The block tables of all started requests: `array` is int32 [rows, capacity], a row a request. Both dimensions grow by
-    doubling; what lies behind a row's `num_blocks` means nothing."""
-
-    def __init__(self) -> None:
-        self.array = np.zeros((8, 8), dtype=np.int32)
-        self._num_blocks = np.zeros(8, dtype=np.int64)
-        self._free_rows = list(range(7, -1, -1))
-
-    def add(self, block_ids: Sequence[int]) -> int:
-        """The row of a new table."""
-        if not self._free_rows:
-            num_rows = len(self.array)
-            self.array = np.concatenate([self.array, np.zeros_like(self.array)])
-            self._num_blocks = np.concatenate([self._num_blocks, np.zeros_like(self._num_blocks)])
-            self._free_rows = list(range(2 * num_rows - 1, num_rows - 1, -1))
-        row = self._free_rows.pop()
-        self._reserve(len(block_ids))
-        self.array[row, : len(block_ids)] = block_ids
-        self._num_blocks[row] = len(block_ids)
-        return row
-
-    def append(self, row: int, block_id: int) -> None:
-        num_blocks = int(self._num_blocks[row])
-        self._reserve(num_blocks + 1)
-        self.array[row, num_blocks] = block_id
-        self._num_blocks[row] = num_blocks + 1
-
-    def remove(self, row: int) -> None:
-        self._free_rows.append(row)
-
-    def _reserve(self, num_blocks: int) -> None:
-        while self.array.shape[1] < num_blocks:
-            self.array = np.concatenate([self.array, np.zeros_like(self.array)], axis=1)
 
 
 @dataclass(slots=True)
 class _RequestState:
-    """table_row: of the request's block table. sampling: None on a rank that does not sample. last_token: what was sampled
-    last, alone; None before that."""
+    """table_row: of the request's block table, and of its last token. sampling: None on a rank that does not sample."""
 
     table_row: int
     sampling: SamplingState | None
-    last_token: tuple[int] | None = None
 
 
 class ModelRunner:
@@ -76,19 +39,35 @@ class ModelRunner:
         kv_store: KVStore,
         swapper: Swapper,
         backend: AttentionBackend,
+        limits: StepLimits | None = None,
         *,
         samples: bool = True,
     ) -> None:
-        """samples: False on the ranks that are told what rank 0 sampled."""
+        """limits: with them, all that a step reads has its place on the device from the start, and reaches it in one copy;
+        without, as on a CPU, tensors are made as they are needed. samples: False on the ranks that are told what rank 0
+        sampled."""
         self._loaded = loaded
         self._samples = samples
-        # Those that the last step sampled for, in order.
-        self._sampled: list[_RequestState] = []
+        # Table rows of those that the last step sampled for, in order.
+        self._sampled_rows: list[int] = []
         self._backend = backend
-        self._tables = BlockTables()
         self._kv_store = kv_store
         self._swapper = swapper
         self._requests: dict[str, _RequestState] = {}
+        if limits is None:
+            self._tables = BlockTables()
+        else:
+            self._tables = BlockTables(limits.max_num_seqs, limits.num_blocks, loaded.device)
+        # The token that each request sampled last, by table row. It stays on the device: the next step need not wait for it.
+        self._last_tokens = torch.zeros(len(self._tables.array), dtype=torch.long, device=loaded.device)
+        self._staging = Staging(loaded.device, limits)
+        self._graphs = DecodeGraphs()
+
+    def capture_graphs(self, maker: GraphMaker, sizes: Sequence[int]) -> None:
+        """Record decode steps of these sizes; needs limits, which no size may exceed. Raises ConfigError where memory runs
+        out."""
+        with torch.inference_mode():
+            self._graphs.capture(maker, sizes, self._decode_step)
 
     def execute(self, plan: StepPlan) -> StepResult:
         self._follow(plan)
@@ -97,14 +76,15 @@ class ModelRunner:
         logprobs: tuple[Logprobs | None, ...] = ()
         failure: Exception | None = None
         has_logits = False
-        self._sampled = [self._requests[segment.request_id] for segment in plan.segments if segment.samples]
+        self._sampled_rows = [
+            self._requests[segment.request_id].table_row for segment in plan.segments if segment.samples
+        ]
         try:
             if plan.segments:
-                logits = self._forward(plan.segments, wait_for_layer)
+                computed = self._compute(plan.segments, wait_for_layer)
                 has_logits = True
                 if self._samples:
-                    token_ids, logprobs = sample(logits, [s.sampling for s in self._sampled if s.sampling is not None])
-                    self.note_sampled(token_ids)
+                    token_ids, logprobs = self._sample(*computed)
         except Exception as error:
             failure = error
         # Whatever happened, no copy may be under way when the core decides about the blocks again.
@@ -116,9 +96,11 @@ class ModelRunner:
         return StepResult(plan.step_id, token_ids, logprobs, failed_swap_ins)
 
     def note_sampled(self, token_ids: Sequence[int]) -> None:
-        """What was sampled in the last step, in the order of its segments; nothing where that failed."""
-        for state, token_id in zip(self._sampled, token_ids, strict=bool(token_ids)):
-            state.last_token = (token_id,)
+        """What rank 0 sampled in the last step, in the order of its segments; nothing where that failed."""
+        if token_ids:
+            assert len(token_ids) == len(self._sampled_rows)
+            tensor = torch.tensor([self._sampled_rows, token_ids], device=self._last_tokens.device)
+            self._last_tokens.index_copy_(0, *tensor)
 
     def _follow(self, plan: StepPlan) -> None:
         for request_id in plan.ended:
@@ -132,40 +114,99 @@ class ModelRunner:
             )
         for append in plan.appends:
             self._tables.append(self._requests[append.request_id].table_row, append.block_id)
+        missing = len(self._tables.array) - len(self._last_tokens)
+        if missing > 0:
+            self._last_tokens = torch.cat([self._last_tokens, self._last_tokens.new_zeros(missing)])
 
     @torch.inference_mode()
-    def _forward(
+    def _compute(
         self, segments: tuple[QuerySegment, ...], wait_for_layer: Callable[[int], None] | None
+    ) -> tuple[torch.Tensor, SamplingBatch, dict[str, torch.Tensor]]:
+        """(logits [number of sampling segments, vocabulary], how to sample from them, what was sent to the device)."""
+        states = [self._requests[segment.request_id] for segment in segments]
+        table_rows = [state.table_row for state in states]
+        arrays = StepArrays.of(segments, table_rows, self._tables.array, self._kv_store.chunk_size)
+        sampling = [
+            state.sampling
+            for state, segment in zip(states, segments, strict=True)
+            if segment.samples and state.sampling is not None
+        ]
+        batch = SamplingBatch(sampling, self._loaded.vocab_size)
+        # A graph cannot wait for layers whose KV is on its way, and its layers would not be beside the copies.
+        size = None
+        if arrays.is_decode_batch and wait_for_layer is None:
+            size = self._graphs.size_for(arrays.num_tokens)
+        if size is not None:
+            arrays = arrays.padded(size)
+        sampled = {"sampled": arrays.sampled, "sampled_rows": arrays.sampled_rows}
+        tensors = self._staging.send({**arrays.batch(), **sampled, **self._tables.changes(), **batch.arrays})
+        self._tables.apply(tensors)
+        if size is not None:
+            logits = self._graphs.replay(size)[tensors["sampled"]]
+        else:
+            logits = self._forward(arrays, tensors, wait_for_layer)
+        return logits, batch, tensors
+
+    @torch.inference_mode()
+    def _sample(
+        self, logits: torch.Tensor, batch: SamplingBatch, tensors: Mapping[str, torch.Tensor]
+    ) -> tuple[tuple[int, ...], tuple[Logprobs | None, ...]]:
+        """The next tokens, and their log-probabilities as StepResult has them. This is where a step waits for the device."""
+        draw = batch.draw(logits, tensors)
+        result = draw.finish()
+        self._last_tokens.index_copy_(0, tensors["sampled_rows"], draw.token_ids)
+        return result
+
+    def _forward(
+        self,
+        arrays: StepArrays,
+        tensors: Mapping[str, torch.Tensor],
+        wait_for_layer: Callable[[int], None] | None,
     ) -> torch.Tensor:
         """Logits [number of sampling segments, vocabulary]. Writes the KV of all rows."""
-        device, chunk_size = self._loaded.device, self._kv_store.chunk_size
-        states = [self._requests[segment.request_id] for segment in segments]
-        # Every array of the step in a few operations over all segments, whatever their number.
-        token_ids = np.fromiter(chain.from_iterable(map(_token_ids, segments, states)), dtype=np.int64)
-        starts = np.array([segment.start for segment in segments])
-        lengths = np.array([segment.query_len for segment in segments])
-        table_rows = np.array([state.table_row for state in states])
-        ends = lengths.cumsum()
-        first_rows = ends - lengths
-        positions = np.arange(len(token_ids)) + np.repeat(starts - first_rows, lengths)
-        chunk_numbers, offsets = np.divmod(positions, chunk_size)
-        block_ids = self._tables.array[np.repeat(table_rows, lengths), chunk_numbers]
-        descriptors = np.stack([first_rows, lengths, starts + lengths, table_rows], axis=1).astype(np.int32)
         metadata = AttentionMetadata(
-            slot_mapping=torch.from_numpy(block_ids * np.int64(chunk_size) + offsets).to(device),
-            segments=torch.from_numpy(descriptors).to(device),
-            block_tables=torch.from_numpy(self._tables.array).to(device),
-            chunk_size=chunk_size,
-            host_segments=descriptors,
+            slot_mapping=tensors["slot_mapping"],
+            segments=tensors["segments"],
+            block_tables=self._tables.tensor,
+            chunk_size=self._kv_store.chunk_size,
+            host_segments=arrays.segments,
         )
-        last_rows = ends[[segment.samples for segment in segments]] - 1
+        token_ids = self._token_ids(tensors) if arrays.continues else tensors["token_ids"]
+        return self._run_model(token_ids, tensors, metadata, wait_for_layer, logits_to_keep=tensors["sampled"])
+
+    def _decode_step(self, size: int) -> Callable[[], torch.Tensor]:
+        """A function of what lies in the places of a decode batch of `size` rows then: logits [size, vocabulary]."""
+        arrays = StepArrays.padding(size)
+        tensors = self._staging.send(arrays.batch())
+        metadata = AttentionMetadata(
+            slot_mapping=tensors["slot_mapping"],
+            segments=tensors["segments"],
+            block_tables=self._tables.tensor,
+            chunk_size=self._kv_store.chunk_size,
+            is_decode_batch=True,
+        )
+        return partial(self._run_decodes, tensors, metadata)
+
+    def _run_decodes(self, tensors: Mapping[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
+        return self._run_model(self._token_ids(tensors), tensors, metadata, None)
+
+    def _token_ids(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The tokens of the batch, those among them that were sampled before."""
+        token_ids = tensors["token_ids"]
+        return torch.where(token_ids < 0, self._last_tokens[tensors["table_rows"]], token_ids)
+
+    def _run_model(
+        self,
+        token_ids: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor],
+        metadata: AttentionMetadata,
+        wait_for_layer: Callable[[int], None] | None,
+        **options: torch.Tensor,
+    ) -> torch.Tensor:
         attention = PagedAttention(self._backend, metadata, self._kv_store.layer_pools, wait_for_layer)
         with attention_handled_by(attention):
             logits: torch.Tensor = self._loaded.model(
-                input_ids=torch.from_numpy(token_ids).to(device)[None],
-                position_ids=torch.from_numpy(positions).to(device)[None],
-                use_cache=False,
-                logits_to_keep=torch.from_numpy(last_rows).to(device),
+                input_ids=token_ids[None], position_ids=tensors["positions"][None], use_cache=False, **options
             ).logits[0]
         assert attention.num_calls == len(self._kv_store.layer_pools), "a layer did not attend"
         return logits
@@ -175,10 +216,3 @@ def _sampling_state(start: RequestStart) -> SamplingState:
     return SamplingState(
         start.sampling, start.num_tokens, start.num_prompt_tokens, start.stop_token_ids, start.token_ids
     )
-
-
-def _token_ids(segment: QuerySegment, state: _RequestState) -> tuple[int, ...]:
-    if segment.token_ids is not None:
-        return segment.token_ids
-    assert state.last_token is not None, "a decode before anything was sampled"
-    return state.last_token

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from engine.core.plan import Logprobs
 from engine.core.request import SamplingParams
 
-# Tokens that are sorted at first where a filter is on.
+# Tokens that are sorted at first where a filter is on; and where more would be looked at only when the step is over.
 MIN_CANDIDATES = 64
+MIN_CANDIDATES_UNSEEN = 1024
 # Of what is more than 0, and of what is finite, in the float32 that is sampled in.
 SMALLEST = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.float32).max
@@ -40,6 +43,10 @@ class SamplingState:
         self.num_tokens = num_tokens
         self.num_prompt_tokens = num_prompt_tokens
         self.stop_token_ids = list(stop_token_ids)
+        # Nothing to know of the request but its logits.
+        self.takes_maximum = (
+            params.is_greedy and not params.has_penalties and params.min_tokens == 0 and params.logprobs is None
+        )
         self.prompt_ids: set[int] = set()
         self.output_counts: Counter[int] = Counter()
         if params.has_penalties:
@@ -67,111 +74,241 @@ def sample(
 ) -> tuple[tuple[int, ...], tuple[Logprobs | None, ...]]:
     """The next token of each request, appended to its state, and their log-probabilities as StepResult has them: the model's
     own, before penalties and temperature. logits: [len(states), vocabulary], any float dtype, not kept."""
-    if not states:
-        return (), ()
-    logits = logits.float()
-    wants_logprobs = [row for row, state in enumerate(states) if state.params.logprobs is not None]
-    raw_logprobs = logits[wants_logprobs].log_softmax(-1) if wants_logprobs else None
-    if any(_changes_logits(state) for state in states):
-        logits = logits.clone()
-        for row, state in enumerate(states):
-            _apply_penalties(logits[row], state)
-    token_ids = logits.argmax(-1)
-    drawn = [row for row, state in enumerate(states) if not state.params.is_greedy]
-    if drawn:
-        token_ids[drawn] = _draw(logits[drawn], [states[row] for row in drawn])
-    chosen = tuple(token_ids.tolist())
-    for state, token_id in zip(states, chosen, strict=True):
-        state.append(token_id)
-    if raw_logprobs is None:
-        return chosen, ()
-    logprobs: list[Logprobs | None] = [None] * len(states)
-    for row, values in zip(wants_logprobs, raw_logprobs, strict=True):
-        top_values, top_ids = values.topk(min(states[row].params.logprobs or 0, values.numel()))
-        top = tuple(zip(top_ids.tolist(), top_values.tolist(), strict=True))
-        logprobs[row] = Logprobs(values[chosen[row]].item(), top)
-    return chosen, tuple(logprobs)
+    batch = SamplingBatch(states, logits.shape[-1])
+    return batch.draw(logits, {name: torch.from_numpy(array) for name, array in batch.arrays.items()}).finish()
 
 
-def _changes_logits(state: SamplingState) -> bool:
-    return state.params.has_penalties or state.num_output_tokens < state.params.min_tokens
+class SamplingBatch:
+    """What sampling has to know of the requests of a step, as arrays, made before the logits are there: on a GPU they travel
+    with the step's other arrays, and nothing waits.
+
+    Of the arrays there are only those that these requests need. `*_rows`: rows of the logits. `barred`, `seen`, `said`:
+    places in the flattened logits; seen_penalty and said_amount belong to them. temperature, uniform: of the rows that are
+    drawn, first those without a filter (`plain_rows`), then the others (`filtered_rows`, with top_k, top_p and min_p).
+    """
+
+    def __init__(self, states: Sequence[SamplingState], vocab_size: int) -> None:
+        self.states = tuple(states)
+        self.arrays: dict[str, np.ndarray] = {}
+        self.filtered_params: list[SamplingParams] = []
+        self.logprob_rows: list[int] = []
+        if all(state.takes_maximum for state in states):
+            return
+        self._add_penalties(vocab_size)
+        drawn = [row for row, state in enumerate(states) if not state.params.is_greedy]
+        plain = [row for row in drawn if not _is_filtered(states[row].params)]
+        filtered = [row for row in drawn if _is_filtered(states[row].params)]
+        self.filtered_params = [states[row].params for row in filtered]
+        if drawn:
+            ordered = [states[row] for row in (*plain, *filtered)]
+            # In float32 the smallest temperatures would be 0, and 0 / 0 is no number.
+            self._add("temperature", [max(state.params.temperature, SMALLEST) for state in ordered], np.float32)
+            uniforms = [uniform(state.params.seed or 0, state.num_tokens) for state in ordered]
+            self._add("uniform", uniforms, np.float64)
+        self._add("plain_rows", plain, np.int64)
+        self._add("filtered_rows", filtered, np.int64)
+        if filtered:
+            for name, array in zip(
+                ("top_k", "top_p", "min_p"), _filters(self.filtered_params, vocab_size), strict=True
+            ):
+                self.arrays[name] = array
+        self.logprob_rows = [row for row, state in enumerate(states) if state.params.logprobs is not None]
+        self._add("logprob_rows", self.logprob_rows, np.int64)
+
+    def draw(
+        self, logits: torch.Tensor, arrays: Mapping[str, torch.Tensor], *, looks_later: bool | None = None
+    ) -> Draw:
+        """Start to choose the next tokens; waits for nothing. arrays: `self.arrays` as tensors on the device of the logits.
+        looks_later: guess how many tokens a filter keeps, and look with the result whether that was enough, instead of
+        looking at once. None = where looking would wait for the device. The tokens are the same."""
+        if looks_later is None:
+            looks_later = logits.device.type != "cpu"
+        return Draw(self, logits.float(), arrays, looks_later)
+
+    def _add(self, name: str, values: Sequence[Any], dtype: type) -> None:
+        if len(values) > 0:
+            self.arrays[name] = np.array(values, dtype)
+
+    def _add_penalties(self, vocab_size: int) -> None:
+        """Repetition counts prompt and answer; presence and frequency the answer alone."""
+        barred: list[int] = []
+        seen: list[int] = []
+        said: list[int] = []
+        seen_penalty: list[float] = []
+        said_amount: list[np.float32] = []
+        for row, state in enumerate(self.states):
+            params, start = state.params, row * vocab_size
+            if state.num_output_tokens < params.min_tokens:
+                barred += [start + i for i in state.stop_token_ids if i < vocab_size]
+            if params.repetition_penalty != 1.0:
+                ids = state.prompt_ids | state.output_counts.keys()
+                seen += [start + i for i in ids]
+                # In float32 the smallest penalties would be 0, and a logit divided by one is infinite, which is not to be
+                # drawn from.
+                seen_penalty += [max(params.repetition_penalty, SMALLEST)] * len(ids)
+            if params.presence_penalty or params.frequency_penalty:
+                frequency, presence = np.float32(params.frequency_penalty), np.float32(params.presence_penalty)
+                said += [start + i for i in state.output_counts]
+                said_amount += [frequency * np.float32(n) + presence for n in state.output_counts.values()]
+        self._add("barred", barred, np.int64)
+        self._add("seen", seen, np.int64)
+        self._add("seen_penalty", seen_penalty, np.float32)
+        self._add("said", said, np.int64)
+        self._add("said_amount", said_amount, np.float32)
 
 
-def _apply_penalties(logits: torch.Tensor, state: SamplingState) -> None:
-    """In place, on one row. Repetition counts prompt and answer; presence and frequency the answer alone."""
-    params = state.params
-    if state.num_output_tokens < params.min_tokens and state.stop_token_ids:
-        logits[state.stop_token_ids] = float("-inf")
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(state.prompt_ids | state.output_counts.keys()), device=logits.device)
-        values = logits[seen]
-        # In float32 the smallest penalties would be 0, and a logit divided by one is infinite, which is not to be drawn from.
-        penalty = max(params.repetition_penalty, SMALLEST)
-        logits[seen] = torch.where(values > 0, values / penalty, values * penalty).clamp(max=LARGEST)
-    if state.output_counts and (params.presence_penalty or params.frequency_penalty):
-        ids = torch.tensor(list(state.output_counts), device=logits.device)
-        counts = torch.tensor(list(state.output_counts.values()), dtype=logits.dtype, device=logits.device)
-        logits[ids] -= params.frequency_penalty * counts + params.presence_penalty
+class Draw:
+    """The tokens of one step, on their way. token_ids: int64 [rows], on the device; final once `finish` has returned."""
+
+    def __init__(
+        self, batch: SamplingBatch, logits: torch.Tensor, arrays: Mapping[str, torch.Tensor], looks_later: bool
+    ) -> None:
+        self._batch = batch
+        self._arrays = arrays
+        self._logprobs = logits[arrays["logprob_rows"]].log_softmax(-1) if batch.logprob_rows else None
+        self._is_sure: torch.Tensor | None = None
+        logits = _penalised(logits, arrays)
+        self.token_ids = logits.argmax(-1)
+        num_plain = len(arrays.get("plain_rows", ()))
+        if num_plain > 0:
+            scaled = self._scaled(logits, arrays["plain_rows"], slice(num_plain))
+            self.token_ids[arrays["plain_rows"]] = _invert_cdf(scaled.softmax(-1), arrays["uniform"][:num_plain])
+        if "filtered_rows" in arrays:
+            # Kept for a second look.
+            self._filtered = self._scaled(logits, arrays["filtered_rows"], slice(num_plain, None))
+            self._filtered_uniforms = arrays["uniform"][num_plain:]
+            if looks_later:
+                filters = [arrays[name][:, None] for name in ("top_k", "top_p", "min_p")]
+                num_candidates = _num_candidates(batch.filtered_params, MIN_CANDIDATES_UNSEEN)
+                probs, ids, is_sure = _filter_candidates(self._filtered, filters, num_candidates)
+                self._is_sure = is_sure
+            else:
+                probs, ids = _filter(self._filtered, batch.filtered_params)
+            self._draw_filtered(probs, ids)
+
+    def finish(self) -> tuple[tuple[int, ...], tuple[Logprobs | None, ...]]:
+        """Wait for the tokens, in one copy from the device; append them to the states of the requests. Returns what `sample`
+        returns. Call it once."""
+        states = self._batch.states
+        if not states:
+            return (), ()
+        is_sure, chosen, logprobs = self._fetch()
+        if not is_sure:
+            self._draw_filtered(*_filter(self._filtered, self._batch.filtered_params))
+            self._is_sure = None
+            _, chosen, logprobs = self._fetch()
+        for state, token_id in zip(states, chosen, strict=True):
+            state.append(token_id)
+        return chosen, logprobs
+
+    def _scaled(self, logits: torch.Tensor, rows: torch.Tensor, drawn: slice) -> torch.Tensor:
+        """Those rows, over their temperatures. Subtracting the maximum first keeps a tiny temperature from overflowing."""
+        chosen = logits[rows]
+        return (chosen - chosen.max(-1, keepdim=True).values) / self._arrays["temperature"][drawn, None]
+
+    def _draw_filtered(self, probs: torch.Tensor, ids: torch.Tensor) -> None:
+        chosen = _invert_cdf(probs, self._filtered_uniforms)
+        self.token_ids[self._arrays["filtered_rows"]] = ids.gather(-1, chosen[:, None])[:, 0]
+
+    def _fetch(self) -> tuple[bool, tuple[int, ...], tuple[Logprobs | None, ...]]:
+        """(whether no filter kept more than was looked at, token ids, log-probabilities), all in one tensor of int64."""
+        states, rows = self._batch.states, self._batch.logprob_rows
+        parts = [self.token_ids]
+        if self._is_sure is not None:
+            parts.append(self._is_sure.all()[None].long())
+        num_top = 0
+        if self._logprobs is not None:
+            num_top = min(max(states[row].params.logprobs or 0 for row in rows), self._logprobs.shape[-1])
+            chosen_ids = self.token_ids[self._arrays["logprob_rows"]]
+            values, ids = self._logprobs.topk(num_top)
+            values = torch.cat([self._logprobs.gather(-1, chosen_ids[:, None]), values], -1)
+            parts += [values.double().view(torch.int64).flatten(), ids.flatten()]
+        numbers = (torch.cat(parts) if len(parts) > 1 else parts[0]).cpu().numpy()
+        chosen = tuple(numbers[: len(states)].tolist())
+        numbers = numbers[len(states) :]
+        is_sure = True
+        if self._is_sure is not None:
+            is_sure, numbers = bool(numbers[0]), numbers[1:]
+        if self._logprobs is None:
+            return is_sure, chosen, ()
+        floats = numbers[: len(rows) * (1 + num_top)].view(np.float64).reshape(len(rows), 1 + num_top)
+        tops = numbers[floats.size :].reshape(len(rows), num_top)
+        logprobs: list[Logprobs | None] = [None] * len(states)
+        for row, values_of_row, ids_of_row in zip(rows, floats.tolist(), tops.tolist(), strict=True):
+            k = states[row].params.logprobs or 0
+            top = tuple(zip(ids_of_row[:k], values_of_row[1 : 1 + k], strict=True))
+            logprobs[row] = Logprobs(values_of_row[0], top)
+        return is_sure, chosen, tuple(logprobs)
 
 
-def _draw(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """Token ids [rows]. Each row goes the same way whatever its neighbours want, or its draw would depend on them."""
-    device = logits.device
-    # In float32 the smallest temperatures would be 0, and 0 / 0 is no number.
-    temperature = torch.tensor([max(state.params.temperature, SMALLEST) for state in states], device=device)
-    uniforms = torch.tensor(
-        [uniform(state.params.seed or 0, state.num_tokens) for state in states],
-        dtype=torch.float64,
-        device=device,
-    )
-    # Subtracting the maximum first keeps a tiny temperature from overflowing.
-    scaled = (logits - logits.max(-1, keepdim=True).values) / temperature[:, None]
-    out = torch.empty(len(states), dtype=torch.long, device=device)
-    plain = [row for row, state in enumerate(states) if not _is_filtered(state.params)]
-    if plain:
-        out[plain] = _invert_cdf(scaled[plain].softmax(-1), uniforms[plain])
-    filtered = [row for row, state in enumerate(states) if _is_filtered(state.params)]
-    if filtered:
-        probs, ids = _filter(scaled[filtered], [states[row].params for row in filtered])
-        chosen = _invert_cdf(probs, uniforms[filtered])
-        out[filtered] = ids.gather(-1, chosen[:, None])[:, 0]
-    return out
+def _penalised(logits: torch.Tensor, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The logits with what bars and penalises tokens; the same tensor where nothing does."""
+    if not arrays.keys() & {"barred", "seen", "said"}:
+        return logits
+    logits = logits.clone(memory_format=torch.contiguous_format)
+    flat = logits.view(-1)
+    if "barred" in arrays:
+        flat.index_fill_(0, arrays["barred"], float("-inf"))
+    if "seen" in arrays:
+        values, penalty = flat[arrays["seen"]], arrays["seen_penalty"]
+        flat[arrays["seen"]] = torch.where(values > 0, values / penalty, values * penalty).clamp(max=LARGEST)
+    if "said" in arrays:
+        flat[arrays["said"]] -= arrays["said_amount"]
+    return logits
 
 
 def _is_filtered(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
+def _filters(params: Sequence[SamplingParams], vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(top_k, top_p, min_p) of each row, as arrays [rows]; a filter that is off keeps all."""
+    top_k = np.array([min(p.top_k or vocab_size, vocab_size) for p in params], np.int64)
+    # Not 0, which would leave nothing of a row.
+    top_p = np.array([max(p.top_p, SMALLEST) if p.top_p < 1.0 else float("inf") for p in params], np.float32)
+    return top_k, top_p, np.array([p.min_p for p in params], np.float32)
+
+
+def _num_candidates(params: Sequence[SamplingParams], at_least: int) -> int:
+    return max([at_least, *(2 * p.top_k for p in params)])
+
+
 def _filter(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
     """Top-k, then top-p, then min-p, for each row of `scaled` [rows, vocabulary], whose maximum is 0. Returns probabilities
     (not normalised, 0 for what is left out, at least one above) and token ids, both [rows, candidates], most probable
-    first, equal ones by id.
+    first, equal ones by id. Waits for the device.
 
     All three keep a beginning of the sorted vocabulary, and nearly always a short one: so only some candidates are
     sorted, and more where a row turns out to keep them all. What a row keeps does not depend on their number, and so not
     on its neighbours.
     """
-    device, vocabulary = scaled.device, scaled.shape[-1]
-    top_k = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=device)[:, None]
-    # Not 0, which would leave nothing of a row.
-    top_p = torch.tensor([max(p.top_p, SMALLEST) if p.top_p < 1.0 else float("inf") for p in params], device=device)[
-        :, None
-    ]
-    min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
-    whole = scaled.exp().sum(-1, keepdim=True)
-    num_candidates = max([MIN_CANDIDATES, *(2 * p.top_k for p in params)])
+    filters = [torch.from_numpy(array).to(scaled.device)[:, None] for array in _filters(params, scaled.shape[-1])]
+    num_candidates = _num_candidates(params, MIN_CANDIDATES)
     while True:
-        num_candidates = min(num_candidates, vocabulary)
-        values, ids = _sorted_candidates(scaled, num_candidates)
-        ranks = torch.arange(num_candidates, device=device)
-        weights = values.exp() * (ranks < top_k)
-        probs = weights / torch.where(top_k < vocabulary, weights.sum(-1, keepdim=True), whole)
-        kept = (ranks < top_k) & (probs.cumsum(-1) - probs < top_p) & (probs >= min_p * probs[:, :1])
-        smallest_kept = values.masked_fill(~kept, float("inf")).amin(-1)
-        # Strictly below: of equal values around the end, all have to be seen for the ids to decide.
-        if num_candidates == vocabulary or bool((values[:, -1] < smallest_kept).all()):
-            return probs * kept, ids
+        probs, ids, is_sure = _filter_candidates(scaled, filters, num_candidates)
+        if bool(is_sure.all()):
+            return probs, ids
         num_candidates *= 8
+
+
+def _filter_candidates(
+    scaled: torch.Tensor, filters: Sequence[torch.Tensor], num_candidates: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_filter` with so many candidates, and for each row whether it needs no more. filters: top_k, top_p and min_p, all
+    [rows, 1]."""
+    top_k, top_p, min_p = filters
+    vocabulary = scaled.shape[-1]
+    num_candidates = min(num_candidates, vocabulary)
+    values, ids = _sorted_candidates(scaled, num_candidates)
+    ranks = torch.arange(num_candidates, device=scaled.device)
+    weights = values.exp() * (ranks < top_k)
+    whole = scaled.exp().sum(-1, keepdim=True)
+    probs = weights / torch.where(top_k < vocabulary, weights.sum(-1, keepdim=True), whole)
+    kept = (ranks < top_k) & (probs.cumsum(-1) - probs < top_p) & (probs >= min_p * probs[:, :1])
+    smallest_kept = values.masked_fill(~kept, float("inf")).amin(-1)
+    # Strictly below: of equal values around the end, all have to be seen for the ids to decide.
+    is_sure = (values[:, -1] < smallest_kept) | (num_candidates == vocabulary)
+    return probs * kept, ids, is_sure
 
 
 def _sorted_candidates(scaled: torch.Tensor, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:

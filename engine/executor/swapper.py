@@ -2,8 +2,8 @@
 decides what moves.
 
 Swap-ins come layer by layer, so that the first layers run while later ones are still on their way: each layer has a gate
-that its attention waits at. With CUDA the copies run on streams of their own and the gates are events; without, a thread
-copies and the gates are threading events.
+that its attention waits at. With CUDA the copies run in streams of their own and the gates are events, one for a few layers;
+without, a thread copies and the gates are threading events.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from engine.core.plan import BlockCopy, StepPlan
+from engine.executor.block_copy import BlockCopier, choose_copiers, layer_groups, max_group_layers
 from engine.executor.kv_store import KVStore
+from engine.executor.streams import Event, Streams, cuda_streams
 
 
 class Swapper(Protocol):
@@ -35,10 +38,11 @@ class Swapper(Protocol):
     def shutdown(self) -> None: ...
 
 
-def make_swapper(gpu: KVStore, cpu: KVStore, *, verify: bool) -> Swapper:
-    """verify: checksum every block when it was swapped out and before it comes back."""
+def make_swapper(gpu: KVStore, cpu: KVStore, *, verify: bool, copies: str = "auto") -> Swapper:
+    """verify: checksum every block when it was swapped out and before it comes back. copies: the option `swap_copies`."""
     if gpu.storage.device.type == "cuda":
-        return CudaSwapper(gpu, cpu, verify=verify)
+        copiers = choose_copiers(copies, gpu, cpu)
+        return StreamSwapper(gpu, cpu, cuda_streams(gpu.storage.device), copiers, verify=verify)
     return ThreadSwapper(gpu, cpu, verify=verify)
 
 
@@ -140,59 +144,120 @@ class ThreadSwapper:
             raise
 
 
-class CudaSwapper:
-    """GPU memory and pinned host memory: one stream per direction, ordered by events against the stream that computes."""
+class StreamSwapper:
+    """GPU memory and pinned host memory: copies in streams of their own, ordered by events against the stream that computes.
 
-    def __init__(self, gpu: KVStore, cpu: KVStore, *, verify: bool) -> None:
+    Swap-ins come in groups of layers (`layer_groups`). Their copies are put in while the layers before them are: launching
+    them all at once would keep the model from starting. Swap-outs ahead of time share the bus with them, so they are spread
+    over the groups: a share of them runs beside each group, and none in front of it. Everything is complete after `finish`,
+    so that the copies of a step have to be ordered among themselves and against the model only.
+    """
+
+    def __init__(
+        self,
+        gpu: KVStore,
+        cpu: KVStore,
+        streams: Streams,
+        copiers: tuple[BlockCopier, BlockCopier],
+        *,
+        verify: bool,
+    ) -> None:
+        """copiers: for swap-ins, for swap-outs."""
         self._gpu, self._cpu = gpu, cpu
+        self._streams = streams
+        self._copy_in, self._copy_out = (copier.copy for copier in copiers)
+        num_layers = len(gpu.layer_slices)
+        self._groups = layer_groups(num_layers, max_group_layers(gpu, copiers[0]))
+        self._whole = [range(num_layers)]
         self._checksums = Checksums(cpu) if verify else None
         self._failed: tuple[int, ...] = ()
+        self._transfer = _Transfer((), (), [], [])
         self._swapped_out: list[BlockCopy] = []
-        self._in_stream = torch.cuda.Stream(gpu.storage.device)
-        self._out_stream = torch.cuda.Stream(gpu.storage.device)
 
     def begin(self, plan: StepPlan) -> Callable[[int], None] | None:
-        compute = torch.cuda.current_stream(self._gpu.storage.device)
+        compute, swap_in, swap_out = self._streams.compute, self._streams.swap_in, self._streams.swap_out
+        self._failed = ()
         self._swapped_out = [*plan.evictions, *plan.swap_outs]
         if plan.evictions:
-            self._out_stream.wait_stream(compute)
-            self._swap_out(plan.evictions)
-            compute.wait_stream(self._out_stream)  # their blocks are written to from here on
-        self._gpu.copy_blocks(plan.gpu_copies)
-        if plan.swap_outs:
-            self._out_stream.wait_stream(compute)
-            self._swap_out(plan.swap_outs)
-        self._failed = ()
-        if not plan.swap_ins:
+            swap_out.wait(compute.record())  # earlier steps wrote what leaves
+            swap_out.run(lambda: self._swap_out(plan.evictions))
+            compute.wait(swap_out.record())  # this one overwrites it
+        if plan.gpu_copies:
+            compute.run(lambda: self._gpu.copy_blocks(plan.gpu_copies))
+        if not plan.swap_ins and not plan.swap_outs:
             return None
-        if plan.evictions:
-            self._out_stream.synchronize()  # a block may go out and, for somebody else, come back in the same step
-        if self._checksums is not None:
-            self._checksums.note(plan.evictions)
+        # Behind it: what earlier steps wrote is there, nobody reads any more what swap-ins overwrite, and what was just
+        # evicted may come back for somebody else.
+        ready = compute.record()
+        swap_in.wait(ready)
+        swap_out.wait(ready)
+        if plan.swap_ins and self._checksums is not None:
+            if plan.evictions:
+                swap_out.record().synchronize()
+                self._checksums.note(plan.evictions)
             self._failed = self._checksums.failed(plan.swap_ins)
-        self._in_stream.wait_stream(compute)
-        arrived = [self._swap_in(plan.swap_ins, columns) for columns in self._gpu.layer_slices]
-        return lambda layer: torch.cuda.current_stream(self._gpu.storage.device).wait_event(arrived[layer])
+        groups = self._groups if plan.segments and plan.swap_ins else self._whole
+        self._transfer = _Transfer(plan.swap_ins, plan.swap_outs, groups, [])
+        self._start_groups(1)
+        return self._wait_for_layer if plan.swap_ins else None
 
     def finish(self) -> tuple[int, ...]:
-        self._in_stream.synchronize()
-        self._out_stream.synchronize()
+        self._start_groups(len(self._transfer.groups))
+        if self._transfer.swap_ins:
+            self._streams.swap_in.record().synchronize()
+        if self._swapped_out:
+            self._streams.swap_out.record().synchronize()
         if self._checksums is not None:
             self._checksums.note(self._swapped_out)
+        self._transfer, self._swapped_out = _Transfer((), (), [], []), []
         return self._failed
 
     def shutdown(self) -> None:
-        torch.cuda.synchronize(self._gpu.storage.device)
+        self.finish()
+
+    def _wait_for_layer(self, layer: int) -> None:
+        transfer = self._transfer
+        for index, group in enumerate(transfer.groups):
+            if layer == group.start:
+                self._start_groups(index + 2)  # the next one too, so that the bus always has something to do
+                self._streams.compute.wait(transfer.arrived[index])
+
+    def _start_groups(self, num_groups: int) -> None:
+        """Put in the copies up to the group of that number."""
+        transfer, streams = self._transfer, self._streams
+        for index in range(len(transfer.arrived), min(num_groups, len(transfer.groups))):
+            if transfer.swap_ins:
+                columns = self._columns(transfer.groups[index])
+                streams.swap_in.run(
+                    lambda columns=columns: self._copy_in(  # type: ignore[misc]
+                        self._gpu.storage, self._cpu.storage, transfer.swap_ins, columns
+                    )
+                )
+            if (share := transfer.share_of_swap_outs(index)) and index > 0:
+                streams.swap_out.wait(transfer.arrived[index - 1])
+            if share:
+                streams.swap_out.run(lambda share=share: self._swap_out(share))  # type: ignore[misc]
+            transfer.arrived.append(streams.swap_in.record())
+
+    def _columns(self, layers: range) -> slice:
+        slices = self._gpu.layer_slices
+        return slice(slices[layers.start].start, slices[layers.stop - 1].stop)
 
     def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
-        with torch.cuda.stream(self._out_stream):
-            for copy in copies:
-                self._cpu.storage[copy.target].copy_(self._gpu.storage[copy.source], non_blocking=True)
+        self._copy_out(self._cpu.storage, self._gpu.storage, copies, slice(0, self._gpu.storage.shape[1]))
 
-    def _swap_in(self, copies: Sequence[BlockCopy], columns: slice) -> torch.cuda.Event:
-        with torch.cuda.stream(self._in_stream):
-            for copy in copies:
-                self._gpu.storage[copy.target, columns].copy_(
-                    self._cpu.storage[copy.source, columns], non_blocking=True
-                )
-            return self._in_stream.record_event()
+
+@dataclass(frozen=True, slots=True)
+class _Transfer:
+    """The copies of one step beside its computation. arrived: an event for each group that was put in."""
+
+    swap_ins: Sequence[BlockCopy]
+    swap_outs: Sequence[BlockCopy]
+    groups: Sequence[range]
+    arrived: list[Event]
+
+    def share_of_swap_outs(self, index: int) -> Sequence[BlockCopy]:
+        """Those that go beside the group of that number: as many beside each, about."""
+        num_groups = len(self.groups)
+        num_copies = len(self.swap_outs)
+        return self.swap_outs[num_copies * index // num_groups : num_copies * (index + 1) // num_groups]

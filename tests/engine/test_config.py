@@ -36,9 +36,13 @@ BOUNDS = [
     ("verify_swaps", [True, False], [0, 1, None, "no"]),
     ("profile", ["profile.json", None], [3, True]),
     ("num_threads", [1, None], [0, -1, 1.0]),
-    ("attention_backend", ["auto", "triton", "cpu", "reference"], ["cuda", "", None]),
+    ("attention_backend", ["auto", "triton", "varlen", "cpu", "reference"], ["cuda", "", None]),
+    ("load_format", ["auto", "dummy"], ["random", "", None]),
+    ("enforce_eager", [True, False], [0, 1, None, "yes"]),
+    ("swap_copies", ["auto", "dma", "kernel"], ["memcpy", "", None]),
     ("pack_weights", [True, False], [0, 1, None, "yes"]),
     ("async_scheduling", [True, False, None], [0, 1, "yes"]),
+    ("tensor_parallel_size", [1, 8], [0, -1, None, 2.0, "2", True]),
 ]
 
 
@@ -63,6 +67,11 @@ def test_values_outside_the_bounds_are_refused_by_name(name, value):
     named = {"max_num_batched_tokens": {"max_num_batched_tokens", "max_num_seqs"}}.get(name, {name})
     assert error.value.param in named
     assert str(error.value).startswith(f"{error.value.param} must be ")
+
+
+def test_random_weights_are_not_cut_for_ranks():
+    with pytest.raises(ConfigError, match="load_format must be auto where tensor_parallel_size"):
+        EngineConfig(load_format="dummy", tensor_parallel_size=2)
 
 
 def test_integers_stand_for_floats_as_yaml_gives_them():

@@ -14,6 +14,8 @@ from triton.compiler import ASTSource
 
 from engine.attention import triton_paged
 from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.core.plan import BlockCopy
+from engine.executor import block_copy_kernel
 
 CAPABILITIES = {80: 163 * 1024, 90: 227 * 1024}  # shared memory of a block
 TYPES = {
@@ -22,6 +24,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.int16: "*i16",
 }
 
 
@@ -49,7 +52,11 @@ class Compiler:
                 attributes[(index,)] = [["tt.divisibility", 16]]
             else:
                 signature[name] = "fp32" if isinstance(value, float) else "i32"
-                if isinstance(value, int) and value % 16 == 0 and name not in ("num_tokens", "table_stride"):
+                if (
+                    isinstance(value, int)
+                    and value % 16 == 0
+                    and name not in ("num_tokens", "table_stride", "num_pairs")
+                ):
                     attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self._kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", self._capability, 32), options=options)
@@ -70,11 +77,21 @@ def attend(dtype: torch.dtype, lengths: list[int], dim: int, chunk_size: int, pa
     triton_paged.attend(query, pool, pool, metadata, params)
 
 
+def copy_blocks(num_columns: int, columns: slice) -> None:
+    """Compiles the copy kernel for blocks of bfloat16."""
+    storage = torch.zeros(2, num_columns, dtype=torch.bfloat16)
+    block_copy_kernel.KernelCopier().copy(storage, storage.clone(), [BlockCopy(0, 1)], columns)
+
+
 def main() -> None:
     kernels = {name: getattr(triton_paged, name) for name in ("_write_kernel", "_attend_kernel", "_combine_kernel")}
+    copy_kernel = block_copy_kernel._copy_kernel
     for capability in CAPABILITIES:
         for name, kernel in kernels.items():
             setattr(triton_paged, name, Compiler(kernel, capability))
+        block_copy_kernel._copy_kernel = Compiler(copy_kernel, capability)
+        copy_blocks(3 * 4096, slice(4096, 2 * 4096))
+        copy_blocks(15, slice(3, 10))
         attend(torch.bfloat16, [1, 1], 128, 32, AttentionParams(0.1))
         attend(torch.bfloat16, [100], 256, 5, AttentionParams(0.1, 512, 30.0, torch.zeros(16)))
     attend(torch.float32, [7], 80, 32, AttentionParams(0.1))

@@ -218,7 +218,7 @@ def test_a_failure_after_the_last_collective_ends_that_step_alone(make_group, mo
         raise RuntimeError("injected fault")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model_runner, "sample", explode)
+        patch.setattr(model_runner.ModelRunner, "_sample", explode)
         with pytest.raises(ComputationFailedError, match="injected fault"):
             executor.execute(decode(2))
     executor.check_health()

@@ -1,9 +1,11 @@
 """The memory behind the block ids."""
 
+import pytest
 import torch
 
 from engine.attention.metadata import LayerShape
 from engine.core.plan import BlockCopy
+from engine.errors import ConfigError
 from engine.executor.kv_store import KVStore, block_bytes
 
 
@@ -32,3 +34,35 @@ def test_pools_are_views_of_one_run_of_memory_per_block():
         (3, 1, 5, 6),
         (3, 1, 5, 3),
     ]
+
+
+class FakeCudart:
+    """Notes what is pinned; refuses more than a kilobyte."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, tuple[int, int]] = {}
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        if num_bytes > 1024:
+            return 2
+        self.pinned[address] = (num_bytes, flags)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.pinned[address]
+        return 0
+
+
+def test_pinned_memory_is_exactly_that_of_the_blocks_and_is_given_back(monkeypatch):
+    cudart = FakeCudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    sizes = {"chunk_size": 2, "dtype": torch.float32, "device": torch.device("cpu"), "pin_memory": True}
+    layers = (LayerShape(1, 3, 3),)
+    store = KVStore(layers, num_blocks=5, **sizes)
+    assert cudart.pinned == {store.storage.data_ptr(): (5 * 2 * 6 * 4, 3)}
+    store.unpin()
+    store.unpin()
+    assert cudart.pinned == {}
+    with pytest.raises(ConfigError, match=r"cannot be pinned.*lower kv_offloading_size"):
+        KVStore(layers, num_blocks=30, **sizes)
+    KVStore(layers, num_blocks=0, **sizes).unpin()

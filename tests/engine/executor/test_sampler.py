@@ -362,3 +362,43 @@ def test_where_nobody_wants_logprobs_there_are_none():
 def test_more_logprobs_than_tokens_give_all_of_them():
     _, (logprobs,) = sample(torch.tensor([[1.0, 3.0, 2.0]]), [state(temperature=0.0, logprobs=20)])
     assert [i for i, _ in logprobs.top] == [1, 2, 0]
+
+
+# -- without waiting for a device --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_candidates", [1, 8, 1024])
+def test_looking_later_whether_a_filter_kept_more_gives_the_same(num_candidates, monkeypatch):
+    """What was guessed to be enough may not be: then it is drawn again, wherever else a row wants log-probabilities."""
+    monkeypatch.setattr(sampler, "MIN_CANDIDATES_UNSEEN", num_candidates)
+    others = [{"logprobs": 3}, {"temperature": 0.0, "logprobs": 0}, {"presence_penalty": 1.0, "min_tokens": 9}]
+    all_params = [*FILTERS, *others, {"top_p": 0.9, "logprobs": 1}]
+
+    def states() -> list[SamplingState]:
+        return [state((i, 7, 9, 9), 2, (3, 50), seed=i, **params) for i, params in enumerate(all_params)]
+
+    for seed in range(5):
+        logits = make_logits(len(all_params), seed=seed, vocabulary=200)
+        at_once = sample(logits, states())
+        later_states = states()
+        batch = sampler.SamplingBatch(later_states, 200)
+        tensors = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+        draw = batch.draw(logits, tensors, looks_later=True)
+        assert draw.finish() == at_once
+        assert tuple(draw.token_ids.tolist()) == at_once[0]
+        assert [each.num_tokens for each in later_states] == [5] * len(all_params)
+
+
+def test_only_what_the_requests_need_travels():
+    assert sampler.SamplingBatch([state(temperature=0.0), state(temperature=0.0)], 40).arrays == {}
+    arrays = sampler.SamplingBatch([state(temperature=0.0), state(top_p=0.5), state()], 40).arrays
+    assert set(arrays) == {"temperature", "uniform", "plain_rows", "filtered_rows", "top_k", "top_p", "min_p"}
+    assert arrays["plain_rows"].tolist() == [2]
+    assert arrays["filtered_rows"].tolist() == [1]
+
+
+def test_a_stop_id_outside_the_vocabulary_bars_nothing():
+    logits = torch.zeros(2, 5)
+    logits[:, 1] = 1.0
+    states = [state(stop=(6,), temperature=0.0, min_tokens=5, num_prompt=3), state(temperature=0.0)]
+    assert chosen(logits, states) == [1, 1]

@@ -1,0 +1,200 @@
+"""Multi-turn conversations whose working set is three times the GPU tier: this engine without a cache, with one tier, with
+two; and transformers' continuous batching with prefix sharing and offloading. The workload is the one of benchmarks/peers."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import statistics
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from setting import CHUNK_SIZE, Setting
+from steps import make_config
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
+from workload import Generate, Turn, Workload, run_workload
+
+from engine.async_engine import AsyncEngine
+from engine.core.request import SamplingParams
+from engine.prompt import TokenPrompt
+
+VOCABULARY = 2000
+
+
+def tier_sizes(setting: Setting) -> dict[str, int]:
+    """Blocks: a third of the working set in the GPU tier, all of it in the CPU tier."""
+    longest = setting.num_turns * (setting.prompt_len + setting.output_len)
+    return {
+        "num_gpu_blocks": max(setting.working_set // 3, longest + 2 * CHUNK_SIZE) // CHUNK_SIZE + 1,
+        "num_cpu_blocks": setting.working_set // CHUNK_SIZE + 1,
+        "max_model_len": longest + 1,
+    }
+
+
+def configurations(setting: Setting) -> dict[str, dict[str, Any]]:
+    sizes = tier_sizes(setting)
+    return {
+        "stateless": {**sizes, "mode": "stateless"},
+        "GPU only": {**sizes, "num_cpu_blocks": 0},
+        "two tiers": sizes,
+    }
+
+
+def measure_engine(setting: Setting, folder: str, name: str) -> list[dict[str, Any]]:
+    """One configuration at each number of turns at once."""
+    engine = AsyncEngine(make_config(setting, folder, **configurations(setting)[name]))
+    try:
+        return asyncio.run(_measure_engine(setting, engine, name))
+    finally:
+        asyncio.run(engine.shutdown())
+        _give_memory_back()
+
+
+async def _measure_engine(setting: Setting, engine: AsyncEngine, name: str) -> list[dict[str, Any]]:
+    rows = []
+    for active in setting.active:
+
+        async def generate(turn: Turn, active: int = active) -> AsyncIterator[Sequence[int]]:
+            sampling = SamplingParams(temperature=0.0, max_tokens=turn.output_len, ignore_eos=True)
+            async for delta in engine.generate(
+                TokenPrompt(turn.prompt),
+                sampling,
+                request_id=f"{active}.{turn.request_id}",
+                session_id=f"{active}.{turn.session_id}",
+            ):
+                yield delta.token_ids
+
+        before = engine.get_statistics()
+        row = await _run(setting, name, active, generate)
+        after = engine.get_statistics()
+        for key in ("num_gpu_cached_tokens", "num_cpu_cached_tokens", "num_dropped_tokens", "num_new_tokens"):
+            row[key] = after[key] - before[key]
+        rows.append(row)
+    await engine.check_integrity()
+    return rows
+
+
+async def _run(setting: Setting, name: str, active: int, generate: Generate) -> dict[str, Any]:
+    workload = Workload(
+        name,
+        setting.num_sessions,
+        min(active, setting.num_sessions),
+        setting.num_turns,
+        setting.prompt_len,
+        setting.output_len,
+        VOCABULARY,
+        seed=active,  # another one each time, or the cache would know it
+    )
+    with tqdm(total=setting.num_sessions * setting.num_turns, desc=f"{name}, {active} at once", unit="turn") as bar:
+        result = await run_workload(workload, generate, bar.update)
+    ttfts = sorted(turn["ttft_s"] for turn in result["turns"])
+    return {
+        "configuration": name,
+        "active": active,
+        "seconds": result["seconds"],
+        "turns_per_s": len(ttfts) / result["seconds"],
+        "output_tokens_per_s": result["output_tokens_per_s"],
+        "ttft_p50_s": statistics.median(ttfts),
+        "ttft_p90_s": ttfts[int(0.9 * (len(ttfts) - 1))],
+        "s_per_token_p50": statistics.median(turn["s_per_token"] for turn in result["turns"]),
+    }
+
+
+def measure_peer(setting: Setting, folder: str) -> list[dict[str, Any]]:
+    """transformers' continuous batching with as many blocks of the same size; offloading needs a GPU."""
+    try:
+        return asyncio.run(_measure_peer(setting, folder))
+    finally:
+        _give_memory_back()
+
+
+async def _measure_peer(setting: Setting, folder: str) -> list[dict[str, Any]]:
+    rows = []
+    async with _peer(setting, folder) as generate:
+        for active in setting.active:
+            rows.append(await _run(setting, "transformers", active, generate))
+    return rows
+
+
+@asynccontextmanager
+async def _peer(setting: Setting, folder: str) -> AsyncIterator[Generate]:
+    from transformers.generation import ContinuousBatchingConfig
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.random.fork_rng(), setting.device:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=setting.dtype, attn_implementation="sdpa")
+    model.eval()
+    sizes = tier_sizes(setting)
+    heads, layers = config.num_key_value_heads, config.num_hidden_layers
+    token_bytes = 2 * layers * heads * (config.hidden_size // config.num_attention_heads) * setting.dtype.itemsize
+    cpu_gib = sizes["num_cpu_blocks"] * CHUNK_SIZE * token_bytes / (1 << 30)
+    manager = model.init_continuous_batching(
+        generation_config=transformers.GenerationConfig(
+            do_sample=False, max_new_tokens=setting.output_len, eos_token_id=-1
+        ),
+        continuous_batching_config=ContinuousBatchingConfig(
+            page_size=CHUNK_SIZE,
+            num_blocks=sizes["num_gpu_blocks"],
+            max_batch_tokens=setting.max_num_batched_tokens,
+            allow_block_sharing=True,
+            cpu_offload_space=0.0 if setting.is_smoke else cpu_gib,
+            auto_switch_to_flash=False,  # would be downloaded
+        ),
+    )
+    manager.start()
+    number = 0
+
+    async def generate(turn: Turn) -> AsyncIterator[Sequence[int]]:
+        nonlocal number
+        number += 1
+        request_id = f"{number}.{turn.request_id}"
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+        manager.register_result_handler(request_id, outputs.put_nowait)
+        manager.add_request(list(turn.prompt), request_id=request_id, max_new_tokens=turn.output_len, streaming=True)
+        num_seen = 0
+        while True:
+            output = await asyncio.wait_for(outputs.get(), 120)
+            if output.error is not None:
+                raise RuntimeError(output.error)
+            yield output.generated_tokens[num_seen:]
+            num_seen = len(output.generated_tokens)
+            if output.is_finished():
+                return
+
+    try:
+        yield generate
+    finally:
+        await asyncio.to_thread(manager.stop)
+
+
+def compare(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Throughput of two tiers over each of the others, at the same p90 time to first token: of the other's runs, the fastest
+    whose p90 is no longer than that of the two tiers' fastest run; where none is, the one with the shortest."""
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_name.setdefault(row["configuration"], []).append(row)
+    ratios: dict[str, float] = {}
+    for name, others in by_name.items():
+        if name == "two tiers" or "two tiers" not in by_name:
+            continue
+        best = max(by_name["two tiers"], key=lambda row: float(row["turns_per_s"]))
+        as_soon = [row for row in others if row["ttft_p90_s"] <= best["ttft_p90_s"]]
+        other = max(as_soon, key=lambda row: float(row["turns_per_s"])) if as_soon else None
+        if other is None:
+            other = min(others, key=lambda row: float(row["ttft_p90_s"]))
+        ratios[name] = best["turns_per_s"] / other["turns_per_s"]
+    return ratios
+
+
+def _give_memory_back() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

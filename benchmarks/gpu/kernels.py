@@ -1,0 +1,223 @@
+"""The machine's roofs, and attention under them: against contiguous attention of the same shape, and Figure 12."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from setting import CHUNK_SIZE, Setting, Shape
+from timing import measure, timed
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from tqdm import tqdm
+
+from engine.attention import triton_paged
+from engine.attention.metadata import AttentionMetadata, AttentionParams
+
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+CPU_KERNELS = {"math": SDPBackend.MATH}
+
+
+def measure_roofs(setting: Setting) -> dict[str, Any]:
+    """Bytes/s of a copy on the device (read and written), of copies from and to pinned memory, alone and both at once, and
+    the rate of a matrix multiplication."""
+    device, dtype, n = setting.device, setting.dtype, setting.matrix_size
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(setting.copy_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    is_cuda = device.type == "cuda"
+    hosts = [torch.zeros(setting.copy_bytes, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2)]
+    seconds = measure({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device, setting.repeats)
+
+    def both_ways() -> None:
+        if not is_cuda:
+            source.copy_(hosts[0])
+            hosts[1].copy_(target)
+            return
+        current = torch.cuda.current_stream()
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        for stream in streams:
+            stream.wait_stream(current)
+        with torch.cuda.stream(streams[0]):
+            source.copy_(hosts[0], non_blocking=True)
+        with torch.cuda.stream(streams[1]):
+            hosts[1].copy_(target, non_blocking=True)
+        for stream in streams:
+            current.wait_stream(stream)
+
+    ways = {
+        "host_to_device": lambda: source.copy_(hosts[0], non_blocking=True),
+        "device_to_host": lambda: hosts[1].copy_(target, non_blocking=True),
+        "both_ways": both_ways,
+    }
+    # Not by measure(): recorded copies are no different, and this is what the engine does.
+    per_way = {name: min(timed(call, device) for _ in range(setting.repeats + 1)) for name, call in ways.items()}
+    return {
+        "copy_bytes_per_s": 2 * setting.copy_bytes / seconds["copy"],
+        "matmul_flop_per_s": 2 * n**3 / seconds["matmul"],
+        "host_to_device_bytes_per_s": setting.copy_bytes / per_way["host_to_device"],
+        "device_to_host_bytes_per_s": setting.copy_bytes / per_way["device_to_host"],
+        "both_ways_bytes_per_s": 2 * setting.copy_bytes / per_way["both_ways"],
+    }
+
+
+class Batch:
+    """`batch` requests with `query_len` new tokens each, at the end of contexts of `context_len`: contiguous, and in blocks
+    that lie in random order in a pool twice as large."""
+
+    def __init__(self, setting: Setting, shape: Shape, batch: int, query_len: int, context_len: int) -> None:
+        generator = torch.Generator(setting.device).manual_seed(0)
+
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator, device=setting.device, dtype=setting.dtype)
+
+        self.batch, self.query_len, self.context_len = batch, query_len, context_len
+        self._kernels = CPU_KERNELS if setting.is_smoke else KERNELS
+        h, kv, d = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        self.scaling = d**-0.5
+        self.enable_gqa = h != kv
+        self.keys, self.values = random(batch, kv, context_len, d), random(batch, kv, context_len, d)
+        self.query = random(batch, h, query_len, d)
+        self.blocks_each = -(-context_len // CHUNK_SIZE)
+        num_blocks = 2 * batch * self.blocks_each
+        self.tables = torch.randperm(num_blocks, generator=generator, device=setting.device)
+        self.tables = self.tables[: num_blocks // 2].view(batch, self.blocks_each)
+        self.pools = [
+            torch.zeros(num_blocks, kv, CHUNK_SIZE, d, dtype=setting.dtype, device=setting.device) for _ in "kv"
+        ]
+        for pool, contiguous in zip(self.pools, (self.keys, self.values), strict=True):
+            padded = F.pad(contiguous, (0, 0, 0, self.blocks_each * CHUNK_SIZE - context_len))
+            pool[self.tables] = padded.view(batch, kv, self.blocks_each, CHUNK_SIZE, d).transpose(1, 2)
+        self.rows = self.query.permute(1, 0, 2, 3).reshape(h, batch * query_len, d)
+
+    def metadata(self, query_len: int | None = None, context_len: int | None = None) -> AttentionMetadata:
+        query_len, context_len = query_len or self.query_len, context_len or self.context_len
+        segments = torch.tensor(
+            [(i * query_len, query_len, context_len, i) for i in range(self.batch)], dtype=torch.int32
+        )
+        device = self.query.device
+        return AttentionMetadata(
+            torch.empty(0, dtype=torch.long, device=device),
+            segments.to(device),
+            self.tables.int(),
+            CHUNK_SIZE,
+            host_segments=segments.numpy(),
+        )
+
+    def paged(self) -> Callable[[], torch.Tensor]:
+        metadata, params = self.metadata(), AttentionParams(self.scaling)
+        return lambda: triton_paged.attend(self.rows, *self.pools, metadata, params)
+
+    def one_token_at_a_time(self) -> Callable[[], list[torch.Tensor]]:
+        """As a kernel for decodes would do it: a call for each new token (paper, section 4.4)."""
+        params = AttentionParams(self.scaling)
+        first = self.context_len - self.query_len + 1
+        calls = [
+            (self.query[:, :, i].transpose(0, 1).contiguous(), self.metadata(1, first + i))
+            for i in range(self.query_len)
+        ]
+        return lambda: [triton_paged.attend(rows, *self.pools, metadata, params) for rows, metadata in calls]
+
+    def contiguous(self) -> dict[str, Callable[[], torch.Tensor]]:
+        return {
+            name: lambda kernel=kernel: self._sdpa(kernel, self.keys, self.values)  # type: ignore[misc]
+            for name, kernel in self._kernels.items()
+        }
+
+    def copied_out(self, kernel: str) -> Callable[[], torch.Tensor]:
+        """Gathered into contiguous memory first."""
+
+        def call() -> torch.Tensor:
+            keys, values = (
+                pool[self.tables].transpose(1, 2).flatten(2, 3)[:, :, : self.context_len] for pool in self.pools
+            )
+            return self._sdpa(self._kernels[kernel], keys, values)
+
+        return call
+
+    def _sdpa(self, kernel: SDPBackend, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        mask = None
+        is_causal = 1 < self.query_len == self.context_len
+        if 1 < self.query_len < self.context_len:
+            mask = causal_lower_right(self.query_len, self.context_len)
+        with sdpa_kernel(kernel):
+            return F.scaled_dot_product_attention(
+                self.query, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=self.enable_gqa
+            )
+
+    @property
+    def can_check(self) -> bool:
+        """The check needs several times the memory: of K and V in float32, and of all their products with the queries."""
+        num_products = self.batch * self.query.shape[1] * self.query_len * self.context_len
+        return 4 * max(self.keys.numel(), num_products) <= 4 << 30
+
+    def check(self) -> float:
+        """Largest difference between paged and contiguous attention; raises where it is not rounding."""
+        expected = self._sdpa(SDPBackend.MATH, self.keys, self.values).float().transpose(1, 2).flatten(0, 1)
+        actual = self.paged()().float()
+        tolerance = 1e-4 if self.query.dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+        return float((actual - expected).abs().max())
+
+
+def measure_attention(setting: Setting) -> list[dict[str, Any]]:
+    rows = []
+    cases = [(name, *case) for name in setting.models for case in setting.attention]
+    for name, batch_size, query_len, context_len in tqdm(cases, desc="attention", unit="shape"):
+        shape = setting.models[name]
+        batch = Batch(setting, shape, batch_size, query_len, context_len)
+        error = batch.check() if batch.can_check else None
+        seconds = measure({"paged": batch.paged(), **batch.contiguous()}, setting.device, setting.repeats)
+        paged = seconds.pop("paged")
+        best = min(seconds, key=lambda kernel: seconds[kernel])
+        num_pairs = batch_size * query_len * (context_len - (query_len - 1) / 2)
+        num_bytes = 2 * batch_size * shape.num_kv_heads * context_len * shape.head_dim * setting.dtype.itemsize
+        rows.append(
+            {
+                "model": name,
+                "batch": batch_size,
+                "query_len": query_len,
+                "context_len": context_len,
+                "largest_error": error,
+                "paged_ms": paged * 1e3,
+                "contiguous_ms": {kernel: value * 1e3 for kernel, value in seconds.items()},
+                "best_contiguous": best,
+                "paged_over_contiguous": paged / seconds[best],
+                "kv_bytes_per_s": num_bytes / paged,
+                "flop_per_s": 4 * num_pairs * shape.num_heads * shape.head_dim / paged,
+            }
+        )
+        del batch
+    return rows
+
+
+def measure_figure_12(setting: Setting) -> list[dict[str, Any]]:
+    """Milliseconds for `figure_12_batch` requests with `figure_12_new` query tokens each, by past tokens."""
+    shape = list(setting.models.values())[-1]
+    rows = []
+    for past in tqdm(setting.figure_12, desc="figure 12", unit="length"):
+        batch = Batch(setting, shape, setting.figure_12_batch, setting.figure_12_new, past + setting.figure_12_new)
+        batch.check()
+        contiguous = measure(batch.contiguous(), setting.device, setting.repeats)
+        best = min(contiguous, key=lambda kernel: contiguous[kernel])
+        calls = {
+            "copy-out and attention": batch.copied_out(best),
+            "one token at a time": batch.one_token_at_a_time(),
+            "ours": batch.paged(),
+        }
+        seconds = measure(calls, setting.device, setting.repeats)
+        rows.append(
+            {
+                "past_tokens": past,
+                "kernel": best,
+                "contiguous": contiguous[best] * 1e3,
+                **{name: value * 1e3 for name, value in seconds.items()},
+            }
+        )
+    return rows

@@ -1,0 +1,192 @@
+"""What is measured: the models' shapes and the sizes of everything, for a GPU, or tiny, to see whether the code runs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
+from model import build_tokenizer
+
+CHUNK_SIZE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model by its config's class and values."""
+
+    family: str
+    values: dict[str, Any]
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.values["num_attention_heads"])
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(self.values.get("num_key_value_heads", self.num_heads))
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.values["hidden_size"]) // self.num_heads
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.values["num_hidden_layers"])
+
+    def save(self, folder: Path) -> str:
+        """Config and tokenizer, but no weights: the engine makes random ones on the device (load_format: dummy)."""
+        config = transformers.AutoConfig.for_model(self.family, **self.values)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, None if name != "pad_token_id" else 0)
+        config.save_pretrained(folder)
+        build_tokenizer().save_pretrained(folder)
+        return str(folder)
+
+
+LLAMA_8B = Shape(
+    "llama",
+    {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 16384,
+    },
+)
+OPT_13B = Shape(
+    "opt",
+    {
+        "vocab_size": 50272,
+        "hidden_size": 5120,
+        "ffn_dim": 20480,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "max_position_embeddings": 16384,
+        "word_embed_proj_dim": 5120,
+    },
+)
+# More tokens than the tokenizer has, as in the large ones.
+_TINY = {"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 512}
+TINY_LLAMA = Shape("llama", {**_TINY, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2})
+TINY_OPT = Shape("opt", {**_TINY, "ffn_dim": 96, "num_attention_heads": 4, "word_embed_proj_dim": 64})
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """All sizes. attention: (requests, new tokens of each, tokens attended to). figure_12: past tokens. transfers: tokens
+    that are swapped in, new tokens computed meanwhile. active: turns at once, in the workload of conversations."""
+
+    is_smoke: bool
+    device: torch.device
+    dtype: torch.dtype
+    models: dict[str, Shape]
+    repeats: int
+    copy_bytes: int
+    matrix_size: int
+    attention: tuple[tuple[int, int, int], ...]
+    figure_12: tuple[int, ...]
+    figure_12_batch: int
+    figure_12_new: int
+    decode_batches: tuple[int, ...]
+    decode_context: int
+    decode_steps: int
+    prefill_len: int
+    overhead_batch: int
+    overhead_steps: int
+    num_swapped_blocks: int
+    transfers: tuple[tuple[int, int], ...]
+    accuracy_layers: int
+    accuracy_len: int
+    num_sessions: int
+    num_turns: int
+    prompt_len: int
+    output_len: int
+    active: tuple[int, ...]
+    max_num_batched_tokens: int
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def working_set(self) -> int:
+        """Tokens of all conversations at their ends."""
+        return self.num_sessions * self.num_turns * (self.prompt_len + self.output_len)
+
+
+def for_gpu() -> Setting:
+    return Setting(
+        is_smoke=False,
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        models={"Llama-3.1-8B": LLAMA_8B, "OPT-13B": OPT_13B},
+        repeats=7,
+        copy_bytes=1 << 30,
+        matrix_size=8192,
+        attention=(
+            *((batch, 1, context) for batch in (1, 16, 64) for context in (2048, 8192)),
+            (1, 8192, 8192),
+            (4, 2048, 2048),
+            (1, 512, 8192),
+            (8, 64, 4096),
+        ),
+        figure_12=(256, 512, 1024, 2048),
+        figure_12_batch=32,
+        figure_12_new=8,
+        decode_batches=(1, 4, 16, 32, 64),
+        decode_context=2048,
+        decode_steps=12,
+        prefill_len=8192,
+        overhead_batch=64,
+        overhead_steps=64,
+        num_swapped_blocks=96,
+        transfers=((1024, 64), (2048, 64), (2048, 512), (2048, 2048)),
+        accuracy_layers=8,
+        accuracy_len=700,
+        num_sessions=24,
+        num_turns=4,
+        prompt_len=1000,
+        output_len=32,
+        active=(2, 8, 24),
+        max_num_batched_tokens=8192,
+    )
+
+
+def for_smoke() -> Setting:
+    return Setting(
+        is_smoke=True,
+        device=torch.device("cpu"),
+        dtype=torch.float32,  # the interpreter of Triton is wrong in bfloat16
+        models={"tiny Llama": TINY_LLAMA, "tiny OPT": TINY_OPT},
+        repeats=1,
+        copy_bytes=1 << 16,
+        matrix_size=64,
+        attention=((2, 1, 40), (1, 9, 40), (1, 33, 33)),
+        figure_12=(16,),
+        figure_12_batch=2,
+        figure_12_new=2,
+        decode_batches=(1, 2),
+        decode_context=48,
+        decode_steps=3,
+        prefill_len=64,
+        overhead_batch=2,
+        overhead_steps=3,
+        num_swapped_blocks=4,
+        transfers=((64, 8),),
+        accuracy_layers=2,
+        accuracy_len=20,
+        num_sessions=3,
+        num_turns=2,
+        prompt_len=20,
+        output_len=3,
+        active=(2,),
+        max_num_batched_tokens=64,
+    )

@@ -1,0 +1,367 @@
+"""Whole steps of the real executor: decodes against memory bandwidth, prefill against the matrix rate, swaps against pinned
+copies, what of a swap-in is hidden, what a step takes outside the model, and the accuracy of bf16."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from setting import CHUNK_SIZE, Setting, Shape
+from timing import timed, wall
+from tqdm import tqdm
+
+from engine.config import EngineConfig
+from engine.core.engine_core import CoreConfig, EngineCore
+from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
+from engine.core.request import Request, SamplingParams
+from engine.executor.block_copy import BlockCopier, DmaCopier
+from engine.executor.local import LocalExecutor
+from engine.executor.streams import Streams, cuda_streams
+from engine.executor.swapper import StreamSwapper
+
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+
+
+def make_config(setting: Setting, folder: str, **options: Any) -> EngineConfig:
+    return EngineConfig.from_options(
+        {
+            "model": folder,
+            "load_format": "dummy",
+            "device": setting.device.type,
+            "dtype": setting.dtype_name,
+            "chunk_size": CHUNK_SIZE,
+            "attention_backend": "triton",
+            "max_num_seqs": max(*setting.decode_batches, setting.overhead_batch),
+            "max_num_batched_tokens": setting.max_num_batched_tokens,
+            "pack_weights": False,
+            "num_threads": 1 if setting.is_smoke else None,
+            **options,
+        }
+    )
+
+
+def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, float]) -> dict[str, Any]:
+    """Everything that one loaded model is measured for."""
+    shape = setting.models[name]
+    longest = max(setting.prefill_len, setting.decode_context + setting.decode_steps + 2)
+    blocks_each = -(-longest // CHUNK_SIZE)
+    num_blocks = max(setting.decode_batches) * (setting.decode_context // CHUNK_SIZE + 2) + 4
+    num_blocks = max(num_blocks, blocks_each, setting.num_swapped_blocks * 2)
+    num_blocks = _that_fit(setting, shape, num_blocks)
+    longest_transfer = max(context for context, _ in setting.transfers) // CHUNK_SIZE
+    num_cpu_blocks = max(2 * setting.num_swapped_blocks, longest_transfer)
+    start = time.perf_counter()
+    executor = LocalExecutor(make_config(setting, folder, num_gpu_blocks=num_blocks, num_cpu_blocks=num_cpu_blocks))
+    load_s = time.perf_counter() - start
+    executor.gpu_store.storage.zero_()
+    executor.cpu_store.storage.zero_()
+    try:
+        return {
+            "load_and_capture_s": load_s,
+            "num_parameters": executor.loaded.num_parameters,
+            "bytes_per_block": executor.bytes_per_block,
+            "decode": _measure_decodes(setting, executor, roofs),
+            "prefill": _measure_prefill(setting, executor, shape, roofs),
+            "swaps": _measure_swaps(setting, executor, roofs),
+            "hidden": _measure_hidden(setting, executor),
+            "overhead": _measure_overhead(setting, executor),
+        }
+    finally:
+        executor.shutdown()
+
+
+def _that_fit(setting: Setting, shape: Shape, num_blocks: int) -> int:
+    """Blocks for the largest batch, or as many as half of the device holds."""
+    if setting.is_smoke:
+        return num_blocks
+    block = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * CHUNK_SIZE * setting.dtype.itemsize
+    _, total = torch.cuda.mem_get_info()
+    return min(num_blocks, int(total * 0.55) // block)
+
+
+def _starts(num_requests: int, num_tokens: int, blocks_each: int) -> tuple[RequestStart, ...]:
+    return tuple(
+        RequestStart(str(i), num_tokens, num_tokens, GREEDY, (), tuple(range(i * blocks_each, (i + 1) * blocks_each)))
+        for i in range(num_requests)
+    )
+
+
+def _ended(num_requests: int) -> StepPlan:
+    return StepPlan(0, (), ended=tuple(map(str, range(num_requests))))
+
+
+def _measure_decodes(setting: Setting, executor: LocalExecutor, roofs: dict[str, float]) -> list[dict[str, Any]]:
+    """The time of a step by batch size, and how often the least that reading the weights and the KV takes goes into it."""
+    context = setting.decode_context
+    blocks_each = -(-(context + setting.decode_steps + 1) // CHUNK_SIZE)
+    weights = sum(p.nbytes for p in executor.loaded.model.parameters())
+    # Of the input embedding only a few rows are read, unless it is the output's weight too.
+    embeddings = executor.loaded.model.get_input_embeddings().weight
+    if executor.loaded.model.get_output_embeddings().weight is not embeddings:
+        weights -= embeddings.nbytes
+    rows = []
+    for batch in tqdm(setting.decode_batches, desc="decode", unit="batch"):
+        if batch * blocks_each > executor.num_gpu_blocks:
+            rows.append({"batch": batch, "skipped": "its KV does not fit"})
+            continue
+        first = tuple(QuerySegment(str(i), context - 1, (7,), True) for i in range(batch))
+        executor.execute(StepPlan(0, first, _starts(batch, context, blocks_each)))
+        seconds = []
+        for step in range(setting.decode_steps):
+            plan = StepPlan(0, tuple(QuerySegment(str(i), context + step, None, True) for i in range(batch)))
+            begin = time.perf_counter()
+            executor.execute(plan)
+            seconds.append(time.perf_counter() - begin)
+        executor.execute(_ended(batch))
+        num_bytes = weights + batch * context * executor.bytes_per_block // CHUNK_SIZE
+        step_s, floor_s = statistics.median(seconds[2:]), num_bytes / roofs["copy_bytes_per_s"]
+        rows.append(
+            {
+                "batch": batch,
+                "context_len": context,
+                "step_ms": step_s * 1e3,
+                "floor_ms": floor_s * 1e3,
+                "over_floor": step_s / floor_s,
+                "tokens_per_s": batch / step_s,
+            }
+        )
+    return rows
+
+
+def _measure_prefill(
+    setting: Setting, executor: LocalExecutor, shape: Shape, roofs: dict[str, float]
+) -> dict[str, Any]:
+    """One prompt in one step, against the matrix rate."""
+    length = setting.prefill_len
+    blocks = min(-(-length // CHUNK_SIZE), executor.num_gpu_blocks)
+    length = blocks * CHUNK_SIZE
+    embedding = executor.loaded.model.get_input_embeddings().weight.numel()
+    plan = StepPlan(0, (QuerySegment("0", 0, (7,) * length, True),))
+    executor.execute(StepPlan(0, (), _starts(1, length, blocks)))
+    seconds = wall(lambda: executor.execute(plan), min(3, setting.repeats))
+    executor.execute(_ended(1))
+    num_in_layers = executor.loaded.num_parameters - embedding
+    if executor.loaded.model.get_output_embeddings().weight is not executor.loaded.model.get_input_embeddings().weight:
+        num_in_layers -= embedding  # of the output's, one row is computed
+    attention = 2 * shape.num_layers * shape.num_heads * shape.head_dim * length**2
+    flop = 2 * num_in_layers * length + attention
+    return {
+        "num_tokens": length,
+        "ms": seconds * 1e3,
+        "tokens_per_s": length / seconds,
+        "flop_per_s": flop / seconds,
+        "share_of_matrix_rate": flop / seconds / roofs["matmul_flop_per_s"],
+    }
+
+
+class _Now:
+    """A stream of a machine without streams, for the smoke run: what is put in is done at once."""
+
+    def run(self, launch: Any) -> None:
+        launch()
+
+    def record(self) -> _Now:
+        return self
+
+    def wait(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _swappers(setting: Setting, executor: LocalExecutor) -> Iterator[tuple[str, StreamSwapper]]:
+    """By copy engines, and by the copy kernel."""
+    from engine.executor.block_copy_kernel import KernelCopier
+
+    kinds: dict[str, type[BlockCopier]] = {"dma": DmaCopier, "kernel": KernelCopier}
+    for name, kind in kinds.items():
+        streams = Streams(_Now(), _Now(), _Now()) if setting.is_smoke else cuda_streams(setting.device)
+        yield (
+            name,
+            StreamSwapper(executor.gpu_store, executor.cpu_store, streams, (kind(), kind()), verify=False),
+        )
+
+
+@contextmanager
+def _swapping_by(executor: LocalExecutor, swapper: StreamSwapper) -> Iterator[None]:
+    runner = executor._runner
+    original, runner._swapper = runner._swapper, swapper
+    try:
+        yield
+    finally:
+        runner._swapper = original
+
+
+def _measure_swaps(setting: Setting, executor: LocalExecutor, roofs: dict[str, float]) -> list[dict[str, Any]]:
+    """Steps that only copy, of whole blocks in random order: each way alone, and both at once."""
+    n = setting.num_swapped_blocks
+    generator = torch.Generator().manual_seed(0)
+    gpu, cpu = (torch.randperm(2 * n, generator=generator).tolist() for _ in range(2))
+    swap_ins = tuple(map(BlockCopy, cpu[:n], gpu[:n]))
+    swap_outs = tuple(map(BlockCopy, gpu[n:], cpu[n:]))
+    plans = {
+        "in": StepPlan(0, (), swap_ins=swap_ins),
+        "out": StepPlan(0, (), swap_outs=swap_outs),
+        "both": StepPlan(0, (), swap_ins=swap_ins, swap_outs=swap_outs),
+    }
+    reference = {
+        "in": roofs["host_to_device_bytes_per_s"],
+        "out": roofs["device_to_host_bytes_per_s"],
+        "both": roofs["both_ways_bytes_per_s"],
+    }
+    rows = []
+    for kind, swapper in _swappers(setting, executor):
+        with _swapping_by(executor, swapper):
+            for way, plan in plans.items():
+                seconds = wall(lambda plan=plan: executor.execute(plan), setting.repeats)  # type: ignore[misc]
+                num_bytes = (len(plan.swap_ins) + len(plan.swap_outs)) * executor.bytes_per_block
+                rows.append(
+                    {
+                        "by": kind,
+                        "way": way,
+                        "mib": num_bytes / (1 << 20),
+                        "bytes_per_s": num_bytes / seconds,
+                        "share_of_pinned_copy": num_bytes / seconds / reference[way],
+                    }
+                )
+    return rows
+
+
+def _measure_hidden(setting: Setting, executor: LocalExecutor) -> list[dict[str, Any]]:
+    """A context that is swapped in under the computation of new tokens: each alone, and together."""
+    rows = []
+    for kind, swapper in _swappers(setting, executor):
+        with _swapping_by(executor, swapper):
+            for context, num_new in tqdm(setting.transfers, desc=f"swap-ins hidden ({kind})", unit="size"):
+                num_blocks = context // CHUNK_SIZE
+                blocks_each = -(-(context + num_new) // CHUNK_SIZE)
+                if blocks_each > executor.num_gpu_blocks:
+                    continue
+                executor.execute(StepPlan(0, (), _starts(1, context + num_new, blocks_each)))
+                segment = QuerySegment("0", context, (7,) * num_new, True)
+                copies = tuple(BlockCopy(i, i) for i in range(num_blocks))
+                plans = [
+                    StepPlan(0, (segment,)),
+                    StepPlan(0, (), swap_ins=copies),
+                    StepPlan(0, (segment,), swap_ins=copies),
+                ]
+                compute_s, transfer_s, both_s = (
+                    wall(lambda plan=plan: executor.execute(plan), setting.repeats)  # type: ignore[misc]
+                    for plan in plans
+                )
+                executor.execute(_ended(1))
+                rows.append(
+                    {
+                        "by": kind,
+                        "context_len": context,
+                        "num_new_tokens": num_new,
+                        "mib": num_blocks * executor.bytes_per_block / (1 << 20),
+                        "compute_ms": compute_s * 1e3,
+                        "transfer_ms": transfer_s * 1e3,
+                        "together_ms": both_s * 1e3,
+                        "share_hidden": min(1.0, (compute_s + transfer_s - both_s) / min(compute_s, transfer_s)),
+                    }
+                )
+    return rows
+
+
+def _measure_overhead(setting: Setting, executor: LocalExecutor) -> dict[str, Any]:
+    """Decode steps driven by the core: the whole step, and of it what is not the model."""
+    batch = setting.overhead_batch
+    prompt_len = CHUNK_SIZE
+    core = EngineCore(
+        CoreConfig(
+            max_model_len=min(executor.loaded.max_model_len, executor.num_gpu_blocks * CHUNK_SIZE),
+            num_gpu_blocks=executor.num_gpu_blocks,
+            max_num_seqs=batch,
+            max_num_batched_tokens=setting.max_num_batched_tokens,
+            chunk_size=CHUNK_SIZE,
+        )
+    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=3 * CHUNK_SIZE, ignore_eos=True)
+    for i in range(batch):
+        tokens = [(i + j) % 1000 + 8 for j in range(prompt_len)]
+        core.add_request(Request(f"o{i}", tokens, sampling), 0.0)
+    seconds: dict[str, list[float]] = {"schedule": [], "execute": [], "update": []}
+    for _ in range(setting.overhead_steps):
+        times = [time.perf_counter()]
+        plan = core.schedule(0.0)
+        assert plan is not None
+        times.append(time.perf_counter())
+        result = executor.execute(plan)
+        times.append(time.perf_counter())
+        core.update(plan, result, 0.0)
+        times.append(time.perf_counter())
+        if plan.num_tokens == batch:
+            for name, begin, end in zip(seconds, times, times[1:], strict=False):
+                seconds[name].append(end - begin)
+    for i in range(batch):
+        core.abort(f"o{i}", 0.0)
+    while (plan := core.schedule(0.0)) is not None:  # tells the executor who has ended
+        core.update(plan, executor.execute(plan), 0.0)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    graphs = executor._runner._graphs
+    size = graphs.size_for(batch)
+    model_s = None
+    if size is not None:
+        model_s = statistics.median(timed(lambda: graphs.replay(size), setting.device) for _ in range(10))
+    whole_s = sum(medians.values())
+    return {
+        "batch": batch,
+        "step_ms": whole_s * 1e3,
+        **{f"{name}_ms": value * 1e3 for name, value in medians.items()},
+        "model_ms": None if model_s is None else model_s * 1e3,
+        "outside_the_model_ms": None if model_s is None else (whole_s - model_s) * 1e3,
+    }
+
+
+def measure_accuracy(setting: Setting, folder: str) -> dict[str, Any]:
+    """Logits of a prompt in the low precision, by this engine and by transformers' own attention, against float32 with the
+    same weights."""
+    low = setting.dtype if not setting.is_smoke else torch.float16
+    executor = LocalExecutor(
+        make_config(
+            setting,
+            folder,
+            dtype=str(low).removeprefix("torch."),
+            num_gpu_blocks=-(-setting.accuracy_len // CHUNK_SIZE) + 1,
+            num_cpu_blocks=0,
+            enforce_eager=True,
+        )
+    )
+    model = executor.loaded.model
+    tokens = torch.arange(setting.accuracy_len, device=setting.device) * 37 % 1999 + 8
+    # The engine gives logits of sampling rows: so each of the last tokens is a segment of its own.
+    num_rows = min(8, setting.accuracy_len - 1, executor._runner._tables.array.shape[0])
+    start = setting.accuracy_len - num_rows
+    table = tuple(range(-(-setting.accuracy_len // CHUNK_SIZE)))
+    ids = tokens.tolist()
+    kept: list[torch.Tensor] = []
+    forward = executor._runner._forward
+    executor._runner._forward = lambda *args: (kept.append(forward(*args)), kept[-1])[1]  # type: ignore[method-assign]
+    try:
+        begin = RequestStart("0", setting.accuracy_len, setting.accuracy_len, GREEDY, (), table)
+        segments = [QuerySegment("0", 0, tuple(ids[:start]))]
+        segments += [QuerySegment("0", position, (ids[position],), True) for position in range(start, len(ids))]
+        executor.execute(StepPlan(0, tuple(segments), (begin,)))
+        ours = kept[0].float()
+        with torch.inference_mode():
+            model.set_attn_implementation("sdpa")
+            theirs = model(input_ids=tokens[None], use_cache=False).logits[0, start:].float()
+            exact_model = copy.deepcopy(model).float()
+            exact = exact_model(input_ids=tokens[None], use_cache=False).logits[0, start:]
+    finally:
+        executor.shutdown()
+    errors = {name: (logits - exact).abs() for name, logits in (("ours", ours), ("transformers", theirs))}
+    return {
+        "dtype": str(low),
+        "num_rows": num_rows,
+        "largest_logit": float(exact.abs().max()),
+        **{f"mean_error_{name}": float(error.mean()) for name, error in errors.items()},
+        **{f"largest_error_{name}": float(error.max()) for name, error in errors.items()},
+        "ours_over_transformers": float(errors["ours"].mean() / errors["transformers"].mean()),
+    }

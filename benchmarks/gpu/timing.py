@@ -1,0 +1,69 @@
+"""Seconds of what a GPU does, without the time to launch it where that can be recorded; in the smoke run, of a CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+Call = Callable[[], object]
+# Calls in one recorded graph: what starting it takes is shared by them.
+INNER = 10
+
+
+def measure(calls: dict[str, Call], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each call, taken in turns. What raises is left out."""
+    runs: dict[str, tuple[Call, int]] = {}
+    for name, call in calls.items():
+        try:
+            call()
+            runs[name] = _recorded(call) if device.type == "cuda" else (call, 1)
+        except (RuntimeError, NotImplementedError) as error:
+            print(f"  {name}: {str(error).strip().splitlines()[0]}")
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, (run, num_calls) in runs.items():
+            seconds[name].append(timed(run, device) / num_calls)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def timed(call: Call, device: torch.device) -> float:
+    """Seconds of the device, once."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def wall(call: Call, repeats: int) -> float:
+    """Median seconds of a call that waits for the device itself, after one that does not count."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def _recorded(call: Call) -> tuple[Call, int]:
+    """A CUDA graph of several calls, and how many; the call itself where it cannot be recorded."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    current = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(INNER):
+                call()
+    except RuntimeError:
+        torch.cuda.set_stream(current)
+        torch.cuda.synchronize()
+        return call, 1
+    return graph.replay, INNER

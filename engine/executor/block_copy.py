@@ -1,0 +1,128 @@
+"""How blocks are copied between the tiers of a CUDA device: by its copy engines, or by a small kernel that reads and writes
+pinned host memory. Follows a list of copies; knows no order between them.
+
+Copy engines (DMA) reach the speed of the bus with a mebibyte or two per copy, and take no processor from the model. Below
+that, each copy costs more than it moves (a page of one layer a copy: 22 % of PCIe 5), while a kernel of a few thread blocks
+reaches it at any size. A block holds all layers in one run of memory, so that whole blocks are nearly always large enough;
+the part of a block that some layers take is not in small models, nor in those with few KV heads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from engine.core.plan import BlockCopy
+from engine.errors import ConfigError, KernelBuildError
+from engine.executor.kv_store import KVStore
+
+logger = logging.getLogger(__name__)
+
+# Least bytes of a copy that the copy engines move at the speed of the bus.
+MIN_DMA_BYTES = 1 << 20
+# Share of the layers that wait for their KV together: what is copied before the first ones may start is not hidden.
+GROUPS = 10
+
+
+class BlockCopier(Protocol):
+    """Copies columns of blocks from one storage [num_blocks, elements] to another, in the stream that is current."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, copies: Sequence[BlockCopy], columns: slice) -> None: ...
+
+
+class DmaCopier:
+    """A copy for each block, or, where whole blocks follow each other on both sides, for each row of them."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, copies: Sequence[BlockCopy], columns: slice) -> None:
+        if columns.stop - columns.start < source.shape[1]:
+            for copy in copies:
+                target[copy.target, columns].copy_(source[copy.source, columns], non_blocking=True)
+            return
+        for first, length in _runs(copies):
+            to, from_ = copies[first].target, copies[first].source
+            target[to : to + length].copy_(source[from_ : from_ + length], non_blocking=True)
+
+
+def _runs(copies: Sequence[BlockCopy]) -> list[tuple[int, int]]:
+    """(index of the first, length) of each row of copies whose sources and targets follow each other."""
+    runs: list[tuple[int, int]] = []
+    for index, copy in enumerate(copies):
+        if runs:
+            first, length = runs[-1]
+            if (copy.source - length, copy.target - length) == (copies[first].source, copies[first].target):
+                runs[-1] = (first, length + 1)
+                continue
+        runs.append((index, 1))
+    return runs
+
+
+def layer_groups(num_layers: int, max_layers: int) -> list[range]:
+    """The layers, cut into groups that are swapped in together. They grow, doubling what came before, up to `max_layers`: the
+    first layers can start early, and while they run, larger copies come."""
+    groups: list[range] = []
+    start = 0
+    while start < num_layers:
+        length = min(max(1, start), max_layers, num_layers - start)
+        groups.append(range(start, start + length))
+        start += length
+    return groups
+
+
+def max_group_layers(store: KVStore, copier: BlockCopier) -> int:
+    """As many layers as are worth a copy, but no more than leaves most of the copying to be hidden, unless copies would be
+    too small then."""
+    num_layers = len(store.layer_slices)
+    few = max(1, num_layers // GROUPS)
+    if not isinstance(copier, DmaCopier):
+        return few
+    layer_bytes = store.storage[0].nbytes // num_layers
+    return max(few, -(-MIN_DMA_BYTES // max(1, layer_bytes)))
+
+
+def choose_copiers(option: str, gpu: KVStore, cpu: KVStore) -> tuple[BlockCopier, BlockCopier]:
+    """(for swap-ins, for swap-outs) by the option `swap_copies`: "dma", "kernel", or "auto", the one that is expected to be
+    the faster for the size of these blocks. Raises ConfigError where the kernel was asked for and cannot run."""
+    if option == "dma" or cpu.num_blocks == 0:
+        return DmaCopier(), DmaCopier()
+    block_bytes, num_layers = gpu.storage[0].nbytes, len(gpu.layer_slices)
+    group_bytes = block_bytes * max(1, num_layers // GROUPS) // num_layers
+    is_dma = [option == "auto" and num_bytes >= MIN_DMA_BYTES for num_bytes in (group_bytes, block_bytes)]
+    kernel: type[BlockCopier] | None = None
+    try:
+        if not all(is_dma):
+            kernel = _load_kernel(gpu, cpu)
+    except KernelBuildError as error:
+        if option == "kernel":
+            raise ConfigError(
+                f"swap_copies is 'kernel', but {error.message}; use 'dma'", param="swap_copies"
+            ) from error
+        logger.warning("swaps: by copy engines, although blocks are small; %s", error)
+        is_dma = [True, True]
+    copiers = [DmaCopier() if use_dma or kernel is None else kernel() for use_dma in is_dma]
+    logger.info(
+        "swaps: in by %s, out by %s (blocks of %.2f MiB, %d layers)",
+        *("copy engines" if use_dma else "kernel" for use_dma in is_dma),
+        block_bytes / (1 << 20),
+        num_layers,
+    )
+    return copiers[0], copiers[1]
+
+
+def _load_kernel(gpu: KVStore, cpu: KVStore) -> type[BlockCopier]:
+    """Raises KernelBuildError where it cannot run. Compiles it for both directions; writes to block 0 of both tiers."""
+    try:
+        from engine.executor.block_copy_kernel import KernelCopier  # not above: triton is optional
+    except ImportError as error:
+        raise KernelBuildError(f"triton cannot be imported ({error}); pip install 'pensieve-ray[gpu]'") from error
+    copier = KernelCopier()
+    try:
+        copier.copy(cpu.storage, gpu.storage, [BlockCopy(0, 0)], gpu.layer_slices[0])
+        copier.copy(gpu.storage, cpu.storage, [BlockCopy(0, 0)], gpu.layer_slices[0])
+        if gpu.storage.device.type == "cuda":
+            torch.cuda.synchronize(gpu.storage.device)
+    except Exception as error:  # whatever triton, the compilers behind it and the driver raise
+        raise KernelBuildError(f"the copy kernel cannot run here: {error!r}") from error
+    return KernelCopier

@@ -1,0 +1,117 @@
+"""Steps of decodes alone, recorded once for each of a few batch sizes and replayed: a decode step launches many small
+kernels, and launching them one by one takes longer than they do. Knows the sizes and the graphs; what is recorded is the
+runner's.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import torch
+from tqdm import tqdm
+
+from engine.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Graph(Protocol):
+    """Recorded work. output: what the recorded function returned; every replay writes it anew."""
+
+    output: torch.Tensor
+
+    def replay(self) -> None: ...
+
+
+class GraphMaker(Protocol):
+    def capture(self, run: Callable[[], torch.Tensor]) -> Graph:
+        """Record what `run` does on the device. Tensors that it reads keep their places; replays read what is in them then.
+        Raises RuntimeError where `run` does something that cannot be recorded, such as waiting for the device."""
+        ...
+
+
+class CudaGraph:
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: torch.Tensor) -> None:
+        self._graph = graph
+        self.output = output
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class CudaGraphMaker:
+    """Graphs that share their memory: no two are replayed at the same time, and what one leaves is used before the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> Graph:
+        with torch.cuda.device(self._device):
+            run()  # compiles kernels and makes what they keep, which cannot be recorded
+            torch.cuda.synchronize(self._device)
+            current = torch.cuda.current_stream(self._device)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    output = run()
+            finally:
+                torch.cuda.set_stream(current)  # a recording that fails leaves its own
+        return CudaGraph(graph, output)
+
+
+def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """The batch sizes that are recorded: powers of two up to 16, then every 16th, so that padding stays little, and the
+    largest."""
+    sizes = [size for size in (1, 2, 4, 8) if size < max_num_seqs]
+    return (*sizes, *range(16, max_num_seqs, 16), max_num_seqs)
+
+
+class DecodeGraphs:
+    """One graph for each batch size."""
+
+    def __init__(self) -> None:
+        self._graphs: dict[int, Graph] = {}
+        self._sizes: list[int] = []
+
+    def capture(
+        self, maker: GraphMaker, sizes: Iterable[int], make_run: Callable[[int], Callable[[], torch.Tensor]]
+    ) -> None:
+        """make_run: batch size -> the function to record. Raises ConfigError where memory runs out. Where the model does what
+        cannot be recorded, says so in the log and records nothing: decodes run as other steps do."""
+        # The largest first: the others fit into the memory that it took.
+        progress = tqdm(sorted(sizes, reverse=True), desc="capturing CUDA graphs", unit="size", disable=None)
+        try:
+            for size in progress:
+                self._graphs[size] = maker.capture(make_run(size))
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                "no memory is left on the device for the CUDA graphs of decode steps; lower gpu_memory_utilization (or "
+                "num_gpu_blocks, gpu_memory_gib) or max_num_seqs, or set enforce_eager",
+                param="gpu_memory_utilization",
+            ) from error
+        except RuntimeError as error:
+            self._graphs.clear()
+            logger.warning(
+                "decode steps run without CUDA graphs, and slower: this model cannot be recorded (%s); enforce_eager: true "
+                "skips the attempt",
+                str(error).strip().splitlines()[0],
+            )
+        finally:
+            progress.close()
+        self._sizes = sorted(self._graphs)
+
+    def size_for(self, num_rows: int) -> int | None:
+        """The smallest recorded size that so many rows fit into; None where there is none."""
+        index = bisect_left(self._sizes, num_rows)
+        return self._sizes[index] if index < len(self._sizes) else None
+
+    def replay(self, size: int) -> torch.Tensor:
+        """What the recorded function returned, over what its inputs hold now; valid until the next replay of any size."""
+        graph = self._graphs[size]
+        graph.replay()
+        return graph.output

@@ -1,0 +1,125 @@
+"""What of a GPU's memory is left for blocks: measured, by running the largest step and recording decode graphs over a toy of
+a GPU tier. Says what to lower where memory runs out at the start, so that it does not later.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from engine.attention.metadata import AttentionBackend
+from engine.config import EngineConfig
+from engine.core.plan import QuerySegment, RequestStart, StepPlan
+from engine.core.request import SamplingParams
+from engine.errors import ConfigError
+from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
+from engine.executor.kv_store import KVStore
+from engine.executor.model_loader import LoadedModel
+from engine.executor.model_runner import ModelRunner
+from engine.executor.step_inputs import StepLimits
+from engine.executor.swapper import make_swapper
+
+logger = logging.getLogger(__name__)
+
+MIB = 1 << 20
+# Contexts of the largest step: what attention needs besides does not grow further.
+MAX_CONTEXT_LEN = 16 * 1024
+# All that sampling can do, over a distribution so flat that the whole vocabulary has to be sorted.
+COSTLY_SAMPLING = SamplingParams(
+    temperature=100.0, top_p=0.9999, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=20, seed=0
+)
+
+
+@contextmanager
+def out_of_memory_means(remedy: str, param: str) -> Iterator[None]:
+    """Memory of the device that runs out inside becomes a ConfigError with `remedy`."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else "out of memory"
+        raise ConfigError(f"{remedy} ({reason})", param=param) from error
+
+
+def step_limits(config: EngineConfig, loaded: LoadedModel, num_gpu_blocks: int | None) -> StepLimits:
+    """num_gpu_blocks: None = not known yet."""
+    window = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+    num_blocks = -(-window // config.chunk_size) + 1
+    if num_gpu_blocks is not None:
+        num_blocks = min(num_blocks, num_gpu_blocks + 1)
+    return StepLimits(config.max_num_seqs, config.max_num_batched_tokens, num_blocks)
+
+
+def bytes_left_for_blocks(config: EngineConfig, loaded: LoadedModel, backend: AttentionBackend) -> float:
+    """Of the share of the device that is ours, what weights, the largest step and the graphs leave. Raises ConfigError where
+    memory runs out."""
+    device = loaded.device
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    with out_of_memory_means(
+        f"the largest step does not fit the device beside the weights; lower max_num_batched_tokens "
+        f"({config.max_num_batched_tokens}) or max_num_seqs ({config.max_num_seqs})",
+        "max_num_batched_tokens",
+    ):
+        runner = make_toy_runner(config, loaded, backend)
+        runner.execute(largest_step(config, loaded))
+        torch.cuda.synchronize(device)
+    step_bytes = torch.cuda.max_memory_reserved(device)
+    free, total = torch.cuda.mem_get_info(device)
+    other_bytes = total - free - torch.cuda.memory_reserved(device)
+    graph_bytes = 0
+    if backend.CAN_REPLAY_DECODES and not config.enforce_eager:
+        graph_bytes = _measure_graphs(runner, device, bucket_sizes(config.max_num_seqs))
+    del runner
+    gc.collect()
+    torch.cuda.empty_cache()
+    logger.info(
+        "GPU memory of %d MiB: weights and largest step %d, CUDA graphs %d, others %d",
+        *(num_bytes // MIB for num_bytes in (total, step_bytes, graph_bytes, other_bytes)),
+    )
+    return total * config.gpu_memory_utilization - step_bytes - graph_bytes - other_bytes
+
+
+def make_toy_runner(config: EngineConfig, loaded: LoadedModel, backend: AttentionBackend) -> ModelRunner:
+    """Over one block of zeros, in which all contexts lie."""
+    sizes = {"chunk_size": config.chunk_size, "dtype": loaded.dtype}
+    store = KVStore(loaded.layers, num_blocks=1, device=loaded.device, **sizes)
+    store.storage.zero_()
+    nothing = KVStore(loaded.layers, num_blocks=0, device=torch.device("cpu"), **sizes)
+    limits = step_limits(config, loaded, None)
+    return ModelRunner(loaded, store, make_swapper(store, nothing, verify=False), backend, limits)
+
+
+def largest_step(config: EngineConfig, loaded: LoadedModel) -> StepPlan:
+    """As many requests as may run, all sampling, and among them a prompt that fills the budget. All in block 0."""
+    window = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len, MAX_CONTEXT_LEN)
+    num_decodes = config.max_num_seqs - 1
+    prompt_len = min(config.max_num_batched_tokens - num_decodes, window)
+    table = (0,) * -(-window // config.chunk_size)
+    names = [str(number) for number in range(num_decodes + 1)]
+    starts = tuple(RequestStart(name, window, 1, COSTLY_SAMPLING, (), table, (0,) * window) for name in names)
+    segments = [QuerySegment(name, window - 1, (0,), True) for name in names[:-1]]
+    segments.append(QuerySegment(names[-1], window - prompt_len, (0,) * prompt_len, True))
+    return StepPlan(0, tuple(segments), starts)
+
+
+def _measure_graphs(runner: ModelRunner, device: torch.device, sizes: tuple[int, ...]) -> int:
+    """Bytes of all graphs, from the largest one, whose memory the others share, and the next."""
+    measured: list[int] = []
+    maker = CudaGraphMaker(device)
+    for size in sorted(sizes, reverse=True)[:2]:
+        torch.cuda.empty_cache()
+        before, _ = torch.cuda.mem_get_info(device)
+        runner.capture_graphs(maker, [size])
+        torch.cuda.empty_cache()
+        measured.append(max(0, before - torch.cuda.mem_get_info(device)[0]))
+    first, *others = measured
+    return first + sum(others) * (len(sizes) - 1)

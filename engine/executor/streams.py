@@ -1,0 +1,71 @@
+"""The queues of a device that a step uses, and the events between them: all that decides in which order asynchronous work
+happens. CUDA's are here; a test puts in a device that runs queued work in any order that the events allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A place in a stream."""
+
+    def synchronize(self) -> None:
+        """Block this thread until the stream has come to this place."""
+        ...
+
+
+class Stream(Protocol):
+    """Work that is put in runs later, in order; beside the work of other streams, unless an event is waited for."""
+
+    def run(self, launch: Callable[[], None]) -> None:
+        """Put in what `launch` launches."""
+        ...
+
+    def record(self) -> Event:
+        """The place behind all that was put in so far."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """What is put in from now on runs after `event`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """compute: what the model runs in. swap_in, swap_out: the copies of each direction."""
+
+    compute: Stream
+    swap_in: Stream
+    swap_out: Stream
+
+
+class CudaStream:
+    """A stream of `device` of its own, or the one that is current when it is used."""
+
+    def __init__(self, device: torch.device, *, is_current: bool = False) -> None:
+        self._device = device
+        # Of high priority: a copy kernel is small, and others wait for what it brings.
+        self._stream = None if is_current else torch.cuda.Stream(device, priority=-1)
+
+    def run(self, launch: Callable[[], None]) -> None:
+        with torch.cuda.stream(self._get()):
+            launch()
+
+    def record(self) -> Event:
+        event: Event = self._get().record_event()
+        return event
+
+    def wait(self, event: Event) -> None:
+        self._get().wait_event(event)
+
+    def _get(self) -> torch.cuda.Stream:
+        return self._stream or torch.cuda.current_stream(self._device)
+
+
+def cuda_streams(device: torch.device) -> Streams:
+    return Streams(CudaStream(device, is_current=True), CudaStream(device), CudaStream(device))

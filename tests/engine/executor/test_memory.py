@@ -1,0 +1,93 @@
+"""How much of a GPU is left for blocks, and what is said where memory runs out at the start."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.attention.backend import choose_backend
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.executor import local, memory
+from engine.executor.local import LocalExecutor
+from engine.executor.memory import bytes_left_for_blocks, largest_step, make_toy_runner, out_of_memory_means
+from engine.executor.model_loader import load_model
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def config() -> EngineConfig:
+    return EngineConfig(max_num_seqs=5, max_num_batched_tokens=70, max_model_len=100, dtype="float32", num_threads=1)
+
+
+def test_the_largest_step_fills_the_budget_and_samples_for_everybody_at_full_cost(config, monkeypatch):
+    loaded = load_model(config)
+    plan = largest_step(config, loaded)
+    assert plan.num_tokens == 70
+    assert sum(segment.samples for segment in plan.segments) == 5
+    assert max(segment.context_len for segment in plan.segments) == 100
+    from engine.executor import sampler
+
+    sizes = []
+    inner = sampler._sorted_candidates
+    monkeypatch.setattr(sampler, "_sorted_candidates", lambda scaled, n: (sizes.append(n), inner(scaled, n))[1])
+    runner = make_toy_runner(config, loaded, choose_backend("cpu", loaded.device, loaded.dtype))
+    result = runner.execute(plan)
+    assert len(result.token_ids) == len(result.logprobs) == 5
+    assert max(sizes) == loaded.vocab_size
+
+
+def test_what_is_left_is_the_share_without_the_step_the_graphs_and_the_others(config, monkeypatch):
+    """The largest step really runs; what the device says of its memory is made up."""
+    loaded = load_model(config)
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 20 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 17 * GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60 * GIB, 80 * GIB))
+    monkeypatch.setattr(memory, "_measure_graphs", lambda runner, device, sizes: GIB)
+    backend = choose_backend("cpu", loaded.device, loaded.dtype)
+    # 72 are ours; 3 belong to somebody else.
+    assert bytes_left_for_blocks(config, loaded, backend) == pytest.approx((72 - 20 - 1 - 3) * GIB)
+
+
+def test_graphs_are_the_largest_and_as_many_more_as_there_are_sizes(monkeypatch):
+    free = iter([100, 70, 70, 65])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(free), 0))
+    monkeypatch.setattr(memory, "CudaGraphMaker", lambda device: None)
+    captured = []
+
+    class Runner:
+        def capture_graphs(self, maker, sizes):
+            captured.append(sizes)
+
+    assert memory._measure_graphs(Runner(), torch.device("cuda"), (1, 2, 4, 8)) == 30 + 3 * 5
+    assert captured == [[8], [4]]
+
+
+def test_memory_that_runs_out_says_what_to_lower():
+    failure = RuntimeError("a step failed")
+    failure.__cause__ = torch.OutOfMemoryError("CUDA out of memory.\nlong text")
+    with (
+        pytest.raises(ConfigError, match=r"lower it \(CUDA out of memory") as caught,
+        out_of_memory_means("lower it", "x"),
+    ):
+        raise failure
+    assert caught.value.param == "x"
+    assert "long text" not in caught.value.message
+    with pytest.raises(KeyError), out_of_memory_means("lower it", "x"):
+        raise KeyError("another fault is left alone")
+
+
+@pytest.mark.parametrize(
+    ("place", "match"), [("load_model", "smaller model"), ("KVStore", "lower gpu_memory_utilization")]
+)
+def test_an_executor_without_room_says_what_to_lower(place, match, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(local, place, fail)
+    with pytest.raises(ConfigError, match=match):
+        LocalExecutor(EngineConfig(num_gpu_blocks=4, num_cpu_blocks=0, num_threads=1))
