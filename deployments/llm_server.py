@@ -28,7 +28,7 @@ logger = logging.getLogger("ray.serve")
 
 # What the way of one message through Serve costs, about, in seconds of several processes' time. The streams of a replica
 # together send no more than one in that time: with many of them each has to bring more, or the engine would starve.
-MESSAGE_INTERVAL_S = 0.001
+MESSAGE_INTERVAL_S = 0.002
 
 
 def start_engine(config: EngineConfig) -> AsyncEngine:

@@ -85,20 +85,23 @@ def serve_run(config: str) -> None:
     """`serve run config`, which drains on SIGINT. Serve's own answer to it ends the HTTP proxies first, and with them all
     streams; so the applications are deleted before, whose replicas let their requests end."""
     from ray import serve  # only now: Ray reads its environment when it is imported
-    from ray.serve.scripts import cli
+    from ray.serve.scripts import SERVE_DEFAULT_APP_NAME, cli
 
     def drain(number: int, frame: types.FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever asks again does not want to wait
         print("draining: running requests may end", flush=True)
         try:
-            for name in serve.status().applications:
-                serve.delete(name)
+            for application in yaml.safe_load(Path(config).read_text())["applications"]:
+                serve.delete(application.get("name", SERVE_DEFAULT_APP_NAME))
         except Exception as error:  # still starting, or half gone: nothing that could be drained
             print(f"not drained: {error!r}", flush=True)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, drain)
-    cli(["run", config])
+    # A Ray of its own, unless the environment names one: without a word, `serve run` takes whichever runs on the machine, and
+    # replaces and drains what is served there.
+    own = [] if "RAY_ADDRESS" in os.environ else ["--address", "local"]
+    cli(["run", *own, config])
 
 
 if __name__ == "__main__":

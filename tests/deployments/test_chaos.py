@@ -124,8 +124,14 @@ async def ask(http: httpx.AsyncClient, path: str, body: dict[str, Any], headers:
 
 
 def pids_of(deployment: str) -> list[int]:
+    """Of this cluster: others on the machine may serve an application of the same name."""
     title = f"ray::ServeReplica:{APP}:{deployment}"
-    return [process.pid for process in psutil.process_iter() if "".join(process.cmdline()[:1]).startswith(title)]
+    pids = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it is over
+            if "".join(process.cmdline()[:1]).startswith(title):
+                pids.append(process.pid)
+    return pids
 
 
 async def kill_replicas(until_s: float) -> int:

@@ -143,7 +143,11 @@ async def test_sessions_stay_home_through_growth_and_loss(cluster: Cluster, http
     assert len({ingress for turn in turns for _, ingress in turn}) == 2
 
     title = f"ray::ServeReplica:{APP}:LLMServer"
-    pids = [process.pid for process in psutil.process_iter() if "".join(process.cmdline()[:1]).startswith(title)]
+    pids = [
+        process.pid
+        for process in psutil.Process().children(recursive=True)
+        if "".join(process.cmdline()[:1]).startswith(title)
+    ]
     assert len(pids) == 4
     os.kill(pids[0], signal.SIGKILL)
     await ask_all(http, sessions)  # nobody is refused meanwhile

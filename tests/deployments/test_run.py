@@ -47,6 +47,22 @@ def test_the_fast_path_needs_keys(capsys: pytest.CaptureFixture[str], monkeypatc
     assert started == [str(CONFIG)]
 
 
+@pytest.mark.parametrize(("address", "arguments"), [(None, ["--address", "local"]), ("10.0.0.1:6379", [])])
+def test_it_starts_a_ray_of_its_own_unless_one_is_named(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, arguments: list[str]
+) -> None:
+    """And leaves alone what else runs on the machine."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr("ray.serve.scripts.cli", calls.append)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    if address is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    run.serve_run("config.yaml")
+    assert calls == [["run", *arguments, "config.yaml"]]
+
+
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
     """The process, and where it listens."""
