@@ -115,7 +115,7 @@ async def ask(http: httpx.AsyncClient, path: str, body: dict[str, Any], headers:
     assert response.status_code == 200, raw
     if not body["stream"]:
         return raw if "input" in body else str(json.loads(raw)["choices"][0]["message"]["content"])
-    lines = [line for line in raw.splitlines() if line]
+    lines = [line for line in raw.split("\n") if line]  # not splitlines: an answer of random bytes may hold other ends
     if "input" in body:
         assert lines[-2] in ("event: response.completed", "event: response.incomplete"), lines[-1]
         return json.dumps(json.loads(lines[-1][6:])["response"])
@@ -153,12 +153,15 @@ async def test_killed_replicas_are_not_noticed(http: httpx.AsyncClient) -> None:
     undisturbed = await asyncio.gather(*(hold_conversation(http, n, "calm") for n in range(NUM_CONVERSATIONS)))
     end = time.monotonic() + CHAOS_S
     killer = asyncio.create_task(kill_replicas(end))
-    num_rounds = 0
+    num_rounds = num_different = 0
     try:
         while time.monotonic() < end:
             name = f"round-{num_rounds}"
             answers = await asyncio.gather(*(hold_conversation(http, n, name) for n in range(NUM_CONVERSATIONS)))
-            assert answers == undisturbed
+            num_different += sum(a != b for a, b in zip(answers, undisturbed, strict=True))
+            # Batches of another shape round differently, and of some ten thousand numbers drawn one may lie where that
+            # matters; each killed replica takes a dozen answers with it, so what loses tokens shows all the same.
+            assert num_different <= 1
             num_rounds += 1
         num_killed = await killer
     finally:
@@ -167,7 +170,7 @@ async def test_killed_replicas_are_not_noticed(http: httpx.AsyncClient) -> None:
             await killer
     assert num_killed >= CHAOS_S // KILL_INTERVAL_S - 1
     assert num_rounds >= 1
-    print(f"{num_killed} replicas killed, {num_rounds * NUM_CONVERSATIONS} conversations")
+    print(f"{num_killed} replicas killed, {num_rounds * NUM_CONVERSATIONS} conversations, {num_different} different")
 
 
 class Stream:
