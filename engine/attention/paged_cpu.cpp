@@ -746,6 +746,7 @@ void run(Call& c, const at::Tensor& query, const at::Tensor& k_pool, const at::T
   int64_t num_partials = 0;
   for (const int i : order) {
     const Segment& segment = all[i];
+    if (segment.query_len == 0) continue;  // pads a batch of decodes
     const int first_position = segment.context_len - segment.query_len;
     const int tile_tokens = ceil_div(segment.query_len, ceil_div(segment.query_len, max_tile_tokens));  // of equal size
     for (int t = 0; t < segment.query_len; t += tile_tokens) {

@@ -109,6 +109,12 @@ def test_random_ragged_batches_equal_the_reference(
     assert_right(seed, segments, heads, k_dim, v_dim, chunk_size, dtype, params)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_segments_without_rows_are_passed_over(dtype):
+    """They pad a batch of decodes."""
+    assert_right(4, [(1, 40), (0, 7), (40, 90), (0, 0)], (4, 2), 16, 16, 32, dtype, AttentionParams(0.25))
+
+
 @pytest.mark.parametrize("num_threads", [1, 3, 16])
 @pytest.mark.parametrize("window", [None, 1000])
 @pytest.mark.parametrize("segments", [[(1, 3000)], [(9, 2500)], [(1, 700), (60, 2000)], [(300, 2001)]], ids=str)
