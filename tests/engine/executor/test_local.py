@@ -97,7 +97,8 @@ from engine.executor.local import keep_freed_memory
 num_faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.set_num_threads(1)
 keep_freed_memory()
-torch.zeros(4 << 20)
+for _ in range(10):
+    torch.zeros(4 << 20)
 before = num_faults()
 for _ in range(20):
     torch.zeros(4 << 20)
@@ -115,6 +116,7 @@ def test_the_loading_thread_gives_its_openmp_threads_back():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP and C library")
 def test_freed_activations_are_used_again():
-    """16 MiB are 4096 pages, which 20 rounds would fetch 20 times."""
+    """16 MiB are 4096 pages, which 20 rounds would fetch 20 times. Small allocations of the first two or three rounds may
+    split the block that they free; from then on it has its place."""
     (num_faults,) = run_in_a_process_of_its_own(MEMORY)
-    assert num_faults < 10 * 4096  # a few rounds pass before everything has its place
+    assert num_faults < 4096
