@@ -61,6 +61,8 @@ MAX_STEP_S = 300.0
 LOG_INTERVAL_S = 10.0
 # Characters that are tokenised in the event loop itself, about a millisecond's worth.
 MAX_INLINE_CHARS = 4096
+# See EngineConfig.prefill_batch_tokens: a CPU's matrix kernels are at their full speed with some dozens of rows.
+CPU_PREFILL_BATCH_TOKENS = 128
 # Token ids that the text of conversations is remembered for: 64M ids are 256 MiB.
 MAX_CONVERSATION_TOKENS = 1 << 26
 
@@ -97,6 +99,8 @@ class AsyncEngine:
                 chunk_size=config.chunk_size,
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
+                prefill_batch_tokens=config.prefill_batch_tokens
+                or (CPU_PREFILL_BATCH_TOKENS if loaded.device.type == "cpu" else None),
                 max_num_queued_reqs=config.max_num_queued_reqs,
                 max_num_queued_tokens=config.max_num_queued_tokens,
                 decode_reserve=config.decode_reserve,

@@ -33,7 +33,9 @@ class EngineConfig:
     the model's, or what the GPU tier holds. chunk_size: tokens a chunk. num_gpu_blocks: size of the GPU tier in chunks;
     None = from gpu_memory_gib, and without it from gpu_memory_utilization on a GPU and 1 GiB on a CPU. num_cpu_blocks,
     kv_offloading_size (GiB): size of the CPU tier, 0 = none. max_num_seqs: most requests that run at once.
-    max_num_batched_tokens: token budget of a step. max_num_queued_reqs,
+    max_num_batched_tokens: token budget of a step. prefill_batch_tokens: further prompts join a step only while its prompts
+    have fewer tokens; None = 128 on a CPU, which computes no faster with more, and on a GPU no limit but that budget.
+    max_num_queued_reqs,
     max_num_queued_tokens: how many requests, and with how many tokens in all (None = any), may wait to be started; more are
     refused. decode_reserve: share of GPU blocks that admission leaves free.
     swap_out_watermark: share of free and reclaimable GPU blocks under which chunks are swapped out ahead of time.
@@ -66,6 +68,7 @@ class EngineConfig:
     eviction_policy: str = "retention_value"
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    prefill_batch_tokens: int | None = None
     max_num_queued_reqs: int = 256
     max_num_queued_tokens: int | None = None
     decode_reserve: float = 0.10
@@ -115,7 +118,13 @@ class EngineConfig:
             "eviction_policy",
             "one of " + ", ".join(EVICTION_POLICIES),
         )
-        for name in ("max_model_len", "num_gpu_blocks", "num_threads", "max_num_queued_tokens"):
+        for name in (
+            "max_model_len",
+            "num_gpu_blocks",
+            "num_threads",
+            "max_num_queued_tokens",
+            "prefill_batch_tokens",
+        ):
             value = getattr(self, name)
             check(value is None or value >= 1, name, "at least 1")
         for name in (

@@ -25,7 +25,7 @@ from engine.errors import ConfigError, ContextLengthError, InvalidParameterError
 
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
-    """Sizes and thresholds of a core; see EngineConfig for their meaning. All resolved, nothing optional."""
+    """Sizes and thresholds of a core; see EngineConfig for their meaning. All resolved; None = no limit."""
 
     max_model_len: int
     num_gpu_blocks: int
@@ -33,6 +33,7 @@ class CoreConfig:
     chunk_size: int = 32
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    prefill_batch_tokens: int | None = None
     max_num_queued_reqs: int = 1024
     max_num_queued_tokens: int | None = None
     decode_reserve: float = 0.10
@@ -87,6 +88,7 @@ class EngineCore:
             stats=self.stats,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            prefill_batch_tokens=config.prefill_batch_tokens,
             decode_reserve=config.decode_reserve,
             swap_out_watermark=config.swap_out_watermark if config.keep else 0.0,
             max_swap_outs=config.max_swap_outs,

@@ -19,10 +19,12 @@ from engine.core.waiting_queue import WaitingQueue
 class _Draft:
     """What running requests compute in a step. Holds as long as the running requests are exactly those of `running`.
 
-    budget: what is left of the step's. growing: those of the requests that need one more block for it.
+    budget: what is left of the step's. num_prompt_tokens: of the segments that are no decodes. growing: those of the
+    requests that need one more block for it.
     """
 
     budget: int
+    num_prompt_tokens: int = 0
     segments: list[QuerySegment] = field(default_factory=list)
     running: list[Request] = field(default_factory=list)
     growing: list[Request] = field(default_factory=list)
@@ -43,18 +45,23 @@ class Scheduler:
         stats: EngineStats,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        prefill_batch_tokens: int | None,
         decode_reserve: float,
         swap_out_watermark: float,
         max_swap_outs: int,
     ) -> None:
-        """max_swap_outs: blocks that a step may swap out ahead of time; a quarter of it in a step that swaps in, because the
-        two directions slow each other down (paper section 5)."""
+        """prefill_batch_tokens: prompts join a step only while its prompts have fewer tokens than this; None = as many as
+        max_num_batched_tokens. From some number on a step takes longer in proportion to its tokens: more of them bring no
+        throughput, everybody in the step waits for everybody else, and those who start together end together, to be in
+        each other's way at their next turn. max_swap_outs: blocks that a step may swap out ahead of time; a quarter of
+        it in a step that swaps in, because the two directions slow each other down (paper section 5)."""
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
         self._cache = cache
         self._stats = stats
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._prefill_batch_tokens = prefill_batch_tokens or max_num_batched_tokens
         self._reserve_blocks = math.ceil(decode_reserve * cache.gpu_pool.num_blocks)
         self._watermark_blocks = math.ceil(swap_out_watermark * cache.gpu_pool.num_blocks)
         self._max_swap_outs = max_swap_outs
@@ -149,8 +156,13 @@ class Scheduler:
             else:
                 prefills.append((request, pending))
         for request, pending in prefills:
-            self._add_segments(draft, request, pending)
+            self._add_prompt(draft, request, pending)
         return draft
+
+    def _add_prompt(self, draft: _Draft, request: Request, pending: Sequence[tuple[int, int]]) -> None:
+        budget = draft.budget
+        self._add_segments(draft, request, pending)
+        draft.num_prompt_tokens += budget - draft.budget
 
     def _add_segments(self, draft: _Draft, request: Request, pending: Sequence[tuple[int, int]]) -> None:
         """As much of the pending ranges as the budget holds, front first. The last range ends with the context."""
@@ -181,6 +193,8 @@ class Scheduler:
         """Start waiting requests as far as budget and blocks reach; their segments come last in the draft."""
         starts = []
         while draft.budget and len(self.running) < self._max_num_seqs:
+            if draft.num_prompt_tokens >= self._prefill_batch_tokens:
+                break
             request = self.waiting.peek()
             if request is None:
                 break
@@ -202,7 +216,7 @@ class Scheduler:
                     tuple(request.token_ids) if request.sampling.has_penalties else (),
                 )
             )
-            self._add_segments(draft, request, request.pending)
+            self._add_prompt(draft, request, request.pending)
         return starts
 
     def _count_admission(self, request: Request) -> None:

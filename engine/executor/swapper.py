@@ -89,10 +89,16 @@ class LayerGates:
 
 
 class ThreadSwapper:
-    """Both tiers in host memory: real copies, by threads."""
+    """Both tiers in host memory: real copies, by threads.
+
+    They copy with numpy. torch's copies start an OpenMP team for each thread that calls them, and once there are more
+    OpenMP threads than cores, GNU's OpenMP sleeps at every barrier, those of the model too.
+    """
 
     def __init__(self, gpu: KVStore, cpu: KVStore, *, verify: bool) -> None:
         self._gpu, self._cpu = gpu, cpu
+        # The same memory, by bytes: numpy knows no bfloat16.
+        self._gpu_bytes, self._cpu_bytes = (store.storage.view(torch.uint8).numpy() for store in (gpu, cpu))
         self._checksums = Checksums(cpu) if verify else None
         self._failed: tuple[int, ...] = ()
         self._pending: list[Future[None]] = []
@@ -128,16 +134,17 @@ class ThreadSwapper:
 
     def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
         for copy in copies:
-            self._cpu.storage[copy.target].copy_(self._gpu.storage[copy.source])
+            self._cpu_bytes[copy.target] = self._gpu_bytes[copy.source]
         if self._checksums is not None:
             self._checksums.note(copies)
 
     def _swap_in(self, copies: Sequence[BlockCopy], gates: LayerGates) -> None:
         try:
+            size = self._gpu.storage.element_size()
             for layer, columns in enumerate(self._gpu.layer_slices):
-                gpu, cpu = self._gpu.storage[:, columns], self._cpu.storage[:, columns]
+                part = slice(columns.start * size, columns.stop * size)
                 for copy in copies:
-                    gpu[copy.target].copy_(cpu[copy.source])
+                    self._gpu_bytes[copy.target, part] = self._cpu_bytes[copy.source, part]
                 gates.open(layer)
         except BaseException as error:
             gates.fail(error)

@@ -28,6 +28,7 @@ BOUNDS = [
     ("eviction_policy", ["retention_value", "lru", "trailing_lru"], ["fifo", "", None]),
     ("max_num_seqs", [1, 512], [0, 513, 1.0, None]),
     ("max_num_batched_tokens", [64, 10**6], [0, 63, None, 512.0]),
+    ("prefill_batch_tokens", [1, 10**6, None], [0, -1, 2.0, "4"]),
     ("max_num_queued_reqs", [1, 10**6], [0, -1, None, 2.0]),
     ("max_num_queued_tokens", [1, None], [0, -1, 2.0, "4"]),
     ("decode_reserve", [0, 0.0, 0.999], [1, 1.0, -0.01, None, float("nan")]),

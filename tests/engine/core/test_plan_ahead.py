@@ -250,6 +250,7 @@ def test_under_any_load_the_plans_are_the_same_with_drafts_and_without(make_core
         "write_through": rng.random() < 0.3,
         "cost_model": CostModel(1.0, 0.25, 4, swap_in_cost=rng.choice([0.0, 0.0, 1.0])),
         "keep": rng.random() < 0.9,
+        "prefill_batch_tokens": rng.choice([None, 1, 5]),
     }
     ahead, behind = make_core(num_blocks, **options), make_core(num_blocks, **options)
     behind.plans_ahead = False

@@ -73,6 +73,19 @@ def test_decodes_come_first_and_prompts_fill_the_rest_of_the_budget(make_core):
     assert segments(driver.step()) == [("a", 8, 1), ("b", 5, 1), ("c", 12, 1)]
 
 
+def test_prompts_join_a_step_until_its_prompts_have_enough_tokens(make_core):
+    driver = make_core(32, max_num_batched_tokens=16, prefill_batch_tokens=4)
+    driver.add("a", range(3), max_tokens=9)
+    driver.add("b", range(20, 29), max_tokens=9)
+    driver.add("c", range(30, 32), max_tokens=9)
+    driver.add("d", range(40, 59), max_tokens=9)
+    driver.add("e", range(60, 62), max_tokens=9)
+    assert segments(driver.step()) == [("a", 0, 3), ("b", 0, 9)]  # 3 are not enough, 12 are
+    assert segments(driver.step()) == [("a", 3, 1), ("b", 9, 1), ("c", 0, 2), ("d", 0, 12)]  # decodes do not count
+    assert segments(driver.step())[3:] == [("d", 12, 7)]  # what is left of one does
+    assert segments(driver.step())[4:] == [("e", 0, 2)]
+
+
 def test_a_decode_goes_before_an_older_prompt(make_core):
     driver = make_core(16, max_num_batched_tokens=8)
     driver.add("long", range(22), max_tokens=2)
@@ -811,6 +824,7 @@ def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, se
         max_swap_outs=rng.choice([1, 4, 16]),
         write_through=rng.random() < 0.3,
         cost_model=CostModel(1.0, 0.25, 4, swap_in_cost=rng.choice([0.0, 0.0, 1.0])),
+        prefill_batch_tokens=rng.choice([None, 1, 5]),
     )
     window = num_blocks * 4
     system_prompt = tuple(rng.choices(range(9), k=6))

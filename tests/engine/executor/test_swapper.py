@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -77,6 +80,34 @@ def test_a_copy_that_fails_reaches_whoever_waits_and_the_step(stores):
         swapper.finish()
     assert swapper.finish() == ()  # the next step starts clean
     swapper.shutdown()
+
+
+THREADS = """
+import os, torch
+from engine.attention.metadata import LayerShape
+from engine.core.plan import BlockCopy, StepPlan
+from engine.executor.kv_store import KVStore
+from engine.executor.swapper import ThreadSwapper
+num_tasks = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(3)
+sizes = {"num_blocks": 2, "chunk_size": 32, "dtype": torch.bfloat16, "device": torch.device("cpu")}
+gpu, cpu = (KVStore([LayerShape(16, 128, 128)] * 2, **sizes) for _ in range(2))
+gpu.storage.fill_(1)
+swapper = ThreadSwapper(gpu, cpu, verify=False)
+before = num_tasks()
+swapper.begin(StepPlan(1, (), swap_outs=(BlockCopy(0, 0),)))
+swapper.finish()
+swapper.begin(StepPlan(2, (), swap_ins=(BlockCopy(0, 1),)))
+swapper.finish()
+print(num_tasks() - before, int(gpu.storage[1].float().mean()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_copies_start_no_openmp_team():
+    """The two threads of the swapper, and none beside."""
+    process = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["2", "1"]
 
 
 def test_a_gate_opens_for_its_layer_alone():
