@@ -2,7 +2,7 @@
 scheduling, and what else the executor does. One plot over decode steps of several sizes and a prefill step.
 
     python benchmarks/step_profile.py
-    python benchmarks/step_profile.py --num-threads 1 --context-len 500
+    python benchmarks/step_profile.py --dtype bfloat16 --context-len 900 --name step_profile_bfloat16
 
 The model is a random Llama of 102M parameters. Timers around the model's layers cost about a microsecond a call; they are
 in "rest of the model".
@@ -148,21 +148,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--context-len", type=int, default=250)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--name", default="step_profile", help="of the result files")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder), "float32")
+        save_model(Path(folder), arguments.dtype)
         executor = LocalExecutor(
             EngineConfig(
                 model=folder,
-                dtype="float32",
+                dtype=arguments.dtype,
                 num_threads=arguments.num_threads,
                 num_gpu_blocks=64 * (-(-(arguments.context_len + 120) // 32)) + 64,
                 num_cpu_blocks=0,
             )
         )
-        cases = [(f"{n} decodes", n, 1) for n in (1, 8, 32, 64)] + [("prefill of 200", 1, 200)]
+        cases = [(f"{n} decodes", n, 1) for n in (1, 4, 8, 32, 64)] + [("prefill of 200", 1, 200)]
         for name, num_requests, num_new in tqdm(cases, unit="case"):
             seconds = profile_steps(executor, num_requests, arguments.context_len, num_new)
             total = sum(seconds.values())
@@ -180,7 +181,13 @@ def main() -> None:
             tqdm.write(f"{name}: {1e3 * total:.1f} ms; {shares}")
         executor.shutdown()
     write_result(
-        arguments.name, {"num_threads": arguments.num_threads, "context_len": arguments.context_len, "steps": rows}
+        arguments.name,
+        {
+            "num_threads": arguments.num_threads,
+            "context_len": arguments.context_len,
+            "dtype": arguments.dtype,
+            "steps": rows,
+        },
     )
     figure, axis = plt.subplots(figsize=(10, 4))
     left = [0.0] * len(rows)
@@ -191,7 +198,7 @@ def main() -> None:
     axis.invert_yaxis()
     axis.set_xlabel("% of the step")
     axis.legend(loc="upper center", bbox_to_anchor=(0.45, -0.15), ncol=3, frameon=False)
-    axis.set_title(f"context {arguments.context_len}, {arguments.num_threads} threads")
+    axis.set_title(f"{arguments.dtype}, context {arguments.context_len}, {arguments.num_threads} threads")
     figure.tight_layout()
     figure.savefig(RESULTS / f"{arguments.name}.png", dpi=110)
 

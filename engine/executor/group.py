@@ -156,6 +156,8 @@ class GroupExecutor(LocalExecutor):
             self._load(config, members[0], store)
             self.placements = (self.placement, *self._channel.wait_until_ready())
             self.check_health()
+            # All have met; killed from now on, rank 0 leaves nothing behind.
+            shutil.rmtree(self._folder)
         except BaseException as error:
             blamed = self._find_blamed(error)
             self._end()

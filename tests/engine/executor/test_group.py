@@ -260,7 +260,7 @@ def test_a_worker_that_does_not_start_is_no_reason_to_wait(tiny_model, monkeypat
         GroupExecutor(EngineConfig(model=str(tiny_model("llama")), tensor_parallel_size=2), ProcessWorkers())
 
 
-def test_workers_end_and_tidy_up_when_rank_0_is_gone(tiny_model, tmp_path):
+def test_workers_end_and_nothing_stays_when_rank_0_is_gone(tiny_model, tmp_path):
     script = (
         "import os, sys\n"
         "from engine.config import EngineConfig\n"
