@@ -8,7 +8,6 @@ import gc
 import statistics
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from steps import make_config
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
+from run_transformers import batching
 from workload import Generate, Turn, Workload, run_workload
 
 from engine.async_engine import AsyncEngine
@@ -116,17 +116,6 @@ def measure_peer(setting: Setting, folder: str) -> list[dict[str, Any]]:
 
 
 async def _measure_peer(setting: Setting, folder: str) -> list[dict[str, Any]]:
-    rows = []
-    async with _peer(setting, folder) as generate:
-        for active in setting.active:
-            rows.append(await _run(setting, "transformers", active, generate))
-    return rows
-
-
-@asynccontextmanager
-async def _peer(setting: Setting, folder: str) -> AsyncIterator[Generate]:
-    from transformers.generation import ContinuousBatchingConfig
-
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.random.fork_rng(), setting.device:
         torch.manual_seed(0)
@@ -136,43 +125,17 @@ async def _peer(setting: Setting, folder: str) -> AsyncIterator[Generate]:
     heads, layers = config.num_key_value_heads, config.num_hidden_layers
     token_bytes = 2 * layers * heads * (config.hidden_size // config.num_attention_heads) * setting.dtype.itemsize
     cpu_gib = sizes["num_cpu_blocks"] * CHUNK_SIZE * token_bytes / (1 << 30)
-    manager = model.init_continuous_batching(
-        generation_config=transformers.GenerationConfig(
-            do_sample=False, max_new_tokens=setting.output_len, eos_token_id=-1
-        ),
-        continuous_batching_config=ContinuousBatchingConfig(
-            page_size=CHUNK_SIZE,
-            num_blocks=sizes["num_gpu_blocks"],
-            max_batch_tokens=setting.max_num_batched_tokens,
-            allow_block_sharing=True,
-            cpu_offload_space=0.0 if setting.is_smoke else cpu_gib,
-            auto_switch_to_flash=False,  # would be downloaded
-        ),
-    )
-    manager.start()
-    number = 0
-
-    async def generate(turn: Turn) -> AsyncIterator[Sequence[int]]:
-        nonlocal number
-        number += 1
-        request_id = f"{number}.{turn.request_id}"
-        outputs: asyncio.Queue[Any] = asyncio.Queue()
-        manager.register_result_handler(request_id, outputs.put_nowait)
-        manager.add_request(list(turn.prompt), request_id=request_id, max_new_tokens=turn.output_len, streaming=True)
-        num_seen = 0
-        while True:
-            output = await asyncio.wait_for(outputs.get(), 120)
-            if output.error is not None:
-                raise RuntimeError(output.error)
-            yield output.generated_tokens[num_seen:]
-            num_seen = len(output.generated_tokens)
-            if output.is_finished():
-                return
-
-    try:
-        yield generate
-    finally:
-        await asyncio.to_thread(manager.stop)
+    rows = []
+    async with batching(
+        model,
+        page_size=CHUNK_SIZE,
+        num_blocks=sizes["num_gpu_blocks"],
+        max_batch_tokens=setting.max_num_batched_tokens,
+        cpu_offload_space=0.0 if setting.is_smoke else cpu_gib,
+    ) as (generate, _):
+        for active in setting.active:
+            rows.append(await _run(setting, "transformers", active, generate))
+    return rows
 
 
 def compare(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,6 +17,53 @@ from workload import Generate, Turn
 
 # The default of 256 would share whole multiples of it only; this is the block size of the other systems.
 PAGE_SIZE = 32
+TOKEN_TIMEOUT_S = 600  # a manager whose thread has died answers no more
+
+
+@asynccontextmanager
+async def batching(
+    model: Any, *, page_size: int, num_blocks: int, max_batch_tokens: int, cpu_offload_space: float = 0.0
+) -> AsyncIterator[tuple[Generate, Any]]:
+    """transformers' continuous batching of `model`, and its manager. cpu_offload_space: in GiB; needs a GPU."""
+    # Older releases call it block_size and know nothing of flash.
+    known = {field.name for field in fields(ContinuousBatchingConfig)}
+    page = {"page_size" if "page_size" in known else "block_size": page_size}
+    flash = {"auto_switch_to_flash": False} if "auto_switch_to_flash" in known else {}  # would be downloaded
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, max_new_tokens=64, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(
+            num_blocks=num_blocks,
+            max_batch_tokens=max_batch_tokens,
+            allow_block_sharing=True,
+            cpu_offload_space=cpu_offload_space,
+            **page,
+            **flash,
+        ),
+    )
+    manager.start()
+    number = 0
+
+    async def generate(turn: Turn) -> AsyncIterator[Sequence[int]]:
+        nonlocal number
+        number += 1
+        request_id = f"{number}.{turn.request_id}"  # one workload may follow another
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+        manager.register_result_handler(request_id, outputs.put_nowait)
+        manager.add_request(list(turn.prompt), request_id=request_id, max_new_tokens=turn.output_len, streaming=True)
+        num_seen = 0
+        while True:
+            output = await asyncio.wait_for(outputs.get(), TOKEN_TIMEOUT_S)
+            if output.error is not None:
+                raise RuntimeError(output.error)
+            yield output.generated_tokens[num_seen:]
+            num_seen = len(output.generated_tokens)
+            if output.is_finished():
+                return
+
+    try:
+        yield generate, manager
+    finally:
+        await asyncio.to_thread(manager.stop)
 
 
 @asynccontextmanager
@@ -24,45 +72,19 @@ async def serve(options: Options, details: dict[str, Any]) -> AsyncIterator[Gene
     model = AutoModelForCausalLM.from_pretrained(
         options.model, dtype=getattr(torch, options.dtype), attn_implementation="sdpa"
     )
-    generation_config = GenerationConfig(do_sample=False, max_new_tokens=64, eos_token_id=-1)
-    manager = model.init_continuous_batching(
-        generation_config=generation_config,
-        continuous_batching_config=ContinuousBatchingConfig(
+    num_blocks = options.num_blocks(PAGE_SIZE)
+    async with batching(
+        model, page_size=PAGE_SIZE, num_blocks=num_blocks, max_batch_tokens=options.max_num_batched_tokens
+    ) as (generate, manager):
+        yield generate
+        cache = manager.batch_processor.cache
+        details.update(
+            num_blocks=cache.num_blocks,
             page_size=PAGE_SIZE,
-            num_blocks=options.num_blocks(PAGE_SIZE),
-            max_batch_tokens=options.max_num_batched_tokens,
-            allow_block_sharing=True,
-            auto_switch_to_flash=False,  # needs a GPU
-        ),
-    )
-    manager.start()
-
-    async def generate(turn: Turn) -> AsyncIterator[Sequence[int]]:
-        outputs: asyncio.Queue[Any] = asyncio.Queue()
-        manager.register_result_handler(turn.request_id, outputs.put_nowait)
-        manager.add_request(
-            list(turn.prompt), request_id=turn.request_id, max_new_tokens=turn.output_len, streaming=True
+            prefix_sharing=cache.use_prefix_sharing,
+            max_batch_tokens=cache.max_batch_tokens,
+            attention=model.config._attn_implementation,
         )
-        num_seen = 0
-        while True:
-            output = await outputs.get()
-            if output.error is not None:
-                raise RuntimeError(output.error)
-            yield output.generated_tokens[num_seen:]
-            num_seen = len(output.generated_tokens)
-            if output.is_finished():
-                return
-
-    yield generate
-    cache = manager.batch_processor.cache
-    details.update(
-        num_blocks=cache.num_blocks,
-        page_size=PAGE_SIZE,
-        prefix_sharing=cache.use_prefix_sharing,
-        max_batch_tokens=cache.max_batch_tokens,
-        attention=model.config._attn_implementation,
-    )
-    await asyncio.to_thread(manager.stop)
 
 
 def main() -> None:
