@@ -39,6 +39,9 @@ RESUMABLE = ("replica_lost", EngineStoppedError.code)
 MAX_LOSSES_IN_A_ROW = 5
 # The pauses between them are 0, 1, 3, 7 and 15 times this, in seconds.
 RESUME_BACKOFF_S = 0.5
+# How long a request whose replica was lost goes on asking replicas that are full, in seconds: they are full of others that
+# were lost with it.
+RESUME_PATIENCE_S = 60.0
 # Least time between two questions about the loads of all replicas, in seconds; asked only where sessions begin.
 LOADS_PERIOD_S = 0.5
 # How long an engine replica may take to say that it is alive, in seconds.
@@ -51,12 +54,16 @@ class _Progress:
     def __init__(self, request: GenerationRequest) -> None:
         self._request = request
         self.token_ids: list[int] = []
+        self._history = request.history
         self.is_finished = False
         self._num_chars = 0
         self._num_attempts = 0
 
     def note(self, item: DeltaItem) -> DeltaItem:
         """Take in an item on its way to the client, and make it what the client expects next."""
+        if item.delta.prompt_transcript is not None:
+            self._history = item.delta.prompt_transcript
+            item = replace(item, delta=replace(item.delta, prompt_transcript=None))
         if self.token_ids and item.delta.prompt_token_ids:  # they came with the first one
             item = replace(item, delta=replace(item.delta, prompt_token_ids=()))
         self.token_ids += item.delta.token_ids
@@ -71,7 +78,7 @@ class _Progress:
         # Another id: the first replica may be alive and not know yet that nobody listens.
         request_id = f"{self._request.request_id}-{self._num_attempts}"
         beginning = AnswerBeginning(tuple(self.token_ids), self._num_chars) if self.token_ids else None
-        return replace(self._request, request_id=request_id, beginning=beginning)
+        return replace(self._request, request_id=request_id, history=self._history, beginning=beginning)
 
 
 class EngineClient:
@@ -95,16 +102,17 @@ class EngineClient:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
         """The items of the answer. Never raises on account of Ray: where the home is full the session's next choice is asked,
-        where all are that is an ErrorItem, and where the replica is lost another one goes on from the last token that came.
-        Closing or cancelling this generator aborts the request in the engine."""
+        where all are that is an ErrorItem, and where the replica is lost another one goes on from the last token that came,
+        as soon as it has room. Closing or cancelling this generator aborts the request in the engine."""
         if request.sampling.seed is None and not request.sampling.is_greedy:
             # Drawn here, so that a second replica samples what the first one would have.
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
         progress = _Progress(request)
         num_losses = num_refusals = 0
+        patient_until_s = 0.0
         while True:
             loss: ErrorItem | None = None
-            is_refused = False
+            is_refused = is_patient = False
             async with aclosing(self._attempt(progress.rest_of_request(), num_refusals)) as items:
                 async for item in items:
                     if isinstance(item, ErrorItem) and item.code in RESUMABLE:
@@ -112,7 +120,8 @@ class EngineClient:
                         break
                     if isinstance(item, ErrorItem) and item.code == OverloadedError.code:
                         is_refused = num_refusals < self._num_fallback_replicas
-                        if is_refused:
+                        is_patient = time.monotonic() < patient_until_s
+                        if is_refused or is_patient:
                             break
                     if isinstance(item, DeltaItem):
                         num_losses = 0
@@ -121,9 +130,14 @@ class EngineClient:
             if is_refused:
                 num_refusals += 1
                 continue
+            if is_patient:
+                num_refusals = 0  # the home first again
+                await asyncio.sleep(2 * RESUME_BACKOFF_S)
+                continue
             if loss is None or progress.is_finished:
                 return
             num_losses += 1
+            patient_until_s = time.monotonic() + RESUME_PATIENCE_S
             if num_losses > MAX_LOSSES_IN_A_ROW:
                 yield loss
                 return

@@ -37,6 +37,7 @@ from deployments.openai_responses import (
 from deployments.openai_types import BodyT, ChatCompletionBody, CompletionBody, parse_request
 from deployments.openapi import openapi_document
 from deployments.placement import why_not_placed
+from deployments.replica_count import ReplicaCount, count_replicas
 from deployments.request_limits import RequestLimits
 from deployments.responses_api import ResponsesApi
 from deployments.responses_routes import add_response_routes
@@ -82,12 +83,14 @@ class Ingress:
         self._config = config
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
+        context = serve.get_replica_context()
         return create_app(
             self._engine,
             self._config,
-            ingress_id=serve.get_replica_context().replica_id.unique_id,
-            # Asked each time: the deployment may be scaled.
-            num_ingress_replicas=lambda: serve.get_replica_context().world_size,
+            ingress_id=context.replica_id.unique_id,
+            num_ingress_replicas=ReplicaCount(
+                partial(count_replicas, context.app_name, context.deployment), context.world_size or 1
+            ),
             # HAProxy does not say for whom it asks.
             sees_clients=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
         )

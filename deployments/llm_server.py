@@ -85,6 +85,7 @@ class LLMServer:
                             yield DeltaItem(_for_travel(delta, request), rank)
                 else:
                     whole = merge_deltas([delta async for delta in deltas])
+                    whole = replace(whole, prompt_transcript=None)  # nothing of it will be resumed
                     yield DeltaItem(_for_travel(whole, request), rank)
         except PensieveError as error:
             yield ErrorItem.from_error(error)

@@ -210,7 +210,11 @@ class ResponsesApi:
         body, _ = parse_request(ConversationBody, raw or b"{}")
         store = await self._opened()
         items = _new_items(body.new_items(self._new_item_id))
-        return _conversation(await store.conversations.create(tenant.tenant_id, body.metadata, items, self._clock()))
+        conversation_id = self._choose_id("conv")
+        now = self._clock()
+        return _conversation(
+            await store.conversations.create(tenant.tenant_id, body.metadata, items, now, conversation_id)
+        )
 
     async def get_conversation(self, tenant: Tenant, conversation_id: str) -> dict[str, Any]:
         store = await self._opened()
@@ -251,18 +255,23 @@ class ResponsesApi:
         now = self._clock()
         return _conversation(await store.conversations.delete_item(tenant.tenant_id, conversation_id, item_id, now))
 
+    def _choose_id(self, prefix: str) -> str:
+        """An id for what begins a session: one whose home has the least to do."""
+        return self._choose_session_id([self._store.new_id(prefix) for _ in range(NUM_ID_CHOICES)])
+
     # -- a turn --------------------------------------------------------------------------------------------------------
 
     async def _begin(self, tenant: Tenant, body: ResponseBody, session: str) -> _Turn:
         """Finds what came before, and records the turn as running where it is to be stored. session: what the request is
         routed by where nothing is stored."""
+        is_continued = body.previous_response_id is not None or body.conversation_id is not None
         # The id of a chain's first response is what all of it is routed by.
-        response_id = self._choose_session_id([self._store.new_id("resp") for _ in range(NUM_ID_CHOICES)])
+        response_id = self._store.new_id("resp") if is_continued else self._choose_id("resp")
         now = self._clock()
         form = ResponseObject(response_id, int(now), body, self._new_item_id())
         new_items = body.input_items(self._new_item_id)
         turn = _Turn(tenant, body, form, body.store, session, new_items=new_items)
-        if not body.store and body.previous_response_id is None and body.conversation_id is None:
+        if not body.store and not is_continued:
             return turn
         store = await self._opened()
         if body.store:
@@ -284,7 +293,7 @@ class ResponsesApi:
                 self._later(self._give_up_begun(turn, begun))
                 raise
             self._running[response_id] = turn
-        if body.previous_response_id is not None or body.conversation_id is not None:
+        if is_continued:
             try:
                 history = await store.get_history(
                     tenant.tenant_id,

@@ -40,9 +40,15 @@ class Conversations:
         self._new_id = new_id
 
     async def create(
-        self, tenant: str, metadata: Mapping[str, Any], initial_items: Sequence[NewItem], now: float
+        self,
+        tenant: str,
+        metadata: Mapping[str, Any],
+        initial_items: Sequence[NewItem],
+        now: float,
+        conversation_id: str | None = None,
     ) -> StoredConversation:
-        created = StoredConversation(self._new_id("conv"), now, dict(metadata))
+        """conversation_id: one that `new_id` gave."""
+        created = StoredConversation(conversation_id or self._new_id("conv"), now, dict(metadata))
 
         async def work(connection: AsyncConnection) -> StoredConversation:
             await connection.execute(

@@ -188,6 +188,8 @@ class AsyncEngine:
                     delta = merge_deltas(deltas)
                     if is_first and return_prompt_token_ids:
                         delta = replace(delta, prompt_token_ids=tuple(transcript.token_ids))
+                    if is_first and num_history and transcript.text:
+                        delta = replace(delta, prompt_transcript=transcript)
                     is_first = False
                     is_finished = delta.finish_reason is not None
                     yield delta

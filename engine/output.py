@@ -25,7 +25,8 @@ class OutputDelta:
 
     text may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is held
     back. finish_reason ("stop", "length") ends the stream; `stats` come with it, and in a conversation the
-    `transcript`: all that was said in it, as it was computed. prompt_token_ids only in the first delta.
+    `transcript`: all that was said in it, as it was computed. Only in the first delta: prompt_token_ids, and
+    prompt_transcript, where the conversation knew tokens of the prompt which tokenising its text may not give.
     """
 
     text: str = ""
@@ -38,6 +39,7 @@ class OutputDelta:
     finish_reason: str | None = None
     stats: RequestStats | None = None
     transcript: Transcript | None = None
+    prompt_transcript: Transcript | None = None
 
 
 def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
@@ -56,4 +58,5 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         finish_reason=last.finish_reason,
         stats=last.stats,
         transcript=last.transcript,
+        prompt_transcript=deltas[0].prompt_transcript,
     )

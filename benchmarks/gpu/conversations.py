@@ -132,6 +132,7 @@ async def _measure_peer(setting: Setting, folder: str) -> list[dict[str, Any]]:
         num_blocks=sizes["num_gpu_blocks"],
         max_batch_tokens=setting.max_num_batched_tokens,
         cpu_offload_space=0.0 if setting.is_smoke else cpu_gib,
+        timeout_s=120.0,
     ) as (generate, _):
         for active in setting.active:
             rows.append(await _run(setting, "transformers", active, generate))

@@ -17,14 +17,20 @@ from workload import Generate, Turn
 
 # The default of 256 would share whole multiples of it only; this is the block size of the other systems.
 PAGE_SIZE = 32
-TOKEN_TIMEOUT_S = 600  # a manager whose thread has died answers no more
 
 
 @asynccontextmanager
 async def batching(
-    model: Any, *, page_size: int, num_blocks: int, max_batch_tokens: int, cpu_offload_space: float = 0.0
+    model: Any,
+    *,
+    page_size: int,
+    num_blocks: int,
+    max_batch_tokens: int,
+    cpu_offload_space: float = 0.0,
+    timeout_s: float = 600.0,
 ) -> AsyncIterator[tuple[Generate, Any]]:
-    """transformers' continuous batching of `model`, and its manager. cpu_offload_space: in GiB; needs a GPU."""
+    """transformers' continuous batching of `model`, and its manager. cpu_offload_space: in GiB; needs a GPU. timeout_s:
+    for each token, because a manager whose thread has died answers no more."""
     # Older releases call it block_size and know nothing of flash.
     known = {field.name for field in fields(ContinuousBatchingConfig)}
     page = {"page_size" if "page_size" in known else "block_size": page_size}
@@ -52,7 +58,7 @@ async def batching(
         manager.add_request(list(turn.prompt), request_id=request_id, max_new_tokens=turn.output_len, streaming=True)
         num_seen = 0
         while True:
-            output = await asyncio.wait_for(outputs.get(), TOKEN_TIMEOUT_S)
+            output = await asyncio.wait_for(outputs.get(), timeout_s)
             if output.error is not None:
                 raise RuntimeError(output.error)
             yield output.generated_tokens[num_seen:]

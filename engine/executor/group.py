@@ -156,8 +156,10 @@ class GroupExecutor(LocalExecutor):
             self._load(config, members[0], store)
             self.placements = (self.placement, *self._channel.wait_until_ready())
             self.check_health()
-            # All have met; killed from now on, rank 0 leaves nothing behind.
-            shutil.rmtree(self._folder)
+            if self.loaded.device.type == "cpu":
+                # All have met; killed from now on, rank 0 leaves nothing behind. (NCCL's watchdog reads the store in there as
+                # long as the group lives, and would wait half an hour for a file that is gone.)
+                shutil.rmtree(self._folder, ignore_errors=True)
         except BaseException as error:
             blamed = self._find_blamed(error)
             self._end()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from itertools import starmap
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, wait
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
@@ -250,10 +252,11 @@ class PlanReceiver:
     """A worker's side. A thread sends heartbeats; when rank 0 is gone, it ends the process should that not end by itself."""
 
     def __init__(self, member: GroupMember) -> None:
-        is_local = isinstance(member.plan_address, str)
-        family = "AF_UNIX" if is_local else "AF_INET"
+        self._path = member.plan_address if isinstance(member.plan_address, str) else None
+        self._is_orphan = False
+        family = "AF_INET" if self._path is None else "AF_UNIX"
         self._connection: Connection[Any, Any] = Client(member.plan_address, family, authkey=member.authkey)
-        if not is_local:
+        if self._path is None:
             _tune_tcp(self._connection)
         self._connection.send(member.rank)
         self._lock = threading.Lock()
@@ -267,7 +270,8 @@ class PlanReceiver:
         gone."""
         try:
             message = self._connection.recv_bytes()
-        except OSError as error:
+        except (EOFError, OSError) as error:
+            self._is_orphan = True
             raise EOFError from error
         return None if message == STOP else decode_plan(message)
 
@@ -285,10 +289,20 @@ class PlanReceiver:
         self._closed.set()
         self._thread.join()
         self._connection.close()
+        self._tidy_up()
 
     def _send(self, message: Any) -> None:
-        with self._lock:
-            self._connection.send(message)
+        try:
+            with self._lock:
+                self._connection.send(message)
+        except OSError:
+            self._is_orphan = True
+            raise
+
+    def _tidy_up(self) -> None:
+        """What rank 0 would have removed, had it not been killed."""
+        if self._is_orphan and self._path is not None:
+            shutil.rmtree(Path(self._path).parent, ignore_errors=True)
 
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT_S):
@@ -297,6 +311,7 @@ class PlanReceiver:
             except OSError:
                 if not self._closed.wait(END_ALONE_AFTER_S):
                     logger.error("rank 0 is gone, and a collective does not end: leaving")
+                    self._tidy_up()
                     os._exit(1)
                 return
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from deployments.engine_client import EngineClient
 from deployments.generation import DeltaItem, ErrorItem, GenerationRequest, ModelCard
 from deployments.placement import GroupNotPlacedError
 from deployments.rendezvous import rank_replicas
+from engine.core.conversation import Transcript
 from engine.core.request import SamplingParams
 from engine.errors import EngineStoppedError, OverloadedError
 from engine.output import OutputDelta
@@ -303,6 +305,42 @@ async def test_a_replica_lost_after_a_spill_is_resumed_where_the_spill_went() ->
     text, _ = await answer(handle)
     assert text == "abcdef"
     assert asked(handle) == ["0|session-1", "1|session-1", "1|session-1"]
+
+
+async def test_whoever_was_lost_is_patient_with_full_replicas() -> None:
+    """They are full of those that were lost with it: its answer has begun, and must not end for that."""
+    handle = FakeReplicas([2, *[0] * 5], [ActorDiedError(), *[FULL] * 5])
+    text, items = await answer(handle)
+    assert text == "abcdef"
+    assert all(isinstance(item, DeltaItem) for item in items)
+    home_and_next = ["0|session-1", "1|session-1"]
+    assert asked(handle) == ["0|session-1", *home_and_next * 3]
+
+
+async def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "RESUME_PATIENCE_S", 0.0)
+    text, items = await answer(FakeReplicas([2, *[0] * 5], [ActorDiedError(), *[FULL] * 5]))
+    assert (text, items[-1].status) == ("ab", 429)
+
+
+async def test_the_next_replica_is_told_the_prompt_as_it_was_tokenised() -> None:
+    """The first one knew tokens of the history that no tokenizer would give; without them, the rest would not be the rest."""
+    history = Transcript(array("I", [7, 8, 9]), "hi")
+
+    class Remembers(FakeReplicas):
+        async def _say(self, request: GenerationRequest) -> AsyncIterator[Any]:
+            is_first = True
+            async for item in super()._say(request):
+                if is_first and isinstance(item, DeltaItem):
+                    item = replace(item, delta=replace(item.delta, prompt_transcript=history))
+                is_first = False
+                yield item
+
+    handle = Remembers([2, 0, 2], [ActorDiedError()] * 3)
+    text, items = await answer(handle)
+    assert text == "abcdef"
+    assert [request.history for request in handle.requests] == [None, history, history, history]
+    assert {item.delta.prompt_transcript for item in items} == {None}
 
 
 async def test_deployment_that_failed_to_start() -> None:

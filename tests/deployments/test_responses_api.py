@@ -165,6 +165,26 @@ async def test_a_conversation_by_previous_response_id(client: AsyncOpenAI, strea
     assert "Rome" in messages[7]["content"]
 
 
+async def test_ids_are_chosen_for_what_begins_a_session(
+    engine: EngineHere, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not for what goes on in one: its home is known, and drawing would count a load that does not come."""
+    chosen: list[str] = []
+
+    def choose(candidates: Sequence[str]) -> str:
+        chosen.append(candidates[0])
+        return candidates[0]
+
+    monkeypatch.setattr(engine, "choose_session_id", choose)
+    async with served(engine, url) as http:
+        client = openai_client(http)
+        first = await ask(client, "my cat is called Mia")
+        await ask(client, "what is my cat called?", previous_response_id=first.id)
+        conversation = await client.conversations.create()
+        await ask(client, "i live in Rome", conversation=conversation.id)
+    assert chosen == [first.id, conversation.id]
+
+
 async def test_a_conversation_by_conversation_id(client: AsyncOpenAI) -> None:
     first_item = {"type": "message", "role": "user", "content": "my dog is called Rex"}
     answer_item = {"type": "message", "role": "assistant", "content": "ok, your dog is called Rex."}

@@ -47,6 +47,22 @@ def test_the_fast_path_needs_keys(capsys: pytest.CaptureFixture[str], monkeypatc
     assert started == [str(CONFIG)]
 
 
+def test_a_key_that_the_cluster_would_not_see_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The application is built on the cluster's nodes, and without keys it would serve all their users."""
+    monkeypatch.setattr(run, "_run", lambda config: 0)
+    monkeypatch.setenv("PENSIEVE_API_KEY", "sk-a")
+    for name in run.DEFAULTS:  # to be put back
+        monkeypatch.setenv(name, run.DEFAULTS[name])
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert run.main([str(CONFIG)]) == 2
+    assert "args.tenants_file" in capsys.readouterr().err
+    for address in ("local", None):
+        monkeypatch.delenv("RAY_ADDRESS") if address is None else monkeypatch.setenv("RAY_ADDRESS", address)
+        assert run.main([str(CONFIG)]) == 0
+
+
 @pytest.mark.parametrize(("address", "arguments"), [(None, ["--address", "local"]), ("10.0.0.1:6379", [])])
 def test_it_starts_a_ray_of_its_own_unless_one_is_named(
     monkeypatch: pytest.MonkeyPatch, address: str | None, arguments: list[str]

@@ -159,6 +159,25 @@ async def test_a_history_that_was_told_is_not_tokenised_again(engines) -> None:
     assert again[0].prompt_token_ids == alone[0].prompt_token_ids
 
 
+async def test_an_engine_tells_the_prompt_that_another_one_would_tokenise_otherwise(engines) -> None:
+    """A turn of a sampled conversation: its history consists of tokens that tokenising its text would not give."""
+    first, second = engines
+    sampling = SamplingParams(temperature=2.0, seed=1, max_tokens=30, min_tokens=30)
+    answer = merge_deltas(await collect(first, MESSAGES, sampling, "1", session_id="s"))
+    assert answer.prompt_transcript is None  # nothing was known
+    longer = (*MESSAGES, ("assistant", answer.text), ("user", "and again: what is my cat called?"))
+    options = {"return_prompt_token_ids": True}
+    whole = merge_deltas(await collect(first, longer, sampling, "2", session_id="s", **options))
+    prompt = whole.prompt_transcript
+    assert prompt is not None
+    assert tuple(prompt.token_ids) == whole.prompt_token_ids
+    alone = merge_deltas(await collect(second, longer, sampling, "3", session_id="other", **options))
+    assert alone.prompt_token_ids != whole.prompt_token_ids
+    told = merge_deltas(await collect(second, longer, sampling, "4", session_id="s", history=prompt, **options))
+    assert told.prompt_token_ids == whole.prompt_token_ids
+    assert told.token_ids == whole.token_ids
+
+
 async def test_tenants_share_neither_chunks_nor_histories(engines) -> None:
     engine = engines[0]
     greedy = SamplingParams(temperature=0.0, max_tokens=8)
