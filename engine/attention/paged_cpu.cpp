@@ -152,13 +152,18 @@ void fill(Panel<T>& panel, const Call& c, const Job& job, const T* k_pool, const
   });
 }
 
-// Ask for K and V ahead of their use: the hardware does not look past a page.
+// Ask for what is read soon: the hardware does not look past a page. It may lie past the end of a pool: nothing happens then.
+template <typename T>
+inline void prefetch(const T* p, int64_t num_elements) {
+  constexpr int kLine = 64;
+  const char* bytes = reinterpret_cast<const char*>(p);
+  for (int64_t b = 0; b < num_elements * int64_t(sizeof(T)); b += kLine) __builtin_prefetch(bytes + b, 0, 2);
+}
+
 template <typename T>
 inline void prefetch(const Call& c, const T* k, const T* v, int length) {
-  constexpr int kLine = 64;
-  const char *k_bytes = reinterpret_cast<const char*>(k), *v_bytes = reinterpret_cast<const char*>(v);
-  for (int64_t b = 0; b < int64_t(length) * c.k_dim * int64_t(sizeof(T)); b += kLine) __builtin_prefetch(k_bytes + b, 0, 2);
-  for (int64_t b = 0; b < int64_t(length) * c.v_dim * int64_t(sizeof(T)); b += kLine) __builtin_prefetch(v_bytes + b, 0, 2);
+  prefetch(k, int64_t(length) * c.k_dim);
+  prefetch(v, int64_t(length) * c.v_dim);
 }
 
 // Visible keys of a query position, as a range of the panel.
@@ -233,13 +238,15 @@ inline void dot_keys(const float* q, int q_stride, const T* k, int k_dim, float*
 }
 
 template <typename T, int R, int N>
-inline void add_values(const Panel<T>& panel, int64_t head, const float* s, int v_dim, int d, float* o, int o_stride) {
+inline void add_values(const Panel<T>& panel, int64_t head, const T* const* ahead, const float* s, int v_dim, int d, float* o,
+                       int o_stride) {
   Vec acc[R][N];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) acc[r][n] = Vec::loadu(o + r * o_stride + d + n * kLanes);
   for (int i = 0; i < panel.num_runs; ++i) {
     const Run<T>& run = panel.runs[i];
     for (int j = 0; j < run.length; ++j) {
+      if (ahead[i] != nullptr) prefetch(ahead[i] + j * v_dim + d, N * kLanes);
       const T* v = run.v + head + j * v_dim + d;
       Vec p[R];
 #pragma GCC unroll 4
@@ -256,10 +263,12 @@ inline void add_values(const Panel<T>& panel, int64_t head, const float* s, int 
     for (int n = 0; n < N; ++n) acc[r][n].store(o + r * o_stride + d + n * kLanes);
 }
 
-// o[r] += sum over the panel's keys of s[r][key] * v[key], from feature d on, as far as vectors of N go.
+// o[r] += sum over the panel's keys of s[r][key] * v[key], from feature d on, as far as vectors of N go. ahead: for each run,
+// what is read next after all of this, or null.
 template <typename T, int R, int N>
-inline int add_values_from(const Panel<T>& panel, int64_t head, const float* s, int v_dim, int d, float* o, int o_stride) {
-  for (; d + N * kLanes <= v_dim; d += N * kLanes) add_values<T, R, N>(panel, head, s, v_dim, d, o, o_stride);
+inline int add_values_from(const Panel<T>& panel, int64_t head, const T* const* ahead, const float* s, int v_dim, int d,
+                           float* o, int o_stride) {
+  for (; d + N * kLanes <= v_dim; d += N * kLanes) add_values<T, R, N>(panel, head, ahead, s, v_dim, d, o, o_stride);
   return d;
 }
 
@@ -284,11 +293,23 @@ void attend_few(const Call& c, const Job& job, const T* query, const T* k_pool, 
     scratch.l[i] = has_sink ? 1.f : 0.f;
   }
   alignas(64) float s[R * kPanel];
-  Panel<T> panel;
-  for (int start = job.begin; start < job.end; start += kPanel) {
-    fill(panel, c, job, k_pool, v_pool, start);
+  Panel<T> panels[2];
+  int turn = 0;
+  // While a head is computed, the next one's K and V are asked for, row by row; after the last, the next panel's.
+  const T *k_ahead[kPanel], *v_ahead[kPanel];
+  fill(panels[0], c, job, k_pool, v_pool, job.begin);
+  for (int start = job.begin; start < job.end; start += kPanel, turn ^= 1) {
+    const Panel<T>& panel = panels[turn];
+    Panel<T>& next = panels[turn ^ 1];
+    fill(next, c, job, k_pool, v_pool, std::min(start + kPanel, job.end));
     const int padded = ceil_div(panel.length, kLanes) * kLanes;
     for (int h = 0; h < job.num_heads; ++h) {
+      for (int i = 0; i < panel.num_runs; ++i) {
+        const bool is_last = h + 1 == job.num_heads, is_end = is_last && i >= next.num_runs;
+        const Run<T>& run = is_last && !is_end ? next.runs[i] : panel.runs[i];
+        k_ahead[i] = is_end ? nullptr : run.k + (is_last ? 0 : (h + 1) * c.k_head);
+        v_ahead[i] = is_end ? nullptr : run.v + (is_last ? 0 : (h + 1) * c.v_head);
+      }
       const float* q = scratch.q.data() + h * R * q_stride;
       float* o = scratch.o.data() + h * R * o_stride;
       const int64_t k_head = h * c.k_head, v_head = h * c.v_head;
@@ -296,7 +317,10 @@ void attend_few(const Call& c, const Job& job, const T* query, const T* k_pool, 
         const Run<T>& run = panel.runs[i];
         const T* k = run.k + k_head;
         int j = 0;
-        for (; j + K <= run.length; j += K) dot_keys<T, R, K>(q, q_stride, k + j * c.k_dim, c.k_dim, s + run.offset + j);
+        for (; j + K <= run.length; j += K) {
+          if (k_ahead[i] != nullptr) prefetch(k_ahead[i] + j * c.k_dim, K * c.k_dim);
+          dot_keys<T, R, K>(q, q_stride, k + j * c.k_dim, c.k_dim, s + run.offset + j);
+        }
         for (; j < run.length; ++j) dot_keys<T, R, 1>(q, q_stride, k + j * c.k_dim, c.k_dim, s + run.offset + j);
       }
       for (int r = 0; r < R; ++r) {
@@ -327,9 +351,9 @@ void attend_few(const Call& c, const Job& job, const T* query, const T* k_pool, 
         }
         l += sum(total);
       }
-      int d = add_values_from<T, R, N>(panel, v_head, s, c.v_dim, 0, o, o_stride);
-      if constexpr (N > 4) d = add_values_from<T, R, 4>(panel, v_head, s, c.v_dim, d, o, o_stride);
-      d = add_values_from<T, R, 1>(panel, v_head, s, c.v_dim, d, o, o_stride);
+      int d = add_values_from<T, R, N>(panel, v_head, v_ahead, s, c.v_dim, 0, o, o_stride);
+      if constexpr (N > 4) d = add_values_from<T, R, 4>(panel, v_head, v_ahead, s, c.v_dim, d, o, o_stride);
+      d = add_values_from<T, R, 1>(panel, v_head, v_ahead, s, c.v_dim, d, o, o_stride);
       for (; d < c.v_dim; ++d) {
         for (int i = 0; i < panel.num_runs; ++i) {
           const Run<T>& run = panel.runs[i];
