@@ -1,5 +1,5 @@
-"""What the way through Ray Serve costs: time to first token and tokens/s of streams over HTTP (proxy, ingress, engine
-replica) beside the same engine asked directly in this process, by number of streams at once.
+"""What the way through Ray Serve costs: time to first token, time per later token and tokens/s of streams over HTTP (proxy,
+ingress, engine replica) beside the same engine asked directly in this process, by number of streams at once.
 
     python benchmarks/serve_overhead.py
     python benchmarks/serve_overhead.py --fast-path    # also with HAProxy and Serve's throughput switches (needs haproxy)
@@ -146,17 +146,17 @@ def direct(engine: AsyncEngine, num_tokens: int) -> Stream:
     return stream
 
 
-async def run_streams(stream: Stream, num_streams: int, label: str) -> tuple[list[float], float]:
-    """Seconds to the first token of each stream, and seconds until all are done."""
+async def run_streams(stream: Stream, num_streams: int, label: str) -> tuple[list[tuple[float, float]], float]:
+    """Seconds to the first token and to the end of each stream, and seconds until all are done."""
 
-    async def follow(name: str) -> float:
+    async def follow(name: str) -> tuple[float, float]:
         start = time.perf_counter()
         times = [time.perf_counter() - start async for _ in stream(name)]
-        return times[0]
+        return times[0], times[-1]
 
     start = time.perf_counter()
-    firsts = await asyncio.gather(*(follow(f"{label}-{number}") for number in range(num_streams)))
-    return list(firsts), time.perf_counter() - start
+    times = await asyncio.gather(*(follow(f"{label}-{number}") for number in range(num_streams)))
+    return list(times), time.perf_counter() - start
 
 
 async def measure(engine_options: dict[str, Any], url: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -167,13 +167,15 @@ async def measure(engine_options: dict[str, Any], url: str, options: argparse.Na
         sides = {"alone": direct(engine, options.num_tokens), "http": over_http(http, url, options.num_tokens)}
         for num_streams in options.streams:
             firsts: dict[str, list[float]] = {side: [] for side in sides}
+            gaps: dict[str, list[float]] = {side: [] for side in sides}
             totals: dict[str, list[float]] = {side: [] for side in sides}
             num_repeats = max(options.repeats, MIN_STREAMS // num_streams)
             for repeat in tqdm(range(-1, num_repeats), desc=f"{num_streams} streams"):  # the first one warms up
                 for side in list(sides)[:: 1 if repeat % 2 else -1]:
-                    ttfts, total = await run_streams(sides[side], num_streams, f"{side}-{num_streams}-{repeat}")
+                    times, total = await run_streams(sides[side], num_streams, f"{side}-{num_streams}-{repeat}")
                     if repeat >= 0:
-                        firsts[side] += ttfts
+                        firsts[side] += [first for first, _ in times]
+                        gaps[side] += [(end - first) / (options.num_tokens - 1) for first, end in times]
                         totals[side].append(total)
             row: dict[str, Any] = {"num_streams": num_streams}
             for side in sides:
@@ -181,6 +183,7 @@ async def measure(engine_options: dict[str, Any], url: str, options: argparse.Na
                 row[side] = {
                     "ttft_p50_ms": 1e3 * statistics.median(firsts[side]),
                     "ttft_p95_ms": 1e3 * statistics.quantiles(firsts[side], n=20)[-1],
+                    "ms_per_token_p50": 1e3 * statistics.median(gaps[side]),
                     "tokens_per_s": statistics.median(per_run),
                 }
             row["added_ttft_p50_ms"] = row["http"]["ttft_p50_ms"] - row["alone"]["ttft_p50_ms"]
@@ -194,7 +197,8 @@ def print_row(path: str, row: dict[str, Any]) -> None:
     http, alone = row["http"], row["alone"]
     ttft = f"{http['ttft_p50_ms']:.1f} ms (+{row['added_ttft_p50_ms']:.1f}; p95 {http['ttft_p95_ms']:.1f})"
     rate = f"{http['tokens_per_s']:.0f} of {alone['tokens_per_s']:.0f} tokens/s ({row['share_of_tokens_per_s']:.0%})"
-    print(f"{path:10} {row['num_streams']:3} streams: first token {ttft}, {rate}")
+    gap = f"{http['ms_per_token_p50']:.2f} ms a token (+{http['ms_per_token_p50'] - alone['ms_per_token_p50']:.2f})"
+    print(f"{path:10} {row['num_streams']:3} streams: first token {ttft}, {gap}, {rate}")
 
 
 def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:

@@ -89,6 +89,28 @@ def test_split_contexts_equal_the_reference(segments, window):
 
 
 @interpreted
+@given(
+    seed=st.integers(0, 2**16),
+    segments=st.lists(
+        st.tuples(st.integers(1, 3), st.one_of(st.integers(1, 40), st.integers(254, 800))).map(
+            lambda t: (t[0], t[0] + t[1])
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    heads=st.sampled_from([(1, 1), (4, 2)]),
+    chunk_size=st.sampled_from([16, 32, 100]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    window=st.sampled_from([None, 64, 300]),
+    has_sinks=st.booleans(),
+)
+@settings(deadline=None, max_examples=30)
+def test_random_split_contexts_equal_the_reference(seed, segments, heads, chunk_size, dtype, window, has_sinks):
+    sinks = torch.randn(heads[0], generator=torch.Generator().manual_seed(seed)) if has_sinks else None
+    assert_right(seed, segments, heads, 16, 12, chunk_size, dtype, AttentionParams(0.25, window, None, sinks))
+
+
+@interpreted
 def test_without_host_segments_the_device_is_asked():
     assert_right(1, [(3, 10), (1, 5)], (2, 2), 8, 8, 4, torch.float32, AttentionParams(0.3), on_host=False)
 
