@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-model-len", type=int, help="fill only so much of the window")
     parser.add_argument("--num-threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", help="the answers of both modes are the same in float32 only")
     parser.add_argument("--name", default="turn_latency", help="name of the result files")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
@@ -76,7 +77,7 @@ def main() -> None:
     window = arguments.max_model_len or config.max_position_embeddings
     per_turn = window // arguments.num_turns - NUM_OUTPUT_TOKENS - 8  # 8: the template's tokens, and to be sure
     sampling = SamplingParams(temperature=0.0, max_tokens=NUM_OUTPUT_TOKENS, ignore_eos=True)
-    options = {"model": arguments.model, "num_threads": arguments.num_threads}
+    options = {"model": arguments.model, "num_threads": arguments.num_threads, "dtype": arguments.dtype}
     comparisons = [
         compare_modes(options, user_messages(tokenizer, arguments.num_turns, per_turn, seed), sampling)
         for seed in range(arguments.repeats)
@@ -88,7 +89,7 @@ def main() -> None:
         f"turn {last.turn}: {last.speed_up:.1f}x faster than stateless; "
         f"{last.pensieve_ttft_s / second.pensieve_ttft_s:.2f}x of turn 2"
     )
-    write_result(arguments.name, {"repeats": arguments.repeats, **asdict(result)})
+    write_result(arguments.name, {"repeats": arguments.repeats, "dtype": arguments.dtype, **asdict(result)})
     plot_comparison(result, RESULTS / f"{arguments.name}.png")
 
 
