@@ -46,11 +46,8 @@ class ReplicaCount:
     async def _ask(self) -> None:
         try:
             self._num_replicas = max(1, await asyncio.to_thread(self._count))
-        except (
-            RayError,
-            RayServeException,
-            KeyError,
-        ) as error:  # the controller starts anew, the application is deleted
+        # The controller starts anew, or the application is being deleted.
+        except (RayError, RayServeException, KeyError) as error:
             logger.debug("the number of ingress replicas is not known: %r", error)
         finally:
             self._asking = None

@@ -48,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ConfigError) as error:
         problems = [str(error)]
     if os.environ.get("RAY_ADDRESS", "local") != "local" and API_KEY_VARIABLE in os.environ:
-        problems = [
+        problems.append(
             f"{API_KEY_VARIABLE} counts on the nodes of the cluster that RAY_ADDRESS names, not here, and without keys "
             "everybody on those nodes is served: put the keys into args.tenants_file"
-        ]
+        )
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2

@@ -35,10 +35,9 @@ class EngineConfig:
     kv_offloading_size (GiB): size of the CPU tier, 0 = none. max_num_seqs: most requests that run at once.
     max_num_batched_tokens: token budget of a step. prefill_batch_tokens: further prompts join a step only while its prompts
     have fewer tokens; None = 128 on a CPU, which computes no faster with more, and on a GPU no limit but that budget.
-    max_num_queued_reqs,
-    max_num_queued_tokens: how many requests, and with how many tokens in all (None = any), may wait to be started; more are
-    refused. decode_reserve: share of GPU blocks that admission leaves free.
-    swap_out_watermark: share of free and reclaimable GPU blocks under which chunks are swapped out ahead of time.
+    max_num_queued_reqs, max_num_queued_tokens: how many requests, and with how many tokens in all (None = any), may wait to
+    be started; more are refused. decode_reserve: share of GPU blocks that admission leaves free. swap_out_watermark: share of
+    free and reclaimable GPU blocks under which chunks are swapped out ahead of time.
     write_through: copy what a turn leaves to the CPU tier at its end, not only under the watermark. verify_swaps: checksum
     every block on its way; a wrong one is dropped and recomputed. profile: file that `pensieve profile` wrote; None = the
     one in the user's cache folder, if any. num_threads: CPU threads of the model; None = the cores that the process was

@@ -75,7 +75,7 @@ class Tokenizer:
             starts = [start for start, _ in spans]
         num_known = len(known.token_ids)
         anchors = list(known.anchors)
-        if known.num_chars:
+        if 0 < known.num_chars < len(text):
             anchors.append((num_known, known.num_chars))
         for index, (token_id, start) in enumerate(zip(token_ids, starts, strict=True)):
             if token_id in self._special_ids and index:

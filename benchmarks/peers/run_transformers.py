@@ -69,7 +69,8 @@ async def batching(
     try:
         yield generate, manager
     finally:
-        await asyncio.to_thread(manager.stop)
+        # At once: after an error, what is under way may never end.
+        await asyncio.to_thread(manager.stop, hard_stop=True, timeout=30.0)
 
 
 @asynccontextmanager

@@ -58,6 +58,10 @@ def test_a_key_that_the_cluster_would_not_see_is_refused(
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert run.main([str(CONFIG)]) == 2
     assert "args.tenants_file" in capsys.readouterr().err
+    assert run.main(["nothing.yaml"]) == 2
+    printed = capsys.readouterr().err
+    assert "nothing.yaml" in printed  # what else is wrong is told too
+    assert "args.tenants_file" in printed
     for address in ("local", None):
         monkeypatch.delenv("RAY_ADDRESS") if address is None else monkeypatch.setenv("RAY_ADDRESS", address)
         assert run.main([str(CONFIG)]) == 0

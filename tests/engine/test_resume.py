@@ -176,6 +176,7 @@ async def test_an_engine_tells_the_prompt_that_another_one_would_tokenise_otherw
     told = merge_deltas(await collect(second, longer, sampling, "4", session_id="s", history=prompt, **options))
     assert told.prompt_token_ids == whole.prompt_token_ids
     assert told.token_ids == whole.token_ids
+    assert told.transcript == whole.transcript
 
 
 async def test_tenants_share_neither_chunks_nor_histories(engines) -> None:

@@ -59,6 +59,12 @@ def test_only_what_is_not_known_is_tokenised(tokenizer):
     assert all(3 <= num_tokens < len(prompt.token_ids) for num_tokens, _ in prompt.anchors[1:])
 
 
+def test_what_is_known_to_its_end_is_taken_as_it_is(tokenizer):
+    text = tokenizer.render_chat(CHAT)
+    known = TranscriptMatch(array("I", [9, 8, 7]), len(text), ((1, 4),), num_computed=2)
+    assert encode(tokenizer, text, known) == Transcript(known.token_ids, text, known.anchors)  # none at the end
+
+
 def test_a_match_of_an_edited_chat_gives_the_tokens_of_that_chat(tokenizer):
     """From any turn of a conversation to any other chat: cutting at anchors never changes the token ids."""
     rng = random.Random(0)
