@@ -756,9 +756,11 @@ void run(Call& c, const at::Tensor& query, const at::Tensor& k_pool, const at::T
     num_tiles += int64_t(ceil_div(all[i].query_len, max_tile_tokens)) * c.num_kv_heads;
     num_few += is_few(all[i].query_len);
   }
-  // Heads that a job of few rows takes: many, but not so many that there are too few jobs for the threads to share evenly.
+  // Heads that a job of few rows takes: many, but not so many that there are too few jobs for the threads to share evenly; one
+  // where the next head is in the same place.
   const int64_t min_jobs = int64_t(4) * at::get_num_threads();
-  const int few_heads = std::clamp(static_cast<int>(num_few * c.num_kv_heads / min_jobs), 1, c.num_kv_heads);
+  const int max_few_heads = c.num_sharers > 1 ? 1 : c.num_kv_heads;
+  const int few_heads = std::clamp(static_cast<int>(num_few * c.num_kv_heads / min_jobs), 1, max_few_heads);
   const int max_splits = static_cast<int>(ceil_div(2 * at::get_num_threads(), static_cast<int>(std::max<int64_t>(1, num_tiles))));
 
   struct Combination {

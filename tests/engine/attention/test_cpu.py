@@ -115,6 +115,12 @@ def test_segments_without_rows_are_passed_over(dtype):
     assert_right(4, [(1, 40), (0, 7), (40, 90), (0, 0)], (4, 2), 16, 16, 32, dtype, AttentionParams(0.25))
 
 
+@pytest.mark.parametrize("heads", [(53, 1), (118, 2), (202, 2)], ids=str)
+def test_more_query_heads_of_a_kv_head_than_fit_a_tile(heads):
+    """And no divisor of their number that does: each is a head with the same K and V as its neighbours."""
+    assert_right(5, [(1, 40), (1, 7), (1, 130), (3, 60)], heads, 16, 16, 32, torch.float32, AttentionParams(0.25))
+
+
 @pytest.mark.parametrize("num_threads", [1, 3, 16])
 @pytest.mark.parametrize("window", [None, 1000])
 @pytest.mark.parametrize("segments", [[(1, 3000)], [(9, 2500)], [(1, 700), (60, 2000)], [(300, 2001)]], ids=str)
