@@ -1,13 +1,13 @@
 """The engine as a server uses it: one thread that steps, an asyncio facade that streams. Knows no HTTP and no Ray.
 
-event loop                                   engine thread                    executor's thread
-generate() -- tokenise, queue a command -->  core.add_request
-                                             schedule step n  -- plan -->     execute step n
-           <-- OutputDelta, one wake-up ---  text of step n-1                    :
-                                             draft step n+1                      :
-                                             update           <-- result --
-cancelled  -- queue a command ------------>  core.abort
+event loop                                   engine thread                     executor's thread    device
+generate() -- tokenise, queue a command -->  core.add_request                                       step n
+                                             schedule step n+1  -- plan -->    launch step n+1         :
+           <-- OutputDelta, one wake-up ---  text of step n-1                                          :
+                                             update             <-- result --  complete step n      step n+1
+cancelled  -- queue a command ------------>  core.abort                                                :
 
+Where the result of step n decides what step n+1 is, that is drafted meanwhile, and launched when the result is there.
 Without `async_scheduling`, the engine thread executes the step itself, makes its text, and then schedules the next one.
 """
 
@@ -21,6 +21,7 @@ import secrets
 import threading
 import time
 from array import array
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -273,24 +274,28 @@ class AsyncEngine:
     # -- the engine thread ---------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        in_flight: deque[tuple[StepPlan, Callable[[], StepResult]]] = deque()
         try:
             while not self._is_stopping:
                 self._step_start_s = time.monotonic()
                 self._run_commands(wait=False)
-                plan = self._core.schedule(time.monotonic())
-                if plan is None:
+                plan = None if in_flight else self._core.schedule(time.monotonic())
+                if plan is not None:
+                    in_flight.append((plan, self._begin_step(plan)))
+                if not in_flight:
                     self._outputs.deliver()
                     if not self._is_stopping:  # a shutdown's wake-up call may have been taken already
                         self._step_start_s = None
                         self._run_commands(wait=True)
-                elif self._is_overlapped:
-                    future = self._executor.submit(plan)
-                    # Meanwhile the text of the step before, and the plan of the step after.
+                    continue
+                if self._is_overlapped:
+                    # While the device computes: the step behind it, and the text of the step before.
+                    ahead = self._look_ahead(in_flight[0][0])
+                    if ahead is not None:
+                        in_flight.append((ahead, self._begin_step(ahead)))
                     self._outputs.deliver()
-                    self._core.plan_ahead(plan)
-                    self._finish_step(plan, future.result)
-                else:
-                    self._finish_step(plan, partial(self._executor.execute, plan))
+                self._finish_step(*in_flight.popleft())
+                if not self._is_overlapped:
                     self._outputs.deliver()
         except BaseException as error:
             logger.exception("the engine thread died")
@@ -310,6 +315,17 @@ class AsyncEngine:
             command()
             wait = False
 
+    def _begin_step(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """What waits for its result."""
+        return self._executor.submit(plan).result if self._is_overlapped else partial(self._executor.execute, plan)
+
+    def _look_ahead(self, executing: StepPlan) -> StepPlan | None:
+        """The plan to put behind `executing`; else it is drafted."""
+        if self._executor.max_steps_in_flight > 1:
+            return self._core.schedule_ahead(time.monotonic())
+        self._core.plan_ahead(executing)
+        return None
+
     def _finish_step(self, plan: StepPlan, wait_for_result: Callable[[], StepResult]) -> None:
         try:
             result = wait_for_result()
@@ -321,9 +337,11 @@ class AsyncEngine:
             failed = self._core.fail_step(plan, time.monotonic(), are_copies_made=are_copies_made)
             self._outputs.fail(failed, ExecutorError(f"the step that computed this request failed: {error!r}"))
             return
-        self._num_failures = 0
         now = time.monotonic()
-        self._outputs.add(self._core.update(plan, result, now))
+        outputs = self._core.update(plan, result, now)
+        if outputs:  # not a step behind a failed one, which has computed for nobody
+            self._num_failures = 0
+        self._outputs.add(outputs)
         if now - self._logged_s >= LOG_INTERVAL_S:
             self._logged_s = now
             self._log_statistics()

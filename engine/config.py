@@ -47,8 +47,8 @@ class EngineConfig:
     measurements. enforce_eager: no CUDA graphs. swap_copies: between GPU and pinned host memory by "dma" (copy engines), by
     "kernel" (a copy kernel), or "auto", by the size of a block. pack_weights: lay the weights of linear layers out
     for the CPU's matrix kernels and join those that share their input, where that works. async_scheduling: put the last step
-    into text and plan the next one while a step runs; the plans and the answers are the same. None = on a GPU; where the
-    model computes on the same cores, it costs. tensor_parallel_size: ranks that share the model's weights and KV heads, each
+    into text, and plan and launch the next one, while a step runs; the answers are the same. None = on a GPU; where the model
+    computes on the same cores, it costs. tensor_parallel_size: ranks that share the model's weights and KV heads, each
     with a device of its own; gpu_memory_gib is for each of them, kv_offloading_size for all together.
     """
 

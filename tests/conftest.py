@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 # Where there is no GPU, Triton's interpreter runs the kernel for GPUs. triton reads this when torch imports it.
@@ -19,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from engine.config import EngineConfig
 from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
+from engine.core.plan import StepPlan, StepResult
 from engine.core.request import FinishReason, Request, SamplingParams
 from engine.executor.group import GroupExecutor
 from engine.executor.local import LocalExecutor
@@ -101,13 +104,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 class Driver:
-    """Steps one core with one executor. Time is the number of the step."""
+    """Steps one core with one executor. Time is the number of the step. runs_ahead: puts a second step behind the first one,
+    where the core gives it."""
 
     def __init__(self, executor: LocalExecutor, core_config: CoreConfig) -> None:
         self.executor = executor
         self.core = EngineCore(core_config)
         self.now = 0.0
         self.plans_ahead = True
+        self.runs_ahead = False
+        self.in_flight: deque[tuple[StepPlan, Callable[[], StepResult]]] = deque()
         self.plans: list = []
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.cached: dict[str, int] = {}
@@ -129,15 +135,21 @@ class Driver:
     def step(self, abort_in_flight: str | None = None) -> list[RequestOutput]:
         """One step; `abort_in_flight` is aborted while it is under way."""
         self.now += 1
-        plan = self.core.schedule(self.now)
-        if plan is None:
+        plan = None if self.in_flight else self.core.schedule(self.now)
+        if plan is not None:
+            self._begin(plan)
+        if not self.in_flight:
             return []
-        if self.plans_ahead:
-            self.core.plan_ahead(plan)
+        if self.runs_ahead:
+            ahead = self.core.schedule_ahead(self.now)
+            if ahead is not None:
+                self._begin(ahead)
+        elif self.plans_ahead:
+            self.core.plan_ahead(self.in_flight[0][0])
         if abort_in_flight is not None:
             self.core.abort(abort_in_flight, self.now)
-        self.plans.append(plan)
-        outputs = self.core.update(plan, self.executor.execute(plan), self.now)
+        plan, wait_for_result = self.in_flight.popleft()
+        outputs = self.core.update(plan, wait_for_result(), self.now)
         for output in outputs:
             self.outputs[output.request_id].append(output)
             self.cached[output.request_id] = output.num_cached_tokens
@@ -145,8 +157,15 @@ class Driver:
                 self.finished[output.request_id] = output.finish_reason
         return outputs
 
+    def _begin(self, plan: StepPlan) -> None:
+        self.plans.append(plan)
+        if self.runs_ahead:
+            self.in_flight.append((plan, self.executor.submit(plan).result))
+        else:
+            self.in_flight.append((plan, partial(self.executor.execute, plan)))
+
     def run(self) -> None:
-        while self.core.has_requests:
+        while self.core.has_requests or self.in_flight:
             self.step()
 
     def generate(self, request_id: str, token_ids: list[int], **kwargs: object) -> list[int]:

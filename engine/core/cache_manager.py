@@ -92,7 +92,9 @@ class CacheManager:
         self._unwritten: dict[Chunk, None] = {}
         self._planned = Transfers()
         self._in_flight: list[Transfers] = []
+        # Whose GPU block, and whose CPU block, a transfer that is planned or in flight writes to.
         self._loading: set[Chunk] = set()
+        self._storing: set[Chunk] = set()
         self._stats = stats
         self._model = model
 
@@ -267,6 +269,7 @@ class CacheManager:
         """The oldest plan in flight has been executed."""
         transfers = self._in_flight.pop(0)
         for chunk, _ in (*transfers.evictions, *transfers.swap_outs):
+            self._storing.discard(chunk)
             self._unpin(chunk)
             self._note_spare_copy(chunk)
         for source, target, _ in transfers.swap_ins:
@@ -281,6 +284,7 @@ class CacheManager:
         copy that was read, and those whose only copy was on its way are dropped."""
         transfers = self._in_flight.pop(0)
         for chunk, _ in (*transfers.evictions, *transfers.swap_outs):
+            self._storing.discard(chunk)
             self._spare_copies.pop(chunk, None)
             self._free_cpu_block(chunk)
             if chunk.gpu_block is None or chunk in self._loading:  # evicted, or evicted and on its way back
@@ -425,6 +429,7 @@ class CacheManager:
         self._stats.evictions["gpu_swapped_out"] += 1
         victim.cpu_block = cpu_block
         victim.pins += 1
+        self._storing.add(victim)
         self._planned.evictions.append((victim, BlockCopy(gpu_block, cpu_block)))
 
     def _try_swap_out(self, chunk: Chunk, now: float) -> bool:
@@ -435,6 +440,7 @@ class CacheManager:
         assert chunk.gpu_block is not None
         self._pin(chunk)
         chunk.cpu_block = cpu_block
+        self._storing.add(chunk)
         self._planned.swap_outs.append((chunk, BlockCopy(chunk.gpu_block, cpu_block)))
         return True
 
@@ -520,7 +526,8 @@ class CacheManager:
 
     def _note_spare_copy(self, chunk: Chunk) -> None:
         """A chunk in use that lies in both tiers could do without its CPU copy, unless a transfer is at it."""
-        if chunk.pins and chunk.gpu_block is not None and chunk.cpu_block is not None and chunk not in self._loading:
+        is_in_both = chunk.gpu_block is not None and chunk.cpu_block is not None
+        if chunk.pins and is_in_both and chunk not in self._loading and chunk not in self._storing:
             self._spare_copies.setdefault(chunk)
 
     def _file(self, chunk: Chunk) -> None:
@@ -566,13 +573,17 @@ class CacheManager:
                 assert chunk.position == position, f"{request} holds {chunk} at {position}"
                 assert chunk.gpu_block is not None, f"{request} holds {chunk}"
                 count_pin(chunk)
+        storing, loading = set(), set()
         for transfers in (self._planned, *self._in_flight):
             for chunk, copy in (*transfers.evictions, *transfers.swap_outs):
                 assert chunk.cpu_block == copy.target
+                storing.add(chunk)
                 count_pin(chunk)
             for source, target, copy in transfers.swap_ins:
                 assert (source.cpu_block, target.gpu_block) == (copy.source, copy.target)
+                loading.add(target)
                 count_pin(source)
+        assert (self._storing, self._loading) == (storing, loading)
         named = set(self.index)
         chunks = named | pins.keys()
         for chunk in chunks:

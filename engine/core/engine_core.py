@@ -5,7 +5,9 @@ simulation; the driver owns the clock.
     result = executor.execute(plan)           # or an event at now + cost_model.step_time(plan)
     outputs = core.update(plan, result, now)  # what came of it
 
-While the plan is being executed, `core.plan_ahead(plan)` drafts the next one. The plans are the same with and without.
+While the plan is being executed, `core.schedule_ahead(now)` gives the next one, to be executed behind it, where that does not
+depend on its result; else, or where an executor takes one plan at a time, `core.plan_ahead(plan)` drafts it. With drafts
+and without, the plans are the same; with plans made ahead, the outputs are.
 """
 
 from __future__ import annotations
@@ -94,9 +96,9 @@ class EngineCore:
             max_swap_outs=config.max_swap_outs,
         )
         self._requests: dict[str, Request] = {}
-        # The plan that is being executed, and those of its requests that are to end when its result is there: until then
-        # their blocks are written to.
-        self._executing: StepPlan | None = None
+        # Plans without a result yet, oldest first; and the requests that are to end when the oldest one's is there, because
+        # what it computes of them is worth keeping.
+        self._in_flight: list[StepPlan] = []
         self._to_abort: list[str] = []
 
     @property
@@ -157,8 +159,15 @@ class EngineCore:
     def schedule(self, now: float) -> StepPlan | None:
         """What to compute next; None when nothing is to do. A plan without segments moves blocks while nobody waits. Each
         plan must be answered by `update` or `fail_step` before the next call."""
-        self._executing = self._scheduler.schedule(now)
-        return self._executing
+        assert not self._in_flight, "a plan has no result yet"
+        return self._note_in_flight(self._scheduler.schedule(now))
+
+    def schedule_ahead(self, now: float) -> StepPlan | None:
+        """The step after the one in flight, to be executed behind it; None where its result decides what comes next (somebody
+        waits to be started, or no block is left), or nothing does. Results have to come in the order of the plans. Whom the
+        first result ends, against expectation, the second step computes in vain; nobody sees what came of it."""
+        (executing,) = self._in_flight
+        return self._note_in_flight(self._scheduler.schedule_ahead(executing, now))
 
     def plan_ahead(self, plan: StepPlan) -> None:
         """Draft the step after `plan`, the one that is being executed, so that the next `schedule` has less to do. Changes
@@ -166,7 +175,7 @@ class EngineCore:
         self._scheduler.plan_ahead(plan)
 
     def update(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
-        """Take in what a step gave. Requests that were aborted meanwhile are passed over."""
+        """Take in what a step gave, the oldest one in flight. Requests that ended meanwhile are passed over."""
         assert plan.step_id == result.step_id, (plan.step_id, result.step_id)
         self.stats.num_steps += 1
         self._restart_corrupted(plan, result, now)
@@ -210,13 +219,11 @@ class EngineCore:
     def abort(self, request_id: str, now: float) -> None:
         """End a request early; what it computed stays in the cache. While a plan of it is being executed, it ends with
         that. An unknown id is no error: the request may just have ended."""
-        request = self._requests.get(request_id)
-        executing = () if self._executing is None else self._executing.segments
+        executing = self._in_flight[0].segments if self._in_flight else ()
         if any(segment.request_id == request_id for segment in executing):
             self._to_abort.append(request_id)
-        elif request is not None:
-            self._finish(request, now)
-            self.stats.num_aborted += 1
+        else:
+            self._abort(request_id, now)
 
     def stop(self, request_id: str, now: float, *, num_kept_output_tokens: int | None = None) -> RequestStats | None:
         """End a request whose answer is complete for a reason that the core does not see (a stop string). Of its output, the
@@ -256,12 +263,24 @@ class EngineCore:
         assert not any(r.chunks for r in scheduler.waiting)
         self._cache.check_integrity(scheduler.running)
 
+    def _note_in_flight(self, plan: StepPlan | None) -> StepPlan | None:
+        if plan is not None:
+            self._in_flight.append(plan)
+        return plan
+
     def _land(self, now: float) -> None:
-        """Nothing is in flight any more: end what was to end."""
-        self._executing = None
+        """The oldest plan in flight is done: end what was to end with it. That the next one may write to their blocks still
+        does no harm: whatever is done with these comes after it."""
+        del self._in_flight[0]
         to_abort, self._to_abort = self._to_abort, []
         for request_id in to_abort:
-            self.abort(request_id, now)
+            self._abort(request_id, now)
+
+    def _abort(self, request_id: str, now: float) -> None:
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._finish(request, now)
+            self.stats.num_aborted += 1
 
     def _restart_corrupted(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Requests that a failed swap-in has reached start again from what else is cached."""

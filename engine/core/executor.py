@@ -4,7 +4,6 @@ a cost model in a simulation.
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from typing import Protocol
 
 from engine.core.plan import StepPlan, StepResult
@@ -18,14 +17,27 @@ class SamplingFailedError(ComputationFailedError):
     """The logits were there, on all ranks that compute them together; only choosing tokens failed."""
 
 
+class PendingStep(Protocol):
+    """A step that was submitted; a concurrent.futures.Future of its result is one."""
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        """Wait for it; as `execute` otherwise. Call it once, in the order of the steps."""
+        ...
+
+
 class Executor(Protocol):
+    """max_steps_in_flight: how many steps may be submitted that have not been waited for. Where it is more than one, a step
+    begins without knowing what the one before it sampled."""
+
+    max_steps_in_flight: int
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step. On any exception the driver fails the requests of the plan and goes on with the next; unless it
         is ComputationFailedError, it takes every copy of the plan for lost."""
         ...
 
-    def submit(self, plan: StepPlan) -> Future[StepResult]:
-        """`execute` elsewhere; returns at once. One step at a time: the next call follows the result."""
+    def submit(self, plan: StepPlan) -> PendingStep:
+        """`execute` elsewhere; returns at once. Steps are computed in order."""
         ...
 
     def check_health(self) -> None:

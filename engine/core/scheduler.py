@@ -68,6 +68,8 @@ class Scheduler:
         self._ended: list[str] = []
         self._step_id = 0
         self._ahead: _Draft | None = None
+        # Who was not admitted last, where nobody but running requests had the blocks, and none of these has ended since.
+        self._refused: Request | None = None
 
     def remove(self, request: Request, now: float, *, step_failed: bool = False) -> None:
         """Take a request out, wherever it is; its blocks go back to the cache."""
@@ -85,6 +87,29 @@ class Scheduler:
         """Draft the step after `plan`, which is being executed. Changes nothing else."""
         draft = self._draft(plan)
         self._ahead = draft if draft.running else None
+
+    def schedule_ahead(self, executing: StepPlan, now: float) -> StepPlan | None:
+        """The step after `executing`, which has no result yet: what running requests compute if nothing unforeseen happens.
+        None, and no more than a draft is made, where somebody may be started or has to be suspended: that waits for the
+        result."""
+        draft = self._draft(executing)
+        if (
+            not draft.segments
+            or self._may_admit_after(executing, draft)
+            or len(draft.growing) > self._cache.num_available_blocks
+        ):
+            self._ahead = draft if draft.running else None
+            return None
+        self._stats.num_steps_ahead += 1
+        return self._make_plan(draft, [], self._append_blocks(draft.growing, now), now)
+
+    def _may_admit_after(self, executing: StepPlan, draft: _Draft) -> bool:
+        """Whether somebody who waits may find a place behind `executing`. Whoever was refused for lack of blocks does not, as
+        long as nobody ends and no prompt is computed that may be the beginning of theirs."""
+        if not len(self.waiting) or len(draft.running) == self._max_num_seqs:
+            return False
+        is_same = len(draft.running) == len(self.running) and all(s.token_ids is None for s in executing.segments)
+        return not is_same or self.waiting.peek() is not self._refused
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, decodes first, then what prompts the budget still holds; None when there is nothing to do. The same
@@ -105,6 +130,12 @@ class Scheduler:
             self._stats.num_discarded_drafts += draft is not ahead
         # Whoever is alone finds room: nothing but running requests and transfers pins, and those end with their step.
         assert draft.segments or not (self.running or self.waiting), "requests but nothing to compute"
+        return self._make_plan(draft, starts, appends, now)
+
+    def _make_plan(
+        self, draft: _Draft, starts: Sequence[RequestStart], appends: Sequence[BlockAppend], now: float
+    ) -> StepPlan | None:
+        """With the swap-outs that go beside it. None where there is nothing to do."""
         is_swapping_in = self._cache.num_planned_swap_ins > 0
         self._cache.plan_swap_outs(
             self._watermark_blocks, self._max_swap_outs // 4 if is_swapping_in else self._max_swap_outs, now
@@ -192,6 +223,7 @@ class Scheduler:
     def _admit(self, draft: _Draft, now: float) -> list[RequestStart]:
         """Start waiting requests as far as budget and blocks reach; their segments come last in the draft."""
         starts = []
+        self._refused = None
         while draft.budget and len(self.running) < self._max_num_seqs:
             if draft.num_prompt_tokens >= self._prefill_batch_tokens:
                 break
@@ -199,6 +231,7 @@ class Scheduler:
             if request is None:
                 break
             if not self._cache.try_admit(request, self._reserve_blocks if self.running else 0, now):
+                self._refused = None if self._cache.has_transfers else request
                 break
             self.waiting.serve(request, request.num_pending_tokens)
             self._count_admission(request)
@@ -255,3 +288,4 @@ class Scheduler:
     def _end(self, request: Request, now: float, step_failed: bool = False) -> None:
         self._cache.release(request, now, step_failed=step_failed)
         self._ended.append(request.request_id)
+        self._refused = None

@@ -17,8 +17,8 @@ class EngineStats:
     """Monotonic counters. Prompt tokens are told apart by where they were on arrival: cached in the GPU or the CPU tier,
     dropped (an earlier turn computed them), or new. `num_resumed_tokens`: left to compute when suspended requests came back,
     and of answers that were begun elsewhere. `num_refused`: too many were waiting. Swaps and copies are counted in blocks;
-    `num_corrupted_swaps` by `verify_swaps`. Drafts are plans made ahead: used, or discarded because something unforeseen
-    happened."""
+    `num_corrupted_swaps` by `verify_swaps`. Drafts are plans prepared while a step runs: used, or discarded because
+    something unforeseen happened; `num_steps_ahead` were given to the executor before the step in front had a result."""
 
     num_steps: int = 0
     num_requests: int = 0
@@ -42,6 +42,7 @@ class EngineStats:
     num_recomputed_instead_of_loaded_tokens: int = 0
     num_used_drafts: int = 0
     num_discarded_drafts: int = 0
+    num_steps_ahead: int = 0
     evictions: dict[str, int] = field(default_factory=lambda: dict.fromkeys(EVICTION_REASONS, 0))
 
     def as_dict(self) -> dict[str, Any]:

@@ -117,6 +117,9 @@ class GroupExecutor(LocalExecutor):
     """Rank 0. broken: done, with the error, once the group cannot compute any more, whatever rank is to blame; cancelled by
     a regular shutdown. Its callbacks run in a thread of the group's, and must not wait for the group."""
 
+    # The other ranks are told with a step what was sampled in the one before.
+    max_steps_in_flight = 1
+
     def __init__(self, config: EngineConfig, starter: WorkerStarter | None = None) -> None:
         """starter: None = processes of this machine, which share its cores. Blocks until all ranks have loaded; raises what
         any of them raised."""

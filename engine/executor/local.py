@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from engine.attention.backend import choose_backend
 from engine.attention.metadata import AttentionBackend
 from engine.config import EngineConfig
+from engine.core.executor import PendingStep
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
@@ -70,7 +71,11 @@ def end_openmp_team() -> None:
 
 
 class LocalExecutor:
-    """One model, or one rank's shard of it; one KV store. One step at a time, in whichever thread."""
+    """One model, or one rank's shard of it; one KV store. Steps in whichever thread, if one after the other; those that are
+    submitted, in a thread of its own."""
+
+    # While the device computes one, the next one is put behind it.
+    max_steps_in_flight = 2
 
     def __init__(self, config: EngineConfig, group: ProcessGroup | None = None) -> None:
         """Loads and allocates; blocking. group: of this rank, where the model is sharded. Raises ModelLoadError or
@@ -137,8 +142,9 @@ class LocalExecutor:
     def execute(self, plan: StepPlan) -> StepResult:
         return self._runner.execute(plan)
 
-    def submit(self, plan: StepPlan) -> Future[StepResult]:
-        return self._thread.submit(self.execute, plan)
+    def submit(self, plan: StepPlan) -> PendingStep:
+        self._thread.submit(self._runner.launch, plan)
+        return _SubmittedStep(self._thread, self._runner)
 
     def note_sampled(self, token_ids: Sequence[int]) -> None:
         """On a rank that does not sample: what was sampled in the last step, before the next one."""
@@ -190,6 +196,17 @@ class LocalExecutor:
                 param="gpu_memory_gib" if config.gpu_memory_gib is not None else "gpu_memory_utilization",
             )
         return num_blocks
+
+
+class _SubmittedStep:
+    """The thread waits for it when its result is asked for: behind the launch of whatever was submitted meanwhile."""
+
+    def __init__(self, thread: ThreadPoolExecutor, runner: ModelRunner) -> None:
+        self._thread = thread
+        self._runner = runner
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        return self._thread.submit(self._runner.complete).result(timeout)
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Computes one step: plan to tensors, forward, logits of the last rows, sampling. Keeps what a worker must know of each
+"""Computes steps: plan to tensors, forward, logits of the last rows, sampling. Keeps what a worker must know of each
 started request (block table, last token, sampling state) and nothing else between steps.
 """
 
@@ -13,11 +13,11 @@ import torch
 from engine.attention.interface import PagedAttention, attention_handled_by
 from engine.attention.metadata import AttentionBackend, AttentionMetadata
 from engine.core.executor import ComputationFailedError, SamplingFailedError
-from engine.core.plan import Logprobs, QuerySegment, RequestStart, StepPlan, StepResult
+from engine.core.plan import Logprobs, RequestStart, StepPlan, StepResult
 from engine.executor.decode_graphs import DecodeGraphs, GraphMaker
 from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import LoadedModel
-from engine.executor.sampler import SamplingBatch, SamplingState
+from engine.executor.sampler import Draw, SamplingBatch, SamplingState
 from engine.executor.step_inputs import BlockTables, Staging, StepArrays, StepLimits
 from engine.executor.swapper import Swapper
 
@@ -30,8 +30,27 @@ class _RequestState:
     sampling: SamplingState | None
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step that was launched. error: of its computation; copy_error: of anything before that, or of its copies.
+    failed_swap_ins: None as long as its copies may be under way. sampled: token ids and log-probabilities, as StepResult has
+    them, once it is settled."""
+
+    plan: StepPlan
+    arrays: StepArrays | None = None
+    batch: SamplingBatch | None = None
+    draw: Draw | None = None
+    has_logits: bool = False
+    failed_swap_ins: tuple[int, ...] | None = None
+    error: Exception | None = None
+    copy_error: Exception | None = None
+    is_settled: bool = False
+    sampled: tuple[tuple[int, ...], tuple[Logprobs | None, ...]] = ((), ())
+
+
 class ModelRunner:
-    """One model (or one rank's shard of it) and its KV."""
+    """One model (or one rank's shard of it) and its KV. Steps are launched and completed in order; a step may be launched
+    before the one in front of it is complete: the tokens that it goes on from are on the device."""
 
     def __init__(
         self,
@@ -48,6 +67,8 @@ class ModelRunner:
         sampled."""
         self._loaded = loaded
         self._samples = samples
+        # Not complete yet, oldest first.
+        self._launched: list[_Step] = []
         # Table rows of those that the last step sampled for, in order.
         self._sampled_rows: list[int] = []
         self._backend = backend
@@ -70,30 +91,48 @@ class ModelRunner:
             self._graphs.capture(maker, sizes, self._decode_step)
 
     def execute(self, plan: StepPlan) -> StepResult:
-        self._follow(plan)
-        wait_for_layer = self._swapper.begin(plan)
-        token_ids: tuple[int, ...] = ()
-        logprobs: tuple[Logprobs | None, ...] = ()
-        failure: Exception | None = None
-        has_logits = False
+        """One step; raises what `complete` raises."""
+        self.launch(plan)
+        return self.complete()
+
+    def launch(self, plan: StepPlan) -> None:
+        """Begin a step, behind those that were launched before: its work goes into the queues of the device, which is not
+        waited for (where there are no queues it is done on the way). What fails shows in `complete`."""
+        if self._launched:
+            self._finish_copies(self._launched[-1])  # the swapper knows one step at a time
+        step = _Step(plan)
+        self._launched.append(step)
+        wait_for_layer = None
+        try:
+            self._follow(plan)
+            wait_for_layer = self._swapper.begin(plan)
+        except Exception as error:
+            step.copy_error = error
+            return
         self._sampled_rows = [
             self._requests[segment.request_id].table_row for segment in plan.segments if segment.samples
         ]
         try:
             if plan.segments:
-                computed = self._compute(plan.segments, wait_for_layer)
-                has_logits = True
-                if self._samples:
-                    token_ids, logprobs = self._sample(*computed)
+                self._prepare(step)
+                self._run(step, wait_for_layer)
         except Exception as error:
-            failure = error
-        # Whatever happened, no copy may be under way when the core decides about the blocks again.
-        failed_swap_ins = self._swapper.finish()
-        if failure is not None and not failed_swap_ins:
-            raise (SamplingFailedError if has_logits else ComputationFailedError)(repr(failure)) from failure
-        if failure is not None:
-            raise failure
-        return StepResult(plan.step_id, token_ids, logprobs, failed_swap_ins)
+            step.error = error
+
+    def complete(self) -> StepResult:
+        """Wait for the oldest step that was launched, and for its copies, whatever happened. Raises what went wrong;
+        ComputationFailedError where all copies were made and brought what they should."""
+        step = self._launched[0]
+        self._settle(step)
+        del self._launched[0]
+        if step.copy_error is not None:
+            raise step.copy_error
+        if step.error is not None and not step.failed_swap_ins:
+            kind = SamplingFailedError if step.has_logits else ComputationFailedError
+            raise kind(repr(step.error)) from step.error
+        if step.error is not None:
+            raise step.error
+        return StepResult(step.plan.step_id, *step.sampled, step.failed_swap_ins or ())
 
     def note_sampled(self, token_ids: Sequence[int]) -> None:
         """What rank 0 sampled in the last step, in the order of its segments; nothing where that failed."""
@@ -118,20 +157,29 @@ class ModelRunner:
         if missing > 0:
             self._last_tokens = torch.cat([self._last_tokens, self._last_tokens.new_zeros(missing)])
 
-    @torch.inference_mode()
-    def _compute(
-        self, segments: tuple[QuerySegment, ...], wait_for_layer: Callable[[int], None] | None
-    ) -> tuple[torch.Tensor, SamplingBatch, dict[str, torch.Tensor]]:
-        """(logits [number of sampling segments, vocabulary], how to sample from them, what was sent to the device)."""
-        states = [self._requests[segment.request_id] for segment in segments]
-        table_rows = [state.table_row for state in states]
-        arrays = StepArrays.of(segments, table_rows, self._tables.array, self._kv_store.chunk_size)
-        sampling = [
+    def _prepare(self, step: _Step) -> None:
+        """What a step reads, in host memory."""
+        states = [self._requests[segment.request_id] for segment in step.plan.segments]
+        samplers = [
             state.sampling
-            for state, segment in zip(states, segments, strict=True)
+            for state, segment in zip(states, step.plan.segments, strict=True)
             if segment.samples and state.sampling is not None
         ]
-        batch = SamplingBatch(sampling, self._loaded.vocab_size)
+        if any(sampler.params.has_penalties for sampler in samplers):
+            for earlier in self._launched[:-1]:
+                self._settle(earlier)  # which tokens were sampled has to be known
+        table_rows = [state.table_row for state in states]
+        step.arrays = StepArrays.of(step.plan.segments, table_rows, self._tables.array, self._kv_store.chunk_size)
+        step.batch = SamplingBatch(samplers, self._loaded.vocab_size)
+        for sampler in samplers:
+            sampler.expect_token()
+
+    @torch.inference_mode()
+    def _run(self, step: _Step, wait_for_layer: Callable[[int], None] | None) -> None:
+        """Put the computation of a step into the queue."""
+        arrays, batch = step.arrays, step.batch
+        assert arrays is not None
+        assert batch is not None
         # A graph cannot wait for layers whose KV is on its way, and its layers would not be beside the copies.
         size = None
         if arrays.is_decode_batch and wait_for_layer is None:
@@ -145,17 +193,56 @@ class ModelRunner:
             logits = self._graphs.replay(size)[tensors["sampled"]]
         else:
             logits = self._forward(arrays, tensors, wait_for_layer)
-        return logits, batch, tensors
+        step.has_logits = True
+        if self._samples:
+            step.draw = self._sample(logits, batch, tensors)
+
+    def _sample(self, logits: torch.Tensor, batch: SamplingBatch, tensors: Mapping[str, torch.Tensor]) -> Draw:
+        """Choose the next tokens, and keep them for the step behind."""
+        draw = batch.draw(logits, tensors)
+        self._last_tokens.index_copy_(0, tensors["sampled_rows"], draw.token_ids)
+        return draw
+
+    def _finish_copies(self, step: _Step) -> None:
+        """Of the step that was launched last."""
+        if step.failed_swap_ins is None:
+            step.failed_swap_ins = ()
+            try:
+                step.failed_swap_ins = self._swapper.finish()
+            except Exception as error:
+                step.copy_error = step.copy_error or error
 
     @torch.inference_mode()
-    def _sample(
-        self, logits: torch.Tensor, batch: SamplingBatch, tensors: Mapping[str, torch.Tensor]
-    ) -> tuple[tuple[int, ...], tuple[Logprobs | None, ...]]:
-        """The next tokens, and their log-probabilities as StepResult has them. This is where a step waits for the device."""
-        draw = batch.draw(logits, tensors)
-        result = draw.finish()
-        self._last_tokens.index_copy_(0, tensors["sampled_rows"], draw.token_ids)
-        return result
+    def _settle(self, step: _Step) -> None:
+        """Wait for a step; raises nothing. All that were launched before it are settled. This is where the host waits for the
+        device."""
+        if step.is_settled:
+            return
+        step.is_settled = True
+        self._finish_copies(step)
+        if step.draw is None or step.error is not None:
+            return
+        try:
+            step.sampled = step.draw.finish()
+            if step.draw.was_corrected:
+                self._correct(step)
+        except Exception as error:
+            step.error = error
+
+    def _correct(self, step: _Step) -> None:
+        """Its tokens are others than those that the steps behind it began with: compute these again. It writes the same KV to
+        the same places, but for what came of the wrong tokens."""
+        assert step.draw is not None
+        assert step.arrays is not None
+        rows = torch.from_numpy(step.arrays.sampled_rows).to(self._last_tokens.device)
+        self._last_tokens.index_copy_(0, rows, step.draw.token_ids)
+        for later in self._launched[self._launched.index(step) + 1 :]:
+            self._finish_copies(later)
+            if later.batch is not None and later.copy_error is None and later.error is None:
+                try:
+                    self._run(later, None)
+                except Exception as error:
+                    later.error = error
 
     def _forward(
         self,

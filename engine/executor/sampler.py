@@ -27,8 +27,8 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class SamplingState:
-    """What sampling has to remember of a request. token counts: of the answer, for the penalties; prompt_ids: distinct
-    ids of the prompt."""
+    """What sampling has to remember of a request. num_tokens: of its context, those included that are being sampled.
+    output_counts: of the answer's known tokens, for the penalties; prompt_ids: distinct ids of the prompt."""
 
     def __init__(
         self,
@@ -57,8 +57,12 @@ class SamplingState:
     def num_output_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
 
-    def append(self, token_id: int) -> None:
+    def expect_token(self) -> None:
+        """The next one is being sampled."""
         self.num_tokens += 1
+
+    def note_token(self, token_id: int) -> None:
+        """What it turned out to be."""
         if self.params.has_penalties:
             self.output_counts[token_id] += 1
 
@@ -75,6 +79,8 @@ def sample(
     """The next token of each request, appended to its state, and their log-probabilities as StepResult has them: the model's
     own, before penalties and temperature. logits: [len(states), vocabulary], any float dtype, not kept."""
     batch = SamplingBatch(states, logits.shape[-1])
+    for state in states:
+        state.expect_token()
     return batch.draw(logits, {name: torch.from_numpy(array) for name, array in batch.arrays.items()}).finish()
 
 
@@ -158,7 +164,8 @@ class SamplingBatch:
 
 
 class Draw:
-    """The tokens of one step, on their way. token_ids: int64 [rows], on the device; final once `finish` has returned."""
+    """The tokens of one step, on their way to host memory. token_ids: int64 [rows], on the device. was_corrected: those that
+    were there at first turned out to be wrong in `finish`."""
 
     def __init__(
         self, batch: SamplingBatch, logits: torch.Tensor, arrays: Mapping[str, torch.Tensor], looks_later: bool
@@ -167,6 +174,7 @@ class Draw:
         self._arrays = arrays
         self._logprobs = logits[arrays["logprob_rows"]].log_softmax(-1) if batch.logprob_rows else None
         self._is_sure: torch.Tensor | None = None
+        self.was_corrected = False
         logits = _penalised(logits, arrays)
         self.token_ids = logits.argmax(-1)
         num_plain = len(arrays.get("plain_rows", ()))
@@ -176,7 +184,6 @@ class Draw:
         if "filtered_rows" in arrays:
             # Kept for a second look.
             self._filtered = self._scaled(logits, arrays["filtered_rows"], slice(num_plain, None))
-            self._filtered_uniforms = arrays["uniform"][num_plain:]
             if looks_later:
                 filters = [arrays[name][:, None] for name in ("top_k", "top_p", "min_p")]
                 num_candidates = _num_candidates(batch.filtered_params, MIN_CANDIDATES_UNSEEN)
@@ -185,20 +192,24 @@ class Draw:
             else:
                 probs, ids = _filter(self._filtered, batch.filtered_params)
             self._draw_filtered(probs, ids)
+        self._copy = _HostCopy(self._pack())
 
     def finish(self) -> tuple[tuple[int, ...], tuple[Logprobs | None, ...]]:
-        """Wait for the tokens, in one copy from the device; append them to the states of the requests. Returns what `sample`
-        returns. Call it once."""
+        """Wait for the tokens, not for what the device was given behind them, and note them in the states of the requests.
+        Returns what `sample` returns. Call it once."""
         states = self._batch.states
         if not states:
             return (), ()
-        is_sure, chosen, logprobs = self._fetch()
+        is_sure, chosen, logprobs = self._unpack(self._copy.wait())
         if not is_sure:
+            # What was sent to the device may have been overwritten by the step behind.
+            device = self.token_ids.device
+            self._arrays = {name: torch.from_numpy(array).to(device) for name, array in self._batch.arrays.items()}
             self._draw_filtered(*_filter(self._filtered, self._batch.filtered_params))
-            self._is_sure = None
-            _, chosen, logprobs = self._fetch()
+            self._is_sure, self.was_corrected = None, True
+            _, chosen, logprobs = self._unpack(_HostCopy(self._pack()).wait())
         for state, token_id in zip(states, chosen, strict=True):
-            state.append(token_id)
+            state.note_token(token_id)
         return chosen, logprobs
 
     def _scaled(self, logits: torch.Tensor, rows: torch.Tensor, drawn: slice) -> torch.Tensor:
@@ -207,23 +218,25 @@ class Draw:
         return (chosen - chosen.max(-1, keepdim=True).values) / self._arrays["temperature"][drawn, None]
 
     def _draw_filtered(self, probs: torch.Tensor, ids: torch.Tensor) -> None:
-        chosen = _invert_cdf(probs, self._filtered_uniforms)
+        uniforms = self._arrays["uniform"][-len(self._filtered) :]
+        chosen = _invert_cdf(probs, uniforms)
         self.token_ids[self._arrays["filtered_rows"]] = ids.gather(-1, chosen[:, None])[:, 0]
 
-    def _fetch(self) -> tuple[bool, tuple[int, ...], tuple[Logprobs | None, ...]]:
-        """(whether no filter kept more than was looked at, token ids, log-probabilities), all in one tensor of int64."""
-        states, rows = self._batch.states, self._batch.logprob_rows
+    def _pack(self) -> torch.Tensor:
+        """Token ids, whether no filter kept more than was looked at, and log-probabilities: one tensor of int64."""
         parts = [self.token_ids]
         if self._is_sure is not None:
             parts.append(self._is_sure.all()[None].long())
-        num_top = 0
         if self._logprobs is not None:
-            num_top = min(max(states[row].params.logprobs or 0 for row in rows), self._logprobs.shape[-1])
             chosen_ids = self.token_ids[self._arrays["logprob_rows"]]
-            values, ids = self._logprobs.topk(num_top)
+            values, ids = self._logprobs.topk(self._num_top)
             values = torch.cat([self._logprobs.gather(-1, chosen_ids[:, None]), values], -1)
             parts += [values.double().view(torch.int64).flatten(), ids.flatten()]
-        numbers = (torch.cat(parts) if len(parts) > 1 else parts[0]).cpu().numpy()
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _unpack(self, numbers: np.ndarray) -> tuple[bool, tuple[int, ...], tuple[Logprobs | None, ...]]:
+        """(whether no filter kept more than was looked at, token ids, log-probabilities) of what `_pack` packed."""
+        states, rows = self._batch.states, self._batch.logprob_rows
         chosen = tuple(numbers[: len(states)].tolist())
         numbers = numbers[len(states) :]
         is_sure = True
@@ -231,14 +244,37 @@ class Draw:
             is_sure, numbers = bool(numbers[0]), numbers[1:]
         if self._logprobs is None:
             return is_sure, chosen, ()
-        floats = numbers[: len(rows) * (1 + num_top)].view(np.float64).reshape(len(rows), 1 + num_top)
-        tops = numbers[floats.size :].reshape(len(rows), num_top)
+        floats = numbers[: len(rows) * (1 + self._num_top)].view(np.float64).reshape(len(rows), 1 + self._num_top)
+        tops = numbers[floats.size :].reshape(len(rows), self._num_top)
         logprobs: list[Logprobs | None] = [None] * len(states)
         for row, values_of_row, ids_of_row in zip(rows, floats.tolist(), tops.tolist(), strict=True):
             k = states[row].params.logprobs or 0
             top = tuple(zip(ids_of_row[:k], values_of_row[1 : 1 + k], strict=True))
             logprobs[row] = Logprobs(values_of_row[0], top)
         return is_sure, chosen, tuple(logprobs)
+
+    @property
+    def _num_top(self) -> int:
+        """Log-probabilities of a row, besides the chosen token's."""
+        assert self._logprobs is not None
+        most = max(self._batch.states[row].params.logprobs or 0 for row in self._batch.logprob_rows)
+        return min(most, self._logprobs.shape[-1])
+
+
+class _HostCopy:
+    """A tensor on its way to host memory, behind what the current stream was given until now."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._on_host = tensor.to("cpu", non_blocking=True)  # pinned memory, where it comes from a GPU
+        self._arrival = None
+        if tensor.device.type == "cuda":
+            self._arrival = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait(self) -> np.ndarray:
+        """Not for what the stream was given since."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._on_host.numpy()
 
 
 def _penalised(logits: torch.Tensor, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:

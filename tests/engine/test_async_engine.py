@@ -10,20 +10,20 @@ import pytest
 from engine import async_engine
 from engine.async_engine import MAX_FAILURES_IN_A_ROW, AsyncEngine
 from engine.config import EngineConfig
-from engine.core.plan import StepPlan, StepResult
+from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ContextLengthError, EngineError, EngineStoppedError, ExecutorError, InvalidParameterError
-from engine.executor.local import LocalExecutor
 from engine.output import OutputDelta, TokenLogprob
 from engine.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from engine.tokenizer import Detokenizer
+from tests.engine.interrupted_executor import InterruptedExecutor
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 CAT = (("user", "My cat is called Mia."),)
 QUESTION = ("user", "what is my cat called?")
 
 
-class FaultyExecutor(LocalExecutor):
+class FaultyExecutor(InterruptedExecutor):
     """Fails as many steps as it is told to; may be held in the middle of a step, where a test decides what happens."""
 
     num_to_fail = 0
@@ -34,13 +34,12 @@ class FaultyExecutor(LocalExecutor):
         self.go.set()
         self.in_step = threading.Event()
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def interrupt(self, plan: StepPlan) -> None:
         self.in_step.set()
         assert self.go.wait(60)
         if self.num_to_fail:
             self.num_to_fail -= 1
             raise RuntimeError("injected fault")
-        return super().execute(plan)
 
 
 @pytest.fixture(params=[True, False], ids=["overlapped", "in turn"])
@@ -113,6 +112,10 @@ async def ask(
 
 
 async def assert_all_free(engine: AsyncEngine) -> None:
+    """Once it has come to rest: an answer may be there before the step behind it, and its copies, have ended."""
+    async with asyncio.timeout(60):
+        while engine._step_start_s is not None:
+            await asyncio.sleep(0.001)
     await engine.check_integrity()
     statistics = engine.get_statistics()
     assert statistics["num_gpu_blocks_pinned"] == 0

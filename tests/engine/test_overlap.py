@@ -9,31 +9,32 @@ import pytest
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.core.plan import StepPlan, StepResult
+from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import EngineError
-from engine.executor.local import LocalExecutor
 from engine.output import OutputDelta, merge_deltas
 from engine.prompt import ChatPrompt
 from engine.tokenizer import Detokenizer
+from tests.engine.interrupted_executor import InterruptedExecutor
 
 WAIT_S = 60
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 CAT = ChatPrompt((("user", "My cat is called Mia."),))
 
 
-class ScriptedExecutor(LocalExecutor):
-    """Notes the plans. in_step: number of a step -> what happens during it."""
+class ScriptedExecutor(InterruptedExecutor):
+    """Notes the plans. in_step: number of a step -> what happens during it. One step at a time, unless told otherwise."""
+
+    max_steps_in_flight = 1
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self.plans: list[StepPlan] = []
         self.in_step: dict[int, Callable[[], None]] = {}
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def interrupt(self, plan: StepPlan) -> None:
         self.plans.append(plan)
         self.in_step.get(len(self.plans), lambda: None)()
-        return super().execute(plan)
 
 
 @pytest.fixture
@@ -158,6 +159,42 @@ async def test_overlapped_or_in_turn_plans_answers_and_memories_are_the_same(mak
     for engine in (overlapped, in_turn):
         await engine.check_integrity()
         assert engine._outputs.streams == {}
+
+
+async def test_with_steps_put_behind_each_other_the_answers_and_memories_are_the_same(make_engine, monkeypatch):
+    """Ends by token, by string and by length, seeds, penalties. Whoever ends against expectation is computed once more, and
+    nobody sees it."""
+    monkeypatch.setitem(globals(), "ABANDONED", {})
+    ahead, in_turn = make_engine(True), make_engine(False)
+    executor(ahead).max_steps_in_flight = 2
+    ours, theirs = [[given["answer"] for given in await converse(engine)] for engine in (ahead, in_turn)]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine.text, mine.token_ids, mine.finish_reason) == (other.text, other.token_ids, other.finish_reason)
+        assert mine.num_cached_tokens == other.num_cached_tokens
+        for one, another in zip(mine.logprobs, other.logprobs, strict=True):
+            assert one.logprob == pytest.approx(another.logprob, abs=1e-4)
+    for i in range(len(NAMES)):
+        branches = [engine._conversations._conversations[f"local\ns{i}"].branches for engine in (ahead, in_turn)]
+        assert branches[0] == branches[1]
+    assert ahead.get_statistics()["num_steps_ahead"] > 20
+    num_segments = [sum(len(plan.segments) for plan in executor(engine).plans) for engine in (ahead, in_turn)]
+    assert num_segments[0] > num_segments[1]
+    await ahead.check_integrity()
+
+
+async def test_requests_abandoned_in_flight_harm_nobody_else(make_engine):
+    engine = make_engine(True)
+    executor(engine).max_steps_in_flight = 2
+    expected = (await ask(engine, CAT, GREEDY, "first")).token_ids
+    for step in range(2, 8):
+        first_step = len(executor(engine).plans)
+        executor(engine).in_step[first_step + step] = lambda: abandon(engine, "a")
+        questions = [(CAT, replace(GREEDY, ignore_eos=True), "a"), (CAT, GREEDY, "b")]
+        abandoned, other = await ask_at_once(engine, *questions)
+        assert isinstance(abandoned, EngineError)
+        assert other.token_ids == expected
+    await engine.check_integrity()
+    assert engine._outputs.streams == {}
 
 
 async def test_what_an_abandoned_request_said_is_remembered_up_to_its_last_token(engine):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -37,8 +38,9 @@ class ContextExecutor:
     context_of: request id -> its tokens, as the core knows them when the request starts. Plans do not tell them; here they
     are to check the tokens of the segments and the KV that the request finds.
     fails: the next steps raise, and whatever they were to write is garbage. computation_fails: only what they were to compute
-    is; their copies are made. corrupted: CPU blocks whose content is no
-    longer what was swapped out; swap-ins of them are reported (as with `verify_swaps`).
+    is; their copies are made. corrupted: CPU blocks whose content is no longer what was swapped out; swap-ins of them are
+    reported (as with `verify_swaps`). lost: requests of which a step failed or was misled; what the step behind it, planned
+    before the core knew, computes of them is garbage.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ContextExecutor:
         self.fails = False
         self.computation_fails = False
         self.corrupted: set[int] = set()
+        self.lost: set[str] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
         for request_id in plan.ended:
@@ -65,6 +68,7 @@ class ContextExecutor:
             assert start.num_tokens == len(known)
             assert start.token_ids == (tuple(known) if start.sampling.has_penalties else ())
             self.token_ids[start.request_id] = list(known)
+            self.lost.discard(start.request_id)
             self.num_known[start.request_id] = len(known)
             self.block_tables[start.request_id] = list(start.block_table)
         for append in plan.appends:
@@ -90,8 +94,11 @@ class ContextExecutor:
         if self.computation_fails:
             self._spoil(plan.segments)
             raise RuntimeError("corrupted, too") if failed else ComputationFailedError("injected fault")
-        misled = {name for name, table in self.block_tables.items() if not set(table).isdisjoint(failed)}
+        self.lost |= {name for name, table in self.block_tables.items() if not set(table).isdisjoint(failed)}
+        self._spoil([segment for segment in plan.segments if segment.request_id in self.lost])
         for segment in plan.segments:
+            if segment.request_id in self.lost:
+                continue
             known = self.token_ids[segment.request_id]
             if segment.start >= self.num_known[segment.request_id]:
                 assert (segment.token_ids, segment.context_len) == (None, len(known)), "told what was sampled here"
@@ -99,10 +106,8 @@ class ContextExecutor:
                 assert segment.token_ids is not None, "not sampled here"
                 assert list(segment.token_ids) == known[segment.start : segment.context_len]
             for position in range(segment.start, segment.context_len):
-                self._set(
-                    segment.request_id, position, () if segment.request_id in misled else tuple(known[: position + 1])
-                )
-        token_ids = [self._sample(segment, segment.request_id in misled) for segment in plan.segments]
+                self._set(segment.request_id, position, tuple(known[: position + 1]))
+        token_ids = [self._sample(segment) for segment in plan.segments]
         if not plan.step_id % 2:
             self._swap_out(plan.swap_outs)
         return StepResult(
@@ -111,15 +116,16 @@ class ContextExecutor:
             failed_swap_ins=tuple(failed),
         )
 
-    def _sample(self, segment: QuerySegment, is_misled: bool) -> int | None:
+    def _sample(self, segment: QuerySegment) -> int | None:
+        if segment.request_id in self.lost:
+            return 0 if segment.samples else None
         known = self.token_ids[segment.request_id]
-        if not is_misled:
-            for position in range(segment.context_len):
-                assert self._get(segment.request_id, position) == tuple(known[: position + 1]), (segment, position)
+        for position in range(segment.context_len):
+            assert self._get(segment.request_id, position) == tuple(known[: position + 1]), (segment, position)
         if not segment.samples:
             return None
         assert segment.context_len == len(known)
-        known.append(0 if is_misled else next_token(tuple(known)))
+        known.append(next_token(tuple(known)))
         return known[-1]
 
     def _swap_out(self, copies: tuple[BlockCopy, ...]) -> None:
@@ -127,7 +133,8 @@ class ContextExecutor:
             self.cpu_slots[copy.target] = list(self.slots[copy.source])
             self.corrupted.discard(copy.target)
 
-    def _spoil(self, segments: tuple[QuerySegment, ...]) -> None:
+    def _spoil(self, segments: Sequence[QuerySegment]) -> None:
+        self.lost.update(segment.request_id for segment in segments)
         for segment in segments:
             for position in range(segment.start, segment.context_len):
                 self._set(segment.request_id, position, ())
@@ -146,10 +153,13 @@ class ContextExecutor:
 
 class CoreDriver:
     """Steps a core with a ContextExecutor; the clock is the number of the step. plans_ahead: drafts the next step while one
-    is being executed, in odd steps before an abort in flight, in even ones after it."""
+    is being executed, in odd steps before an abort in flight, in even ones after it. runs_ahead: executes it too, where the
+    core gives it, before the first one's result is told."""
 
     def __init__(self, config: CoreConfig) -> None:
         self.plans_ahead = True
+        self.runs_ahead = False
+        self.in_flight: deque[tuple[StepPlan, StepResult | Exception]] = deque()
         self.core = EngineCore(config)
         self.executor = ContextExecutor(
             config.num_gpu_blocks,
@@ -185,26 +195,47 @@ class CoreDriver:
         """One step; None where there was nothing to do. A failing executor is answered by `fail_step`. `abort_in_flight` is
         aborted while the step is being executed."""
         self.now += 1
-        plan = self.core.schedule(self.now)
-        if plan is None:
-            return None
-        self.plans.append(plan)
-        if self.plans_ahead and plan.step_id % 2:
-            self.core.plan_ahead(plan)
+        if not self.in_flight:
+            plan = self.core.schedule(self.now)
+            if plan is None:
+                return None
+            self._begin(plan)
+        plan = self.in_flight[0][0]
+        is_odd = plan.step_id % 2 == 1
+        if is_odd:
+            self._look_ahead(plan)
         if abort_in_flight is not None:
             self.core.abort(abort_in_flight, self.now)
             self.core.check_integrity()
-        if self.plans_ahead and not plan.step_id % 2:
-            self.core.plan_ahead(plan)
-        self.execute(plan)
+        if not is_odd:
+            self._look_ahead(plan)
+        self._take_in(*self.in_flight.popleft())
         return plan
+
+    def _look_ahead(self, plan: StepPlan) -> None:
+        if self.runs_ahead:
+            ahead = self.core.schedule_ahead(self.now)
+            if ahead is not None:
+                self._begin(ahead)
+            self.core.check_integrity()
+        elif self.plans_ahead:
+            self.core.plan_ahead(plan)
 
     def execute(self, plan: StepPlan) -> None:
         """From a plan to what came of it."""
+        self._begin(plan)
+        self._take_in(*self.in_flight.popleft())
+
+    def _begin(self, plan: StepPlan) -> None:
+        self.plans.append(plan)
         try:
-            result = self.executor.execute(plan)
+            self.in_flight.append((plan, self.executor.execute(plan)))
         except (RuntimeError, ComputationFailedError) as error:
-            are_copies_made = isinstance(error, ComputationFailedError)
+            self.in_flight.append((plan, error))
+
+    def _take_in(self, plan: StepPlan, result: StepResult | Exception) -> None:
+        if isinstance(result, Exception):
+            are_copies_made = isinstance(result, ComputationFailedError)
             self.failed = self.core.fail_step(plan, self.now, are_copies_made=are_copies_made)
         else:
             for output in self.core.update(plan, result, self.now):

@@ -11,21 +11,21 @@ import torch
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan, StepResult
 from engine.executor import local
-from engine.executor.local import LocalExecutor, available_cores
+from engine.executor.local import available_cores
+from tests.engine.interrupted_executor import InterruptedExecutor
 
 
-class WhereExecutor(LocalExecutor):
+class WhereExecutor(InterruptedExecutor):
     """Notes the thread of each step, and torch's number of threads in it; fails where a plan asks for a request's end."""
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self.seen: list[tuple[threading.Thread, int]] = []
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def interrupt(self, plan: StepPlan) -> None:
         self.seen.append((threading.current_thread(), torch.get_num_threads()))
         if plan.ended:
             raise RuntimeError("injected fault")
-        return super().execute(plan)
 
 
 @pytest.fixture

@@ -1,0 +1,54 @@
+"""Arrivals, ends and faults at random, for a CoreDriver."""
+
+import random
+from dataclasses import dataclass, field
+
+from engine.core.request import Request, SamplingParams
+
+
+@dataclass
+class Load:
+    """Arrivals, ends and faults at random; the same for the same seed as long as the plans and outputs are the same."""
+
+    driver: object
+    seed: int
+    num_requests: int = 60
+    prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    conversations: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> None:
+        rng, driver = random.Random(self.seed), self.driver
+        num_cpu_blocks = driver.core.config.num_cpu_blocks
+        window = driver.core.config.max_model_len
+        histories = dict.fromkeys("abcdef", tuple(rng.choices(range(9), k=6)))
+        num_arrived = 0
+        while num_arrived < self.num_requests or driver.core.has_requests:
+            idle = [c for c in histories if c not in self.conversations.values()]
+            while num_arrived < self.num_requests and idle and rng.random() < 0.4:
+                name, conversation = f"r{num_arrived}", idle.pop(rng.randrange(len(idle)))
+                history = histories[rng.choice(list(histories)) if rng.random() < 0.3 else conversation]
+                prompt = (*history, *rng.choices(range(9), k=rng.randint(1, 9)))
+                prompt = prompt if len(prompt) <= window - 12 else prompt[:6]
+                stop = rng.sample(range(100, 150), k=3)  # a step in seventeen gives one of these
+                options = {"frequency_penalty": 0.5} if rng.random() < 0.2 else {}
+                max_tokens = rng.choice([1, 2, 4, 12, None])
+                sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, **options)
+                request = Request(name, prompt, sampling, conversation_id=conversation, eos_token_ids=stop)
+                driver.add_request(request)
+                self.prompts[name], self.conversations[name] = prompt, conversation
+                num_arrived += 1
+            driver.executor.fails = rng.random() < 0.02
+            driver.executor.computation_fails = rng.random() < 0.02
+            if num_cpu_blocks and rng.random() < 0.05:
+                driver.executor.corrupted.add(rng.randrange(num_cpu_blocks))
+            running = list(self.conversations)
+            driver.step(rng.choice(running) if running and rng.random() < 0.05 else None)
+            for name in running:
+                if rng.random() < 0.01:
+                    driver.core.stop(name, driver.now, num_kept_output_tokens=1)
+                elif rng.random() < 0.01:
+                    driver.core.abort(name, driver.now)
+                if name not in driver.core._requests:
+                    histories[self.conversations.pop(name)] = self.prompts[name] + driver.tokens[name]
+        driver.executor.fails = driver.executor.computation_fails = False
+        driver.settle()

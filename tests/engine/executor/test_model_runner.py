@@ -1,0 +1,164 @@
+"""Steps that are launched before the one in front of them is complete, with a real model: tokens that stay on the device,
+tokens that turn out to be others, failures that are not the next step's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from engine.core.executor import ComputationFailedError, SamplingFailedError
+from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
+from engine.core.request import SamplingParams
+from engine.executor import sampler
+from engine.executor.sampler import Draw, SamplingBatch
+
+GREEDY = SamplingParams(temperature=0.0)
+FLAT = SamplingParams(temperature=20.0, top_p=0.99, seed=3)
+
+
+@pytest.fixture
+def make_runner(tiny_model, make_driver) -> Callable:
+    def make(**options):
+        driver = make_driver(tiny_model("llama"), num_gpu_blocks=32, chunk_size=8, max_model_len=128, **options)
+        return driver.executor._runner
+
+    return make
+
+
+def start(name: str, prompt: list[int], first_block: int, sampling: SamplingParams) -> RequestStart:
+    table = tuple(range(first_block, first_block + 8))
+    token_ids = tuple(prompt) if sampling.has_penalties else ()
+    return RequestStart(name, len(prompt), len(prompt), sampling, (), table, token_ids)
+
+
+def first_step(*requests: tuple[str, list[int], SamplingParams]) -> StepPlan:
+    starts = tuple(start(name, prompt, 8 * i, sampling) for i, (name, prompt, sampling) in enumerate(requests))
+    segments = tuple(QuerySegment(name, 0, tuple(prompt), True) for name, prompt, _ in requests)
+    return StepPlan(1, segments, starts)
+
+
+def decodes(step_id: int, **positions: int) -> StepPlan:
+    segments = tuple(QuerySegment(name, position, None, True) for name, position in positions.items())
+    return StepPlan(step_id, segments)
+
+
+def run(runner, plans: list[StepPlan], *, ahead: bool) -> list[tuple[int, ...]]:
+    """The tokens of each step; ahead: each is launched before the one in front of it is complete."""
+    tokens = []
+    if not ahead:
+        return [runner.execute(plan).token_ids for plan in plans]
+    runner.launch(plans[0])
+    for plan in plans[1:]:
+        runner.launch(plan)
+        tokens.append(runner.complete().token_ids)
+    return [*tokens, runner.complete().token_ids]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        SamplingParams(temperature=1.0, seed=5),
+        SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, seed=6, logprobs=2),
+        SamplingParams(temperature=0.8, seed=7, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.5),
+        SamplingParams(temperature=0.0, min_tokens=5),
+    ],
+    ids=["greedy", "drawn", "filtered", "penalties", "min_tokens"],
+)
+def test_a_step_goes_on_from_tokens_that_the_host_does_not_know(sampling, make_runner):
+    prompts = [[5, 6, 7, 8, 9], [40, 41, 42]]
+    plans = [
+        first_step(("a", prompts[0], sampling), ("b", prompts[1], GREEDY)),
+        *(decodes(2 + i, a=5 + i, b=3 + i) for i in range(6)),
+        *(decodes(8 + i, a=11 + i) for i in range(3)),
+    ]
+    expected = run(make_runner(), plans, ahead=False)
+    assert run(make_runner(), plans, ahead=True) == expected
+
+
+def test_tokens_that_turn_out_to_be_others_are_computed_with_again(make_runner, monkeypatch):
+    """A filter that keeps more than was looked at, in every step, for one of two requests."""
+    prompts = [[5, 6, 7, 8, 9], [40, 41, 42]]
+    plans = [
+        first_step(("a", prompts[0], FLAT), ("b", prompts[1], GREEDY)),
+        *(decodes(2 + i, a=5 + i, b=3 + i) for i in range(6)),
+    ]
+    expected = run(make_runner(), plans, ahead=False)
+
+    finish, num_corrected = Draw.finish, 0
+
+    def counted(draw: Draw):
+        nonlocal num_corrected
+        result = finish(draw)
+        num_corrected += draw.was_corrected
+        return result
+
+    draw = SamplingBatch.draw
+    monkeypatch.setattr(SamplingBatch, "draw", lambda self, *args: draw(self, *args, looks_later=True))
+    monkeypatch.setattr(Draw, "finish", counted)
+    monkeypatch.setattr(sampler, "MIN_CANDIDATES_UNSEEN", 1)
+    assert run(make_runner(), plans, ahead=True) == expected
+    assert num_corrected >= len(plans) - 1
+
+
+@pytest.mark.parametrize("place", ["_forward", "_sample"])
+def test_a_failure_is_told_with_its_own_step(place, make_runner, monkeypatch):
+    runner = make_runner()
+    real, num_calls = getattr(runner, place), 0
+
+    def fails_at_the_second(*args):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            raise RuntimeError("injected fault")
+        return real(*args)
+
+    monkeypatch.setattr(runner, place, fails_at_the_second)
+    a, b = ("a", [5, 6, 7], GREEDY), ("b", [40, 41], GREEDY)
+    starts = first_step(a, b).starts
+    runner.launch(StepPlan(1, (QuerySegment("a", 0, (5, 6, 7), True),), starts))
+    runner.launch(StepPlan(2, (QuerySegment("a", 3, None, True),)))
+    assert len(runner.complete().token_ids) == 1
+    runner.launch(StepPlan(3, (QuerySegment("b", 0, (40, 41), True),)))
+    with pytest.raises(SamplingFailedError if place == "_sample" else ComputationFailedError, match="injected fault"):
+        runner.complete()
+    expected = make_runner().execute(StepPlan(1, (QuerySegment("b", 0, (40, 41), True),), starts)).token_ids
+    assert runner.complete().token_ids == expected
+
+
+def test_copies_of_a_step_end_before_those_of_the_next_one_begin(make_runner, monkeypatch):
+    runner = make_runner(num_cpu_blocks=4)
+    events = []
+    begin, finish = runner._swapper.begin, runner._swapper.finish
+    monkeypatch.setattr(runner._swapper, "begin", lambda plan: (events.append(f"begin {plan.step_id}"), begin(plan))[1])
+    monkeypatch.setattr(runner._swapper, "finish", lambda: (events.append("finish"), finish())[1])
+    runner._kv_store.storage[3] = 7.0
+    runner.launch(StepPlan(1, (), swap_outs=(BlockCopy(3, 1),)))
+    runner.launch(StepPlan(2, (), swap_ins=(BlockCopy(1, 5),)))
+    runner.complete()
+    runner.complete()
+    assert events == ["begin 1", "finish", "begin 2", "finish"]
+    assert torch.equal(runner._kv_store.storage[5], torch.full_like(runner._kv_store.storage[5], 7.0))
+
+
+def test_copies_that_fail_are_their_own_steps_too(make_runner, monkeypatch):
+    runner = make_runner(num_cpu_blocks=4)
+    finish, num_calls = runner._swapper.finish, 0
+
+    def fails_once():
+        nonlocal num_calls
+        num_calls += 1
+        finish()
+        if num_calls == 1:
+            raise OSError("a copy failed")
+        return ()
+
+    monkeypatch.setattr(runner._swapper, "finish", fails_once)
+    a = ("a", [5, 6, 7], GREEDY)
+    runner.launch(first_step(a))
+    runner.launch(decodes(2, a=3))
+    with pytest.raises(OSError, match="a copy failed"):
+        runner.complete()
+    assert len(runner.complete().token_ids) == 1
