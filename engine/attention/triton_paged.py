@@ -193,9 +193,7 @@ def _cut(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: int)
     programs, min_split = _FEW_ROWS
     if metadata.is_decode_batch:
         return tile_decode_batch(len(metadata.segments), num_head_tiles, programs * num_processors)
-    segments = metadata.host_segments
-    if segments is None:
-        segments = metadata.segments.cpu().numpy()
+    segments = metadata.segments_on_host()
     tile_tokens = min(max_tile_tokens, int(segments[:, 1].max(initial=1)))
     if tile_tokens > 1:
         # Not the longest segment: every number of rows would be compiled anew.
