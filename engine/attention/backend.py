@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -12,6 +12,9 @@ from engine.attention.metadata import AttentionBackend, LayerShape
 from engine.errors import ConfigError, KernelBuildError
 
 logger = logging.getLogger(__name__)
+
+# A backend, and what the log says of it.
+_Loaded = tuple[AttentionBackend, str]
 
 
 def choose_backend(
@@ -29,10 +32,10 @@ def choose_backend(
     if option == "auto":
         name = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
     try:
-        if name == "triton":
-            return _load_triton(device, dtype)
-        if name == "varlen":
-            return _load_varlen(device, dtype, layers, chunk_size)
+        if name in _LOADERS:
+            backend, description = _LOADERS[name](device, dtype, layers, chunk_size)
+            logger.info("attention: %s", description)
+            return backend
         if name == "cpu" and dtype in cpu.DTYPES:
             logger.info("attention: C++ kernel (cpu), %s", cpu.load_kernel())
             return cpu
@@ -45,8 +48,9 @@ def choose_backend(
     return reference
 
 
-def _load_triton(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """Raises KernelBuildError where it cannot run."""
+def _load_triton(
+    device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape] = (), chunk_size: int = 0
+) -> _Loaded:
     try:
         from engine.attention import triton_paged  # not above: triton is optional
     except ImportError as error:
@@ -60,21 +64,34 @@ def _load_triton(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
         )
     if dtype not in triton_paged.DTYPES:
         raise KernelBuildError(f"its kernel does not compute in {dtype}; use 'reference'")
-    logger.info("attention: Triton kernel (triton), %s", triton_paged.load_kernel(device))
-    return triton_paged
+    return triton_paged, f"Triton kernel (triton), {triton_paged.load_kernel(device)}"
 
 
-def _load_varlen(
-    device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape], chunk_size: int
-) -> AttentionBackend:
-    """Raises KernelBuildError where it cannot run."""
+def _load_varlen(device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape], chunk_size: int) -> _Loaded:
     _load_triton(device, dtype)  # for what the other cannot
     from engine.attention import varlen
 
     if dtype not in varlen.DTYPES:
         raise KernelBuildError(f"FlashAttention does not compute in {dtype}; use 'triton'")
-    logger.info("attention: FlashAttention (varlen), %s", varlen.load_kernel(device, layers, chunk_size))
-    return varlen
+    return varlen, f"FlashAttention (varlen), {varlen.load_kernel(device, layers, chunk_size)}"
+
+
+def _load_flashinfer(
+    device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape], chunk_size: int
+) -> _Loaded:
+    _load_triton(device, dtype)  # for what the other cannot
+    from engine.attention import flashinfer_paged
+
+    version = flashinfer_paged.load_kernel(device, layers, chunk_size, dtype)
+    return flashinfer_paged.FlashInferAttention(), f"FlashInfer (flashinfer), {version}"
+
+
+# Each raises KernelBuildError where it cannot serve such a model here.
+_LOADERS: dict[str, Callable[[torch.device, torch.dtype, Sequence[LayerShape], int], _Loaded]] = {
+    "triton": _load_triton,
+    "varlen": _load_varlen,
+    "flashinfer": _load_flashinfer,
+}
 
 
 def _config_error(message: str) -> ConfigError:

@@ -71,7 +71,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class AttentionBackend(Protocol):
-    """One implementation of paged attention; a module is one. CAN_REPLAY_DECODES: see AttentionMetadata.is_decode_batch."""
+    """One implementation of paged attention: a module, or an object where it keeps something between steps.
+    CAN_REPLAY_DECODES: see AttentionMetadata.is_decode_batch."""
 
     CAN_REPLAY_DECODES: bool
 

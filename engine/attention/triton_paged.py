@@ -189,7 +189,7 @@ def _tiling(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: i
 
 
 def _cut(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: int) -> Tiling:
-    num_processors = _num_processors(metadata.segments.device)
+    num_processors = count_processors(metadata.segments.device)
     programs, min_split = _FEW_ROWS
     if metadata.is_decode_batch:
         return tile_decode_batch(len(metadata.segments), num_head_tiles, programs * num_processors)
@@ -203,7 +203,7 @@ def _cut(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: int)
 
 
 @lru_cache
-def _num_processors(device: torch.device) -> int:
+def count_processors(device: torch.device) -> int:
     if device.type == "cuda":
         num_processors: int = torch.cuda.get_device_properties(device).multi_processor_count
         return num_processors
