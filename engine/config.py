@@ -42,9 +42,9 @@ class EngineConfig:
     every block on its way; a wrong one is dropped and recomputed. profile: file that `pensieve profile` wrote; None = the
     one in the user's cache folder, if any. num_threads: CPU threads of the model; None = the cores that the process was
     given. attention_backend: "triton" (the kernel for GPUs), "flashinfer" (FlashInfer, an optional package), "varlen"
-    (FlashAttention as torch brings it), "cpu" (the C++ kernel), "reference" (torch's operations), or "auto", "triton",
-    "cpu" or "reference", the first of them that is made for the device and runs here.
-    load_format: "auto" reads the weights, "dummy" makes random ones on the device, for
+    (FlashAttention as torch brings it), "cpu" (the C++ kernel), "reference" (torch's operations), or "auto": on a GPU the
+    fastest of the first three, as measured at the start among those that can serve the model; else "cpu" or "reference", the
+    first of them that runs here. load_format: "auto" reads the weights, "dummy" makes random ones on the device, for
     measurements. enforce_eager: no CUDA graphs. swap_copies: between GPU and pinned host memory by "dma" (copy engines), by
     "kernel" (a copy kernel), or "auto", by the size of a block. pack_weights: lay the weights of linear layers out
     for the CPU's matrix kernels and join those that share their input, where that works. async_scheduling: put the last step

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.attention import cpu, reference
+from engine.attention import choice, cpu, reference
 from engine.attention.metadata import AttentionBackend, LayerShape
 from engine.errors import ConfigError, KernelBuildError
 
@@ -23,9 +23,12 @@ def choose_backend(
     dtype: torch.dtype,
     layers: Sequence[LayerShape] = (),
     chunk_size: int = 0,
+    num_heads: int = 0,
+    seconds_of: choice.SecondsOf | None = None,
 ) -> AttentionBackend:
-    """The backend of the option `attention_backend`, for a model with these layers and blocks of `chunk_size` tokens. Raises
-    ConfigError where it was asked for by name and cannot run."""
+    """The backend of the option `attention_backend`, for a model with these layers, each with `num_heads` query heads, and
+    blocks of `chunk_size` tokens. seconds_of: times the trial of `auto`; None = by the clock. Raises ConfigError where it was
+    asked for by name and cannot run."""
     if option == "cpu" and device.type != "cpu":
         raise _config_error(f"attention_backend is 'cpu', but the model is on {device}; use 'auto'")
     name = option
@@ -33,7 +36,11 @@ def choose_backend(
         name = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
     try:
         if name in _LOADERS:
-            backend, description = _LOADERS[name](device, dtype, layers, chunk_size)
+            loaded = _LOADERS[name](device, dtype, layers, chunk_size)
+            if option == "auto" and layers:
+                loaded = _fastest(loaded, device, dtype, layers, chunk_size, num_heads, seconds_of)
+                torch.cuda.empty_cache()  # what the trial took
+            backend, description = loaded
             logger.info("attention: %s", description)
             return backend
         if name == "cpu" and dtype in cpu.DTYPES:
@@ -46,6 +53,38 @@ def choose_backend(
         return reference
     logger.info("attention: torch's operations (reference)")
     return reference
+
+
+def _fastest(
+    triton: _Loaded,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Sequence[LayerShape],
+    chunk_size: int,
+    num_heads: int,
+    seconds_of: choice.SecondsOf | None,
+) -> _Loaded:
+    """Of all that can serve the model on this CUDA device; Triton's kernel where that cannot be told. Raises nothing: the
+    engine can do without any of the others."""
+    candidates = {"triton": triton}
+    for name in ("flashinfer", "varlen"):
+        try:
+            candidates[name] = _LOADERS[name](device, dtype, layers, chunk_size)
+        except KernelBuildError as error:
+            logger.info("attention: auto does without %s: %s", name, error)
+        except Exception as error:
+            logger.warning("attention: auto does without %s: %r", name, error)
+    if len(candidates) == 1:
+        logger.info("attention: auto had nothing to measure: triton is the only one for this model here")
+        return triton
+    backends = {name: backend for name, (backend, _) in candidates.items()}
+    trials = choice.make_trials(device, dtype, layers, num_heads, chunk_size)
+    try:
+        seconds_of = seconds_of or choice.seconds_on(device)
+        return candidates[choice.choose_fastest(backends, trials, seconds_of, choice.TOLERANCE[dtype])]
+    except Exception as error:
+        logger.warning("attention: auto could not measure, and takes triton: %r", error)
+        return triton
 
 
 def _load_triton(
