@@ -16,7 +16,7 @@ from engine.errors import ConfigError
 
 MODES = ("pensieve", "stateless")
 MODE_ALIASES = {"vllm": "stateless"}
-ATTENTION_BACKENDS = ("auto", "triton", "varlen", "cpu", "reference")
+ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "varlen", "cpu", "reference")
 LOAD_FORMATS = ("auto", "dummy")
 SWAP_COPIES = ("auto", "dma", "kernel")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -41,9 +41,10 @@ class EngineConfig:
     write_through: copy what a turn leaves to the CPU tier at its end, not only under the watermark. verify_swaps: checksum
     every block on its way; a wrong one is dropped and recomputed. profile: file that `pensieve profile` wrote; None = the
     one in the user's cache folder, if any. num_threads: CPU threads of the model; None = the cores that the process was
-    given. attention_backend: "triton" (the kernel for GPUs), "varlen" (FlashAttention as torch brings it), "cpu" (the C++
-    kernel), "reference" (torch's operations), or "auto", "triton", "cpu" or "reference", the first of them that is made for
-    the device and runs here. load_format: "auto" reads the weights, "dummy" makes random ones on the device, for
+    given. attention_backend: "triton" (the kernel for GPUs), "flashinfer" (FlashInfer, an optional package), "varlen"
+    (FlashAttention as torch brings it), "cpu" (the C++ kernel), "reference" (torch's operations), or "auto": on a GPU the
+    fastest of the first three, as measured at the start among those that can serve the model; else "cpu" or "reference", the
+    first of them that runs here. load_format: "auto" reads the weights, "dummy" makes random ones on the device, for
     measurements. enforce_eager: no CUDA graphs. swap_copies: between GPU and pinned host memory by "dma" (copy engines), by
     "kernel" (a copy kernel), or "auto", by the size of a block. pack_weights: lay the weights of linear layers out
     for the CPU's matrix kernels and join those that share their input, where that works. async_scheduling: put the last step

@@ -14,7 +14,9 @@ from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
 from engine.attention import triton_paged
-from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.attention.backend import choose_backend
+from engine.attention.metadata import AttentionBackend, AttentionMetadata, AttentionParams, LayerShape
+from engine.errors import ConfigError
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -22,6 +24,9 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 CPU_KERNELS = {"math": SDPBackend.MATH}
+# What is measured beside the Triton kernel where it can serve a model, and the chunks it is given.
+OTHER_BACKENDS = {"flashinfer": CHUNK_SIZE, "varlen": 256}
+CPU_OTHER_BACKENDS = {"reference": CHUNK_SIZE}
 
 
 def measure_roofs(setting: Setting) -> dict[str, Any]:
@@ -71,29 +76,39 @@ class Batch:
     """`batch` requests with `query_len` new tokens each, at the end of contexts of `context_len`: contiguous, and in blocks
     that lie in random order in a pool twice as large."""
 
-    def __init__(self, setting: Setting, shape: Shape, batch: int, query_len: int, context_len: int) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        shape: Shape,
+        batch: int,
+        query_len: int,
+        context_len: int,
+        backend: AttentionBackend = triton_paged,
+        chunk_size: int = CHUNK_SIZE,
+    ) -> None:
         generator = torch.Generator(setting.device).manual_seed(0)
 
         def random(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=generator, device=setting.device, dtype=setting.dtype)
 
         self.batch, self.query_len, self.context_len = batch, query_len, context_len
+        self._backend, self._chunk_size = backend, chunk_size
         self._kernels = CPU_KERNELS if setting.is_smoke else KERNELS
         h, kv, d = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.scaling = d**-0.5
         self.enable_gqa = h != kv
         self.keys, self.values = random(batch, kv, context_len, d), random(batch, kv, context_len, d)
         self.query = random(batch, h, query_len, d)
-        self.blocks_each = -(-context_len // CHUNK_SIZE)
+        self.blocks_each = -(-context_len // chunk_size)
         num_blocks = 2 * batch * self.blocks_each
         self.tables = torch.randperm(num_blocks, generator=generator, device=setting.device)
         self.tables = self.tables[: num_blocks // 2].view(batch, self.blocks_each)
         self.pools = [
-            torch.zeros(num_blocks, kv, CHUNK_SIZE, d, dtype=setting.dtype, device=setting.device) for _ in "kv"
+            torch.zeros(num_blocks, kv, chunk_size, d, dtype=setting.dtype, device=setting.device) for _ in "kv"
         ]
         for pool, contiguous in zip(self.pools, (self.keys, self.values), strict=True):
-            padded = F.pad(contiguous, (0, 0, 0, self.blocks_each * CHUNK_SIZE - context_len))
-            pool[self.tables] = padded.view(batch, kv, self.blocks_each, CHUNK_SIZE, d).transpose(1, 2)
+            padded = F.pad(contiguous, (0, 0, 0, self.blocks_each * chunk_size - context_len))
+            pool[self.tables] = padded.view(batch, kv, self.blocks_each, chunk_size, d).transpose(1, 2)
         self.rows = self.query.permute(1, 0, 2, 3).reshape(h, batch * query_len, d)
 
     def metadata(self, query_len: int | None = None, context_len: int | None = None) -> AttentionMetadata:
@@ -106,13 +121,13 @@ class Batch:
             torch.empty(0, dtype=torch.long, device=device),
             segments.to(device),
             self.tables.int(),
-            CHUNK_SIZE,
+            self._chunk_size,
             host_segments=segments.numpy(),
         )
 
     def paged(self) -> Callable[[], torch.Tensor]:
         metadata, params = self.metadata(), AttentionParams(self.scaling)
-        return lambda: triton_paged.attend(self.rows, *self.pools, metadata, params)
+        return lambda: self._backend.attend(self.rows, *self.pools, metadata, params)
 
     def one_token_at_a_time(self) -> Callable[[], list[torch.Tensor]]:
         """As a kernel for decodes would do it: a call for each new token (paper, section 4.4)."""
@@ -122,7 +137,7 @@ class Batch:
             (self.query[:, :, i].transpose(0, 1).contiguous(), self.metadata(1, first + i))
             for i in range(self.query_len)
         ]
-        return lambda: [triton_paged.attend(rows, *self.pools, metadata, params) for rows, metadata in calls]
+        return lambda: [self._backend.attend(rows, *self.pools, metadata, params) for rows, metadata in calls]
 
     def contiguous(self) -> dict[str, Callable[[], torch.Tensor]]:
         return {
@@ -166,8 +181,32 @@ class Batch:
         return float((actual - expected).abs().max())
 
 
+def load_others(setting: Setting, shape: Shape) -> dict[str, AttentionBackend]:
+    """The other backends that can serve a model of this shape here."""
+    layers = (LayerShape(shape.num_kv_heads, shape.head_dim, shape.head_dim),)
+    backends = {}
+    for name, chunk_size in (CPU_OTHER_BACKENDS if setting.is_smoke else OTHER_BACKENDS).items():
+        try:
+            backends[name] = choose_backend(name, setting.device, setting.dtype, layers, chunk_size)
+        except ConfigError as error:
+            print(f"  {error}")
+    return backends
+
+
+def measure_other(setting: Setting, batch: Batch) -> dict[str, Any]:
+    """The time of the kernels; what they are planned by on the host is not in it. One that is wrong has none."""
+    try:
+        error = batch.check() if batch.can_check else None
+    except (AssertionError, RuntimeError) as failure:
+        return {"failure": str(failure)}
+    seconds = measure({"paged": batch.paged()}, setting.device, setting.repeats)
+    return {"largest_error": error, **{f"{name}_ms": value * 1e3 for name, value in seconds.items()}}
+
+
 def measure_attention(setting: Setting) -> list[dict[str, Any]]:
-    rows = []
+    others = {name: load_others(setting, shape) for name, shape in setting.models.items()}
+    chunk_sizes = OTHER_BACKENDS | CPU_OTHER_BACKENDS
+    rows: list[dict[str, Any]] = []
     cases = [(name, *case) for name in setting.models for case in setting.attention]
     for name, batch_size, query_len, context_len in tqdm(cases, desc="attention", unit="shape"):
         shape = setting.models[name]
@@ -191,9 +230,13 @@ def measure_attention(setting: Setting) -> list[dict[str, Any]]:
                 "paged_over_contiguous": paged / seconds[best],
                 "kv_bytes_per_s": num_bytes / paged,
                 "flop_per_s": 4 * num_pairs * shape.num_heads * shape.head_dim / paged,
+                "others": {},
             }
         )
-        del batch
+        del batch  # the memory is needed for the next one
+        for other, backend in others[name].items():
+            case = (batch_size, query_len, context_len, backend, chunk_sizes[other])
+            rows[-1]["others"][other] = measure_other(setting, Batch(setting, shape, *case))
     return rows
 
 

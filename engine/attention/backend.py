@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.attention import cpu, reference
+from engine.attention import choice, cpu, reference
 from engine.attention.metadata import AttentionBackend, LayerShape
 from engine.errors import ConfigError, KernelBuildError
 
 logger = logging.getLogger(__name__)
+
+# A backend, and what the log says of it.
+_Loaded = tuple[AttentionBackend, str]
 
 
 def choose_backend(
@@ -20,19 +23,26 @@ def choose_backend(
     dtype: torch.dtype,
     layers: Sequence[LayerShape] = (),
     chunk_size: int = 0,
+    num_heads: int = 0,
+    seconds_of: choice.SecondsOf | None = None,
 ) -> AttentionBackend:
-    """The backend of the option `attention_backend`, for a model with these layers and blocks of `chunk_size` tokens. Raises
-    ConfigError where it was asked for by name and cannot run."""
+    """The backend of the option `attention_backend`, for a model with these layers, each with `num_heads` query heads, and
+    blocks of `chunk_size` tokens. seconds_of: times the trial of `auto`; None = by the clock. Raises ConfigError where it was
+    asked for by name and cannot run."""
     if option == "cpu" and device.type != "cpu":
         raise _config_error(f"attention_backend is 'cpu', but the model is on {device}; use 'auto'")
     name = option
     if option == "auto":
         name = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
     try:
-        if name == "triton":
-            return _load_triton(device, dtype)
-        if name == "varlen":
-            return _load_varlen(device, dtype, layers, chunk_size)
+        if name in _LOADERS:
+            loaded = _LOADERS[name](device, dtype, layers, chunk_size)
+            if option == "auto" and layers:
+                loaded = _fastest(loaded, device, dtype, layers, chunk_size, num_heads, seconds_of)
+                torch.cuda.empty_cache()  # what the trial took
+            backend, description = loaded
+            logger.info("attention: %s", description)
+            return backend
         if name == "cpu" and dtype in cpu.DTYPES:
             logger.info("attention: C++ kernel (cpu), %s", cpu.load_kernel())
             return cpu
@@ -45,8 +55,41 @@ def choose_backend(
     return reference
 
 
-def _load_triton(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """Raises KernelBuildError where it cannot run."""
+def _fastest(
+    triton: _Loaded,
+    device: torch.device,
+    dtype: torch.dtype,
+    layers: Sequence[LayerShape],
+    chunk_size: int,
+    num_heads: int,
+    seconds_of: choice.SecondsOf | None,
+) -> _Loaded:
+    """Of all that can serve the model on this CUDA device; Triton's kernel where that cannot be told. Raises nothing: the
+    engine can do without any of the others."""
+    candidates = {"triton": triton}
+    for name in ("flashinfer", "varlen"):
+        try:
+            candidates[name] = _LOADERS[name](device, dtype, layers, chunk_size)
+        except KernelBuildError as error:
+            logger.info("attention: auto does without %s: %s", name, error)
+        except Exception as error:
+            logger.warning("attention: auto does without %s: %r", name, error)
+    if len(candidates) == 1:
+        logger.info("attention: auto had nothing to measure: triton is the only one for this model here")
+        return triton
+    backends = {name: backend for name, (backend, _) in candidates.items()}
+    trials = choice.make_trials(device, dtype, layers, num_heads, chunk_size)
+    try:
+        seconds_of = seconds_of or choice.seconds_on(device)
+        return candidates[choice.choose_fastest(backends, trials, seconds_of, choice.TOLERANCE[dtype])]
+    except Exception as error:
+        logger.warning("attention: auto could not measure, and takes triton: %r", error)
+        return triton
+
+
+def _load_triton(
+    device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape] = (), chunk_size: int = 0
+) -> _Loaded:
     try:
         from engine.attention import triton_paged  # not above: triton is optional
     except ImportError as error:
@@ -60,21 +103,34 @@ def _load_triton(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
         )
     if dtype not in triton_paged.DTYPES:
         raise KernelBuildError(f"its kernel does not compute in {dtype}; use 'reference'")
-    logger.info("attention: Triton kernel (triton), %s", triton_paged.load_kernel(device))
-    return triton_paged
+    return triton_paged, f"Triton kernel (triton), {triton_paged.load_kernel(device)}"
 
 
-def _load_varlen(
-    device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape], chunk_size: int
-) -> AttentionBackend:
-    """Raises KernelBuildError where it cannot run."""
+def _load_varlen(device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape], chunk_size: int) -> _Loaded:
     _load_triton(device, dtype)  # for what the other cannot
     from engine.attention import varlen
 
     if dtype not in varlen.DTYPES:
         raise KernelBuildError(f"FlashAttention does not compute in {dtype}; use 'triton'")
-    logger.info("attention: FlashAttention (varlen), %s", varlen.load_kernel(device, layers, chunk_size))
-    return varlen
+    return varlen, f"FlashAttention (varlen), {varlen.load_kernel(device, layers, chunk_size)}"
+
+
+def _load_flashinfer(
+    device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape], chunk_size: int
+) -> _Loaded:
+    _load_triton(device, dtype)  # for what the other cannot
+    from engine.attention import flashinfer_paged
+
+    version = flashinfer_paged.load_kernel(device, layers, chunk_size, dtype)
+    return flashinfer_paged.FlashInferAttention(), f"FlashInfer (flashinfer), {version}"
+
+
+# Each raises KernelBuildError where it cannot serve such a model here.
+_LOADERS: dict[str, Callable[[torch.device, torch.dtype, Sequence[LayerShape], int], _Loaded]] = {
+    "triton": _load_triton,
+    "varlen": _load_varlen,
+    "flashinfer": _load_flashinfer,
+}
 
 
 def _config_error(message: str) -> ConfigError:

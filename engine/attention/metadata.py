@@ -47,6 +47,10 @@ class AttentionMetadata:
     is_decode_batch: bool = False
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def segments_on_host(self) -> np.ndarray:
+        """For a backend that plans on the host; waits for the device where they are not there yet."""
+        return self.segments.cpu().numpy() if self.host_segments is None else self.host_segments
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
@@ -67,7 +71,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class AttentionBackend(Protocol):
-    """One implementation of paged attention; a module is one. CAN_REPLAY_DECODES: see AttentionMetadata.is_decode_batch."""
+    """One implementation of paged attention: a module, or an object where it keeps something between steps.
+    CAN_REPLAY_DECODES: see AttentionMetadata.is_decode_batch."""
 
     CAN_REPLAY_DECODES: bool
 

@@ -189,13 +189,11 @@ def _tiling(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: i
 
 
 def _cut(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: int) -> Tiling:
-    num_processors = _num_processors(metadata.segments.device)
+    num_processors = count_processors(metadata.segments.device)
     programs, min_split = _FEW_ROWS
     if metadata.is_decode_batch:
         return tile_decode_batch(len(metadata.segments), num_head_tiles, programs * num_processors)
-    segments = metadata.host_segments
-    if segments is None:
-        segments = metadata.segments.cpu().numpy()
+    segments = metadata.segments_on_host()
     tile_tokens = min(max_tile_tokens, int(segments[:, 1].max(initial=1)))
     if tile_tokens > 1:
         # Not the longest segment: every number of rows would be compiled anew.
@@ -205,7 +203,7 @@ def _cut(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: int)
 
 
 @lru_cache
-def _num_processors(device: torch.device) -> int:
+def count_processors(device: torch.device) -> int:
     if device.type == "cuda":
         num_processors: int = torch.cuda.get_device_properties(device).multi_processor_count
         return num_processors

@@ -1,6 +1,7 @@
 """Paged attention by torch's own FlashAttention (torch.nn.attention.varlen), on a GPU. It takes pages of multiples of 256
-tokens, which is eight times the usual chunk: for comparison, and where chunks may be that large. What it does not know
-(softcap, sinks) goes to the Triton kernel, which also writes.
+tokens, which is eight times the usual chunk: for comparison, and where chunks may be that large. Batches of decodes, which
+CUDA graphs replay while what it launches depends on the longest context, and what it does not know (softcap, sinks) go to the
+Triton kernel, which also writes.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from engine.attention import triton_paged
 from engine.attention.metadata import AttentionMetadata, AttentionParams, LayerShape, to_device
 from engine.errors import KernelBuildError
 
-# What is launched depends on the longest context of the batch.
-CAN_REPLAY_DECODES = False
+CAN_REPLAY_DECODES = True
 DTYPES = (torch.bfloat16, torch.float16)
 # What the FlashAttention 2 in torch demands of a page, and of a head.
 PAGE_MULTIPLE, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 256, 8, 256
@@ -69,7 +69,7 @@ def attend(
     params: AttentionParams,
 ) -> torch.Tensor:
     """See AttentionBackend."""
-    if params.softcap is not None or params.sinks is not None:
+    if metadata.is_decode_batch or params.softcap is not None or params.sinks is not None:
         return triton_paged.attend(query, k_pool, v_pool, metadata, params)
     batch: _Batch | None = metadata.derived.get(_Batch)
     if batch is None:
@@ -95,9 +95,7 @@ def attend(
 
 
 def _make_batch(metadata: AttentionMetadata) -> _Batch:
-    segments = metadata.host_segments
-    if segments is None:
-        segments = metadata.segments.cpu().numpy()
+    segments = metadata.segments_on_host()
     ends = [np.concatenate([[0], segments[:, column].cumsum()]).astype(np.int32) for column in (1, 2)]
     cu_seqs = to_device(torch.from_numpy(np.stack(ends)), metadata.segments.device)
     return _Batch(

@@ -4,6 +4,7 @@ no FlashAttention for CPUs); and what it refuses."""
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -95,6 +96,19 @@ def test_what_it_does_not_know_goes_to_the_triton_kernel(params, monkeypatch):
     query, k_pool, v_pool, metadata = make_batch((4, 2), 16)
     expected = reference.attend(query, k_pool, v_pool, metadata, params)
     torch.testing.assert_close(varlen.attend(query, k_pool, v_pool, metadata, params), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_decode_batches_go_to_the_triton_kernel(monkeypatch):
+    """CUDA graphs replay them, and what varlen_attn launches depends on their contexts."""
+    monkeypatch.setattr(varlen, "_varlen_attn", lambda: pytest.fail("it cannot be replayed"))
+    query, k_pool, v_pool, metadata = make_batch((4, 2), 16)
+    rows = metadata.segments[[0, 3]]
+    rows[:, 0] = torch.arange(2)
+    decodes = replace(metadata, segments=rows, is_decode_batch=True)
+    expected = reference.attend(query[:, :2], k_pool, v_pool, decodes, AttentionParams(0.25))
+    actual = varlen.attend(query[:, :2], k_pool, v_pool, decodes, AttentionParams(0.25))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert varlen.CAN_REPLAY_DECODES
 
 
 @needs_block_tables
