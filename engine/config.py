@@ -26,31 +26,31 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class EngineConfig:
     """Options of one engine; raises ConfigError, which names the option and the remedy.
 
-    model: "embedded", a local folder, or a hub id. served_model_name: what clients call it; None = derived from model.
-    mode: "pensieve" keeps KV between turns, "stateless" (alias "vllm") nothing. dtype: "auto" = the checkpoint's on a GPU;
-    on a CPU bfloat16 where it computes in that, else float32. device: "auto", "cpu", "cuda" or "cuda:N".
-    max_model_len: window in tokens, prompt and answer; None =
-    the model's, or what the GPU tier holds. chunk_size: tokens a chunk. num_gpu_blocks: size of the GPU tier in chunks;
-    None = from gpu_memory_gib, and without it from gpu_memory_utilization on a GPU and 1 GiB on a CPU. num_cpu_blocks,
-    kv_offloading_size (GiB): size of the CPU tier, 0 = none. max_num_seqs: most requests that run at once.
-    max_num_batched_tokens: token budget of a step. prefill_batch_tokens: further prompts join a step only while its prompts
-    have fewer tokens; None = 128 on a CPU, which computes no faster with more, and on a GPU no limit but that budget.
+    model: "embedded", a local folder, or a hub id. served_model_name: what clients call it; None = derived from model. mode:
+    "pensieve" keeps KV between turns, "stateless" (alias "vllm") nothing. dtype: "auto" = the checkpoint's on a GPU; on a CPU
+    bfloat16 where it computes in that, else float32. device: "auto", "cpu", "cuda" or "cuda:N". max_model_len: window in
+    tokens, prompt and answer; None = the model's, or what the GPU tier holds. chunk_size: tokens a chunk. num_gpu_blocks:
+    size of the GPU tier in chunks; None = from gpu_memory_gib, and without it from gpu_memory_utilization on a GPU and 1 GiB
+    on a CPU. num_cpu_blocks, kv_offloading_size (GiB): size of the CPU tier, 0 = none. max_num_seqs: most requests that run
+    at once. max_num_batched_tokens: token budget of a step. prefill_batch_tokens: further prompts join a step only while its
+    prompts have fewer tokens; None = 128 on a CPU, which computes no faster with more, and on a GPU no limit but that budget.
     max_num_queued_reqs, max_num_queued_tokens: how many requests, and with how many tokens in all (None = any), may wait to
     be started; more are refused. decode_reserve: share of GPU blocks that admission leaves free. swap_out_watermark: share of
-    free and reclaimable GPU blocks under which chunks are swapped out ahead of time.
-    write_through: copy what a turn leaves to the CPU tier at its end, not only under the watermark. verify_swaps: checksum
-    every block on its way; a wrong one is dropped and recomputed. profile: file that `pensieve profile` wrote; None = the
-    one in the user's cache folder, if any. num_threads: CPU threads of the model; None = the cores that the process was
-    given. attention_backend: "triton" (the kernel for GPUs), "flashinfer" (FlashInfer, an optional package), "varlen"
-    (FlashAttention as torch brings it), "cpu" (the C++ kernel), "reference" (torch's operations), or "auto": on a GPU the
-    fastest of the first three, as measured at the start among those that can serve the model; else "cpu" or "reference", the
-    first of them that runs here. load_format: "auto" reads the weights, "dummy" makes random ones on the device, for
-    measurements. enforce_eager: no CUDA graphs. swap_copies: between GPU and pinned host memory by "dma" (copy engines), by
-    "kernel" (a copy kernel), or "auto", by the size of a block. pack_weights: lay the weights of linear layers out
-    for the CPU's matrix kernels and join those that share their input, where that works. async_scheduling: put the last step
-    into text, and plan and launch the next one, while a step runs; the answers are the same. None = on a GPU; where the model
-    computes on the same cores, it costs. tensor_parallel_size: ranks that share the model's weights and KV heads, each
-    with a device of its own; gpu_memory_gib is for each of them, kv_offloading_size for all together.
+    free and reclaimable GPU blocks under which chunks are swapped out ahead of time. write_through: copy what a turn leaves
+    to the CPU tier at its end, not only under the watermark. verify_swaps: checksum every block on its way; a wrong one is
+    dropped and recomputed. profile: file that `pensieve profile` wrote; None = the one in the user's cache folder, if any.
+    num_threads: CPU threads of the model; None = the cores that the process was given. attention_backend: "triton" (the
+    kernel for GPUs), "flashinfer" (FlashInfer, an optional package), "varlen" (FlashAttention as torch brings it), "cpu" (the
+    C++ kernel), "reference" (torch's operations), or "auto": on a GPU the fastest of the first three, as measured at the
+    start among those that can serve the model; else "cpu" or "reference", the first of them that runs here. load_format:
+    "auto" reads the weights, "dummy" makes random ones on the device, for measurements. enforce_eager: no CUDA graphs, no
+    compiled layers. swap_copies: between GPU and pinned host memory by "dma" (copy engines), by "kernel" (a copy kernel), or
+    "auto", as measured at the start. pack_weights: lay the weights of linear layers out for the CPU's matrix kernels and join
+    those that share their input, where that works. compile_layers: compile the decoder layers with torch.compile, where that
+    works; None = on a GPU, where it is measured to be faster. async_scheduling: put the last step into text, and plan and
+    launch the next one, while a step runs; the answers are the same. None = on a GPU; where the model computes on the same
+    cores, it costs. tensor_parallel_size: ranks that share the model's weights and KV heads, each with a device of its own;
+    gpu_memory_gib is for each of them, kv_offloading_size for all together.
     """
 
     model: str = "embedded"
@@ -82,6 +82,7 @@ class EngineConfig:
     enforce_eager: bool = False
     swap_copies: str = "auto"
     pack_weights: bool = True
+    compile_layers: bool | None = None
     async_scheduling: bool | None = None
     tensor_parallel_size: int = 1
 
@@ -108,6 +109,12 @@ class EngineConfig:
             "load_format",
             "auto where tensor_parallel_size is above 1: random weights are made whole",
         )
+        check(
+            not self.compile_layers or self.tensor_parallel_size == 1,
+            "compile_layers",
+            "false where tensor_parallel_size is above 1: sharded layers are not compiled",
+        )
+        check(not (self.compile_layers and self.enforce_eager), "compile_layers", "false where enforce_eager is set")
         check(
             re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device) is not None,
             "device",

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig
 from engine.core.engine_core import CoreConfig, EngineCore
+from engine.core.executor import PendingStep
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, SamplingParams
 from engine.executor.block_copy import BlockCopier, DmaCopier
+from engine.executor.compiled_layers import find_layers
 from engine.executor.local import LocalExecutor
 from engine.executor.streams import Streams, cuda_streams
 from engine.executor.swapper import StreamSwapper
@@ -38,7 +41,6 @@ def make_config(setting: Setting, folder: str, **options: Any) -> EngineConfig:
             "attention_backend": "triton",
             "max_num_seqs": max(*setting.decode_batches, setting.overhead_batch),
             "max_num_batched_tokens": setting.max_num_batched_tokens,
-            "pack_weights": False,
             "num_threads": 1 if setting.is_smoke else None,
             **options,
         }
@@ -63,6 +65,7 @@ def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, flo
     try:
         return {
             "load_and_capture_s": load_s,
+            "has_compiled_layers": _has_compiled_layers(executor),
             "num_parameters": executor.loaded.num_parameters,
             "bytes_per_block": executor.bytes_per_block,
             "decode": _measure_decodes(setting, executor, roofs),
@@ -73,6 +76,12 @@ def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, flo
         }
     finally:
         executor.shutdown()
+
+
+def _has_compiled_layers(executor: LocalExecutor) -> bool:
+    """Whether that was measured to pay; see the log."""
+    layers = find_layers(executor.loaded.model, len(executor.loaded.layers))
+    return any(layer._compiled_call_impl is not None for layer in layers)
 
 
 def _that_fit(setting: Setting, shape: Shape, num_blocks: int) -> int:
@@ -270,9 +279,34 @@ def _measure_hidden(setting: Setting, executor: LocalExecutor) -> list[dict[str,
 
 
 def _measure_overhead(setting: Setting, executor: LocalExecutor) -> dict[str, Any]:
-    """Decode steps driven by the core: the whole step, and of it what is not the model."""
+    """Decode steps driven by the core, as the engine does it: each put behind the one before, and one after the other. What
+    of a step is not the model."""
     batch = setting.overhead_batch
-    prompt_len = CHUNK_SIZE
+    ahead_s, _ = _drive_decodes(setting, executor, is_ahead=True)
+    in_turn_s, parts = _drive_decodes(setting, executor, is_ahead=False)
+    graphs = executor._runner._graphs
+    size = graphs.size_for(batch)
+    model_s = None
+    if size is not None:
+        model_s = statistics.median(timed(lambda: graphs.replay(size), setting.device) for _ in range(10))
+
+    def outside(step_s: float) -> float | None:
+        return None if model_s is None else (step_s - model_s) * 1e3
+
+    return {
+        "batch": batch,
+        "step_ms": ahead_s * 1e3,
+        "step_in_turn_ms": in_turn_s * 1e3,
+        **{f"{name}_ms": seconds * 1e3 for name, seconds in parts.items()},
+        "model_ms": None if model_s is None else model_s * 1e3,
+        "outside_the_model_ms": outside(ahead_s),
+        "outside_the_model_in_turn_ms": outside(in_turn_s),
+    }
+
+
+def _drive_decodes(setting: Setting, executor: LocalExecutor, *, is_ahead: bool) -> tuple[float, dict[str, float]]:
+    """(median seconds from one result to the next, medians of the host's parts) of steps in which all decode."""
+    batch = setting.overhead_batch
     core = EngineCore(
         CoreConfig(
             max_model_len=min(executor.loaded.max_model_len, executor.num_gpu_blocks * CHUNK_SIZE),
@@ -282,41 +316,40 @@ def _measure_overhead(setting: Setting, executor: LocalExecutor) -> dict[str, An
             chunk_size=CHUNK_SIZE,
         )
     )
-    sampling = SamplingParams(temperature=0.0, max_tokens=3 * CHUNK_SIZE, ignore_eos=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=2 * setting.overhead_steps, ignore_eos=True)
     for i in range(batch):
-        tokens = [(i + j) % 1000 + 8 for j in range(prompt_len)]
+        tokens = [(i + j) % 1000 + 8 for j in range(CHUNK_SIZE)]
         core.add_request(Request(f"o{i}", tokens, sampling), 0.0)
-    seconds: dict[str, list[float]] = {"schedule": [], "execute": [], "update": []}
+    in_flight: list[tuple[StepPlan, PendingStep]] = []
+    ends: list[float] = []
+    parts: dict[str, list[float]] = {"schedule": [], "submit_and_wait": [], "update": []}
     for _ in range(setting.overhead_steps):
         times = [time.perf_counter()]
-        plan = core.schedule(0.0)
-        assert plan is not None
+        plan = None if in_flight else core.schedule(0.0)
+        if plan is not None:
+            in_flight.append((plan, executor.submit(plan)))
+        if is_ahead:
+            ahead = core.schedule_ahead(0.0)
+            if ahead is not None:
+                in_flight.append((ahead, executor.submit(ahead)))
         times.append(time.perf_counter())
-        result = executor.execute(plan)
+        plan, step = in_flight.pop(0)
+        result = step.result()
         times.append(time.perf_counter())
         core.update(plan, result, 0.0)
         times.append(time.perf_counter())
         if plan.num_tokens == batch:
-            for name, begin, end in zip(seconds, times, times[1:], strict=False):
-                seconds[name].append(end - begin)
+            ends.append(times[-1])
+            for values, begin, end in zip(parts.values(), times, times[1:], strict=False):
+                values.append(end - begin)
     for i in range(batch):
         core.abort(f"o{i}", 0.0)
+    for plan, step in in_flight:
+        core.update(plan, step.result(), 0.0)
     while (plan := core.schedule(0.0)) is not None:  # tells the executor who has ended
         core.update(plan, executor.execute(plan), 0.0)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    graphs = executor._runner._graphs
-    size = graphs.size_for(batch)
-    model_s = None
-    if size is not None:
-        model_s = statistics.median(timed(lambda: graphs.replay(size), setting.device) for _ in range(10))
-    whole_s = sum(medians.values())
-    return {
-        "batch": batch,
-        "step_ms": whole_s * 1e3,
-        **{f"{name}_ms": value * 1e3 for name, value in medians.items()},
-        "model_ms": None if model_s is None else model_s * 1e3,
-        "outside_the_model_ms": None if model_s is None else (whole_s - model_s) * 1e3,
-    }
+    step_s = statistics.median(end - begin for begin, end in pairwise(ends))
+    return step_s, {name: statistics.median(values) for name, values in parts.items()}
 
 
 def measure_accuracy(setting: Setting, folder: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from engine.attention import choice, cpu, reference
+from engine.attention.device_clock import SecondsOf, seconds_on
 from engine.attention.metadata import AttentionBackend, LayerShape
 from engine.errors import ConfigError, KernelBuildError
 
@@ -24,7 +25,7 @@ def choose_backend(
     layers: Sequence[LayerShape] = (),
     chunk_size: int = 0,
     num_heads: int = 0,
-    seconds_of: choice.SecondsOf | None = None,
+    seconds_of: SecondsOf | None = None,
 ) -> AttentionBackend:
     """The backend of the option `attention_backend`, for a model with these layers, each with `num_heads` query heads, and
     blocks of `chunk_size` tokens. seconds_of: times the trial of `auto`; None = by the clock. Raises ConfigError where it was
@@ -62,7 +63,7 @@ def _fastest(
     layers: Sequence[LayerShape],
     chunk_size: int,
     num_heads: int,
-    seconds_of: choice.SecondsOf | None,
+    seconds_of: SecondsOf | None,
 ) -> _Loaded:
     """Of all that can serve the model on this CUDA device; Triton's kernel where that cannot be told. Raises nothing: the
     engine can do without any of the others."""
@@ -80,7 +81,7 @@ def _fastest(
     backends = {name: backend for name, (backend, _) in candidates.items()}
     trials = choice.make_trials(device, dtype, layers, num_heads, chunk_size)
     try:
-        seconds_of = seconds_of or choice.seconds_on(device)
+        seconds_of = seconds_of or seconds_on(device)
         return candidates[choice.choose_fastest(backends, trials, seconds_of, choice.TOLERANCE[dtype])]
     except Exception as error:
         logger.warning("attention: auto could not measure, and takes triton: %r", error)

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import logging
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from engine.attention.device_clock import SecondsOf
 from engine.attention.metadata import AttentionBackend, AttentionMetadata, AttentionParams, LayerShape
 
 logger = logging.getLogger(__name__)
-
-# Seconds from a call until the device has done what it asked for.
-SecondsOf = Callable[[Callable[[], None]], float]
 
 # (query_len, context_len) of each batch's segments: a prompt, new tokens at the end of a context, a prompt among decodes.
 # Most contexts end within a chunk, and so do these.
@@ -31,8 +28,6 @@ BATCHES = (
 # K and V of a batch, in all: more than the caches of the device hold, little enough to find room beside the weights. Contexts
 # that need more share blocks.
 POOL_BYTES = 64 << 20
-# Calls that the median is taken of.
-NUM_TIMED = 5
 # Of the output of a row and head, what error is still rounding, in relation to its length.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
@@ -167,18 +162,3 @@ def _make_trial(
         host_segments=segments.numpy(),
     )
     return Trial(metadata, tuple(inputs[layer] for layer in layers))
-
-
-def seconds_on(device: torch.device) -> SecondsOf:
-    """By the clock, on a CUDA device: the median of a few calls after one that does not count."""
-
-    def once(call: Callable[[], None]) -> float:
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    def seconds_of(call: Callable[[], None]) -> float:
-        return statistics.median([once(call) for _ in range(NUM_TIMED + 1)][1:])
-
-    return seconds_of

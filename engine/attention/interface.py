@@ -60,8 +60,40 @@ def _paged_attention(
     not used: causality comes from the positions of the segments."""
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    params = AttentionParams(scaling, sliding_window, softcap, s_aux)
-    return _handler.get().attend(query[0], key[0], value[0], params)[None], None
+    # Compiled code has to call an operator: it must not look inside.
+    attend = _operator if torch.compiler.is_compiling() else _attend
+    return attend(query[0], key[0], value[0], scaling, sliding_window, softcap, s_aux)[None], None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    return _handler.get().attend(query, key, value, AttentionParams(scaling, sliding_window, softcap, sinks))
+
+
+@torch.library.custom_op("pensieve_layers::attend", mutates_args=())
+def _operator(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """That it writes to the pools, the compiler need not know: nothing else that it sees reads them."""
+    return _attend(query, key, value, scaling, sliding_window, softcap, sinks).contiguous()
+
+
+@_operator.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(query.shape[1], query.shape[0], value.shape[2])
 
 
 AttentionInterface.register(ATTENTION_NAME, _paged_attention)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from engine.attention.device_clock import SecondsOf, seconds_on
 from engine.core.plan import BlockCopy
 from engine.errors import ConfigError, KernelBuildError
 from engine.executor.kv_store import KVStore
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 MIN_DMA_BYTES = 1 << 20
 # Share of the layers that wait for their KV together: what is copied before the first ones may start is not hidden.
 GROUPS = 10
+# Blocks that are copied to see which way is faster; and how much faster the kernel has to be, because it takes processors and
+# bandwidth from the model.
+MEASURED_BLOCKS = 32
+MIN_KERNEL_GAIN = 1.1
 
 
 class BlockCopier(Protocol):
@@ -82,33 +87,65 @@ def max_group_layers(store: KVStore, copier: BlockCopier) -> int:
     return max(few, -(-MIN_DMA_BYTES // max(1, layer_bytes)))
 
 
-def choose_copiers(option: str, gpu: KVStore, cpu: KVStore) -> tuple[BlockCopier, BlockCopier]:
-    """(for swap-ins, for swap-outs) by the option `swap_copies`: "dma", "kernel", or "auto", the one that is expected to be
-    the faster for the size of these blocks. Raises ConfigError where the kernel was asked for and cannot run."""
-    if option == "dma" or cpu.num_blocks == 0:
+def columns_of(store: KVStore, layers: range) -> slice:
+    """The columns of `storage` that hold them."""
+    return slice(store.layer_slices[layers.start].start, store.layer_slices[layers.stop - 1].stop)
+
+
+def choose_copiers(
+    option: str, gpu: KVStore, cpu: KVStore, seconds_of: SecondsOf | None = None
+) -> tuple[BlockCopier, BlockCopier]:
+    """(for swap-ins, for swap-outs) by the option `swap_copies`: "dma", "kernel", or "auto": the copy engines, unless the
+    kernel is faster by more than it takes from the model. That is measured, on the tiers themselves, whose blocks nobody may
+    use yet. seconds_of: None = by the clock. Raises ConfigError where the kernel was asked for and cannot run."""
+    if option == "dma" or min(gpu.num_blocks, cpu.num_blocks) == 0:
         return DmaCopier(), DmaCopier()
-    block_bytes, num_layers = gpu.storage[0].nbytes, len(gpu.layer_slices)
-    group_bytes = block_bytes * max(1, num_layers // GROUPS) // num_layers
-    is_dma = [option == "auto" and num_bytes >= MIN_DMA_BYTES for num_bytes in (group_bytes, block_bytes)]
-    kernel: type[BlockCopier] | None = None
     try:
-        if not all(is_dma):
-            kernel = _load_kernel(gpu, cpu)
+        kernel = _load_kernel(gpu, cpu)
     except KernelBuildError as error:
         if option == "kernel":
             raise ConfigError(
                 f"swap_copies is 'kernel', but {error.message}; use 'dma'", param="swap_copies"
             ) from error
-        logger.warning("swaps: by copy engines, although blocks are small; %s", error)
-        is_dma = [True, True]
-    copiers = [DmaCopier() if use_dma or kernel is None else kernel() for use_dma in is_dma]
-    logger.info(
-        "swaps: in by %s, out by %s (blocks of %.2f MiB, %d layers)",
-        *("copy engines" if use_dma else "kernel" for use_dma in is_dma),
-        block_bytes / (1 << 20),
-        num_layers,
-    )
+        logger.warning("swaps: by copy engines, whether or not a kernel would be faster; %s", error)
+        return DmaCopier(), DmaCopier()
+    if option == "kernel":
+        return kernel(), kernel()
+    seconds_of = seconds_of or seconds_on(gpu.storage.device)
+    dma_s, kernel_s = (_measure(kind(), gpu, cpu, seconds_of) for kind in (DmaCopier, kernel))
+    copiers: list[BlockCopier] = []
+    for way, by_dma_s, by_kernel_s in zip(("in", "out"), dma_s, kernel_s, strict=True):
+        use_dma = by_dma_s <= by_kernel_s * MIN_KERNEL_GAIN
+        copiers.append(DmaCopier() if use_dma else kernel())
+        logger.info(
+            "swaps %s: by %s, measured %.1f GB/s by copy engines and %.1f by the kernel (blocks of %.2f MiB)",
+            way,
+            "copy engines" if use_dma else "the kernel",
+            *(_num_measured(gpu, cpu) * gpu.storage[0].nbytes / seconds / 1e9 for seconds in (by_dma_s, by_kernel_s)),
+            gpu.storage[0].nbytes / (1 << 20),
+        )
     return copiers[0], copiers[1]
+
+
+def _measure(copier: BlockCopier, gpu: KVStore, cpu: KVStore, seconds_of: SecondsOf) -> tuple[float, float]:
+    """Seconds that it takes for some blocks: in, in the groups of layers that it would come in, and out."""
+    num_blocks = _num_measured(gpu, cpu)
+    copies = [BlockCopy(num_blocks - 1 - i, i) for i in range(num_blocks)]  # no two follow each other
+    num_layers = len(gpu.layer_slices)
+    columns = [columns_of(gpu, group) for group in layer_groups(num_layers, max_group_layers(gpu, copier))]
+
+    def swap_in() -> None:
+        for part in columns:
+            copier.copy(gpu.storage, cpu.storage, copies, part)
+
+    def swap_out() -> None:
+        copier.copy(cpu.storage, gpu.storage, copies, columns_of(gpu, range(num_layers)))
+
+    return seconds_of(swap_in), seconds_of(swap_out)
+
+
+def _num_measured(gpu: KVStore, cpu: KVStore) -> int:
+    return min(MEASURED_BLOCKS, gpu.num_blocks, cpu.num_blocks)
 
 
 def _load_kernel(gpu: KVStore, cpu: KVStore) -> type[BlockCopier]:

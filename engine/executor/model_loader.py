@@ -21,6 +21,7 @@ from engine.attention.metadata import LayerShape
 from engine.config import EngineConfig
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from engine.executor.compiled_layers import compile_layers, find_layers, recorded_seconds
 from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
 from engine.executor.process_group import ProcessGroup
 from engine.executor.sharding import is_own, localize, make_plan, num_local_bytes
@@ -103,11 +104,16 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
         _localize(config.model, model, text_config, dtype, plan, group)
     num_weight_bytes = num_local_bytes(model)
     probe = _check_attention(config.model, model, text_config, dtype)
-    packing = choose_packing(dtype) if config.pack_weights and device.type == "cpu" else None
+    wants_compiled = _wants_compiled_layers(config, device)
+    packing = None
+    if config.pack_weights and not (wants_compiled and device.type == "cpu"):  # a compiler does not know its operations
+        packing = choose_packing(dtype, device)
     if packing is not None:
         is_packed = _pack(config.model, model, text_config, dtype, packing)
         if not (is_packed if group is None else group.minimum(is_packed)):
             return load_model(replace(config, pack_weights=False), group)
+    if wants_compiled:
+        _compile(config, model, text_config, dtype, device)
     return LoadedModel(
         model=model,
         device=device,
@@ -232,10 +238,10 @@ def _refuse_unsupported(model: str, text_config: Any, max_model_len: int | None)
 
 
 @torch.inference_mode()
-def _probe(model: Any, text_config: Any, handler: ShapeProbe) -> torch.Tensor:
-    """Logits [1, PROBE_LEN, vocabulary] of a few tokens; attention goes to `handler` once the model is told so."""
-    input_ids = torch.arange(3, 3 + PROBE_LEN, device=model.device)[None] % text_config.vocab_size
-    positions = torch.arange(PROBE_LEN, device=model.device)[None]
+def _probe(model: Any, text_config: Any, handler: ShapeProbe, num_tokens: int = PROBE_LEN) -> torch.Tensor:
+    """Logits [1, num_tokens, vocabulary]; attention goes to `handler` once the model is told so."""
+    input_ids = torch.arange(3, 3 + num_tokens, device=model.device)[None] % text_config.vocab_size
+    positions = torch.arange(num_tokens, device=model.device)[None]
     with attention_handled_by(handler):
         logits: torch.Tensor = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
     return logits
@@ -259,6 +265,24 @@ def _pack(name: str, model: Any, text_config: Any, dtype: torch.dtype, packing: 
         return False
     logger.info("%s: %d linear layers packed (%s)", name, num_packed, packing.__name__)
     return True
+
+
+def _wants_compiled_layers(config: EngineConfig, device: torch.device) -> bool:
+    if config.compile_layers is None:
+        return device.type == "cuda" and not config.enforce_eager and config.tensor_parallel_size == 1
+    return config.compile_layers
+
+
+def _compile(config: EngineConfig, model: Any, text_config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the model's layers, where that works and, unless it is asked for, pays."""
+    logger.info("%s: compiling its layers; takes half a minute, the first time", config.model)
+    compile_layers(
+        config.model,
+        find_layers(model, text_config.num_hidden_layers),
+        lambda num_rows: _probe(model, text_config, ShapeProbe(), num_rows),
+        PROBE_TOLERANCE[dtype],
+        recorded_seconds(device) if config.compile_layers is None else None,
+    )
 
 
 def _localize(

@@ -1,9 +1,9 @@
-"""Linear layers for a CPU: weights laid out once for its matrix kernels, and layers that get the same input joined to one
-multiplication (Q, K and V; gate and up). Knows no model family: which layers share their input is seen in a forward.
+"""Linear layers that get the same input, joined to one multiplication (Q, K and V; gate and up); and, for a CPU, weights laid
+out once for its matrix kernels. Knows no model family: which layers share their input is seen in a forward.
 
-torch packs a weight anew at every call; with few rows, as in decoding, that costs more than the multiplication. oneDNN's
-packing operations are those that torch's own compiler uses, but private, FBGEMM's those of its quantization: where they are
-missing or fail, nothing is packed.
+On a CPU torch packs a weight anew at every call; with few rows, as in decoding, that costs more than the multiplication.
+oneDNN's packing operations are those that torch's own compiler uses, but private, FBGEMM's those of its quantization: where
+they are missing or fail, nothing is packed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -23,7 +24,10 @@ NUM_ROWS_HINT = 64
 
 
 class PackedWeight(Protocol):
-    """A weight [out_features, in_features] and a bias in a kernel's own layout."""
+    """A weight [out_features, in_features] and a bias in a kernel's own layout. PACKS_SINGLE_LAYERS: whether a layer that is
+    joined to no other one gains by it too."""
+
+    PACKS_SINGLE_LAYERS: bool
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None: ...
 
@@ -38,6 +42,8 @@ class PackedWeight(Protocol):
 
 class OneDnnWeight:
     """Computes in the dtype of the weight: float32, and bfloat16 where the processor has instructions for it."""
+
+    PACKS_SINGLE_LAYERS = True
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, NUM_ROWS_HINT)
@@ -56,6 +62,8 @@ class FbgemmWeight:
     """For half-precision weights where the processor cannot compute in them: kept as float16, multiplied in float32. Every
     bfloat16 between 2**-14 and 65504 is a float16 too; smaller ones lose bits that never matter beside the others."""
 
+    PACKS_SINGLE_LAYERS = True
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         if weight.abs().max() > torch.finfo(torch.float16).max:
             raise ValueError("a weight is beyond the range of float16")
@@ -70,8 +78,28 @@ class FbgemmWeight:
         return dense
 
 
-def choose_packing(dtype: torch.dtype) -> type[PackedWeight] | None:
-    """What packs weights of that dtype with this torch on this processor; None where nothing does."""
+class PlainWeight(nn.Module):
+    """As it is, for a GPU, which has a small multiplication done before all of its processors have begun."""
+
+    PACKS_SINGLE_LAYERS = False
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        # Parameters, for which compiled code is not specialised.
+        self._weight = nn.Parameter(weight, requires_grad=False)
+        self._bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+    def unpack(self) -> torch.Tensor:
+        return self._weight
+
+
+def choose_packing(dtype: torch.dtype, device: torch.device) -> type[PackedWeight] | None:
+    """What packs weights of that dtype with this torch on this device; None where nothing does."""
+    if device.type != "cpu":
+        return PlainWeight
     half = dtype in (torch.bfloat16, torch.float16)
     candidates: tuple[type[PackedWeight], ...] = (OneDnnWeight, FbgemmWeight) if half else (OneDnnWeight,)
     weight = torch.ones(16, 16, dtype=dtype)
@@ -143,6 +171,8 @@ class JoinedLinear(nn.Module):
     def __init__(self, joined: _JoinedInput, index: int) -> None:
         super().__init__()
         self._joined, self._index = joined, index
+        if index == 0:
+            self.linear = joined.linear  # whose parameters are the model's
         self.in_features = joined.linear.in_features
         self.out_features = joined.linear.sizes[index]
 
@@ -171,6 +201,8 @@ def pack_linears(model: nn.Module, forward: Callable[[], Any], packing: type[Pac
     places = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     num_packed = 0
     for group in groups:
+        if len(group) == 1 and not packing.PACKS_SINGLE_LAYERS:
+            continue
         if len(group) == 1:
             replacements: list[nn.Module] = [PackedLinear(group, packing)]
         else:

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 from engine.core.plan import BlockCopy, StepPlan
-from engine.executor.block_copy import BlockCopier, choose_copiers, layer_groups, max_group_layers
+from engine.executor.block_copy import BlockCopier, choose_copiers, columns_of, layer_groups, max_group_layers
 from engine.executor.kv_store import KVStore
 from engine.executor.streams import Event, Streams, cuda_streams
 
@@ -234,7 +234,7 @@ class StreamSwapper:
         transfer, streams = self._transfer, self._streams
         for index in range(len(transfer.arrived), min(num_groups, len(transfer.groups))):
             if transfer.swap_ins:
-                columns = self._columns(transfer.groups[index])
+                columns = columns_of(self._gpu, transfer.groups[index])
                 streams.swap_in.run(
                     lambda columns=columns: self._copy_in(  # type: ignore[misc]
                         self._gpu.storage, self._cpu.storage, transfer.swap_ins, columns
@@ -245,10 +245,6 @@ class StreamSwapper:
             if share:
                 streams.swap_out.run(lambda share=share: self._swap_out(share))  # type: ignore[misc]
             transfer.arrived.append(streams.swap_in.record())
-
-    def _columns(self, layers: range) -> slice:
-        slices = self._gpu.layer_slices
-        return slice(slices[layers.start].start, slices[layers.stop - 1].stop)
 
     def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
         self._copy_out(self._cpu.storage, self._gpu.storage, copies, slice(0, self._gpu.storage.shape[1]))

@@ -42,6 +42,7 @@ BOUNDS = [
     ("enforce_eager", [True, False], [0, 1, None, "yes"]),
     ("swap_copies", ["auto", "dma", "kernel"], ["memcpy", "", None]),
     ("pack_weights", [True, False], [0, 1, None, "yes"]),
+    ("compile_layers", [True, False, None], [0, 1, "yes"]),
     ("async_scheduling", [True, False, None], [0, 1, "yes"]),
     ("tensor_parallel_size", [1, 8], [0, -1, None, 2.0, "2", True]),
 ]

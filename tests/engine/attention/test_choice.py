@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.attention import backend, choice, reference
+from engine.attention import backend, choice, device_clock, reference
 from engine.attention.backend import choose_backend
 from engine.attention.metadata import AttentionMetadata, LayerShape
 from engine.errors import KernelBuildError
@@ -261,5 +261,5 @@ def test_the_clock_takes_the_median_after_a_call_that_does_not_count(monkeypatch
         now[0] += next(durations)
 
     monkeypatch.setattr(torch.cuda, "synchronize", wait)
-    monkeypatch.setattr(choice, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    assert choice.seconds_on(CUDA)(lambda: None) == 3.0
+    monkeypatch.setattr(device_clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert device_clock.seconds_on(CUDA)(lambda: None) == 3.0

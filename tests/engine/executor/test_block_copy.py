@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from importlib.util import find_spec
+from itertools import accumulate
 
 import pytest
 import torch
@@ -109,45 +110,105 @@ def shapes_of(num_layers: int, num_kv_heads: int, head_dim: int = 128) -> tuple[
 class Sizes:
     """The sizes of a tier whose memory nobody needs."""
 
-    def __init__(self, layers: tuple[LayerShape, ...], num_blocks: int = 1) -> None:
-        numel = sum(layer.numel_per_token for layer in layers) * 32
+    def __init__(self, layers: tuple[LayerShape, ...], num_blocks: int = 40) -> None:
+        widths = [layer.numel_per_token * 32 for layer in layers]
+        ends = list(accumulate(widths))
         self.num_blocks = num_blocks
-        self.storage = torch.empty(num_blocks, numel, dtype=torch.bfloat16, device="meta")
-        self.layer_slices = [slice(0, 0)] * len(layers)
+        self.storage = torch.empty(num_blocks, ends[-1], dtype=torch.bfloat16, device="meta")
+        self.layer_slices = [slice(end - width, end) for width, end in zip(widths, ends, strict=True)]
 
 
-class FakeKernel:
-    def copy(self, target, source, copies, columns) -> None: ...
+class FakeCopier:
+    """Notes what it was to copy. log: of all copiers."""
+
+    log: list[tuple[str, int, slice]]
+
+    def copy(self, target, source, copies, columns) -> None:
+        pairs = {(copy.source, copy.target) for copy in copies}
+        assert len({source for source, _ in pairs}) == len({target for _, target in pairs}) == len(copies)
+        assert not {(source + 1, target + 1) for source, target in pairs} & pairs, "would be one copy"
+        self.log.append((type(self).__name__, len(copies), columns))
 
 
-def test_large_blocks_go_by_copy_engines_and_small_parts_of_them_by_the_kernel(monkeypatch, caplog):
-    caplog.set_level("INFO")
+class FakeKernel(FakeCopier): ...
+
+
+class FakeDma(FakeCopier, DmaCopier): ...
+
+
+@pytest.fixture
+def log(monkeypatch) -> list[tuple[str, int, slice]]:
+    log: list[tuple[str, int, slice]] = []
+    monkeypatch.setattr(FakeCopier, "log", log, raising=False)
+    monkeypatch.setattr(block_copy, "DmaCopier", FakeDma)
     monkeypatch.setattr(block_copy, "_load_kernel", lambda gpu, cpu: FakeKernel)
-    kinds = {}
-    for name, layers in {
-        "OPT-13B": shapes_of(40, 40),
-        "Llama-3.1-8B": shapes_of(32, 8),
-        "Qwen2.5-0.5B": shapes_of(24, 2, 64),
-    }.items():
-        sizes = Sizes(layers)
-        copiers = choose_copiers("auto", sizes, sizes)
-        kinds[name] = tuple("dma" if isinstance(copier, DmaCopier) else "kernel" for copier in copiers)
-    assert kinds == {
-        "OPT-13B": ("dma", "dma"),
-        "Llama-3.1-8B": ("kernel", "dma"),
-        "Qwen2.5-0.5B": ("kernel", "kernel"),
-    }
-    assert "swaps: in by kernel, out by copy engines (blocks of 4.00 MiB, 32 layers)" in caplog.text
+    return log
+
+
+def kinds_of(copiers) -> tuple[str, ...]:
+    return tuple("dma" if isinstance(copier, DmaCopier) else "kernel" for copier in copiers)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kinds"),
+    [
+        ((1.0, 1.0, 1.0, 1.0), ("dma", "dma")),
+        ((1.05, 1.05, 1.0, 1.0), ("dma", "dma")),  # not worth the processors
+        ((1.2, 1.0, 1.0, 1.0), ("kernel", "dma")),
+        ((1.0, 9.0, 1.0, 1.0), ("dma", "kernel")),
+        ((2.0, 2.0, 1.0, 1.0), ("kernel", "kernel")),
+    ],
+)
+def test_each_way_goes_by_what_was_measured(seconds, kinds, log, caplog):
+    """seconds: in and out by copy engines, in and out by the kernel."""
+    caplog.set_level("INFO")
+    measured = iter(seconds)
+
+    def seconds_of(call) -> float:
+        call()
+        return next(measured)
+
+    llama = Sizes(shapes_of(32, 8))
+    copiers = choose_copiers("auto", llama, llama, seconds_of)
+    assert kinds_of(copiers) == kinds
+    assert next(measured, None) is None
+    in_gbs = [32 * (4 << 20) / seconds[i] / 1e9 for i in (0, 2)]
+    assert (
+        f"swaps in: by {'copy engines' if kinds[0] == 'dma' else 'the kernel'}, measured {in_gbs[0]:.1f} GB/s by copy "
+        f"engines and {in_gbs[1]:.1f} by the kernel (blocks of 4.00 MiB)" in caplog.text
+    )
+    # Everything was copied once each way by both; in, in the groups that it would come in.
+    width = llama.storage.shape[1]
+    for name, num_layers in (("FakeDma", 8), ("FakeKernel", 3)):
+        copied = [(num, columns) for kind, num, columns in log if kind == name]
+        assert all(num == 32 for num, _ in copied)
+        *ins, out = [columns for _, columns in copied]
+        assert out == slice(0, width)
+        assert [ins[0].start, *(columns.stop for columns in ins)] == [*(columns.start for columns in ins), width]
+        assert max(columns.stop - columns.start for columns in ins) == num_layers * width // 32
+
+
+def test_a_tier_of_few_blocks_is_measured_with_as_many(log):
+    few = Sizes(shapes_of(2, 1), num_blocks=3)
+    choose_copiers("auto", Sizes(shapes_of(2, 1)), few, lambda call: (call(), 1.0)[1])
+    assert {num for _, num, _ in log} == {3}
+
+
+def test_what_was_asked_for_is_not_measured(log):
+    sizes, nothing = Sizes(shapes_of(2, 1)), Sizes(shapes_of(2, 1), num_blocks=0)
+    both = choose_copiers("kernel", sizes, sizes)
+    assert kinds_of(both) == ("kernel", "kernel")
+    assert both[0] is not both[1], "a kernel's list of copies belongs to one stream"
+    assert kinds_of(choose_copiers("dma", sizes, sizes)) == ("dma", "dma")
+    assert kinds_of(choose_copiers("auto", sizes, nothing)) == ("dma", "dma")
+    assert log == []
+
+
+def test_groups_are_large_enough_for_the_copy_engines():
     llama = Sizes(shapes_of(32, 8))
     assert max_group_layers(llama, FakeKernel()) == 3
     assert max_group_layers(llama, DmaCopier()) == 8
     assert max_group_layers(Sizes(shapes_of(40, 40)), DmaCopier()) == 4
-    both = choose_copiers("kernel", llama, llama)
-    assert all(isinstance(copier, FakeKernel) for copier in both)
-    assert both[0] is not both[1], "a kernel's list of copies belongs to one stream"
-    assert all(isinstance(copier, DmaCopier) for copier in choose_copiers("dma", llama, llama))
-    nothing = Sizes(shapes_of(24, 2, 64), num_blocks=0)
-    assert all(isinstance(copier, DmaCopier) for copier in choose_copiers("auto", nothing, nothing))
 
 
 @needs_interpreter
@@ -155,7 +216,9 @@ def test_the_kernel_is_tried_before_it_is_taken(monkeypatch, caplog):
     from engine.executor import block_copy_kernel
 
     gpu, cpu = make_store(2), make_store(2)
-    assert isinstance(choose_copiers("auto", gpu, cpu)[0], block_copy_kernel.KernelCopier)
+    seconds = iter([2.0, 2.0, 1.0, 1.0])
+    copiers = choose_copiers("auto", gpu, cpu, lambda call: (call(), next(seconds))[1])
+    assert all(isinstance(copier, block_copy_kernel.KernelCopier) for copier in copiers)
 
     def fail(*_) -> None:
         raise RuntimeError("no such device")

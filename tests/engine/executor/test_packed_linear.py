@@ -17,11 +17,15 @@ from engine.executor.packed_linear import (
     JoinedLinear,
     OneDnnWeight,
     PackedLinear,
+    PlainWeight,
     choose_packing,
     pack_linears,
 )
 
-pytestmark = pytest.mark.skipif(choose_packing(torch.float32) is None, reason="this torch has no packed multiplication")
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(
+    choose_packing(torch.float32, CPU) is None, reason="this torch has no packed multiplication"
+)
 
 
 class Attention(nn.Module):
@@ -64,6 +68,23 @@ def test_layers_on_one_input_are_joined_and_compute_the_same(bias):
 
 
 @torch.inference_mode()
+def test_on_a_gpu_layers_are_joined_and_others_stay(tiny_model, monkeypatch):
+    """And all weights are the model's parameters still, once each."""
+    assert choose_packing(torch.bfloat16, torch.device("cuda")) is PlainWeight
+    plain = load_model(EngineConfig(model=str(tiny_model("llama")), dtype="float32", pack_weights=False))
+    monkeypatch.setattr(model_loader, "choose_packing", lambda dtype, device: PlainWeight)
+    loaded = load_model(EngineConfig(model=str(tiny_model("llama")), dtype="float32"))
+    names = [name for name, module in loaded.model.named_modules() if isinstance(module, JoinedLinear)]
+    assert {name.rsplit(".", 1)[1] for name in names} == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert type(loaded.model.lm_head) is nn.Linear
+    assert sum(p.nbytes for p in loaded.model.parameters()) == sum(p.nbytes for p in plain.model.parameters())
+    logits = [
+        model_loader._probe(each.model, each.model.config, model_loader.ShapeProbe(), 7) for each in (loaded, plain)
+    ]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
 def test_members_may_be_called_in_any_order_and_on_different_inputs():
     torch.manual_seed(0)
     model = Attention()
@@ -91,6 +112,8 @@ def test_a_processor_with_bfloat16_uses_it(monkeypatch):
     """Weights that come back in their own dtype, as oneDNN's do, count as packed."""
 
     class NativeWeight:
+        PACKS_SINGLE_LAYERS = True
+
         def __init__(self, weight, bias):
             self.weight = weight
 
@@ -101,7 +124,7 @@ def test_a_processor_with_bfloat16_uses_it(monkeypatch):
             return self.weight
 
     monkeypatch.setattr(packed_linear, "OneDnnWeight", NativeWeight)
-    assert choose_packing(torch.bfloat16) is NativeWeight
+    assert choose_packing(torch.bfloat16, CPU) is NativeWeight
 
 
 @torch.inference_mode()
@@ -183,7 +206,7 @@ def test_a_weight_that_float16_cannot_hold_leaves_the_model_unpacked(tiny_model,
     def refuse(self, weight, bias):
         raise ValueError("beyond the range")
 
-    monkeypatch.setattr(model_loader, "choose_packing", lambda dtype: FbgemmWeight)
+    monkeypatch.setattr(model_loader, "choose_packing", lambda dtype, device: FbgemmWeight)
     monkeypatch.setattr(FbgemmWeight, "__init__", refuse)
     loaded = load_model(EngineConfig(model=str(tiny_model("llama")), dtype="bfloat16"))
     assert not any(isinstance(module, PackedLinear) for module in loaded.model.modules())

@@ -1,0 +1,94 @@
+"""The decoder layers of a model, compiled by torch.compile: on a GPU the many small operations between the matrix
+multiplications become a few kernels. Layers of one kind share their code, which serves any number of rows; attention in it
+is a call (see engine/attention/interface.py). Knows no model family: what cannot be compiled whole stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from engine.attention.device_clock import SecondsOf, seconds_on
+from engine.executor.decode_graphs import CudaGraphMaker
+
+logger = logging.getLogger(__name__)
+
+COMPILER = "inductor"
+# Rows of the forwards that are looked at: torch compiles one row by itself, and any other number once.
+NUMS_OF_ROWS = (1, 24)
+# How many versions of its code torch keeps of a function. All layers of all models are one function to it, and where it may
+# keep no more, it raises instead of compiling.
+MAX_VERSIONS = 64
+# Of what torch says when it fails, which fills pages.
+MAX_REASON_CHARS = 200
+
+
+def find_layers(model: nn.Module, num_layers: int) -> list[nn.Module]:
+    """The decoder layers: of the lists of modules that are as long as the model is deep, the one with the most parameters.
+    Empty where there is none."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
+    return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()))
+
+
+def compile_layers(
+    name: str,
+    layers: Sequence[nn.Module],
+    forward: Callable[[int], torch.Tensor],
+    tolerance: float,
+    seconds_of: SecondsOf | None,
+) -> bool:
+    """Compile them in place, and look whether the model computes the same; else, and where it does not get faster, leave them
+    as they were. Takes half a minute, the first time. name: of the model, for the log. forward: number of rows -> logits of
+    the whole model. tolerance: of the largest difference, in relation to the largest logit. seconds_of: times a forward of
+    one row; None = keep it whether or not it is faster. Returns whether they are compiled; raises only what `forward` raises
+    before."""
+    import torch._dynamo  # not above: it takes a second
+
+    expected = [forward(num_rows) for num_rows in NUMS_OF_ROWS]
+
+    def decode() -> torch.Tensor:
+        return forward(1)
+
+    eager_s = 0.0 if seconds_of is None else seconds_of(decode)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_VERSIONS)
+    start_s = time.perf_counter()
+    reason = ""
+    try:
+        for layer in layers:
+            layer.compile(dynamic=True, fullgraph=True, backend=COMPILER)
+        for num_rows, logits in zip(NUMS_OF_ROWS, expected, strict=True):
+            error = (forward(num_rows) - logits).abs().max().item() / max(1.0, logits.abs().max().item())
+            if not error <= tolerance:
+                reason = f"its logits differ then by {error:.1e}"
+        if not layers:
+            reason = "its decoder layers were not found"
+        compiled_s = 0.0 if seconds_of is None else seconds_of(decode)
+        if not reason and seconds_of is not None and not compiled_s < eager_s:
+            reason = f"a decode step takes {compiled_s * 1e3:.2f} ms then, and {eager_s * 1e3:.2f} ms without"
+    except Exception as failure:  # whatever the compilers and the model's code raise
+        reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:MAX_REASON_CHARS]}"
+    if reason:
+        for layer in layers:
+            layer._compiled_call_impl = None  # undoes `compile`
+        logger.warning("%s: served without compiled layers: %s", name, reason)
+        return False
+    gain = "" if seconds_of is None else f"; a decode step takes {compiled_s / eager_s:.2f} of the time"
+    logger.info("%s: %d layers compiled in %.0f s%s", name, len(layers), time.perf_counter() - start_s, gain)
+    return True
+
+
+def recorded_seconds(device: torch.device) -> SecondsOf:
+    """Times what a CUDA device does, without the time to launch it; with that where it cannot be recorded."""
+
+    def seconds_of(call: Callable[[], torch.Tensor]) -> float:
+        try:
+            return seconds_on(device)(CudaGraphMaker(device).capture(call).replay)
+        except RuntimeError:
+            torch.cuda.synchronize(device)
+            return seconds_on(device)(call)
+
+    return seconds_of
