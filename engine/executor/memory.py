@@ -8,6 +8,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -70,7 +71,11 @@ def bytes_left_for_blocks(config: EngineConfig, loaded: LoadedModel, backend: At
         "max_num_batched_tokens",
     ):
         runner = make_toy_runner(config, loaded, backend)
-        runner.execute(largest_step(config, loaded))
+        step = largest_step(config, loaded)
+        runner.launch(step)
+        runner.launch(replace(step, starts=()))  # beside what the first one keeps until it is complete
+        for _ in range(2):
+            runner.complete()
         torch.cuda.synchronize(device)
     step_bytes = torch.cuda.max_memory_reserved(device)
     free, total = torch.cuda.mem_get_info(device)

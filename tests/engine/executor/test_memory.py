@@ -12,6 +12,7 @@ from engine.executor import local, memory
 from engine.executor.local import LocalExecutor
 from engine.executor.memory import bytes_left_for_blocks, largest_step, make_toy_runner, out_of_memory_means
 from engine.executor.model_loader import load_model
+from engine.executor.model_runner import ModelRunner
 
 GIB = 1 << 30
 
@@ -39,8 +40,12 @@ def test_the_largest_step_fills_the_budget_and_samples_for_everybody_at_full_cos
 
 
 def test_what_is_left_is_the_share_without_the_step_the_graphs_and_the_others(config, monkeypatch):
-    """The largest step really runs; what the device says of its memory is made up."""
+    """The largest step really runs, and another one behind it; what the device says of its memory is made up."""
     loaded = load_model(config)
+    calls = []
+    for name in ("launch", "complete"):
+        inner = getattr(ModelRunner, name)
+        monkeypatch.setattr(ModelRunner, name, lambda *args, n=name, f=inner: (calls.append(n), f(*args))[1])
     for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 20 * GIB)
@@ -50,6 +55,7 @@ def test_what_is_left_is_the_share_without_the_step_the_graphs_and_the_others(co
     backend = choose_backend("cpu", loaded.device, loaded.dtype)
     # 72 are ours; 3 belong to somebody else.
     assert bytes_left_for_blocks(config, loaded, backend) == pytest.approx((72 - 20 - 1 - 3) * GIB)
+    assert calls == ["launch", "launch", "complete", "complete"]
 
 
 def test_graphs_are_the_largest_and_as_many_more_as_there_are_sizes(monkeypatch):
