@@ -10,6 +10,7 @@ continuous batching. One JSON and one plot per section; a section that fails is 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -78,6 +79,8 @@ def main() -> None:
     setting = for_smoke() if arguments.smoke else for_gpu()
     if setting.is_smoke:
         torch.set_num_threads(1)
+    logging.basicConfig(format="  %(message)s")
+    logging.getLogger("engine").setLevel(logging.INFO)  # what was measured at the start, and chosen
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     report = Report(arguments.out, setting)

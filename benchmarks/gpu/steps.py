@@ -38,7 +38,7 @@ def make_config(setting: Setting, folder: str, **options: Any) -> EngineConfig:
             "device": setting.device.type,
             "dtype": setting.dtype_name,
             "chunk_size": CHUNK_SIZE,
-            "attention_backend": "triton",
+            "attention_backend": "triton" if setting.is_smoke else "auto",
             "max_num_seqs": max(*setting.decode_batches, setting.overhead_batch),
             "max_num_batched_tokens": setting.max_num_batched_tokens,
             "num_threads": 1 if setting.is_smoke else None,
@@ -65,6 +65,7 @@ def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, flo
     try:
         return {
             "load_and_capture_s": load_s,
+            "attention_backend": _backend_name(executor),
             "has_compiled_layers": _has_compiled_layers(executor),
             "num_parameters": executor.loaded.num_parameters,
             "bytes_per_block": executor.bytes_per_block,
@@ -76,6 +77,12 @@ def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, flo
         }
     finally:
         executor.shutdown()
+
+
+def _backend_name(executor: LocalExecutor) -> str:
+    """Which was measured to be the fastest; see the log."""
+    backend = executor._runner._backend
+    return str(getattr(backend, "__name__", type(backend).__name__))
 
 
 def _has_compiled_layers(executor: LocalExecutor) -> bool:

@@ -117,9 +117,6 @@ class GroupExecutor(LocalExecutor):
     """Rank 0. broken: done, with the error, once the group cannot compute any more, whatever rank is to blame; cancelled by
     a regular shutdown. Its callbacks run in a thread of the group's, and must not wait for the group."""
 
-    # The other ranks are told with a step what was sampled in the one before.
-    max_steps_in_flight = 1
-
     def __init__(self, config: EngineConfig, starter: WorkerStarter | None = None) -> None:
         """starter: None = processes of this machine, which share its cores. Blocks until all ranks have loaded; raises what
         any of them raised."""
@@ -157,6 +154,7 @@ class GroupExecutor(LocalExecutor):
             starter.start(config, members[1:])
             self._channel.accept(starter.check, CONNECT_TIMEOUT_S)
             self._load(config, members[0], store)
+            self.max_steps_in_flight = 1  # the other ranks are told with a step what was sampled in the one before
             self.placements = (self.placement, *self._channel.wait_until_ready())
             self.check_health()
             if self.loaded.device.type == "cpu":

@@ -74,9 +74,6 @@ class LocalExecutor:
     """One model, or one rank's shard of it; one KV store. Steps in whichever thread, if one after the other; those that are
     submitted, in a thread of its own."""
 
-    # While the device computes one, the next one is put behind it.
-    max_steps_in_flight = 2
-
     def __init__(self, config: EngineConfig, group: ProcessGroup | None = None) -> None:
         """Loads and allocates; blocking. group: of this rank, where the model is sharded. Raises ModelLoadError or
         ConfigError."""
@@ -90,6 +87,8 @@ class LocalExecutor:
         ):
             self.loaded: LoadedModel = load_model(config, group)
         num_ranks = 1 if group is None else group.size
+        # A device with a queue: while it computes a step, the next one is put behind it.
+        self.max_steps_in_flight = 1 if self.loaded.device.type == "cpu" else 2
         backend = choose_backend(
             config.attention_backend,
             self.loaded.device,

@@ -42,15 +42,27 @@ class FaultyExecutor(InterruptedExecutor):
             raise RuntimeError("injected fault")
 
 
-@pytest.fixture(params=[True, False], ids=["overlapped", "in turn"])
+class FaultyAheadExecutor(FaultyExecutor):
+    """Takes a second step before the first one has a result, as on a GPU."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.max_steps_in_flight = 2
+
+
+@pytest.fixture(
+    params=[(True, FaultyAheadExecutor), (True, FaultyExecutor), (False, FaultyExecutor)],
+    ids=["ahead", "overlapped", "in turn"],
+)
 async def make_engine(request: pytest.FixtureRequest) -> AsyncIterator[Callable[..., AsyncEngine]]:
     """Options -> AsyncEngine of the embedded model with a FaultyExecutor, shut down at the end."""
     engines: list[AsyncEngine] = []
 
     def make(**options: object) -> AsyncEngine:
         config = {"num_gpu_blocks": 128, "chunk_size": 8, "max_model_len": 512, "num_threads": 1, **options}
-        config.setdefault("async_scheduling", request.param)
-        engines.append(AsyncEngine(EngineConfig.from_options(config), FaultyExecutor))
+        async_scheduling, executor_class = request.param
+        config.setdefault("async_scheduling", async_scheduling)
+        engines.append(AsyncEngine(EngineConfig.from_options(config), executor_class))
         return engines[-1]
 
     yield make

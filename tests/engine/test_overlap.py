@@ -23,9 +23,7 @@ CAT = ChatPrompt((("user", "My cat is called Mia."),))
 
 
 class ScriptedExecutor(InterruptedExecutor):
-    """Notes the plans. in_step: number of a step -> what happens during it. One step at a time, unless told otherwise."""
-
-    max_steps_in_flight = 1
+    """Notes the plans. in_step: number of a step -> what happens during it."""
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)

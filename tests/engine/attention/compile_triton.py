@@ -4,6 +4,10 @@ Triton does not interpret."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +22,8 @@ from engine.core.plan import BlockCopy
 from engine.executor import block_copy_kernel
 
 CAPABILITIES = {80: 163 * 1024, 90: 227 * 1024}  # shared memory of a block
+# Stores and loads; a few on Ampere cost nothing that shows.
+MAX_SPILLED_BYTES = {80: 64, 90: 0}
 TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -62,7 +68,26 @@ class Compiler:
         compiled = triton.compile(source, target=GPUTarget("cuda", self._capability, 32), options=options)
         shared = compiled.metadata.shared
         assert shared <= CAPABILITIES[self._capability], f"{shared} bytes of shared memory"
+        if self._capability in MAX_SPILLED_BYTES and self._is_common(values):
+            spilled = spilled_bytes(compiled.asm["ptx"], self._capability)
+            assert spilled <= MAX_SPILLED_BYTES[self._capability], f"{spilled} bytes of registers spilled"
+            print(f"{spilled} bytes of registers spilled")
         print(f"{self._kernel.fn.__name__} for {self._capability}: compiled, {shared} bytes of shared memory")
+
+    def _is_common(self, values: dict[str, Any]) -> bool:
+        """Attention in half precision as most models have it."""
+        return "query" in values and values["query"].dtype == torch.bfloat16 and values["K_DIM"] == 128
+
+
+def spilled_bytes(ptx: str, capability: int) -> int:
+    """What does not fit the registers of a thread, by the assembler that triton brings along: stores and loads."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        arch = f"-arch=sm_{capability}" + ("a" if capability >= 90 else "")
+        command = [triton.knobs.nvidia.ptxas.path, "-v", arch, file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(int(number) for number in re.findall(r"(\d+) bytes spill", said))
 
 
 def attend(dtype: torch.dtype, lengths: list[int], dim: int, chunk_size: int, params: AttentionParams) -> None:
@@ -93,6 +118,7 @@ def main() -> None:
         copy_blocks(3 * 4096, slice(4096, 2 * 4096))
         copy_blocks(15, slice(3, 10))
         attend(torch.bfloat16, [1, 1], 128, 32, AttentionParams(0.1))
+        attend(torch.bfloat16, [100], 128, 32, AttentionParams(0.1))
         attend(torch.bfloat16, [100], 256, 5, AttentionParams(0.1, 512, 30.0, torch.zeros(16)))
     attend(torch.float32, [7], 80, 32, AttentionParams(0.1))
 
