@@ -332,16 +332,17 @@ class AsyncEngine:
         except Exception as error:
             self._executor.check_health()  # where it computes no further step, this thread ends
             logger.exception("step %d failed", plan.step_id)
-            self._num_failures += 1
             are_copies_made = isinstance(error, ComputationFailedError)
             failed = self._core.fail_step(plan, time.monotonic(), are_copies_made=are_copies_made)
+            # A step behind a failed one may fail for the same requests, which have ended by then.
+            self._num_failures += bool(failed) or not plan.segments
             self._outputs.fail(failed, ExecutorError(f"the step that computed this request failed: {error!r}"))
             return
         now = time.monotonic()
-        outputs = self._core.update(plan, result, now)
-        if outputs:  # not a step behind a failed one, which has computed for nobody
+        num_computed = self._core.stats.num_computed_tokens
+        self._outputs.add(self._core.update(plan, result, now))
+        if self._core.stats.num_computed_tokens > num_computed:  # and not in vain, behind a step that failed
             self._num_failures = 0
-        self._outputs.add(outputs)
         if now - self._logged_s >= LOG_INTERVAL_S:
             self._logged_s = now
             self._log_statistics()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from engine.attention import triton_paged
 from engine.attention.backend import choose_backend
-from engine.attention.metadata import AttentionBackend, AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.errors import ConfigError
 
 KERNELS = {
@@ -183,11 +183,12 @@ class Batch:
 
 def load_others(setting: Setting, shape: Shape) -> dict[str, AttentionBackend]:
     """The other backends that can serve a model of this shape here."""
-    layers = (LayerShape(shape.num_kv_heads, shape.head_dim, shape.head_dim),)
+    layer = LayerShape(shape.num_kv_heads, shape.head_dim, shape.head_dim)
+    calls = (AttentionCall(layer, shape.num_heads, AttentionParams(shape.head_dim**-0.5)),)
     backends = {}
     for name, chunk_size in (CPU_OTHER_BACKENDS if setting.is_smoke else OTHER_BACKENDS).items():
         try:
-            backends[name] = choose_backend(name, setting.device, setting.dtype, layers, chunk_size)
+            backends[name] = choose_backend(name, setting.device, setting.dtype, calls, chunk_size)
         except ConfigError as error:
             print(f"  {error}")
     return backends

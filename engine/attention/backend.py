@@ -9,7 +9,7 @@ import torch
 
 from engine.attention import choice, cpu, reference
 from engine.attention.device_clock import SecondsOf, seconds_on
-from engine.attention.metadata import AttentionBackend, LayerShape
+from engine.attention.metadata import AttentionBackend, AttentionCall
 from engine.errors import ConfigError, KernelBuildError
 
 logger = logging.getLogger(__name__)
@@ -22,14 +22,13 @@ def choose_backend(
     option: str,
     device: torch.device,
     dtype: torch.dtype,
-    layers: Sequence[LayerShape] = (),
+    calls: Sequence[AttentionCall] = (),
     chunk_size: int = 0,
-    num_heads: int = 0,
     seconds_of: SecondsOf | None = None,
 ) -> AttentionBackend:
-    """The backend of the option `attention_backend`, for a model with these layers, each with `num_heads` query heads, and
-    blocks of `chunk_size` tokens. seconds_of: times the trial of `auto`; None = by the clock. Raises ConfigError where it was
-    asked for by name and cannot run."""
+    """The backend of the option `attention_backend`, for a model with these attention calls and blocks of `chunk_size`
+    tokens. seconds_of: times the trial of `auto`; None = by the clock. Raises ConfigError where it was asked for by name and
+    cannot run."""
     if option == "cpu" and device.type != "cpu":
         raise _config_error(f"attention_backend is 'cpu', but the model is on {device}; use 'auto'")
     name = option
@@ -37,9 +36,9 @@ def choose_backend(
         name = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
     try:
         if name in _LOADERS:
-            loaded = _LOADERS[name](device, dtype, layers, chunk_size)
-            if option == "auto" and layers:
-                loaded = _fastest(loaded, device, dtype, layers, chunk_size, num_heads, seconds_of)
+            loaded = _LOADERS[name](device, dtype, calls, chunk_size)
+            if option == "auto" and calls:
+                loaded = _fastest(loaded, device, dtype, calls, chunk_size, seconds_of)
                 torch.cuda.empty_cache()  # what the trial took
             backend, description = loaded
             logger.info("attention: %s", description)
@@ -60,9 +59,8 @@ def _fastest(
     triton: _Loaded,
     device: torch.device,
     dtype: torch.dtype,
-    layers: Sequence[LayerShape],
+    calls: Sequence[AttentionCall],
     chunk_size: int,
-    num_heads: int,
     seconds_of: SecondsOf | None,
 ) -> _Loaded:
     """Of all that can serve the model on this CUDA device; Triton's kernel where that cannot be told. Raises nothing: the
@@ -70,7 +68,7 @@ def _fastest(
     candidates = {"triton": triton}
     for name in ("flashinfer", "varlen"):
         try:
-            candidates[name] = _LOADERS[name](device, dtype, layers, chunk_size)
+            candidates[name] = _LOADERS[name](device, dtype, calls, chunk_size)
         except KernelBuildError as error:
             logger.info("attention: auto does without %s: %s", name, error)
         except Exception as error:
@@ -79,7 +77,7 @@ def _fastest(
         logger.info("attention: auto had nothing to measure: triton is the only one for this model here")
         return triton
     backends = {name: backend for name, (backend, _) in candidates.items()}
-    trials = choice.make_trials(device, dtype, layers, num_heads, chunk_size)
+    trials = choice.make_trials(device, dtype, calls, chunk_size)
     try:
         seconds_of = seconds_of or seconds_on(device)
         return candidates[choice.choose_fastest(backends, trials, seconds_of, choice.TOLERANCE[dtype])]
@@ -89,7 +87,7 @@ def _fastest(
 
 
 def _load_triton(
-    device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape] = (), chunk_size: int = 0
+    device: torch.device, dtype: torch.dtype, calls: Sequence[AttentionCall] = (), chunk_size: int = 0
 ) -> _Loaded:
     try:
         from engine.attention import triton_paged  # not above: triton is optional
@@ -107,27 +105,27 @@ def _load_triton(
     return triton_paged, f"Triton kernel (triton), {triton_paged.load_kernel(device)}"
 
 
-def _load_varlen(device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape], chunk_size: int) -> _Loaded:
+def _load_varlen(device: torch.device, dtype: torch.dtype, calls: Sequence[AttentionCall], chunk_size: int) -> _Loaded:
     _load_triton(device, dtype)  # for what the other cannot
     from engine.attention import varlen
 
     if dtype not in varlen.DTYPES:
         raise KernelBuildError(f"FlashAttention does not compute in {dtype}; use 'triton'")
-    return varlen, f"FlashAttention (varlen), {varlen.load_kernel(device, layers, chunk_size)}"
+    return varlen, f"FlashAttention (varlen), {varlen.load_kernel(device, [call.shape for call in calls], chunk_size)}"
 
 
 def _load_flashinfer(
-    device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape], chunk_size: int
+    device: torch.device, dtype: torch.dtype, calls: Sequence[AttentionCall], chunk_size: int
 ) -> _Loaded:
     _load_triton(device, dtype)  # for what the other cannot
     from engine.attention import flashinfer_paged
 
-    version = flashinfer_paged.load_kernel(device, layers, chunk_size, dtype)
+    version = flashinfer_paged.load_kernel(device, calls, chunk_size, dtype)
     return flashinfer_paged.FlashInferAttention(), f"FlashInfer (flashinfer), {version}"
 
 
 # Each raises KernelBuildError where it cannot serve such a model here.
-_LOADERS: dict[str, Callable[[torch.device, torch.dtype, Sequence[LayerShape], int], _Loaded]] = {
+_LOADERS: dict[str, Callable[[torch.device, torch.dtype, Sequence[AttentionCall], int], _Loaded]] = {
     "triton": _load_triton,
     "varlen": _load_varlen,
     "flashinfer": _load_flashinfer,

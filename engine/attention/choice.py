@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from engine.attention.device_clock import SecondsOf
-from engine.attention.metadata import AttentionBackend, AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, LayerShape
 
 logger = logging.getLogger(__name__)
 
@@ -43,30 +43,31 @@ class LayerInputs:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """The attention of a step. layers: in order of the calls; those of one shape have the same inputs."""
+    """The attention of a step: its calls in order, and their inputs, the same for all of one shape."""
 
     metadata: AttentionMetadata
-    layers: tuple[LayerInputs, ...]
+    calls: tuple[AttentionCall, ...]
+    inputs: Mapping[tuple[LayerShape, int], LayerInputs]
 
     def run(self, backend: AttentionBackend) -> None:
         """All layers, and what the backend does on the host for a step."""
-        for _ in self._outputs(backend, self.layers):
+        for _ in self._outputs(backend, self.calls):
             pass
 
     def largest_error(self, backend: AttentionBackend, other: AttentionBackend) -> float:
-        """Between the two in a layer of each shape, see TOLERANCE; NaN where an output holds NaN."""
-        layers = tuple(dict.fromkeys(self.layers))
+        """Between the two in a call of each kind, see TOLERANCE; NaN where an output holds NaN."""
+        calls = tuple({call.kind: call for call in self.calls}.values())
         errors = [
             (_lengths(actual - expected) / _lengths(expected)).max()
-            for actual, expected in zip(self._outputs(backend, layers), self._outputs(other, layers), strict=True)
+            for actual, expected in zip(self._outputs(backend, calls), self._outputs(other, calls), strict=True)
         ]
         return torch.stack(errors).max().item()
 
-    def _outputs(self, backend: AttentionBackend, layers: tuple[LayerInputs, ...]) -> Iterator[torch.Tensor]:
+    def _outputs(self, backend: AttentionBackend, calls: tuple[AttentionCall, ...]) -> Iterator[torch.Tensor]:
         metadata = replace(self.metadata, derived={})  # nothing is left from the step before
-        for inputs in layers:
-            params = AttentionParams(inputs.query.shape[2] ** -0.5)
-            yield backend.attend(inputs.query, inputs.k_pool, inputs.v_pool, metadata, params)
+        for call in calls:
+            inputs = self.inputs[call.shape, call.num_heads]
+            yield backend.attend(inputs.query, inputs.k_pool, inputs.v_pool, metadata, call.params)
 
 
 def _lengths(rows: torch.Tensor) -> torch.Tensor:
@@ -103,28 +104,27 @@ def choose_fastest(
 
 
 def make_trials(
-    device: torch.device, dtype: torch.dtype, layers: Sequence[LayerShape], num_heads: int, chunk_size: int
+    device: torch.device, dtype: torch.dtype, calls: Sequence[AttentionCall], chunk_size: int
 ) -> Iterator[Trial]:
-    """One for each of BATCHES, made when it is asked for. num_heads: query heads of a layer."""
+    """One for each of BATCHES, made when it is asked for."""
     generator = torch.Generator(device).manual_seed(0)
     for lengths in BATCHES:
-        yield _make_trial(generator, lengths, dtype, layers, num_heads, chunk_size)
+        yield _make_trial(generator, lengths, dtype, calls, chunk_size)
 
 
 def _make_trial(
     generator: torch.Generator,
     lengths: Sequence[tuple[int, int]],
     dtype: torch.dtype,
-    layers: Sequence[LayerShape],
-    num_heads: int,
+    calls: Sequence[AttentionCall],
     chunk_size: int,
 ) -> Trial:
     """Every context in blocks at random, and its last one, which is partly filled, in a block of its own. What is not filled
     holds NaN: it must not be read."""
-    device, shapes = generator.device, dict.fromkeys(layers)
+    device, shapes = generator.device, dict.fromkeys((call.shape, call.num_heads) for call in calls)
     query_lens, context_lens = torch.tensor(lengths).T
     num_blocks = -(-context_lens // chunk_size)
-    block_bytes = chunk_size * dtype.itemsize * sum(shape.numel_per_token for shape in shapes)
+    block_bytes = chunk_size * dtype.itemsize * sum(shape.numel_per_token for shape, _ in shapes)
     num_shared = max(1, min(int(num_blocks.sum()), POOL_BYTES // block_bytes))
     num_segments, numbers = len(lengths), torch.arange(len(lengths))
     tables = torch.randint(
@@ -144,13 +144,13 @@ def _make_trial(
 
     num_tokens = int(query_lens.sum())
     inputs = {
-        shape: LayerInputs(
+        (shape, num_heads): LayerInputs(
             # As most models hand it over: a transposed view.
             random(num_tokens, num_heads, shape.k_dim).transpose(0, 1),
             make_pool(shape, shape.k_dim),
             make_pool(shape, shape.v_dim),
         )
-        for shape in shapes
+        for shape, num_heads in shapes
     }
     first_rows = query_lens.cumsum(0) - query_lens
     segments = torch.stack([first_rows, query_lens, context_lens, numbers], dim=1).int()
@@ -161,4 +161,4 @@ def _make_trial(
         chunk_size,
         host_segments=segments.numpy(),
     )
-    return Trial(metadata, tuple(inputs[layer] for layer in layers))
+    return Trial(metadata, tuple(calls), inputs)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from engine.attention import triton_paged
-from engine.attention.metadata import AttentionMetadata, AttentionParams, LayerShape, to_device
+from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, to_device
 from engine.errors import KernelBuildError
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -53,14 +53,14 @@ class _Batch:
     last_block_len: torch.Tensor
 
 
-def load_kernel(device: torch.device, layers: Sequence[LayerShape], chunk_size: int, dtype: torch.dtype) -> str:
-    """Make sure that it can serve these layers, by a toy of each: this compiles kernels, which takes minutes once. Returns
-    what it is; raises KernelBuildError. Kernels for windows and softcaps are compiled when they are first called."""
+def load_kernel(device: torch.device, calls: Sequence[AttentionCall], chunk_size: int, dtype: torch.dtype) -> str:
+    """Make sure that it can serve these calls, by a toy of each kind: this compiles kernels, which takes minutes once.
+    Returns what it is; raises KernelBuildError."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         raise KernelBuildError(f"FlashInfer needs a CUDA device of compute capability 8.0 or more, not {device}")
     if dtype not in DTYPES:
         raise KernelBuildError(f"FlashInfer does not compute in {dtype}; use 'triton'")
-    for layer in layers:
+    for layer in (call.shape for call in calls):
         if layer.k_dim != layer.v_dim or layer.k_dim not in HEAD_DIMS:
             raise KernelBuildError(
                 f"FlashInfer does not take heads of {layer.k_dim} (K) and {layer.v_dim} (V) features; they have to be equal, "
@@ -73,8 +73,8 @@ def load_kernel(device: torch.device, layers: Sequence[LayerShape], chunk_size: 
             f"flashinfer cannot be imported ({error}); pip install 'pensieve-ray[flashinfer]', or use 'triton'"
         ) from error
     try:
-        for layer in dict.fromkeys(layers):
-            _attend_over_toy(device, layer, chunk_size, dtype)
+        for call in {call.kind: call for call in calls}.values():
+            _attend_over_toy(device, call, chunk_size, dtype)
     except Exception as error:  # whatever its compiler, the driver and torch raise
         reason = str(error).strip().splitlines() or [""]
         raise KernelBuildError(
@@ -213,14 +213,15 @@ def _partial_bytes(key: _PlanKey, num_processors: int) -> int:
     return num_tiles * MAX_TILE_ROWS * key.num_heads * (key.head_dim + 1) * 4
 
 
-def _attend_over_toy(device: torch.device, layer: LayerShape, chunk_size: int, dtype: torch.dtype) -> None:
+def _attend_over_toy(device: torch.device, call: AttentionCall, chunk_size: int, dtype: torch.dtype) -> None:
     """One row that attends to itself. Waits for the device."""
+    layer = call.shape
     pools = torch.zeros(2, 1, layer.num_kv_heads, chunk_size, layer.k_dim, dtype=dtype, device=device)
     segments = torch.tensor([[0, 1, 1, 0]], dtype=torch.int32, device=device)
     tables = torch.zeros(1, 1, dtype=torch.int32, device=device)
     metadata = AttentionMetadata(torch.zeros(1, dtype=torch.long, device=device), segments, tables, chunk_size)
-    query = torch.zeros(layer.num_kv_heads, 1, layer.k_dim, dtype=dtype, device=device)
-    FlashInferAttention().attend(query, pools[0], pools[1], metadata, AttentionParams(1.0)).cpu()
+    query = torch.zeros(call.num_heads, 1, layer.k_dim, dtype=dtype, device=device)
+    FlashInferAttention().attend(query, pools[0], pools[1], metadata, call.params).cpu()
 
 
 def _record_event(device: torch.device) -> torch.cuda.Event:

@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from engine.attention import reference
-from engine.attention.metadata import AttentionBackend, AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 
 ATTENTION_NAME = "pensieve_paged"
 
@@ -129,17 +129,14 @@ class PagedAttention:
 
 
 class ShapeProbe:
-    """Serves one forward of a single sequence without a pool, and notes the shapes and the window of each call."""
+    """Serves one forward of a single sequence without a pool, and notes what each call is like."""
 
     def __init__(self) -> None:
-        self.layers: list[LayerShape] = []
-        self.num_heads: list[int] = []
-        self.sliding_windows: list[int | None] = []
+        self.calls: list[AttentionCall] = []
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
-        self.layers.append(LayerShape(key.shape[0], key.shape[2], value.shape[2]))
-        self.num_heads.append(query.shape[0])
-        self.sliding_windows.append(params.sliding_window)
+        shape = LayerShape(key.shape[0], key.shape[2], value.shape[2])
+        self.calls.append(AttentionCall(shape, query.shape[0], params))
         return reference.attend_dense(query, key, value, params).transpose(0, 1)

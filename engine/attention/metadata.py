@@ -63,6 +63,20 @@ class AttentionParams:
     sinks: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionCall:
+    """What a model's attention call is like. shape: of K and V; num_heads: query heads (those of this rank)."""
+
+    shape: LayerShape
+    num_heads: int
+    params: AttentionParams
+
+    @property
+    def kind(self) -> tuple[LayerShape, int, float, int | None, float | None]:
+        """Equal for calls that differ in sinks at most."""
+        return self.shape, self.num_heads, self.params.scaling, self.params.sliding_window, self.params.softcap
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor in host memory, copied in the current stream of the device without waiting for it."""
     if device.type != "cuda":

@@ -227,7 +227,8 @@ class EngineCore:
 
     def stop(self, request_id: str, now: float, *, num_kept_output_tokens: int | None = None) -> RequestStats | None:
         """End a request whose answer is complete for a reason that the core does not see (a stop string). Of its output, the
-        first `num_kept_output_tokens` (None = all) are what the conversation goes on from. None where it does not run."""
+        first `num_kept_output_tokens` (None = all) are what the conversation goes on from. None where it does not run. It has
+        sampled, so no transfer of its own is in flight."""
         request = self._requests.get(request_id)
         if request is None:
             return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ COMPILER = "inductor"
 # Rows of the forwards that are looked at: torch compiles one row by itself, and any other number once.
 NUMS_OF_ROWS = (1, 24)
 # How many versions of its code torch keeps of a function. All layers of all models are one function to it, and where it may
-# keep no more, it raises instead of compiling.
+# keep no more, it raises instead of compiling. Counted for each thread.
 MAX_VERSIONS = 64
 # Of what torch says when it fails, which fills pages.
 MAX_REASON_CHARS = 200
@@ -79,6 +80,11 @@ def compile_layers(
     gain = "" if seconds_of is None else f"; a decode step takes {compiled_s / eager_s:.2f} of the time"
     logger.info("%s: %d layers compiled in %.0f s%s", name, len(layers), time.perf_counter() - start_s, gain)
     return True
+
+
+def never_compiling() -> AbstractContextManager[object]:
+    """While it serves: what the compiled code does not provide for runs as it was written; nobody waits for a compiler."""
+    return torch.compiler.set_stance("eager_on_recompile")
 
 
 def recorded_seconds(device: torch.device) -> SecondsOf:

@@ -86,17 +86,16 @@ class LocalExecutor:
             f"the weights of {config.model!r} do not fit the device; take a smaller model", "model"
         ):
             self.loaded: LoadedModel = load_model(config, group)
-        num_ranks = 1 if group is None else group.size
         # A device with a queue: while it computes a step, the next one is put behind it.
         self.max_steps_in_flight = 1 if self.loaded.device.type == "cpu" else 2
         backend = choose_backend(
             config.attention_backend,
             self.loaded.device,
             self.loaded.dtype,
-            self.loaded.layers,
+            self.loaded.attention_calls,
             config.chunk_size,
-            self.loaded.num_attention_heads // num_ranks,
         )
+        num_ranks = 1 if group is None else group.size
         bytes_per_block = block_bytes(self.loaded.layers, config.chunk_size, self.loaded.dtype)
         self.bytes_per_block = bytes_per_block * num_ranks  # of all ranks
         self.num_gpu_blocks = config.num_gpu_blocks or self._num_blocks_for_memory(config, bytes_per_block, backend)

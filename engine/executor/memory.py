@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 MIB = 1 << 20
 # Contexts of the largest step: what attention needs besides does not grow further.
 MAX_CONTEXT_LEN = 16 * 1024
-# All that sampling can do, over a distribution so flat that the whole vocabulary has to be sorted.
-COSTLY_SAMPLING = SamplingParams(
-    temperature=100.0, top_p=0.9999, repetition_penalty=1.1, frequency_penalty=0.1, logprobs=20, seed=0
-)
+# All that sampling can do, over a distribution so flat that the whole vocabulary has to be sorted; and what of it a step may
+# do before the tokens of the one in front are known.
+WITHOUT_PENALTIES = SamplingParams(temperature=100.0, top_p=0.9999, logprobs=20, seed=0)
+COSTLY_SAMPLING = (replace(WITHOUT_PENALTIES, repetition_penalty=1.1, frequency_penalty=0.1), WITHOUT_PENALTIES)
 
 
 @contextmanager
@@ -71,11 +71,13 @@ def bytes_left_for_blocks(config: EngineConfig, loaded: LoadedModel, backend: At
         "max_num_batched_tokens",
     ):
         runner = make_toy_runner(config, loaded, backend)
-        step = largest_step(config, loaded)
-        runner.launch(step)
-        runner.launch(replace(step, starts=()))  # beside what the first one keeps until it is complete
-        for _ in range(2):
-            runner.complete()
+        for sampling in COSTLY_SAMPLING:
+            step = largest_step(config, loaded, sampling)
+            runner.launch(step)
+            runner.launch(replace(step, starts=()))  # beside what the first one keeps until it is complete
+            for _ in range(2):
+                runner.complete()
+            runner.execute(StepPlan(0, (), ended=tuple(start.request_id for start in step.starts)))
         torch.cuda.synchronize(device)
     step_bytes = torch.cuda.max_memory_reserved(device)
     free, total = torch.cuda.mem_get_info(device)
@@ -103,14 +105,17 @@ def make_toy_runner(config: EngineConfig, loaded: LoadedModel, backend: Attentio
     return ModelRunner(loaded, store, make_swapper(store, nothing, verify=False), backend, limits)
 
 
-def largest_step(config: EngineConfig, loaded: LoadedModel) -> StepPlan:
+def largest_step(config: EngineConfig, loaded: LoadedModel, sampling: SamplingParams) -> StepPlan:
     """As many requests as may run, all sampling, and among them a prompt that fills the budget. All in block 0."""
     window = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len, MAX_CONTEXT_LEN)
     num_decodes = config.max_num_seqs - 1
     prompt_len = min(config.max_num_batched_tokens - num_decodes, window)
     table = (0,) * -(-window // config.chunk_size)
     names = [str(number) for number in range(num_decodes + 1)]
-    starts = tuple(RequestStart(name, window, 1, COSTLY_SAMPLING, (), table, (0,) * window) for name in names)
+    starts = tuple(
+        RequestStart(name, window, 1, sampling, (), table, (0,) * window if sampling.has_penalties else ())
+        for name in names
+    )
     segments = [QuerySegment(name, window - 1, (0,), True) for name in names[:-1]]
     segments.append(QuerySegment(names[-1], window - prompt_len, (0,) * prompt_len, True))
     return StepPlan(0, tuple(segments), starts)

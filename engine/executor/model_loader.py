@@ -4,6 +4,7 @@ sure that the two agree. Refuses what cannot work.
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.distributed import DistributedConfig
 
 from engine.attention.interface import ATTENTION_NAME, ShapeProbe, attention_handled_by
-from engine.attention.metadata import LayerShape
+from engine.attention.metadata import AttentionCall, LayerShape
 from engine.config import EngineConfig
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
@@ -37,20 +38,22 @@ REFUSED_LAYER_TYPES = ("chunked_attention", "linear_attention", "mamba", "recurr
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, or one rank's shard of it. layers: KV shape of each attention call of a forward, in order, and
-    num_weight_bytes: of this rank. num_attention_heads (query heads of a layer), num_parameters: of the whole.
+    """A model ready to run, or one rank's shard of it. attention_calls: those of a forward, in order, layers: their KV
+    shapes, and num_weight_bytes: of this rank. num_attention_heads (query heads of a layer), num_parameters: of the whole.
     max_model_len: the window by its config."""
 
     model: Any
     device: torch.device
     dtype: torch.dtype
     layers: tuple[LayerShape, ...]
+    attention_calls: tuple[AttentionCall, ...]
     num_attention_heads: int
     num_parameters: int
     num_weight_bytes: int
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
+    has_compiled_layers: bool = False
 
 
 def model_location(model: str) -> str:
@@ -111,20 +114,25 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     if packing is not None:
         is_packed = _pack(config.model, model, text_config, dtype, packing)
         if not (is_packed if group is None else group.minimum(is_packed)):
+            del model, probe  # two of them may not fit
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             return load_model(replace(config, pack_weights=False), group)
-    if wants_compiled:
-        _compile(config, model, text_config, dtype, device)
+    is_compiled = wants_compiled and _compile(config, model, text_config, dtype, device)
     return LoadedModel(
         model=model,
         device=device,
         dtype=dtype,
-        layers=tuple(probe.layers),
-        num_attention_heads=probe.num_heads[0] if group is None else text_config.num_attention_heads,
+        layers=tuple(call.shape for call in probe.calls),
+        attention_calls=tuple(probe.calls),
+        num_attention_heads=probe.calls[0].num_heads if group is None else text_config.num_attention_heads,
         num_parameters=num_parameters,
         num_weight_bytes=num_weight_bytes,
         vocab_size=text_config.vocab_size,
         max_model_len=_model_window(text_config),
         eos_token_ids=_eos_token_ids(location, text_config),
+        has_compiled_layers=is_compiled,
     )
 
 
@@ -258,7 +266,7 @@ def _pack(name: str, model: Any, text_config: Any, dtype: torch.dtype, packing: 
         num_packed = pack_linears(model, lambda: _probe(model, text_config, ShapeProbe()), packing)
         error = _relative_error(_probe(model, text_config, ShapeProbe()), expected)
     except (RuntimeError, AttributeError, TypeError, ValueError) as failure:
-        logger.warning("%s: not served with packed weights, its code cannot use them: %r", name, failure)
+        logger.warning("%s: not served with packed weights, its code cannot use them: %s", name, repr(failure))
         return False
     if not error <= PROBE_TOLERANCE[dtype]:
         logger.warning("%s: not served with packed weights, its logits differ then by %.1e", name, error)
@@ -273,10 +281,10 @@ def _wants_compiled_layers(config: EngineConfig, device: torch.device) -> bool:
     return config.compile_layers
 
 
-def _compile(config: EngineConfig, model: Any, text_config: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile the model's layers, where that works and, unless it is asked for, pays."""
+def _compile(config: EngineConfig, model: Any, text_config: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Compile the model's layers, where that works and, unless it is asked for, pays; returns whether it did."""
     logger.info("%s: compiling its layers; takes half a minute, the first time", config.model)
-    compile_layers(
+    return compile_layers(
         config.model,
         find_layers(model, text_config.num_hidden_layers),
         lambda num_rows: _probe(model, text_config, ShapeProbe(), num_rows),
@@ -315,12 +323,12 @@ def _check_attention(name: str, model: Any, text_config: Any, dtype: torch.dtype
     model.set_attn_implementation(ATTENTION_NAME)
     actual = _probe(model, text_config, probe)
     num_layers = text_config.num_hidden_layers
-    if len(probe.layers) != num_layers:
+    if len(probe.calls) != num_layers:
         raise UnsupportedModelError(
-            f"{name!r} ({family}) has {num_layers} layers but made {len(probe.layers)} calls to the attention interface of "
+            f"{name!r} ({family}) has {num_layers} layers but made {len(probe.calls)} calls to the attention interface of "
             "transformers: its family does not support replaceable attention, so its KV cannot be paged"
         )
-    num_windows = sum(window is not None for window in probe.sliding_windows)
+    num_windows = sum(call.params.sliding_window is not None for call in probe.calls)
     if num_windows < _num_sliding_layers(text_config):
         # The probe is too short to show it: such a family puts the window into the mask alone.
         raise UnsupportedModelError(

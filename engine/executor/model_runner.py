@@ -5,6 +5,7 @@ started request (block table, last token, sampling state) and nothing else betwe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +15,7 @@ from engine.attention.interface import PagedAttention, attention_handled_by
 from engine.attention.metadata import AttentionBackend, AttentionMetadata
 from engine.core.executor import ComputationFailedError, SamplingFailedError
 from engine.core.plan import Logprobs, RequestStart, StepPlan, StepResult
+from engine.executor.compiled_layers import never_compiling
 from engine.executor.decode_graphs import DecodeGraphs, GraphMaker
 from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import LoadedModel
@@ -109,10 +111,10 @@ class ModelRunner:
         except Exception as error:
             step.copy_error = error
             return
-        self._sampled_rows = [
-            self._requests[segment.request_id].table_row for segment in plan.segments if segment.samples
-        ]
         try:
+            self._sampled_rows = [
+                self._requests[segment.request_id].table_row for segment in plan.segments if segment.samples
+            ]
             if plan.segments:
                 self._prepare(step)
                 self._run(step, wait_for_layer)
@@ -291,7 +293,8 @@ class ModelRunner:
         **options: torch.Tensor,
     ) -> torch.Tensor:
         attention = PagedAttention(self._backend, metadata, self._kv_store.layer_pools, wait_for_layer)
-        with attention_handled_by(attention):
+        stance = never_compiling() if self._loaded.has_compiled_layers else nullcontext()
+        with attention_handled_by(attention), stance:
             logits: torch.Tensor = self._loaded.model(
                 input_ids=token_ids[None], position_ids=tensors["positions"][None], use_cache=False, **options
             ).logits[0]

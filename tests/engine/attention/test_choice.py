@@ -4,6 +4,7 @@ here, and run on a CPU."""
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +12,16 @@ import torch
 
 from engine.attention import backend, choice, device_clock, reference
 from engine.attention.backend import choose_backend
-from engine.attention.metadata import AttentionMetadata, LayerShape
+from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.errors import KernelBuildError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LAYERS = (LayerShape(2, 16, 16), LayerShape(1, 8, 12), LayerShape(2, 16, 16))
 NUM_HEADS, CHUNK_SIZE = 4, 4
+CALLS = tuple(
+    AttentionCall(layer, NUM_HEADS, AttentionParams(0.25, sliding_window=window, softcap=softcap))
+    for layer, window, softcap in zip(LAYERS, (None, 4, None), (None, None, 0.5), strict=True)
+)
 
 
 class Backend:
@@ -63,7 +68,7 @@ def tiny_batches(monkeypatch):
 
 
 def make_trials():
-    return choice.make_trials(CPU, torch.float32, LAYERS, NUM_HEADS, CHUNK_SIZE)
+    return choice.make_trials(CPU, torch.float32, CALLS, CHUNK_SIZE)
 
 
 def fastest(candidates) -> str:
@@ -110,6 +115,21 @@ def test_what_fails_in_a_later_batch_is_left_out_too():
     assert fastest(candidates) == "triton"
 
 
+def test_the_trial_has_the_windows_and_softcaps_of_the_model():
+    """For which a backend may have kernels of their own. Whoever is wrong in one kind of call is left out."""
+
+    class WrongInWindows(Backend):
+        def attend(self, query, k_pool, v_pool, metadata, params):
+            return super().attend(query, k_pool, v_pool, metadata, replace(params, sliding_window=None))
+
+    class WrongInSoftcaps(Backend):
+        def attend(self, query, k_pool, v_pool, metadata, params):
+            return super().attend(query, k_pool, v_pool, metadata, replace(params, softcap=None))
+
+    for wrong in (WrongInWindows, WrongInSoftcaps):
+        assert fastest({"triton": Backend(1.0, 1.0, 1.0), "flashinfer": wrong(0.1, 0.1, 0.1)}) == "triton"
+
+
 def test_a_rounding_error_is_none():
     assert fastest({"triton": Backend(1.0, 1.0, 1.0), "flashinfer": Wrong(1e-5)}) == "flashinfer"
 
@@ -136,9 +156,9 @@ def test_trials_are_ragged_batches_in_the_shapes_of_the_layers():
         assert [tuple(each) for each in segments[:, 1:3]] == list(lengths)
         assert segments[:, 0].tolist() == (segments[:, 1].cumsum() - segments[:, 1]).tolist()
         assert torch.equal(trial.metadata.segments, torch.from_numpy(segments))
-        first, second, third = trial.layers
-        assert first is third
-        for inputs, layer in ((first, LAYERS[0]), (second, LAYERS[1])):
+        assert trial.calls == CALLS
+        for layer in LAYERS:
+            inputs = trial.inputs[layer, NUM_HEADS]
             assert inputs.query.shape == (NUM_HEADS, segments[:, 1].sum(), layer.k_dim)
             assert inputs.k_pool.shape[1:] == (layer.num_kv_heads, CHUNK_SIZE, layer.k_dim)
             assert inputs.v_pool.shape[1:] == (layer.num_kv_heads, CHUNK_SIZE, layer.v_dim)
@@ -146,8 +166,8 @@ def test_trials_are_ragged_batches_in_the_shapes_of_the_layers():
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 5, 32])
 def test_what_the_contexts_do_not_fill_holds_nan_and_nothing_else_does(chunk_size):
-    for trial in choice.make_trials(CPU, torch.float32, LAYERS[:1], NUM_HEADS, chunk_size):
-        (inputs,) = trial.layers
+    for trial in choice.make_trials(CPU, torch.float32, CALLS[:1], chunk_size):
+        (inputs,) = trial.inputs.values()
         filled = torch.zeros(len(inputs.k_pool), chunk_size, dtype=torch.bool)
         for _, _, context_len, row in trial.metadata.segments.tolist():
             for position in range(context_len):
@@ -163,8 +183,8 @@ def test_what_the_contexts_do_not_fill_holds_nan_and_nothing_else_does(chunk_siz
 def test_long_contexts_share_blocks(monkeypatch):
     monkeypatch.setattr(choice, "BATCHES", (((1, 4000),) * 3,))
     monkeypatch.setattr(choice, "POOL_BYTES", 100 * 2 * 2 * 16 * CHUNK_SIZE * 4)
-    (trial,) = choice.make_trials(CPU, torch.float32, LAYERS[:1], NUM_HEADS, CHUNK_SIZE)
-    assert len(trial.layers[0].k_pool) == 100 + 3
+    (trial,) = choice.make_trials(CPU, torch.float32, CALLS[:1], CHUNK_SIZE)
+    assert len(trial.inputs[LAYERS[0], NUM_HEADS].k_pool) == 100 + 3
     assert trial.metadata.block_tables.shape == (3, 1000)
     assert trial.metadata.block_tables.max() == 102
 
@@ -192,7 +212,7 @@ def load(monkeypatch):
 
 
 def auto():
-    return choose_backend("auto", CUDA, torch.float32, LAYERS, CHUNK_SIZE, NUM_HEADS, seconds_of)
+    return choose_backend("auto", CUDA, torch.float32, CALLS, CHUNK_SIZE, seconds_of)
 
 
 def test_auto_takes_the_fastest_on_a_gpu(load, caplog):
@@ -250,7 +270,7 @@ def test_a_trial_that_cannot_be_held_leaves_triton(load, trial, monkeypatch, cap
 def test_a_backend_asked_for_by_name_is_not_measured(load):
     named = Backend()
     load(triton=Failing(), flashinfer=named)
-    assert choose_backend("flashinfer", CUDA, torch.float32, LAYERS, CHUNK_SIZE, NUM_HEADS, seconds_of) is named
+    assert choose_backend("flashinfer", CUDA, torch.float32, CALLS, CHUNK_SIZE, seconds_of) is named
 
 
 def test_the_clock_takes_the_median_after_a_call_that_does_not_count(monkeypatch):

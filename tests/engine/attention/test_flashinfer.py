@@ -15,7 +15,7 @@ import torch
 
 from engine.attention import reference
 from engine.attention.backend import choose_backend
-from engine.attention.metadata import AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.errors import ConfigError
 from tests.engine.attention.test_cpu import make_batch
 
@@ -26,7 +26,13 @@ from engine.attention import flashinfer_paged, triton_paged
 from engine.attention.flashinfer_paged import FlashInferAttention
 
 CUDA = torch.device("cuda")
-GOOD = (LayerShape(2, 64, 64),)
+
+
+def call(num_kv_heads: int, k_dim: int, v_dim: int, window: int | None = None) -> AttentionCall:
+    return AttentionCall(LayerShape(num_kv_heads, k_dim, v_dim), 4, AttentionParams(0.1, window))
+
+
+GOOD = (call(2, 64, 64),)
 # (query_len, context_len): decodes, prefills, new tokens at the end of contexts.
 SEGMENTS = [(1, 13), (5, 5), (3, 11), (1, 8), (1, 1), (6, 17)]
 
@@ -274,27 +280,28 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(flashinfer_paged, "_attend_over_toy", lambda _, *shape: toy(torch.device("cpu"), *shape))
 
 
-def test_it_is_chosen_once_a_toy_of_each_shape_has_run(pretended_gpu, caplog):
+def test_it_is_chosen_once_a_toy_of_each_kind_of_call_has_run(pretended_gpu, caplog):
+    """A window is a kernel of its own there, which is to be compiled before anybody waits for it."""
     caplog.set_level("INFO")
-    layers = (LayerShape(2, 64, 64), LayerShape(1, 128, 128), LayerShape(2, 64, 64))
-    backends = [choose_backend("flashinfer", CUDA, torch.bfloat16, layers, chunk_size) for chunk_size in (1, 32)]
+    calls = (call(2, 64, 64), call(1, 128, 128), call(2, 64, 64), call(2, 64, 64, window=7))
+    backends = [choose_backend("flashinfer", CUDA, torch.bfloat16, calls, chunk_size) for chunk_size in (1, 32)]
     assert all(isinstance(backend, FlashInferAttention) for backend in backends)
     assert backends[0] is not backends[1]  # each has the plans of one engine
     assert "attention: FlashInfer (flashinfer), flashinfer 0.7" in caplog.text
-    assert log == ["plan", "record", "run"] * 4
+    assert log == ["plan", "record", "run"] * 6
 
 
 @pytest.mark.parametrize(
-    ("dtype", "layers", "match"),
+    ("dtype", "calls", "match"),
     [
         (torch.float32, GOOD, "does not compute in torch.float32; use 'triton'"),
-        (torch.bfloat16, (*GOOD, LayerShape(2, 128, 64)), r"heads of 128 \(K\) and 64 \(V\) features.* use 'triton'"),
-        (torch.bfloat16, (LayerShape(2, 80, 80),), "heads of 80.* one of 64, 128, 256; use 'triton'"),
+        (torch.bfloat16, (*GOOD, call(2, 128, 64)), r"heads of 128 \(K\) and 64 \(V\) features.* use 'triton'"),
+        (torch.bfloat16, (call(2, 80, 80),), "heads of 80.* one of 64, 128, 256; use 'triton'"),
     ],
 )
-def test_what_it_cannot_serve_is_refused_at_the_start(pretended_gpu, dtype, layers, match):
+def test_what_it_cannot_serve_is_refused_at_the_start(pretended_gpu, dtype, calls, match):
     with pytest.raises(ConfigError, match=match):
-        choose_backend("flashinfer", CUDA, dtype, layers, 32)
+        choose_backend("flashinfer", CUDA, dtype, calls, 32)
 
 
 def test_other_devices_are_refused(pretended_gpu, monkeypatch):

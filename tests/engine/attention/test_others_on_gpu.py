@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="triton, which is optional, is not installed")
 
 from engine.attention.backend import choose_backend
-from engine.attention.metadata import AttentionParams, LayerShape
+from engine.attention.metadata import AttentionCall, AttentionParams, LayerShape
 from engine.errors import ConfigError
 from tests.engine.attention.test_cpu import expected_output, make_batch
 
@@ -40,7 +40,8 @@ PARAMS = [
 def test_on_a_gpu_they_equal_the_reference(name, chunk_size, num_kv_heads, dim, dtype):
     device = torch.device("cuda")
     try:
-        backend = choose_backend(name, device, dtype, (LayerShape(num_kv_heads, dim, dim),), chunk_size)
+        calls = [AttentionCall(LayerShape(num_kv_heads, dim, dim), 8, params) for params in PARAMS]
+        backend = choose_backend(name, device, dtype, calls, chunk_size)
     except ConfigError as error:
         pytest.skip(error.message)
     batches = [make_batch(1, segments, (8, num_kv_heads), dim, dim, chunk_size, dtype) for segments in BATCHES]

@@ -12,7 +12,7 @@ import torch
 
 from engine.attention import reference
 from engine.attention.backend import choose_backend
-from engine.attention.metadata import AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.errors import ConfigError, KernelBuildError
 
 if find_spec("triton") is None or torch.cuda.is_available():
@@ -62,6 +62,10 @@ def varlen_attn(
         attended = reference.attend_dense(query[rows].transpose(0, 1), k, v, AttentionParams(scale, window))
         out[rows] = attended.transpose(0, 1)
     return out
+
+
+def call(k_dim: int, v_dim: int) -> AttentionCall:
+    return AttentionCall(LayerShape(2, k_dim, v_dim), 4, AttentionParams(0.25))
 
 
 def make_batch(heads: tuple[int, int], dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata]:
@@ -123,18 +127,18 @@ def test_what_it_cannot_serve_is_refused_at_the_start(monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(triton_paged, "load_kernel", lambda device: "here")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    good = (LayerShape(2, 64, 64),)
+    good = (call(64, 64),)
     assert choose_backend("varlen", CUDA, torch.bfloat16, good, CHUNK_SIZE) is varlen
     assert "attention: FlashAttention (varlen), torch" in caplog.text
     refused = [
         (torch.float32, good, CHUNK_SIZE, "does not compute in torch.float32"),
         (torch.bfloat16, good, 32, "pages of 256 tokens; set chunk_size"),
-        (torch.bfloat16, (LayerShape(2, 192, 128),), CHUNK_SIZE, "heads of 192"),
-        (torch.bfloat16, (LayerShape(2, 4, 4),), CHUNK_SIZE, "heads of 4"),
+        (torch.bfloat16, (call(192, 128),), CHUNK_SIZE, "heads of 192"),
+        (torch.bfloat16, (call(4, 4),), CHUNK_SIZE, "heads of 4"),
     ]
-    for dtype, layers, chunk_size, match in refused:
+    for dtype, calls, chunk_size, match in refused:
         with pytest.raises(ConfigError, match=match):
-            choose_backend("varlen", CUDA, dtype, layers, chunk_size)
+            choose_backend("varlen", CUDA, dtype, calls, chunk_size)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(ConfigError, match=r"compute capability 8\.0"):
         choose_backend("varlen", CUDA, torch.bfloat16, good, CHUNK_SIZE)

@@ -103,6 +103,19 @@ def test_conversations_over_two_tiny_tiers_equal_stateless_ones(family, tiny_mod
     assert min(statistics["num_swap_ins"], statistics["num_gpu_cached_tokens"], statistics["num_steps_ahead"]) > 0
 
 
+def test_what_is_not_compiled_yet_is_computed_without_a_compiler_while_it_serves(tiny_model, make_driver, traced):
+    """Another number of threads is enough for torch to compile anew."""
+    driver = make_driver(tiny_model("llama"), num_gpu_blocks=8, chunk_size=8, compile_layers=True)
+    expected = driver.generate("a", [5, 6, 7])
+    num_graphs = counters["stats"]["unique_graphs"]
+    torch.set_num_threads(2)
+    try:
+        assert driver.generate("b", [5, 6, 7]) == expected
+        assert counters["stats"]["unique_graphs"] == num_graphs
+    finally:
+        torch.set_num_threads(1)
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

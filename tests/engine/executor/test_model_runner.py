@@ -128,6 +128,23 @@ def test_a_failure_is_told_with_its_own_step(place, make_runner, monkeypatch):
     assert runner.complete().token_ids == expected
 
 
+def test_a_step_behind_one_that_could_not_begin_fails_by_itself(make_runner, monkeypatch):
+    runner = make_runner()
+    follow = runner._follow
+
+    def fails_once(plan: StepPlan) -> None:
+        monkeypatch.setattr(runner, "_follow", follow)
+        raise MemoryError("injected fault")
+
+    monkeypatch.setattr(runner, "_follow", fails_once)
+    runner.launch(first_step(("a", [5, 6, 7], GREEDY)))
+    runner.launch(decodes(2, a=3))
+    with pytest.raises(MemoryError):
+        runner.complete()
+    with pytest.raises(ComputationFailedError, match="KeyError"):
+        runner.complete()
+
+
 def test_copies_of_a_step_end_before_those_of_the_next_one_begin(make_runner, monkeypatch):
     runner = make_runner(num_cpu_blocks=4)
     events = []
