@@ -20,8 +20,10 @@ install: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/python -m deployments.run serve_config.yaml
 
+# The engine's tests compute, two at a time; those that start a Ray cluster want both cores for it.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 tests/engine tests/test_gpu_benchmark.py
+	$(BIN)/python -m pytest tests/deployments
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
