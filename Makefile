@@ -20,10 +20,10 @@ install: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/python -m deployments.run serve_config.yaml
 
-# The engine's tests compute, two at a time; those that start a Ray cluster want both cores for it.
+# Two at a time; those that start a Ray cluster want the machine for it.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 tests/engine tests/test_gpu_benchmark.py
-	$(BIN)/python -m pytest tests/deployments
+	$(BIN)/python -m pytest -n 2 -m "not ray"
+	$(BIN)/python -m pytest -m ray
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from deployments.app import build
 from deployments.responses_api import LEASE_S
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
+from tests.nightly import nightly
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -99,6 +100,9 @@ async def begin_endless(url: str, before: Any, conversation: str | None) -> str:
     raise AssertionError("no event")
 
 
+@pytest.mark.parametrize(
+    "store_url", ["sqlite", pytest.param("postgresql", marks=nightly)], indirect=True
+)  # that a store survives is tested over both without a cluster
 async def test_conversations_go_on_after_everything_was_stopped(store_url: str) -> None:
     numbers = range(NUM_CONVERSATIONS)
     with served(store_url) as url:

@@ -16,6 +16,7 @@ import yaml
 
 from deployments import run
 from engine.embedded_model import EMBEDDED_MODEL_NAME
+from tests.nightly import nightly
 
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 
@@ -118,7 +119,7 @@ async def server(tmp_path: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes],
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=nightly)], ids=lambda n: n.name)
 async def test_a_signal_lets_running_requests_end(
     server: tuple[subprocess.Popen[bytes], str], number: signal.Signals
 ) -> None:

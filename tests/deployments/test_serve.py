@@ -29,6 +29,7 @@ from deployments.run import DEFAULTS
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 from engine.embedded_model.dialogues import generate_dialogue
+from tests.nightly import IS_NIGHTLY
 
 pytestmark = pytest.mark.ray
 
@@ -399,7 +400,7 @@ async def test_client_that_leaves_frees_what_its_request_held(
     await ask_all(engines, "check_integrity")
 
 
-async def test_a_thousand_clients_that_leave_leave_nothing_behind(
+async def test_clients_that_leave_leave_nothing_behind(
     base_url: str, http: httpx.AsyncClient, engines: DeploymentHandle, store: Path
 ) -> None:
     """At every moment of a request: on its way in, while it waits, in its prompt, in its answer; streams and not, chats and
@@ -419,7 +420,7 @@ async def test_a_thousand_clients_that_leave_leave_nothing_behind(
                 response = await leaver.post(path, json=body, headers=headers)
                 assert response.status_code == 429, "that was too fast to be told anything by"
 
-    for start in range(0, 1000, 20):
+    for start in range(0, 1000 if IS_NIGHTLY else 400, 20):
         await asyncio.gather(*(hasty(number) for number in range(start, start + 20)))
     await until(lambda: is_idle(engines))
     await ask_all(engines, "check_integrity")
@@ -428,7 +429,7 @@ async def test_a_thousand_clients_that_leave_leave_nothing_behind(
         """No ingress holds a turn that nobody waits for: it would renew the turn's lease for ever."""
         with contextlib.closing(sqlite3.connect(store)) as database:
             num_turns = dict(database.execute("SELECT status, count(*) FROM responses GROUP BY status"))
-        assert num_turns["incomplete"] > 20
+        assert num_turns["incomplete"] > 5
         return "in_progress" not in num_turns
 
     await until(is_marked)

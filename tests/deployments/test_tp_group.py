@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
 import re
 import signal
@@ -34,10 +33,10 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
 from engine.prompt import TokenPrompt
+from tests.nightly import IS_NIGHTLY, nightly
 
 pytestmark = pytest.mark.ray
 
-IS_NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 APP = "group"
 NUM_RANKS = 2
 NODE_CPUS = (3, 1)
@@ -253,9 +252,9 @@ async def test_ray_knows_which_rank_of_which_replica_is_where(base_url: str) -> 
         assert int(placed[1][3]) in {process.pid for process in workers()}
 
 
-LOSSES = [("worker", signal.SIGKILL), ("replica", signal.SIGKILL)]
-if IS_NIGHTLY:
-    LOSSES.append(("worker", signal.SIGSTOP))  # which takes ten seconds to be noticed
+LOSSES = [("worker", signal.SIGKILL)]
+if IS_NIGHTLY:  # a hung worker takes ten seconds to be noticed
+    LOSSES += [("replica", signal.SIGKILL), ("worker", signal.SIGSTOP)]
 
 
 @pytest.mark.timeout(600)
@@ -325,11 +324,9 @@ async def test_shutdown_leaves_nothing_behind(base_url: str, folder: Path) -> No
     await until(lambda: ray.available_resources().get("CPU", 0) == sum(NODE_CPUS))
 
 
-FAMILIES = ("llama", "qwen3", "mixtral", "opt", "gpt2") if IS_NIGHTLY else ("qwen3",)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@nightly  # tests/engine has four ranks too
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "opt", "gpt2"])
 async def test_four_ranks_on_two_nodes(
     cluster: str, folder: Path, tiny_model: Callable[[str], Path], family: str
 ) -> None:

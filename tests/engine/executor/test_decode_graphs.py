@@ -20,6 +20,7 @@ from engine.errors import ConfigError
 from engine.executor.decode_graphs import DecodeGraphs, bucket_sizes
 from engine.executor.model_runner import ModelRunner
 from engine.executor.step_inputs import StepLimits
+from tests.nightly import nightly
 
 # Operations whose result's size the host has to ask for, or that bring there what was made in Python; and methods that ask
 # the device for a number.
@@ -115,7 +116,7 @@ def options() -> dict:
 
 CASES = [(family, "cpu") for family in ("llama", "qwen3", "mistral", "gemma2", "gpt2", "opt")]
 if find_spec("triton") is not None and not torch.cuda.is_available():  # in its interpreter
-    CASES.append(("gemma2", "triton"))
+    CASES += [("llama", "triton"), pytest.param("gemma2", "triton", marks=nightly)]
 
 
 @pytest.mark.parametrize(("family", "backend"), CASES)
