@@ -33,6 +33,8 @@ from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.executor.sampler import uniform
 from engine.tenant import LOCAL_TENANT
+from tests.deployments.local_ray import start_ray
+from tests.nightly import nightly
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -74,7 +76,7 @@ def base_url(store_url: str) -> Iterator[str]:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
-        ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
+        start_ray()
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             serve.run(app.build(ARGS.model_copy(update={"store_url": store_url})), name=APP, route_prefix="/")
@@ -333,6 +335,7 @@ async def test_a_hung_replica_is_replaced_and_its_requests_go_on(http: httpx.Asy
     assert len(texts) == 1
 
 
+@nightly
 @pytest.mark.timeout(600)
 async def test_an_ingress_that_dies_loses_its_open_connections_only(http: httpx.AsyncClient) -> None:
     streams = [Stream(http, f"ingress-{number}") for number in range(8)]

@@ -20,6 +20,7 @@ from deployments.app import build
 from deployments.responses_api import LEASE_S
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
+from tests.deployments.local_ray import start_ray
 from tests.nightly import nightly
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -47,7 +48,7 @@ def served(store_url: str) -> Iterator[str]:
             ingress_num_cpus=0.25,
             store_url=store_url,
         )
-        ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
+        start_ray()
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             serve.run(build(args), name="restart", route_prefix="/")

@@ -19,6 +19,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from engine.embedded_model import EMBEDDED_MODEL_NAME
+from tests.deployments.local_ray import start_ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -91,7 +92,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
         store_url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'conversations.db'}"
-        ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
+        start_ray()
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             yield Cluster(port, store_url)

@@ -29,6 +29,7 @@ from deployments.run import DEFAULTS
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 from engine.embedded_model.dialogues import generate_dialogue
+from tests.deployments.local_ray import start_ray
 from tests.nightly import IS_NIGHTLY
 
 pytestmark = pytest.mark.ray
@@ -76,7 +77,7 @@ def base_url(store: Path) -> Iterator[str]:
             patch.setenv(name, value)
         # Two Serve instances on one port share its connections silently.
         port = free_port()
-        ray.init("local", num_cpus=4, object_store_memory=150 * 2**20, include_dashboard=False, log_to_driver=False)
+        start_ray()
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             serve.run(build(ARGS.model_copy(update={"store_url": f"sqlite:///{store}"})), name=APP, route_prefix="/")

@@ -3,7 +3,26 @@
 import random
 from dataclasses import dataclass, field
 
+from engine.core.cost_model import CostModel
 from engine.core.request import Request, SamplingParams
+
+
+def random_sizes(rng: random.Random, num_cpu_blocks: int) -> tuple[int, dict[str, object]]:
+    """(GPU blocks, options of a CoreConfig): tight ones."""
+    num_gpu_blocks = rng.randint(7, 12)
+    options = {
+        "max_num_batched_tokens": rng.choice([2, 4, 7, 64]),
+        "max_num_seqs": rng.choice([3, 6]),
+        "decode_reserve": rng.choice([0.0, 0.2]),
+        "num_cpu_blocks": num_cpu_blocks,
+        "swap_out_watermark": rng.choice([0.0, 0.25, 0.8]),
+        "max_swap_outs": rng.choice([1, 4, 16]),
+        "write_through": rng.random() < 0.3,
+        "cost_model": CostModel(1.0, 0.25, 4, swap_in_cost=rng.choice([0.0, 0.0, 1.0])),
+        "keep": rng.random() < 0.9,
+        "prefill_batch_tokens": rng.choice([None, 1, 5]),
+    }
+    return num_gpu_blocks, options
 
 
 @dataclass

@@ -7,11 +7,10 @@ from types import FunctionType
 
 import pytest
 
-from engine.core.cost_model import CostModel
 from engine.core.engine_core import EngineCore
 from engine.core.plan import BlockAppend, QuerySegment, StepPlan
 from engine.core.request import FinishReason
-from tests.engine.core.random_load import Load
+from tests.engine.core.random_load import Load, random_sizes
 
 
 def drafts(driver) -> tuple[int, int]:
@@ -192,19 +191,7 @@ def pickled_without_draft(core: EngineCore) -> bytes:
 @pytest.mark.parametrize("seed", range(12))
 def test_under_any_load_the_plans_are_the_same_with_drafts_and_without(make_core, seed, num_cpu_blocks):
     rng = random.Random(seed)
-    num_blocks = rng.randint(7, 12)
-    options = {
-        "max_num_batched_tokens": rng.choice([2, 4, 7, 64]),
-        "max_num_seqs": rng.choice([3, 6]),
-        "decode_reserve": rng.choice([0.0, 0.2]),
-        "num_cpu_blocks": num_cpu_blocks,
-        "swap_out_watermark": rng.choice([0.0, 0.25, 0.8]),
-        "max_swap_outs": rng.choice([1, 4, 16]),
-        "write_through": rng.random() < 0.3,
-        "cost_model": CostModel(1.0, 0.25, 4, swap_in_cost=rng.choice([0.0, 0.0, 1.0])),
-        "keep": rng.random() < 0.9,
-        "prefill_batch_tokens": rng.choice([None, 1, 5]),
-    }
+    num_blocks, options = random_sizes(rng, num_cpu_blocks)
     ahead, behind = make_core(num_blocks, **options), make_core(num_blocks, **options)
     behind.plans_ahead = False
     for driver in (ahead, behind):

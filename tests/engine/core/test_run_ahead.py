@@ -5,10 +5,9 @@ import random
 
 import pytest
 
-from engine.core.cost_model import CostModel
 from engine.core.plan import BlockAppend, QuerySegment
 from engine.core.request import FinishReason
-from tests.engine.core.random_load import Load
+from tests.engine.core.random_load import Load, random_sizes
 
 
 def decode(request_id: str, start: int) -> QuerySegment:
@@ -230,19 +229,8 @@ def test_a_step_behind_a_failed_one_serves_whom_that_did_not_concern(make_runner
 def test_under_any_load_every_answer_is_right(make_runner, answer, seed, num_cpu_blocks):
     """The executor looks at every slot that it reads; the driver at the books, also while two plans are in flight."""
     rng = random.Random(seed)
-    options = {
-        "max_num_batched_tokens": rng.choice([2, 4, 7, 64]),
-        "max_num_seqs": rng.choice([3, 6]),
-        "decode_reserve": rng.choice([0.0, 0.2]),
-        "num_cpu_blocks": num_cpu_blocks,
-        "swap_out_watermark": rng.choice([0.0, 0.25, 0.8]),
-        "max_swap_outs": rng.choice([1, 4, 16]),
-        "write_through": rng.random() < 0.3,
-        "cost_model": CostModel(1.0, 0.25, 4, swap_in_cost=rng.choice([0.0, 0.0, 1.0])),
-        "keep": rng.random() < 0.9,
-        "prefill_batch_tokens": rng.choice([None, 1, 5]),
-    }
-    driver = make_runner(rng.randint(7, 12), **options)
+    num_blocks, options = random_sizes(rng, num_cpu_blocks)
+    driver = make_runner(num_blocks, **options)
     Load(driver, seed, num_requests=120).run()
     for name, tokens in driver.tokens.items():
         assert tokens == answer(
