@@ -63,7 +63,12 @@ GenerationItem = DeltaItem | ErrorItem
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What the engine serves: the name that clients ask for, and the window in tokens, prompt and answer."""
+    """What an engine replica serves, and how much of it.
+
+    model_name: what clients ask for. max_model_len: the window in tokens, prompt and answer. max_num_requests: as many may run
+    and wait in one replica; it refuses the next one.
+    """
 
     model_name: str
     max_model_len: int
+    max_num_requests: int

@@ -55,6 +55,7 @@ class LLMServer:
         stream_interval_s: float,
         start_engine: Callable[[EngineConfig], AsyncEngine] = start_engine,
     ) -> None:
+        self._config = config
         self._stream_interval_s = stream_interval_s
         self._num_speaking = 0
         self._engine = start_engine(config)
@@ -111,7 +112,8 @@ class LLMServer:
     async def describe(self) -> ModelCard:
         """Also the sign of life that readiness asks for. Raises EngineStoppedError where the engine is dead."""
         self._engine.check_health()
-        return ModelCard(self._engine.model_name, self._engine.max_model_len)
+        max_num_requests = self._config.max_num_seqs + self._config.max_num_queued_reqs
+        return ModelCard(self._engine.model_name, self._engine.max_model_len, max_num_requests)
 
     async def get_statistics(self) -> dict[str, Any]:
         return {"replica_rank": self.replica_rank(), **self._engine.get_statistics()}

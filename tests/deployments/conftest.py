@@ -83,7 +83,7 @@ class ScriptedEngine:
         self.num_describes += 1
         if not self.is_up:
             raise EngineStoppedError("no engine replica is ready")
-        return ModelCard("tiny", 100)
+        return ModelCard("tiny", 100, 128)
 
     async def model_card(self) -> ModelCard:
         return await self.describe()

@@ -25,7 +25,7 @@ from engine.prompt import AnswerBeginning, TextPrompt
 
 REQUEST = GenerationRequest("id-1", "session-1", TextPrompt("hi"), SamplingParams(temperature=0.0), stream=True)
 ITEM = DeltaItem(OutputDelta("a"), 0)
-CARD = ModelCard("tiny", 100)
+CARD = ModelCard("tiny", 100, 128)
 
 
 class FakeHandle:

@@ -95,7 +95,7 @@ async def server(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
     context = SimpleNamespace(rank=SimpleNamespace(rank=4))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     start_engine: Callable[..., Any] = lambda config: engine  # noqa: E731
-    server = CollectableServer(EngineConfig(), stream_interval_s=0.0, start_engine=start_engine)
+    server = CollectableServer(EngineConfig(max_num_seqs=96, max_num_queued_reqs=32), stream_interval_s=0.0, start_engine=start_engine)
     yield server
     server._metrics.stop()
 
@@ -252,7 +252,7 @@ async def test_closing_reaches_the_engine(server: LLMServer, engine: FakeEngine)
 
 async def test_what_serve_and_the_ingress_ask(server: LLMServer, engine: FakeEngine) -> None:
     assert server.record_replica_metadata() == server.record_routing_stats() == {RANK: 4}
-    assert await server.describe() == ModelCard("tiny", 100)
+    assert await server.describe() == ModelCard("tiny", 100, 128)
     assert await server.get_statistics() == {"replica_rank": 4, **engine.get_statistics()}
     server.check_health()
     with pytest.raises(AssertionError, match="a block is lost"):

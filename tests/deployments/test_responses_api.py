@@ -76,7 +76,7 @@ class EngineHere:
             self.num_running -= 1
 
     async def describe(self) -> ModelCard:
-        return ModelCard(self.engine.model_name, self.engine.max_model_len)
+        return ModelCard(self.engine.model_name, self.engine.max_model_len, 128)
 
     model_card = describe
 
