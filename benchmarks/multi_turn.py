@@ -154,7 +154,7 @@ async def run(
         "ttft_p99_s": percentiles[98],
         "gpu_cached_tokens": stats["num_gpu_cached_tokens"],
         "cpu_cached_tokens": stats["num_cpu_cached_tokens"],
-        "recomputed_tokens": stats["num_dropped_tokens"] + stats["num_resumed_tokens"],
+        "recomputed_tokens": stats["num_dropped_tokens"] + stats["num_not_loaded_tokens"] + stats["num_resumed_tokens"],
         "new_tokens": stats["num_new_tokens"],
         "suspensions": stats["num_suspensions"],
         "swap_ins": stats["num_swap_ins"],

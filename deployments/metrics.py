@@ -103,6 +103,7 @@ _COUNTS: dict[Series, str] = {
     Series("pensieve_generation_tokens_total"): "num_output_tokens",
     Series("pensieve_cached_tokens_total", ("gpu",)): "num_gpu_cached_tokens",
     Series("pensieve_cached_tokens_total", ("cpu",)): "num_cpu_cached_tokens",
+    Series("pensieve_recomputed_tokens_total", ("not_loaded",)): "num_not_loaded_tokens",
     Series("pensieve_recomputed_tokens_total", ("dropped",)): "num_dropped_tokens",
     Series("pensieve_recomputed_tokens_total", ("new",)): "num_new_tokens",
     Series("pensieve_swap_bytes_total", ("in",)): "num_swap_in_bytes",

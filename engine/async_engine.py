@@ -165,7 +165,6 @@ class AsyncEngine:
             tenant=tenant.tenant_id,
             weight=tenant.weight,
             eos_token_ids=self._eos_token_ids,
-            num_history_tokens=num_history,
             output_token_ids=() if beginning is None else beginning.token_ids,
         )
         detokenizer = self._tokenizer.detokenizer(transcript.token_ids, sampling.stop)
@@ -350,12 +349,13 @@ class AsyncEngine:
     def _log_statistics(self) -> None:
         stats = self.get_statistics()
         logger.info(
-            "running %d, waiting %d; prompt tokens: %d in GPU, %d in CPU, %d dropped, %d new; output tokens %d; blocks free: "
-            "GPU %d/%d, CPU %d/%d; swapped in %.1f MB, out %.1f MB; %d suspensions",
+            "running %d, waiting %d; prompt tokens: %d in GPU, %d in CPU, %d not loaded, %d dropped, %d new; output "
+            "tokens %d; blocks free: GPU %d/%d, CPU %d/%d; swapped in %.1f MB, out %.1f MB; %d suspensions",
             stats["num_requests_running"],
             stats["num_requests_waiting"],
             stats["num_gpu_cached_tokens"],
             stats["num_cpu_cached_tokens"],
+            stats["num_not_loaded_tokens"],
             stats["num_dropped_tokens"],
             stats["num_new_tokens"],
             stats["num_output_tokens"],

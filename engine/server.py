@@ -114,6 +114,7 @@ class Server:
                 f"prompt tokens {stats['num_prompt_tokens']}: "
                 f"{stats['num_gpu_cached_tokens']} found in the GPU tier ({stats['num_gpu_cached_tokens'] / prompt:.1%}), "
                 f"{stats['num_cpu_cached_tokens']} in the CPU tier ({stats['num_cpu_cached_tokens'] / prompt:.1%}), "
+                f"{stats['num_not_loaded_tokens']} computed because that is faster than loading, "
                 f"{stats['num_dropped_tokens']} recomputed because dropped, {stats['num_new_tokens']} new",
                 f"output tokens {stats['num_output_tokens']} in {stats['num_steps']} steps; "
                 f"{stats['num_suspensions']} suspensions",

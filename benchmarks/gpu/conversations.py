@@ -77,7 +77,8 @@ async def _measure_engine(setting: Setting, engine: AsyncEngine, name: str) -> l
         before = engine.get_statistics()
         row = await _run(setting, name, active, generate)
         after = engine.get_statistics()
-        for key in ("num_gpu_cached_tokens", "num_cpu_cached_tokens", "num_dropped_tokens", "num_new_tokens"):
+        for part in ("gpu_cached", "cpu_cached", "not_loaded", "dropped", "new"):
+            key = f"num_{part}_tokens"
             row[key] = after[key] - before[key]
         rows.append(row)
     await engine.check_integrity()

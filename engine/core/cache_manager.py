@@ -17,7 +17,7 @@ there: the transfers of a step are finished when the step is. Until then it pins
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from engine.core.block_pool import BlockPool
@@ -25,8 +25,11 @@ from engine.core.chunk_index import Chunk, ChunkIndex, Residency, Tier, chunk_ke
 from engine.core.cost_model import CostModel
 from engine.core.eviction import EvictionPolicy, make_policy
 from engine.core.plan import BlockCopy
-from engine.core.request import Request
+from engine.core.request import ContextAccount, Request
 from engine.core.stats import EngineStats
+
+# Keys of dropped chunks that are remembered, for the statistics: some 14 MB, four million tokens in chunks of 32.
+MAX_DROPPED_KEYS = 1 << 17
 
 
 @dataclass(slots=True)
@@ -34,12 +37,24 @@ class ContextMatch:
     """What the cache holds of a context; valid until the cache manager is next changed.
 
     full: position -> chunk to share as it is. tails: position -> (chunk, number of its leading tokens that are valid for
-    the context, at least 1). num_cached_tokens: sum over both.
+    the context, at least 1). num_cached_tokens: sum over both. dropped: position -> number of tokens, of the full chunks
+    that were cached once and are gone.
     """
 
     full: dict[int, Chunk] = field(default_factory=dict)
     tails: dict[int, tuple[Chunk, int]] = field(default_factory=dict)
     num_cached_tokens: int = 0
+    dropped: dict[int, int] = field(default_factory=dict)
+
+    def select_in_cpu_tier(self) -> dict[int, int]:
+        """Position -> number of valid tokens, of the chunks that have no GPU block; front first."""
+        chunks = {position: (chunk, chunk.num_tokens) for position, chunk in self.full.items()} | self.tails
+        return {position: num for position, (chunk, num) in sorted(chunks.items()) if chunk.gpu_block is None}
+
+    def leave_out(self, position: int) -> None:
+        """Compute that chunk, whatever is cached of it."""
+        chunk = self.full.pop(position, None)
+        self.num_cached_tokens -= self.tails.pop(position)[1] if chunk is None else chunk.num_tokens
 
 
 @dataclass(slots=True)
@@ -95,6 +110,8 @@ class CacheManager:
         # Whose GPU block, and whose CPU block, a transfer that is planned or in flight writes to.
         self._loading: set[Chunk] = set()
         self._storing: set[Chunk] = set()
+        # Full chunks that were cached once and are gone, the latest of them: exact as long as no more are dropped.
+        self._dropped: dict[bytes, None] = {}
         self._stats = stats
         self._model = model
 
@@ -113,19 +130,20 @@ class CacheManager:
         """What is cached of the request's context, anywhere in it. Leaves the last token out, whatever is cached: its
         logits are wanted, so it has to be computed."""
         match = ContextMatch()
-        if not self.keep:
-            return match
         size, token_ids = self.chunk_size, request.token_ids
         self._extend_keys(request)
         last_full = (len(token_ids) - 1) // size  # chunks before this one lie wholly before the last token
         for position in range(self.num_chunks(len(token_ids))):
             start = position * size
-            chunk = None
+            chunk = key = None
             if position < len(request.chunk_keys):
-                chunk = self.index.match(request.chunk_keys[position])
+                key = request.chunk_keys[position]
+                chunk = self.index.match(key)
             if chunk is None:
                 chunk = self.index.match_tail(self._parent_key(request, position), token_ids[start : start + size])
             if chunk is None:
+                if key in self._dropped:
+                    match.dropped[position] = min(size, len(token_ids) - 1 - start)
                 continue
             num_valid = min(chunk.num_tokens, len(token_ids) - 1 - start)
             if chunk.num_tokens == size and position < last_full:
@@ -140,11 +158,11 @@ class CacheManager:
     # -- a request's row of chunks -------------------------------------------------------------------------------------
 
     def try_admit(self, request: Request, reserve_blocks: int, now: float) -> bool:
-        """Pin what is cached of the request's context and give a GPU block to every other chunk of it; sets its `chunks`
-        and `pending` and plans the transfers. False, and nothing changed, where fewer than `reserve_blocks` would stay
-        available."""
+        """Pin what is cached of the request's context and give a GPU block to every other chunk of it; sets its `chunks`,
+        `pending` and `account` and plans the transfers. False, and nothing changed, if fewer than `reserve_blocks` would
+        stay available."""
         match = self.match_context(request)
-        num_left_out = self._leave_out_dear_loads(match)
+        not_loaded = self._leave_out_expensive_loads(match)
         taken_over = {
             position
             for position, (chunk, _) in match.tails.items()
@@ -159,11 +177,10 @@ class CacheManager:
         if num_available - num_new < reserve_blocks:
             return False
 
-        self._stats.num_recomputed_instead_of_loaded_tokens += num_left_out
-        request.num_swapped_in_tokens = sum(
-            match.tails[position][1] if position in match.tails else self.chunk_size
-            for position in match.full.keys() | match.tails.keys()
-            if (match.full.get(position) or match.tails[position][0]).gpu_block is None
+        request.account = ContextAccount(
+            num_swapped_in_tokens=self._count_prompt_tokens(request, match.select_in_cpu_tier()),
+            num_not_loaded_tokens=self._count_prompt_tokens(request, not_loaded),
+            num_dropped_tokens=self._count_prompt_tokens(request, match.dropped),
         )
         # Pins first, then allocations, which evict. A GPU block that is only copied from may be evicted meanwhile: a step
         # makes its copies before anything writes to a block, so the id is enough.
@@ -212,13 +229,18 @@ class CacheManager:
                 continue
             self._extend_keys(request)
             key = request.chunk_keys[position]
-            if not self.index.insert(chunk, key, self._parent_key(request, position)):
+            if not self._insert(chunk, key, self._parent_key(request, position)):
                 self._merge(request, chunk, key)
 
     def release(self, request: Request, now: float, *, step_failed: bool = False) -> None:
         """Unpin the row of a request that ends or is suspended. What it computed stays, as long as there is room.
 
         step_failed: nobody knows what the last step wrote or copied, so what has no name yet is not kept."""
+        if not self.keep:
+            self._extend_keys(request)
+            for chunk, key in zip(request.chunks, request.chunk_keys, strict=False):
+                if chunk.num_tokens == self.chunk_size:
+                    self._remember_dropped(key)
         for chunk in request.chunks:
             if chunk.key is None and self.keep and not step_failed:
                 self._try_name(request, chunk)
@@ -312,27 +334,19 @@ class CacheManager:
 
     # -- inside: loading, copying, evicting ----------------------------------------------------------------------------
 
-    def _leave_out_dear_loads(self, match: ContextMatch) -> int:
-        """Of the chunks in the CPU tier, keep those in the match that are cheaper to load, behind what is queued, than to
-        compute again. Returns how many tokens that leaves out."""
-        load = self._cost_model.swap_in_cost
-        if not load:
-            return 0
-        num_left_out = 0
-        num_queued = len(self._planned.swap_ins)
-        for position in sorted(match.full.keys() | match.tails.keys()):
-            chunk = match.full.get(position) or match.tails[position][0]
-            if chunk.gpu_block is not None:
-                continue
-            if (num_queued + 1) * load <= self._cost_model.chunk_cost(position):
-                num_queued += 1
-                continue
-            num_tokens = self.chunk_size if position in match.full else match.tails[position][1]
-            match.full.pop(position, None)
-            match.tails.pop(position, None)
-            match.num_cached_tokens -= num_tokens
-            num_left_out += num_tokens
-        return num_left_out
+    def _leave_out_expensive_loads(self, match: ContextMatch) -> dict[int, int]:
+        """Take those chunks in the CPU tier out of the match that cost more to load than to compute again; returns their
+        positions and how many tokens of each were valid. See CostModel.is_loaded for the rule."""
+        is_loaded = self._cost_model.is_loaded
+        not_loaded = {p: num for p, num in match.select_in_cpu_tier().items() if not is_loaded(p, num)}
+        for position in not_loaded:
+            match.leave_out(position)
+        return not_loaded
+
+    def _count_prompt_tokens(self, request: Request, num_tokens: Mapping[int, int]) -> int:
+        """Of `num_tokens` leading tokens of the chunk at each position, those that belong to the prompt."""
+        left = [min(num, request.num_prompt_tokens - p * self.chunk_size) for p, num in num_tokens.items()]
+        return sum(num for num in left if num > 0)
 
     def _load(self, source: Chunk, target: Chunk, now: float) -> None:
         """A GPU block for `target`, unless it has one, and the swap-in of `source` to it. `source` is pinned."""
@@ -489,7 +503,18 @@ class CacheManager:
             parent = self._parent_key(request, chunk.position)
             key = chunk_key(parent, request.token_ids[start : start + chunk.num_tokens])
             chunk.owner_id = request.conversation_id
-            self.index.insert(chunk, key, parent)
+            self._insert(chunk, key, parent)
+
+    def _insert(self, chunk: Chunk, key: bytes, parent_key: bytes) -> bool:
+        """Name a chunk; False, and nothing changed, if an equal one has the name."""
+        self._dropped.pop(key, None)
+        return self.index.insert(chunk, key, parent_key)
+
+    def _remember_dropped(self, key: bytes) -> None:
+        self._dropped.pop(key, None)
+        self._dropped[key] = None
+        if len(self._dropped) > MAX_DROPPED_KEYS:
+            del self._dropped[next(iter(self._dropped))]
 
     def _missing_ranges(self, row: list[Chunk], full: Iterable[int], num_tokens: int) -> list[tuple[int, int]]:
         """[start, end) of what is not in the row's blocks yet, front first, adjacent ranges joined."""
@@ -545,6 +570,8 @@ class CacheManager:
     def _drop(self, chunk: Chunk) -> None:
         """Take the name away from a chunk that nobody can use any more."""
         if chunk.key is not None:
+            if chunk.num_tokens == self.chunk_size:
+                self._remember_dropped(chunk.key)
             self.index.remove(chunk)
 
     def _free_cpu_block(self, chunk: Chunk) -> None:
@@ -585,6 +612,7 @@ class CacheManager:
                 count_pin(source)
         assert (self._storing, self._loading) == (storing, loading)
         named = set(self.index)
+        assert self._dropped.keys().isdisjoint(chunk.key for chunk in named)
         chunks = named | pins.keys()
         for chunk in chunks:
             assert chunk.pins == pins.get(chunk, 0), f"{chunk} is pinned by {pins.get(chunk, 0)}"

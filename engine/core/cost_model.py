@@ -1,4 +1,6 @@
-"""What it costs to compute a chunk again. Numbers in, numbers out; profiling that measures them lives elsewhere."""
+"""What it costs to compute a chunk again or to load it. Numbers in, numbers out; profiling that measures them lives
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,22 @@ class CostModel:
     def chunk_cost(self, position: int) -> float:
         """Cost of chunk number `position`: it attends to everything up to its own end."""
         return self.constant + self.per_context_token * (position + 1) * self.chunk_size
+
+    def is_loaded(self, position: int, num_tokens: int) -> bool:
+        """Whether to load a chunk of which `num_tokens` are wanted, rather than to compute these again.
+
+        The rule: load a chunk if its own load costs no more than its own computation. What is queued in front of it does
+        not count: the loads of a plan go beside its computation, and everything in the step ends with both, whichever way
+        this chunk takes. So the total over all chunks is smallest when each takes its cheaper way. Because computing costs
+        more from chunk to chunk while loading does not, that is one cut: everything before it is computed, everything from
+        it on is loaded.
+
+        The bound: if loading and computing overlap perfectly, a split takes the larger of its two sums and not their total;
+        as the larger is at least half of the total, the split with the smallest total takes at most twice as long as the
+        best one. (A cut that balances the two sums, as in "Compute or Load KV Cache? Why Not Both?", Jin et al. 2024, would
+        be faster for a request alone, but computes again what loads faster, at the cost of all that run beside it.)
+        """
+        return self.swap_in_cost * self.chunk_size <= self.chunk_cost(position) * num_tokens
 
     @classmethod
     def from_model_shape(

@@ -323,6 +323,7 @@ class EngineCore:
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=request.num_cached_tokens,
             num_cpu_cached_tokens=request.num_cpu_cached_tokens,
+            num_not_loaded_tokens=request.num_not_loaded_tokens,
             num_dropped_tokens=request.num_dropped_tokens,
             num_new_tokens=request.num_new_tokens,
             num_output_tokens=request.num_output_tokens,

@@ -8,6 +8,7 @@ import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.core.chunk_index import Chunk
 from engine.errors import InvalidParameterError
@@ -96,17 +97,28 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+class ContextAccount(NamedTuple):
+    """Prompt tokens that an admission did not find in the GPU tier. num_swapped_in_tokens: loaded from the CPU tier.
+    num_not_loaded_tokens: there, too, but cheaper to compute again. num_dropped_tokens: in full chunks that were cached once
+    and are gone."""
+
+    num_swapped_in_tokens: int = 0
+    num_not_loaded_tokens: int = 0
+    num_dropped_tokens: int = 0
+
+
 class Request:
     """One turn of a conversation, and its state between arrival and end.
 
     token_ids: the context, prompt first, then what was generated. pending: ranges [start, end) of positions that are
     still to compute, in order, holes included; a decoding request has exactly its last token pending. chunks: its row
     of pinned chunks, front first; empty while waiting or suspended. num_known_tokens: its length at the last admission; what
-    comes after them the worker has sampled itself. num_swapped_in_tokens: of those found in the cache at the last admission,
-    how many were in the CPU tier only.
+    comes after them the worker has sampled itself. account: of the last admission; the counts of cached, not loaded and
+    dropped tokens are of the first one.
     """
 
     __slots__ = (
+        "account",
         "arrival_s",
         "chunk_keys",
         "chunks",
@@ -117,11 +129,10 @@ class Request:
         "num_computed_tokens",
         "num_cpu_cached_tokens",
         "num_dropped_tokens",
-        "num_history_tokens",
         "num_known_tokens",
+        "num_not_loaded_tokens",
         "num_prompt_tokens",
         "num_suspensions",
-        "num_swapped_in_tokens",
         "pending",
         "request_id",
         "sampling",
@@ -142,11 +153,9 @@ class Request:
         tenant: str = "local",
         weight: float = 1.0,
         eos_token_ids: Sequence[int] = (),
-        num_history_tokens: int = 0,
         output_token_ids: Sequence[int] = (),
     ) -> None:
-        """`num_history_tokens`: leading tokens of the prompt that earlier turns of the conversation computed (for the
-        statistics only). `conversation_id`: None = a conversation of its own. `output_token_ids`: the beginning of the
+        """`conversation_id`: None = a conversation of its own. `output_token_ids`: the beginning of the
         answer, where another engine has generated it and the rest is wanted. `weight`: the tenant's share, relative to
         others."""
         self.request_id = request_id
@@ -155,7 +164,6 @@ class Request:
         self.weight = weight
         self.token_ids = [*prompt_token_ids, *output_token_ids]
         self.num_prompt_tokens = len(prompt_token_ids)
-        self.num_history_tokens = num_history_tokens
         self.sampling = sampling
         eos = () if sampling.ignore_eos else tuple(eos_token_ids)
         self.stop_token_ids = frozenset(eos + sampling.stop_token_ids)
@@ -168,11 +176,12 @@ class Request:
         self.pending: list[tuple[int, int]] = []
         self.num_cached_tokens = 0
         self.num_cpu_cached_tokens = 0
+        self.num_not_loaded_tokens = 0
         self.num_dropped_tokens = 0
         self.num_known_tokens = 0
         self.num_computed_tokens = 0
         self.num_suspensions = 0
-        self.num_swapped_in_tokens = 0
+        self.account = ContextAccount()
 
     @property
     def num_tokens(self) -> int:
@@ -184,8 +193,8 @@ class Request:
 
     @property
     def num_new_tokens(self) -> int:
-        """Prompt tokens that no earlier turn computed."""
-        return self.num_prompt_tokens - self.num_cached_tokens - self.num_dropped_tokens
+        """Prompt tokens that are not known to have been cached."""
+        return self.num_prompt_tokens - self.num_cached_tokens - self.num_not_loaded_tokens - self.num_dropped_tokens
 
     @property
     def num_pending_tokens(self) -> int:

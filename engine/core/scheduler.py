@@ -261,12 +261,12 @@ class Scheduler:
         num_prompt = request.num_prompt_tokens
         num_pending = sum(max(0, min(end, num_prompt) - start) for start, end in request.pending)
         request.num_cached_tokens = num_prompt - num_pending
-        request.num_cpu_cached_tokens = min(request.num_swapped_in_tokens, request.num_cached_tokens)
+        request.num_cpu_cached_tokens, request.num_not_loaded_tokens, request.num_dropped_tokens = request.account
         stats.num_resumed_tokens += request.num_pending_tokens - num_pending
-        request.num_dropped_tokens = max(0, request.num_history_tokens - request.num_cached_tokens)
         stats.num_prompt_tokens += request.num_prompt_tokens
         stats.num_cpu_cached_tokens += request.num_cpu_cached_tokens
         stats.num_gpu_cached_tokens += request.num_cached_tokens - request.num_cpu_cached_tokens
+        stats.num_not_loaded_tokens += request.num_not_loaded_tokens
         stats.num_dropped_tokens += request.num_dropped_tokens
         stats.num_new_tokens += request.num_new_tokens
 

@@ -14,11 +14,13 @@ EVICTION_REASONS = ("gpu_reclaimed", "gpu_swapped_out", "gpu_dropped", "cpu_drop
 
 @dataclass(slots=True)
 class EngineStats:
-    """Monotonic counters. Prompt tokens are told apart by where they were on arrival: cached in the GPU or the CPU tier,
-    dropped (an earlier turn computed them), or new. `num_resumed_tokens`: left to compute when suspended requests came back,
-    and of answers that were begun elsewhere. `num_refused`: too many were waiting. Swaps and copies are counted in blocks;
-    `num_corrupted_swaps` by `verify_swaps`. Drafts are plans prepared while a step runs: used, or discarded because
-    something unforeseen happened; `num_steps_ahead` were given to the executor before the step in front had a result."""
+    """Monotonic counters. Prompt tokens are told apart by where they were on arrival: cached in the GPU tier; in the CPU tier
+    and loaded; in the CPU tier but not loaded, because computing them is cheaper; dropped (in full chunks whose KV was here
+    and is gone, as far as cache_manager.MAX_DROPPED_KEYS reaches back); or new. `num_resumed_tokens`: left to compute when
+    suspended requests came back, and of answers that were begun elsewhere. `num_refused`: too many were waiting. Swaps and
+    copies are counted in blocks; `num_corrupted_swaps` by `verify_swaps`. Drafts are plans prepared while a step runs: used,
+    or discarded because something unforeseen happened; `num_steps_ahead` were given to the executor before the step in front
+    had a result."""
 
     num_steps: int = 0
     num_requests: int = 0
@@ -30,6 +32,7 @@ class EngineStats:
     num_output_tokens: int = 0
     num_gpu_cached_tokens: int = 0
     num_cpu_cached_tokens: int = 0
+    num_not_loaded_tokens: int = 0
     num_dropped_tokens: int = 0
     num_new_tokens: int = 0
     num_resumed_tokens: int = 0
@@ -39,7 +42,6 @@ class EngineStats:
     num_swap_ins: int = 0
     num_swap_outs: int = 0
     num_corrupted_swaps: int = 0
-    num_recomputed_instead_of_loaded_tokens: int = 0
     num_used_drafts: int = 0
     num_discarded_drafts: int = 0
     num_steps_ahead: int = 0
@@ -57,6 +59,7 @@ class RequestStats:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_cpu_cached_tokens: int
+    num_not_loaded_tokens: int
     num_dropped_tokens: int
     num_new_tokens: int
     num_output_tokens: int

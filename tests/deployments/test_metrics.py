@@ -38,7 +38,8 @@ def test_increments_are_differences_of_two_snapshots() -> None:
     assert increments.take(statistics_of(engine_core)) == {}
 
     stats.num_prompt_tokens, stats.num_gpu_cached_tokens, stats.num_cpu_cached_tokens = 50, 20, 10
-    stats.num_dropped_tokens, stats.num_new_tokens, stats.num_output_tokens = 15, 5, 7
+    stats.num_not_loaded_tokens, stats.num_dropped_tokens, stats.num_new_tokens = 8, 7, 5
+    stats.num_output_tokens = 7
     stats.num_finished, stats.num_aborted, stats.num_failed, stats.num_refused = 4, 3, 2, 1
     stats.num_swap_ins, stats.num_swap_outs, stats.num_suspensions = 1, 2, 3
     stats.evictions |= {"gpu_reclaimed": 5, "cpu_copy_dropped": 6}
@@ -51,7 +52,8 @@ def test_increments_are_differences_of_two_snapshots() -> None:
         Series("pensieve_generation_tokens_total"): 7,
         Series("pensieve_cached_tokens_total", ("gpu",)): 20,
         Series("pensieve_cached_tokens_total", ("cpu",)): 10,
-        Series("pensieve_recomputed_tokens_total", ("dropped",)): 15,
+        Series("pensieve_recomputed_tokens_total", ("not_loaded",)): 8,
+        Series("pensieve_recomputed_tokens_total", ("dropped",)): 7,
         Series("pensieve_recomputed_tokens_total", ("new",)): 5,
         Series("pensieve_swap_bytes_total", ("in",)): 100,
         Series("pensieve_swap_bytes_total", ("out",)): 200,

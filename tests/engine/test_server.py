@@ -57,8 +57,8 @@ def test_text_arrives_in_pieces_that_make_the_answer(server):
 
 def test_statistics_are_for_machines_and_for_people(server):
     stats = server.get_statistics()
-    parts = ("num_gpu_cached_tokens", "num_cpu_cached_tokens", "num_dropped_tokens", "num_new_tokens")
-    assert stats["num_prompt_tokens"] == sum(stats[part] for part in parts) > 0
+    parts = ("gpu_cached", "cpu_cached", "not_loaded", "dropped", "new")
+    assert stats["num_prompt_tokens"] == sum(stats[f"num_{part}_tokens"] for part in parts) > 0
     assert f"prompt tokens {stats['num_prompt_tokens']}" in server.get_statistics_str()
 
 

@@ -35,8 +35,7 @@ def converse(driver, rng: random.Random) -> dict[str, list[int]]:
         for conversation in rng.sample(list(histories), NUM_CONVERSATIONS):
             request_id = f"{conversation}.{turn}"
             prompts[request_id] = histories[conversation] + rng.choices(vocabulary, k=rng.randint(5, 20))
-            num_history = len(histories[conversation]) if turn else 0
-            driver.add(request_id, prompts[request_id], conversation, SAMPLING, num_history_tokens=num_history)
+            driver.add(request_id, prompts[request_id], conversation, SAMPLING)
             driver.step()
         driver.run()
         driver.core.check_integrity()

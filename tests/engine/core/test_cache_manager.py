@@ -3,7 +3,7 @@
 from engine.core.cache_manager import CacheManager, Transfers
 from engine.core.cost_model import CostModel
 from engine.core.plan import BlockCopy
-from engine.core.request import Request, SamplingParams
+from engine.core.request import ContextAccount, Request, SamplingParams
 from engine.core.stats import EngineStats
 
 
@@ -241,7 +241,7 @@ def test_stateless_keeps_and_finds_nothing():
 
 
 def test_an_admission_that_is_refused_counts_nothing():
-    """Each step asks again, and only the admission itself may be counted."""
+    """Each step asks again, and only the admission itself may be counted. 9 to load is more than 2 to compute."""
     costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, swap_in_cost=9.0)
     cache = make_cache(3, num_cpu_blocks=4, cost_model=costs)
     use(cache, "turn 1", range(4), 1.0, "a")
@@ -250,10 +250,10 @@ def test_an_admission_that_is_refused_counts_nothing():
     execute(cache)
     turn_2 = make_request("turn 2", range(7), "a")
     assert not cache.try_admit(turn_2, 0, 3.0)
-    assert cache._stats.num_recomputed_instead_of_loaded_tokens == 0
+    assert turn_2.account == ContextAccount()
     cache.release(running, 4.0)
     assert cache.try_admit(turn_2, 0, 5.0)
-    assert cache._stats.num_recomputed_instead_of_loaded_tokens == 4
+    assert turn_2.account == ContextAccount(num_not_loaded_tokens=4)
 
 
 def test_a_chunk_that_was_evicted_and_on_its_way_back_when_the_step_failed_is_forgotten():

@@ -18,7 +18,7 @@ from engine.core.chunk_index import Chunk, chunk_key, root_key
 from engine.core.cost_model import CostModel
 from engine.core.eviction import EVICTION_POLICIES
 from engine.core.plan import BlockCopy
-from engine.core.request import Request, SamplingParams
+from engine.core.request import ContextAccount, Request, SamplingParams
 from engine.core.stats import EngineStats
 
 CHUNK_SIZE = 4
@@ -105,6 +105,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.cpu_slots: Slots = [[GARBAGE] * CHUNK_SIZE for _ in range(num_cpu_blocks)]
         self.corrupted: set[int] = set()  # CPU blocks that do not hold what was swapped out to them
         self.names: dict[bytes, Label] = {}  # what each key must mean
+        self.cached_once: set[Label] = set()  # contexts up to the end of each full chunk that was ever cached
         self.now = 0.0
         self.num_requests = 0
         self.waiting: list[Request] = []
@@ -175,6 +176,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
 
     def release(self, request: Request, *, step_failed: bool = False) -> None:
         self.running.remove(request)
+        if not self.keep:
+            self.note_cached(request, 0, CHUNK_SIZE * sum(chunk.num_tokens == CHUNK_SIZE for chunk in request.chunks))
         self.cache.release(request, self.now, step_failed=step_failed)
         assert (request.chunks, request.pending) == ([], [])
         self.histories.append((request.tenant, request.conversation_id, tuple(request.token_ids)))
@@ -185,8 +188,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
     def the_oldest_is_admitted(self, reserve: int, idle: int) -> None:
         self.now += idle
         request = self.waiting[0]
-        num_cached, num_loaded, num_left_out = self.cached_by_brute_force(request)
-        num_left_out += self.stats.num_recomputed_instead_of_loaded_tokens
+        num_cached, account = self.cached_by_brute_force(request)
         before = self.snapshot()
         if not self.cache.try_admit(request, reserve, self.now):
             assert self.snapshot() == before
@@ -195,8 +197,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
             return
         assert len(request.chunks) == self.cache.num_chunks(request.num_tokens)
         assert request.num_tokens - request.num_pending_tokens == num_cached
-        assert request.num_swapped_in_tokens == num_loaded
-        assert self.stats.num_recomputed_instead_of_loaded_tokens == num_left_out
+        assert request.account == account
         assert request.pending[-1][1] == request.num_tokens, "the last token is always computed"
         assert all(a[1] < b[0] for a, b in zip(request.pending, request.pending[1:], strict=False))
         assert self.cache.num_available_blocks >= reserve
@@ -204,6 +205,11 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.running.append(request)
         self.starts.append(request)
         self.tables[request.request_id] = [chunk.gpu_block for chunk in request.chunks]
+
+    def note_cached(self, request: Request, start: int, end: int) -> None:
+        """The full chunks that end in (start, end] have been computed, and can be found (in stateless mode: have been)."""
+        for position in range(start // CHUNK_SIZE, end // CHUNK_SIZE):
+            self.cached_once.add((request.tenant, tuple(request.token_ids[: (position + 1) * CHUNK_SIZE])))
 
     def snapshot(self) -> tuple[object, ...]:
         cache, planned = self.cache, self.cache._planned
@@ -216,11 +222,10 @@ class CacheManagerMachine(RuleBasedStateMachine):
             self.stats.as_dict(),
         )
 
-    def cached_by_brute_force(self, request: Request) -> tuple[int, int, int]:
+    def cached_by_brute_force(self, request: Request) -> tuple[int, ContextAccount]:
         """Tokens of the context that some named chunk holds, the last one left out, by looking at every chunk: those to be
-        used, those of them to be loaded, and those that are dearer to load than to compute."""
-        if not self.keep:
-            return 0, 0, 0
+        used; and of the prompt those to be loaded, those that cost more to load than to compute, and those that were
+        cached."""
         best: dict[int, Chunk] = {}
         for chunk in self.cache.index:
             tenant, token_ids = self.names[chunk.key]
@@ -228,18 +233,23 @@ class CacheManagerMachine(RuleBasedStateMachine):
                 chunk.position not in best or best[chunk.position].num_tokens < chunk.num_tokens
             ):
                 best[chunk.position] = chunk
-        num_cached = num_loaded = num_left_out = 0
-        num_queued = self.cache.num_planned_swap_ins
-        for position, chunk in sorted(best.items()):
-            num_usable = min(chunk.num_tokens, request.num_tokens - 1 - position * CHUNK_SIZE)
+        num_cached = num_loaded = num_left_out = num_dropped = 0
+        for position in range(-(-request.num_tokens // CHUNK_SIZE)):
+            start, end = position * CHUNK_SIZE, (position + 1) * CHUNK_SIZE
+            num_prompt = max(0, request.num_prompt_tokens - start)
+            chunk = best.get(position)
+            if chunk is None:
+                if end <= request.num_tokens and (request.tenant, tuple(request.token_ids[:end])) in self.cached_once:
+                    num_dropped += min(CHUNK_SIZE, request.num_tokens - 1 - start, num_prompt)
+                continue
+            num_usable = min(chunk.num_tokens, request.num_tokens - 1 - start)
             if chunk.gpu_block is None and num_usable:
-                if self.costs.swap_in_cost * (num_queued + 1) > self.costs.chunk_cost(position):
-                    num_left_out += num_usable
+                if self.costs.swap_in_cost > self.costs.chunk_cost(position) * num_usable / CHUNK_SIZE:
+                    num_left_out += min(num_usable, num_prompt)
                     continue
-                num_queued += 1
-                num_loaded += num_usable
+                num_loaded += min(num_usable, num_prompt)
             num_cached += num_usable
-        return num_cached, num_loaded, num_left_out
+        return num_cached, ContextAccount(num_loaded, num_left_out, num_dropped)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -261,6 +271,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
             if request not in self.running:
                 continue  # read a corrupted block
             self.cache.commit(request, start, end)
+            if self.keep:
+                self.note_cached(request, start, end)
             if end < request.pending[0][1]:
                 request.pending[0] = (end, request.pending[0][1])
             else:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from engine.core import cache_manager
 from engine.core.cost_model import CostModel
 from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.eviction import EVICTION_POLICIES
@@ -281,7 +282,7 @@ def test_a_full_gpu_tier_gives_way_by_swapping_out_and_no_more_than_it_must(make
 def test_a_returning_conversation_is_swapped_in_block_by_block_and_computes_nothing_again(make_core, answer):
     driver, history = with_turn_1_in_the_cpu_tier(make_core)
     longer = (*history, 70)
-    driver.add("turn 2", longer, 2, "a", num_history_tokens=11)
+    driver.add("turn 2", longer, 2, "a")
     assert driver.step() == StepPlan(
         3,
         (QuerySegment("turn 2", 11, longer[11:], True),),
@@ -391,30 +392,33 @@ def test_write_through_copies_what_a_turn_leaves_at_its_end(make_core):
 
 
 @pytest.mark.parametrize(
-    ("swap_in_cost", "swap_ins", "num_computed", "num_both"),
+    ("swap_in_cost", "swap_ins", "num_computed"),
     [
-        (0.0, moves((0, 3), (1, 0), (2, 1)), 1, 3),
-        (9.0, (), 13, 3),
-        (1.5, moves((0, 3), (1, 0)), 5, 3),  # 1 * 1.5 < 2, 2 * 1.5 = 3, 3 * 1.5 > 4
-        (2.5, moves((1, 0)), 9, 3),  # 2.5 > 2, so chunk 0 is computed; 2.5 < 3; 2 * 2.5 > 4
+        (0.0, moves((0, 3), (1, 0), (2, 1)), 1),
+        (2.0, moves((0, 3), (1, 0), (2, 1)), 1),
+        (2.5, moves((1, 0), (2, 1)), 5),
+        (3.5, moves((2, 1)), 9),
+        (9.0, (), 13),
     ],
 )
 def test_a_chunk_is_loaded_where_that_is_cheaper_than_to_compute_it(
-    make_core, answer, swap_in_cost, swap_ins, num_computed, num_both
+    make_core, answer, swap_in_cost, swap_ins, num_computed
 ):
-    """Chunks cost 2, 3 and 4; a load waits for those before it. What was computed joins the copy in the CPU tier."""
+    """Chunks cost 2, 3 and 4, however many others are loaded. What was computed joins the copy in the CPU tier."""
     costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, swap_in_cost=swap_in_cost)
     driver = make_core(4, num_cpu_blocks=8, swap_out_watermark=0.0, cost_model=costs)
     converse(driver, "turn 1", range(12))
     converse(driver, "other", range(50, 65), conversation="b")
     assert idle_chunks(driver) == {"gpu": 4, "both": 0, "cpu": 3}
-    driver.add("turn 2", range(13), 1, "a", num_history_tokens=12)
+    driver.add("turn 2", range(13), 1, "a")
     plan = driver.step()
     assert (plan.swap_ins, plan.num_tokens) == (swap_ins, num_computed)
     assert plan.starts[0].block_table == (3, 0, 1, 2)
     assert driver.tokens["turn 2"] == answer(tuple(range(13)), 1)
-    assert driver.core.stats.num_recomputed_instead_of_loaded_tokens == num_computed - 1
-    assert idle_chunks(driver) == {"gpu": 1, "both": num_both, "cpu": 4}, "each of the three is stored once per tier"
+    stats = driver.core.stats
+    assert (stats.num_cpu_cached_tokens, stats.num_not_loaded_tokens) == (13 - num_computed, num_computed - 1)
+    assert stats.num_dropped_tokens == 0
+    assert idle_chunks(driver) == {"gpu": 1, "both": 3, "cpu": 4}, "each of the three is stored once per tier"
 
 
 def test_a_suspended_request_swaps_out_and_resumes_without_computing_again(make_core, answer):
@@ -841,7 +845,7 @@ def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, se
             prompt = (*history, *rng.choices(range(9), k=rng.randint(1, 9)))
             if len(prompt) > window - 8:
                 prompt = system_prompt
-            driver.add(name, prompt, rng.randint(1, 8), conversation, num_history_tokens=min(len(history), len(prompt)))
+            driver.add(name, prompt, rng.randint(1, 8), conversation)
             unfinished = [*conversations, name]
             arrived[name] = driver.now, sum(driver.requests[r].max_total_tokens for r in unfinished)
             prompts[name], conversations[name] = prompt, conversation
@@ -869,7 +873,11 @@ def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, se
     assert stats.num_finished + num_fails + num_aborts == 60
     assert (stats.num_failed, stats.num_aborted) == (num_fails, num_aborts)
     assert (
-        stats.num_gpu_cached_tokens + stats.num_cpu_cached_tokens + stats.num_dropped_tokens + stats.num_new_tokens
+        stats.num_gpu_cached_tokens
+        + stats.num_cpu_cached_tokens
+        + stats.num_not_loaded_tokens
+        + stats.num_dropped_tokens
+        + stats.num_new_tokens
         == stats.num_prompt_tokens
     )
     assert stats.num_gpu_cached_tokens > 0
@@ -896,9 +904,58 @@ def test_prompt_tokens_are_told_apart_by_where_they_were(make_core):
     history = first + driver.tokens["turn 1"]
     driver.add("other", range(50, 61), max_tokens=1)  # 3 blocks: turn 1's chunk 0 goes
     driver.run()
-    driver.add("turn 2", (*history, 70, 71), max_tokens=1, conversation_id="a", num_history_tokens=8)
+    driver.add("turn 2", (*history, 70, 71), max_tokens=1, conversation_id="a")
     driver.run()
     stats = driver.core.stats
     assert driver.finished["turn 2"].num_cached_tokens == 4
     assert (stats.num_gpu_cached_tokens, stats.num_dropped_tokens, stats.num_new_tokens) == (4, 4, 7 + 11 + 3)
     assert driver.finished["turn 2"].stats.num_computed_tokens == 7
+
+
+def test_what_was_never_evicted_is_not_dropped(make_core):
+    """Turn 2 is an edit inside a chunk, turn 3 forks inside the tail: both compute tokens that earlier turns computed, but
+    no chunk of theirs is gone."""
+    driver = make_core(16)
+    history = converse(driver, "turn 1", range(10), max_tokens=5)
+    converse(driver, "turn 2", (*history[:6], 70, 71, 72))
+    converse(driver, "turn 3", (*history[:13], 80))
+    stats = driver.core.stats
+    assert sum(stats.evictions.values()) == 0
+    assert (stats.num_dropped_tokens, stats.num_new_tokens) == (0, 10 + (9 - 4) + (14 - 12))
+
+
+def test_a_stranger_that_sends_what_was_dropped_finds_it_dropped(make_core):
+    """By content, whatever the conversation; once computed again it is cached, and what nobody has sent is new."""
+    driver = make_core(4)
+    converse(driver, "first", range(9), conversation="a")
+    converse(driver, "filler", range(50, 65), conversation="b")
+    stats = driver.core.stats
+    converse(driver, "other", (*range(8), 60, 61), conversation="c")
+    assert (stats.num_dropped_tokens, stats.num_new_tokens) == (8, 9 + 15 + 2)
+    converse(driver, "again", (*range(8), 62), conversation="d")
+    assert (stats.num_gpu_cached_tokens, stats.num_dropped_tokens) == (8, 8)
+
+
+def test_the_last_chunks_that_were_dropped_are_remembered_and_no_more(make_core, monkeypatch):
+    monkeypatch.setattr(cache_manager, "MAX_DROPPED_KEYS", 3)
+    driver = make_core(2)
+    for number in range(4):  # one full chunk each; the first two and the next two take turns
+        converse(driver, f"r{number}", range(10 * number, 10 * number + 5), conversation=f"c{number}")
+    stats = driver.core.stats
+    assert stats.evictions["gpu_dropped"] >= 3
+    assert len(driver.core._cache._dropped) == 3
+    converse(driver, "filler", range(90, 97), conversation="f")
+    converse(driver, "forgotten", range(5), conversation="c0")
+    assert stats.num_dropped_tokens == 0
+    converse(driver, "remembered", range(30, 35), conversation="c3")
+    assert stats.num_dropped_tokens == 4
+
+
+def test_in_stateless_mode_what_a_request_computed_is_dropped_at_its_end(make_core):
+    driver = make_core(16, keep=False)
+    history = converse(driver, "turn 1", range(9), max_tokens=4)
+    assert driver.core.stats.num_dropped_tokens == 0
+    converse(driver, "turn 2", (70, 71), history=history)
+    stats = driver.core.stats
+    assert (stats.num_dropped_tokens, stats.num_new_tokens) == (12, 9 + 3)
+    assert stats.num_gpu_cached_tokens == 0
