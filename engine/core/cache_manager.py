@@ -17,7 +17,7 @@ there: the transfers of a step are finished when the step is. Until then it pins
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.core.block_pool import BlockPool
@@ -163,18 +163,9 @@ class CacheManager:
         stay available."""
         match = self.match_context(request)
         not_loaded = self._leave_out_expensive_loads(match)
-        taken_over = {
-            position
-            for position, (chunk, _) in match.tails.items()
-            if chunk.num_tokens < self.chunk_size and not chunk.pins and chunk.owner_id == request.conversation_id
-        }
+        taken_over = self._select_own_tails(request, match)
         kept = [*match.full.values(), *(match.tails[position][0] for position in taken_over)]
-        num_row = self.num_chunks(request.num_tokens)
-        num_new = num_row - sum(chunk.gpu_block is not None for chunk in kept)
-        num_available = self.num_available_blocks - sum(
-            not chunk.pins and chunk.gpu_block is not None for chunk in kept
-        )
-        if num_available - num_new < reserve_blocks:
+        if self.num_available_blocks - self._count_taken_blocks(request, kept) < reserve_blocks:
             return False
 
         request.account = ContextAccount(
@@ -190,7 +181,7 @@ class CacheManager:
         for chunk in pinned:
             self._pin(chunk)
         row: list[Chunk] = []
-        for position in range(num_row):
+        for position in range(self.num_chunks(request.num_tokens)):
             if position in match.full:
                 chunk = match.full[position]
                 self._load(chunk, chunk, now)
@@ -209,6 +200,26 @@ class CacheManager:
         request.chunks = row
         request.pending = self._missing_ranges(row, match.full.keys(), request.num_tokens)
         return True
+
+    def count_taken_blocks(self, request: Request) -> int:
+        """How many of the available GPU blocks `try_admit` would take for the request."""
+        match = self.match_context(request)
+        self._leave_out_expensive_loads(match)
+        own_tails = self._select_own_tails(request, match)
+        return self._count_taken_blocks(
+            request, [*match.full.values(), *(match.tails[position][0] for position in own_tails)]
+        )
+
+    def count_given_blocks(self, requests: Iterable[Request]) -> Iterator[int]:
+        """How many GPU blocks become available when the first of `requests` is released, the first two, and so on. At least;
+        a transfer in flight may hold more back until it is complete."""
+        num_pins: dict[Chunk, int] = {}
+        num_blocks = 0
+        for request in requests:
+            for chunk in request.chunks:
+                num_pins[chunk] = num_pins.get(chunk, 0) + 1
+                num_blocks += num_pins[chunk] == chunk.pins
+            yield num_blocks
 
     def try_append_block(self, request: Request, now: float) -> int | None:
         """One more block at the end of a running request's row, by eviction where none is free. None, and nothing
@@ -342,6 +353,20 @@ class CacheManager:
         for position in not_loaded:
             match.leave_out(position)
         return not_loaded
+
+    def _select_own_tails(self, request: Request, match: ContextMatch) -> set[int]:
+        """Positions of the tails that the request may write on in place, because nobody uses them and its own conversation
+        left them."""
+        return {
+            position
+            for position, (chunk, _) in match.tails.items()
+            if chunk.num_tokens < self.chunk_size and not chunk.pins and chunk.owner_id == request.conversation_id
+        }
+
+    def _count_taken_blocks(self, request: Request, kept: Sequence[Chunk]) -> int:
+        """All of the request's row but those of the chunks it keeps that are pinned already."""
+        num_pinned = sum(chunk.gpu_block is not None and chunk.pins > 0 for chunk in kept)
+        return self.num_chunks(request.num_tokens) - num_pinned
 
     def _count_prompt_tokens(self, request: Request, num_tokens: Mapping[int, int]) -> int:
         """Of `num_tokens` leading tokens of the chunk at each position, those that belong to the prompt."""

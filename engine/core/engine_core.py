@@ -126,7 +126,7 @@ class EngineCore:
         request.max_total_tokens = window if max_tokens is None else num_prompt + max_tokens
         request.arrival_s = now
         self._requests[request.request_id] = request
-        self._scheduler.waiting.append(request)
+        self._scheduler.add(request)
         self.stats.num_requests += 1
         return thrown_out
 
@@ -143,7 +143,7 @@ class EngineCore:
             victim = waiting.find_victim(newcomer)
             if victim is None:
                 for request in reversed(thrown_out):
-                    waiting.append(request)
+                    self._scheduler.add(request)
                 self.stats.num_refused += 1
                 raise OverloadedError(
                     f"{len(waiting)} requests with {waiting.num_tokens} tokens are waiting, as many as may; try again later"

@@ -18,7 +18,8 @@ MAX_STOP_STRINGS = 16
 
 
 class RequestStatus(enum.Enum):
-    """WAITING -> RUNNING -> FINISHED; RUNNING -> SUSPENDED -> RUNNING when decodes run out of blocks."""
+    """WAITING -> RUNNING -> FINISHED; RUNNING -> SUSPENDED -> RUNNING when decodes run out of blocks, or when
+    a request gives way to one of another tenant."""
 
     WAITING = "waiting"
     RUNNING = "running"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.core.cache_manager import CacheManager
+from engine.core.fair_shares import FairShares
 from engine.core.plan import BlockAppend, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, RequestStatus, without_front
 from engine.core.stats import EngineStats
@@ -31,11 +32,13 @@ class _Draft:
 
 
 class Scheduler:
-    """First come, first served within a tenant, weighted fair between tenants (see WaitingQueue). `running` is in order of
-    admission.
+    """First come, first served within a tenant, weighted fair between tenants: in whose turn it is to start (WaitingQueue)
+    and in what the running ones use (FairShares). `running` is in order of admission.
 
     No request waits for ever: the oldest running request is never suspended for another one, every request fits the GPU
-    tier alone (the engine core refuses those that do not), and nobody is admitted before the one whose turn it is.
+    tier alone (the engine core refuses those that do not), and nobody is admitted before the one whose turn it is. If that
+    one finds no place or no blocks because other tenants use more than their shares, their newest requests are suspended for
+    it, no more of them than it takes, and it is admitted in the same step.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
         self._cache = cache
+        self._shares = FairShares(max_num_seqs, cache.gpu_pool.num_blocks)
         self._stats = stats
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -70,6 +74,10 @@ class Scheduler:
         self._ahead: _Draft | None = None
         # Who was not admitted last, where nobody but running requests had the blocks, and none of these has ended since.
         self._refused: Request | None = None
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn."""
+        self.waiting.append(request, {running.tenant for running in self.running})
 
     def remove(self, request: Request, now: float, *, step_failed: bool = False) -> None:
         """Take a request out, wherever it is; its blocks go back to the cache."""
@@ -104,12 +112,16 @@ class Scheduler:
         return self._make_plan(draft, [], self._append_blocks(draft.growing, now), now)
 
     def _may_admit_after(self, executing: StepPlan, draft: _Draft) -> bool:
-        """Whether somebody who waits may find a place behind `executing`. Whoever was refused for lack of blocks does not, as
-        long as nobody ends and no prompt is computed that may be the beginning of theirs."""
-        if not len(self.waiting) or len(draft.running) == self._max_num_seqs:
+        """Whether the request whose turn it is may be admitted behind `executing`. While as many run as may it is not, unless
+        others have to give way to it. Nor is one that was refused for lack of blocks, as long as no request ends and no
+        prompt is computed that may be the beginning of its own."""
+        request = self.waiting.peek()
+        if request is None:
             return False
         is_same = len(draft.running) == len(self.running) and all(s.token_ids is None for s in executing.segments)
-        return not is_same or self.waiting.peek() is not self._refused
+        if len(draft.running) == self._max_num_seqs or (is_same and request is self._refused):
+            return bool(self._choose_to_give_way(request))
+        return True
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, decodes first, then what prompts the budget still holds; None when there is nothing to do. The same
@@ -124,7 +136,10 @@ class Scheduler:
             # Whoever was just suspended must not take back the blocks that it gave up, so nobody is admitted.
             draft = self._draft()
         else:
-            starts = self._admit(draft, now)
+            draft, starts = self._admit(draft, now)
+        # Of those that got a block, some may have been suspended since.
+        running = {request.request_id for request in self.running} if appends else ()
+        appends = [append for append in appends if append.request_id in running]
         if ahead is not None:
             self._stats.num_used_drafts += draft is ahead
             self._stats.num_discarded_drafts += draft is not ahead
@@ -209,7 +224,7 @@ class Scheduler:
             draft.budget -= length
 
     def _append_blocks(self, growing: Sequence[Request], now: float) -> list[BlockAppend]:
-        """One more block for each of them; as long as there is none, the newest arrival is suspended."""
+        """One more block for each of them; as long as there is none, others are suspended, or the one that needs it."""
         appends = []
         for request in growing:
             while request.status is RequestStatus.RUNNING:
@@ -217,22 +232,27 @@ class Scheduler:
                 if block_id is not None:
                     appends.append(BlockAppend(request.request_id, block_id))
                     break
-                self._suspend(self.running[-1], now)
+                self._suspend(self._shares.choose_to_suspend(self.running), now)
         return appends
 
-    def _admit(self, draft: _Draft, now: float) -> list[RequestStart]:
-        """Start waiting requests as far as budget and blocks reach; their segments come last in the draft."""
-        starts = []
+    def _admit(self, draft: _Draft, now: float) -> tuple[_Draft, list[RequestStart]]:
+        """Start waiting requests as far as budget and blocks reach; their segments come last in the draft. The first one may
+        make others give way: then it is the only one, and the draft is another."""
+        starts: list[RequestStart] = []
         self._refused = None
-        while draft.budget and len(self.running) < self._max_num_seqs:
-            if draft.num_prompt_tokens >= self._prefill_batch_tokens:
-                break
+        may_go_on = True
+        while may_go_on and draft.num_prompt_tokens < self._prefill_batch_tokens:
             request = self.waiting.peek()
-            if request is None:
+            has_place = len(self.running) < self._max_num_seqs
+            # Nothing is started without budget; but where decodes take all of it, each gives a token back with its place.
+            if request is None or (not draft.budget and (has_place or draft.num_prompt_tokens)):
                 break
-            if not self._cache.try_admit(request, self._reserve_blocks if self.running else 0, now):
-                self._refused = None if self._cache.has_transfers else request
-                break
+            reserve = self._reserve_blocks if self.running else 0
+            if not has_place or not self._cache.try_admit(request, reserve, now):
+                self._refused = request if has_place and not self._cache.has_transfers else None
+                if starts or not self._try_admit_instead(request, now):
+                    break
+                draft, may_go_on = self._draft(), False
             self.waiting.serve(request, request.num_pending_tokens)
             self._count_admission(request)
             request.status = RequestStatus.RUNNING
@@ -250,7 +270,33 @@ class Scheduler:
                 )
             )
             self._add_prompt(draft, request, request.pending)
-        return starts
+        return draft, starts
+
+    def _try_admit_instead(self, request: Request, now: float) -> bool:
+        """Admit `request` in the place of those that have to give way to it; False, and nothing changed, if none have."""
+        giving_way = self._choose_to_give_way(request)
+        if not giving_way or len(self.running) - len(giving_way) >= self._max_num_batched_tokens:
+            return False
+        for other in giving_way:
+            self._suspend(other, now)
+        self._stats.num_gave_way += len(giving_way)
+        is_admitted = self._cache.try_admit(request, self._reserve_blocks, now)
+        assert is_admitted, "those that gave way have made room"
+        return True
+
+    def _choose_to_give_way(self, request: Request) -> list[Request]:
+        """The running requests of other tenants that have to be suspended for `request` to be admitted; none if it has to
+        wait, because they have no more than their shares or because even all of them together would not be enough."""
+        if all(other.tenant == request.tenant for other in self.running):
+            return []
+        num_blocks = self._cache.count_taken_blocks(request)
+        num_lacking = num_blocks + self._reserve_blocks - self._cache.num_available_blocks
+        num_places = self._max_num_seqs - len(self.running)
+        giving_way = self._shares.choose_to_give_way(request, num_blocks, self.running)
+        for number, num_given in enumerate(self._cache.count_given_blocks(giving_way), start=1):
+            if num_given >= num_lacking and num_places + number > 0:
+                return giving_way[:number]
+        return []
 
     def _count_admission(self, request: Request) -> None:
         stats = self._stats

@@ -17,7 +17,8 @@ class EngineStats:
     """Monotonic counters. Prompt tokens are told apart by where they were on arrival: cached in the GPU tier; in the CPU tier
     and loaded; in the CPU tier but not loaded, because computing them is cheaper; dropped (in full chunks whose KV was here
     and is gone, as far as cache_manager.MAX_DROPPED_KEYS reaches back); or new. `num_resumed_tokens`: left to compute when
-    suspended requests came back, and of answers that were begun elsewhere. `num_refused`: too many were waiting. Swaps and
+    suspended requests came back, and of answers that were begun elsewhere. `num_gave_way`: of the suspensions, those for
+    another tenant's turn and not for want of blocks to go on. `num_refused`: too many were waiting. Swaps and
     copies are counted in blocks; `num_corrupted_swaps` by `verify_swaps`. Drafts are plans prepared while a step runs: used,
     or discarded because something unforeseen happened; `num_steps_ahead` were given to the executor before the step in front
     had a result."""
@@ -38,6 +39,7 @@ class EngineStats:
     num_resumed_tokens: int = 0
     num_computed_tokens: int = 0
     num_suspensions: int = 0
+    num_gave_way: int = 0
     num_gpu_copies: int = 0
     num_swap_ins: int = 0
     num_swap_outs: int = 0

@@ -2,53 +2,58 @@
 order; knows no cache and no step.
 
 Fairness is start-time fair queueing (Goyal, Vin, Cheng 1996): each tenant has a virtual time, the tokens computed for it
-over its weight, and the tenant with the smallest is next. A tenant that comes back from idling starts at the virtual time
-of whoever is being served, so that idling earns no credit.
+over its weight, and the tenant with the smallest is next. A tenant that comes back from idling starts at the smallest virtual
+time of those that wait or run, so that idling earns no credit.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from itertools import takewhile
 
 from engine.core.request import Request
 
 
 class WaitingQueue:
-    """Suspended requests are in front of all others: they gave up their blocks for somebody older. With one tenant the order
-    is that of arrival."""
+    """Suspended requests are in front of their tenant's others: they have been admitted before. With one tenant the order is
+    that of arrival."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
-        self._suspended: deque[Request] = deque()
         self._by_tenant: dict[str, deque[Request]] = {}
+        self._suspended: set[Request] = set()  # the first ones of their tenants
         self._virtual_times: dict[str, float] = {}
         self._virtual_now = 0.0
 
     def __len__(self) -> int:
-        return len(self._suspended) + sum(map(len, self._by_tenant.values()))
+        return sum(map(len, self._by_tenant.values()))
 
     def __iter__(self) -> Iterator[Request]:
-        yield from self._suspended
         for queue in self._by_tenant.values():
             yield from queue
 
-    def append(self, request: Request) -> None:
-        if request.tenant not in self._by_tenant:
-            self._by_tenant[request.tenant] = deque()
-            self._virtual_times[request.tenant] = max(self._virtual_times.get(request.tenant, 0.0), self._virtual_now)
-        self._by_tenant[request.tenant].append(request)
+    def append(self, request: Request, running_tenants: Set[str] = frozenset()) -> None:
+        """A request that has arrived is the last one of its tenant. running_tenants: those that have running requests."""
+        tenant, now = request.tenant, self._virtual_now
+        if tenant not in self._by_tenant:
+            others = self._by_tenant.keys() | running_tenants
+            if tenant not in others:
+                now = min((self._virtual_times.get(other, now) for other in others), default=now)
+            self._by_tenant[tenant] = deque()
+            self._virtual_times[tenant] = max(self._virtual_times.get(tenant, now), now)
+        self._by_tenant[tenant].append(request)
         self.num_tokens += request.num_tokens
 
     def put_back(self, request: Request) -> None:
-        """A request that was running is the next one again."""
-        self._suspended.appendleft(request)
+        """A request that was running is the next one of its tenant again."""
+        self._suspended.add(request)
+        self._by_tenant.setdefault(request.tenant, deque()).appendleft(request)
+        self._virtual_times.setdefault(request.tenant, self._virtual_now)
         self.num_tokens += request.num_tokens
 
     def peek(self) -> Request | None:
-        """Who is next."""
-        if self._suspended:
-            return self._suspended[0]
+        """Whose turn it is."""
         tenant = min(
             self._by_tenant,
             key=lambda tenant: (self._virtual_times[tenant], self._by_tenant[tenant][0].arrival_s),
@@ -59,19 +64,16 @@ class WaitingQueue:
     def remove(self, request: Request) -> None:
         """Take a request out, next or not."""
         self.num_tokens -= request.num_tokens
-        if request in self._suspended:
-            self._suspended.remove(request)
-            return
         queue = self._by_tenant[request.tenant]
         queue.remove(request)
+        self._suspended.discard(request)
         if not queue:
             del self._by_tenant[request.tenant]
 
     def serve(self, request: Request, num_tokens: int) -> None:
         """The next request is taken out and `num_tokens` will be computed for it at first."""
-        if request not in self._suspended:
-            self._virtual_now = self._virtual_times[request.tenant]
-            self.charge(request, num_tokens)
+        self._virtual_now = self._virtual_times[request.tenant]
+        self.charge(request, num_tokens)
         self.remove(request)
         if not self._by_tenant:  # nobody was kept waiting: all are even
             self._virtual_now = max(self._virtual_times.values(), default=self._virtual_now)
@@ -86,12 +88,16 @@ class WaitingQueue:
         self._virtual_times[request.tenant] = virtual_time + num_tokens / request.weight
 
     def find_victim(self, newcomer: Request) -> Request | None:
-        """Who has to go for `newcomer` where there is no more room to wait: the newest request of the tenant that waits with
-        the most for its weight. None where the newcomer's own tenant would then be that: it is the newcomer who has to go.
-        Suspended requests never are."""
-        loads = {tenant: len(queue) / queue[-1].weight for tenant, queue in self._by_tenant.items()}
+        """Who has to go for `newcomer` if there is no more room to wait: the newest request of the tenant that waits with the
+        most for its weight. None if the newcomer's own tenant would then be that: it is the newcomer who has to go.
+        Suspended requests never are, and do not count."""
+        loads = {tenant: self._count_arrived(queue) / queue[-1].weight for tenant, queue in self._by_tenant.items()}
         own_load = loads.get(newcomer.tenant, 0.0) + 1.0 / newcomer.weight
         tenant = max(loads, key=lambda tenant: loads[tenant], default=None)
         if tenant is None or tenant == newcomer.tenant or loads[tenant] <= own_load:
             return None
         return self._by_tenant[tenant][-1]
+
+    def _count_arrived(self, queue: deque[Request]) -> int:
+        """Requests that have not been admitted yet; they are behind the suspended ones."""
+        return sum(1 for _ in takewhile(lambda request: request not in self._suspended, reversed(queue)))

@@ -32,6 +32,9 @@ class Load:
     driver: object
     seed: int
     num_requests: int = 60
+    tenants: tuple[tuple[str, float], ...] = (
+        ("local", 1.0),
+    )  # id and weight; conversations take turns in being theirs
     prompts: dict[str, tuple[int, ...]] = field(default_factory=dict)
     conversations: dict[str, str] = field(default_factory=dict)
 
@@ -52,7 +55,16 @@ class Load:
                 options = {"frequency_penalty": 0.5} if rng.random() < 0.2 else {}
                 max_tokens = rng.choice([1, 2, 4, 12, None])
                 sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, **options)
-                request = Request(name, prompt, sampling, conversation_id=conversation, eos_token_ids=stop)
+                tenant, weight = self.tenants[ord(conversation) % len(self.tenants)]
+                request = Request(
+                    name,
+                    prompt,
+                    sampling,
+                    conversation_id=conversation,
+                    eos_token_ids=stop,
+                    tenant=tenant,
+                    weight=weight,
+                )
                 driver.add_request(request)
                 self.prompts[name], self.conversations[name] = prompt, conversation
                 num_arrived += 1

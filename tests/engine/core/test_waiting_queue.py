@@ -52,7 +52,7 @@ def test_a_flood_does_not_delay_another_tenant() -> None:
     assert tenants(serve(queue, 3)) == "aaa"
     for _ in range(3):
         queue.append(make("b"))
-    assert tenants(serve(queue, 6)) == "bababa"
+    assert tenants(serve(queue, 6)) == "ababab"
 
 
 def test_service_is_counted_in_tokens() -> None:
@@ -95,17 +95,46 @@ def test_idling_earns_no_credit() -> None:
     assert Counter(tenants(serve(queue, 20))) == {"a": 10, "b": 10}
 
 
-def test_who_was_running_is_in_front_of_everybody() -> None:
+def test_what_others_generate_while_a_tenant_is_idle_is_no_credit() -> None:
+    """ "a" generates while nobody is served: "b" does not start behind that, and neither does a tenant of long ago."""
     queue = WaitingQueue()
-    waiting = make("b")
+    queue.append(make("b"))
     queue.append(make("a"))
-    old, older = serve(queue, 1)[0], make("a")
-    queue.append(waiting)
-    queue.put_back(old)
-    queue.put_back(older)
-    assert list(queue) == [older, old, waiting]
-    assert queue.find_victim(make("c")) is None or queue.find_victim(make("c")) is waiting
-    assert serve(queue, 3) == [older, old, waiting]
+    queue.append(make("a"))
+    _, running, _ = serve(queue, 3)
+    queue.charge(running, 1000)
+    for _ in range(4):
+        queue.append(make("a"), {"a"})
+        queue.append(make("b"), {"a"})
+    assert tenants(serve(queue, 8)) == "abababab"
+
+
+def test_who_was_running_is_in_front_of_its_own_tenant_only() -> None:
+    queue = WaitingQueue()
+    for _ in range(2):
+        queue.append(make("a"))
+    older, old = serve(queue, 2)
+    waiting, other = make("a"), make("b")
+    queue.append(waiting, {"a"})
+    queue.append(other, {"a"})
+    for request in (old, older):
+        queue.put_back(request)
+    assert [request for request in queue if request.tenant == "a"] == [older, old, waiting]
+    assert serve(queue, 4) == [older, other, old, waiting]
+
+
+def test_suspended_requests_are_never_refused_and_do_not_count() -> None:
+    queue = WaitingQueue()
+    for _ in range(4):
+        queue.append(make("a"))
+    for request in serve(queue, 4):
+        queue.put_back(request)
+    assert queue.find_victim(make("b")) is None
+    waiting = [make("a"), make("a"), make("b")]
+    for request in waiting:
+        queue.append(request, {"a"})
+    assert queue.find_victim(make("b")) is None, "2 of a's and 2 of b's"
+    assert queue.find_victim(make("c")) is waiting[1]
 
 
 def test_any_request_can_be_taken_out() -> None:
