@@ -79,7 +79,7 @@ def main() -> None:
     sampling = SamplingParams(temperature=0.0, max_tokens=NUM_OUTPUT_TOKENS, ignore_eos=True)
     options = {"model": arguments.model, "num_threads": arguments.num_threads, "dtype": arguments.dtype}
     comparisons = [
-        compare_modes(options, user_messages(tokenizer, arguments.num_turns, per_turn, seed), sampling)
+        compare_modes(options, user_messages(tokenizer, arguments.num_turns, per_turn, seed), sampling, num_rounds=1)
         for seed in range(arguments.repeats)
     ]
     result = median_comparison(comparisons)

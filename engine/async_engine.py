@@ -200,6 +200,11 @@ class AsyncEngine:
             if not is_finished:
                 self._commands.put(lambda: self._outputs.abandon(stream))
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model is made for chats; else their messages are rendered as plain lines."""
+        return self._tokenizer.has_chat_template
+
     def get_statistics(self) -> dict[str, Any]:
         """Counters since the start and the state now; see EngineCore.get_statistics."""
         statistics = self._core.get_statistics()

@@ -1,59 +1,74 @@
-"""The command line: `pensieve chat`, `generate`, `compare`. Options of the engine are those of EngineConfig, by name."""
+"""The command line: `pensieve chat`, `generate`, `compare`, `profile`. Options of the engine are those of EngineConfig, by
+name.
+
+What is slow to import (torch, transformers, and the modules that need them) is imported by the command that uses it, after
+its options have been checked: `--help` and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import sys
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Union
-
-import transformers
+from typing import TYPE_CHECKING, Any, Union
 
 from engine import __version__
-from engine.compare import compare_modes, format_table, plot_comparison
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
-from engine.errors import PensieveError
-from engine.profile import describe_profile, measure_profile, plot_profile, profile_path
-from engine.prompt import TextPrompt
-from engine.server import Server, create_server
+from engine.errors import ConfigError, PensieveError
+from engine.prompt import ChatPrompt, TextPrompt
 
-DEMO_CONVERSATION = (
-    "My name is Ada.",
-    "My cat is called Mia.",
-    "The code of my locker is 4711.",
-    "My favourite colour is green.",
-    "My brother is named Tom.",
-    "What is my cat called?",
-    "What is the code of my locker?",
-    "What is my favourite colour?",
-    "Who is my brother?",
-    "What is my name?",
-)
+if TYPE_CHECKING:
+    from engine.server import Server
+
+# Most tokens of an answer unless --max-tokens says otherwise; at most a quarter of the window.
+MAX_TOKENS = {"chat": 512, "generate": 256, "compare": 32}
+PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pensieve", description="Stateful LLM serving: chat, generate, compare.")
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviated options, because they would change their meaning with each new option."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def refuse(self, unknown: Sequence[str]) -> typing.NoReturn:
+        """Exit with a message about the arguments that no option takes, and what may have been meant."""
+        flags = [argument.split("=")[0] for argument in unknown if argument.startswith("-")]
+        if not flags:
+            self.error(f"unexpected arguments: {' '.join(unknown)}")
+        close = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
+        self.error(f"unknown option {flags[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and those of the commands by name."""
+    parser = Parser(prog="pensieve", description="Stateful LLM serving: chat, generate, compare.")
     parser.add_argument("--version", action="version", version=f"pensieve {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+    parsers: dict[str, Parser] = {}
     for name, text in (
         ("chat", "talk to a model; its KV cache is kept between turns"),
-        ("generate", "continue one prompt"),
+        ("generate", "answer one prompt, or continue it if the model is no chat model"),
         ("compare", "run one conversation in both modes and compare them turn by turn"),
         ("profile", "measure what computing and swapping a chunk costs on this machine, for the eviction policy"),
     ):
-        command = commands.add_parser(name, help=text, description=text)
+        command = parsers[name] = commands.add_parser(name, help=text, description=text)
         _add_engine_options(command)
         if name != "profile":
-            _add_sampling_options(command, greedy=name == "compare")
+            _add_sampling_options(command, MAX_TOKENS[name], greedy=name == "compare")
         if name == "generate":
             command.add_argument("prompt", nargs="?", help="the prompt; without it, standard input")
+            command.add_argument(
+                "--raw", action="store_true", help="continue the prompt as it is, without the model's chat template"
+            )
         if name == "compare":
             command.add_argument(
                 "--conversation",
@@ -62,31 +77,45 @@ def build_parser() -> argparse.ArgumentParser:
                 help='a JSON list of user messages, or of {"role", "content"} messages (only user ones are sent); '
                 "without it a built-in one of ten turns",
             )
+            command.add_argument("--rounds", type=int, default=5, help="times are medians of so many (default: 5)")
             command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
         if name == "profile":
             command.add_argument("--output", type=Path, metavar="FILE", help="instead of the user's cache folder")
         if name in ("compare", "profile"):
             command.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the figures there")
-    return parser
+    return parser, parsers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 = done, 1 = the command failed (compare: outputs differ), 2 = usage."""
-    arguments = vars(build_parser().parse_args(argv))
+    parser, parsers = build_parser()
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parsers[namespace.command].refuse(unknown)
+    arguments = vars(namespace)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    transformers.logging.set_verbosity_error()
     names = {field.name for field in fields(EngineConfig)}
     options = {name: value for name, value in arguments.items() if name in names and value is not None}
     try:
+        config = EngineConfig.from_options(options)
+        for name in ("json", "plot", "output"):
+            if arguments.get(name) is not None:
+                _check_output_file(name, arguments[name])
         if arguments["command"] == "profile":
-            return _profile(arguments, options)
+            return _profile(arguments, config)
         sampling = _sampling(arguments)
         if arguments["command"] == "compare":
             return _compare(arguments, options, sampling)
-        with create_server(**options) as server:
+        prompt = _read_prompt(arguments["prompt"]) if arguments["command"] == "generate" else ""
+        with _load_server(config) as server:
+            if sampling.max_tokens is None:
+                limit = min(MAX_TOKENS[arguments["command"]], max(1, server.engine.max_model_len // 4))
+                sampling = replace(sampling, max_tokens=limit)
             if arguments["command"] == "chat":
-                return _chat(server, sampling)
-            return _generate(server, arguments["prompt"], sampling)
+                from engine.chat import run_chat
+
+                return run_chat(server, sampling)
+            return _generate(server, prompt, sampling, is_raw=arguments["raw"])
     except PensieveError as error:
         print(f"pensieve: {error.message}", file=sys.stderr)
         return 1
@@ -114,70 +143,101 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
 
 
-def _add_sampling_options(parser: argparse.ArgumentParser, *, greedy: bool) -> None:
+def _add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int, *, greedy: bool) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, default=64, help="most tokens of an answer (default: 64)")
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        default=max_tokens if greedy else None,
+        help=f"most tokens of an answer (default: {max_tokens}"
+        + ("" if greedy else ", at most a quarter of the window")
+        + ")",
+    )
     group.add_argument("--ignore-eos", action="store_true", help="generate max-tokens in any case")
     if not greedy:
         group.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
-        group.add_argument("--top-k", type=int, default=0)
-        group.add_argument("--top-p", type=float, default=1.0)
-        group.add_argument("--seed", type=int)
+        group.add_argument("--top-k", type=int, default=0, help="0 = off (default)")
+        group.add_argument("--top-p", type=float, default=1.0, help="1 = off (default)")
+        group.add_argument("--seed", type=int, help="makes sampling repeatable")
+        group.add_argument(
+            "--stop",
+            action="append",
+            default=[],
+            metavar="TEXT",
+            help="ends the answer, which is without it; repeatable",
+        )
 
 
 def _sampling(arguments: dict[str, Any]) -> SamplingParams:
     names = ("max_tokens", "ignore_eos", "temperature", "top_k", "top_p", "seed")
     given = {name: arguments[name] for name in names if name in arguments}
-    return SamplingParams(**{"temperature": 0.0, **given})
+    return SamplingParams(**{"temperature": 0.0, **given}, stop=tuple(arguments.get("stop", ())))
 
 
-def _chat(server: Server, sampling: SamplingParams) -> int:
-    is_terminal = sys.stdin.isatty()
-    if is_terminal:
-        print(f"{server.engine.model_name} ({server.engine.config.mode}); /stats, /new, /quit", file=sys.stderr)
-    session = 0
-    while True:
-        try:
-            text = input("you> " if is_terminal else "").strip()
-        except EOFError:
-            return 0
-        if text == "/quit":
-            return 0
-        if text == "/stats":
-            print(server.get_statistics_str())
-        elif text == "/new":
-            session += 1
-        elif text:
-            try:
-                answer = server.chat(f"chat-{session}", text, sampling, lambda piece: print(piece, end="", flush=True))
-            except PensieveError as error:
-                print(f"pensieve: {error.message}", file=sys.stderr)
-                continue
-            account = (
-                f"[{answer.num_prompt_tokens} prompt tokens, {answer.num_cached_tokens} cached, "
-                f"first token {answer.ttft_s * 1e3:.0f} ms]"
-            )
-            print(f"\n{account}" if is_terminal else "", flush=True)
+def _check_output_file(option: str, path: Path) -> None:
+    """Raises ConfigError if a file that is to be written at the end cannot be written."""
+    if option == "plot" and path.suffix.lower() not in PLOT_SUFFIXES:
+        raise ConfigError(f"--plot {path}: the name has to end with one of {', '.join(PLOT_SUFFIXES)}", param=option)
+    is_there = path.exists()
+    try:
+        if option == "output":
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if not is_there:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--{option} {path} cannot be written: {error.strerror}; name a file in a folder that exists", param=option
+        ) from error
 
 
-def _generate(server: Server, prompt: str | None, sampling: SamplingParams) -> int:
+def _read_prompt(prompt: str | None) -> str:
+    """The argument, or all of standard input. Raises ConfigError if there is nothing."""
     text = sys.stdin.read() if prompt is None else prompt
-    server.complete(TextPrompt(text), sampling, on_text=lambda piece: print(piece, end="", flush=True))
+    if not text:
+        raise ConfigError("the prompt is empty; give one as an argument or on standard input", param="prompt")
+    return text
+
+
+def _load_server(config: EngineConfig) -> Server:
+    import transformers
+
+    from engine.server import Server
+
+    transformers.logging.set_verbosity_error()
+    return Server(config)
+
+
+def _generate(server: Server, text: str, sampling: SamplingParams, *, is_raw: bool) -> int:
+    from engine.chat import describe_cut
+
+    is_chat = server.engine.has_chat_template and not is_raw
+    prompt = ChatPrompt((("user", text),)) if is_chat else TextPrompt(text)
+    answer = server.complete(prompt, sampling, on_text=lambda piece: print(piece, end="", flush=True))
     print()
+    if answer.finish_reason == "length" and sys.stderr.isatty():
+        print(f"[{describe_cut(answer, sampling)}]", file=sys.stderr)
     return 0
 
 
 def _compare(arguments: dict[str, Any], options: dict[str, Any], sampling: SamplingParams) -> int:
     if "mode" in options:
         print("pensieve: compare runs both modes; --mode is not used", file=sys.stderr)
-    turns: tuple[str, ...] = DEMO_CONVERSATION
+    if arguments["rounds"] < 1:
+        raise ConfigError(f"--rounds must be at least 1, got {arguments['rounds']}", param="rounds")
+    turns = None
     if arguments["conversation"] is not None:
         try:
             turns = _read_conversation(arguments["conversation"])
         except (OSError, ValueError) as error:
-            print(f"pensieve: cannot read {arguments['conversation']}: {error}", file=sys.stderr)
-            return 1
-    comparison = compare_modes({**options, "mode": "pensieve"}, turns, sampling)
+            raise ConfigError(f"cannot read {arguments['conversation']}: {error}", param="conversation") from error
+    import transformers
+
+    from engine.compare import DEMO_CONVERSATION, compare_modes, format_table, plot_comparison
+
+    transformers.logging.set_verbosity_error()
+    comparison = compare_modes(options, turns or DEMO_CONVERSATION, sampling, num_rounds=arguments["rounds"])
     print(format_table(comparison))
     if arguments["json"] is not None:
         arguments["json"].write_text(json.dumps(asdict(comparison), indent=2) + "\n")
@@ -186,8 +246,12 @@ def _compare(arguments: dict[str, Any], options: dict[str, Any], sampling: Sampl
     return 0 if comparison.is_identical else 1
 
 
-def _profile(arguments: dict[str, Any], options: dict[str, Any]) -> int:
-    config = EngineConfig.from_options(options)
+def _profile(arguments: dict[str, Any], config: EngineConfig) -> int:
+    import transformers
+
+    from engine.profile import describe_profile, measure_profile, plot_profile, profile_path
+
+    transformers.logging.set_verbosity_error()
     profile = measure_profile(config)
     path = arguments["output"] or profile_path(config, profile.model, profile.dtype, profile.device)
     profile.save(path)
@@ -200,7 +264,7 @@ def _profile(arguments: dict[str, Any], options: dict[str, Any]) -> int:
 
 
 def _read_conversation(path: Path) -> tuple[str, ...]:
-    """User messages of a JSON file; raises ValueError where there are none."""
+    """User messages of a JSON file; raises ValueError if there are none."""
     data = json.loads(path.read_text())
     if not isinstance(data, list):
         raise ValueError("it must hold a list of messages")
@@ -209,8 +273,8 @@ def _read_conversation(path: Path) -> tuple[str, ...]:
         for item in data
         if isinstance(item, str) or (isinstance(item, dict) and item.get("role") == "user" and "content" in item)
     )
-    if not turns:
-        raise ValueError("it holds no user message")
+    if not turns or not all(isinstance(turn, str) for turn in turns):
+        raise ValueError("it must hold user messages, whose content is text")
     return turns
 
 

@@ -1,9 +1,10 @@
-"""The same conversation in both modes, in one process, turn by turn. The turns of the two modes alternate, so that a busy
-machine slows both alike.
+"""The same conversation in both modes, in one process, turn by turn, several times over. The turns of the two modes
+alternate, so that a busy machine slows both alike.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +15,35 @@ from tqdm import tqdm
 
 from engine.core.request import SamplingParams
 from engine.errors import ContextLengthError
-from engine.server import Answer, create_server
+from engine.server import Answer, Server, create_server
+from engine.tenant import Tenant
+
+# Things to remember, each in a message of some length, so that there is something to compute again without a cache.
+DEMO_CONVERSATION = (
+    "My name is Ada. I work in a library by the sea, where the windows rattle in winter and the heating is always"
+    " either off or much too warm. Most of the people who come in want to read the newspaper, and a few of them "
+    "want to talk.",
+    "My cat is called Mia. She came to us one evening in the rain, sat down on the best chair in the kitchen, and"
+    " has never been seen to leave it since, unless somebody opens a tin or the neighbour's dog goes by under the"
+    " window.",
+    "The code of my locker is 4711. I keep my coat in there, an umbrella that does not open, a pair of shoes for "
+    "the garden behind the library, and two books that I should have brought back to the shelves a long time ago.",
+    "My favourite colour is green. The front door is green, the bicycle is green, and so are most of the plates; "
+    "my brother says that one day I am going to lose myself in the garden and nobody will be able to find me "
+    "again.",
+    "My brother is named Tom. He lives on the other side of the harbour and builds boats that are too small for "
+    "the sea and too large for the bath, and every summer one of them sinks with everything that was on it.",
+    "What is my cat called?",
+    "What is the code of my locker?",
+    "What is my favourite colour?",
+    "Who is my brother?",
+    "What is my name?",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class TurnComparison:
-    """One turn in both modes. Times in seconds. `speed_up`: stateless over pensieve, time to first token."""
+    """One turn in both modes. Times in seconds, medians. `speed_up`: stateless over pensieve, time to first token."""
 
     turn: int
     num_prompt_tokens: int
@@ -41,41 +65,61 @@ class Comparison:
     is_complete: bool
 
 
-def compare_modes(options: dict[str, Any], turns: Sequence[str], sampling: SamplingParams) -> Comparison:
-    """Run `turns` (user messages) through a pensieve and a stateless engine of the same options. Where the window is full
-    the rest of the turns is left out. Raises as create_server."""
-    results: list[TurnComparison] = []
-    is_complete = True
+def compare_modes(
+    options: dict[str, Any], turns: Sequence[str], sampling: SamplingParams, num_rounds: int = 3
+) -> Comparison:
+    """Hold the conversation of `turns` (user messages) with a pensieve and a stateless engine of the same options,
+    `num_rounds` times and once before that, uncounted: whatever is slow only the first time is slow then. If the window is
+    full, the rest of the turns is left out. Raises as create_server."""
+    num_turns = len(turns)
     with (
         create_server(**{**options, "mode": "pensieve"}) as kept,
         create_server(**{**options, "mode": "stateless"}) as fresh,
+        tqdm(
+            total=(num_rounds + 1) * num_turns, desc="turns", unit="turn", disable=not sys.stderr.isatty()
+        ) as progress,
     ):
-        for server in (kept, fresh):  # the first forward of a process pays for everybody's allocations
-            # Backwards: as long as the first turn, and not found in the cache when that comes.
-            server.chat("warm-up", turns[0][::-1], SamplingParams(temperature=0.0, max_tokens=2))
-        progress = tqdm(turns, desc="turns", unit="turn", disable=not sys.stderr.isatty())
-        for number, text in enumerate(progress, 1):
-            servers = (kept, fresh) if number % 2 else (fresh, kept)
-            try:
-                answers: dict[str, Answer] = {s.engine.config.mode: s.chat("compare", text, sampling) for s in servers}
-            except ContextLengthError:
-                is_complete = False
-                break
-            ours, theirs = answers["pensieve"], answers["stateless"]
-            results.append(
-                TurnComparison(
-                    turn=number,
-                    num_prompt_tokens=ours.num_prompt_tokens,
-                    num_computed_tokens=ours.num_computed_tokens,
-                    num_cached_tokens=ours.num_cached_tokens,
-                    pensieve_ttft_s=ours.ttft_s,
-                    stateless_ttft_s=theirs.ttft_s,
-                    speed_up=theirs.ttft_s / ours.ttft_s,
-                    is_identical=ours.token_ids == theirs.token_ids,
-                )
-            )
+        rounds = []
+        for number in range(num_rounds + 1):
+            rounds.append(_run_round(kept, fresh, turns, sampling, number, progress))
+            turns = turns[: len(rounds[0])]
         model = kept.engine.model_name
-    return Comparison(model, tuple(results), all(turn.is_identical for turn in results), is_complete)
+    results = tuple(_compare_turn(number, answers) for number, answers in enumerate(zip(*rounds[1:], strict=True), 1))
+    return Comparison(model, results, all(turn.is_identical for turn in results), len(turns) == num_turns)
+
+
+def _run_round(
+    kept: Server, fresh: Server, turns: Sequence[str], sampling: SamplingParams, number: int, progress: tqdm[Any]
+) -> list[tuple[Answer, Answer]]:
+    """The answers of both modes, turn by turn, as far as the window holds them. A tenant of its own finds nothing of the
+    rounds before in the cache."""
+    tenant = Tenant(f"round {number}")
+    answers: list[tuple[Answer, Answer]] = []
+    for turn, text in enumerate(turns):
+        order = (kept, fresh) if (turn + number) % 2 else (fresh, kept)
+        try:
+            given = {server: server.chat(f"compare {number}", text, sampling, tenant=tenant) for server in order}
+        except ContextLengthError:
+            break
+        answers.append((given[kept], given[fresh]))
+        progress.update()
+    return answers
+
+
+def _compare_turn(number: int, answers: Sequence[tuple[Answer, Answer]]) -> TurnComparison:
+    """One turn of all rounds."""
+    ours, theirs = (statistics.median(answer.ttft_s for answer in column) for column in zip(*answers, strict=True))
+    first = answers[0][0]
+    return TurnComparison(
+        turn=number,
+        num_prompt_tokens=first.num_prompt_tokens,
+        num_computed_tokens=first.num_computed_tokens,
+        num_cached_tokens=first.num_cached_tokens,
+        pensieve_ttft_s=ours,
+        stateless_ttft_s=theirs,
+        speed_up=theirs / ours,
+        is_identical=all(kept.token_ids == fresh.token_ids for kept, fresh in answers),
+    )
 
 
 def format_table(comparison: Comparison) -> str:

@@ -4,6 +4,7 @@ where it has the same thing. Opens no file and no device.
 
 from __future__ import annotations
 
+import difflib
 import re
 import types
 import typing
@@ -169,5 +170,7 @@ class EngineConfig:
         known = {field.name for field in fields(cls)}
         for name in options:
             if name not in known:
-                raise ConfigError(f"unknown option {name!r}; known are {', '.join(sorted(known))}", param=name)
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {close[0]!r}? Known" if close else "known"
+                raise ConfigError(f"unknown option {name!r}; {hint} are {', '.join(sorted(known))}", param=name)
         return cls(**options)

@@ -10,6 +10,7 @@ deployments do that.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import uuid
@@ -23,6 +24,7 @@ from engine.config import EngineConfig
 from engine.core.request import SamplingParams
 from engine.output import OutputDelta
 from engine.prompt import ChatPrompt, Prompt
+from engine.tenant import LOCAL_TENANT, Tenant
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=128)
 
@@ -72,10 +74,12 @@ class Server:
         text: str,
         sampling: SamplingParams = GREEDY,
         on_text: Callable[[str], None] | None = None,
+        tenant: Tenant = LOCAL_TENANT,
     ) -> Answer:
-        """As `process_request`, with the account of the turn. A turn that fails leaves the session as it was."""
+        """As `process_request`, with the account of the turn. A turn that fails or is interrupted leaves the session as it
+        was. tenant: whose KV may be shared; the session must always be of the same one."""
         messages = [*self._messages.get(session_id, ()), ("user", text)]
-        answer = self.complete(ChatPrompt(tuple(messages)), sampling, session_id, on_text)
+        answer = self.complete(ChatPrompt(tuple(messages)), sampling, session_id, on_text, tenant)
         self._messages[session_id] = [*messages, ("assistant", answer.text)]
         return answer
 
@@ -85,13 +89,20 @@ class Server:
         sampling: SamplingParams = GREEDY,
         session_id: str | None = None,
         on_text: Callable[[str], None] | None = None,
+        tenant: Tenant = LOCAL_TENANT,
     ) -> Answer:
         """The answer to any prompt; nothing is added to it."""
-        future = asyncio.run_coroutine_threadsafe(self._complete(prompt, sampling, session_id, on_text), self._loop)
+        coroutine = self._complete(prompt, sampling, session_id, on_text, tenant)
+        future = None
         try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
             return future.result()
-        except BaseException:
-            future.cancel()  # Ctrl-C while waiting: the engine must not go on generating
+        except BaseException:  # Ctrl-C while waiting: the engine must not go on generating
+            if future is not None:
+                future.cancel()
+            else:
+                with contextlib.suppress(RuntimeError, ValueError):  # it has begun after all
+                    coroutine.close()
             raise
 
     def forget_session(self, session_id: str) -> None:
@@ -147,6 +158,7 @@ class Server:
         sampling: SamplingParams,
         session_id: str | None,
         on_text: Callable[[str], None] | None,
+        tenant: Tenant,
     ) -> Answer:
         start_s = time.perf_counter()
         first_s: float | None = None
@@ -154,7 +166,9 @@ class Server:
         token_ids: list[int] = []
         last = OutputDelta()
         request_id = uuid.uuid4().hex
-        async for delta in self.engine.generate(prompt, sampling, request_id=request_id, session_id=session_id):
+        async for delta in self.engine.generate(
+            prompt, sampling, request_id=request_id, session_id=session_id, tenant=tenant
+        ):
             if first_s is None:
                 first_s = time.perf_counter()
             last = delta

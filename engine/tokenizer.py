@@ -35,7 +35,8 @@ class Tokenizer:
             raise ModelLoadError(f"cannot load a tokenizer from {location!r}: {reason}", param="model") from error
         if not self._tokenizer.is_fast:
             raise ModelLoadError(f"the tokenizer of {location!r} has no fast version (tokenizer.json)", param="model")
-        if self._tokenizer.chat_template is None:
+        self.has_chat_template = self._tokenizer.chat_template is not None
+        if not self.has_chat_template:
             logger.warning("%s has no chat template; messages are rendered as 'role: content' lines", location)
             self._tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
         first_token = self._tokenizer.convert_ids_to_tokens(self._encode("x")[0][:1])

@@ -1,13 +1,9 @@
-"""The blocking interface of the seed document, and the comparison of the two modes."""
+"""The blocking interface of the seed document."""
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from engine import cli
-from engine.compare import compare_modes
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, ContextLengthError
 from engine.prompt import TextPrompt
@@ -77,62 +73,3 @@ def test_vllm_is_the_stateless_mode():
         assert stats["mode"] == "stateless"
         assert stats["num_gpu_cached_tokens"] == 0
         assert stats["num_gpu_blocks_free"] == stats["num_gpu_blocks"]
-
-
-def test_compare_stops_at_the_window_and_says_so():
-    turns = ["my cat is called Mia"] * 12
-    comparison = compare_modes({"max_model_len": 128, "dtype": "float32", "num_threads": 1}, turns, GREEDY)
-    assert not comparison.is_complete
-    assert comparison.is_identical
-    assert 1 < len(comparison.turns) < len(turns)
-    for before, turn in zip(comparison.turns, comparison.turns[1:], strict=False):
-        assert turn.num_computed_tokens < turn.num_prompt_tokens
-        assert turn.num_cached_tokens >= before.num_prompt_tokens
-
-
-def test_command_compare_prints_writes_and_plots(tmp_path, capsys):
-    figures, plot = tmp_path / "figures.json", tmp_path / "figures.png"
-    conversation = tmp_path / "conversation.json"
-    conversation.write_text(
-        json.dumps(
-            [{"role": "user", "content": "my cat is called Mia"}, {"role": "assistant", "content": "-"}, "hello"]
-        )
-    )
-    arguments = ["compare", "--conversation", str(conversation), "--json", str(figures), "--plot", str(plot)]
-    assert cli.main([*arguments, "--num-threads", "1", "--num-gpu-blocks", "200", "--chunk-size", "16"]) == 0
-
-    assert "outputs are identical" in capsys.readouterr().out
-    assert [turn["turn"] for turn in json.loads(figures.read_text())["turns"]] == [1, 2]
-    assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_command_generate_and_chat(monkeypatch, capsys):
-    assert cli.main(["generate", "<|user|>my cat is called Mia<|assistant|>", "--num-threads", "1"]) == 0
-    assert "Mia" in capsys.readouterr().out
-    lines = iter(["my cat is called Mia", "what is my cat called?", "/stats"])
-
-    def read(prompt: str) -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", read)
-    assert cli.main(["chat", "--num-threads", "1"]) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[1].endswith("Mia.")
-    assert "2 requests finished" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["chat", "--chunk-size", "0"], "chunk_size must be at least 1"),
-        (["generate", "x", "--max-tokens", "0"], "max_tokens must be at least 1"),
-        (["chat", "--num-cpu-blocks", "-4"], "num_cpu_blocks must be at least 0"),
-        (["compare", "--conversation", "/no/such/file"], "cannot read"),
-    ],
-)
-def test_command_line_errors_name_the_option(arguments, message, capsys):
-    assert cli.main(arguments) == 1
-    assert message in capsys.readouterr().err
