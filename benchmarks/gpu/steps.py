@@ -24,6 +24,7 @@ from engine.core.request import Request, SamplingParams
 from engine.executor.block_copy import BlockCopier, DmaCopier
 from engine.executor.compiled_layers import find_layers
 from engine.executor.local import LocalExecutor
+from engine.executor.packed_linear import unpack_linears
 from engine.executor.streams import Streams, cuda_streams
 from engine.executor.swapper import StreamSwapper
 
@@ -392,7 +393,9 @@ def measure_accuracy(setting: Setting, folder: str) -> dict[str, Any]:
         with torch.inference_mode():
             model.set_attn_implementation("sdpa")
             theirs = model(input_ids=tokens[None], use_cache=False).logits[0, start:].float()
-            exact_model = copy.deepcopy(model).float()
+            exact_model = copy.deepcopy(model)
+            unpack_linears(exact_model)
+            exact_model.float()
             exact = exact_model(input_ids=tokens[None], use_cache=False).logits[0, start:]
     finally:
         executor.shutdown()
