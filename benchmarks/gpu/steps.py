@@ -82,7 +82,7 @@ def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, flo
 
 def _backend_name(executor: LocalExecutor) -> str:
     """Which was measured to be the fastest; see the log."""
-    backend = executor._runner._backend
+    backend = executor.attention_backend
     return str(getattr(backend, "__name__", type(backend).__name__))
 
 

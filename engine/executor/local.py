@@ -131,6 +131,7 @@ class LocalExecutor:
         )
         limits = step_limits(config, self.loaded, self.num_gpu_blocks) if device.type == "cuda" else None
         samples = group is None or group.rank == 0
+        self.attention_backend = backend
         self._runner = ModelRunner(self.loaded, self.gpu_store, self._swapper, backend, limits, samples=samples)
         if device.type == "cuda" and backend.CAN_REPLAY_DECODES and not config.enforce_eager:
             self._runner.capture_graphs(CudaGraphMaker(device), bucket_sizes(config.max_num_seqs))

@@ -24,9 +24,10 @@ from engine.config import EngineConfig
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds
+from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fingerprint_weights
 from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
 from engine.executor.process_group import ProcessGroup
-from engine.executor.sharding import is_own, localize, make_plan, num_local_bytes
+from engine.executor.sharding import is_own, local_part, localize, make_plan, num_local_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ REFUSED_LAYER_TYPES = ("chunked_attention", "linear_attention", "mamba", "recurr
 class LoadedModel:
     """A model ready to run, or one rank's shard of it. attention_calls: those of a forward, in order, layers: their KV
     shapes, and num_weight_bytes: of this rank. num_attention_heads (query heads of a layer), num_parameters: of the whole.
-    max_model_len: the window by its config."""
+    max_model_len: the window by its config. fingerprint: identity of what makes its KV, see fingerprint_weights; the same on
+    all ranks of a group, another one for a group of another size."""
 
     model: Any
     device: torch.device
@@ -56,6 +58,7 @@ class LoadedModel:
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
+    fingerprint: str
     has_compiled_layers: bool = False
 
 
@@ -106,6 +109,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     # Some families look at every forward whether tokens are padding, and wait for the device to say so. Ours never are.
     model.config.get_text_config().pad_token_id = None
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    fingerprint = _fingerprint(config, hf_config, model, dtype, device, group)
     if group is not None:
         _localize(config.model, model, text_config, dtype, plan, group)
     num_weight_bytes = num_local_bytes(model)
@@ -135,6 +139,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
         vocab_size=text_config.vocab_size,
         max_model_len=_model_window(text_config),
         eos_token_ids=_eos_token_ids(location, text_config),
+        fingerprint=fingerprint,
         has_compiled_layers=is_compiled,
     )
 
@@ -194,6 +199,20 @@ def _make_random_model(hf_config: Any, dtype: torch.dtype, device: torch.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="eager")
+
+
+def _fingerprint(
+    config: EngineConfig,
+    hf_config: Any,
+    model: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: ProcessGroup | None,
+) -> str:
+    if config.load_format == "dummy":
+        return fingerprint_random(hf_config, dtype, device)
+    own = fingerprint_weights(hf_config, {name: local_part(part) for name, part in model.state_dict().items()})
+    return own if group is None else fingerprint_of(group.gather(own))
 
 
 def _load_error(model: str, error: Exception) -> ModelLoadError:
