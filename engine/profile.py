@@ -60,10 +60,12 @@ class ProfileIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What was measured, medians. identity: of what. chunk_s: context length -> seconds of a step that computes one chunk that
-    ends there; the slope of the line through them is per_context_token_s. constant_s: what one more chunk adds to a step,
-    attention left out: chunks are recomputed in batches, so what a step costs anyway counts for none of them. swap_in_s,
-    swap_out_s: seconds per block."""
+    """What was measured, medians.
+
+    identity: of what. chunk_s: context length -> seconds of a step that computes one chunk that ends there; the slope of the
+    line through them is per_context_token_s. constant_s: what one more chunk adds to a step, attention left out: chunks are
+    recomputed in batches, so what a step costs anyway counts for none of them. swap_in_s, swap_out_s: seconds per block.
+    """
 
     identity: ProfileIdentity
     chunk_size: int

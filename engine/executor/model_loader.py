@@ -329,10 +329,10 @@ def _localize(
         return
     actual = _probe(model, text_config, ShapeProbe())
     model.set_attn_implementation(ATTENTION_NAME)
-    probes = [_probe(model, text_config, ShapeProbe(is_wide=is_wide)) for is_wide in (False, True)]
+    rounded, otherwise = (_probe(model, text_config, ShapeProbe(is_wide=is_wide)) for is_wide in (False, True))
     # Rank 0 has the logits of the whole vocabulary.
     error = logits_difference(actual, expected) if group.rank == 0 else 0.0
-    if not group.minimum(error <= _tolerance(*probes, dtype)):
+    if not group.minimum(error <= _tolerance(rounded, otherwise, dtype)):
         raise UnsupportedModelError(
             f"{name!r} ({text_config.model_type}) gives other logits with this engine's sharded layers than with "
             f"transformers' (relative difference {error:.1e} on rank {group.rank}); use tensor_parallel_size 1",
