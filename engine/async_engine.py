@@ -109,7 +109,7 @@ class AsyncEngine:
                 write_through=config.write_through,
                 eviction_policy=config.eviction_policy,
                 keep=config.mode == "pensieve",
-                model=f"{location}:{loaded.dtype}",
+                model=loaded.fingerprint,
                 cost_model=load_cost_model(config, executor),
             )
         )

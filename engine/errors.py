@@ -4,7 +4,7 @@ PensieveError
 |-- ConfigError                  an option is wrong; raised at start
 |-- ModelLoadError               the model or its tokenizer cannot be loaded
 |   `-- UnsupportedModelError    it loads, but its attention cannot be served from a paged cache
-|-- KernelBuildError             an attention kernel cannot be built; raised only where it was asked for by name
+|-- KernelBuildError             an attention kernel cannot be built, or is wrong here; raised only if asked for by name
 |-- RequestError                 the request is at fault (HTTP 400)
 |   |-- InvalidParameterError    a parameter is out of range or not implemented
 |   |-- ContextLengthError       prompt and answer do not fit the context window
@@ -44,7 +44,7 @@ class UnsupportedModelError(ModelLoadError):
 
 
 class KernelBuildError(PensieveError):
-    """An attention kernel cannot be built on this machine; torch's operations do its work unless it was asked for."""
+    """An attention kernel cannot be built on this machine, or is wrong on it; torch's operations do its work then."""
 
 
 class RequestError(PensieveError):

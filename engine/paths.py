@@ -26,14 +26,18 @@ def private_folder(path: Path) -> Path:
 
     path: a folder of the engine's own. One that exists loses what group and others may do there: an earlier version may
     have made it, and the engine runs code from its cache. Its parents are left as they are. Raises OSError if it cannot be
-    made, or belongs to somebody else and is open to others.
+    made, or if others can write to it and this user may not change that.
     """
     missing = [folder for folder in path.parents if not folder.exists()]
     for folder in (*reversed(missing), path):
         folder.mkdir(mode=stat.S_IRWXU, exist_ok=True)
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & _OF_OTHERS:
-        path.chmod(mode & ~_OF_OTHERS)
+        try:
+            path.chmod(mode & ~_OF_OTHERS)
+        except PermissionError:  # an administrator's, to be read by all
+            if mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise
     return path
 
 

@@ -1,6 +1,6 @@
 """Measures what the cost model needs: the time to compute one chunk by context length, and the time to move one block between
 the tiers (paper section 4.3.1, offline profiling). Keeps it in a small JSON file per model, dtype, device and tensor-parallel
-size.
+size, which says of what else it is: of weights, processor, attention backend, version of torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +27,47 @@ from engine.errors import ConfigError
 from engine.executor.group import make_executor
 from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import LoadedModel
-from engine.paths import cache_folder
+from engine.paths import cache_folder, private_folder, write_private_file
 
 logger = logging.getLogger(__name__)
 
 MIN_CONTEXT_LEN = 64
 NUM_SWAPPED_BLOCKS = 64
 NUM_CHUNKS_AT_ONCE = 8
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
-    """What was measured, medians. chunk_s: context length -> seconds of a step that computes one chunk that ends there; the
-    slope of the line through them is per_context_token_s. constant_s: what one more chunk adds to a step, attention left out:
-    chunks are recomputed in batches, so what a step costs anyway is nobody's. swap_in_s, swap_out_s: seconds per block."""
+class ProfileIdentity:
+    """What a profile is of. device: with the number of threads, if it is a CPU. fingerprint: of the model, see LoadedModel.
+    processor: of the machine. attention: the active backend. pack_weights: the option. torch: its version."""
 
     model: str
     dtype: str
     device: str
     tensor_parallel_size: int
+    fingerprint: str
+    processor: str
+    attention: str
+    pack_weights: bool
+    torch: str
+
+    def differences(self, other: ProfileIdentity) -> str:
+        """In words; empty if there are none."""
+        pairs = [(field.name, getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
+        return ", ".join(f"{name} {mine!r} and not {theirs!r}" for name, mine, theirs in pairs if mine != theirs)
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What was measured, medians.
+
+    identity: of what. chunk_s: context length -> seconds of a step that computes one chunk that ends there; the slope of the
+    line through them is per_context_token_s. constant_s: what one more chunk adds to a step, attention left out: chunks are
+    recomputed in batches, so what a step costs anyway counts for none of them. swap_in_s, swap_out_s: seconds per block.
+    """
+
+    identity: ProfileIdentity
     chunk_size: int
     bytes_per_block: int
     chunk_s: dict[int, float]
@@ -53,6 +75,18 @@ class Profile:
     per_context_token_s: float
     swap_in_s: float
     swap_out_s: float
+
+    @property
+    def model(self) -> str:
+        return self.identity.model
+
+    @property
+    def dtype(self) -> str:
+        return self.identity.dtype
+
+    @property
+    def device(self) -> str:
+        return self.identity.device
 
     def cost_model(self, chunk_size: int) -> CostModel:
         """In seconds, for any chunk size: all terms but the context's are per token of the chunk."""
@@ -65,14 +99,20 @@ class Profile:
         )
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        if cache_folder() in path.parents:
+            private_folder(path.parent)
+            write_private_file(path, text)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
 
     @classmethod
     def load(cls, path: Path) -> Profile:
         """Raises ConfigError where the file is not a profile."""
         try:
             data = json.loads(path.read_text())
+            data["identity"] = ProfileIdentity(**data["identity"])
             data["chunk_s"] = {int(length): seconds for length, seconds in data["chunk_s"].items()}
             return cls(**data)
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -90,22 +130,12 @@ def profile_path(config: EngineConfig, model: str, dtype: str, device: str) -> P
 
 
 def load_cost_model(config: EngineConfig, executor: LocalExecutor) -> CostModel:
-    """The measured cost model where there is a profile, else one from the model's shape; the log says which. Raises
-    ConfigError where the option `profile` names a file that is no profile of this model."""
+    """The measured cost model if there is a profile of just this, else one from the model's shape; the log says which. Raises
+    ConfigError if the option `profile` names a file that is no profile."""
     loaded = executor.loaded
-    wanted = (config.model, _dtype_name(loaded), _device_name(loaded))
-    path = profile_path(config, *wanted)
-    if path.exists() or config.profile is not None:
-        profile = Profile.load(path)
-        found = (profile.model, profile.dtype, profile.device)
-        if (found, profile.tensor_parallel_size) == (wanted, config.tensor_parallel_size):
-            logger.info("cost model: measured, from %s", path)
-            return profile.cost_model(config.chunk_size)
-        raise ConfigError(
-            f"{path} is a profile of {' on '.join(found)} ({profile.tensor_parallel_size} ranks), not of "
-            f"{' on '.join(wanted)} ({config.tensor_parallel_size}); make one with `pensieve profile`",
-            param="profile",
-        )
+    profile = _find_profile(config, executor)
+    if profile is not None:
+        return profile.cost_model(config.chunk_size)
     logger.info("cost model: analytic, from the model's shape; `pensieve profile` measures it")
     return CostModel.from_model_shape(
         num_parameters=loaded.num_parameters,
@@ -114,6 +144,27 @@ def load_cost_model(config: EngineConfig, executor: LocalExecutor) -> CostModel:
         head_dim=loaded.layers[0].k_dim,
         chunk_size=config.chunk_size,
     )
+
+
+def _find_profile(config: EngineConfig, executor: LocalExecutor) -> Profile | None:
+    """None if there is none, or one of something else."""
+    wanted = _identify(config, executor)
+    path = profile_path(config, wanted.model, wanted.dtype, wanted.device)
+    if config.profile is None and not path.exists():
+        return None
+    try:
+        profile = Profile.load(path)
+    except ConfigError as error:
+        if config.profile is not None:
+            raise
+        logger.warning("%s", error)  # an earlier version's
+        return None
+    differences = profile.identity.differences(wanted)
+    if differences:
+        logger.warning("%s is not used: it is a profile of %s; make one with `pensieve profile`", path, differences)
+        return None
+    logger.info("cost model: measured, from %s", path)
+    return profile
 
 
 def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
@@ -125,7 +176,6 @@ def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
     num_blocks = max(-(-window // config.chunk_size), NUM_SWAPPED_BLOCKS)
     executor = make_executor(replace(probe, num_gpu_blocks=num_blocks, num_cpu_blocks=NUM_SWAPPED_BLOCKS))
     try:
-        loaded = executor.loaded
         lengths = [1 << power for power in range(MIN_CONTEXT_LEN.bit_length() - 1, window.bit_length())]
         lengths = [length for length in lengths if config.chunk_size <= length <= window]
         if len(lengths) < 2 or window < NUM_CHUNKS_AT_ONCE * config.chunk_size:
@@ -136,10 +186,7 @@ def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
         swap_out_s = _measure_swaps(executor, repeats, is_in=False)
         swap_in_s = _measure_swaps(executor, repeats, is_in=True)
         return Profile(
-            model=config.model,
-            dtype=_dtype_name(loaded),
-            device=_device_name(loaded),
-            tensor_parallel_size=config.tensor_parallel_size,
+            identity=_identify(config, executor),
             chunk_size=config.chunk_size,
             bytes_per_block=executor.bytes_per_block,
             chunk_s=chunk_s,
@@ -226,6 +273,30 @@ def _timed(executor: LocalExecutor, plan: StepPlan) -> float:
     return time.perf_counter() - start
 
 
+def _identify(config: EngineConfig, executor: LocalExecutor) -> ProfileIdentity:
+    loaded, backend = executor.loaded, executor.attention_backend
+    return ProfileIdentity(
+        model=config.model,
+        dtype=_dtype_name(loaded),
+        device=_device_name(loaded),
+        tensor_parallel_size=config.tensor_parallel_size,
+        fingerprint=loaded.fingerprint,
+        processor=_processor_name(),
+        attention=getattr(backend, "__name__", type(backend).__name__).rpartition(".")[2],
+        pack_weights=config.pack_weights,
+        torch=torch.__version__,
+    )
+
+
+def _processor_name() -> str:
+    """As the system calls it."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def _dtype_name(loaded: LoadedModel) -> str:
     return str(loaded.dtype).removeprefix("torch.")
 
@@ -243,7 +314,7 @@ def describe_profile(profile: Profile) -> dict[str, Any]:
         "model": profile.model,
         "dtype": profile.dtype,
         "device": profile.device,
-        "ranks": profile.tensor_parallel_size,
+        "ranks": profile.identity.tensor_parallel_size,
         "chunk, without attention": f"{profile.constant_s * 1e3:.3f} ms",
         "attention per 1024 tokens of context": f"{profile.per_context_token_s * 1024e3:.3f} ms",
         "swap in": f"{profile.swap_in_s * 1e3:.3f} ms a block, {in_gb_s:.2f} GB/s",

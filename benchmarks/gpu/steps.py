@@ -24,6 +24,7 @@ from engine.core.request import Request, SamplingParams
 from engine.executor.block_copy import BlockCopier, DmaCopier
 from engine.executor.compiled_layers import find_layers
 from engine.executor.local import LocalExecutor
+from engine.executor.packed_linear import unpack_linears
 from engine.executor.streams import Streams, cuda_streams
 from engine.executor.swapper import StreamSwapper
 
@@ -81,7 +82,7 @@ def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, flo
 
 def _backend_name(executor: LocalExecutor) -> str:
     """Which was measured to be the fastest; see the log."""
-    backend = executor._runner._backend
+    backend = executor.attention_backend
     return str(getattr(backend, "__name__", type(backend).__name__))
 
 
@@ -392,7 +393,9 @@ def measure_accuracy(setting: Setting, folder: str) -> dict[str, Any]:
         with torch.inference_mode():
             model.set_attn_implementation("sdpa")
             theirs = model(input_ids=tokens[None], use_cache=False).logits[0, start:].float()
-            exact_model = copy.deepcopy(model).float()
+            exact_model = copy.deepcopy(model)
+            unpack_linears(exact_model)
+            exact_model.float()
             exact = exact_model(input_ids=tokens[None], use_cache=False).logits[0, start:]
     finally:
         executor.shutdown()

@@ -10,6 +10,7 @@ import torch
 from engine.attention import choice, cpu, reference
 from engine.attention.device_clock import SecondsOf, seconds_on
 from engine.attention.metadata import AttentionBackend, AttentionCall
+from engine.attention.self_check import find_fault
 from engine.errors import ConfigError, KernelBuildError
 
 logger = logging.getLogger(__name__)
@@ -26,33 +27,50 @@ def choose_backend(
     chunk_size: int = 0,
     seconds_of: SecondsOf | None = None,
 ) -> AttentionBackend:
-    """The backend of the option `attention_backend`, for a model with these attention calls and blocks of `chunk_size`
-    tokens. seconds_of: times the trial of `auto`; None = by the clock. Raises ConfigError where it was asked for by name and
-    cannot run."""
+    """The backend of the option `attention_backend`, which has shown that it is right for the model on this machine.
+
+    calls: the model's attention calls; none = nothing is tried. chunk_size: tokens of a block. seconds_of: times the trial of
+    `auto`; None = by the clock. Raises ConfigError if a backend was asked for by name and cannot run, or is wrong.
+    """
     if option == "cpu" and device.type != "cpu":
         raise _config_error(f"attention_backend is 'cpu', but the model is on {device}; use 'auto'")
     name = option
     if option == "auto":
         name = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
     try:
-        if name in _LOADERS:
-            loaded = _LOADERS[name](device, dtype, calls, chunk_size)
-            if option == "auto" and calls:
-                loaded = _fastest(loaded, device, dtype, calls, chunk_size, seconds_of)
-                torch.cuda.empty_cache()  # what the trial took
-            backend, description = loaded
-            logger.info("attention: %s", description)
-            return backend
-        if name == "cpu" and dtype in cpu.DTYPES:
-            logger.info("attention: C++ kernel (cpu), %s", cpu.load_kernel())
-            return cpu
+        backend, description = _load(name, option, device, dtype, calls, chunk_size, seconds_of)
+        if backend is cpu or device.type == "cuda":  # not Triton's interpreter, which takes minutes
+            fault = find_fault(backend, device, dtype, calls, chunk_size)
+            if fault is not None:
+                raise KernelBuildError(f"{description}, is wrong here for this model in {dtype}: {fault}")
     except KernelBuildError as error:
         if option != "auto":
             raise _config_error(f"attention_backend is {option!r}, but {error.message}") from error
         logger.warning("attention: torch's operations (reference), much slower than a kernel; %s", error)
         return reference
-    logger.info("attention: torch's operations (reference)")
-    return reference
+    logger.info("attention: %s", description)
+    return backend
+
+
+def _load(
+    name: str,
+    option: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    calls: Sequence[AttentionCall],
+    chunk_size: int,
+    seconds_of: SecondsOf | None,
+) -> _Loaded:
+    """Raises KernelBuildError if it cannot be loaded here."""
+    if name in _LOADERS:
+        loaded = _LOADERS[name](device, dtype, calls, chunk_size)
+        if option == "auto" and calls:
+            loaded = _fastest(loaded, device, dtype, calls, chunk_size, seconds_of)
+            torch.cuda.empty_cache()  # what the trial took
+        return loaded
+    if name == "cpu" and dtype in cpu.DTYPES:
+        return cpu, f"C++ kernel (cpu), {cpu.load_kernel()}"
+    return reference, "torch's operations (reference)"
 
 
 def _fastest(

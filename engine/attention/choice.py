@@ -104,11 +104,15 @@ def choose_fastest(
 
 
 def make_trials(
-    device: torch.device, dtype: torch.dtype, calls: Sequence[AttentionCall], chunk_size: int
+    device: torch.device,
+    dtype: torch.dtype,
+    calls: Sequence[AttentionCall],
+    chunk_size: int,
+    batches: Sequence[Sequence[tuple[int, int]]] = BATCHES,
 ) -> Iterator[Trial]:
-    """One for each of BATCHES, made when it is asked for."""
+    """One for each of the batches, made when it is asked for."""
     generator = torch.Generator(device).manual_seed(0)
-    for lengths in BATCHES:
+    for lengths in batches:
         yield _make_trial(generator, lengths, dtype, calls, chunk_size)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from filelock import FileLock
 
 from engine.attention.metadata import AttentionMetadata, AttentionParams
 from engine.errors import KernelBuildError
-from engine.paths import cache_folder
+from engine.paths import cache_folder, private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -83,44 +84,74 @@ def attend(
 
 
 def _build(capability: str) -> Path:
-    """The built library for this source, torch and instruction set."""
+    """The library for this source, torch, processor and compiler, built unless it is there; without a compiler, one that
+    another has built. Raises KernelBuildError or OSError."""
     torch_folder = Path(torch.__file__).parent
-    options = [
-        *("-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-DAT_PARALLEL_OPENMP=1"),
+    flags = [
+        "-O3",
+        "-std=c++20",
+        "-fPIC",
+        "-shared",
+        "-fopenmp",
+        "-DAT_PARALLEL_OPENMP=1",
         *_ISA_FLAGS.get(capability, ()),
+    ]
+    paths = [
         *(f"-I{torch_folder / 'include'}", f"-I{torch_folder / 'include/torch/csrc/api/include'}"),
         *(str(SOURCE), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"),
     ]
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), torch.__version__, *options]).encode()).hexdigest()
-    library = cache_folder() / "kernels" / f"paged_cpu-{capability.lower()}-{key[:16]}.so"
+    # Not by where they are: checkouts share what is the same.
+    key = _digest(SOURCE.read_text(), torch.__version__, str(torch.version.git_version), platform.machine(), *flags)
+    folder = private_folder(cache_folder() / "kernels")
+    name = f"paged_cpu-{capability.lower()}-{key}"
+    try:
+        compiler, version = _find_compiler()
+    except KernelBuildError:
+        if built := sorted(folder.glob(f"{name}-*.so")):
+            return built[0]
+        raise
+    library = folder / f"{name}-{_digest(*compiler, version)}.so"
     if library.exists():
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(library.with_suffix(".lock")):  # replicas of one machine start at the same time
+    with FileLock(library.with_suffix(".lock"), mode=0o600):  # replicas of one machine start at the same time
         if not library.exists():
             logger.info("building the attention kernel for %s, once; takes half a minute", capability)
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                built = Path(folder) / library.name
-                _compile([*_find_compiler(), *options, "-o", str(built)])
-                os.replace(built, library)
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                made = Path(temporary) / library.name
+                _compile([*compiler, *flags, *paths, "-o", str(made)])
+                made.chmod(0o600)
+                os.replace(made, library)
     return library
 
 
-def _find_compiler() -> list[str]:
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _find_compiler() -> tuple[list[str], str]:
+    """Its command, and what it says of its version. Raises KernelBuildError if there is none."""
+    commands = [[path] for name in COMPILERS if (path := shutil.which(name))]
     if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
-    for name in COMPILERS:
-        if path := shutil.which(name):
-            return [path]
-    raise KernelBuildError(f"no C++ compiler: none of {', '.join(COMPILERS)} is there; install one, or set CXX")
+        commands = [shlex.split(os.environ["CXX"])]
+    if not commands:
+        raise KernelBuildError(f"no C++ compiler: none of {', '.join(COMPILERS)} is there; install one, or set CXX")
+    try:
+        version = subprocess.run([*commands[0], "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise _build_error(commands[0], error) from error
+    return commands[0], version
 
 
 def _compile(command: list[str]) -> None:
     try:
         subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        raise KernelBuildError(f"{command[0]} could not build the attention kernel: {reason[-2000:]}") from error
+        raise _build_error(command, error) from error
+
+
+def _build_error(command: list[str], error: Exception) -> KernelBuildError:
+    reason = getattr(error, "stderr", None) or str(error)
+    return KernelBuildError(f"{command[0]} could not build the attention kernel: {reason[-2000:]}")
 
 
 if __name__ == "__main__":

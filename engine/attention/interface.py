@@ -44,7 +44,7 @@ def attention_handled_by(handler: AttentionHandler) -> Iterator[None]:
         _handler.reset(token)
 
 
-def _paged_attention(
+def paged_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -96,7 +96,7 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> t
     return query.new_empty(query.shape[1], query.shape[0], value.shape[2])
 
 
-AttentionInterface.register(ATTENTION_NAME, _paged_attention)
+AttentionInterface.register(ATTENTION_NAME, paged_attention)
 
 
 class PagedAttention:
@@ -128,15 +128,23 @@ class PagedAttention:
         return self._backend.attend(query, k_pool, v_pool, self._metadata, params)
 
 
-class ShapeProbe:
-    """Serves one forward of a single sequence without a pool, and notes what each call is like."""
+# What attention computes in if rounding is to be less than that of the dtype.
+WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 
-    def __init__(self) -> None:
+
+class ShapeProbe:
+    """Serves one forward of a single sequence without a pool, and notes in `calls` what each call is like, in order."""
+
+    def __init__(self, *, is_wide: bool = False) -> None:
+        """is_wide: compute in a wider dtype, and round the result."""
         self.calls: list[AttentionCall] = []
+        self._is_wide = is_wide
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
         shape = LayerShape(key.shape[0], key.shape[2], value.shape[2])
         self.calls.append(AttentionCall(shape, query.shape[0], params))
-        return reference.attend_dense(query, key, value, params).transpose(0, 1)
+        dtype = WIDER[value.dtype] if self._is_wide else value.dtype
+        out = reference.attend_dense(query.to(dtype), key.to(dtype), value.to(dtype), params)
+        return out.to(value.dtype).transpose(0, 1)

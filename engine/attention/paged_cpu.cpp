@@ -11,8 +11,8 @@
 //
 //     few rows (decode)    scores as dot products along k_dim, a few K rows at a time: bound by memory, so a job takes several KV
 //                          heads, whose K and V lie next to each other in a block: long runs are read faster than short ones
-//     many rows (prefill)  by the matrix kernels that torch has for small tiles (brgemm), where the processor has AVX-512 and, for
-//                          half precision, instructions for it: a panel of K and V is packed for them once per tile
+//     many rows (prefill)  in half precision by the matrix kernels that torch has for small tiles (brgemm), where the processor has
+//                          AVX-512 and instructions for it that take pairs of rows: a panel of K and V is packed once per tile
 //     rows in between,     everything transposed, query rows along the lanes: K and V elements are broadcast straight from
 //     and elsewhere        the pools, so nothing of the context is packed or transposed, and no reduction crosses lanes
 //
@@ -573,27 +573,77 @@ void attend_many(const Call& c, const Job& job, const T* query, const T* k_pool,
 
 // -- matrix kernels --------------------------------------------------------------------------------------------------------
 
-// Whether torch has a brgemm for T here: it throws where the processor lacks the instructions. In float it is no faster than
-// attend_many.
+// Whether `multiply`, called like brgemm, takes its second matrix as pack_panel lays it out (pairs of rows beside each other).
+// Torch's takes half precision so only where oneDNN has such a kernel for the processor: with AVX512-FP16 but without AMX-FP16
+// it takes float16 row by row. So the elements differ from their neighbours, and each of the two shapes of attend_matrix is
+// compared with the plain sums, which are exact in float.
+template <typename T, typename Multiply>
+bool takes_pairs(const Multiply& multiply) {
+  constexpr int m = kMatrixStep;
+  const auto is_right = [&](int n, int depth) {
+    uint32_t state = 1;
+    const auto next = [&] { return static_cast<float>(static_cast<int>((state = state * 1664525u + 1013904223u) >> 24) % 15 - 7); };
+    std::vector<T> a(m * depth), b(depth * n);
+    std::vector<float> product(m * n, 1.f), expected(m * n, 1.f);
+    for (T& x : a) x = T(next());
+    for (int d = 0; d < depth; ++d) {
+      for (int j = 0; j < n; ++j) {
+        const float x = next();
+        b[(d / 2 * n + j) * 2 + d % 2] = T(x);
+        for (int i = 0; i < m; ++i) expected[i * n + j] += static_cast<float>(a[i * depth + d]) * x;
+      }
+    }
+    multiply(m, n, depth, depth, n, n, true, a.data(), b.data(), product.data());
+    return product == expected;
+  };
+  return is_right(kMatrixKeys, 36) && is_right(20, kMatrixKeys);
+}
+
+// Torch's, by `takes_pairs`; false where it throws because the processor lacks the instructions.
+template <typename T>
+bool torch_takes_pairs() {
+  try {
+    const bool does = takes_pairs<T>([](int m, int n, int k, int lda, int ldb, int ldc, bool add, const T* a, const T* b, float* c) {
+      at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, true);
+    });
+    at::native::cpublas::brgemm_release(true);
+    return does;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+// Whether torch has a brgemm for T here that attend_matrix can use. In float it is no faster than attend_many.
 template <typename T>
 bool has_brgemm() {
   if constexpr (sizeof(T) != 2 || kLanes < 16) {
     return false;
   } else {
-    static const bool has = [] {
-      try {
-        constexpr int n = kMatrixStep;
-        const std::vector<T> a(2 * n, T(1.f)), b(2 * n, T(2.f));
-        std::vector<float> product(n * n, 0.f);
-        at::native::cpublas::brgemm(n, n, 2, 2, n, n, false, a.data(), b.data(), product.data(), true);
-        at::native::cpublas::brgemm_release(true);
-        return std::all_of(product.begin(), product.end(), [](float x) { return x == 4.f; });
-      } catch (const std::exception&) {
-        return false;
-      }
-    }();
+    static const bool has = torch_takes_pairs<T>();
     return has;
   }
+}
+
+// For tests: the verdict of `takes_pairs` on torch's brgemm ("torch"), or on an emulation of one that takes its second matrix
+// row by row ("rows") or in pairs of rows ("pairs").
+template <typename T>
+bool brgemm_verdict(c10::string_view whose) {
+  if (whose == "torch") return torch_takes_pairs<T>();
+  const bool pairs = whose == "pairs";
+  TORCH_CHECK(pairs || whose == "rows", "brgemm_takes_pairs: 'torch', 'rows' or 'pairs', not ", whose);
+  return takes_pairs<T>([&](int m, int n, int k, int lda, int ldb, int ldc, bool, const T* a, const T* b, float* c) {
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j)
+        for (int d = 0; d < k; ++d) {
+          const T& x = pairs ? b[(d / 2 * ldb + j) * 2 + d % 2] : b[d * ldb + j];
+          c[i * ldc + j] += static_cast<float>(a[i * lda + d]) * static_cast<float>(x);
+        }
+  });
+}
+
+bool brgemm_takes_pairs(at::ScalarType dtype, c10::string_view whose) {
+  TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16, "brgemm_takes_pairs: of half precision, not ", dtype);
+  return dtype == at::kHalf ? brgemm_verdict<at::Half>(whose) : brgemm_verdict<at::BFloat16>(whose);
 }
 
 // The panel's keys [0, length) as brgemm takes a matrix: pairs of rows beside each other. k: of K transposed, [k_dim / 2]
@@ -922,6 +972,7 @@ TORCH_LIBRARY(pensieve, m) {
   m.def("paged_attention(Tensor query, Tensor k_pool, Tensor v_pool, Tensor segments, Tensor block_tables, float scaling, "
         "int sliding_window, float softcap, Tensor? sinks) -> Tensor");
   m.def("write_kv(Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor key, Tensor value, Tensor slot_mapping) -> ()");
+  m.def("brgemm_takes_pairs(ScalarType dtype, str whose) -> bool", &brgemm_takes_pairs);
 }
 
 TORCH_LIBRARY_IMPL(pensieve, CPU, m) {

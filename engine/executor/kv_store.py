@@ -40,11 +40,21 @@ class KVStore:
         pin_memory: bool = False,
     ) -> None:
         """pin_memory: for the CPU tier of a CUDA device, which copies at full speed only from and to pinned memory. Raises
-        ConfigError where so much cannot be pinned."""
+        ConfigError if so much host memory cannot be had, or pinned."""
         self.num_blocks = num_blocks
         self.chunk_size = chunk_size
         numel = sum(layer.numel_per_token for layer in layers) * chunk_size
-        self.storage = torch.empty(num_blocks, numel, dtype=dtype, device=device)
+        try:
+            self.storage = torch.empty(num_blocks, numel, dtype=dtype, device=device)
+        except RuntimeError as error:
+            if device.type != "cpu":  # torch.OutOfMemoryError, which others explain
+                raise
+            num_gib = num_blocks * block_bytes(layers, chunk_size, dtype) / 2**30
+            raise ConfigError(
+                f"{num_gib:.1f} GiB of host memory cannot be had for a tier of {num_blocks} blocks; lower gpu_memory_gib or "
+                "num_gpu_blocks (GPU tier, on a CPU), or kv_offloading_size or num_cpu_blocks (CPU tier)",
+                param="kv_offloading_size",
+            ) from error
         self._is_pinned = False
         if pin_memory and num_blocks > 0:
             self._pin()

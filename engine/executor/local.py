@@ -20,7 +20,7 @@ from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
 from engine.executor.kv_store import KVStore, block_bytes
-from engine.executor.memory import bytes_left_for_blocks, out_of_memory_means, step_limits
+from engine.executor.memory import bytes_left_for_blocks, check_host_memory, out_of_memory_means, step_limits
 from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
 from engine.executor.plan_channel import Placement
@@ -105,6 +105,11 @@ class LocalExecutor:
             self.num_cpu_blocks = group.minimum(self.num_cpu_blocks)
         sizes = {"chunk_size": config.chunk_size, "dtype": self.loaded.dtype}
         layers, device = self.loaded.layers, self.loaded.device
+        check_host_memory(
+            config,
+            self.num_gpu_blocks * bytes_per_block if device.type == "cpu" else 0,
+            self.num_cpu_blocks * bytes_per_block,
+        )
         with out_of_memory_means(
             f"{self.num_gpu_blocks} blocks of {bytes_per_block} bytes do not fit the device beside the model; lower "
             "gpu_memory_utilization (or num_gpu_blocks, gpu_memory_gib)",
@@ -126,6 +131,7 @@ class LocalExecutor:
         )
         limits = step_limits(config, self.loaded, self.num_gpu_blocks) if device.type == "cuda" else None
         samples = group is None or group.rank == 0
+        self.attention_backend = backend
         self._runner = ModelRunner(self.loaded, self.gpu_store, self._swapper, backend, limits, samples=samples)
         if device.type == "cuda" and backend.CAN_REPLAY_DECODES and not config.enforce_eager:
             self._runner.capture_graphs(CudaGraphMaker(device), bucket_sizes(config.max_num_seqs))

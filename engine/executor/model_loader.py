@@ -17,21 +17,25 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.distributed import DistributedConfig
 
+from engine.attention.comparison import Comparison, NoOwnAttentionError, compared_by
 from engine.attention.interface import ATTENTION_NAME, ShapeProbe, attention_handled_by
 from engine.attention.metadata import AttentionCall, LayerShape
 from engine.config import EngineConfig
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
-from engine.executor.compiled_layers import compile_layers, find_layers, recorded_seconds
+from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds
+from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fingerprint_weights
 from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
 from engine.executor.process_group import ProcessGroup
-from engine.executor.sharding import is_own, localize, make_plan, num_local_bytes
+from engine.executor.sharding import is_own, local_part, localize, make_plan, num_local_bytes
 
 logger = logging.getLogger(__name__)
 
 PROBE_LEN = 24
-# Largest difference of logits, relative to the largest logit, between our attention and transformers' own at load.
+# Difference of logits (`logits_difference`) that counts as rounding in any model. Deep ones make more of it: they may differ
+# by so many times what they differ by if attention alone is rounded otherwise.
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+NUM_ROUNDINGS = 8
 # Patterns of attention that a mask-free paged cache would get silently wrong.
 REFUSED_LAYER_TYPES = ("chunked_attention", "linear_attention", "mamba", "recurrent", "conv")
 
@@ -40,7 +44,8 @@ REFUSED_LAYER_TYPES = ("chunked_attention", "linear_attention", "mamba", "recurr
 class LoadedModel:
     """A model ready to run, or one rank's shard of it. attention_calls: those of a forward, in order, layers: their KV
     shapes, and num_weight_bytes: of this rank. num_attention_heads (query heads of a layer), num_parameters: of the whole.
-    max_model_len: the window by its config."""
+    max_model_len: the window by its config. fingerprint: identity of what makes its KV, see fingerprint_weights; the same on
+    all ranks of a group, another one for a group of another size."""
 
     model: Any
     device: torch.device
@@ -53,6 +58,7 @@ class LoadedModel:
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
+    fingerprint: str
     has_compiled_layers: bool = False
 
 
@@ -103,23 +109,24 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     # Some families look at every forward whether tokens are padding, and wait for the device to say so. Ours never are.
     model.config.get_text_config().pad_token_id = None
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    fingerprint = _fingerprint(config, hf_config, model, dtype, device, group)
     if group is not None:
         _localize(config.model, model, text_config, dtype, plan, group)
     num_weight_bytes = num_local_bytes(model)
-    probe = _check_attention(config.model, model, text_config, dtype)
+    probe, tolerance = _check_attention(config, model, text_config, dtype)
     wants_compiled = _wants_compiled_layers(config, device)
     packing = None
     if config.pack_weights and not (wants_compiled and device.type == "cpu"):  # a compiler does not know its operations
         packing = choose_packing(dtype, device)
     if packing is not None:
-        is_packed = _pack(config.model, model, text_config, dtype, packing)
+        is_packed = _pack(config.model, model, text_config, tolerance, packing)
         if not (is_packed if group is None else group.minimum(is_packed)):
             del model, probe  # two of them may not fit
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             return load_model(replace(config, pack_weights=False), group)
-    is_compiled = wants_compiled and _compile(config, model, text_config, dtype, device)
+    is_compiled = wants_compiled and _compile(config, model, text_config, tolerance, device)
     return LoadedModel(
         model=model,
         device=device,
@@ -132,6 +139,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
         vocab_size=text_config.vocab_size,
         max_model_len=_model_window(text_config),
         eos_token_ids=_eos_token_ids(location, text_config),
+        fingerprint=fingerprint,
         has_compiled_layers=is_compiled,
     )
 
@@ -193,6 +201,20 @@ def _make_random_model(hf_config: Any, dtype: torch.dtype, device: torch.device)
         return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="eager")
 
 
+def _fingerprint(
+    config: EngineConfig,
+    hf_config: Any,
+    model: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    group: ProcessGroup | None,
+) -> str:
+    if config.load_format == "dummy":
+        return fingerprint_random(hf_config, dtype, device)
+    own = fingerprint_weights(hf_config, {name: local_part(part) for name, part in model.state_dict().items()})
+    return own if group is None else fingerprint_of(group.gather(own))
+
+
 def _load_error(model: str, error: Exception) -> ModelLoadError:
     reason = str(error).strip().splitlines()[0]
     if Path(model).exists():
@@ -247,28 +269,32 @@ def _refuse_unsupported(model: str, text_config: Any, max_model_len: int | None)
 
 @torch.inference_mode()
 def _probe(model: Any, text_config: Any, handler: ShapeProbe, num_tokens: int = PROBE_LEN) -> torch.Tensor:
-    """Logits [1, num_tokens, vocabulary]; attention goes to `handler` once the model is told so."""
-    input_ids = torch.arange(3, 3 + num_tokens, device=model.device)[None] % text_config.vocab_size
+    """Logits [1, num_tokens, vocabulary]; attention goes to `handler` once the model is told so. The ids are spread over the
+    vocabulary but for its ends, which special tokens and what no tokenizer knows take up."""
+    vocab_size = text_config.vocab_size
+    stride = max(1, vocab_size * 8 // 10 // num_tokens)
+    input_ids = (vocab_size // 10 + stride * torch.arange(num_tokens, device=model.device)[None]) % vocab_size
     positions = torch.arange(num_tokens, device=model.device)[None]
     with attention_handled_by(handler):
         logits: torch.Tensor = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
     return logits
 
 
-def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
+def _tolerance(rounded: torch.Tensor, otherwise: torch.Tensor, dtype: torch.dtype) -> float:
+    """Of logits, from those of two forwards that differ in how attention is rounded."""
+    return max(PROBE_TOLERANCE[dtype], NUM_ROUNDINGS * logits_difference(otherwise, rounded))
 
 
-def _pack(name: str, model: Any, text_config: Any, dtype: torch.dtype, packing: type[PackedWeight]) -> bool:
+def _pack(name: str, model: Any, text_config: Any, tolerance: float, packing: type[PackedWeight]) -> bool:
     """Pack the model's linear layers. False where it does not compute the same any more, and is useless then."""
     expected = _probe(model, text_config, ShapeProbe())
     try:
         num_packed = pack_linears(model, lambda: _probe(model, text_config, ShapeProbe()), packing)
-        error = _relative_error(_probe(model, text_config, ShapeProbe()), expected)
+        error = logits_difference(_probe(model, text_config, ShapeProbe()), expected)
     except (RuntimeError, AttributeError, TypeError, ValueError) as failure:
         logger.warning("%s: not served with packed weights, its code cannot use them: %s", name, repr(failure))
         return False
-    if not error <= PROBE_TOLERANCE[dtype]:
+    if not error <= tolerance:
         logger.warning("%s: not served with packed weights, its logits differ then by %.1e", name, error)
         return False
     logger.info("%s: %d linear layers packed (%s)", name, num_packed, packing.__name__)
@@ -281,14 +307,14 @@ def _wants_compiled_layers(config: EngineConfig, device: torch.device) -> bool:
     return config.compile_layers
 
 
-def _compile(config: EngineConfig, model: Any, text_config: Any, dtype: torch.dtype, device: torch.device) -> bool:
+def _compile(config: EngineConfig, model: Any, text_config: Any, tolerance: float, device: torch.device) -> bool:
     """Compile the model's layers, where that works and, unless it is asked for, pays; returns whether it did."""
     logger.info("%s: compiling its layers; takes half a minute, the first time", config.model)
     return compile_layers(
         config.model,
         find_layers(model, text_config.num_hidden_layers),
         lambda num_rows: _probe(model, text_config, ShapeProbe(), num_rows),
-        PROBE_TOLERANCE[dtype],
+        tolerance,
         recorded_seconds(device) if config.compile_layers is None else None,
     )
 
@@ -302,10 +328,11 @@ def _localize(
     if expected is None:
         return
     actual = _probe(model, text_config, ShapeProbe())
-    error = (
-        _relative_error(actual, expected) if group.rank == 0 else 0.0
-    )  # which has the logits of the whole vocabulary
-    if not group.minimum(error <= PROBE_TOLERANCE[dtype]):
+    model.set_attn_implementation(ATTENTION_NAME)
+    rounded, otherwise = (_probe(model, text_config, ShapeProbe(is_wide=is_wide)) for is_wide in (False, True))
+    # Rank 0 has the logits of the whole vocabulary.
+    error = logits_difference(actual, expected) if group.rank == 0 else 0.0
+    if not group.minimum(error <= _tolerance(rounded, otherwise, dtype)):
         raise UnsupportedModelError(
             f"{name!r} ({text_config.model_type}) gives other logits with this engine's sharded layers than with "
             f"transformers' (relative difference {error:.1e} on rank {group.rank}); use tensor_parallel_size 1",
@@ -314,34 +341,60 @@ def _localize(
 
 
 @torch.inference_mode()
-def _check_attention(name: str, model: Any, text_config: Any, dtype: torch.dtype) -> ShapeProbe:
-    """Run a few tokens through transformers' own attention and through ours; refuse the model where they differ. A family
-    that does not use the attention registry would accept ours and be silently wrong."""
-    family = text_config.model_type
-    probe = ShapeProbe()
-    expected = _probe(model, text_config, probe)
+def _check_attention(
+    config: EngineConfig, model: Any, text_config: Any, dtype: torch.dtype
+) -> tuple[ShapeProbe, float]:
+    """Refuse the model if transformers' own attention and ours differ: call by call, and in the logits that they make.
+
+    Both compute in a wider dtype than the model's, because its own code rounds the scores to that, and may be far from what
+    it means. A family that does not use the attention registry would accept ours and be silently wrong. Leaves ours in
+    charge. Returns what saw the calls, and the tolerance of later comparisons of logits.
+    """
+    name, family = config.model, text_config.model_type
+    window = _model_window(text_config)
+    comparison = Comparison(min(window, config.max_model_len or window))
+    try:
+        with compared_by(comparison):
+            expected = _probe(model, text_config, ShapeProbe())
+    except NoOwnAttentionError:
+        expected = _probe(model, text_config, ShapeProbe())
     model.set_attn_implementation(ATTENTION_NAME)
-    actual = _probe(model, text_config, probe)
+    probe, wide_probe = ShapeProbe(), ShapeProbe(is_wide=True)
+    rounded, actual = (_probe(model, text_config, handler) for handler in (probe, wide_probe))
     num_layers = text_config.num_hidden_layers
     if len(probe.calls) != num_layers:
         raise UnsupportedModelError(
             f"{name!r} ({family}) has {num_layers} layers but made {len(probe.calls)} calls to the attention interface of "
             "transformers: its family does not support replaceable attention, so its KV cannot be paged"
         )
+    if comparison.fault is not None:
+        raise UnsupportedModelError(
+            f"{name!r} ({family}) cannot be served from a paged KV cache: {comparison.fault}, where its own code and the "
+            "engine's have to agree"
+        )
     num_windows = sum(call.params.sliding_window is not None for call in probe.calls)
-    if num_windows < _num_sliding_layers(text_config):
+    has_unknown_masks = comparison.num_unknown_masks > 0 or comparison.num_calls < num_layers
+    if has_unknown_masks and num_windows < _num_sliding_layers(text_config):
         # The probe is too short to show it: such a family puts the window into the mask alone.
         raise UnsupportedModelError(
             f"{name!r} ({family}) has layers with a sliding window but does not tell the attention interface: its "
             "KV cannot be paged"
         )
-    error = _relative_error(actual, expected)
-    if not error <= PROBE_TOLERANCE[dtype]:
+    if not expected.isfinite().all(dim=-1).any():
+        raise UnsupportedModelError(
+            f"{name!r} ({family}) computes no number in {dtype}, with transformers' own attention either; use dtype "
+            "'bfloat16' or 'float32'",
+            param="dtype",
+        )
+    tolerance = _tolerance(rounded, actual, dtype)
+    error = logits_difference(actual, expected)
+    if not error <= tolerance:
         raise UnsupportedModelError(
             f"{name!r} ({family}) gives other logits with paged attention than with transformers' own (relative difference "
-            f"{error:.1e}): its attention does something that the paged cache does not know"
+            f"{error:.1e}, of which {tolerance:.1e} may be rounding): its attention does something that the paged cache does "
+            "not know"
         )
-    return probe
+    return probe, tolerance
 
 
 def _model_window(text_config: Any) -> int:

@@ -8,8 +8,9 @@ they are missing or fail, nothing is packed.
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 # Rows that oneDNN's layout is chosen for. One layout serves all steps; this one was best or near it from 1 to 512.
 NUM_ROWS_HINT = 64
+# Numbers of rows that a layout is tried with: each may be computed by other code.
+NUMS_OF_TRIED_ROWS = (1, 5, 70)
+# Of the output of a layer on random rows, what error is still rounding, in relation to its length.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 class PackedWeight(Protocol):
@@ -56,6 +61,9 @@ class OneDnnWeight:
     def unpack(self) -> torch.Tensor:
         dense: torch.Tensor = self._packed.to_dense()
         return dense
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OneDnnWeight:
+        return OneDnnWeight(self.unpack(), copy.deepcopy(self._bias, memo))  # torch cannot copy what oneDNN laid out
 
 
 class FbgemmWeight:
@@ -97,25 +105,39 @@ class PlainWeight(nn.Module):
 
 
 def choose_packing(dtype: torch.dtype, device: torch.device) -> type[PackedWeight] | None:
-    """What packs weights of that dtype with this torch on this device; None where nothing does."""
+    """What packs weights of that dtype with this torch on this device; None if nothing does."""
     if device.type != "cpu":
         return PlainWeight
     half = dtype in (torch.bfloat16, torch.float16)
     candidates: tuple[type[PackedWeight], ...] = (OneDnnWeight, FbgemmWeight) if half else (OneDnnWeight,)
-    weight = torch.ones(16, 16, dtype=dtype)
     for packing in candidates:
         try:
-            packed = packing(weight, None)
-            product = packed.multiply(weight[None])
-            if (
-                product.dtype == dtype
-                and torch.equal(product[0], 16 * weight)
-                and torch.equal(packed.unpack().to(dtype), weight)
-            ):
+            if _is_right(packing, dtype):
                 return packing
+            logger.warning("%s is wrong on this machine in %s, and packs nothing", packing.__name__, dtype)
         except (RuntimeError, AttributeError, NotImplementedError) as error:
             logger.debug("%s does not pack %s: %s", packing.__name__, dtype, error)
     return None
+
+
+def _is_right(packing: type[PackedWeight], dtype: torch.dtype) -> bool:
+    """Whether it multiplies, and gives back what it packed. The elements differ from their neighbours, so that another order
+    shows, and every sum of them is exact in the dtype."""
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(limit: int, *size: int) -> torch.Tensor:
+        return torch.randint(-limit, limit + 1, size, generator=generator)
+
+    weight, bias = integers(2, 24, 40), integers(9, 24)
+    packed = packing(weight.to(dtype), bias.to(dtype))
+    if not torch.equal(packed.unpack().to(dtype), weight.to(dtype)):
+        return False
+    for num_rows in NUMS_OF_TRIED_ROWS:
+        x = integers(1, num_rows, 40)
+        product = packed.multiply(x.to(dtype))
+        if product.dtype != dtype or not torch.equal(product, (x @ weight.T + bias).to(dtype)):
+            return False
+    return True
 
 
 class PackedLinear(nn.Module):
@@ -193,7 +215,8 @@ class JoinedLinear(nn.Module):
 def pack_linears(model: nn.Module, forward: Callable[[], Any], packing: type[PackedWeight]) -> int:
     """Replace the linear layers of `model`, one group after the other, so that at no time more than one group is there twice.
     forward: runs the model on a few tokens, in the order that every step repeats. Returns the number of layers packed;
-    those that the forward did not call stay as they are.
+    those that the forward did not call stay as they are. Raises ValueError, and leaves the model half packed, if a layer does
+    not compute the same any more.
 
     A weight that another module uses too (a tied embedding) stays there beside its packed copy.
     """
@@ -208,12 +231,39 @@ def pack_linears(model: nn.Module, forward: Callable[[], Any], packing: type[Pac
         else:
             joined = _JoinedInput(PackedLinear(group, packing))
             replacements = [JoinedLinear(joined, index) for index in range(len(group))]
+        _check_same(group, replacements)
         for layer, replacement in zip(group, replacements, strict=True):
             parent, name = places.pop(layer)
             setattr(parent, name, replacement)
         num_packed += len(group)
         group.clear()  # the last reference to the unpacked weights
     return num_packed
+
+
+def unpack_linears(model: nn.Module) -> None:
+    """Put plain layers, with copies of the weights in their dtype, in place of packed ones."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, JoinedLinear | PackedLinear):
+                weight, bias = child.weight, child.bias
+                layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+                layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+                if bias is not None:
+                    layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+                setattr(parent, name, layer)
+
+
+@torch.inference_mode()
+def _check_same(layers: Sequence[nn.Linear], replacements: Sequence[nn.Module]) -> None:
+    """Raises ValueError if they do not compute the same on random rows, whatever the model's own would show."""
+    weight = layers[0].weight
+    generator = torch.Generator(weight.device).manual_seed(0)
+    size = (max(NUMS_OF_TRIED_ROWS), layers[0].in_features)
+    x = torch.randn(*size, generator=generator, device=weight.device, dtype=weight.dtype)
+    for layer, replacement in zip(layers, replacements, strict=True):
+        expected, actual = layer(x).float(), replacement(x).float()
+        if not (actual - expected).norm() <= TOLERANCE[weight.dtype] * expected.norm():
+            raise ValueError(f"a layer of {layer.out_features} x {layer.in_features} does not compute the same")
 
 
 def _find_groups(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.Linear]]:

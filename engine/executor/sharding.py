@@ -138,7 +138,7 @@ def localize(model: Any, plan: dict[str, str], group: ProcessGroup) -> None:
             replacement = _local_linear(module, style, group, is_head=module is head)
         elif type(module) is nn.Embedding and isinstance(module.weight, DTensor):  # not one that scales, too
             first_row = group.rank * -(-module.weight.shape[0] // group.size)
-            replacement = SummedEmbedding(_local(module.weight), first_row)
+            replacement = SummedEmbedding(local_part(module.weight), first_row)
         if replacement is not None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, replacement)
@@ -152,7 +152,7 @@ def localize(model: Any, plan: dict[str, str], group: ProcessGroup) -> None:
 
 def num_local_bytes(model: nn.Module) -> int:
     """Bytes of the weights on this rank; a tied weight counts once."""
-    return sum({weights.data_ptr(): weights.nbytes for weights in map(_local, model.parameters())}.values())
+    return sum({weights.data_ptr(): weights.nbytes for weights in map(local_part, model.parameters())}.values())
 
 
 class SummedLinear(nn.Module):
@@ -214,8 +214,8 @@ class SummedEmbedding(nn.Module):
 
 def _local_linear(layer: nn.Linear, style: str | None, group: ProcessGroup, *, is_head: bool) -> nn.Module | None:
     """None for a style that stays with transformers' hooks."""
-    weight = _local(layer.weight)
-    bias = None if layer.bias is None else _local(layer.bias)
+    weight = local_part(layer.weight)
+    bias = None if layer.bias is None else local_part(layer.bias)
     is_summed = style in ("rowwise", "rowwise_split_input", "rowwise_rep")
     if is_summed and group.rank != 0:
         bias = None  # which is to be added once
@@ -236,7 +236,7 @@ def _localize_experts(experts: nn.Module) -> None:
     if not any(isinstance(weight, DTensor) for weight in experts.parameters(recurse=False)):
         return
     for key, weight in list(experts.named_parameters(recurse=False)):
-        experts._parameters[key] = _parameter(_local(weight))
+        experts._parameters[key] = _parameter(local_part(weight))
     experts.__dict__.pop("forward", None)  # transformers' hook
 
     def add(_module: nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
@@ -247,7 +247,7 @@ def _localize_experts(experts: nn.Module) -> None:
 
 
 def _local_conv(layer: Conv1D, style: str, group: ProcessGroup) -> nn.Module:
-    weight, bias = _local(layer.weight), _local(layer.bias)
+    weight, bias = local_part(layer.weight), local_part(layer.bias)
     if style == CONV_ROWWISE and group.rank != 0:
         bias = torch.zeros_like(bias)
     layer.weight, layer.bias, layer.nf = _parameter(weight), _parameter(bias), weight.shape[1]
@@ -274,7 +274,8 @@ def _generic(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of it."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 

@@ -41,6 +41,20 @@ def test_a_folder_that_others_may_enter_is_closed_and_its_parent_left_alone(tmp_
     assert (folder / "kept").exists()
 
 
+@pytest.mark.parametrize(("mode", "is_safe"), [(0o755, True), (0o775, False), (0o757, False)])
+def test_a_folder_of_another_user_is_used_unless_others_may_write_to_it(tmp_path, monkeypatch, mode, is_safe):
+    def refuses(*_: object) -> None:
+        raise PermissionError("not the owner")
+
+    tmp_path.chmod(mode)
+    monkeypatch.setattr(Path, "chmod", refuses)
+    if is_safe:
+        assert private_folder(tmp_path) == tmp_path
+    else:
+        with pytest.raises(PermissionError):
+            private_folder(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["pensieve", "pensieve/kernels"])
 def test_a_file_in_place_of_the_folder_is_an_error_and_stays_as_it_is(tmp_path, name):
     (tmp_path / "pensieve").write_text("mine")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ from engine import cli
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executor.local import LocalExecutor
-from engine.profile import Profile, load_cost_model, measure_profile
+from engine.profile import Profile, load_cost_model, measure_profile, profile_path
 
 OPTIONS = {"num_threads": 1, "chunk_size": 16, "max_model_len": 512}
 
@@ -67,16 +69,59 @@ def test_the_engine_finds_the_profile_that_the_command_wrote(executor, capsys):
     assert measured.swap_in_cost > 0
 
 
-def test_a_profile_of_something_else_is_refused(profile, executor, tmp_path):
-    path = tmp_path / "other.json"
-    replace(profile, model="another").save(path)
-    with pytest.raises(ConfigError, match="profile of another"):
-        load_cost_model(EngineConfig.from_options({**OPTIONS, "profile": str(path)}), executor)
-    replace(profile, tensor_parallel_size=2).save(path)
-    with pytest.raises(ConfigError, match="2 ranks"):
-        load_cost_model(EngineConfig.from_options({**OPTIONS, "profile": str(path)}), executor)
-    with pytest.raises(ConfigError, match="missing"):
-        load_cost_model(EngineConfig.from_options({**OPTIONS, "profile": str(tmp_path / "missing.json")}), executor)
+OTHERS = {
+    "model": "another",
+    "dtype": "float64",
+    "device": "cpu-x86_64-64-threads",
+    "tensor_parallel_size": 2,
+    "fingerprint": "0" * 64,
+    "processor": "Z80",
+    "attention": "reference",
+    "pack_weights": False,
+    "torch": "2.99.0",
+}
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.parametrize("what", [None, *OTHERS])
+def test_a_profile_of_something_else_is_a_miss_and_said(what, is_named, profile, executor, tmp_path, caplog):
+    config = EngineConfig.from_options({**OPTIONS, "profile": str(tmp_path / "named.json") if is_named else None})
+    path = profile_path(config, profile.model, profile.dtype, profile.device)
+    identity = profile.identity if what is None else replace(profile.identity, **{what: OTHERS[what]})
+    replace(profile, identity=identity).save(path)
+    cost_model = load_cost_model(config, executor)
+    if what is None:
+        assert cost_model.swap_in_cost > 0
+        assert not caplog.records
+    else:
+        assert cost_model.swap_in_cost == 0
+        assert f"it is a profile of {what} {OTHERS[what]!r} and not" in caplog.text
+
+
+def test_a_named_file_that_is_no_profile_is_refused_and_one_in_the_cache_is_a_miss(profile, executor, tmp_path, caplog):
+    for name, content in (("missing.json", None), ("old.json", '{"model": "embedded"}'), ("broken.json", "{")):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(ConfigError, match=name):
+            load_cost_model(EngineConfig.from_options({**OPTIONS, "profile": str(tmp_path / name)}), executor)
+    config = EngineConfig.from_options(OPTIONS)
+    path = profile_path(config, profile.model, profile.dtype, profile.device)
+    profile.save(path)
+    path.write_text('{"model": "embedded"}')
+    assert load_cost_model(config, executor).swap_in_cost == 0
+    assert "is not a profile" in caplog.text
+
+
+def test_what_is_kept_in_the_cache_is_its_users_alone(profile, tmp_path):
+    path = profile_path(EngineConfig.from_options(OPTIONS), profile.model, profile.dtype, profile.device)
+    profile.save(path)
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (path, path.parent)] == [0o600, 0o700]
+    named, before = tmp_path / "open" / "profile.json", os.umask(0o022)
+    try:
+        profile.save(named)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(named.stat().st_mode) == 0o644
 
 
 def test_the_command_plots(tmp_path):

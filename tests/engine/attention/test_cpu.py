@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 
 from engine.attention import cpu, reference
 from engine.attention.backend import choose_backend
-from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.self_check import find_fault
 from engine.errors import ConfigError, KernelBuildError
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -182,6 +185,122 @@ def test_wrong_tensors_are_refused():
         cpu.attend(query[..., :4], k_pool, v_pool, metadata, params)
 
 
+# -- the kernel on a processor that it was not tested on ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_matrix_kernel_that_takes_another_layout_is_told_apart(dtype):
+    """As torch's is for float16 on processors with AVX512-FP16 that lack AMX-FP16: there the kernel does without it."""
+    assert torch.ops.pensieve.brgemm_takes_pairs(dtype, "pairs")
+    assert not torch.ops.pensieve.brgemm_takes_pairs(dtype, "rows")
+    assert isinstance(torch.ops.pensieve.brgemm_takes_pairs(dtype, "torch"), bool)
+    with pytest.raises(RuntimeError, match="not columns"):
+        torch.ops.pensieve.brgemm_takes_pairs(dtype, "columns")
+
+
+SINKS = torch.linspace(-2, 2, 8)
+CALLS = (
+    AttentionCall(LayerShape(2, 16, 16), 8, AttentionParams(0.25)),
+    AttentionCall(LayerShape(4, 32, 12), 8, AttentionParams(0.2, 4096, 50.0)),
+    AttentionCall(LayerShape(8, 20, 20), 8, AttentionParams(1.0, 1, None, SINKS)),
+)
+
+
+def choose(option: str, dtype: torch.dtype, chunk_size: int = 16):
+    return choose_backend(option, torch.device("cpu"), dtype, CALLS, chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 32, 256])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_the_kernel_passes_its_check_in_every_dtype(dtype, chunk_size, caplog):
+    assert find_fault(cpu, torch.device("cpu"), dtype, CALLS, chunk_size) is None
+    assert choose("cpu", dtype, chunk_size) is choose("auto", dtype, chunk_size) is cpu
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def pairs_of_rows_swapped(attend):
+    """What a matrix kernel makes of V in another layout, with many rows only."""
+
+    def wrong(query, k_pool, v_pool, metadata, params):
+        if metadata.segments[:, 1].max() > 8:
+            v_pool = v_pool[:, :, torch.arange(v_pool.shape[2]) ^ 1]
+        return attend(query, k_pool, v_pool, metadata, params)
+
+    return wrong
+
+
+def with_params(**changes):
+    def mutate(attend):
+        def wrong(query, k_pool, v_pool, metadata, params):
+            values = {name: getattr(params, name) for name in ("scaling", "sliding_window", "softcap", "sinks")}
+            for name, change in changes.items():
+                values[name] = None if values[name] is None else change(values[name])
+            return attend(query, k_pool, v_pool, metadata, AttentionParams(**values))
+
+        return wrong
+
+    return mutate
+
+
+def last_row_is_nan(attend):
+    def wrong(*args):
+        out = attend(*args)
+        out[-1] = float("nan")
+        return out
+
+    return wrong
+
+
+def raises(_):
+    def wrong(*_: object):
+        raise RuntimeError("illegal instruction")
+
+    return wrong
+
+
+WRONG = {
+    "pairs": pairs_of_rows_swapped,
+    "scaling": with_params(scaling=lambda x: 1.2 * x),
+    "window": with_params(sliding_window=lambda _: None),
+    "window + 1": with_params(sliding_window=lambda x: x + 1),
+    "softcap": with_params(softcap=lambda x: 0.02 * x),
+    "sinks": with_params(sinks=lambda _: None),
+    "nan": last_row_is_nan,
+    "raises": raises,
+}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("how", list(WRONG))
+def test_a_kernel_that_is_wrong_on_this_machine_is_not_used(how, dtype, monkeypatch, caplog):
+    monkeypatch.setattr(cpu, "attend", WRONG[how](cpu.attend))
+    assert choose("auto", dtype) is reference
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("attention: torch's operations (reference), much slower than a kernel; C++ kernel (cpu)")
+    assert "is wrong here for this model" in line
+    with pytest.raises(ConfigError, match="is wrong here") as error:
+        choose("cpu", dtype)
+    assert error.value.param == "attention_backend"
+
+
+def test_a_kernel_that_writes_to_wrong_slots_is_not_used(monkeypatch):
+    write_kv = cpu.write_kv
+
+    def wrong(k_pool, v_pool, key, value, metadata):
+        write_kv(k_pool, v_pool, key, value.flip(1), metadata)
+
+    monkeypatch.setattr(cpu, "write_kv", wrong)
+    assert choose("auto", torch.float32) is reference
+
+
+def test_an_engine_with_a_wrong_kernel_gives_right_answers(monkeypatch, tiny_model, make_driver):
+    prompt = list(range(10, 40))
+    options = {"num_gpu_blocks": 16, "chunk_size": 8, "max_model_len": 100}
+    expected = make_driver(tiny_model("llama"), attention_backend="reference", **options).generate("a", prompt)
+    monkeypatch.setattr(cpu, "attend", pairs_of_rows_swapped(cpu.attend))
+    assert make_driver(tiny_model("llama"), **options).generate("a", prompt) == expected
+
+
 # -- choosing and building ---------------------------------------------------------------------------------------------
 
 
@@ -223,6 +342,67 @@ def test_a_cache_folder_that_cannot_be_used_is_no_reason_to_stop(tmp_path):
         check=True,
     )
     assert "torch's operations will be used" in process.stderr
+
+
+class Compiler:
+    """Stands for g++: notes what it is asked for."""
+
+    def __init__(self, folder: Path, monkeypatch) -> None:
+        self.version = "g++ 14.2"
+        self.num_builds = 0
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        monkeypatch.setattr(cpu, "_find_compiler", self.find)
+        monkeypatch.setattr(cpu, "_compile", self.compile)
+
+    def find(self) -> tuple[list[str], str]:
+        if not self.version:
+            raise KernelBuildError("no C++ compiler")
+        return ["g++"], self.version
+
+    def compile(self, command: list[str]) -> None:
+        self.num_builds += 1
+        Path(command[-1]).write_text(" ".join(command))
+
+
+def test_a_kernel_is_built_again_for_another_torch_compiler_or_processor(tmp_path, monkeypatch):
+    compiler = Compiler(tmp_path, monkeypatch)
+    library = cpu._build("AVX512")
+    assert cpu._build("AVX512") == library
+    assert compiler.num_builds == 1
+    others = {cpu._build("AVX2")}
+    for owner, name, value in [
+        (compiler, "version", "g++ 15.1"),
+        (torch, "__version__", "2.99.0"),
+        (torch.version, "git_version", "another"),
+        (cpu.platform, "machine", lambda: "aarch64"),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            others.add(cpu._build("AVX512"))
+    assert len(others - {library}) == compiler.num_builds - 1 == 5
+    assert cpu._build("AVX512") == library
+    assert compiler.num_builds == 6
+
+
+def test_without_a_compiler_what_another_one_built_is_used(tmp_path, monkeypatch):
+    compiler = Compiler(tmp_path, monkeypatch)
+    library = cpu._build("AVX512")
+    compiler.version = ""
+    assert cpu._build("AVX512") == library
+    with pytest.raises(KernelBuildError):
+        cpu._build("AVX2")
+
+
+def test_nobody_else_can_put_a_kernel_into_the_cache(tmp_path, monkeypatch):
+    compiler = Compiler(tmp_path, monkeypatch)
+    folder = tmp_path / "pensieve" / "kernels"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    library = cpu._build("AVX512")
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert compiler.num_builds == 1
+    assert library.parent == folder
 
 
 def test_a_built_kernel_is_found_without_a_compiler(tmp_path):

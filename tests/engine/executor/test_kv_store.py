@@ -66,3 +66,11 @@ def test_pinned_memory_is_exactly_that_of_the_blocks_and_is_given_back(monkeypat
     with pytest.raises(ConfigError, match=r"cannot be pinned.*lower kv_offloading_size"):
         KVStore(layers, num_blocks=30, **sizes)
     KVStore(layers, num_blocks=0, **sizes).unpin()
+
+
+@pytest.mark.parametrize("num_blocks", [1 << 44, 1 << 60])
+def test_more_host_memory_than_there_is_is_an_error_of_the_configuration(num_blocks):
+    with pytest.raises(ConfigError, match="of host memory cannot be had"):
+        KVStore(
+            [LayerShape(1, 3, 3)], num_blocks=num_blocks, chunk_size=2, dtype=torch.float32, device=torch.device("cpu")
+        )

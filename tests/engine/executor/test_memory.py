@@ -104,3 +104,48 @@ def test_an_executor_without_room_says_what_to_lower(place, match, monkeypatch):
     monkeypatch.setattr(local, place, fail)
     with pytest.raises(ConfigError, match=match):
         LocalExecutor(EngineConfig(num_gpu_blocks=4, num_cpu_blocks=0, num_threads=1))
+
+
+# -- host memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"gpu_memory_gib": 100_000.0}, "gpu_memory_gib"),
+        ({"num_gpu_blocks": 1 << 40}, "num_gpu_blocks"),
+        ({"num_gpu_blocks": 4, "kv_offloading_size": 100_000.0}, "kv_offloading_size"),
+        ({"num_gpu_blocks": 4, "num_cpu_blocks": 1 << 60}, "num_cpu_blocks"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tiers_that_host_memory_cannot_hold_name_the_option_and_what_there_is(options, option):
+    total = memory.host_memory()
+    assert total is not None
+    with pytest.raises(ConfigError, match=f"lower {option}") as error:
+        LocalExecutor(EngineConfig(num_threads=1, **options))
+    assert error.value.param == option
+    assert f"but this process can have {total.total / GIB:.1f} GiB" in error.value.message
+
+
+def test_memory_that_is_there_but_taken_is_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(memory, "host_memory", lambda: memory.HostMemory(total=8 * GIB, available=GIB))
+    config = EngineConfig(gpu_memory_gib=2.0)
+    memory.check_host_memory(config, GIB // 2, GIB // 2)
+    assert not caplog.records
+    memory.check_host_memory(config, 2 * GIB, GIB)
+    assert "2.0 GiB for gpu_memory_gib, 1.0 GiB for kv_offloading_size" in caplog.text
+    with pytest.raises(ConfigError, match="lower gpu_memory_gib"):
+        memory.check_host_memory(config, 7 * GIB, 2 * GIB)
+
+
+@pytest.mark.parametrize(("limit", "total"), [("max", 4096), ("1048576", 1024), ("9223372036854771712", 4096)])
+def test_a_control_groups_limit_counts(limit, total, tmp_path, monkeypatch):
+    meminfo, path = tmp_path / "meminfo", tmp_path / "memory.max"
+    meminfo.write_text("MemTotal:       4096 kB\nMemFree:        1 kB\nMemAvailable:   2048 kB\n")
+    path.write_text(f"{limit}\n")
+    monkeypatch.setattr(memory, "MEMINFO", meminfo)
+    monkeypatch.setattr(memory, "MEMORY_LIMITS", (tmp_path / "none", path))
+    assert memory.host_memory() == memory.HostMemory(total * 1024, min(total, 2048) * 1024)
+    meminfo.unlink()
+    assert memory.host_memory() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -20,6 +21,7 @@ from engine.executor.packed_linear import (
     PlainWeight,
     choose_packing,
     pack_linears,
+    unpack_linears,
 )
 
 CPU = torch.device("cpu")
@@ -115,16 +117,72 @@ def test_a_processor_with_bfloat16_uses_it(monkeypatch):
         PACKS_SINGLE_LAYERS = True
 
         def __init__(self, weight, bias):
-            self.weight = weight
+            self.weight, self.bias = weight, bias
 
         def multiply(self, x):
-            return x @ self.weight.T
+            return x @ self.weight.T + self.bias
 
         def unpack(self):
             return self.weight
 
     monkeypatch.setattr(packed_linear, "OneDnnWeight", NativeWeight)
     assert choose_packing(torch.bfloat16, CPU) is NativeWeight
+
+
+WRONG_LAYOUTS = {
+    "rows in pairs": lambda weight: weight.view(-1, 2, weight.shape[1]).flip(1).reshape(weight.shape),
+    "columns in pairs": lambda weight: weight.view(weight.shape[0], -1, 2).flip(2).reshape(weight.shape),
+    "transposed": lambda weight: weight.T.reshape(weight.shape),
+}
+
+
+@pytest.mark.parametrize("layout", list(WRONG_LAYOUTS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_layout_that_is_wrong_on_this_machine_packs_nothing(layout, dtype, monkeypatch, caplog):
+    """One that multiplies in another order than it unpacks: constants would not show it."""
+
+    class WrongWeight(PlainWeight):
+        def multiply(self, x):
+            return nn.functional.linear(x, WRONG_LAYOUTS[layout](self._weight), self._bias)
+
+    for name in ("OneDnnWeight", "FbgemmWeight"):
+        monkeypatch.setattr(packed_linear, name, WrongWeight)
+    assert choose_packing(dtype, CPU) is None
+    assert "is wrong on this machine" in caplog.text
+    model = Attention().to(dtype)
+    with torch.inference_mode(), pytest.raises(ValueError, match="does not compute the same"):
+        pack_linears(model, lambda: model(torch.randn(5, 24).to(dtype)), WrongWeight)
+
+
+def test_layers_of_zeros_are_packed():
+    model = Attention()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    with torch.inference_mode():
+        assert pack_linears(model, lambda: model(torch.randn(5, 24)), OneDnnWeight) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@torch.inference_mode()
+def test_packed_models_can_be_copied_and_unpacked(device, dtype):
+    """The copy has weights of its own. device: whose packing is tried, here."""
+    torch.manual_seed(0)
+    model, x = Attention(bias=True).to(dtype), torch.randn(5, 24).to(dtype)
+    packing = choose_packing(dtype, torch.device(device))
+    assert packing is not None
+    pack_linears(model, lambda: model(x), packing)
+    expected = model(x)
+    other = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert torch.equal(other(x), expected)
+    weights = {name: getattr(other, name).weight for name in ("q", "k", "v", "out")}
+    unpack_linears(other)
+    assert {type(module) for module in other.children()} == {nn.Linear}
+    assert all(torch.equal(getattr(other, name).weight, weight) for name, weight in weights.items())
+    torch.testing.assert_close(other(x), expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(other.float()(x.float()), expected.float(), atol=3e-2, rtol=3e-2)
 
 
 @torch.inference_mode()
