@@ -559,3 +559,18 @@ async def test_a_lost_replica_delays_its_streams_and_its_sessions_return_to_the_
     # The replacement has the rank of the lost one: all sessions are where they were.
     assert {name: await serve_again(name) for name in names} == home
     await ask_all(engines, "check_integrity")
+
+
+@pytest.mark.parametrize("session", [b"zo\xeb", b"\xff\xfe"], ids=["Latin-1", "neither"])
+async def test_a_session_id_need_not_be_utf8(http: httpx.AsyncClient, session: bytes) -> None:
+    """Serve's proxy answers 500 if it looks at that header. It names a session still: the next turn finds its cache."""
+    text = f"remember this: {session!r} is how some clients write zoë"
+    answers = []
+    for _ in range(2):
+        response = await http.post(
+            "/v1/chat/completions", json=chat(text, max_tokens=4), headers={b"x-session-id": session}
+        )
+        assert response.status_code == 200, response.text
+        answers.append(response.json())
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached[0] < cached[1]
