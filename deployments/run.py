@@ -61,7 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     for name, value in {**DEFAULTS, **(FAST_PATH if options.fast_path else {})}.items():
         os.environ.setdefault(name, value)
-    os.environ.update(guard(os.environ))
+    added = guard(os.environ)
+    os.environ.update(added)
+    if "RAY_AUTH_TOKEN" in added:
+        print(
+            "Ray wants a token, made for this start; docs/security.md: how to give one for `serve status`, the dashboard"
+        )
+    elif not names_cluster(os.environ) and os.environ["RAY_AUTH_MODE"] != "token":
+        print(
+            "pensieve-serve: RAY_AUTH_MODE is not 'token': who reaches Serve's gRPC ports can run code on this machine",
+            file=sys.stderr,
+        )
     return _run(options.config)
 
 

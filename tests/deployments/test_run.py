@@ -183,7 +183,7 @@ def test_a_key_that_the_cluster_would_not_see_is_refused(
 # -- Ray's token -------------------------------------------------------------------------------------------------------
 
 
-def test_each_start_has_a_token_of_its_own(config: Path) -> None:
+def test_each_start_has_a_token_of_its_own(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokens = set()
     for _ in range(2):
         run.os.environ.pop("RAY_AUTH_TOKEN", None)
@@ -192,6 +192,18 @@ def test_each_start_has_a_token_of_its_own(config: Path) -> None:
         tokens.add(run.os.environ["RAY_AUTH_TOKEN"])
     assert len(tokens) == 2
     assert {len(token) for token in tokens} == {64}
+    printed = capsys.readouterr()
+    assert "docs/security.md" in printed.out
+    assert not any(token in printed.out + printed.err for token in tokens)
+
+
+def test_to_do_without_a_token_is_warned_of(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert run.main([str(config)]) == 0
+    assert "RAY_AUTH_TOKEN" not in run.os.environ
+    assert "can run code on this machine" in capsys.readouterr().err
 
 
 LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
