@@ -265,16 +265,20 @@ def serve_run(config: str) -> None:
 
 def _drain(config: str) -> None:
     """Delete all applications of the file, which lets their requests end; returns when they are gone."""
+    import ray
     from ray import serve
     from ray.serve.scripts import SERVE_DEFAULT_APP_NAME
 
     from deployments.schema import read_serve_config
 
+    if not ray.is_initialized():  # `serve.delete` would look for another Ray on this machine
+        print("not drained: still starting", flush=True)
+        return
     print("draining: running requests may end", flush=True)
     try:
         for application in read_serve_config(config)["applications"]:
             serve.delete(application.get("name", SERVE_DEFAULT_APP_NAME))
-    except Exception as error:  # still starting, or half gone: nothing that could be drained
+    except Exception as error:  # half started, or half gone: nothing that could be drained
         print(f"not drained: {error!r}", flush=True)
 
 
@@ -287,8 +291,16 @@ class _DaemonWatch:
         import psutil
 
         self._parent = os.getppid()
-        self._daemons = {child: child.name() for child in psutil.Process().children() if child.name() in DAEMONS}
-        assert set(self._daemons.values()) == DAEMONS, self._daemons
+        self._daemons: dict[psutil.Process, str] = {}
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                if child.name() in DAEMONS:
+                    self._daemons[child] = child.name()
+        missing = DAEMONS - set(self._daemons.values())
+        if missing:
+            raise RuntimeError(
+                f"Ray has started, but {', '.join(missing)} cannot be found among this process's children"
+            )
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="daemons", daemon=True)
         self._thread.start()

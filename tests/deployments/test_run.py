@@ -257,6 +257,18 @@ def test_it_starts_a_ray_of_its_own_unless_one_is_named(monkeypatch: pytest.Monk
     assert calls == [*([("local", "serve")] if address in (None, "local") else []), ["run", "config.yaml"]]
 
 
+def test_a_signal_before_ray_runs_reaches_no_other_ray(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve.delete` connects to any Ray that it finds on the machine."""
+    deleted: list[str] = []
+    monkeypatch.setattr("ray.serve.delete", deleted.append)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    run._drain(str(config))
+    assert deleted == []
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    run._drain(str(config))
+    assert deleted == ["pensieve"]
+
+
 class NoWatch:
     def stop(self) -> None: ...
 
