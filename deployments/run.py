@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.update(added)
     if "RAY_AUTH_TOKEN" in added:
         print(
-            "Ray wants a token, made for this start; docs/security.md: how to give one for `serve status`, the dashboard"
+            "Ray wants a token, made for this start; to use `serve status` or the dashboard: docs/security.md",
+            flush=True,
         )
     elif not names_cluster(os.environ) and os.environ["RAY_AUTH_MODE"] != "token":
         print(
@@ -94,7 +95,7 @@ def guard(environment: Mapping[str, str]) -> dict[str, str]:
 
 def names_cluster(environment: Mapping[str, str]) -> bool:
     """Whether RAY_ADDRESS names a cluster that runs already."""
-    return environment.get("RAY_ADDRESS", "local") != "local"
+    return (environment.get("RAY_ADDRESS") or "local") != "local"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -166,13 +167,11 @@ def _port_problems(config: dict[str, Any]) -> Iterator[str]:
         return
     host, port = schema.http_options.host, schema.http_options.port
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
         with socket.socket(family, kind) as listener:
-            listener.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # connections that just ended are not in the way
+            # Connections that have just ended are not in the way.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
     except OSError as error:
         yield (
@@ -229,10 +228,12 @@ def serve_run(config: str) -> None:
     Serve's own answer to SIGINT ends the HTTP proxies first, and with them all streams; so the applications are deleted
     before, whose replicas let their requests end. A Ray of its own is not told that Serve is shut down, because it ends with
     this process; Serve in another cluster is."""
+    is_own = not names_cluster(os.environ)
+    if is_own:
+        os.environ.pop("RAY_ADDRESS", None)  # "local" would be another Ray to `serve run` than the one below
     import ray  # only now: it reads its environment when it is imported
     from ray.serve.scripts import cli
 
-    is_own = not names_cluster(os.environ)
     is_asked = False
 
     def drain(number: int, frame: types.FrameType | None) -> None:

@@ -217,6 +217,7 @@ LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "mine"}, LOCAL | {"RAY_AUTH_MODE": "token"}),
         ({"RAY_AUTH_MODE": "disabled"}, LOCAL),
         ({"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}, LOCAL),
+        ({"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": ""}, LOCAL),
         ({"RAY_ADDRESS": "10.0.0.1:6379"}, {}),
         ({"RAY_ADDRESS": "auto"}, {}),
     ],
