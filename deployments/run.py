@@ -1,5 +1,10 @@
-"""`pensieve-serve serve_config.yaml`: what `serve run` does, and what it does not: the file is checked first, SIGTERM and
-Ctrl-C drain, and Serve's switches for speed are set before Ray starts, more of them with --fast-path.
+"""`pensieve-serve serve_config.yaml`: serves on this machine, in a Ray of its own.
+
+What it adds to `serve run`: mistakes are told before anything starts; Ray wants a token and listens on this machine only;
+SIGTERM and Ctrl-C drain; when Ray's daemons die it ends with an error and leaves nothing behind.
+
+    pensieve-serve         checks the file and the port; ends what the other one leaves behind
+    `-- serve_run          a session of its own: Ray's driver and daemons, Serve, the replicas; watches the daemons
 
 Draining: no new requests; those that run end, within `graceful_shutdown_timeout_s`; then everything stops.
 """
@@ -7,23 +12,28 @@ Draining: no new requests; those that run end, within `graceful_shutdown_timeout
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from deployments.schema import IMPORT_PATH, check_serve_config
-from deployments.tenants import API_KEY_VARIABLE, load_tenants
 from engine.errors import ConfigError
 
+if TYPE_CHECKING:
+    import psutil
+
+# The imports of Ray's schema and of pydantic are in the functions: `--help` is quick, and says nothing of Ray.
+
 DEFAULTS = {
-    # `serve run` may write a token to the user's home otherwise.
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Requests go from process to process by gRPC, and each process has one event loop instead of three: this halves what the
     # way of a request costs. On one machine, for which this command is, a process that dies closes its connections; a
@@ -31,38 +41,114 @@ DEFAULTS = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # Serve's proxy answers 500 if this header (x-session-id, unless it is set) is not UTF-8, and what it reads there is of no
+    # use here: see deployments/session_key.py. So it gets the name of a header that clients do not send.
+    "RAY_SERVE_SESSION_ID_HEADER_KEY": "x-pensieve-serve-session",
 }
 # HAProxy as the HTTP proxy, and all of Serve's own set. See docs/configuration.md.
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+# Ray's daemons without which nothing is served. What else Ray starts ends with them, or is not needed.
+DAEMONS = {"gcs_server", "raylet"}
+WATCH_INTERVAL_S = 0.5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="pensieve-serve", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("config", help="a Serve config file, such as serve_config.yaml")
-    parser.add_argument("--fast-path", action="store_true", help="HAProxy in front; needs API keys")
-    options = parser.parse_args(arguments)
-    try:
-        problems = check_serve_config(options.config)
-        if options.fast_path and not problems:
-            problems = list(_open_applications(options.config))
-    except (OSError, ConfigError) as error:
-        problems = [str(error)]
-    if os.environ.get("RAY_ADDRESS", "local") != "local" and API_KEY_VARIABLE in os.environ:
-        problems.append(
-            f"{API_KEY_VARIABLE} counts on the nodes of the cluster that RAY_ADDRESS names, not here, and without keys "
-            "everybody on those nodes is served: put the keys into args.tenants_file"
-        )
+    """0 after a regular end, 1 where serving ended by itself, 2 for a mistake in the options or the file."""
+    options = _parse(arguments)
+    problems = list(_problems(options.config, options.fast_path))
     if problems:
-        print("\n".join(problems), file=sys.stderr)
+        print("\n".join(f"pensieve-serve: {problem}" for problem in problems), file=sys.stderr)
         return 2
     for name, value in {**DEFAULTS, **(FAST_PATH if options.fast_path else {})}.items():
         os.environ.setdefault(name, value)
+    added = guard(os.environ)
+    os.environ.update(added)
+    if "RAY_AUTH_TOKEN" in added:
+        print(
+            "Ray wants a token, made for this start; to use `serve status` or the dashboard: docs/security.md",
+            flush=True,
+        )
+    elif not names_cluster(os.environ) and os.environ["RAY_AUTH_MODE"] != "token":
+        print(
+            "pensieve-serve: RAY_AUTH_MODE is not 'token': who reaches Serve's gRPC ports can run code on this machine",
+            file=sys.stderr,
+        )
     return _run(options.config)
 
 
-def _open_applications(config: str) -> Iterator[str]:
+def guard(environment: Mapping[str, str]) -> dict[str, str]:
+    """What to add to the environment so that strangers do not get into the Ray that is started.
+
+    It listens on the loopback address as far as Ray allows, and wants a token: a new one, which is in no file, unless the
+    environment names one. No token if RAY_AUTH_MODE says so; nothing at all if RAY_ADDRESS names a cluster.
+    """
+    if names_cluster(environment):
+        return {}
+    # By its name for other systems, where it is off: nodes have the address 127.0.0.1 then, and listen there only.
+    added = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    if environment.get("RAY_AUTH_MODE", "token").lower() == "token":
+        added["RAY_AUTH_MODE"] = "token"
+        if not (environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH")):
+            added["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return added
+
+
+def names_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether RAY_ADDRESS names a cluster that runs already."""
+    return (environment.get("RAY_ADDRESS") or "local") != "local"
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    description = (
+        "Start a Serve config file on this machine, in a Ray of its own; SIGTERM and Ctrl-C let running requests end."
+    )
+    parser = argparse.ArgumentParser(prog="pensieve-serve", description=description, allow_abbrev=False)
+    parser.add_argument("config", help="a Serve config file, such as serve_config.yaml")
+    parser.add_argument("--fast-path", action="store_true", help="HAProxy in front; needs API keys")
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], ["--fast-path", "--help"], n=1)
+        parser.error(f"unrecognized argument {unknown[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    return options
+
+
+def _problems(path: str, fast_path: bool) -> Iterator[str]:
+    """What is wrong with the file, the environment and the port, one line each. Starts nothing."""
+    from deployments.schema import check_serve_config, read_serve_config
+    from deployments.tenants import API_KEY_VARIABLE
+
+    is_cluster = names_cluster(os.environ)
+    try:
+        problems = check_serve_config(path)
+        yield from problems
+        if not problems:
+            config = read_serve_config(path)
+            if fast_path:
+                yield from _open_applications(config)
+            if not is_cluster:
+                yield from _port_problems(config)
+    except ConfigError as error:
+        yield error.message
+    if is_cluster and API_KEY_VARIABLE in os.environ:
+        yield (
+            f"{API_KEY_VARIABLE} counts on the nodes of the cluster that RAY_ADDRESS names, not here, and without keys "
+            "everybody on those nodes is served: put the keys into args.tenants_file"
+        )
+    token_path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if token_path and not os.environ.get("RAY_AUTH_TOKEN"):
+        try:
+            if not Path(token_path).read_text().strip():
+                yield f"RAY_AUTH_TOKEN_PATH: {token_path} is empty; see docs/security.md for how to make a token"
+        except (OSError, UnicodeDecodeError) as error:
+            yield f"RAY_AUTH_TOKEN_PATH: {token_path} cannot be read ({error}); see docs/security.md for how to make a token"
+
+
+def _open_applications(config: dict[str, Any]) -> Iterator[str]:
     """Behind HAProxy every client looks like this machine, so that an application without keys could serve nobody."""
-    for index, application in enumerate(yaml.safe_load(Path(config).read_text())["applications"]):
+    from deployments.schema import IMPORT_PATH
+    from deployments.tenants import API_KEY_VARIABLE, load_tenants
+
+    for index, application in enumerate(config["applications"]):
         if application["import_path"] == IMPORT_PATH:
             path = (application.get("args") or {}).get("tenants_file")
             if not load_tenants(path, os.environ):
@@ -72,9 +158,33 @@ def _open_applications(config: str) -> Iterator[str]:
                 )
 
 
+def _port_problems(config: dict[str, Any]) -> Iterator[str]:
+    """Why Serve could not listen where the file says. Found out here in no time; Serve would after Ray has started."""
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(config)
+    if schema.proxy_location == "Disabled":
+        return
+    host, port = schema.http_options.host, schema.http_options.port
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
+        with socket.socket(family, kind) as listener:
+            # Connections that have just ended are not in the way.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        yield (
+            f"http_options: cannot listen on {host}:{port} ({error.strerror or error}); stop what listens there (`ss -ltnp` "
+            "tells), or choose another host or port"
+        )
+
+
 def _run(config: str) -> int:
-    """`serve run` in a process of its own, because Ray installs a handler for SIGTERM that drains nothing. In a session of
-    its own, because Ctrl-C in a terminal goes to all processes of one, Ray's daemons included."""
+    """Run `serve_run` in a process and a session of its own, pass signals on, and return the exit status.
+
+    A process, because Ray installs a handler for SIGTERM that drains nothing. A session, because Ctrl-C in a terminal goes to
+    all processes of one, Ray's daemons included; and so that what is left of it at the end can be found."""
     command = "import sys; from deployments.run import serve_run; serve_run(sys.argv[1])"
     serve = subprocess.Popen([sys.executable, "-c", command, config], start_new_session=True)
 
@@ -83,30 +193,147 @@ def _run(config: str) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
-    return serve.wait()
+    status = serve.wait()
+    _end_session(serve.pid)
+    if status != 0:
+        print(f"pensieve-serve: serving has ended (status {status})", file=sys.stderr)
+    return 0 if status == 0 else 1
+
+
+def _end_session(session: int) -> None:
+    """Kill what is left of a session whose leader has ended.
+
+    That is nothing after a regular end. When Ray's daemons have died, it is proxies that accept connections and never answer,
+    replicas, agents."""
+    import psutil
+
+    def is_left(process: psutil.Process) -> bool:
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+    for _ in range(3):  # one may start another while it is looked for
+        processes = list(filter(is_left, psutil.process_iter()))
+        if not processes:
+            return
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=5)
 
 
 def serve_run(config: str) -> None:
-    """`serve run config`, which drains on SIGINT. Serve's own answer to it ends the HTTP proxies first, and with them all
-    streams; so the applications are deleted before, whose replicas let their requests end."""
-    from ray import serve  # only now: Ray reads its environment when it is imported
-    from ray.serve.scripts import SERVE_DEFAULT_APP_NAME, cli
+    """Do what `serve run config` does, drain on SIGINT, and end with an error when Ray's daemons end.
+
+    Serve's own answer to SIGINT ends the HTTP proxies first, and with them all streams; so the applications are deleted
+    before, whose replicas let their requests end. A Ray of its own is not told that Serve is shut down, because it ends with
+    this process; Serve in another cluster is."""
+    is_own = not names_cluster(os.environ)
+    if is_own:
+        os.environ.pop("RAY_ADDRESS", None)  # "local" would be another Ray to `serve run` than the one below
+    import ray  # only now: it reads its environment when it is imported
+    from ray.serve.scripts import cli
+
+    is_asked = False
 
     def drain(number: int, frame: types.FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever asks again does not want to wait
-        print("draining: running requests may end", flush=True)
-        try:
-            for application in yaml.safe_load(Path(config).read_text())["applications"]:
-                serve.delete(application.get("name", SERVE_DEFAULT_APP_NAME))
-        except Exception as error:  # still starting, or half gone: nothing that could be drained
-            print(f"not drained: {error!r}", flush=True)
-        raise KeyboardInterrupt
+        nonlocal is_asked
+        is_asked = True
+        signal.signal(signal.SIGINT, leave)  # the second signal does not wait
+        _drain(config)
+        leave(number, frame)
+
+    def leave(number: int, frame: types.FrameType | None) -> None:
+        raise SystemExit(0) if is_own else KeyboardInterrupt
 
     signal.signal(signal.SIGINT, drain)
-    # A Ray of its own, unless the environment names one: without a word, `serve run` takes whichever runs on the machine, and
-    # replaces and drains what is served there.
-    own = [] if "RAY_ADDRESS" in os.environ else ["--address", "local"]
-    cli(["run", *own, config])
+    watch = None
+    try:
+        if is_own:
+            # Without an address, `serve run` would take any Ray that runs on this machine, and replace and drain what is
+            # served there.
+            ray.init("local", namespace="serve")
+            watch = _DaemonWatch()
+        cli(["run", config])
+    except SystemExit as end:
+        if not is_asked and not end.code:  # `serve run` ends so after an error
+            raise SystemExit(1) from end
+        raise
+    finally:
+        if watch is not None:
+            watch.stop()
+
+
+def _drain(config: str) -> None:
+    """Delete all applications of the file, which lets their requests end; returns when they are gone."""
+    import ray
+    from ray import serve
+    from ray.serve.scripts import SERVE_DEFAULT_APP_NAME
+
+    from deployments.schema import read_serve_config
+
+    if not ray.is_initialized():  # `serve.delete` would look for another Ray on this machine
+        print("not drained: still starting", flush=True)
+        return
+    print("draining: running requests may end", flush=True)
+    try:
+        for application in read_serve_config(config)["applications"]:
+            serve.delete(application.get("name", SERVE_DEFAULT_APP_NAME))
+    except Exception as error:  # half started, or half gone: nothing that could be drained
+        print(f"not drained: {error!r}", flush=True)
+
+
+class _DaemonWatch:
+    """Ends this process when one of Ray's daemons, its children, ends; drains when its parent is gone.
+
+    Ray does not: without a raylet its proxies accept connections and never answer, and its driver waits for ever."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._parent = os.getppid()
+        self._daemons: dict[psutil.Process, str] = {}
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                if child.name() in DAEMONS:
+                    self._daemons[child] = child.name()
+        missing = DAEMONS - set(self._daemons.values())
+        if missing:
+            raise RuntimeError(
+                f"Ray has started, but {', '.join(missing)} cannot be found among this process's children"
+            )
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="daemons", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Before Ray ends them."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(WATCH_INTERVAL_S):
+            for daemon, name in self._daemons.items():
+                if not _is_alive(daemon):
+                    print(
+                        f"pensieve-serve: Ray's {name} (process {daemon.pid}) has ended, and without it nothing is served: "
+                        "this server ends; start it again",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(1)  # anything of Ray's could wait for the daemon
+            if os.getppid() != self._parent:
+                self._parent = os.getppid()
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ against Ray's own schema, because Ray takes unknown keys in silence. Starts noth
 
 from __future__ import annotations
 
+import difflib
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -101,10 +102,30 @@ class AppArgs(BaseModel):
         return EngineConfig.from_options(self.engine)
 
 
+def read_serve_config(path: str | Path) -> dict[str, Any]:
+    """A Serve config file as YAML reads it. Raises ConfigError, with the line and column of a mistake."""
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; name a Serve config file, such as serve_config.yaml") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is no text in UTF-8: {error.reason} at byte {error.start}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ConfigError(f"{path}: {place}is no YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        found = "is empty" if config is None else f"is {type(config).__name__!r} and not a mapping"
+        raise ConfigError(f"{path}: {found}; a Serve config file has the keys applications, http_options and more")
+    return config
+
+
 def check_serve_config(path: str | Path) -> list[str]:
     """What is wrong with a Serve config file, one line each: unknown keys at any level, what Ray's schema
-    refuses, and arguments of our application that AppArgs refuses."""
-    config = yaml.safe_load(Path(path).read_text())
+    refuses, and arguments of our application that AppArgs refuses. Raises ConfigError where it is no such file at all."""
+    config = read_serve_config(path)
     problems = list(_unknown_keys(config, ServeDeploySchema, ""))
     try:
         ServeDeploySchema.model_validate(config)
@@ -115,12 +136,24 @@ def check_serve_config(path: str | Path) -> list[str]:
             try:
                 AppArgs.model_validate(application.get("args") or {})
             except ValidationError as error:
-                problems += _problems(error, f"applications[{index}].args.")
+                problems += _problems(error, f"applications[{index}].args.", AppArgs.model_fields)
     return problems
 
 
-def _problems(error: ValidationError, prefix: str) -> list[str]:
-    return [f"{prefix}{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+def _problems(error: ValidationError, prefix: str, known: Iterable[str] = ()) -> list[str]:
+    """One line for each. known: the keys of the model, to name those that were perhaps meant."""
+    return [
+        _unknown_key(f"{prefix}{detail['loc'][0]}", str(detail["loc"][0]), known)
+        if detail["type"] == "extra_forbidden"
+        else f"{prefix}{'.'.join(map(str, detail['loc']))}: {detail['msg']}"
+        for detail in error.errors()
+    ]
+
+
+def _unknown_key(place: str, key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+    return f"{place}: unknown key; {hint}"
 
 
 def _unknown_keys(value: Any, kind: Any, where: str) -> Iterator[str]:
@@ -137,7 +170,7 @@ def _unknown_keys(value: Any, kind: Any, where: str) -> Iterator[str]:
             if key in model.model_fields:
                 yield from _unknown_keys(item, model.model_fields[key].annotation, name)
             else:
-                yield f"{name}: unknown key; known are {', '.join(sorted(model.model_fields))}"
+                yield _unknown_key(name, str(key), model.model_fields)
 
 
 def _model_in(kind: Any) -> type[BaseModel] | None:
@@ -150,5 +183,8 @@ def _model_in(kind: Any) -> type[BaseModel] | None:
 
 
 if __name__ == "__main__":
-    found = [problem for path in sys.argv[1:] for problem in check_serve_config(path)]
+    try:
+        found = [problem for path in sys.argv[1:] for problem in check_serve_config(path)]
+    except ConfigError as error:
+        found = [error.message]
     sys.exit("\n".join(found) if found else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +14,8 @@ from pathlib import Path
 # Where there is no GPU, Triton's interpreter runs the kernel for GPUs. triton reads this when torch imports it.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Every Ray that a test starts takes a token, as under pensieve-serve. Ray reads this when it is imported.
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 import pytest
 import torch

@@ -36,7 +36,7 @@ from engine.errors import ConfigError, EngineError, EngineStoppedError
 from engine.executor.local import LocalExecutor, available_cores
 from engine.executor.model_loader import check_can_be_sharded
 from engine.executor.plan_channel import PlanSender
-from engine.executor.process_group import GroupMember, ProcessGroup, check_no_group
+from engine.executor.process_group import GroupMember, ProcessGroup, check_no_group, serve_store
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class GroupExecutor(LocalExecutor):
         try:
             store, rendezvous = None, f"file://{self._folder}/store"
             if starter.host is not None:
-                store = dist.TCPStore(starter.host, 0, is_master=True, wait_for_workers=False)
+                store = serve_store(starter.host)
                 rendezvous = f"tcp://{starter.host}:{store.port}"
             members = [
                 GroupMember(rank, self._size, rendezvous, self._channel.address, self._channel.authkey)

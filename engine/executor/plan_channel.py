@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import starmap
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge, wait
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ HEARTBEAT_S = 1.0
 # be kept from it by a slow file system.
 LOST_AFTER_S = 10.0
 LOST_IN_LOADING_AFTER_S = 300.0
+# While rank 0 waits for its workers: how often it looks whether they live, and how long each message of a worker that proves
+# who it is may take.
+CHECK_INTERVAL_S = 0.05
+HANDSHAKE_TIMEOUT_S = 10
 # A worker whose rank 0 is gone ends by itself within that, even in the middle of a collective.
 END_ALONE_AFTER_S = 10.0
 PROTOCOL = pickle.HIGHEST_PROTOCOL
@@ -117,12 +122,11 @@ class PlanSender:
         the group's alone."""
         self._size = size
         self.authkey = os.urandom(32)
-        if host is None:
-            self._listener = Listener(path, "AF_UNIX", backlog=size, authkey=self.authkey)
-            self.address: str | tuple[str, int] = path
-        else:
-            self._listener = Listener((host, 0), "AF_INET", backlog=size, authkey=self.authkey)
-            self.address = (host, int(self._listener.address[1]))
+        self._listener = socket.socket(socket.AF_UNIX if host is None else socket.AF_INET)
+        self._listener.bind(path if host is None else (host, 0))
+        self._listener.listen(size)
+        self._listener.settimeout(CHECK_INTERVAL_S)
+        self.address: str | tuple[str, int] = path if host is None else (host, self._listener.getsockname()[1])
         self._on_lost = on_lost
         self._connections: dict[int, Connection[Any, Any]] = {}
         self._changed = threading.Condition()
@@ -136,32 +140,37 @@ class PlanSender:
 
     def accept(self, check: Callable[[], None], timeout_s: float) -> None:
         """Wait until every worker has connected. check: called again and again meanwhile, raises where it is of no use."""
-        accepted = threading.Thread(target=self._accept_all, name="accept", daemon=True)
-        accepted.start()
         deadline = time.monotonic() + timeout_s
-        while accepted.is_alive():
+        while len(self._connections) < self._size - 1:
             check()
             if time.monotonic() > deadline:
                 missing = sorted(set(range(1, self._size)) - set(self._connections))
                 raise EngineError(f"ranks {missing} of {self._size} did not connect within {timeout_s:.0f} s")
-            accepted.join(0.05)
+            with suppress(TimeoutError):
+                connection, _ = self._listener.accept()
+                # In a thread each, because over TCP a stranger may connect, and say nothing.
+                threading.Thread(target=self._welcome, args=(connection,), name="welcome", daemon=True).start()
         self._listener.close()
         now = time.monotonic()
         self._beats = dict.fromkeys(self._connections, (now, -1))
         self._thread.start()
 
-    def _accept_all(self) -> None:
-        while len(self._connections) < self._size - 1:
-            try:
-                connection = self._listener.accept()
-                rank = connection.recv()
-            except (OSError, EOFError, AuthenticationError) as error:
-                if self._is_closing:
-                    return
-                logger.warning("a connection that is no worker's: %r", error)
-                continue
+    def _welcome(self, accepted: socket.socket) -> None:
+        """Make a connection a worker's when both sides have proved that they know the key; else close it."""
+        _limit_receiving(accepted, HANDSHAKE_TIMEOUT_S)
+        connection: Connection[Any, Any] = Connection(accepted.detach())
+        try:
+            deliver_challenge(connection, self.authkey)
+            answer_challenge(connection, self.authkey)
+            rank = connection.recv()
+            with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
+                _limit_receiving(duplicate, 0)
             if not isinstance(self.address, str):
                 _tune_tcp(connection)
+        except (OSError, EOFError, AuthenticationError) as error:
+            logger.warning("a connection that is no worker's: %r", error)
+            connection.close()
+        else:
             self._connections[rank] = connection
 
     def send(self, token_ids: tuple[int, ...], plan: StepPlan, timeout_s: float) -> None:
@@ -325,6 +334,13 @@ def _hang_up(connection: Connection[Any, Any]) -> None:
     """Both sides read the end from here on."""
     with socket.socket(fileno=os.dup(connection.fileno())) as duplicate, suppress(OSError):
         duplicate.shutdown(socket.SHUT_RDWR)
+
+
+def _limit_receiving(connection: socket.socket, timeout_s: int) -> None:
+    """Let reading fail with an OSError after so long a silence; 0 = never.
+
+    Unlike a timeout of Python's sockets, it goes with the file descriptor."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", timeout_s, 0))
 
 
 def _tune_tcp(connection: Connection[Any, Any]) -> None:

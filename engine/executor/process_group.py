@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from engine.errors import ConfigError
 
 # Ranks read their weights at their own pace, and the first collective waits for the slowest. Steps have their own deadline.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+LOOPBACK_INTERFACE = "lo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,19 @@ class ProcessGroup:
         is_cuda = self.device.type == "cuda"
         if is_cuda:
             torch.cuda.set_device(self.device)
-        dist.init_process_group(
-            "nccl" if is_cuda else "gloo",
-            init_method=member.rendezvous if store is None else None,
-            store=None if store is None else dist.PrefixStore("default_pg", store),  # as init_method does it
-            rank=member.rank,
-            world_size=member.size,
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=self.device if is_cuda else None,
-        )
+        # gloo listens on the address of this machine's name unless it is told an interface.
+        is_local = isinstance(member.plan_address, str) and LOOPBACK_INTERFACE in dict(socket.if_nameindex()).values()
+        interface = os.environ.get("GLOO_SOCKET_IFNAME") or (LOOPBACK_INTERFACE if is_local else None)
+        with _variable("GLOO_SOCKET_IFNAME", interface):
+            dist.init_process_group(
+                "nccl" if is_cuda else "gloo",
+                init_method=member.rendezvous if store is None else None,
+                store=None if store is None else dist.PrefixStore("default_pg", store),  # as init_method does it
+                rank=member.rank,
+                world_size=member.size,
+                timeout=COLLECTIVE_TIMEOUT,
+                device_id=self.device if is_cuda else None,
+            )
 
     def minimum(self, value: int) -> int:
         """The smallest `value` of all ranks; each has to call it."""
@@ -66,15 +72,8 @@ class ProcessGroup:
     @contextmanager
     def environment(self) -> Iterator[None]:
         """What transformers' loader reads of the environment."""
-        before = os.environ.get("LOCAL_RANK")
-        os.environ["LOCAL_RANK"] = str(self.device.index or 0)
-        try:
+        with _variable("LOCAL_RANK", str(self.device.index or 0)):
             yield
-        finally:
-            if before is None:
-                del os.environ["LOCAL_RANK"]
-            else:
-                os.environ["LOCAL_RANK"] = before
 
     def abort(self) -> None:
         """End the collectives that wait for ranks which are gone. gloo's end by themselves, with the connections."""
@@ -84,6 +83,15 @@ class ProcessGroup:
     def close(self) -> None:
         """No collective follows, on any rank."""
         dist.destroy_process_group()
+
+
+def serve_store(host: str) -> dist.TCPStore:
+    """What the ranks of several machines meet in, held by this process.
+
+    host: this machine's address; it listens there and nowhere else. Torch asks for no key there."""
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def check_no_group() -> None:
@@ -105,3 +113,18 @@ def _choose_device(option: str, rank: int) -> torch.device:
             param="device",
         )
     return torch.device("cuda", rank % num_devices) if num_devices else torch.device("cpu")
+
+
+@contextmanager
+def _variable(name: str, value: str | None) -> Iterator[None]:
+    """An environment variable for a while; None = as it is."""
+    before = os.environ.get(name)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
+        else:
+            os.environ.pop(name, None)

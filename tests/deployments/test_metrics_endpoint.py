@@ -63,7 +63,6 @@ def urls() -> Iterator[tuple[str, str]]:
     """Of the server, and of the node's metrics."""
     http_port, metrics_port = free_ports(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             "local",

@@ -35,7 +35,6 @@ OPTIONS: dict[str, Any] = {"model": EMBEDDED_MODEL_NAME, "temperature": 0, "max_
 @contextmanager
 def served(store_url: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))

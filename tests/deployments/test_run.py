@@ -1,4 +1,4 @@
-"""pensieve-serve as an operator uses it: a bad file is refused, signals drain."""
+"""pensieve-serve as an operator uses it: mistakes are told first, signals drain, Ray's end is its end."""
 
 from __future__ import annotations
 
@@ -7,133 +7,373 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 
 from deployments import run
 from engine.embedded_model import EMBEDDED_MODEL_NAME
+from tests.deployments.serve_process import CONFIG, END_S, ServeProcess, free_port, in_session
 from tests.nightly import nightly
 
-CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 
-
-def test_a_bad_file_is_refused_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "config.yaml"
-    config = yaml.safe_load(CONFIG.read_text())
-    config["applications"][0]["args"]["max_ongoing_request"] = 3
-    config["htp_options"] = {}
-    path.write_text(yaml.safe_dump(config))
-    assert run.main([str(path)]) == 2
-    printed = capsys.readouterr().err
-    assert "htp_options: unknown key" in printed
-    assert "max_ongoing_request" in printed
-    assert run.main([str(tmp_path / "nothing.yaml")]) == 2
-    assert "nothing.yaml" in capsys.readouterr().err
-
-
-def test_the_fast_path_needs_keys(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What would have been started; the environment is put back, and has no token and no other Ray."""
     started: list[str] = []
     monkeypatch.setattr(run, "_run", lambda config: started.append(config) or 0)
-    for name in run.FAST_PATH:  # to be put back
-        monkeypatch.setenv(name, "0")
-    monkeypatch.delenv("PENSIEVE_API_KEY", raising=False)
-    assert run.main(["--fast-path", str(CONFIG)]) == 2
-    assert "PENSIEVE_API_KEY" in capsys.readouterr().err
+    monkeypatch.setattr("os.environ", {**run.os.environ})
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "PENSIEVE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    return started
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """serve_config.yaml with a free port."""
+    content = yaml.safe_load(CONFIG.read_text())
+    content["http_options"]["port"] = free_port()
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What is printed for a mistake."""
+    try:
+        status = run.main(arguments)
+    except SystemExit as end:  # argparse's
+        status = end.code
+    assert status == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed
+
+
+def test_all_that_is_wrong_with_a_file_is_told_at_once(
+    config: Path, capsys: pytest.CaptureFixture[str], nothing_starts: list[str]
+) -> None:
+    content = yaml.safe_load(config.read_text())
+    content["applications"][0]["args"] |= {"num_cpu": 3, "colour": "blue"}
+    content["htp_options"] = {}
+    config.write_text(yaml.safe_dump(content))
+    printed = refusal(capsys, str(config))
+    assert "htp_options: unknown key; did you mean http_options?" in printed
+    assert "applications[0].args.num_cpu: unknown key; did you mean num_cpus?" in printed
+    assert "applications[0].args.colour: unknown key; known are engine, graceful_shutdown_timeout_s" in printed
+    assert len(printed.splitlines()) == 3
+    assert nothing_starts == []
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"a: 1\nb: [1, 2\nc: 3\n", "line 3, column 2: is no YAML"),
+        (b"a:\n\t- 1\n", "line 2, column 1: is no YAML"),
+        (b"a: \x07\n", "is no YAML"),
+        (b"", "is empty"),
+        (b"# nothing but this\n", "is empty"),
+        (b"- a\n- b\n", "is 'list' and not a mapping"),
+        (b"serve\n", "is 'str' and not a mapping"),
+        (b"a: \xff\n", "is no text in UTF-8"),
+        (b"applications: 3\n", "applications: Input should be a valid list"),
+    ],
+)
+def test_what_is_no_config_file_is_one_line(
+    content: bytes, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    printed = refusal(capsys, str(path))
+    assert expected in printed
+    assert len(printed.splitlines()) == 1
+
+
+def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing.yaml: No such file or directory; name a Serve config file" in refusal(
+        capsys, str(tmp_path / "nothing.yaml")
+    )
+    assert f"{tmp_path}: Is a directory" in refusal(capsys, str(tmp_path))
+
+
+def test_a_port_in_use_is_told_before_anything_starts(
+    config: Path, capsys: pytest.CaptureFixture[str], nothing_starts: list[str]
+) -> None:
+    content = yaml.safe_load(config.read_text())
+    for own, other in (("127.0.0.1", "127.0.0.1"), ("127.0.0.1", "0.0.0.0"), ("0.0.0.0", "127.0.0.1")):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as another Serve does
+            sock.bind((other, 0))
+            sock.listen()
+            port = sock.getsockname()[1]
+            config.write_text(yaml.safe_dump(content | {"http_options": {"host": own, "port": port}}))
+            assert f"cannot listen on {own}:{port} (Address already in use)" in refusal(capsys, str(config))
+    config.write_text(yaml.safe_dump(content | {"http_options": {"host": "192.0.2.77", "port": 8000}}))
+    assert "cannot listen on 192.0.2.77:8000 (Cannot assign requested address)" in refusal(capsys, str(config))
+    assert nothing_starts == []
+    for harmless in ({"proxy_location": "Disabled"}, {"http_options": {"host": "127.0.0.1", "port": free_port()}}):
+        config.write_text(yaml.safe_dump(content | {"http_options": {"host": "192.0.2.77"}} | harmless))
+        assert run.main([str(config)]) == 0
+
+
+def test_another_clusters_ports_are_not_this_machines(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(content | {"http_options": {"host": "192.0.2.77"}}))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert run.main([str(config)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--fast-pat", "unrecognized argument '--fast-pat'; did you mean --fast-path?"),
+        ("--fastpath=1", "unrecognized argument '--fastpath=1'; did you mean --fast-path?"),
+        ("--quick", "unrecognized argument '--quick'\n"),
+        ("more.yaml", "unrecognized argument 'more.yaml'\n"),
+    ],
+)
+def test_options_are_not_guessed(option: str, expected: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, str(config), option).endswith(expected if expected.endswith("\n") else f"{expected}\n")
+
+
+def test_help_loads_nothing_large() -> None:
+    program = """
+import sys
+from deployments.run import main
+try:
+    main(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+print(sorted({"ray", "torch", "transformers", "pydantic", "sqlalchemy", "fastapi"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: pensieve-serve [-h] [--fast-path] config")
+    assert done.stdout.endswith("[]\n")
+
+
+def test_the_fast_path_needs_keys(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, nothing_starts: list[str]
+) -> None:
+    assert "PENSIEVE_API_KEY" in refusal(capsys, "--fast-path", str(config))
     monkeypatch.setenv("PENSIEVE_API_KEY", "sk-a")
-    assert run.main(["--fast-path", str(CONFIG)]) == 0
-    assert started == [str(CONFIG)]
+    assert run.main(["--fast-path", str(config)]) == 0
+    assert nothing_starts == [str(config)]
+    assert {run.os.environ[name] for name in run.FAST_PATH} == {"1"}
 
 
 def test_a_key_that_the_cluster_would_not_see_is_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The application is built on the cluster's nodes, and without keys it would serve all their users."""
-    monkeypatch.setattr(run, "_run", lambda config: 0)
     monkeypatch.setenv("PENSIEVE_API_KEY", "sk-a")
-    for name in run.DEFAULTS:  # to be put back
-        monkeypatch.setenv(name, run.DEFAULTS[name])
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert run.main([str(CONFIG)]) == 2
-    assert "args.tenants_file" in capsys.readouterr().err
-    assert run.main(["nothing.yaml"]) == 2
-    printed = capsys.readouterr().err
+    assert "args.tenants_file" in refusal(capsys, str(config))
+    printed = refusal(capsys, "nothing.yaml")
     assert "nothing.yaml" in printed  # what else is wrong is told too
     assert "args.tenants_file" in printed
     for address in ("local", None):
         monkeypatch.delenv("RAY_ADDRESS") if address is None else monkeypatch.setenv("RAY_ADDRESS", address)
-        assert run.main([str(CONFIG)]) == 0
+        assert run.main([str(config)]) == 0
 
 
-@pytest.mark.parametrize(("address", "arguments"), [(None, ["--address", "local"]), ("10.0.0.1:6379", [])])
-def test_it_starts_a_ray_of_its_own_unless_one_is_named(
-    monkeypatch: pytest.MonkeyPatch, address: str | None, arguments: list[str]
+# -- Ray's token -------------------------------------------------------------------------------------------------------
+
+
+def test_each_start_has_a_token_of_its_own(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = set()
+    for _ in range(2):
+        run.os.environ.pop("RAY_AUTH_TOKEN", None)
+        assert run.main([str(config)]) == 0
+        assert run.os.environ["RAY_AUTH_MODE"] == "token"
+        tokens.add(run.os.environ["RAY_AUTH_TOKEN"])
+    assert len(tokens) == 2
+    assert {len(token) for token in tokens} == {64}
+    printed = capsys.readouterr()
+    assert "docs/security.md" in printed.out
+    assert not any(token in printed.out + printed.err for token in tokens)
+
+
+def test_to_do_without_a_token_is_warned_of(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert run.main([str(config)]) == 0
+    assert "RAY_AUTH_TOKEN" not in run.os.environ
+    assert "can run code on this machine" in capsys.readouterr().err
+
+
+LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "added"),
+    [
+        ({"RAY_AUTH_TOKEN": "mine"}, LOCAL | {"RAY_AUTH_MODE": "token"}),
+        ({"RAY_AUTH_TOKEN_PATH": "file"}, LOCAL | {"RAY_AUTH_MODE": "token"}),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "mine"}, LOCAL | {"RAY_AUTH_MODE": "token"}),
+        ({"RAY_AUTH_MODE": "disabled"}, LOCAL),
+        ({"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local"}, LOCAL),
+        ({"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": ""}, LOCAL),
+        ({"RAY_ADDRESS": "10.0.0.1:6379"}, {}),
+        ({"RAY_ADDRESS": "auto"}, {}),
+    ],
+)
+def test_a_token_that_is_given_and_a_cluster_that_is_named_are_left_alone(
+    environment: dict[str, str], added: dict[str, str]
+) -> None:
+    assert run.guard(environment) == added
+
+
+def test_a_token_file_that_cannot_be_used_is_told(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    assert f"RAY_AUTH_TOKEN_PATH: {path} cannot be read" in refusal(capsys, str(config))
+    path.write_text("\n")
+    assert f"RAY_AUTH_TOKEN_PATH: {path} is empty" in refusal(capsys, str(config))
+    path.write_text("a" * 64)
+    assert run.main([str(config)]) == 0
+    assert "RAY_AUTH_TOKEN" not in run.os.environ
+
+
+# -- Ray and its end ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", [None, "local", "10.0.0.1:6379"])
+def test_it_starts_a_ray_of_its_own_unless_one_is_named(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
     """And leaves alone what else runs on the machine."""
-    calls: list[list[str]] = []
+    calls: list[object] = []
+    monkeypatch.setattr("ray.init", lambda address, namespace: calls.append((address, namespace)))
     monkeypatch.setattr("ray.serve.scripts.cli", calls.append)
+    monkeypatch.setattr(run, "_DaemonWatch", NoWatch)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    if address is None:
-        monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    else:
+    if address is not None:
         monkeypatch.setenv("RAY_ADDRESS", address)
     run.serve_run("config.yaml")
-    assert calls == [["run", *arguments, "config.yaml"]]
+    assert calls == [*([("local", "serve")] if address in (None, "local") else []), ["run", "config.yaml"]]
+
+
+def test_a_signal_before_ray_runs_reaches_no_other_ray(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve.delete` connects to any Ray that it finds on the machine."""
+    deleted: list[str] = []
+    monkeypatch.setattr("ray.serve.delete", deleted.append)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    run._drain(str(config))
+    assert deleted == []
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    run._drain(str(config))
+    assert deleted == ["pensieve"]
+
+
+class NoWatch:
+    def stop(self) -> None: ...
+
+
+@pytest.mark.parametrize(("status", "expected"), [(None, 1), (0, 1), (3, 3)])
+def test_an_end_that_was_not_asked_for_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, status: int | None, expected: int
+) -> None:
+    """`serve run` ends with 0 after an error that it printed."""
+
+    def fail(arguments: list[str]) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("ray.init", lambda address, namespace: None)
+    monkeypatch.setattr("ray.serve.scripts.cli", fail)
+    monkeypatch.setattr(run, "_DaemonWatch", NoWatch)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    with pytest.raises(SystemExit) as end:
+        run.serve_run("config.yaml")
+    assert end.value.code == expected
+
+
+def test_what_a_session_leaves_behind_is_killed() -> None:
+    """Also what ignores signals, and what has a process group of its own, as Ray's workers do; and nothing else."""
+    program = """
+import os, signal, subprocess, sys
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+left = [subprocess.Popen(sleep, stdout=subprocess.DEVNULL, process_group=group) for group in (None, 0)]
+print(*(process.pid for process in left))
+"""
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        leader = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+        printed, _ = leader.communicate()
+        left = [int(pid) for pid in printed.split()]
+        assert {process.pid for process in in_session(leader.pid)} == set(left)
+        run._end_session(leader.pid)
+        assert in_session(leader.pid) == []
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
-    """The process, and where it listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    config = yaml.safe_load(CONFIG.read_text())
-    config["http_options"]["port"] = port
-    application = config["applications"][0]
-    application["args"]["store_url"] = f"sqlite:///{tmp_path / 'conversations.db'}"
-    application["deployments"][0]["num_replicas"] = 1
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    with open(tmp_path / "output.txt", "wb") as output:
-        process = subprocess.Popen([sys.executable, "-m", "deployments.run", str(path)], stdout=output, stderr=output)
-    url = f"http://127.0.0.1:{port}"
+def server(tmp_path: Path) -> Iterator[ServeProcess]:
+    server = ServeProcess(tmp_path)
     try:
-        async with asyncio.timeout(120), httpx.AsyncClient() as http:
-            while True:
-                try:
-                    if (await http.get(f"{url}/ready")).status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                assert process.poll() is None, (tmp_path / "output.txt").read_text()
-                await asyncio.sleep(0.2)
-        yield process, url
+        server.wait_until_ready()
+        yield server
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+        server.stop()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=nightly)], ids=lambda n: n.name)
-async def test_a_signal_lets_running_requests_end(
-    server: tuple[subprocess.Popen[bytes], str], number: signal.Signals
-) -> None:
-    process, url = server
+async def test_a_signal_lets_running_requests_end(server: ServeProcess, number: signal.Signals) -> None:
+    session = server.session
     body = {"model": EMBEDDED_MODEL_NAME, "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
-    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=server.url, timeout=END_S) as http:
         async with http.stream(
             "POST", "/v1/chat/completions", json=body | {"stream": True, "max_tokens": 600}
         ) as response:
             lines = response.aiter_lines()
             for _ in range(10):
                 await anext(lines)
-            process.send_signal(number)
+            server.process.send_signal(number)
             rest = [line async for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert '"finish_reason":"length"' in rest[-2]
-    assert await asyncio.to_thread(process.wait, 60) == 0
+    assert await asyncio.to_thread(server.wait) == 0
+    assert in_session(session) == []
+    for frightening in ("Traceback", "rror", "fail", "infinite retries"):
+        assert frightening not in server.output, server.output
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raylet", pytest.param("gcs_server", marks=nightly)])
+def test_without_rays_daemons_it_ends_with_an_error_and_leaves_nothing(server: ServeProcess, name: str) -> None:
+    """Instead of a proxy that accepts connections and never answers."""
+    session = server.session
+    daemon = server.daemon(name)
+    daemon.kill()
+    assert server.wait() == 1
+    assert f"Ray's {name} (process {daemon.pid}) has ended" in server.output
+    assert in_session(session) == []
+    with socket.socket() as sock:  # the port is free for the next start
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", int(server.url.rpartition(":")[2])))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@nightly
+def test_it_drains_when_its_parent_is_gone(server: ServeProcess) -> None:
+    """As after `kill -9` of pensieve-serve itself."""
+    session = server.session
+    server.process.kill()
+    server.wait()
+    left = in_session(session)
+    _, alive = psutil.wait_procs(left, timeout=END_S)
+    assert alive == []
+    assert "draining: running requests may end" in server.output

@@ -559,3 +559,17 @@ async def test_a_lost_replica_delays_its_streams_and_its_sessions_return_to_the_
     # The replacement has the rank of the lost one: all sessions are where they were.
     assert {name: await serve_again(name) for name in names} == home
     await ask_all(engines, "check_integrity")
+
+
+@pytest.mark.parametrize("session", [b"zo\xeb", b"\xff\xfe"], ids=["Latin-1", "neither"])
+async def test_a_session_id_need_not_be_utf8(http: httpx.AsyncClient, session: bytes) -> None:
+    """Serve's proxy answers 500 if it looks at that header. It names a session still: the next turn finds its cache."""
+    messages: list[dict[str, str]] = []
+    for text in ("my cat is called Mia", "what is my cat called?"):
+        messages.append({"role": "user", "content": text})
+        body = {"model": EMBEDDED_MODEL_NAME, "messages": messages, "temperature": 0}
+        response = await http.post("/v1/chat/completions", json=body, headers={b"x-session-id": session})
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0

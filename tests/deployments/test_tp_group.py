@@ -125,7 +125,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(folder: Path) -> Iterator[str]:
     """URL of the proxy."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_TMPDIR", tempfile.gettempdir())  # of Ray's own: the paths of its sockets are long
         patch.setenv("TMPDIR", str(folder))
