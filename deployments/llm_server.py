@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
+from deployments.engine_log import log_engine_with_serve
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.metrics import EngineMetrics
 from deployments.session_router import RANK
+from deployments.start_failure import start_error
 from engine.config import EngineConfig
 from engine.errors import PensieveError
 from engine.output import OutputDelta, merge_deltas
@@ -55,12 +58,37 @@ class LLMServer:
         stream_interval_s: float,
         start_engine: Callable[[EngineConfig], AsyncEngine] = start_engine,
     ) -> None:
+        """Blocking. Raises EngineStartError; Serve tries again, keeps the replicas that it has, and tells the reason."""
         self._config = config
         self._stream_interval_s = stream_interval_s
         self._num_speaking = 0
-        self._engine = start_engine(config)
+        log_engine_with_serve()
+        start_s = time.monotonic()
+        try:
+            self._engine = start_engine(config)
+        except Exception as error:
+            if isinstance(error, PensieveError):
+                logger.error("the engine cannot start: %s", error)
+            else:
+                logger.exception("the engine cannot start")
+            raise start_error(error) from error
+        self._log_start(time.monotonic() - start_s)
         self._metrics = EngineMetrics(self._engine.get_statistics)
         self._metrics.start()
+
+    def _log_start(self, load_s: float) -> None:
+        statistics = self._engine.get_statistics()
+        logger.info(
+            "%s is ready after %.1f s: window of %d tokens, %d blocks in the GPU tier and %d in the CPU tier, "
+            "%d requests may run and %d wait",
+            self._engine.model_name,
+            load_s,
+            self._engine.max_model_len,
+            statistics["num_gpu_blocks"],
+            statistics["num_cpu_blocks"],
+            self._config.max_num_seqs,
+            self._config.max_num_queued_reqs,
+        )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
         """The answer as DeltaItems, or what was got of it and an ErrorItem. Closing or cancelling aborts the

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from array import array
 from collections.abc import AsyncIterator, Callable
+from traceback import format_exception
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,12 @@ from deployments import llm_server
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.llm_server import LLMServer
 from deployments.session_router import RANK
+from deployments.start_failure import EngineStartError, read_start_error
 from engine.config import EngineConfig
 from engine.core.conversation import Transcript
 from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.request import SamplingParams
-from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError
+from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError, ModelLoadError
 from engine.output import OutputDelta
 from engine.prompt import AnswerBeginning, TextPrompt
 from engine.tenant import Tenant
@@ -94,6 +96,7 @@ def engine() -> FakeEngine:
 async def server(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LLMServer]:
     context = SimpleNamespace(rank=SimpleNamespace(rank=4))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)  # it is for the whole process
     start_engine: Callable[..., Any] = lambda config: engine  # noqa: E731
     server = CollectableServer(EngineConfig(max_num_seqs=96, max_num_queued_reqs=32), stream_interval_s=0.0, start_engine=start_engine)
     yield server
@@ -262,6 +265,31 @@ async def test_what_serve_and_the_ingress_ask(server: LLMServer, engine: FakeEng
         server.check_health()
     with pytest.raises(EngineStoppedError):
         await server.describe()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModelLoadError("'/data/models/tiny' has no config.json"), "'tiny' has no config.json"),
+        (RuntimeError("DefaultCPUAllocator:\n  can't allocate memory"), "RuntimeError: DefaultCPUAllocator: can't allocate"),
+    ],
+    ids=["expected", "unexpected"],
+)
+def test_an_engine_that_cannot_start_says_why_in_its_log_and_to_serve(
+    error: Exception, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)
+
+    def start_engine(config: EngineConfig) -> Any:
+        raise error
+
+    with pytest.raises(EngineStartError, match=reason) as info:
+        CollectableServer(EngineConfig(), 0.0, start_engine)
+    assert info.value.__cause__ is error
+    assert str(error) in caplog.text or "RuntimeError" in caplog.text
+    # What Serve makes of it; see its replica.py and deployment_state.py.
+    told = f"A replica failed to start with exception. Retrying. Error:\n{''.join(format_exception(info.value))}\n"
+    assert str(read_start_error(told)).startswith(reason)
 
 
 async def test_shutdown(server: LLMServer, engine: FakeEngine) -> None:
