@@ -7,9 +7,9 @@ import asyncio
 import copy
 import itertools
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +19,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.rendezvous import rank_replicas
 from deployments.run import DEFAULTS
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 from tests.deployments.local_ray import start_ray
@@ -159,15 +160,114 @@ async def follow(base_url: str, num_tokens: int) -> str:
     return last
 
 
-@pytest.mark.parametrize("num_replicas", [1, pytest.param(2, marks=nightly)])
-async def test_a_change_of_args_under_traffic(base_url: str, config: dict[str, Any], num_replicas: int) -> None:
-    for deployment in config["applications"][0]["deployments"]:
+def log_of(deployment: str) -> str:
+    """What all replicas of the deployment have logged so far."""
+    folder = Path(ray.nodes()[0]["ObjectStoreSocketName"]).parents[1] / "logs" / "serve"
+    return "".join(path.read_text() for path in folder.glob(f"replica_{APP}_{deployment}_*.log"))
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "max_surge_percent"),
+    [pytest.param(1, None, marks=nightly), (1, 0), pytest.param(2, None, marks=nightly), pytest.param(2, 0, marks=nightly)],
+    ids=["1 beside the old one", "1 after the old one", "2 beside the old ones", "2 after the old ones"],
+)
+async def test_a_change_of_args_under_traffic(
+    base_url: str, config: dict[str, Any], num_replicas: int, max_surge_percent: int | None
+) -> None:
+    application = config["applications"][0]
+    application["args"]["max_surge_percent"] = max_surge_percent
+    for deployment in application["deployments"]:
         deployment["num_replicas"] = num_replicas
     deploy(config)
     await until(is_running)
     async with traffic(base_url):
         stream = asyncio.create_task(follow(base_url, 3000))
-        config["applications"][0]["args"]["engine"]["max_num_seqs"] = 8
+        application["args"]["engine"]["max_num_seqs"] = 8
         await roll(config)
     assert await stream == "data: [DONE]"
     assert len(replicas("LLMServer")) == len(replicas("Ingress")) == num_replicas
+    assert f"{EMBEDDED_MODEL_NAME} is ready after" in log_of("LLMServer")
+    assert "torch.float32 on cpu" in log_of("LLMServer")  # a line of the engine's own
+
+
+@nightly
+async def test_autoscaling_under_traffic(base_url: str, config: dict[str, Any]) -> None:
+    """The switch to it rolls, because Ray counts it as another version of the code; a change of its bounds leaves the replicas
+    alone, and sessions their homes, but for those that a new replica takes over."""
+    deploy(config)
+    await until(is_running)
+    async with traffic(base_url) as running:
+        engines = config["applications"][0]["deployments"][0]
+        del engines["num_replicas"]
+        engines["autoscaling_config"] = {"min_replicas": 1, "max_replicas": 3}
+        await roll(config)
+        await running.turns(4 * len(NAMES))
+        before = replicas("LLMServer") | replicas("Ingress")
+        engines["autoscaling_config"] = {"min_replicas": 3, "max_replicas": 3}
+        deploy(config)
+        await until(lambda: len(replicas("LLMServer")) == 3 and is_running())
+        assert before <= replicas("LLMServer") | replicas("Ingress")
+        num_before = {name: len(homes) for name, homes in running.homes.items()}
+        await running.turns(8 * len(NAMES))
+        homes = {name: homes[num_before[name] + 2 :] for name, homes in running.homes.items()}
+    expected = {name: str(rank_replicas(name, range(3))[0]) for name in NAMES}
+    assert {name: set(used) for name, used in homes.items()} == {name: {expected[name]} for name in NAMES}
+
+
+def has_failed() -> bool:
+    application = serve.status().applications.get(APP)
+    return application is not None and application.status == "DEPLOY_FAILED"
+
+
+@nightly
+async def test_a_deploy_that_cannot_start_leaves_what_runs(
+    base_url: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    deploy(config)
+    await until(is_running)
+    old = replicas("LLMServer")
+    config["applications"][0]["args"]["engine"]["model"] = str(tmp_path / "no-such-model")
+    async with traffic(base_url):
+        deploy(config)
+        await until(has_failed)
+    assert old <= replicas("LLMServer")
+
+
+async def test_a_model_that_cannot_be_loaded_is_in_every_answer(
+    base_url: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["applications"][0]["args"]["engine"]["model"] = str(tmp_path / "no-such-model")
+    serve.delete(APP)
+    deploy(config)
+    await until(has_failed)
+    body = {"model": EMBEDDED_MODEL_NAME, "messages": [{"role": "user", "content": "hi"}]}
+    async with httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S) as http:
+        for request in (
+            http.get("/ready"),
+            http.get("/v1/models"),
+            http.post("/v1/chat/completions", json=body),
+            http.post("/v1/responses", json={"model": EMBEDDED_MODEL_NAME, "input": "hi"}),
+        ):
+            response = await request
+            error = response.json()["error"]
+            assert (response.status_code, error["code"]) == (503, "model_not_loaded"), error
+            assert "no-such-model" in error["message"]
+            assert str(tmp_path) not in error["message"]
+            assert "Traceback" not in error["message"]
+    assert "the engine cannot start" in log_of("LLMServer")
+
+
+async def test_a_replica_that_no_node_has_room_for(base_url: str, config: dict[str, Any]) -> None:
+    config["applications"][0]["args"] |= {"num_gpus": 1, "engine_wait_s": 1}
+    serve.delete(APP)
+    deploy(config)
+    async with httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S) as http, asyncio.timeout(PATIENCE_S):
+        while True:
+            response = await http.get("/ready")
+            if "0 of 0 GPU" in response.text:
+                break
+            await asyncio.sleep(0.1)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "replica_not_placed")
+        response = await http.get("/v1/models")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "replica_not_placed")
+        assert int(response.headers["retry-after"]) >= 1
