@@ -59,12 +59,16 @@ def why_absent(app_name: str, deployment_name: str) -> NoReplicaError:
             return ServerStoppingError("the server is shutting down", is_final=True)
         deployment = application.deployments.get(deployment_name)
         if deployment is not None and "failed to start" in deployment.message:
-            reason = read_start_error(deployment.message) or "its process ended; its log, and the controller's, say more"
+            reason = (
+                read_start_error(deployment.message) or "its process ended; its log, and the controller's, say more"
+            )
             is_final = deployment.status.value == "DEPLOY_FAILED"
             outlook = "it is not tried again until the next deploy" if is_final else "it is tried again"
             return ModelNotLoadedError(f"the model cannot be loaded, and {outlook}: {reason}", is_final=is_final)
         if why := why_not_placed(app_name, deployment_name):
             return ReplicaNotPlacedError(why)
     except (RayError, RayServeException) as error:  # the controller starts anew
-        return NoReplicaError(f"no engine replica is ready, and Serve's controller does not answer ({type(error).__name__})")
+        return NoReplicaError(
+            f"no engine replica is ready, and Serve's controller does not answer ({type(error).__name__})"
+        )
     return NoReplicaError("no engine replica is ready yet; one is starting")

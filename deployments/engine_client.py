@@ -60,6 +60,7 @@ class _Progress:
         self._request = request
         self.token_ids: list[int] = []
         self._history = request.history
+        self._model = ""
         self.is_finished = False
         self._num_chars = 0
         self._num_attempts = 0
@@ -71,6 +72,7 @@ class _Progress:
             item = replace(item, delta=replace(item.delta, prompt_transcript=None))
         if self.token_ids and item.delta.prompt_token_ids:  # they came with the first one
             item = replace(item, delta=replace(item.delta, prompt_token_ids=()))
+        self._model = item.model
         self.token_ids += item.delta.token_ids
         self._num_chars += len(item.delta.text)
         self.is_finished = item.delta.finish_reason is not None
@@ -83,7 +85,10 @@ class _Progress:
         # Another id: the first replica may be alive and not know yet that nobody listens.
         request_id = f"{self._request.request_id}-{self._num_attempts}"
         beginning = AnswerBeginning(tuple(self.token_ids), self._num_chars) if self.token_ids else None
-        return replace(self._request, request_id=request_id, history=self._history, beginning=beginning)
+        begun_by = self._model if self.token_ids else ""
+        return replace(
+            self._request, request_id=request_id, history=self._history, beginning=beginning, begun_by=begun_by
+        )
 
 
 class EngineClient:

@@ -1,5 +1,5 @@
-"""The engine's log lines in a replica: it logs by Python's own `engine.*` loggers, which Serve leaves alone, so that nothing of
-them would be in any file. Here they go where the replica's lines go, with its level and its format.
+"""The engine's log lines in a replica: it logs by Python's own `engine.*` loggers, which Serve leaves alone, so that nothing
+of them would be in any file. Here they go where the replica's lines go, with its level and its format.
 """
 
 from __future__ import annotations

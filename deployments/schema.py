@@ -48,9 +48,8 @@ class AppArgs(BaseModel):
     graceful_shutdown_timeout_s: what running requests get to end in when an engine replica is stopped, seconds; what does
     not end is taken over by another replica. engine_wait_s: how long a request waits when no engine replica is ready, as in a
     deploy of a single one, before it is refused (503), seconds. max_surge_percent: how many engine replicas may be there
-    beyond num_replicas while a deploy replaces them, so that the old one goes when the new one is ready; 0 = none, the old one
-    goes first. None = 20 (at least one) on CPUs, and 0 with num_gpus, because what waits for a GPU that is not there holds the
-    deploy up.
+    beyond num_replicas while a deploy replaces them, so that an old one goes when a new one is ready; 0 = none, old ones go
+    first. None = 20 (at least one replica) on CPUs, and 0 with num_gpus: a deploy waits for ever for a GPU that is not there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

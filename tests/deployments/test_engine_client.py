@@ -236,7 +236,9 @@ async def test_a_busy_replica_is_waited_for_as_long_as_it_takes() -> None:
 async def test_a_lost_request_waits_for_the_replacement_and_is_told_why_none_comes() -> None:
     handle = FakeReplicas([2], [ActorDiedError()])
     handle.answers = []
-    client = EngineClient(handle, why_absent=lambda: ModelNotLoadedError("no such file", is_final=True), engine_wait_s=60)
+    client = EngineClient(
+        handle, why_absent=lambda: ModelNotLoadedError("no such file", is_final=True), engine_wait_s=60
+    )
     items = [item async for item in client.generate(REQUEST)]
     assert [item.delta.text for item in items if isinstance(item, DeltaItem)] == ["a", "b"]
     assert (items[-1].status, items[-1].code, items[-1].message) == (503, "model_not_loaded", "no such file")
@@ -287,7 +289,7 @@ class FakeReplicas(FakeHandle):
             last = "stop" if position == 5 else None
             text = "abcdef"[position]
             delta = OutputDelta(text, (position,), prompt_token_ids=prompt_token_ids, finish_reason=last)
-            yield DeltaItem(delta, attempt)
+            yield DeltaItem(delta, attempt, "the model")
         if attempt < len(self.errors):
             error = self.errors[attempt]
             if isinstance(error, ErrorItem):
@@ -321,7 +323,8 @@ async def test_another_replica_goes_on_where_the_first_was_lost(cut: int, error:
     assert first == REQUEST
     assert second.request_id != first.request_id
     expected = AnswerBeginning(tuple(range(cut)), cut) if cut else None
-    assert second == replace(REQUEST, request_id=second.request_id, beginning=expected)
+    begun_by = "the model" if cut else ""
+    assert second == replace(REQUEST, request_id=second.request_id, beginning=expected, begun_by=begun_by)
     assert {tuple(call.items()) for call in handle.option_calls} == {(("stream", True), ("session_id", "0|session-1"))}
 
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from array import array
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from traceback import format_exception
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,8 @@ from engine.prompt import AnswerBeginning, TextPrompt
 from engine.tenant import Tenant
 
 SECRET = "the prompt"
+CONFIG = EngineConfig(max_num_seqs=96, max_num_queued_reqs=32)
+MODEL = f"{CONFIG.model} {CONFIG.dtype}"
 TRANSCRIPT = Transcript(array("I", [7, 8]), "said")
 
 
@@ -98,7 +101,7 @@ async def server(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)  # it is for the whole process
     start_engine: Callable[..., Any] = lambda config: engine  # noqa: E731
-    server = CollectableServer(EngineConfig(max_num_seqs=96, max_num_queued_reqs=32), stream_interval_s=0.0, start_engine=start_engine)
+    server = CollectableServer(CONFIG, stream_interval_s=0.0, start_engine=start_engine)
     yield server
     server._metrics.stop()
 
@@ -113,6 +116,7 @@ def request(*, stream: bool, returns_transcript: bool = False) -> GenerationRequ
         return_prompt_token_ids=True,
         tenant=Tenant("t", 2.0),
         beginning=AnswerBeginning((1,), 1),
+        begun_by=MODEL,
         returns_transcript=returns_transcript,
     )
 
@@ -199,6 +203,17 @@ async def test_without_stream_one_item_says_all(server: LLMServer) -> None:
     assert item.delta.finish_reason == "stop"
 
 
+async def test_another_model_does_not_go_on_with_what_one_has_said(server: LLMServer, engine: FakeEngine) -> None:
+    """A deploy that changes the model takes over the requests of replicas that it replaces."""
+    begun = replace(request(stream=True), begun_by="another model auto")
+    (error,) = [item async for item in server.generate(begun)]
+    assert isinstance(error, ErrorItem)
+    assert (error.status, error.code) == (503, "model_replaced")
+    assert engine.calls == []
+    begun = replace(begun, beginning=None, begun_by="")  # nothing was said yet
+    assert all([isinstance(item, DeltaItem) async for item in server.generate(begun)])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_bad_request_is_an_item(server: LLMServer, engine: FakeEngine, stream: bool) -> None:
     engine.num_tokens, engine.error = 0, ContextLengthError("too long", param="messages")
@@ -271,11 +286,14 @@ async def test_what_serve_and_the_ingress_ask(server: LLMServer, engine: FakeEng
     ("error", "reason"),
     [
         (ModelLoadError("'/data/models/tiny' has no config.json"), "'tiny' has no config.json"),
-        (RuntimeError("DefaultCPUAllocator:\n  can't allocate memory"), "RuntimeError: DefaultCPUAllocator: can't allocate"),
+        (
+            RuntimeError("DefaultCPUAllocator:\n  can't allocate memory"),
+            "RuntimeError: DefaultCPUAllocator: can't allocate",
+        ),
     ],
     ids=["expected", "unexpected"],
 )
-def test_an_engine_that_cannot_start_says_why_in_its_log_and_to_serve(
+async def test_an_engine_that_cannot_start_says_why_in_its_log_and_to_serve(
     error: Exception, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)
@@ -283,10 +301,12 @@ def test_an_engine_that_cannot_start_says_why_in_its_log_and_to_serve(
     def start_engine(config: EngineConfig) -> Any:
         raise error
 
+    server = object.__new__(CollectableServer)
     with pytest.raises(EngineStartError, match=reason) as info:
-        CollectableServer(EngineConfig(), 0.0, start_engine)
+        server.__init__(CONFIG, 0.0, start_engine)  # type: ignore[misc]
+    await LLMServer.__del__(server)  # as Serve does; what this raised would hide the cause in the log
     assert info.value.__cause__ is error
-    assert str(error) in caplog.text or "RuntimeError" in caplog.text
+    assert ("RuntimeError: DefaultCPUAllocator" if isinstance(error, RuntimeError) else str(error)) in caplog.text
     # What Serve makes of it; see its replica.py and deployment_state.py.
     told = f"A replica failed to start with exception. Retrying. Error:\n{''.join(format_exception(info.value))}\n"
     assert str(read_start_error(told)).startswith(reason)

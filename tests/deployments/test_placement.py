@@ -41,8 +41,8 @@ def test_a_replica_that_no_node_has_room_for() -> None:
         "0 of 0 GPU. No node has as much, even when idle: add nodes, or lower num_cpus or num_gpus"
     )
     assert explain_replica({"CPU": 4}, nodes) == (
-        "an engine replica waits for 4 CPU on one node; free on the 2 nodes: 3 of 8 CPU; 0.5 of 2 CPU. It starts when that is "
-        "free: add nodes, or lower num_cpus or num_gpus"
+        "an engine replica waits for 4 CPU on one node; free on the 2 nodes: 3 of 8 CPU; 0.5 of 2 CPU. It starts when that "
+        "is free: add nodes, or lower num_cpus or num_gpus"
     )
     assert explain_replica({"CPU": 4}, nodes, is_new=True) is None  # its process is starting, and has taken them itself
     assert explain_replica({"CPU": 3}, nodes) is None

@@ -1,5 +1,5 @@
-"""Deploys under steady traffic: whatever changes, no request fails and none is answered wrongly; and what cannot be served says
-why, in every answer."""
+"""Deploys under steady traffic: whatever changes, no request fails and none is answered wrongly; what cannot be served says
+why, in every answer; and the log is what was asked for."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.rendezvous import rank_replicas
 from deployments.run import DEFAULTS
+from deployments.serve_start import start_serve
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 from tests.deployments.local_ray import start_ray
 from tests.nightly import nightly
@@ -31,6 +32,7 @@ APP = "rolling"
 NAMES = ("Mia", "Rex", "Tom", "Bella", "Max", "Luna")
 # Far longer than anything here takes; only a defect waits for it.
 PATIENCE_S = 120.0
+LOGGING = {"logging_config": {"enable_access_log": False}}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def base_url() -> Iterator[str]:
             port = sock.getsockname()[1]
         start_ray()
         try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            start_serve({"applications": [], **LOGGING, "http_options": {"host": "127.0.0.1", "port": port}})
             yield f"http://127.0.0.1:{port}"
         finally:
             serve.shutdown()
@@ -55,7 +57,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of one engine and one ingress replica."""
     store = tmp_path_factory.getbasetemp() / "rolling.db"
     args = {
-        "engine": {"model": "embedded", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 256, "max_num_seqs": 16},
+        "engine": {
+            "model": "embedded",
+            "dtype": "float32",
+            "num_threads": 1,
+            "num_gpu_blocks": 256,
+            "max_num_seqs": 16,
+        },
         "num_cpus": 0.5,
         "ingress_num_cpus": 0.25,
         "graceful_shutdown_timeout_s": 5,
@@ -63,7 +71,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     application = {"name": APP, "route_prefix": "/", "import_path": "deployments.app:build", "args": args}
     deployments = [{"name": name, "num_replicas": 1} for name in ("LLMServer", "Ingress")]
-    return {"applications": [{**application, "deployments": deployments}]}
+    return {**LOGGING, "applications": [{**application, "deployments": deployments}]}
 
 
 def deploy(config: dict[str, Any]) -> None:
@@ -160,15 +168,20 @@ async def follow(base_url: str, num_tokens: int) -> str:
     return last
 
 
-def log_of(deployment: str) -> str:
-    """What all replicas of the deployment have logged so far."""
+def logs(pattern: str) -> str:
+    """What Serve's processes of these names have logged so far."""
     folder = Path(ray.nodes()[0]["ObjectStoreSocketName"]).parents[1] / "logs" / "serve"
-    return "".join(path.read_text() for path in folder.glob(f"replica_{APP}_{deployment}_*.log"))
+    return "".join(path.read_text() for path in folder.glob(f"{pattern}.log"))
 
 
 @pytest.mark.parametrize(
     ("num_replicas", "max_surge_percent"),
-    [pytest.param(1, None, marks=nightly), (1, 0), pytest.param(2, None, marks=nightly), pytest.param(2, 0, marks=nightly)],
+    [
+        pytest.param(1, None, marks=nightly),
+        (1, 0),
+        pytest.param(2, None, marks=nightly),
+        pytest.param(2, 0, marks=nightly),
+    ],
     ids=["1 beside the old one", "1 after the old one", "2 beside the old ones", "2 after the old ones"],
 )
 async def test_a_change_of_args_under_traffic(
@@ -186,14 +199,17 @@ async def test_a_change_of_args_under_traffic(
         await roll(config)
     assert await stream == "data: [DONE]"
     assert len(replicas("LLMServer")) == len(replicas("Ingress")) == num_replicas
-    assert f"{EMBEDDED_MODEL_NAME} is ready after" in log_of("LLMServer")
-    assert "torch.float32 on cpu" in log_of("LLMServer")  # a line of the engine's own
+    assert f"{EMBEDDED_MODEL_NAME} is ready after" in logs("replica_*_LLMServer_*")
+    assert "torch.float32 on cpu" in logs("replica_*_LLMServer_*")  # a line of the engine's own
+    assert "Proxy" in logs("proxy_*")
+    for access in ("/v1/chat/completions 200", "CALL generate"):
+        assert access not in logs("*")
 
 
 @nightly
 async def test_autoscaling_under_traffic(base_url: str, config: dict[str, Any]) -> None:
-    """The switch to it rolls, because Ray counts it as another version of the code; a change of its bounds leaves the replicas
-    alone, and sessions their homes, but for those that a new replica takes over."""
+    """The switch to it rolls, because Ray counts it as another version of the code; a change of its bounds leaves the
+    replicas alone, and sessions their homes, but for those that a new replica takes over."""
     deploy(config)
     await until(is_running)
     async with traffic(base_url) as running:
@@ -254,7 +270,8 @@ async def test_a_model_that_cannot_be_loaded_is_in_every_answer(
             assert "no-such-model" in error["message"]
             assert str(tmp_path) not in error["message"]
             assert "Traceback" not in error["message"]
-    assert "the engine cannot start" in log_of("LLMServer")
+    assert "the engine cannot start" in logs("replica_*_LLMServer_*")
+    assert "Exception during graceful shutdown" not in logs("replica_*")
 
 
 async def test_a_replica_that_no_node_has_room_for(base_url: str, config: dict[str, Any]) -> None:

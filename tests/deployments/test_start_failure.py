@@ -12,9 +12,9 @@ from engine.errors import ConfigError
     ("text", "reason"),
     [
         ("'/srv/models/llama' does not exist", "'llama' does not exist"),
-        ("cannot read /srv/models/llama/model.safetensors: header too large", "cannot read model.safetensors: header too large"),
+        ("cannot read /srv/models/llama/model.bin: header too large", "cannot read model.bin: header too large"),
         ("~/models/llama: no config.json", "llama: no config.json"),
-        ("file:///srv/a.bin or https://example.org/a/b, and 3/4 of it", "file:///srv/a.bin or https://example.org/a/b, and 3/4 of it"),
+        ("https://example.org/a/b, and 3/4 of it", "https://example.org/a/b, and 3/4 of it"),
         ("lower\n  gpu_memory_gib", "lower gpu_memory_gib"),
         ("a" * 2 * MAX_REASON_CHARS, "a" * MAX_REASON_CHARS + "..."),
     ],
