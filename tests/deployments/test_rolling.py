@@ -275,7 +275,8 @@ async def test_a_model_that_cannot_be_loaded_is_in_every_answer(
 
 
 async def test_a_replica_that_no_node_has_room_for(base_url: str, config: dict[str, Any]) -> None:
-    config["applications"][0]["args"] |= {"num_gpus": 1, "engine_wait_s": 1}
+    """And requests that wait for it are told when the application goes."""
+    config["applications"][0]["args"]["num_gpus"] = 1
     serve.delete(APP)
     deploy(config)
     async with httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S) as http, asyncio.timeout(PATIENCE_S):
@@ -285,6 +286,10 @@ async def test_a_replica_that_no_node_has_room_for(base_url: str, config: dict[s
                 break
             await asyncio.sleep(0.1)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "replica_not_placed")
-        response = await http.get("/v1/models")
-        assert (response.status_code, response.json()["error"]["code"]) == (503, "replica_not_placed")
+        waiting = asyncio.create_task(http.get("/v1/models"))
+        await asyncio.sleep(1)
+        assert not waiting.done()
+        await asyncio.to_thread(serve.delete, APP)
+        response = await waiting
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "server_stopping")
         assert int(response.headers["retry-after"]) >= 1
