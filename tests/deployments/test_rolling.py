@@ -230,6 +230,18 @@ async def test_autoscaling_under_traffic(base_url: str, config: dict[str, Any]) 
     assert {name: set(used) for name, used in homes.items()} == {name: {expected[name]} for name in NAMES}
 
 
+@nightly
+async def test_a_stream_that_outlasts_the_application_is_told(base_url: str, config: dict[str, Any]) -> None:
+    config["applications"][0]["args"]["graceful_shutdown_timeout_s"] = 1
+    deploy(config)
+    await until(is_running)
+    streams = [asyncio.create_task(follow(base_url, 4000)) for _ in range(4)]
+    await asyncio.sleep(2)
+    await asyncio.to_thread(serve.delete, APP)
+    ends = await asyncio.gather(*streams)
+    assert all("server_stopping" in end for end in ends), ends
+
+
 def has_failed() -> bool:
     application = serve.status().applications.get(APP)
     return application is not None and application.status == "DEPLOY_FAILED"
