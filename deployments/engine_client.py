@@ -263,8 +263,8 @@ class EngineClient:
 
     def _give_up(self, error: NoReplicaError, start_s: float) -> None:
         """Raises `error` when a request that waits since `start_s` is to wait no longer."""
-        assert self._absent_since_s is not None
-        if error.is_final or time.monotonic() - max(start_s, self._absent_since_s) >= self._engine_wait_s:
+        since_s = max(start_s, self._absent_since_s or start_s)
+        if error.is_final or time.monotonic() - since_s >= self._engine_wait_s:
             raise error
 
     async def _look_for_replicas(self) -> NoReplicaError | None:
@@ -291,13 +291,12 @@ class EngineClient:
             answers = []
         now = time.monotonic()
         self._looked_s = start_s
-        for answer in answers:
-            if isinstance(answer, ModelCard):
-                self._card, self._card_s = answer, now
-                self._absent_since_s = None
-                return None
-        if is_busy:
+        card = next((answer for answer in answers if isinstance(answer, ModelCard)), None)
+        if card is not None:
+            self._card, self._card_s = card, now
+        if card is not None or is_busy:
             self._absent_since_s = None
+            self._why_logged = ""
             return None
         if self._absent_since_s is None:
             self._absent_since_s = start_s
