@@ -28,6 +28,11 @@ IN_TRANSIT = 64
 # How soon a dead engine is noticed, and how long a busy one may take to answer, in seconds.
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 10.0
+# How many engine replicas, of 100, a deploy on CPUs may start before it stops old ones; rounded up.
+SURGE_PERCENT = 20
+# How long an ingress replica that is replaced stays for the streams that it holds, in seconds. It needs next to nothing
+# meanwhile; and when all is stopped, the engines end the streams.
+INGRESS_SHUTDOWN_TIMEOUT_S = 300.0
 # How soon the routers hear of ranks that changed in a scale-down, in seconds.
 ROUTING_STATS_PERIOD_S = 2.0
 
@@ -54,6 +59,7 @@ def build(args: AppArgs) -> Application:
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
+        max_surge_percent=_surge_percent(args),
         request_router_config=RequestRouterConfig(
             request_router_class=SessionRouter,
             request_router_kwargs={"num_fallback_replicas": args.num_fallback_replicas},
@@ -68,7 +74,8 @@ def build(args: AppArgs) -> Application:
         max_ongoing_requests=INGRESS_MAX_ONGOING_REQUESTS,
         max_queued_requests=INGRESS_MAX_QUEUED_REQUESTS,
         backpressure_config=overload,
-        graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
+        graceful_shutdown_timeout_s=max(INGRESS_SHUTDOWN_TIMEOUT_S, args.graceful_shutdown_timeout_s),
+        max_surge_percent=100,
     )
     config = IngressConfig(
         max_body_bytes=args.max_body_bytes,
@@ -78,8 +85,16 @@ def build(args: AppArgs) -> Application:
         store_url=args.store_url,
         retention_days=args.retention_days,
         num_fallback_replicas=args.num_fallback_replicas,
+        engine_wait_s=args.engine_wait_s,
     )
     return ingress.bind(engine.bind(args.engine_config, args.stream_interval_s), config)
+
+
+def _surge_percent(args: AppArgs) -> int:
+    """A second model beside the first one needs its room: CPUs are shared, GPUs are not."""
+    if args.max_surge_percent is not None:
+        return args.max_surge_percent
+    return 0 if args.num_gpus else SURGE_PERCENT
 
 
 def _engine_limit(config: EngineConfig) -> int:

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -17,8 +17,8 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.absence import NoReplicaError
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
-from deployments.placement import GroupNotPlacedError
 from deployments.rendezvous import choose_session_id, rank_replicas, routing_name
 from engine.errors import EngineStoppedError, OverloadedError
 from engine.prompt import AnswerBeginning
@@ -46,6 +46,11 @@ RESUME_PATIENCE_S = 60.0
 LOADS_PERIOD_S = 0.5
 # How long an engine replica may take to say that it is alive, in seconds.
 DESCRIBE_TIMEOUT_S = 5.0
+# For so long all who want to know share one look at the replicas, in seconds; and so long a request waits for its first
+# item before it asks whether there are any.
+LOOK_PERIOD_S = 1.0
+# How old may be what is known of the model, in seconds: a deploy may change it under a living ingress.
+CARD_PERIOD_S = 10.0
 
 
 class _Progress:
@@ -55,6 +60,7 @@ class _Progress:
         self._request = request
         self.token_ids: list[int] = []
         self._history = request.history
+        self._model = ""
         self.is_finished = False
         self._num_chars = 0
         self._num_attempts = 0
@@ -66,6 +72,7 @@ class _Progress:
             item = replace(item, delta=replace(item.delta, prompt_transcript=None))
         if self.token_ids and item.delta.prompt_token_ids:  # they came with the first one
             item = replace(item, delta=replace(item.delta, prompt_token_ids=()))
+        self._model = item.model
         self.token_ids += item.delta.token_ids
         self._num_chars += len(item.delta.text)
         self.is_finished = item.delta.finish_reason is not None
@@ -78,24 +85,34 @@ class _Progress:
         # Another id: the first replica may be alive and not know yet that nobody listens.
         request_id = f"{self._request.request_id}-{self._num_attempts}"
         beginning = AnswerBeginning(tuple(self.token_ids), self._num_chars) if self.token_ids else None
-        return replace(self._request, request_id=request_id, history=self._history, beginning=beginning)
+        begun_by = self._model if self.token_ids else ""
+        return replace(
+            self._request, request_id=request_id, history=self._history, beginning=beginning, begun_by=begun_by
+        )
 
 
 class EngineClient:
-    """Engine replicas behind one handle. num_fallback_replicas: how many besides its home may be asked for a request."""
+    """Engine replicas behind one handle. num_fallback_replicas: how many besides its home may be asked for a request. While
+    there is none, requests wait for one, `engine_wait_s` seconds at most."""
 
     def __init__(
         self,
         handle: DeploymentHandle,
         num_fallback_replicas: int = 1,
-        why_not_placed: Callable[[], str | None] = lambda: None,
+        why_absent: Callable[[], NoReplicaError] = lambda: NoReplicaError("no engine replica is ready"),
+        engine_wait_s: float = 0.0,
     ) -> None:
-        """why_not_placed: what a replica waits for, where none is there; may block."""
+        """why_absent: why there is no replica; may block."""
         self._handle = handle
         self._num_fallback_replicas = num_fallback_replicas
-        self._why_not_placed = why_not_placed
+        self._why_absent = why_absent
         self._why_logged = ""
+        self._engine_wait_s = engine_wait_s
         self._card: ModelCard | None = None
+        self._card_s = 0.0
+        self._look: asyncio.Task[NoReplicaError | None] | None = None
+        self._looked_s = 0.0
+        self._absent_since_s: float | None = None  # as of the last look
         self._loads: dict[int, int] = {}
         self._loads_s = -LOADS_PERIOD_S
         self._asking: asyncio.Task[None] | None = None
@@ -103,7 +120,8 @@ class EngineClient:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
         """The items of the answer. Never raises on account of Ray: where the home is full the session's next choice is asked,
         where all are that is an ErrorItem, and where the replica is lost another one goes on from the last token that came,
-        as soon as it has room. Closing or cancelling this generator aborts the request in the engine."""
+        as soon as it has room. When there is no replica, it waits for one, and an ErrorItem says why none came. Closing or
+        cancelling this generator aborts the request in the engine."""
         if request.sampling.seed is None and not request.sampling.is_greedy:
             # Drawn here, so that a second replica samples what the first one would have.
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
@@ -149,14 +167,25 @@ class EngineClient:
             )
             # Routers and health checks need a moment to see what is dead.
             await asyncio.sleep(RESUME_BACKOFF_S * (2 ** (num_losses - 1) - 1))
+            try:
+                await self._wait_for_replica()
+            except NoReplicaError as error:
+                yield ErrorItem.from_error(error)
+                return
 
     async def _attempt(self, request: GenerationRequest, num_refusals: int) -> AsyncGenerator[GenerationItem, None]:
         handle = self._handle.options(stream=True, session_id=routing_name(request.session_id, num_refusals))
         responses = handle.generate.remote(request)
+        items = aiter(responses)
         ended = False
         try:
-            async for item in responses:
+            yield await self._first_of(items)
+            async for item in items:
                 yield item
+            ended = True
+        except NoReplicaError as error:
+            yield ErrorItem.from_error(error)
+        except StopAsyncIteration:  # there was no first one
             ended = True
         except Exception as error:
             ended = True
@@ -192,31 +221,90 @@ class EngineClient:
             self._asking = None
 
     async def describe(self) -> ModelCard:
-        """Ask the engine replicas; the first good answer. Raises EngineStoppedError where none of them gives
-        one in time, GroupNotPlacedError where one has no room to start in.
+        """What the engine replicas say of themselves; the first good answer, at most a second old. Raises NoReplicaError when
+        there is none, and EngineStoppedError when none answers in time."""
+        error = await self._look_for_replicas()
+        if error is not None:
+            raise error
+        if self._card is None or self._card_s < self._looked_s:
+            raise EngineStoppedError(f"no engine replica answered within {DESCRIBE_TIMEOUT_S:g} seconds")
+        return self._card
 
-        A broadcast, because a call that is routed waits behind the requests: busy is not dead.
-        """
+    async def model_card(self) -> ModelCard:
+        """What is served, as far as it is known here; for the first time, waits for a replica that says it. Raises
+        EngineStoppedError."""
+        if self._card is None:
+            await self._wait_for_replica()
+            return self._card or await self.describe()
+        if time.monotonic() - self._card_s >= CARD_PERIOD_S:
+            self._start_look()
+        return self._card
+
+    async def _wait_for_replica(self) -> None:
+        """Until there is one. Raises NoReplicaError when that takes too long, or is not to be expected."""
+        start_s = time.monotonic()
+        while (error := await self._look_for_replicas()) is not None:
+            self._give_up(error, start_s)
+            await asyncio.sleep(LOOK_PERIOD_S)
+
+    async def _first_of(self, items: AsyncIterator[GenerationItem]) -> GenerationItem:
+        """The first item. While it does not come, looks whether there is a replica that it could come from: a router without
+        replicas waits for ever. Raises as _wait_for_replica does."""
+        start_s = time.monotonic()
+        first = asyncio.ensure_future(anext(items))
+        first.add_done_callback(lambda task: task.cancelled() or task.exception())  # so that it counts as seen
+        try:
+            while not (await asyncio.wait([first], timeout=LOOK_PERIOD_S))[0]:
+                if (error := await self._look_for_replicas()) is not None and not first.done():
+                    self._give_up(error, start_s)
+            return first.result()
+        finally:
+            first.cancel()
+
+    def _give_up(self, error: NoReplicaError, start_s: float) -> None:
+        """Raises `error` when a request that waits since `start_s` is to wait no longer."""
+        since_s = max(start_s, self._absent_since_s or start_s)
+        if error.is_final or time.monotonic() - since_s >= self._engine_wait_s:
+            raise error
+
+    async def _look_for_replicas(self) -> NoReplicaError | None:
+        """Why no engine replica is there; None when one is. All who ask within LOOK_PERIOD_S share the answer."""
+        return await asyncio.shield(self._start_look())
+
+    def _start_look(self) -> asyncio.Task[NoReplicaError | None]:
+        """The look that is under way or fresh, else a new one."""
+        if self._look is None or (self._look.done() and time.monotonic() - self._looked_s >= LOOK_PERIOD_S):
+            self._look = asyncio.create_task(self._ask_replicas())
+        return self._look
+
+    async def _ask_replicas(self) -> NoReplicaError | None:
+        """A broadcast, because a call that is routed waits behind the requests: busy is not dead."""
+        start_s = time.monotonic()
+        is_busy = False
         try:
             answers: list[Any] = await self._handle.broadcast("describe").results_async(
                 timeout_s=DESCRIBE_TIMEOUT_S, return_exceptions=True
             )
-        except (TimeoutError, *REPLICA_LOST):
+        except TimeoutError:
+            answers, is_busy = [], True
+        except REPLICA_LOST:
             answers = []
-        for answer in answers:
-            if isinstance(answer, ModelCard):
-                self._card = answer
-                return answer
-        if why := await asyncio.to_thread(self._why_not_placed):
-            if why != self._why_logged:  # whoever waits for us asks every few seconds
-                self._why_logged = why
-                logger.warning(why)
-            raise GroupNotPlacedError(why)
-        raise EngineStoppedError("no engine replica is ready; try again in a moment")
-
-    async def model_card(self) -> ModelCard:
-        """What is served; asked once, for it does not change while this process lives. Raises EngineStoppedError."""
-        return self._card if self._card is not None else await self.describe()
+        now = time.monotonic()
+        self._looked_s = start_s
+        card = next((answer for answer in answers if isinstance(answer, ModelCard)), None)
+        if card is not None:
+            self._card, self._card_s = card, now
+        if card is not None or is_busy:
+            self._absent_since_s = None
+            self._why_logged = ""
+            return None
+        if self._absent_since_s is None:
+            self._absent_since_s = start_s
+        error = await asyncio.to_thread(self._why_absent)
+        if str(error) != self._why_logged:  # who waits for us asks every few seconds
+            self._why_logged = str(error)
+            logger.warning("%s", error)
+        return error
 
 
 def _error_item(error: Exception, request_id: str) -> ErrorItem:

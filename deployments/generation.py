@@ -17,8 +17,8 @@ from engine.tenant import LOCAL_TENANT, Tenant
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One turn. stream: deltas as they come; else one delta with the whole answer. request_id is unique among
-    running requests. history, beginning: see AsyncEngine.generate. returns_transcript: the last delta is to bring what
-    was said, for whoever keeps it."""
+    running requests. history, beginning: see AsyncEngine.generate. begun_by: the model that said the beginning; another one
+    does not go on from there. returns_transcript: the last delta is to bring what was said, for whoever keeps it."""
 
     request_id: str
     session_id: str
@@ -29,15 +29,17 @@ class GenerationRequest:
     tenant: Tenant = LOCAL_TENANT
     history: Transcript | None = None
     beginning: AnswerBeginning | None = None
+    begun_by: str = ""
     returns_transcript: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class DeltaItem:
-    """A part of the answer, from the engine replica of that rank."""
+    """A part of the answer, from the engine replica of that rank. model: which one says it; a deploy may change it."""
 
     delta: OutputDelta
     replica_rank: int
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class ErrorItem:
 
     @classmethod
     def from_error(cls, error: PensieveError) -> ErrorItem:
-        retry_after_s = 1.0 if error.http_status in (429, 503) else None
+        retry_after_s = getattr(error, "retry_after_s", 1.0 if error.http_status in (429, 503) else None)
         return cls(error.http_status, error.message, error.kind, error.code, error.param, retry_after_s)
 
 
@@ -65,8 +67,8 @@ GenerationItem = DeltaItem | ErrorItem
 class ModelCard:
     """What an engine replica serves, and how much of it.
 
-    model_name: what clients ask for. max_model_len: the window in tokens, prompt and answer. max_num_requests: as many may run
-    and wait in one replica; it refuses the next one.
+    model_name: what clients ask for. max_model_len: the window in tokens, prompt and answer. max_num_requests: as many
+    may run and wait in one replica; it refuses the next one.
     """
 
     model_name: str

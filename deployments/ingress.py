@@ -20,6 +20,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from deployments.absence import why_absent
 from deployments.admission import Admission
 from deployments.conversation_store import ConversationStore
 from deployments.engine_client import EngineClient
@@ -36,7 +37,6 @@ from deployments.openai_responses import (
 )
 from deployments.openai_types import BodyT, ChatCompletionBody, CompletionBody, parse_request
 from deployments.openapi import openapi_document
-from deployments.placement import why_not_placed
 from deployments.replica_count import ReplicaCount, count_replicas
 from deployments.request_limits import RequestLimits
 from deployments.responses_api import ResponsesApi
@@ -72,14 +72,15 @@ class IngressConfig:
     store_url: str | None = None
     retention_days: float | None = None
     num_fallback_replicas: int = 1
+    engine_wait_s: float = 60.0
 
 
 class Ingress:
     """The ingress deployment; Serve asks it for the application once it is constructed."""
 
     def __init__(self, handle: DeploymentHandle, config: IngressConfig) -> None:
-        why = partial(why_not_placed, handle.app_name, handle.deployment_name)
-        self._engine = EngineClient(handle, config.num_fallback_replicas, why)
+        why = partial(why_absent, handle.app_name, handle.deployment_name)
+        self._engine = EngineClient(handle, config.num_fallback_replicas, why, config.engine_wait_s)
         self._config = config
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

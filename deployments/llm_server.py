@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
+from deployments.engine_log import log_engine_with_serve
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.metrics import EngineMetrics
 from deployments.session_router import RANK
+from deployments.start_failure import start_error
 from engine.config import EngineConfig
-from engine.errors import PensieveError
+from engine.errors import EngineError, PensieveError
 from engine.output import OutputDelta, merge_deltas
 
 if TYPE_CHECKING:
@@ -29,6 +32,14 @@ logger = logging.getLogger("ray.serve")
 # What the way of one message through Serve costs, about, in seconds of several processes' time. The streams of a replica
 # together send no more than one in that time: with many of them each has to bring more, or the engine would starve.
 MESSAGE_INTERVAL_S = 0.002
+
+
+class ModelReplacedError(EngineError):
+    """Another model was deployed while a request was answered, and cannot go on with what the first one has said."""
+
+    http_status = 503
+    kind = "service_unavailable"
+    code = "model_replaced"
 
 
 def start_engine(config: EngineConfig) -> AsyncEngine:
@@ -55,17 +66,48 @@ class LLMServer:
         stream_interval_s: float,
         start_engine: Callable[[EngineConfig], AsyncEngine] = start_engine,
     ) -> None:
+        """Blocking. Raises EngineStartError; Serve tries again, keeps the replicas that it has, and tells the reason."""
+        self._is_started = False
         self._config = config
+        self._model = f"{config.model} {config.dtype}"
         self._stream_interval_s = stream_interval_s
         self._num_speaking = 0
-        self._engine = start_engine(config)
+        log_engine_with_serve()
+        start_s = time.monotonic()
+        try:
+            self._engine = start_engine(config)
+        except Exception as error:
+            if isinstance(error, PensieveError):
+                logger.error("the engine cannot start: %s", error)
+            else:
+                logger.exception("the engine cannot start")
+            raise start_error(error) from error
+        self._log_start(time.monotonic() - start_s)
         self._metrics = EngineMetrics(self._engine.get_statistics)
         self._metrics.start()
+        self._is_started = True
+
+    def _log_start(self, load_s: float) -> None:
+        statistics = self._engine.get_statistics()
+        logger.info(
+            "%s is ready after %.1f s: window of %d tokens, %d blocks in the GPU tier and %d in the CPU tier, "
+            "%d requests may run and %d wait",
+            self._engine.model_name,
+            load_s,
+            self._engine.max_model_len,
+            statistics["num_gpu_blocks"],
+            statistics["num_cpu_blocks"],
+            self._config.max_num_seqs,
+            self._config.max_num_queued_reqs,
+        )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
         """The answer as DeltaItems, or what was got of it and an ErrorItem. Closing or cancelling aborts the
         request."""
         rank = self.replica_rank()
+        if request.beginning is not None and request.begun_by != self._model:
+            yield ErrorItem.from_error(ModelReplacedError("a deploy replaced the model during this answer; ask again"))
+            return
         answer = self._engine.generate(
             request.prompt,
             request.sampling,
@@ -83,11 +125,11 @@ class LLMServer:
                 if request.stream:
                     async with aclosing(self._coalesced(deltas)) as coalesced:
                         async for delta in coalesced:
-                            yield DeltaItem(_for_travel(delta, request), rank)
+                            yield DeltaItem(_for_travel(delta, request), rank, self._model)
                 else:
                     whole = merge_deltas([delta async for delta in deltas])
                     whole = replace(whole, prompt_transcript=None)  # nothing of it will be resumed
-                    yield DeltaItem(_for_travel(whole, request), rank)
+                    yield DeltaItem(_for_travel(whole, request), rank, self._model)
         except PensieveError as error:
             yield ErrorItem.from_error(error)
         except Exception:
@@ -144,6 +186,8 @@ class LLMServer:
         self._engine.check_health()
 
     async def __del__(self) -> None:
+        if not self._is_started:  # Serve calls this also when the constructor has failed
+            return
         self._metrics.stop()
         await self._engine.shutdown()
 

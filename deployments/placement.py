@@ -1,17 +1,17 @@
-"""Room for tensor-parallel groups: the bundles of resources that a replica asks Ray for, and why it has not got them. Starts
-nothing and reserves nothing.
+"""Room for replicas: the resources that a replica, or its tensor-parallel group, asks Ray for, and why it has not got them.
+Starts nothing and reserves nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.core.generated.gcs_pb2 import ActorTableData
 from ray.serve.request_router import ReplicaID
-
-from engine.errors import EngineStoppedError
 
 Resources = Mapping[str, float]
 
@@ -20,12 +20,9 @@ MAX_NODES_NAMED = 8
 # Of a placement group for which Ray has still to find nodes, or has to again.
 UNPLACED_STATES = ("PENDING", "RESCHEDULING")
 WHERE = {"STRICT_PACK": "all on one node", "PACK": "on as few nodes as possible"}
-
-
-class GroupNotPlacedError(EngineStoppedError):
-    """No engine replica is ready, and one of them waits for nodes with room for its group of ranks."""
-
-    code = "group_not_placed"
+# A replica's resources are taken before its process is there, and to be seen here; only after this long, in seconds, it is
+# not its own process that it waits for.
+PLACING_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +40,51 @@ def group_bundles(num_ranks: int, num_cpus: float, num_gpus: float) -> list[dict
 
 
 def why_not_placed(app_name: str, deployment_name: str) -> str | None:
-    """What the first of the deployment's groups that has no place asks for, and what the nodes have; None where all have one.
-    Blocking: asks Ray's control store."""
+    """What the first of the deployment's replicas that has no place asks for, and what the nodes have; None when all have
+    one. Blocking: asks Ray's control store."""
     for group in ray.util.placement_group_table().values():
         if group["state"] in UNPLACED_STATES and _is_of(group["name"], app_name, deployment_name):
             is_hopeless = group["stats"]["scheduling_state"] == "INFEASIBLE"
             return explain(list(group["bundles"].values()), group["strategy"], _living_nodes(), is_hopeless=is_hopeless)
+    for name, asked, pending_s in _pending_actors():
+        if _is_of(name, app_name, deployment_name):
+            return explain_replica(asked, _living_nodes(), is_new=pending_s < PLACING_S)
     return None
+
+
+def explain_replica(asked: Resources, nodes: Sequence[Node], *, is_new: bool = False) -> str | None:
+    """Why a single replica has no place; None when a node has room. is_new: it may be what has taken the room."""
+    if any(_fits(asked, node.free) for node in nodes):
+        return None
+    is_hopeless = not any(_fits(asked, node.total) for node in nodes)
+    if is_new and not is_hopeless:
+        return None
+    names = sorted(asked)
+    return (
+        f"an engine replica waits for {_amounts(asked, names)} on one node; {_room(names, nodes)}. "
+        + ("No node has as much, even when idle" if is_hopeless else "It starts when that is free")
+        + ": add nodes, or lower num_cpus or num_gpus"
+    )
 
 
 def explain(bundles: Sequence[Resources], strategy: str, nodes: Sequence[Node], *, is_hopeless: bool = False) -> str:
     """is_hopeless: not even with everything free. The bundles of a group are alike."""
     asked = bundles[0]
     names = sorted(asked)
+    return (
+        f"an engine replica waits for its tensor-parallel group to be placed: {len(bundles)} bundles of "
+        f"{_amounts(asked, names)}, {WHERE.get(strategy, strategy)} ({strategy}); {_room(names, nodes)}. "
+        + ("Not even all of it would do" if is_hopeless else "It starts when that is free")
+        + ": add nodes, or lower tensor_parallel_size, num_cpus or num_gpus"
+    )
+
+
+def _amounts(asked: Resources, names: Sequence[str]) -> str:
+    return ", ".join(f"{asked[name]:g} {name}" for name in names)
+
+
+def _room(names: Sequence[str], nodes: Sequence[Node]) -> str:
+    """What of these resources the nodes have, the freest node first."""
 
     def describe(node: Node) -> str:
         return ", ".join(f"{node.free.get(name, 0):g} of {node.total.get(name, 0):g} {name}" for name in names)
@@ -63,21 +92,28 @@ def explain(bundles: Sequence[Resources], strategy: str, nodes: Sequence[Node], 
     freest = sorted(nodes, key=lambda node: [node.free.get(name, 0) for name in reversed(names)], reverse=True)
     room = "; ".join(describe(node) for node in freest[:MAX_NODES_NAMED])
     more = f"; and {len(nodes) - MAX_NODES_NAMED} more nodes" if len(nodes) > MAX_NODES_NAMED else ""
-    return (
-        f"an engine replica waits for its tensor-parallel group to be placed: {len(bundles)} bundles of "
-        f"{', '.join(f'{asked[name]:g} {name}' for name in names)}, {WHERE.get(strategy, strategy)} ({strategy}); "
-        f"free on the {len(nodes)} nodes: {room}{more}. "
-        + ("Not even all of it would do" if is_hopeless else "It starts when that is free")
-        + ": add nodes, or lower tensor_parallel_size, num_cpus or num_gpus"
-    )
+    which = "node" if len(nodes) == 1 else f"{len(nodes)} nodes"
+    return f"free on the {which}: {room}{more}"
 
 
-def _is_of(group_name: str, app_name: str, deployment_name: str) -> bool:
-    """Serve names a replica's group as it names the replica's actor."""
-    if not ReplicaID.is_full_id_str(group_name):
+def _fits(asked: Resources, there: Resources) -> bool:
+    return all(there.get(name, 0) >= amount for name, amount in asked.items())
+
+
+def _is_of(name: str, app_name: str, deployment_name: str) -> bool:
+    """Serve names a replica's placement group as it names the replica's actor."""
+    if not ReplicaID.is_full_id_str(name):
         return False
-    deployment = ReplicaID.from_full_id_str(group_name).deployment_id
+    deployment = ReplicaID.from_full_id_str(name).deployment_id
     return (deployment.app_name, deployment.name) == (app_name, deployment_name)
+
+
+def _pending_actors() -> Iterator[tuple[str, Resources, float]]:
+    """Name, what it asks for, and since when it waits, in seconds; of each actor that is not created yet."""
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    for row in accessor.get_actor_table(None, "PENDING_CREATION"):
+        actor = ActorTableData.FromString(row)
+        yield actor.name, dict(actor.required_resources), time.time() - actor.timestamp / 1000
 
 
 def _living_nodes() -> list[Node]:

@@ -26,9 +26,9 @@ IMPORT_PATH = "deployments.app:build"
 
 
 class AppArgs(BaseModel):
-    """Arguments of `deployments.app:build`. A change of these replaces every replica, and with it every
-    cache; the number of replicas is better changed under `deployments:` in the file, which leaves running
-    ones alone.
+    """Arguments of `deployments.app:build`. A change of these replaces every replica, one after the other, and with it every
+    cache; the number of replicas is better changed under `deployments:` in the file, which leaves running ones alone. See
+    docs/operations.md.
 
     engine: options of EngineConfig. num_replicas: engine replicas; each holds the model and its own cache.
     num_cpus, num_gpus: what Ray sets aside for one of them (fractions are fine; CPUs are not enforced); with a
@@ -46,7 +46,11 @@ class AppArgs(BaseModel):
     /v1/conversations keep what was said, "postgresql://user@host/database", or "sqlite:///file" where all ingress replicas
     are on one machine; none = a file in the user's data folder. retention_days: how long it is kept, none = for ever.
     stream_interval_s: least time between two chunks of one stream, seconds, more with many streams.
-    graceful_shutdown_timeout_s: what running requests get to end in when a replica is stopped, seconds.
+    graceful_shutdown_timeout_s: what running requests get to end in when an engine replica is stopped, seconds; what does
+    not end is taken over by another replica. engine_wait_s: how long a request waits when no engine replica is ready, as in a
+    deploy of a single one, before it is refused (503), seconds. max_surge_percent: how many engine replicas may be there
+    beyond num_replicas while a deploy replaces them, so that an old one goes when a new one is ready; 0 = none, old ones go
+    first. None = 20 (at least one replica) on CPUs, and 0 with num_gpus: a deploy waits for ever for a GPU that is not there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,6 +73,8 @@ class AppArgs(BaseModel):
     retention_days: float | None = Field(default=None, gt=0)
     stream_interval_s: float = Field(default=0.01, ge=0)
     graceful_shutdown_timeout_s: float = Field(default=20.0, ge=0)
+    engine_wait_s: float = Field(default=60.0, ge=0)
+    max_surge_percent: int | None = Field(default=None, ge=0, le=100)
 
     @field_validator("engine")
     @classmethod

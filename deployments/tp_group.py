@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from deployments.engine_log import log_engine_with_serve
 from engine.config import EngineConfig
 from engine.errors import ConfigError, EngineError, EngineStoppedError
 
@@ -37,10 +38,11 @@ TIDY_UP_S = 2.0
 
 
 class TensorParallelWorker:
-    """The actor of one rank. label: how Ray names it in the logs."""
+    """The actor of one rank. label: how Ray names it in the logs. log_level: the replica's."""
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, log_level: int) -> None:
         self._label = label
+        log_engine_with_serve(log_level)
 
     def __repr__(self) -> str:
         return self._label
@@ -86,7 +88,7 @@ class RayWorkers:
                     resources=bundle,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, member.rank),
                 )
-                .remote(label)
+                .remote(label, logger.getEffectiveLevel())
             )
             self._workers.append(worker)
             self._runs.append(worker.run.remote(config, member))

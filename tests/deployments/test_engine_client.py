@@ -13,9 +13,9 @@ from ray.exceptions import ActorDiedError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from deployments import engine_client
+from deployments.absence import ModelNotLoadedError, NoReplicaError, ReplicaNotPlacedError
 from deployments.engine_client import EngineClient
 from deployments.generation import DeltaItem, ErrorItem, GenerationRequest, ModelCard
-from deployments.placement import GroupNotPlacedError
 from deployments.rendezvous import rank_replicas
 from engine.core.conversation import Transcript
 from engine.core.request import SamplingParams
@@ -131,25 +131,118 @@ async def test_no_replica_that_answers(answers: list[Any] | None) -> None:
         await EngineClient(FakeHandle(answers=answers)).describe()
 
 
-async def test_a_replica_that_has_no_room_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    waiting = EngineClient(FakeHandle(answers=[]), why_not_placed=lambda: "no room")
-    with pytest.raises(GroupNotPlacedError, match="no room") as info:
-        await waiting.describe()
-    assert (info.value.http_status, info.value.code) == (503, "group_not_placed")
-    with pytest.raises(GroupNotPlacedError):
-        await waiting.describe()
+async def test_why_there_is_no_replica_is_said_and_logged_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_client, "LOOK_PERIOD_S", 0.0)
+    waiting = EngineClient(FakeHandle(answers=[]), why_absent=lambda: ReplicaNotPlacedError("no room"))
+    for _ in range(2):
+        with pytest.raises(ReplicaNotPlacedError, match="no room") as info:
+            await waiting.describe()
+        assert (info.value.http_status, info.value.code) == (503, "replica_not_placed")
     assert [record.getMessage() for record in caplog.records] == ["no room"]
-    client = EngineClient(FakeHandle(answers=[CARD]), why_not_placed=lambda: "no room")  # for a second one
-    assert await client.describe() == CARD
 
 
-async def test_model_card_is_asked_once_and_outlives_the_replicas() -> None:
+async def test_all_who_ask_at_once_share_one_look() -> None:
+    handle = FakeHandle(answers=[CARD])
+    client = EngineClient(handle)
+    assert await asyncio.gather(*(client.describe() for _ in range(20))) == [CARD] * 20
+    assert handle.num_broadcasts == 1
+
+
+async def test_the_model_card_is_known_without_replicas_and_follows_a_deploy(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = FakeHandle(answers=[CARD])
     client = EngineClient(handle)
     assert await client.model_card() == await client.model_card() == CARD
     assert handle.num_broadcasts == 1
     handle.answers = []
+    monkeypatch.setattr(engine_client, "LOOK_PERIOD_S", 0.0)
+    monkeypatch.setattr(engine_client, "CARD_PERIOD_S", 0.0)
     assert await client.model_card() == CARD
+    await asyncio.sleep(0.01)
+    handle.answers = [replace(CARD, max_model_len=200)]
+    assert await client.model_card() == CARD  # beside the requests
+    await asyncio.sleep(0.01)
+    assert (await client.model_card()).max_model_len == 200
+
+
+# -- without replicas --------------------------------------------------------------------------------------------------
+
+
+class Deploying(FakeHandle):
+    """Has no replica at first: a request waits in the router, as Serve's do. `num_looks` looks later there is one."""
+
+    def __init__(self, num_looks: int) -> None:
+        super().__init__(answers=[])
+        self.num_looks = num_looks
+        self._is_up = asyncio.Event()
+
+    async def _stream(self) -> AsyncIterator[DeltaItem]:
+        await self._is_up.wait()
+        yield DeltaItem(OutputDelta("a", (1,), finish_reason="stop"), 0)
+
+    def broadcast(self, method: str) -> FakeHandle:
+        if self.num_broadcasts == self.num_looks:
+            self.answers = [CARD]
+            self._is_up.set()
+        return super().broadcast(method)
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "LOOK_PERIOD_S", 0.001)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_a_request_without_a_replica_waits_for_one() -> None:
+    handle = Deploying(3)
+    client = EngineClient(handle, engine_wait_s=60)
+    assert await client.model_card() == CARD
+    handle = Deploying(3)
+    client = EngineClient(handle, engine_wait_s=60)
+    (item,) = [item async for item in client.generate(REQUEST)]
+    assert isinstance(item, DeltaItem)
+    assert handle.num_cancelled == 0
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(
+    ("error", "wait_s"),
+    [(NoReplicaError("starting"), 0.05), (ModelNotLoadedError("no such folder", is_final=True), 60.0)],
+    ids=["bounded", "not where it is no use"],
+)
+async def test_waiting_has_an_end(error: NoReplicaError, wait_s: float) -> None:
+    handle = Deploying(10**9)
+    client = EngineClient(handle, why_absent=lambda: error, engine_wait_s=wait_s)
+    async with asyncio.timeout(10):
+        (item,) = [item async for item in client.generate(REQUEST)]
+        with pytest.raises(NoReplicaError):
+            await client.model_card()
+    assert isinstance(item, ErrorItem)
+    assert (item.status, item.message, item.code) == (503, error.message, error.code)
+    assert item.retry_after_s == error.retry_after_s
+    assert handle.num_cancelled == 1
+
+
+@pytest.mark.usefixtures("soon")
+async def test_a_busy_replica_is_waited_for_as_long_as_it_takes() -> None:
+    handle = Deploying(20)
+    handle.answers = None  # describe times out
+    (item,) = [item async for item in EngineClient(handle, engine_wait_s=0).generate(REQUEST)]
+    assert isinstance(item, DeltaItem)
+
+
+@pytest.mark.usefixtures("soon")
+async def test_a_lost_request_waits_for_the_replacement_and_is_told_why_none_comes() -> None:
+    handle = FakeReplicas([2], [ActorDiedError()])
+    handle.answers = []
+    client = EngineClient(
+        handle, why_absent=lambda: ModelNotLoadedError("no such file", is_final=True), engine_wait_s=60
+    )
+    items = [item async for item in client.generate(REQUEST)]
+    assert [item.delta.text for item in items if isinstance(item, DeltaItem)] == ["a", "b"]
+    assert (items[-1].status, items[-1].code, items[-1].message) == (503, "model_not_loaded", "no such file")
+    assert len(handle.requests) == 1
 
 
 async def test_new_sessions_go_where_less_is_going_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +289,7 @@ class FakeReplicas(FakeHandle):
             last = "stop" if position == 5 else None
             text = "abcdef"[position]
             delta = OutputDelta(text, (position,), prompt_token_ids=prompt_token_ids, finish_reason=last)
-            yield DeltaItem(delta, attempt)
+            yield DeltaItem(delta, attempt, "the model")
         if attempt < len(self.errors):
             error = self.errors[attempt]
             if isinstance(error, ErrorItem):
@@ -230,7 +323,8 @@ async def test_another_replica_goes_on_where_the_first_was_lost(cut: int, error:
     assert first == REQUEST
     assert second.request_id != first.request_id
     expected = AnswerBeginning(tuple(range(cut)), cut) if cut else None
-    assert second == replace(REQUEST, request_id=second.request_id, beginning=expected)
+    begun_by = "the model" if cut else ""
+    assert second == replace(REQUEST, request_id=second.request_id, beginning=expected, begun_by=begun_by)
     assert {tuple(call.items()) for call in handle.option_calls} == {(("stream", True), ("session_id", "0|session-1"))}
 
 

@@ -6,6 +6,8 @@ import asyncio
 import logging
 from array import array
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from traceback import format_exception
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,16 +18,19 @@ from deployments import llm_server
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.llm_server import LLMServer
 from deployments.session_router import RANK
+from deployments.start_failure import EngineStartError, read_start_error
 from engine.config import EngineConfig
 from engine.core.conversation import Transcript
 from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.request import SamplingParams
-from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError
+from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError, ModelLoadError
 from engine.output import OutputDelta
 from engine.prompt import AnswerBeginning, TextPrompt
 from engine.tenant import Tenant
 
 SECRET = "the prompt"
+CONFIG = EngineConfig(max_num_seqs=96, max_num_queued_reqs=32)
+MODEL = f"{CONFIG.model} {CONFIG.dtype}"
 TRANSCRIPT = Transcript(array("I", [7, 8]), "said")
 
 
@@ -94,8 +99,9 @@ def engine() -> FakeEngine:
 async def server(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LLMServer]:
     context = SimpleNamespace(rank=SimpleNamespace(rank=4))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)  # it is for the whole process
     start_engine: Callable[..., Any] = lambda config: engine  # noqa: E731
-    server = CollectableServer(EngineConfig(max_num_seqs=96, max_num_queued_reqs=32), stream_interval_s=0.0, start_engine=start_engine)
+    server = CollectableServer(CONFIG, stream_interval_s=0.0, start_engine=start_engine)
     yield server
     server._metrics.stop()
 
@@ -110,6 +116,7 @@ def request(*, stream: bool, returns_transcript: bool = False) -> GenerationRequ
         return_prompt_token_ids=True,
         tenant=Tenant("t", 2.0),
         beginning=AnswerBeginning((1,), 1),
+        begun_by=MODEL,
         returns_transcript=returns_transcript,
     )
 
@@ -196,6 +203,17 @@ async def test_without_stream_one_item_says_all(server: LLMServer) -> None:
     assert item.delta.finish_reason == "stop"
 
 
+async def test_another_model_does_not_go_on_with_what_one_has_said(server: LLMServer, engine: FakeEngine) -> None:
+    """A deploy that changes the model takes over the requests of replicas that it replaces."""
+    begun = replace(request(stream=True), begun_by="another model auto")
+    (error,) = [item async for item in server.generate(begun)]
+    assert isinstance(error, ErrorItem)
+    assert (error.status, error.code) == (503, "model_replaced")
+    assert engine.calls == []
+    begun = replace(begun, beginning=None, begun_by="")  # nothing was said yet
+    assert all([isinstance(item, DeltaItem) async for item in server.generate(begun)])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_bad_request_is_an_item(server: LLMServer, engine: FakeEngine, stream: bool) -> None:
     engine.num_tokens, engine.error = 0, ContextLengthError("too long", param="messages")
@@ -262,6 +280,36 @@ async def test_what_serve_and_the_ingress_ask(server: LLMServer, engine: FakeEng
         server.check_health()
     with pytest.raises(EngineStoppedError):
         await server.describe()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModelLoadError("'/data/models/tiny' has no config.json"), "'tiny' has no config.json"),
+        (
+            RuntimeError("DefaultCPUAllocator:\n  can't allocate memory"),
+            "RuntimeError: DefaultCPUAllocator: can't allocate",
+        ),
+    ],
+    ids=["expected", "unexpected"],
+)
+async def test_an_engine_that_cannot_start_says_why_in_its_log_and_to_serve(
+    error: Exception, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)
+
+    def start_engine(config: EngineConfig) -> Any:
+        raise error
+
+    server = object.__new__(CollectableServer)
+    with pytest.raises(EngineStartError, match=reason) as info:
+        server.__init__(CONFIG, 0.0, start_engine)  # type: ignore[misc]
+    await LLMServer.__del__(server)  # as Serve does; what this raised would hide the cause in the log
+    assert info.value.__cause__ is error
+    assert ("RuntimeError: DefaultCPUAllocator" if isinstance(error, RuntimeError) else str(error)) in caplog.text
+    # What Serve makes of it; see its replica.py and deployment_state.py.
+    told = f"A replica failed to start with exception. Retrying. Error:\n{''.join(format_exception(info.value))}\n"
+    assert str(read_start_error(told)).startswith(reason)
 
 
 async def test_shutdown(server: LLMServer, engine: FakeEngine) -> None:

@@ -1,6 +1,6 @@
-"""What is said of a group that has no place. The real thing is in test_tp_group.py."""
+"""What is said of a replica or a group that has no place. The real thing is in test_rolling.py and test_tp_group.py."""
 
-from deployments.placement import Node, explain, group_bundles
+from deployments.placement import Node, explain, explain_replica, group_bundles
 
 
 def test_bundles() -> None:
@@ -32,3 +32,17 @@ def test_many_nodes_are_not_all_named() -> None:
     assert message.count("2 of 8 GPU") == 8
     assert "1 of 8 GPU" not in message
     assert "and 22 more nodes" in message
+
+
+def test_a_replica_that_no_node_has_room_for() -> None:
+    nodes = [Node({"CPU": 2, "memory": 1e9}, {"CPU": 0.5}), Node({"CPU": 8}, {"CPU": 3})]
+    assert explain_replica({"CPU": 1, "GPU": 1}, nodes, is_new=True) == (
+        "an engine replica waits for 1 CPU, 1 GPU on one node; free on the 2 nodes: 3 of 8 CPU, 0 of 0 GPU; 0.5 of 2 CPU, "
+        "0 of 0 GPU. No node has as much, even when idle: add nodes, or lower num_cpus or num_gpus"
+    )
+    assert explain_replica({"CPU": 4}, nodes) == (
+        "an engine replica waits for 4 CPU on one node; free on the 2 nodes: 3 of 8 CPU; 0.5 of 2 CPU. It starts when that "
+        "is free: add nodes, or lower num_cpus or num_gpus"
+    )
+    assert explain_replica({"CPU": 4}, nodes, is_new=True) is None  # its process is starting, and has taken them itself
+    assert explain_replica({"CPU": 3}, nodes) is None

@@ -86,3 +86,16 @@ def test_a_group_gets_a_bundle_for_each_rank() -> None:
 def test_serve_can_read_the_type_of_the_builder_s_argument() -> None:
     # As a string (postponed annotations) it would be ignored, and build called with a plain dict.
     assert build.__annotations__["args"] is AppArgs
+
+
+@pytest.mark.parametrize(
+    ("options", "max_surge_percent"),
+    [({}, 20), ({"num_gpus": 1}, 0), ({"num_gpus": 1, "max_surge_percent": 100}, 100), ({"max_surge_percent": 0}, 0)],
+)
+def test_a_deploy_starts_no_second_model_beside_one_that_has_a_gpu(
+    options: dict[str, int], max_surge_percent: int
+) -> None:
+    ingress = build(AppArgs(**options))
+    (engine, _) = ingress._bound_deployment.init_args
+    assert engine._bound_deployment._deployment_config.max_surge_percent == max_surge_percent
+    assert ingress._bound_deployment._deployment_config.max_surge_percent == 100

@@ -293,7 +293,7 @@ async def test_a_group_without_a_place_says_why(base_url: str, folder: Path) -> 
 
             async def is_explained() -> bool:
                 response = await http.get("/large/ready")
-                return response.status_code == 503 and response.json()["error"]["code"] == "group_not_placed"
+                return response.status_code == 503 and response.json()["error"]["code"] == "replica_not_placed"
 
             await until(is_explained)
             message = (await http.get("/large/ready")).json()["error"]["message"]

@@ -1,0 +1,28 @@
+"""The engine's log lines in a replica: it logs by Python's own `engine.*` loggers, which Serve leaves alone, so that nothing
+of them would be in any file. Here they go where the replica's lines go, with its level and its format.
+"""
+
+from __future__ import annotations
+
+import logging
+
+SERVE_LOGGER = logging.getLogger("ray.serve")
+ENGINE_LOGGER = logging.getLogger("engine")
+
+
+class _ToServe(logging.Handler):
+    """Asks Serve's logger each time: Serve may change its level and its handlers while the replica runs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if SERVE_LOGGER.isEnabledFor(record.levelno):
+            SERVE_LOGGER.handle(record)
+
+
+def log_engine_with_serve(level: int | None = None) -> None:
+    """From now on, in this process; may be called again. level: in a worker of a tensor-parallel group, its replica's; there,
+    Serve has no file, and the lines go to the worker's standard error."""
+    if level is not None:
+        SERVE_LOGGER.setLevel(level)
+    ENGINE_LOGGER.handlers = [_ToServe()]
+    ENGINE_LOGGER.setLevel(logging.DEBUG)
+    ENGINE_LOGGER.propagate = False  # to the root's, whose output Serve takes for another line of its own
