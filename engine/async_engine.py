@@ -168,7 +168,7 @@ class AsyncEngine:
             num_history_tokens=num_history,
             output_token_ids=() if beginning is None else beginning.token_ids,
         )
-        detokenizer = self._tokenizer.detokenizer(transcript.token_ids, sampling.stop)
+        detokenizer = self._tokenizer.detokenizer(sampling.stop)
         if beginning is not None:
             detokenizer.resume(beginning.token_ids, beginning.num_chars)
         stream = Stream(request, transcript, detokenizer, asyncio.get_running_loop())
