@@ -30,8 +30,8 @@ class EventStream(StreamingResponse):
 
 
 def _at_once(send: Send) -> Send:
-    """Sends a response when it is complete, with its length. HTTP/1.0 knows no chunks, and uvicorn (with httptools) sends
-    whatever comes without a length in chunks."""
+    """Sends a response when it is complete, with its length. HTTP/1.0 knows no chunks, and uvicorn (with httptools)
+    sends in chunks what comes without a length."""
     start: Message = {}
     parts: list[bytes] = []
 

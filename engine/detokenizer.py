@@ -1,4 +1,4 @@
-"""From tokens to text: the bytes of each token, the text of one answer as its tokens come, and its end at a stop string.
+"""From tokens to text: the bytes of each token, the text of an answer as its tokens come, and its end at a stop string.
 
 Tokens are taken as bytes and joined before they are read as UTF-8, so what a token costs depends neither on the tokens
 before it nor on what they are: no list of tokens is ever decoded again. Knows no prompt and no conversation.
@@ -14,14 +14,12 @@ from typing import Any
 # Stands on both sides of a token whose text is asked for; every decoder leaves a plain letter as it is.
 NEIGHBOUR = "x"
 REPLACEMENT = "\ufffd"
-# These bytes begin no character, but Python waits for the third before it says so (for the sake of `surrogatepass`).
-SURROGATE_HALF = re.compile(rb"\xed[\xa0-\xbf]")
 BYTE_FALLBACK_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_of_char() -> dict[str, int]:
-    """The alphabet of byte-level tokenizers (GPT-2, section 2.2): printable bytes stand for themselves, the others follow
-    from U+0100 on."""
+    """The alphabet of byte-level tokenizers (that of GPT-2): printable bytes stand for themselves, the others follow from
+    U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -33,8 +31,8 @@ BYTE_OF_CHAR = _byte_of_char()
 class TokenBytes(dict[int, bytes]):
     """The bytes that each token id adds to a text, computed when first asked for; none for ids beyond the vocabulary.
 
-    A special token counts as its content. Which bytes a token stands for is for the tokenizer's decoder to say, asked for the
-    token between two letters; only a token that is part of a character has to be looked at itself."""
+    A special token counts as its content. Which bytes a token stands for is for the tokenizer's decoder to say, asked for
+    the token between two letters; only a token that is part of a character has to be looked at itself."""
 
     def __init__(self, backend: Any) -> None:
         """`backend`: a tokenizers.Tokenizer."""
@@ -111,8 +109,9 @@ class StopStrings:
         return self._num_open[self._state]
 
     def find(self, piece: str) -> tuple[int, int] | None:
-        """Go on with `piece`, up to the first string that ends in it: [start, end) of that, counted from the beginning of
-        `piece`; start may be negative. Of several that end in the same place, the longest. None: it was read to its end."""
+        """Go on with `piece`, up to the first string that ends in it: [start, end) of that, counted from the beginning
+        of `piece`; start may be negative. Of several that end in the same place, the longest. None: it was read to its
+        end."""
         for index, char in enumerate(piece, start=1):
             self._state = self._step(self._state, char)
             if length := self._match_len[self._state]:
@@ -125,11 +124,23 @@ class StopStrings:
             self._state = self._step(self._state, char)
 
 
+def _begins_a_character(data: bytes) -> bool:
+    """Whether up to four bytes are the beginning of a character in UTF-8, or all of it."""
+    if len(data) == 2 and data[0] == 0xED and data[1] >= 0xA0:
+        return False  # half a surrogate pair: Python waits for the third byte before it says so
+    try:
+        codecs.utf_8_decode(data, "strict", False)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 class Detokenizer:
     """The text of one answer as its tokens come, and the end of it where a stop string appears.
 
-    A character is text once all its bytes are there; bytes that cannot become one are U+FFFD at once. Special tokens are no
-    text. num_chars: length of `text`. is_stopped: a stop string is complete; `text` ends before it, and no more may come."""
+    A character is text once all its bytes are there; bytes that cannot become one are U+FFFD at once. Special tokens are
+    no text. num_chars: length of `text`. is_stopped: a stop string is complete; `text` ends before it, and no more tokens
+    may come."""
 
     def __init__(self, token_bytes: Mapping[int, bytes], special_ids: Collection[int], stop: Sequence[str]) -> None:
         self._token_bytes = token_bytes
@@ -158,7 +169,7 @@ class Detokenizer:
 
     def _decode(self, token_bytes: bytes) -> str:
         piece = self._utf8.decode(token_bytes)
-        if SURROGATE_HALF.fullmatch(self._begun_char):
+        if not _begins_a_character(self._begun_char):
             piece += self._utf8.decode(b"", final=True)
         return piece
 
@@ -182,12 +193,11 @@ class Detokenizer:
 
     def text_offset(self, token_id: int) -> int:
         """Characters of the answer before the one that `token_id` would begin in, if it came next."""
-        if self._begun_char and token_id not in self._special_ids:
-            try:
-                codecs.utf_8_decode(self._begun_char + self._token_bytes[token_id][:1], "strict", False)
-            except UnicodeDecodeError:
-                return self.num_chars + 1  # behind the U+FFFD that the begun one becomes
-        return self.num_chars
+        begun_char = self._begun_char
+        if not begun_char or token_id in self._special_ids:
+            return self.num_chars
+        goes_on = _begins_a_character(begun_char + self._token_bytes[token_id][:1])
+        return self.num_chars if goes_on else self.num_chars + 1  # behind the U+FFFD that the begun one becomes
 
     def resume(self, token_ids: Sequence[int], num_taken_chars: int) -> None:
         """Take in the beginning of an answer that did not stop, of which the client has the first characters."""
@@ -206,8 +216,8 @@ class Detokenizer:
         return text
 
     def num_whole_tokens(self) -> int:
-        """How many tokens, from the first on, have all their text in `text`: the last ones may be part of a character that
-        was never complete, or reach into the stop string."""
+        """How many tokens, from the first on, have all their text in `text`: the last ones may be part of a character
+        that was never complete, or reach into the stop string."""
         num_tokens = len(self._num_chars_after)
         while num_tokens:
             num_chars = self._num_chars_after[num_tokens - 1]

@@ -13,10 +13,11 @@ from engine.core.stats import RequestStats
 class TokenLogprob:
     """A token with its natural-log probability.
 
-    token_bytes: what it adds to the text, maybe a part of a character; None for a special token, which is no text. text:
-    these bytes, those that are no UTF-8 as \\xNN; of a special token, its name. text_offset: characters of the answer
-    before the one that it begins in. top: the most probable tokens in its place, best first, without alternatives of
-    their own."""
+    token_bytes: what it adds to the text, maybe a part of a character; None for a special token, which is no text.
+    text: these bytes, those that are no UTF-8 as \\xNN; of a special token, its name.
+    text_offset: characters of the answer before the one that it begins in.
+    top: the most probable tokens in its place, best first, without alternatives of their own.
+    """
 
     token_id: int
     text: str

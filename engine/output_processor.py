@@ -149,8 +149,8 @@ class OutputProcessor:
         return self._conversations.record_turn(request.conversation_id, prompt, output_ids, text)
 
     def _kept_output_ids(self, stream: Stream) -> list[int]:
-        """The generated tokens that the answer consists of, as far as whole tokens go: not those of its stop string, nor of a
-        character that it does not complete. The special token that ends it is kept, for the template writes it, too."""
+        """The generated tokens that the answer consists of, as far as whole tokens go: not those of its stop string, nor
+        of a character that it does not complete. The special token that ends it is kept, for the template writes it, too."""
         output_ids = stream.request.token_ids[stream.request.num_prompt_tokens :]
         end_ids = output_ids[stream.detokenizer.num_tokens :]
         kept = output_ids[: stream.detokenizer.num_whole_tokens()]

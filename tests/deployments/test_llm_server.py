@@ -95,7 +95,9 @@ async def server(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
     context = SimpleNamespace(rank=SimpleNamespace(rank=4))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     start_engine: Callable[..., Any] = lambda config: engine  # noqa: E731
-    server = CollectableServer(EngineConfig(max_num_seqs=96, max_num_queued_reqs=32), stream_interval_s=0.0, start_engine=start_engine)
+    server = CollectableServer(
+        EngineConfig(max_num_seqs=96, max_num_queued_reqs=32), stream_interval_s=0.0, start_engine=start_engine
+    )
     yield server
     server._metrics.stop()
 

@@ -181,6 +181,21 @@ async def test_logprobs_come_with_every_token_and_name_the_alternatives(engine):
         assert values == sorted(values, reverse=True)
 
 
+async def test_the_bytes_of_logprobs_join_to_the_text(engine):
+    """Of answers with parts of characters in them."""
+    num_parts = 0
+    for seed in range(3):
+        sampling = SamplingParams(temperature=2.0, max_tokens=60, logprobs=0, ignore_eos=True, seed=seed)
+        answer = await ask(engine, CAT, sampling)
+        joined = b"".join(logprob.token_bytes or b"" for logprob in answer.logprobs)
+        assert joined.decode(errors="replace").startswith(answer.text)
+        for logprob in answer.logprobs:
+            if logprob.token_bytes and logprob.text.encode() == logprob.token_bytes:
+                assert answer.text.startswith(logprob.text, logprob.text_offset)
+            num_parts += logprob.text.startswith("\\x")
+    assert num_parts > 3
+
+
 async def test_thirty_requests_at_once_answer_as_each_alone(engine):
     pets, names = ["cat", "dog", "horse"], ["Mia", "Rex", "Tom", "Ann", "Bob", "Eve", "Max", "Leo", "Kim", "Zoe"]
     prompts = [

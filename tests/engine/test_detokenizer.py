@@ -274,6 +274,8 @@ def test_broken_bytes_do_not_hold_up_what_follows(tokenizers):
     by_byte = {tokenizer.token_bytes[i]: i for i in range(len(tokenizer._tokenizer))}
     _, taken = stream(tokenizer, [by_byte[bytes([byte])] for byte in b"\x80\xf0\x9f\x98a\xe2\x82\xac\xe2"])
     assert taken == ["\ufffd", "", "", "", "\ufffda", "", "", "€", ""]
+    _, taken = stream(tokenizer, [by_byte[bytes([byte])] for byte in b"\xed\xa1\xed\x9f\xbf"])
+    assert taken == ["", "\ufffd\ufffd", "", "", "\ud7ff"], "half a surrogate pair is no character"
 
 
 def test_special_tokens_are_no_text(tokenizer):

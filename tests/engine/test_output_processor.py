@@ -86,7 +86,7 @@ def answer(
 @settings(deadline=None)
 @given(data=st.data())
 def test_what_is_remembered_is_the_beginning_of_what_the_client_got(tokenizer, id_of_byte, data):
-    """Over random cuts: by length (also inside a character), at the end token, at a stop string, by a client that leaves."""
+    """Over random cuts: by length (also inside a character), at the end token, at a stop string, when a client leaves."""
     text = data.draw(st.text(alphabet="ab 日🎉é", max_size=6))
     token_ids = [id_of_byte[byte] for byte in text.encode()]
     token_ids += data.draw(st.lists(st.integers(5, 1023), max_size=4))
