@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.core.conversation import Transcript
 from engine.core.stats import RequestStats
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token with its natural-log probability.
+class TokenLogprob(NamedTuple):
+    """A token with its natural-log probability. (A tuple, as up to 21 are made per token and travel between processes.)
 
     token_bytes: what it adds to the text, maybe a part of a character; None for a special token, which is no text.
     text: these bytes, those that are no UTF-8 as \\xNN; of a special token, its name.

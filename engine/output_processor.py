@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from engine.core.conversation import ConversationTable, Transcript
 from engine.core.engine_core import EngineCore, RequestOutput
@@ -127,7 +127,7 @@ class OutputProcessor:
             return ()
         top = tuple(self._logprob(token_id, value) for token_id, value in output.logprobs.top)
         chosen = self._logprob(output.token_id, output.logprobs.chosen)
-        return (replace(chosen, text_offset=detokenizer.text_offset(output.token_id), top=top),)
+        return (chosen._replace(text_offset=detokenizer.text_offset(output.token_id), top=top),)
 
     def _logprob(self, token_id: int, value: float) -> TokenLogprob:
         token_bytes = self._tokenizer.token_bytes[token_id]

@@ -4,7 +4,6 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import replace
 
 import pytest
 
@@ -176,7 +175,7 @@ async def test_logprobs_come_with_every_token_and_name_the_alternatives(engine):
     assert tuple(logprob.token_id for logprob in logprobs) == answer.token_ids
     for logprob in logprobs:
         assert len(logprob.top) == 3
-        assert logprob.top[0] == replace(logprob, text_offset=0, top=()), "greedy takes the most probable"
+        assert logprob.top[0] == logprob._replace(text_offset=0, top=()), "greedy takes the most probable"
         values = [other.logprob for other in logprob.top]
         assert values == sorted(values, reverse=True)
 
