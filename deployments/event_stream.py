@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 
 class EventStream(StreamingResponse):
-    """`end` is called once the response is over, and may have nothing left to do. Where the client leaves early enough, the
-    first of `events` is never asked for: then no `finally` in there runs, and only `end` hears of it."""
+    """`end` is called once the response is over, and may have nothing left to do. If the client leaves early enough, the
+    first of `events` is never asked for: then no `finally` in there runs, and only `end` hears of it.
+
+    A client that speaks HTTP/1.0 gets all events at once, when the last one is there."""
 
     def __init__(
         self, events: AsyncGenerator[str, None], end: Callable[[], Awaitable[None]], headers: Mapping[str, str]
@@ -21,7 +23,27 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, _at_once(send) if scope.get("http_version") == "1.0" else send)
         finally:
             await self._events.aclose()
             await self._end()
+
+
+def _at_once(send: Send) -> Send:
+    """Sends a response when it is complete, with its length. HTTP/1.0 knows no chunks, and uvicorn (with httptools)
+    sends in chunks what comes without a length."""
+    start: Message = {}
+    parts: list[bytes] = []
+
+    async def collect(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            start.update(message)
+            return
+        parts.append(message["body"])
+        if not message["more_body"]:
+            body = b"".join(parts)
+            length = (b"content-length", str(len(body)).encode())
+            await send({**start, "headers": [*start["headers"], length]})
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    return collect

@@ -6,7 +6,7 @@ engine, no Ray.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from deployments.generation import ErrorItem
@@ -110,8 +110,6 @@ class ChatFormat(_Envelope):
 class CompletionFormat(_Envelope):
     """text_completion, whole and in chunks."""
 
-    _num_chars = 0
-
     def whole(self, delta: OutputDelta) -> dict[str, Any]:
         return {
             **self._head,
@@ -132,7 +130,7 @@ class CompletionFormat(_Envelope):
         choice: dict[str, Any] = {
             "index": 0,
             "text": delta.text,
-            "logprobs": self._logprobs(delta.logprobs),
+            "logprobs": _completion_logprobs(delta.logprobs),
             "finish_reason": delta.finish_reason,
         }
         if self._body.return_token_ids:
@@ -142,34 +140,44 @@ class CompletionFormat(_Envelope):
         self._is_first = False
         return choice
 
-    def _logprobs(self, logprobs: Iterable[TokenLogprob]) -> dict[str, Any] | None:
-        """text_offset: where the token begins, in characters of the answer."""
-        if not logprobs:
-            return None
-        offsets = []
-        for logprob in logprobs:
-            offsets.append(self._num_chars)
-            self._num_chars += len(logprob.text)
-        return {
-            "tokens": [logprob.text for logprob in logprobs],
-            "token_logprobs": [logprob.logprob for logprob in logprobs],
-            "top_logprobs": [{text: value for _, text, value in logprob.top} for logprob in logprobs],
-            "text_offset": offsets,
-        }
 
-
-def _chat_logprobs(logprobs: Iterable[TokenLogprob]) -> dict[str, Any] | None:
+def _chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     if not logprobs:
         return None
     content = [
-        {
-            **_token(logprob.text, logprob.logprob),
-            "top_logprobs": [_token(text, value) for _, text, value in logprob.top],
-        }
-        for logprob in logprobs
+        {**_chat_token(token), "top_logprobs": [_chat_token(other) for other in token.top]} for token in logprobs
     ]
     return {"content": content, "refusal": None}
 
 
-def _token(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _chat_token(token: TokenLogprob) -> dict[str, Any]:
+    """bytes: to be joined with those of the tokens around it; null for a special token, which is no text."""
+    token_bytes = None if token.token_bytes is None else list(token.token_bytes)
+    return {"token": token.text, "logprob": token.logprob, "bytes": token_bytes}
+
+
+def _completion_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    if not logprobs:
+        return None
+    return {
+        "tokens": [_completion_token(token) for token in logprobs],
+        "token_logprobs": [token.logprob for token in logprobs],
+        "top_logprobs": [_completion_top_logprobs(token) for token in logprobs],
+        "text_offset": [token.text_offset for token in logprobs],
+    }
+
+
+def _completion_top_logprobs(token: TokenLogprob) -> dict[str, float]:
+    """The sampled token, then the others. Two tokens may have one text: the second one is then called by its id."""
+    values = {_completion_token(token): token.logprob}
+    for other in token.top:
+        if other.token_id != token.token_id:
+            name = _completion_token(other)
+            values[f"token_id:{other.token_id}" if name in values else name] = other.logprob
+    return values
+
+
+def _completion_token(token: TokenLogprob) -> str:
+    """A token that is no whole text goes by its bytes. This API has no other place for them."""
+    is_whole = token.token_bytes is None or token.text.encode() == token.token_bytes
+    return token.text if is_whole else f"bytes:{token.text}"

@@ -32,7 +32,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, from_json
 
-from engine.core.request import MAX_LOGPROBS, MAX_STOP_STRINGS, SamplingParams
+from engine.core.request import MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 from engine.errors import RequestError
 from engine.prompt import ChatPrompt, TextPrompt, TokenPrompt
 
@@ -201,7 +201,7 @@ class Conversation(Body):
     id: SessionKey
 
 
-StopString = Annotated[str, Field(min_length=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 
 
@@ -225,7 +225,7 @@ class GenerationBody(Body):
     repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
-    stop_token_ids: list[TokenId] = []
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = []
     return_token_ids: bool = False
     session_id: SessionKey | None = None
     conversation: Annotated[

@@ -167,7 +167,7 @@ class AsyncEngine:
             eos_token_ids=self._eos_token_ids,
             output_token_ids=() if beginning is None else beginning.token_ids,
         )
-        detokenizer = self._tokenizer.detokenizer(transcript.token_ids, sampling.stop)
+        detokenizer = self._tokenizer.detokenizer(sampling.stop)
         if beginning is not None:
             detokenizer.resume(beginning.token_ids, beginning.num_chars)
         stream = Stream(request, transcript, detokenizer, asyncio.get_running_loop())

@@ -1,72 +1,227 @@
-"""The text of an answer, made from its tokens as they come. Keeps nothing of the prompt but its last tokens."""
+"""From tokens to text: the bytes of each token, the text of an answer as its tokens come, and its end at a stop string.
+
+Tokens are taken as bytes and joined before they are read as UTF-8, so what a token costs depends neither on the tokens
+before it nor on what they are: no list of tokens is ever decoded again. Knows no prompt and no conversation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-# Tokens of the prompt that incremental decoding starts from: enough for any rule about leading spaces.
-DECODE_CONTEXT_LEN = 8
+# Stands on both sides of a token whose text is asked for; every decoder leaves a plain letter as it is.
+NEIGHBOUR = "x"
+REPLACEMENT = "\ufffd"
+BYTE_FALLBACK_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The alphabet of byte-level tokenizers (that of GPT-2): printable bytes stand for themselves, the others follow from
+    U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF_CHAR = _byte_of_char()
+
+
+class TokenBytes(dict[int, bytes]):
+    """The bytes that each token id adds to a text, computed when first asked for; none for ids beyond the vocabulary.
+
+    A special token counts as its content. Which bytes a token stands for is for the tokenizer's decoder to say, asked for
+    the token between two letters; only a token that is part of a character has to be looked at itself."""
+
+    def __init__(self, backend: Any) -> None:
+        """`backend`: a tokenizers.Tokenizer."""
+        super().__init__()
+        self._backend = backend
+        self._added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
+        self._join = " ".join if backend.decoder is None else backend.decoder.decode
+        self._after = self._join([NEIGHBOUR, NEIGHBOUR]).removeprefix(NEIGHBOUR)
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id)
+        self[token_id] = value = b"" if token is None else self._bytes_of(token_id, token)
+        return value
+
+    def _bytes_of(self, token_id: int, token: str) -> bytes:
+        text: str = self._join([NEIGHBOUR, token, NEIGHBOUR]).removeprefix(NEIGHBOUR).removesuffix(self._after)
+        if REPLACEMENT not in text:
+            return text.encode()
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        if match := BYTE_FALLBACK_TOKEN.fullmatch(token):
+            return bytes.fromhex(match[1])
+        if all(char in BYTE_OF_CHAR for char in token):
+            return bytes(BYTE_OF_CHAR[char] for char in token)
+        return text.encode()  # the character U+FFFD itself
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of these tokens, special ones included; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(self[token_id] for token_id in token_ids).decode(errors="replace")
+
+
+class StopStrings:
+    """Finds the first of several strings in a text that comes in pieces.
+
+    The automaton of Aho and Corasick (1975): a state is the longest end of the text that begins one of the strings. A
+    character costs amortised O(1), however many and long the strings are; building it costs their total length."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        """`strings`: not empty ones."""
+        self._next: list[dict[str, int]] = [{}]
+        self._match_len = [0]  # of the longest string that ends in this state
+        for string in strings:
+            state = 0
+            for char in string:
+                if char not in self._next[state]:
+                    self._next[state][char] = len(self._next)
+                    self._next.append({})
+                    self._match_len.append(0)
+                state = self._next[state][char]
+            self._match_len[state] = len(string)
+        self._shorter = [0] * len(self._next)  # the state of the longest shorter end
+        self._num_open = [0] * len(self._next)  # length of the longest end that could go on to a string
+        self._state = 0
+        row, depth = [0], 0
+        while row:
+            depth += 1
+            row = [self._link(state, char, child, depth) for state in row for char, child in self._next[state].items()]
+
+    def _link(self, state: int, char: str, child: int, depth: int) -> int:
+        shorter = self._step(self._shorter[state], char) if state else 0
+        self._shorter[child] = shorter
+        self._match_len[child] = self._match_len[child] or self._match_len[shorter]
+        self._num_open[child] = depth if self._next[child] else self._num_open[shorter]
+        return child
+
+    def _step(self, state: int, char: str) -> int:
+        while state and char not in self._next[state]:
+            state = self._shorter[state]
+        return self._next[state].get(char, 0)
+
+    @property
+    def num_open(self) -> int:
+        """How many characters at the end of the text could be the beginning of a string."""
+        return self._num_open[self._state]
+
+    def find(self, piece: str) -> tuple[int, int] | None:
+        """Go on with `piece`, up to the first string that ends in it: [start, end) of that, counted from the beginning
+        of `piece`; start may be negative. Of several that end in the same place, the longest. None: it was read to its
+        end."""
+        for index, char in enumerate(piece, start=1):
+            self._state = self._step(self._state, char)
+            if length := self._match_len[self._state]:
+                return index - length, index
+        return None
+
+    def pass_over(self, piece: str) -> None:
+        """Go on with `piece`, in which a string that ends is text like any other."""
+        for char in piece:
+            self._state = self._step(self._state, char)
+
+
+def _begins_a_character(data: bytes) -> bool:
+    """Whether up to four bytes are the beginning of a character in UTF-8, or all of it."""
+    if len(data) == 2 and data[0] == 0xED and data[1] >= 0xA0:
+        return False  # half a surrogate pair: Python waits for the third byte before it says so
+    try:
+        codecs.utf_8_decode(data, "strict", False)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class Detokenizer:
-    """The text of one answer as its tokens come, and the end of it where a stop string appears."""
+    """The text of one answer as its tokens come, and the end of it where a stop string appears.
 
-    def __init__(self, backend: Any, prompt_token_ids: Sequence[int], stop: Sequence[str]) -> None:
-        self._backend = backend
-        # The last tokens whose text is known, `_num_known` of them, then those that may be part of a character.
-        self._token_ids = list(prompt_token_ids[-DECODE_CONTEXT_LEN:])
-        self._num_known = len(self._token_ids)
-        self._stop = tuple(stop)
-        self._num_emitted = 0
-        self.text = ""
+    A character is text once all its bytes are there; bytes that cannot become one are U+FFFD at once. Special tokens are
+    no text. num_chars: length of `text`. is_stopped: a stop string is complete; `text` ends before it, and no more tokens
+    may come."""
+
+    def __init__(self, token_bytes: Mapping[int, bytes], special_ids: Collection[int], stop: Sequence[str]) -> None:
+        self._token_bytes = token_bytes
+        self._special_ids = special_ids
+        self._stop = StopStrings(stop) if stop else None
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._taken: list[str] = []
+        self._untaken = ""
+        # How much text there was after each token; None if that ended in a part of a character.
+        self._num_chars_after: list[int | None] = []
+        self.num_chars = 0
         self.is_stopped = False
 
+    @property
+    def text(self) -> str:
+        return "".join((*self._taken, self._untaken))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._num_chars_after)
+
+    @property
+    def _begun_char(self) -> bytes:
+        """The first bytes, up to three, of a character whose others are still to come."""
+        return self._utf8.getstate()[0]
+
+    def _decode(self, token_bytes: bytes) -> str:
+        piece = self._utf8.decode(token_bytes)
+        if not _begins_a_character(self._begun_char):
+            piece += self._utf8.decode(b"", final=True)
+        return piece
+
     def append(self, token_id: int, *, may_stop: bool = True) -> None:
-        """Take in a token. Sets `is_stopped`, and cuts `text` before the stop string, where one is complete."""
-        piece = self._decode_next(token_id)
-        if not piece:
+        """Take in a token. Sets `is_stopped`, and cuts `text` before the stop string, if one is complete."""
+        piece = "" if token_id in self._special_ids else self._decode(self._token_bytes[token_id])
+        num_chars_before = self.num_chars
+        self._untaken += piece
+        self.num_chars += len(piece)
+        self._num_chars_after.append(None if self._begun_char else self.num_chars)
+        if self._stop is None:
             return
-        num_before = len(self.text)
-        self.text += piece
-        if may_stop:
-            # It has to end in the new text: one that was complete while it might not stop is text like any other.
-            places = [self.text.find(stop, max(0, num_before - len(stop) + 1)) for stop in self._stop]
-            found = [place for place in places if place >= 0]
-            if found:
-                self.text = self.text[: min(found)]
-                self.is_stopped = True
+        if not may_stop:
+            # Such a string can still be the beginning of one that is complete later, when it may.
+            self._stop.pass_over(piece)
+        elif found := self._stop.find(piece):
+            num_cut_chars = self.num_chars - (num_chars_before + found[0])
+            self._untaken = self._untaken[: max(0, len(self._untaken) - num_cut_chars)]
+            self.num_chars -= num_cut_chars
+            self.is_stopped = True
+
+    def text_offset(self, token_id: int) -> int:
+        """Characters of the answer before the one that `token_id` would begin in, if it came next."""
+        begun_char = self._begun_char
+        if not begun_char or token_id in self._special_ids:
+            return self.num_chars
+        goes_on = _begins_a_character(begun_char + self._token_bytes[token_id][:1])
+        return self.num_chars if goes_on else self.num_chars + 1  # behind the U+FFFD that the begun one becomes
 
     def resume(self, token_ids: Sequence[int], num_taken_chars: int) -> None:
-        """Take in the beginning of an answer that did not stop, of which the first characters are known to whoever asked."""
+        """Take in the beginning of an answer that did not stop, of which the client has the first characters."""
         for token_id in token_ids:
             self.append(token_id, may_stop=False)
-        self._num_emitted = num_taken_chars
-
-    def _decode_next(self, token_id: int) -> str:
-        """Text that this token completes. (tokenizers' own DecodeStream raises on byte-fallback tokens that are no UTF-8, and
-        repeats the prompt where that ends in half a character.)"""
-        self._token_ids.append(token_id)
-        known = self._backend.decode(self._token_ids[: self._num_known], skip_special_tokens=True)
-        text: str = self._backend.decode(self._token_ids, skip_special_tokens=True)
-        if len(text) <= len(known) or text.endswith("\ufffd"):
-            return ""
-        del self._token_ids[: self._num_known]
-        self._num_known = len(self._token_ids)
-        return text[len(known) :]
+            self.take_text(final=False)
+        text = self.text
+        self._taken, self._untaken = [text[:num_taken_chars]], text[num_taken_chars:]
 
     def take_text(self, *, final: bool) -> str:
         """Text that was not taken yet. Unless `final`, an end that could begin a stop string is held back."""
-        end = len(self.text)
-        if not final:
-            end -= self._num_held_back()
-        start, self._num_emitted = self._num_emitted, max(self._num_emitted, end)
-        return self.text[start:end]
+        num_held_back = 0 if final or self._stop is None else self._stop.num_open
+        end = max(0, len(self._untaken) - num_held_back)
+        text, self._untaken = self._untaken[:end], self._untaken[end:]
+        self._taken.append(text)
+        return text
 
-    def _num_held_back(self) -> int:
-        longest = min(max(map(len, self._stop), default=1) - 1, len(self.text))
-        for length in range(longest, 0, -1):
-            tail = self.text[-length:]
-            if any(stop.startswith(tail) for stop in self._stop):
-                return length
-        return 0
+    def num_whole_tokens(self) -> int:
+        """How many tokens, from the first on, have all their text in `text`: the last ones may be part of a character
+        that was never complete, or reach into the stop string."""
+        num_tokens = len(self._num_chars_after)
+        while num_tokens:
+            num_chars = self._num_chars_after[num_tokens - 1]
+            if num_chars is not None and num_chars <= self.num_chars:
+                break
+            num_tokens -= 1
+        return num_tokens

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.core.conversation import Transcript
 from engine.core.stats import RequestStats
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """One generated token, as text, with its natural-log probability and the most probable alternatives."""
+class TokenLogprob(NamedTuple):
+    """A token with its natural-log probability. (A tuple, as up to 21 are made per token and travel between processes.)
+
+    token_bytes: what it adds to the text, maybe a part of a character; None for a special token, which is no text.
+    text: these bytes, those that are no UTF-8 as \\xNN; of a special token, its name.
+    text_offset: characters of the answer before the one that it begins in.
+    top: the most probable tokens in its place, best first, without alternatives of their own.
+    """
 
     token_id: int
     text: str
+    token_bytes: bytes | None
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    text_offset: int = 0
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+# What a token of no probability is said to have, as OpenAI says it: JSON has no infinity.
+IMPOSSIBLE_LOGPROB = -9999.0
+
 Item = OutputDelta | EngineError
 
 
@@ -96,11 +99,12 @@ class OutputProcessor:
         """From a token to text; ends the request where a stop string is complete."""
         request, detokenizer = stream.request, stream.detokenizer
         reason, stats = output.finish_reason, output.stats
+        logprobs = self._logprobs(output, detokenizer)
         if reason is not FinishReason.STOP:  # the token that ends an answer is not part of its text
             may_stop = output.num_output_tokens > request.sampling.min_tokens
             detokenizer.append(output.token_id, may_stop=may_stop)
         if detokenizer.is_stopped and reason is None:
-            kept = len(self._kept_output_ids(stream))
+            kept = detokenizer.num_whole_tokens()
             stats = self._core.stop(request.request_id, time.monotonic(), num_kept_output_tokens=kept)
             del self.streams[request.request_id]
         if detokenizer.is_stopped:
@@ -109,7 +113,7 @@ class OutputProcessor:
         return OutputDelta(
             text=detokenizer.take_text(final=reason is not None),
             token_ids=(output.token_id,),
-            logprobs=self._logprobs(output),
+            logprobs=logprobs,
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
             num_output_tokens=output.num_output_tokens,
@@ -118,38 +122,39 @@ class OutputProcessor:
             transcript=transcript,
         )
 
-    def _logprobs(self, output: RequestOutput) -> tuple[TokenLogprob, ...]:
+    def _logprobs(self, output: RequestOutput, detokenizer: Detokenizer) -> tuple[TokenLogprob, ...]:
         if output.logprobs is None:
             return ()
-        top = tuple((i, self._tokenizer.decode([i]), value) for i, value in output.logprobs.top)
-        text = self._tokenizer.decode([output.token_id])
-        return (TokenLogprob(output.token_id, text, output.logprobs.chosen, top),)
+        top = tuple(self._logprob(token_id, value) for token_id, value in output.logprobs.top)
+        chosen = self._logprob(output.token_id, output.logprobs.chosen)
+        return (chosen._replace(text_offset=detokenizer.text_offset(output.token_id), top=top),)
+
+    def _logprob(self, token_id: int, value: float) -> TokenLogprob:
+        token_bytes = self._tokenizer.token_bytes[token_id]
+        text = token_bytes.decode(errors="backslashreplace")
+        is_text = not self._tokenizer.is_special(token_id)
+        return TokenLogprob(token_id, text, token_bytes if is_text else None, max(value, IMPOSSIBLE_LOGPROB))
 
     def _remember(self, stream: Stream) -> Transcript | None:
-        """Keep the turn's tokens with their text, for when the client sends its history again. None where it belongs to no
+        """Keep the turn's tokens with their text, for when the client sends its history again. None if it belongs to no
         conversation, or has no text."""
         request, prompt = stream.request, stream.prompt
         if request.conversation_id == request.request_id:
             return None
         output_ids = self._kept_output_ids(stream)
-        text = stream.detokenizer.text
         if not prompt.text:  # a prompt of token ids: nothing to compare texts with
             self._conversations.record_turn(request.conversation_id, prompt, output_ids, "")
             return None
-        if stream.detokenizer.is_stopped or any(self._tokenizer.is_special(token_id) for token_id in output_ids[:-1]):
-            text = self._tokenizer.decode(output_ids)
-        elif output_ids and output_ids[-1] in request.stop_token_ids:
-            text += self._tokenizer.decode(output_ids[-1:])
+        text = self._tokenizer.token_bytes.text(output_ids)
         return self._conversations.record_turn(request.conversation_id, prompt, output_ids, text)
 
     def _kept_output_ids(self, stream: Stream) -> list[int]:
-        """The generated tokens that the answer consists of. A stop string is not part of it; which tokens are, is known only
-        up to whole tokens."""
+        """The generated tokens that the answer consists of, as far as whole tokens go: not those of its stop string, nor
+        of a character that it does not complete. The special token that ends it is kept, for the template writes it, too."""
         output_ids = stream.request.token_ids[stream.request.num_prompt_tokens :]
-        if stream.detokenizer.is_stopped:
-            while output_ids and len(self._tokenizer.decode(output_ids)) > len(stream.detokenizer.text):
-                output_ids.pop()
-        return output_ids
+        end_ids = output_ids[stream.detokenizer.num_tokens :]
+        kept = output_ids[: stream.detokenizer.num_whole_tokens()]
+        return kept + [token_id for token_id in end_ids if self._tokenizer.is_special(token_id)]
 
     @staticmethod
     def _send(items: Sequence[tuple[Stream, Item]]) -> None:

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from engine.core.conversation import Transcript, TranscriptMatch
-from engine.detokenizer import Detokenizer
+from engine.detokenizer import Detokenizer, TokenBytes
 from engine.errors import InvalidParameterError, ModelLoadError
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Tokenizer:
         self._special_ids = frozenset(self._tokenizer.all_special_ids) | frozenset(
             token_id for token_id, token in self._tokenizer.added_tokens_decoder.items() if token.special
         )
+        self.token_bytes = TokenBytes(self._tokenizer.backend_tokenizer)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -110,5 +111,5 @@ class Tokenizer:
         )
         return text
 
-    def detokenizer(self, prompt_token_ids: Sequence[int], stop: Sequence[str]) -> Detokenizer:
-        return Detokenizer(self._tokenizer.backend_tokenizer, prompt_token_ids, stop)
+    def detokenizer(self, stop: Sequence[str]) -> Detokenizer:
+        return Detokenizer(self.token_bytes, self._special_ids, stop)

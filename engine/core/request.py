@@ -15,6 +15,8 @@ from engine.errors import InvalidParameterError
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 128
 
 
 class RequestStatus(enum.Enum):
@@ -41,7 +43,8 @@ class SamplingParams:
     max_tokens: most tokens to generate; None = what the window leaves. top_k=0, top_p=1 and min_p=0 switch those
     filters off. seed: makes sampling repeatable, per position, so that a resumed request repeats itself; None = the
     engine draws one. logprobs: how many alternatives to report for each token; 0 = only the chosen one's, None = none.
-    stop: strings that end the answer (not part of it). min_tokens: end-of-sequence and stop ids are barred before.
+    stop: at most MAX_STOP_STRINGS strings of at most MAX_STOP_CHARS characters that end the answer (not part of it).
+    stop_token_ids: at most MAX_STOP_TOKEN_IDS. min_tokens: end-of-sequence and stop ids are barred before.
     """
 
     max_tokens: int | None = None
@@ -64,6 +67,10 @@ class SamplingParams:
             if not ok:
                 raise InvalidParameterError(f"{name} must be {must}, got {getattr(self, name)!r}", param=name)
 
+        def check_len(length: int, most: int, name: str, of_what: str) -> None:
+            if length > most:  # the value itself may be megabytes
+                raise InvalidParameterError(f"{name} must be at most {most} {of_what}, got {length}", param=name)
+
         for name in (
             "temperature",
             "top_p",
@@ -84,8 +91,10 @@ class SamplingParams:
         check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
         check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
         check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
-        check(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
+        check_len(len(self.stop), MAX_STOP_STRINGS, "stop", "strings")
+        check_len(max(map(len, self.stop), default=0), MAX_STOP_CHARS, "stop", "characters each")
         check(all(self.stop), "stop", "non-empty strings")
+        check_len(len(self.stop_token_ids), MAX_STOP_TOKEN_IDS, "stop_token_ids", "token ids")
         check(all(i >= 0 for i in self.stop_token_ids), "stop_token_ids", "token ids (at least 0)")
         check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}")
 

@@ -185,6 +185,8 @@ def test_official_client(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     logprobs = [c.choices[0].logprobs.content for c in chunks if c.choices and c.choices[0].logprobs]
     assert all(len(token.top_logprobs) == 2 for content in logprobs for token in content or ())
+    joined = bytes(byte for content in logprobs for token in content or () for byte in token.bytes or ())
+    assert joined.decode() == text  # the token at its end is special, and has no bytes
 
     completion = client.completions.create(
         model=model.id,
@@ -518,6 +520,24 @@ async def test_a_full_replica_spills_to_one_other_and_then_requests_are_refused(
     again = await http.post("/v1/chat/completions", json=chat(max_tokens=2), headers={"x-session-id": "crowd"})
     assert again.headers["x-pensieve-replica"] == str(home)
     await ask_all(engines, "check_integrity")
+
+
+async def test_a_stream_to_a_client_of_http_1_0_is_a_body_of_known_length(base_url: str) -> None:
+    """Which chunks are unknown to; Serve's proxy would send some."""
+    body = json.dumps(chat(stream=True, max_tokens=5)).encode()
+    port = int(base_url.rpartition(":")[2])
+    async with asyncio.timeout(PATIENCE_S):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.0\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    assert b"content-length: %d\r\n" % len(answer) in head.lower() + b"\r\n"
+    assert b"transfer-encoding" not in head.lower()
+    assert answer.startswith(b"data: {")
+    assert answer.endswith(b"data: [DONE]\n\n")
 
 
 async def test_health_of_a_running_system(http: httpx.AsyncClient) -> None:

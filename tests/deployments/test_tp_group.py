@@ -92,7 +92,7 @@ async def hold_conversation(engine: AsyncEngine, number: int) -> list[Turn]:
         answer, gaps = [], []
         async for delta in engine.generate(TokenPrompt(tokens), sampling, request_id=f"{number}-{turn}"):
             answer += delta.token_ids
-            gaps += [logprob.top[0][2] - logprob.top[1][2] for logprob in delta.logprobs]
+            gaps += [logprob.top[0].logprob - logprob.top[1].logprob for logprob in delta.logprobs]
         turns.append(Turn(tokens, answer, gaps))
         tokens = tokens + answer
     return turns

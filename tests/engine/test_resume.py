@@ -125,7 +125,7 @@ async def _first(engine: AsyncEngine, num_tokens: int, sampling) -> list[OutputD
         await generator.aclose()
     merged = merge_deltas(deltas)
     if len(merged.token_ids) > num_tokens:  # some came together: their text may be more than that of the first ones
-        detokenizer = engine._tokenizer.detokenizer((), sampling.stop)
+        detokenizer = engine._tokenizer.detokenizer(sampling.stop)
         for token_id in merged.token_ids[:num_tokens]:
             detokenizer.append(token_id, may_stop=False)
         return [OutputDelta(detokenizer.take_text(final=False), merged.token_ids[:num_tokens])]
