@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from engine.core.conversation import ConversationTable, Transcript
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.request import FinishReason, Request
+from engine.detokenizer import Detokenizer
 from engine.errors import EngineError
 from engine.output import OutputDelta, TokenLogprob
-from engine.tokenizer import Detokenizer, Tokenizer
+from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from engine.async_engine import MAX_FAILURES_IN_A_ROW, AsyncEngine
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
+from engine.detokenizer import Detokenizer
 from engine.errors import ContextLengthError, EngineError, EngineStoppedError, ExecutorError, InvalidParameterError
 from engine.output import OutputDelta, TokenLogprob
 from engine.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
-from engine.tokenizer import Detokenizer
 from tests.engine.interrupted_executor import InterruptedExecutor
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
