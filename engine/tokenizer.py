@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from array import array
 from collections.abc import Sequence
@@ -38,6 +40,7 @@ class Tokenizer:
         if self._tokenizer.chat_template is None:
             logger.warning("%s has no chat template; messages are rendered as 'role: content' lines", location)
             self._tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        self.fingerprint = self._fingerprint()
         first_token = self._tokenizer.convert_ids_to_tokens(self._encode("x")[0][:1])
         self._begins_with_space = bool(first_token) and first_token[0].startswith("\u2581")
         self._special_ids = frozenset(self._tokenizer.all_special_ids) | frozenset(
@@ -79,7 +82,12 @@ class Tokenizer:
         for index, (token_id, start) in enumerate(zip(token_ids, starts, strict=True)):
             if token_id in self._special_ids and index:
                 anchors.append((num_known + index, known.num_chars + start))
-        return Transcript(known.token_ids + array("I", token_ids), text, tuple(anchors))
+        return Transcript(known.token_ids + array("I", token_ids), text, tuple(anchors), self.fingerprint)
+
+    def _fingerprint(self) -> str:
+        """Equal for two tokenizers that give equal ids for equal messages: all of tokenizer.json, and the chat template."""
+        identity = [self._tokenizer.backend_tokenizer.to_str(), self._tokenizer.chat_template]
+        return hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
 
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and the characters [start, end) of each."""

@@ -21,11 +21,14 @@ class Transcript:
     anchors: (number of tokens, number of characters) of the places where the text may be cut so that the tokens before
     and after it are what tokenising the two parts apart gives: before special tokens, and where an answer begins.
     Ascending, without (0, 0) and without the end.
+    fingerprint: which tokenizer and chat template made the ids (Tokenizer.fingerprint). Empty = not known: only the text
+    counts.
     """
 
     token_ids: array[int]
     text: str
     anchors: tuple[tuple[int, int], ...] = ()
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class Conversation:
             prompt.token_ids + array("I", output_token_ids),
             prompt.text + output_text,
             (*prompt.anchors, (len(prompt.token_ids), len(prompt.text))),
+            prompt.fingerprint,
         )
         self.branches = [old for old in self.branches if branch.token_ids[: len(old.token_ids)] != old.token_ids]
         self.branches.append(branch)

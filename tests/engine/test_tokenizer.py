@@ -59,7 +59,8 @@ def test_only_what_is_not_known_is_tokenised(tokenizer):
 def test_what_is_known_to_its_end_is_taken_as_it_is(tokenizer):
     text = tokenizer.render_chat(CHAT)
     known = TranscriptMatch(array("I", [9, 8, 7]), len(text), ((1, 4),), num_computed=2)
-    assert encode(tokenizer, text, known) == Transcript(known.token_ids, text, known.anchors)  # none at the end
+    expected = Transcript(known.token_ids, text, known.anchors, tokenizer.fingerprint)  # no anchor at the end
+    assert encode(tokenizer, text, known) == expected
 
 
 def test_a_match_of_an_edited_chat_gives_the_tokens_of_that_chat(tokenizer):
@@ -80,6 +81,22 @@ def test_a_match_of_an_edited_chat_gives_the_tokens_of_that_chat(tokenizer):
         conversation.record_turn(prompt, encode(tokenizer, answer).token_ids, answer)
         chats.append([*chat, ("assistant", answer), ("user", "more")])
     assert len(conversation.branches) == 8
+
+
+def test_the_fingerprint_tells_tokenizers_and_templates_apart(tmp_path, tokenizer, tiny_model):
+    """Equal after a new start and a copy; another one for another vocabulary, added token or template."""
+    path = embedded_model_path()
+    assert Tokenizer(str(path)).fingerprint == tokenizer.fingerprint
+    other = tokenizer._tokenizer.__class__.from_pretrained(path)
+    other.save_pretrained(tmp_path / "copy")
+    assert Tokenizer(str(tmp_path / "copy")).fingerprint == tokenizer.fingerprint
+    other.chat_template += " "
+    other.save_pretrained(tmp_path / "template")
+    other = tokenizer._tokenizer.__class__.from_pretrained(path)
+    other.add_tokens(["<|tool|>"], special_tokens=True)
+    other.save_pretrained(tmp_path / "added")
+    paths = [path, tmp_path / "template", tmp_path / "added", tiny_model("gpt2")]
+    assert len({Tokenizer(str(path)).fingerprint for path in paths}) == 4
 
 
 def test_without_a_chat_template_messages_become_lines(tiny_model, caplog):

@@ -88,6 +88,11 @@ def test_a_prompt_inside_the_branch_is_cut_at_its_last_anchor():
     assert after_one_turn().match_text("<u>hi<a>yes").num_chars == len("<u>hi<a>")
 
 
+def test_a_turn_keeps_the_fingerprint_of_its_prompt():
+    prompt = Transcript(PROMPT.token_ids, PROMPT.text, PROMPT.anchors, "made by this")
+    assert Conversation("c").record_turn(prompt, [20], "yes").fingerprint == "made by this"
+
+
 def test_a_continuation_replaces_its_branch_and_a_departure_adds_one():
     conversation = after_one_turn()
     second = Transcript(ids(1, 10, 2, 20, 21, 3, 1, 30, 2), "<u>hi<a>yes sir<e><u>m<a>", ((2, 5), (3, 8), (6, 18)))
