@@ -22,13 +22,13 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.core.conversation import NO_MATCH, Conversation, ConversationTable, Transcript
+from engine.core.conversation import NO_MATCH, ConversationTable, Transcript
 from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.executor import ComputationFailedError, Executor
 from engine.core.plan import StepPlan, StepResult
@@ -48,9 +48,10 @@ from engine.executor.model_loader import default_model_name, model_location
 from engine.output import OutputDelta, merge_deltas
 from engine.output_processor import OutputProcessor, Stream
 from engine.profile import load_cost_model
-from engine.prompt import AnswerBeginning, ChatPrompt, Prompt, TokenPrompt
+from engine.prompt import AnswerBeginning, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from engine.tenant import LOCAL_TENANT, Tenant
 from engine.tokenizer import Tokenizer
+from engine.tokenizer_pool import TokenizerPool
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ LOG_INTERVAL_S = 10.0
 MAX_INLINE_CHARS = 4096
 # See EngineConfig.prefill_batch_tokens: a CPU's matrix kernels are at their full speed with some dozens of rows.
 CPU_PREFILL_BATCH_TOKENS = 128
-# Token ids that the text of conversations is remembered for: 64M ids are 256 MiB.
-MAX_CONVERSATION_TOKENS = 1 << 26
+# Memory for what conversations have said, their texts and token ids; about.
+MAX_CONVERSATION_BYTES = 1 << 28
 
 
 class AsyncEngine:
@@ -91,7 +92,8 @@ class AsyncEngine:
         eos_token_id = self._tokenizer.eos_token_id
         self._eos_token_ids = tuple({*loaded.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
         self.max_model_len = _resolve_max_model_len(config, loaded.max_model_len, executor.num_gpu_blocks)
-        self._conversations = ConversationTable(MAX_CONVERSATION_TOKENS)
+        self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens)
+        self._tokenizer_pool = TokenizerPool(config.max_num_queued_reqs)
         self._core = EngineCore(
             CoreConfig(
                 max_model_len=self.max_model_len,
@@ -148,13 +150,24 @@ class AsyncEngine:
         wait, EngineError at any time where the engine is at fault."""
         self.check_health()
         conversation_id = None if session_id is None else f"{tenant.tenant_id}\n{session_id}"
-        if not isinstance(prompt, TokenPrompt) and prompt.num_chars > MAX_INLINE_CHARS:
-            # A long prompt takes long to tokenise, and meanwhile the loop has others to serve.
-            transcript, num_history = await asyncio.to_thread(self._tokenize, prompt, conversation_id, history)
-        else:
-            transcript, num_history = self._tokenize(prompt, conversation_id, history)
-        for token_id in sampling.stop_token_ids:
-            self._check_token_id(token_id, "stop_token_ids")
+        room = self.max_model_len - (sampling.max_tokens or 1)
+        # Another engine began with the ids that its history gave: whatever was said here since does not count.
+        known_id = conversation_id if beginning is None else None
+        try:
+            if isinstance(prompt, TokenPrompt):
+                transcript, num_history = self._check_token_ids(prompt, conversation_id)
+            elif prompt.num_chars > MAX_INLINE_CHARS:
+                # A long prompt takes long to tokenise, and meanwhile the loop has others to serve.
+                work = partial(self._tokenize, prompt, known_id, history, room)
+                transcript, num_history = await self._tokenizer_pool.run(work, tenant, prompt.num_chars)
+            else:
+                transcript, num_history = self._tokenize(prompt, known_id, history, room)
+        except ContextLengthError as error:
+            error.param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+            raise
+        self._check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
+        if beginning is not None:
+            self._check_vocabulary(beginning.token_ids, "beginning")
         if sampling.seed is None and not sampling.is_greedy:
             sampling = replace(sampling, seed=secrets.randbits(62))
         request = Request(
@@ -240,6 +253,7 @@ class AsyncEngine:
         self._is_stopping = True
         self._commands.put(lambda: None)
         await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._tokenizer_pool.shutdown)
         if not self._is_shut_down:
             self._is_shut_down = True
             self._executor.shutdown()
@@ -247,33 +261,73 @@ class AsyncEngine:
     # -- tokenising ----------------------------------------------------------------------------------------------------
 
     def _tokenize(
-        self, prompt: Prompt, conversation_id: str | None, history: Transcript | None
+        self, prompt: ChatPrompt | TextPrompt, conversation_id: str | None, history: Transcript | None, room: int
     ) -> tuple[Transcript, int]:
-        """The prompt as token ids, and how many of them earlier turns of the conversation know."""
-        if isinstance(prompt, TokenPrompt):
-            for token_id in prompt.token_ids:
-                self._check_token_id(token_id, "prompt")
-            token_ids = array("I", prompt.token_ids)
-            num_history = 0
-            if conversation_id is not None:
-                num_history = self._conversations.match_tokens(conversation_id, token_ids)
-            return Transcript(token_ids, ""), num_history
-        is_chat = isinstance(prompt, ChatPrompt)
-        text = self._tokenizer.render_chat(prompt.messages) if isinstance(prompt, ChatPrompt) else prompt.text
-        known = NO_MATCH
+        """The prompt as token ids, and how many of them earlier turns of the conversation know. Any thread may call it.
+
+        room: how many tokens a prompt is to have that can be shortened. Raises ContextLengthError for one that does not fit
+        the window, before anything is tokenised if that is clear."""
+        if isinstance(prompt, TextPrompt):
+            return self._encode(prompt.text, conversation_id, history, self.max_model_len, is_chat=False)
+        if not prompt.drops_oldest:
+            return self._encode_chat(prompt, conversation_id, history, self.max_model_len)
+        try:
+            return self._encode_chat(prompt, conversation_id, history, room)
+        except ContextLengthError:
+            shorter = prompt.shorter()
+        fitting, low, high = None, 0, len(shorter)  # the longest one that fits is among these
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                fitting, high = self._encode_chat(shorter[middle], conversation_id, history, room), middle
+            except ContextLengthError:
+                low = middle + 1
+        return fitting or self._encode_chat((prompt, *shorter)[-1], conversation_id, history, self.max_model_len)
+
+    def _encode_chat(
+        self, prompt: ChatPrompt, conversation_id: str | None, history: Transcript | None, max_tokens: int
+    ) -> tuple[Transcript, int]:
+        if len(prompt.messages) > max_tokens:  # each has a token at least
+            raise ContextLengthError(
+                f"the context window is {max_tokens} tokens, but the prompt has {len(prompt.messages)} messages; "
+                "leave some out"
+            )
+        text = self._tokenizer.render_chat(prompt.messages)
+        return self._encode(text, conversation_id, history, max_tokens, is_chat=True)
+
+    def _encode(
+        self, text: str, conversation_id: str | None, history: Transcript | None, max_tokens: int, *, is_chat: bool
+    ) -> tuple[Transcript, int]:
+        tokenizer, known = self._tokenizer, NO_MATCH
+        fingerprint = tokenizer.fingerprint if is_chat else tokenizer.text_fingerprint
         if conversation_id is not None:
-            known = self._conversations.match_text(conversation_id, text)
-        if history is not None:
-            told = Conversation.of(history).match_text(text)
-            known = max(told, known, key=lambda match: match.num_chars)
-        transcript = self._tokenizer.encode_prompt(text, known, add_special_tokens=not is_chat)
+            known = self._conversations.match_text(conversation_id, text, fingerprint)
+        if history is not None and fingerprint and history.fingerprint == fingerprint:
+            told = history.match_text(text, tuple(tokenizer.cut_tokens.values()))
+            if told.num_chars > known.num_chars and max(told.token_ids) < self._vocab_size:
+                known = told
+        transcript = tokenizer.encode_prompt(text, known, is_chat=is_chat, max_tokens=max_tokens)
         return transcript, known.num_computed
 
-    def _check_token_id(self, token_id: int, param: str) -> None:
-        if not 0 <= token_id < self._vocab_size:
-            raise InvalidParameterError(
-                f"token id {token_id} is outside the vocabulary (0 to {self._vocab_size - 1})", param=param
+    def _check_token_ids(self, prompt: TokenPrompt, conversation_id: str | None) -> tuple[Transcript, int]:
+        """As _tokenize."""
+        if len(prompt.token_ids) > self.max_model_len:
+            raise ContextLengthError(
+                f"the context window is {self.max_model_len} tokens, but the prompt has {len(prompt.token_ids)}; shorten it"
             )
+        self._check_vocabulary(prompt.token_ids, "prompt")
+        token_ids = array("I", prompt.token_ids)
+        num_history = 0
+        if conversation_id is not None:
+            num_history = self._conversations.match_tokens(conversation_id, token_ids)
+        return Transcript(token_ids, ""), num_history
+
+    def _check_vocabulary(self, token_ids: Sequence[int], param: str) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidParameterError(
+                    f"token id {token_id} is outside the vocabulary (0 to {self._vocab_size - 1})", param=param
+                )
 
     # -- the engine thread ---------------------------------------------------------------------------------------------
 

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# What a chat template adds to a message, about, in characters.
+TEMPLATE_CHARS = 32
+
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages (role, content), oldest first; the model's chat template turns them into one text."""
+    """Messages (role, content), oldest first; the model's chat template turns them into one text. drops_oldest: leave out
+    the oldest ones if there are more than the window holds."""
 
     messages: tuple[tuple[str, str], ...]
+    drops_oldest: bool = False
 
     @property
     def num_chars(self) -> int:
-        return sum(len(content) for _, content in self.messages)
+        """The length of that text, about."""
+        return sum(len(role) + len(content) + TEMPLATE_CHARS for role, content in self.messages)
+
+    def shorter(self) -> list[ChatPrompt]:
+        """What is left of it with more and more of the oldest messages left out, a tenth of the rest at a time, so that a
+        conversation that grows is cut at the same place for some turns. The system's words and the last message stay, and no
+        answer is the first without its question."""
+        system = tuple(message for message in self.messages if message[0] == "system")
+        others = [message for message in self.messages if message[0] != "system"]
+        prompts: list[ChatPrompt] = []
+        start = 0
+        while True:
+            start += max(1, (len(others) - start) // 10)
+            while start < len(others) and others[start][0] == "assistant":
+                start += 1
+            if start >= len(others):
+                return prompts
+            prompts.append(ChatPrompt((*system, *others[start:])))
 
 
 @dataclass(frozen=True, slots=True)

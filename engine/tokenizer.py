@@ -1,10 +1,15 @@
-"""Text to token ids and back: the model's own tokenizer and chat template. Keeps no conversation; see core/conversation."""
+"""Text to token ids and back: the model's own tokenizer and chat template. Keeps no conversation: core/conversation does, and
+says which ids a prompt has.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from array import array
+import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
@@ -12,7 +17,8 @@ from transformers import AutoTokenizer
 
 from engine.core.conversation import Transcript, TranscriptMatch
 from engine.detokenizer import Detokenizer, TokenBytes
-from engine.errors import InvalidParameterError, ModelLoadError
+from engine.errors import ContextLengthError, InvalidParameterError, ModelLoadError
+from engine.tokenizer_rules import find_cut_tokens, find_token_bound
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +27,8 @@ PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+# Characters that are tokenised in one go if the text may be cut there.
+PIECE_CHARS = 1 << 16
 
 
 class Tokenizer:
@@ -39,8 +47,21 @@ class Tokenizer:
         if not self.has_chat_template:
             logger.warning("%s has no chat template; messages are rendered as 'role: content' lines", location)
             self._tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-        first_token = self._tokenizer.convert_ids_to_tokens(self._encode("x")[0][:1])
-        self._begins_with_space = bool(first_token) and first_token[0].startswith("\u2581")
+        self._backend: Any = self._tokenizer.backend_tokenizer
+        identity = json.dumps([self._backend.to_str(), self._tokenizer.chat_template])
+        # Equal for two tokenizers that give equal ids for equal messages.
+        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+        rules = json.loads(self._backend.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._token_bound = find_token_bound(rules)
+        # The text of each token before which texts may be cut: tokenising the two sides apart gives the tokens of the whole.
+        self.cut_tokens = find_cut_tokens(rules)
+        self._cut_pattern = re.compile("|".join(map(re.escape, self.cut_tokens.values())) or "(?!)")
+        self._text_prefix, text_suffix = self._find_special_tokens()
+        # The same for texts that are no chats. Ids that end with what the tokenizer ends texts with are of no use later.
+        self.text_fingerprint = "" if text_suffix else self.fingerprint + "-text" * bool(self._text_prefix)
+        self._text_suffix = text_suffix
         self._special_ids = frozenset(self._tokenizer.all_special_ids) | frozenset(
             token_id for token_id, token in self._tokenizer.added_tokens_decoder.items() if token.special
         )
@@ -56,53 +77,60 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[tuple[str, str]]) -> str:
         """The text that stands for (role, content) messages, up to where the assistant is to speak. Raises
-        InvalidParameterError where the model's template refuses them."""
+        InvalidParameterError if the model's template refuses them, or fails with them."""
         chat = [{"role": role, "content": content} for role, content in messages]
         try:
             text: str = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
-            raise InvalidParameterError(
-                f"the model's chat template refuses these messages: {error}", param="messages"
-            ) from error
+            message = f"the model's chat template refuses these messages: {error}"
+            raise InvalidParameterError(message, param="messages") from error
+        except Exception as error:  # a template is a program: it may do with some messages what fails
+            message = (
+                f"the model's chat template fails with these messages ({type(error).__name__}: {error}); change them"
+            )
+            raise InvalidParameterError(message, param="messages") from error
         return text
 
-    def encode_prompt(self, text: str, known: TranscriptMatch, *, add_special_tokens: bool) -> Transcript:
-        """`text`, of which the beginning is `known`; only the rest is tokenised. add_special_tokens: begin with what the
-        tokenizer begins texts with; no for chats, whose template does it."""
-        if known.num_chars:
-            token_ids, starts = self._encode_continuation(text, known.num_chars)
-        else:
-            token_ids, spans = self._encode(text, add_special_tokens=add_special_tokens)
-            starts = [start for start, _ in spans]
-        num_known = len(known.token_ids)
-        anchors = list(known.anchors)
-        if 0 < known.num_chars < len(text):
-            anchors.append((num_known, known.num_chars))
-        for index, (token_id, start) in enumerate(zip(token_ids, starts, strict=True)):
-            if token_id in self._special_ids and index:
-                anchors.append((num_known + index, known.num_chars + start))
-        return Transcript(known.token_ids + array("I", token_ids), text, tuple(anchors))
+    def encode_prompt(self, text: str, known: TranscriptMatch, *, is_chat: bool, max_tokens: int) -> Transcript:
+        """The token ids of `text`, of which the beginning is `known`; only the rest is tokenised. Safe in any thread.
 
-    def _encode(self, text: str, *, add_special_tokens: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, and the characters [start, end) of each."""
-        encoding = self._tokenizer(
-            text,
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=True,
-            verbose=False,  # the window is the engine's to check
-        )
-        return encoding.input_ids, encoding.offset_mapping
+        is_chat: the template has put the tokens into the text with which the tokenizer begins (and ends) other texts. Raises
+        ContextLengthError if there are more than `max_tokens` (the window), as soon as that is known: before anything is
+        tokenised if the text is too long for any such row of tokens."""
+        token_ids = known.token_ids[:]
+        if not known.num_chars and not is_chat:
+            token_ids.extend(self._text_prefix)
+        anchors, start = list(known.anchors), known.num_chars
+        if self._token_bound is not None:
+            _check_length(len(token_ids) + self._token_bound.min_tokens(text[start:]), max_tokens, is_exact=False)
+        while start < len(text):
+            # A piece is tokenised as it would be in the whole text, and a long one lets nobody wait for all of it.
+            cut = self._cut_pattern.search(text, start + PIECE_CHARS)
+            end = len(text) if cut is None else cut.start()
+            piece = self._encode(text[start:end])
+            _check_length(len(token_ids) + len(piece), max_tokens, is_exact=end == len(text))
+            piece_ids = piece.ids
+            for index, token_id in enumerate(piece_ids):
+                if token_id in self.cut_tokens:
+                    place = start + piece.token_to_chars(index)[0]
+                    if place and text.startswith(self.cut_tokens[token_id], place):
+                        anchors.append((len(token_ids) + index, place))
+            token_ids.extend(piece_ids)
+            start = end
+        if not is_chat:
+            token_ids.extend(self._text_suffix)
+        fingerprint = self.fingerprint if is_chat else self.text_fingerprint
+        return Transcript(token_ids, text, tuple(anchors), fingerprint)
 
-    def _encode_continuation(self, text: str, num_known_chars: int) -> tuple[list[int], list[int]]:
-        """Token ids of text[num_known_chars:], and where each starts in that. A tokenizer that puts a space before whatever a
-        text begins with must not do so in the middle of one: it is given the character before, whose tokens are left out."""
-        if self._begins_with_space:
-            token_ids, spans = self._encode(text[num_known_chars - 1 :])
-            first = next((index for index, (_, end) in enumerate(spans) if end > 1), len(spans))
-            if first == len(spans) or spans[first][0] >= 1:  # no token spans both characters
-                return token_ids[first:], [start - 1 for start, _ in spans[first:]]
-        token_ids, spans = self._encode(text[num_known_chars:])
-        return token_ids, [start for start, _ in spans]
+    def _encode(self, text: str, *, add_special_tokens: bool = False) -> Any:
+        """As tokenizers.Encoding. In a batch of one: alone, it would keep Python's other threads waiting."""
+        return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def _find_special_tokens(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer begins and ends every text with that is no chat."""
+        whole = self._encode("x", add_special_tokens=True)
+        start = len(list(takewhile(bool, whole.special_tokens_mask)))
+        return whole.ids[:start], whole.ids[start + len(self._encode("x")) :]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of these tokens, special ones included."""
@@ -113,3 +141,12 @@ class Tokenizer:
 
     def detokenizer(self, stop: Sequence[str]) -> Detokenizer:
         return Detokenizer(self.token_bytes, self._special_ids, stop)
+
+
+def _check_length(num_tokens: int, max_tokens: int, *, is_exact: bool) -> None:
+    """Raises ContextLengthError for a prompt of `num_tokens`, or of at least so many."""
+    if num_tokens > max_tokens:
+        raise ContextLengthError(
+            f"the context window is {max_tokens} tokens, but the prompt has {'' if is_exact else 'at least '}{num_tokens}; "
+            "shorten it"
+        )

@@ -1,36 +1,68 @@
 """What was said in a conversation: its token ids and the text they stand for. A client that sends its history again sends
-text; comparing text with text finds the token ids that were really computed, so that tokenising again never breaks
-the match. Knows no tokenizer and no KV.
+text; comparing text with text finds the ids that were computed. Knows no tokenizer and no KV.
+
+Which ids a prompt has depends on its text and on which parts of it the model generated, and on nothing else:
+
+- *Text that a client wrote* has the ids that tokenising the whole prompt afresh gives it. The ids of an earlier turn are used
+  up to a cut: a place before a token that the tokenizer finds wherever its text stands ("<|im_end|>"), on both sides of
+  which it works apart. From the cut on the prompt is tokenised again.
+- *An answer* keeps the ids that the model generated if the prompt goes on with all of its text, right behind the very text
+  that it answered, and then with such a token. Anything else is text that a client wrote: an answer that was edited or cut
+  short, and the text of a completion that is typed further.
 """
 
 from __future__ import annotations
 
+import sys
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MAX_BRANCHES = 8
+# What one anchor takes: a pair, its two numbers, and the place in the row.
+ANCHOR_BYTES = 120
+# What a branch and a conversation take besides their rows and texts.
+BRANCH_BYTES = 128
+CONVERSATION_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
     """One branch of a conversation up to the end of a turn: `token_ids` stand for `text`.
 
-    anchors: (number of tokens, number of characters) of the places where the text may be cut so that the tokens before
-    and after it are what tokenising the two parts apart gives: before special tokens, and where an answer begins.
-    Ascending, without (0, 0) and without the end.
+    anchors: (number of tokens, number of characters) of the cuts: the places before tokens that the tokenizer finds wherever
+    their text stands. None lies inside an answer; its end is one. Ascending, without the beginning and the end of the text.
+    fingerprint: what made the ids (Tokenizer.fingerprint). Empty = not known: only the text counts.
     """
 
     token_ids: array[int]
     text: str
     anchors: tuple[tuple[int, int], ...] = ()
+    fingerprint: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that it takes, about."""
+        rows = sys.getsizeof(self.token_ids) + sys.getsizeof(self.text)
+        return BRANCH_BYTES + rows + ANCHOR_BYTES * len(self.anchors)
+
+    def match_text(self, text: str, cut_texts: tuple[str, ...]) -> TranscriptMatch:
+        """What of `text` is known up to the last place that both have, if `text` goes on there with one of `cut_texts`."""
+        same = common_prefix_len(self.text, text)
+        ends = (*self.anchors, (len(self.token_ids), len(self.text)))
+        for index in reversed(range(bisect_right(ends, same, key=lambda end: end[1]))):
+            num_tokens, num_chars = ends[index]
+            if text.startswith(cut_texts, num_chars):
+                num_computed = min(num_tokens, len(self.token_ids) - 1)
+                return TranscriptMatch(self.token_ids[:num_tokens], num_chars, ends[:index], num_computed)
+        return NO_MATCH
 
 
 @dataclass(frozen=True, slots=True)
 class TranscriptMatch:
-    """The first `num_chars` characters of a prompt are known to be `token_ids`; `anchors` are the cuts inside.
+    """The first `num_chars` characters of a prompt are known to be `token_ids`; `anchors` are the cuts before that one.
     num_computed: how many of them have been through the model; the last token of an answer never was."""
 
     token_ids: array[int]
@@ -57,77 +89,70 @@ def common_prefix_len(a: str | array[int], b: str | array[int]) -> int:
 class Conversation:
     """The branches of one conversation, the latest last. A turn that continues a branch replaces it; a turn that
     departs from all of them (an edited message, a second answer to one question) starts a new one, and of more than
-    `MAX_BRANCHES` the oldest is forgotten."""
+    `MAX_BRANCHES` the oldest is forgotten. One thread may record a turn while others match."""
 
     def __init__(self, conversation_id: str) -> None:
         self.conversation_id = conversation_id
-        self.branches: list[Transcript] = []
-
-    @classmethod
-    def of(cls, branch: Transcript) -> Conversation:
-        """A nameless conversation that has this branch alone."""
-        conversation = cls("")
-        conversation.branches.append(branch)
-        return conversation
+        self.branches: tuple[Transcript, ...] = ()
 
     @property
-    def num_tokens(self) -> int:
-        return sum(len(branch.token_ids) for branch in self.branches)
+    def num_bytes(self) -> int:
+        """The memory that it takes, about."""
+        id_bytes = sys.getsizeof(self.conversation_id)
+        return CONVERSATION_BYTES + id_bytes + sum(branch.num_bytes for branch in self.branches)
 
-    def match_text(self, text: str) -> TranscriptMatch:
-        """The longest known beginning of `text`. Where `text` departs from a branch, the match ends at the last anchor
-        before that."""
-        best = NO_MATCH
-        for branch in reversed(self.branches):
-            same = common_prefix_len(branch.text, text)
-            if same == len(branch.text):
-                num_computed = max(0, len(branch.token_ids) - 1)
-                match = TranscriptMatch(branch.token_ids, same, branch.anchors, num_computed)
-            else:
-                cut = bisect_right(branch.anchors, same, key=lambda anchor: anchor[1])
-                if cut == 0:
-                    continue
-                num_tokens, num_chars = branch.anchors[cut - 1]
-                known, anchors = branch.token_ids[:num_tokens], branch.anchors[: cut - 1]
-                match = TranscriptMatch(known, num_chars, anchors, num_tokens)
-            if match.num_chars > best.num_chars:
-                best = match
-        return best
+    def match_text(self, text: str, fingerprint: str, cut_texts: tuple[str, ...]) -> TranscriptMatch:
+        """The longest known beginning of `text` in ids of that fingerprint; of equal ones the latest. See
+        Transcript.match_text."""
+        matches = [
+            branch.match_text(text, cut_texts)
+            for branch in reversed(self.branches)
+            if fingerprint and branch.fingerprint == fingerprint
+        ]
+        return max(matches, key=lambda match: match.num_chars, default=NO_MATCH)
 
     def match_tokens(self, token_ids: array[int]) -> int:
         """How many leading tokens have been through the model in this conversation."""
         shared = (min(common_prefix_len(b.token_ids, token_ids), len(b.token_ids) - 1) for b in self.branches)
         return max(shared, default=0)
 
-    def record_turn(self, prompt: Transcript, output_token_ids: Sequence[int], output_text: str) -> Transcript:
-        """Remember a turn: the prompt with the anchors in it, then what was generated, which begins at an anchor. Returns the
-        branch that it made."""
-        branch = Transcript(
-            prompt.token_ids + array("I", output_token_ids),
-            prompt.text + output_text,
-            (*prompt.anchors, (len(prompt.token_ids), len(prompt.text))),
-        )
-        self.branches = [old for old in self.branches if branch.token_ids[: len(old.token_ids)] != old.token_ids]
-        self.branches.append(branch)
-        del self.branches[:-MAX_BRANCHES]
+    def record_turn(
+        self, prompt: Transcript, output_token_ids: Sequence[int], output_text: str, cut_tokens: Mapping[int, str]
+    ) -> Transcript:
+        """Remember a turn: the prompt, then what was generated. cut_tokens: the text of each token before which text may be
+        cut; one that ended the answer is not part of what has to be sent again. Returns the branch that it made."""
+        token_ids, text = prompt.token_ids + array("I", output_token_ids), prompt.text + output_text
+        anchors = prompt.anchors
+        end = cut_tokens.get(output_token_ids[-1]) if output_token_ids else None
+        if end is not None and output_text.endswith(end):
+            anchors = (*anchors, (len(token_ids) - 1, len(text) - len(end)))
+        elif end is not None:  # it is in no text: the client could not send it again
+            token_ids.pop()
+        branch = Transcript(token_ids, text, anchors, prompt.fingerprint)
+        kept = [old for old in self.branches if branch.token_ids[: len(old.token_ids)] != old.token_ids]
+        self.branches = (*kept, branch)[-MAX_BRANCHES:]
         return branch
 
 
 class ConversationTable:
-    """The conversations of an engine. Once they hold more than `max_tokens` token ids, the least recently used ones are
-    forgotten; that costs a client that sends its history only the tokenising of it."""
+    """The conversations of an engine. Once they take more than `max_bytes` of memory, the least recently used ones are
+    forgotten; that costs a client that sends its history only the tokenising of it. One thread records turns; any may ask."""
 
-    def __init__(self, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        self.num_tokens = 0
+    def __init__(self, max_bytes: int, cut_tokens: Mapping[int, str]) -> None:
+        """cut_tokens: see Conversation.record_turn."""
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._cut_tokens = cut_tokens
+        self._cut_texts = tuple(cut_tokens.values())
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._conversations)
 
-    def match_text(self, conversation_id: str, text: str) -> TranscriptMatch:
+    def match_text(self, conversation_id: str, text: str, fingerprint: str) -> TranscriptMatch:
+        """See Conversation.match_text."""
         conversation = self._conversations.get(conversation_id)
-        return NO_MATCH if conversation is None else conversation.match_text(text)
+        return NO_MATCH if conversation is None else conversation.match_text(text, fingerprint, self._cut_texts)
 
     def match_tokens(self, conversation_id: str, token_ids: array[int]) -> int:
         conversation = self._conversations.get(conversation_id)
@@ -136,15 +161,16 @@ class ConversationTable:
     def record_turn(
         self, conversation_id: str, prompt: Transcript, output_token_ids: Sequence[int], output_text: str
     ) -> Transcript:
-        """See Conversation.record_turn."""
+        """See Conversation.record_turn. What alone takes more than there is room for is not remembered."""
         conversation = self._conversations.get(conversation_id)
         if conversation is None:
             conversation = self._conversations[conversation_id] = Conversation(conversation_id)
-        self.num_tokens -= conversation.num_tokens
-        branch = conversation.record_turn(prompt, output_token_ids, output_text)
-        self.num_tokens += conversation.num_tokens
+        else:
+            self.num_bytes -= conversation.num_bytes
+        branch = conversation.record_turn(prompt, output_token_ids, output_text, self._cut_tokens)
+        self.num_bytes += conversation.num_bytes
         self._conversations.move_to_end(conversation_id)
-        while self.num_tokens > self.max_tokens and len(self._conversations) > 1:
+        while self.num_bytes > self.max_bytes:
             _, oldest = self._conversations.popitem(last=False)
-            self.num_tokens -= oldest.num_tokens
+            self.num_bytes -= oldest.num_bytes
         return branch

@@ -2,20 +2,23 @@
 
 import asyncio
 import threading
+from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
 from engine import async_engine
 from engine.async_engine import MAX_FAILURES_IN_A_ROW, AsyncEngine
 from engine.config import EngineConfig
+from engine.core.conversation import NO_MATCH
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
 from engine.detokenizer import Detokenizer
 from engine.errors import ContextLengthError, EngineError, EngineStoppedError, ExecutorError, InvalidParameterError
 from engine.output import OutputDelta, TokenLogprob
-from engine.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from engine.prompt import AnswerBeginning, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from tests.engine.interrupted_executor import InterruptedExecutor
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -345,20 +348,85 @@ async def test_history_sent_again_is_found_in_the_cache(engine):
 
 
 async def test_history_is_found_where_tokenising_it_again_gives_other_ids(engine):
-    """The answer is a row of single bytes, which no tokenizer would ever give for that text."""
-    text = "my cat is called Mia. the name of my dog is"
+    """The answer is a row of tokens that no tokenizer would ever give for that text."""
     tokenizer = engine._tokenizer
-    first = await ask(engine, TextPrompt(text), SamplingParams(temperature=5.0, seed=3, max_tokens=20, ignore_eos=True),
-                      session="s", return_prompt_token_ids=True)  # fmt: skip
-    computed = first.deltas[0].prompt_token_ids + first.token_ids
-    again = tokenizer._tokenizer(text + first.text + " and").input_ids
-    assert tuple(again[: len(computed)]) != computed, "this test needs an answer that tokenises differently"
-    second = await ask(engine, TextPrompt(text + first.text + " and"), session="s", return_prompt_token_ids=True)
+    for seed in range(40):
+        sampling = SamplingParams(temperature=5.0, seed=seed, max_tokens=6, ignore_eos=True)
+        first = await ask(engine, CAT, sampling, session=f"s{seed}", return_prompt_token_ids=True)
+        computed = first.deltas[0].prompt_token_ids + first.token_ids
+        history = (*CAT, ("assistant", first.text), QUESTION)
+        again = tuple(tokenizer._tokenizer(tokenizer.render_chat(history), add_special_tokens=False).input_ids)
+        is_plain = not any(map(tokenizer.is_special, first.token_ids))
+        if is_plain and "\ufffd" not in tokenizer.decode(first.token_ids) and again[: len(computed)] != computed:
+            break
+    else:
+        pytest.fail("this test needs an answer that tokenises differently")
+    second = await ask(engine, history, session=f"s{seed}", return_prompt_token_ids=True)
     assert second.deltas[0].prompt_token_ids[: len(computed)] == computed
-    assert tokenizer.decode(second.deltas[0].prompt_token_ids) == text + first.text + " and"
+    assert tokenizer.decode(second.deltas[0].prompt_token_ids) == tokenizer.render_chat(history)
     assert second.last.num_cached_tokens == len(computed) - 1
-    stranger = await ask(engine, TextPrompt(text + first.text + " and"), return_prompt_token_ids=True)
-    assert stranger.deltas[0].prompt_token_ids == tuple(again)
+    stranger = await ask(engine, history, return_prompt_token_ids=True)
+    assert stranger.deltas[0].prompt_token_ids == again
+
+
+TYPED = "my cat is called Mia and the unbelievable gardener is called Theodora"
+
+
+async def test_a_prompt_that_is_typed_further_has_the_tokens_and_the_answer_of_a_fresh_session(engine):
+    """Wherever the typing paused, and whatever the model said there; also if another client of the session typed."""
+    fresh = await ask(engine, TextPrompt(TYPED), return_prompt_token_ids=True)
+    one = SamplingParams(temperature=0.0, max_tokens=1)
+    for cut in range(3, len(TYPED), 4):
+        await ask(engine, TextPrompt(TYPED[:cut]), one, session="all")
+        await ask(engine, TextPrompt(TYPED[:cut]), one, session=f"s{cut}")
+        for session in ("all", f"s{cut}"):
+            answer = await ask(engine, TextPrompt(TYPED), session=session, return_prompt_token_ids=True)
+            assert answer.deltas[0].prompt_token_ids == fresh.deltas[0].prompt_token_ids, TYPED[:cut]
+            assert answer.token_ids == fresh.token_ids
+
+
+async def test_history_in_ids_of_another_tokenizer_is_text_only(engine):
+    """As after a change of the model behind a conversation store: also where its ids are beyond the vocabulary."""
+    first = await ask(engine, CAT, session="s")
+    told = first.last.transcript
+    assert told.fingerprint == engine._tokenizer.fingerprint
+    chat = (*CAT, ("assistant", first.text), QUESTION)
+    fresh = await ask(engine, chat, return_prompt_token_ids=True)
+    strange = array("I", [token_id + 10 for token_id in told.token_ids])
+    beyond = array("I", [token_id + 100_000 for token_id in told.token_ids])
+    for history in (
+        replace(told, token_ids=strange, fingerprint="another"),
+        replace(told, token_ids=strange, fingerprint=""),
+        replace(told, token_ids=beyond),
+    ):
+        answer = await ask(engine, chat, history=history, return_prompt_token_ids=True)
+        assert answer.deltas[0].prompt_token_ids == fresh.deltas[0].prompt_token_ids
+        assert answer.token_ids == fresh.token_ids
+    own = await ask(engine, chat, history=replace(told, token_ids=strange), return_prompt_token_ids=True)
+    assert own.deltas[0].prompt_token_ids != fresh.deltas[0].prompt_token_ids, "this test needs a history that is used"
+
+
+async def test_a_resumed_answer_goes_on_from_the_prompt_that_its_engine_had(engine):
+    """Another client of the session had that answer in other tokens here, which the first engine never saw."""
+    chat = (*CAT, ("assistant", "my cat"), QUESTION)
+    fresh = await ask(engine, chat, return_prompt_token_ids=True)
+    prompt = engine._tokenizer.encode_prompt(engine._tokenizer.render_chat(CAT), NO_MATCH, is_chat=True, max_tokens=512)
+    engine._conversations.record_turn("local\ns", prompt, list(b"my cat"), "my cat")
+    here = await ask(engine, chat, session="s", return_prompt_token_ids=True)
+    assert here.deltas[0].prompt_token_ids != fresh.deltas[0].prompt_token_ids, (
+        "this test needs an answer in other tokens"
+    )
+    resumed = await ask(
+        engine,
+        chat,
+        session="s",
+        beginning=AnswerBeginning(fresh.token_ids[:2], 0),
+        return_prompt_token_ids=True,
+    )
+    assert resumed.deltas[0].prompt_token_ids == fresh.deltas[0].prompt_token_ids
+    assert (*fresh.token_ids[:2], *resumed.token_ids) == fresh.token_ids
+    with pytest.raises(InvalidParameterError, match="token id 99999 is outside the vocabulary"):
+        await ask(engine, chat, beginning=AnswerBeginning((99999,), 0))
 
 
 async def test_a_diverging_history_is_cut_at_the_divergence(engine):
@@ -418,6 +486,11 @@ async def test_stateless_finds_nothing_and_answers_the_same(make_engine):
     ("prompt", "sampling", "error", "param"),
     [
         (TextPrompt("cat " * 600), GREEDY, ContextLengthError, "prompt"),
+        (TextPrompt("cat " * 900_000), GREEDY, ContextLengthError, "prompt"),
+        (ChatPrompt((("user", "cat " * 900_000),)), GREEDY, ContextLengthError, "messages"),
+        (ChatPrompt((("user", ""),) * 130_000), GREEDY, ContextLengthError, "messages"),
+        (ChatPrompt((("user", "cat " * 600),), drops_oldest=True), GREEDY, ContextLengthError, "messages"),
+        (TokenPrompt((1,) * 513), GREEDY, ContextLengthError, "prompt"),
         (ChatPrompt((("user", "cat"),)), SamplingParams(max_tokens=512), ContextLengthError, "messages"),
         (TokenPrompt(()), GREEDY, InvalidParameterError, "prompt"),
         (TokenPrompt((1, 1024)), GREEDY, InvalidParameterError, "prompt"),
@@ -446,6 +519,65 @@ async def test_an_id_in_use_is_refused_and_its_owner_is_not_disturbed(engine):
     with pytest.raises(InvalidParameterError, match="'same' is running"):
         await second
     assert (await owner).token_ids == expected.token_ids
+
+
+async def test_what_cannot_fit_is_refused_before_it_is_tokenised(engine, monkeypatch):
+    """Megabytes of text, and 130,000 messages, which are not even rendered."""
+    tokenizer = engine._tokenizer
+    tokenised, rendered, encode, render = [], [], tokenizer._encode, tokenizer.render_chat
+    monkeypatch.setattr(tokenizer, "_encode", lambda text: tokenised.append(text) or encode(text))
+    monkeypatch.setattr(tokenizer, "render_chat", lambda messages: rendered.append(messages) or render(messages))
+    for prompt in (
+        TextPrompt("a b " * 900_000),
+        ChatPrompt((("user", "a b " * 900_000),)),
+        ChatPrompt((("user", ""), ("assistant", "")) * 65_000),
+    ):
+        with pytest.raises(ContextLengthError, match="the context window is 512 tokens, but the prompt has"):
+            await ask(engine, prompt)
+    assert tokenised == []
+    assert [len(messages) for messages in rendered] == [1]
+    assert ChatPrompt((("user", ""),) * 130_000).num_chars > 130_000, "messages count though they are empty"
+
+
+async def test_long_prompts_are_tokenised_in_threads_of_their_own(engine, monkeypatch):
+    tokenizer, names, encode = engine._tokenizer, [], engine._tokenizer._encode
+    monkeypatch.setattr(
+        tokenizer, "_encode", lambda text: names.append(threading.current_thread().name) or encode(text)
+    )
+    long = (("user", "cat " * 100), ("assistant", "ok.")) * 20
+    await ask(engine, ChatPrompt((*CAT, *long, QUESTION), drops_oldest=True))
+    assert set(names) == {"tokenizer"}
+    names.clear()
+    await ask(engine, CAT)
+    assert names == ["MainThread"]
+
+
+async def test_the_oldest_messages_are_left_out_of_a_prompt_that_may_be_shortened(engine, monkeypatch):
+    """As few tenths as will do, so that the answer fits, too; found by halves; the same place for some turns."""
+    render, rendered = engine._tokenizer.render_chat, []
+    monkeypatch.setattr(
+        engine._tokenizer, "render_chat", lambda messages: rendered.append(messages) or render(messages)
+    )
+    system = ("system", "my dog is called Rex.")
+    turns = [message for number in range(100) for message in (("user", f"fact {number}"), ("assistant", "ok."))]
+    sampling = SamplingParams(temperature=0.0, max_tokens=100)
+    prompt = ChatPrompt((system, *turns, QUESTION), drops_oldest=True)
+    answer = await ask(engine, prompt, sampling, return_prompt_token_ids=True)
+    assert len(rendered) <= 8
+    sent = engine._tokenizer.decode(answer.deltas[0].prompt_token_ids)
+    kept = next(shorter for shorter in prompt.shorter() if render(shorter.messages) == sent)
+    assert kept.messages[0] == system
+    assert kept.messages[1][0] == "user"
+    assert kept.messages[1:] == (*turns, QUESTION)[-len(kept.messages) + 1 :]
+    assert answer.last.num_prompt_tokens + 100 <= 512
+    longer = prompt.shorter()[prompt.shorter().index(kept) - 1]
+    assert len(engine._tokenizer._tokenizer(render(longer.messages)).input_ids) + 100 > 512
+    whole = await ask(
+        engine, ChatPrompt((system, *turns[:4], QUESTION), drops_oldest=True), return_prompt_token_ids=True
+    )
+    assert engine._tokenizer.decode(whole.deltas[0].prompt_token_ids) == render((system, *turns[:4], QUESTION))
+    with pytest.raises(ContextLengthError, match="the context window is 512 tokens"):
+        await ask(engine, ChatPrompt((system, ("user", "cat " * 700)), drops_oldest=True))
 
 
 # -- cancellation ------------------------------------------------------------------------------------------------------
