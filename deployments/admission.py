@@ -48,11 +48,15 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
-        self._limits = {tenant.id: tenant for tenant in tenants}
+        self.use(tenants)
         self._num_ingress_replicas = num_ingress_replicas
         self._default_timeout_s = default_timeout_s
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
+
+    def use(self, tenants: Sequence[TenantConfig]) -> None:
+        """From now on, the limits of these."""
+        self._limits = {tenant.id: tenant for tenant in tenants}
 
     async def generate(
         self, request: GenerationRequest, timeout_s: float | None = None

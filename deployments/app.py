@@ -15,7 +15,7 @@ from deployments.llm_server import LLMServer
 from deployments.placement import group_bundles
 from deployments.schema import AppArgs
 from deployments.session_router import SessionRouter
-from deployments.tenants import load_tenants
+from deployments.tenants import environment_tenants, load_tenants
 from engine.config import EngineConfig
 
 # An ingress replica holds what runs and what waits, and refuses the rest with an OpenAI error body itself;
@@ -81,6 +81,8 @@ def build(args: AppArgs) -> Application:
         max_body_bytes=args.max_body_bytes,
         max_header_bytes=args.max_header_bytes,
         tenants=load_tenants(args.tenants_file, os.environ),
+        tenants_file=args.tenants_file,
+        environment_tenants=environment_tenants(os.environ),
         request_timeout_s=args.request_timeout_s,
         store_url=args.store_url,
         retention_days=args.retention_days,

@@ -20,13 +20,22 @@ class EventStream(StreamingResponse):
         super().__init__(events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"})
         self._events = events
         self._end = end
+        self._at_end: list[Callable[[], None]] = []
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Called after `end`, whatever becomes of that."""
+        self._at_end.append(callback)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, _at_once(send) if scope.get("http_version") == "1.0" else send)
         finally:
-            await self._events.aclose()
-            await self._end()
+            try:
+                await self._events.aclose()
+                await self._end()
+            finally:
+                for callback in self._at_end:
+                    callback()
 
 
 def _at_once(send: Send) -> Send:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -14,16 +15,17 @@ from deployments.generation import ErrorItem
 from deployments.openai_responses import error_body
 from engine.errors import PensieveError
 
+# Of an error's message: it may repeat what was sent.
+MAX_MESSAGE_CHARS = 1000
+
 
 def error_response(error: ErrorItem, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    if len(error.message) > MAX_MESSAGE_CHARS:
+        error = replace(error, message=error.message[:MAX_MESSAGE_CHARS] + "...")
     headers = dict(headers or {})
     if error.retry_after_s is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
-
-
-def too_large(status: int, message: str, code: str) -> JSONResponse:
-    return error_response(ErrorItem(status, message, "invalid_request_error", code))
 
 
 async def pensieve_error(request: Request, error: Exception) -> Response:

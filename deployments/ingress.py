@@ -4,10 +4,11 @@ the errors. Nothing here knows a token, a cache or a replica beyond the number t
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +23,14 @@ from starlette.types import ASGIApp
 
 from deployments.absence import why_absent
 from deployments.admission import Admission
+from deployments.coalesced import Coalesced
 from deployments.conversation_store import ConversationStore
 from deployments.engine_client import EngineClient
 from deployments.event_stream import EventStream
+from deployments.fair_limit import FairLimit
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
-from deployments.http_errors import EXCEPTION_HANDLERS, error_response, too_large
+from deployments.http_errors import EXCEPTION_HANDLERS, error_response
+from deployments.open_server import check_is_local
 from deployments.openai_responses import (
     DONE,
     AnswerFormat,
@@ -35,18 +39,25 @@ from deployments.openai_responses import (
     error_body,
     sse_event,
 )
-from deployments.openai_types import BodyT, ChatCompletionBody, CompletionBody, parse_request
+from deployments.openai_types import MAX_NAME_CHARS, BodyT, ChatCompletionBody, CompletionBody, GenerationBody
 from deployments.openapi import openapi_document
 from deployments.replica_count import ReplicaCount, count_replicas
+from deployments.request_bodies import RequestBodies
 from deployments.request_limits import RequestLimits
 from deployments.responses_api import ResponsesApi
 from deployments.responses_routes import add_response_routes
 from deployments.session_key import session_key
-from deployments.tenants import Authenticator, TenantConfig
+from deployments.tenants import Authenticator, TenantConfig, WatchedTenants
 from engine import __version__
-from engine.errors import UnknownModelError
+from engine.errors import ContextLengthError, InvalidParameterError, OverloadedError, UnknownModelError
 from engine.paths import data_folder
-from engine.tenant import Tenant
+from engine.prompt import ChatPrompt, Prompt, TokenPrompt
+from engine.tenant import LOCAL_TENANT, Tenant
+
+# How often readiness asks the engines and the store, at most, in seconds: anybody may ask for it.
+READY_PERIOD_S = 1.0
+# Until Serve has said how many engine replicas there are: no limit.
+MANY_REPLICAS = 1_000_000
 
 
 class Engine(Protocol):
@@ -63,11 +74,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class IngressConfig:
-    """What one ingress replica goes by; see AppArgs and TenantConfig."""
+    """What one ingress replica goes by; see AppArgs and TenantConfig. tenants: all, as of when the application was built.
+    tenants_file, environment_tenants: where they are from, for the file may change."""
 
     max_body_bytes: int = 4 * 2**20
     max_header_bytes: int = 32 * 2**10
     tenants: tuple[TenantConfig, ...] = ()
+    tenants_file: str | None = None
+    environment_tenants: tuple[TenantConfig, ...] = ()
     request_timeout_s: float | None = None
     store_url: str | None = None
     retention_days: float | None = None
@@ -81,6 +95,9 @@ class Ingress:
     def __init__(self, handle: DeploymentHandle, config: IngressConfig) -> None:
         why = partial(why_absent, handle.app_name, handle.deployment_name)
         self._engine = EngineClient(handle, config.num_fallback_replicas, why, config.engine_wait_s)
+        self._num_engines = ReplicaCount(
+            partial(count_replicas, handle.app_name, handle.deployment_name), MANY_REPLICAS
+        )
         self._config = config
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -92,8 +109,10 @@ class Ingress:
             num_ingress_replicas=ReplicaCount(
                 partial(count_replicas, context.app_name, context.deployment), context.world_size or 1
             ),
+            num_engine_replicas=self._num_engines,
             # HAProxy does not say for whom it asks.
             sees_clients=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
+            ready_period_s=READY_PERIOD_S,
         )
 
 
@@ -103,13 +122,24 @@ def create_app(
     *,
     ingress_id: str,
     num_ingress_replicas: Callable[[], int] = lambda: 1,
+    num_engine_replicas: Callable[[], int] = lambda: 1,
     sees_clients: bool = True,
+    ready_period_s: float = 0.0,
 ) -> FastAPI:
-    """The application. ingress_id goes out in a header, for experiments with routing. sees_clients: the address that a
-    request comes from is its client's."""
+    """The application.
+
+    ingress_id: goes out in a header, for experiments with routing. num_engine_replicas: as many share what is let in here.
+    sees_clients: the address that a request comes from is its client's. ready_period_s: how old an answer about readiness
+    may be, in seconds.
+    """
+    tenants = config.tenants
+    watched = None
+    if config.tenants_file is not None:
+        watched = WatchedTenants(config.tenants_file, config.environment_tenants)
+        tenants = watched.read_if_changed() or tenants  # the application may have been built long ago
     admission = Admission(
         engine,
-        config.tenants,
+        tenants,
         num_ingress_replicas=num_ingress_replicas,
         default_timeout_s=config.request_timeout_s,
     )
@@ -126,9 +156,22 @@ def create_app(
         retention_days=config.retention_days,
     )
 
+    authenticator = Authenticator(tenants)
+    bodies = RequestBodies(config.max_body_bytes)
+    places = FairLimit()
+    started = int(time.time())
+
+    def use_tenants(tenants: tuple[TenantConfig, ...]) -> None:
+        authenticator.use(tenants)
+        admission.use(tenants)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watching = None if watched is None else asyncio.create_task(watched.watch(use_tenants))
         yield
+        if watching is not None:
+            watching.cancel()
+        bodies.close()
         await responses.close()
 
     app = FastAPI(
@@ -137,21 +180,34 @@ def create_app(
         redirect_slashes=False,
         exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
     )
-    app.add_middleware(
-        RequestLimits,
-        max_body_bytes=config.max_body_bytes,
-        max_header_bytes=config.max_header_bytes,
-        too_large=too_large(413, f"the body is larger than {config.max_body_bytes} bytes", "body_too_large"),
-        headers_too_large=too_large(
-            431, f"the headers are larger than {config.max_header_bytes} bytes", "headers_too_large"
-        ),
-    )
-    authenticator = Authenticator(config.tenants, sees_clients=sees_clients)
-    started = int(time.time())
+    app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes)
 
     def tenant_of(request: Request) -> Tenant:
+        if tenants:
+            return authenticator.authenticate(request.headers.get("authorization"))
         client_host = request.client.host if request.client else None
-        return authenticator.authenticate(request.headers.get("authorization"), client_host)
+        check_is_local(request.headers.items(), client_host, sees_clients=sees_clients)
+        return LOCAL_TENANT
+
+    async def in_a_place(tenant: Tenant, body: GenerationBody, respond: Callable[[], Awaitable[Response]]) -> Response:
+        """Lets in as many as the engines run and let wait, all together, and refuses the next one at once: here it would only
+        wait where no engine knows of it, and its client could not go elsewhere."""
+        card = await engine.model_card()
+        _check_body(body, card)
+        limit = card.max_num_requests * num_engine_replicas()
+        if not places.try_take(tenant.tenant_id, 1, limit):
+            raise OverloadedError("as many requests run and wait as may; try again in a moment")
+        give_back = partial(places.give_back, tenant.tenant_id, 1)
+        try:
+            response = await respond()
+        except BaseException:
+            give_back()
+            raise
+        if isinstance(response, EventStream):
+            response.at_end(give_back)
+        else:
+            give_back()
+        return response
 
     async def answer(
         request: Request,
@@ -160,9 +216,8 @@ def create_app(
         id_prefix: str,
     ) -> Response:
         tenant = tenant_of(request)
-        body, data = parse_request(kind, await request.body())
+        body, data = await bodies.parse(kind, request, tenant)
         sampling = body.sampling_params()
-        _check_model(body.model, await engine.model_card())
         generation = GenerationRequest(
             request_id=id_prefix + uuid.uuid4().hex,
             session_id=session_key(request.headers.items(), data),
@@ -172,6 +227,12 @@ def create_app(
             return_prompt_token_ids=body.return_token_ids,
             tenant=tenant,
         )
+        return await in_a_place(tenant, body, partial(respond, generation, body, make_format))
+
+    async def respond(
+        generation: GenerationRequest, body: BodyT, make_format: Callable[[str, int, BodyT], AnswerFormat]
+    ) -> Response:
+        _check_prompt(generation.prompt, await engine.model_card())
         answer_format = make_format(generation.request_id, int(time.time()), body)
         items = admission.generate(generation, body.timeout)
         first = await anext(items)  # decides on the status; nothing is sent before
@@ -193,7 +254,7 @@ def create_app(
     async def completions(request: Request) -> Response:
         return await answer(request, CompletionBody, CompletionFormat, "cmpl-")
 
-    add_response_routes(app, responses, tenant_of)
+    add_response_routes(app, responses, bodies, tenant_of, in_a_place)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -211,10 +272,15 @@ def create_app(
     async def health() -> Response:
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
-    async def ready() -> Response:
+    async def check_ready() -> None:
         await engine.describe()
         await responses.check()
+
+    is_ready = Coalesced(check_ready, ready_period_s)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        await is_ready()
         return JSONResponse({"status": "ready"})
 
     @app.get("/version")
@@ -272,7 +338,30 @@ async def _exhaust(items: AsyncGenerator[GenerationItem, None]) -> None:
 
 def _check_model(name: str, card: ModelCard) -> None:
     if name != card.model_name:
-        raise UnknownModelError(f"no model {name!r} here; there is {card.model_name!r}", param="model")
+        raise UnknownModelError(f"no model {name[:MAX_NAME_CHARS]!r} here; there is {card.model_name!r}", param="model")
+
+
+def _check_body(body: GenerationBody, card: ModelCard) -> None:
+    """Raises where the model is not here, or cannot do what is asked whatever the prompt is."""
+    _check_model(body.model, card)
+    if body.min_tokens > card.max_model_len:
+        raise InvalidParameterError(
+            f"min_tokens must be at most {card.max_model_len}, the context window", param="min_tokens"
+        )
+
+
+def _check_prompt(prompt: Prompt, card: ModelCard) -> None:
+    """Raises ContextLengthError where it cannot fit, each message being a token at least. The engine counts exactly."""
+    if isinstance(prompt, ChatPrompt):
+        size, unit, param = len(prompt.messages), "messages", "messages"
+    elif isinstance(prompt, TokenPrompt):
+        size, unit, param = len(prompt.token_ids), "tokens", "prompt"
+    else:
+        return
+    if size > card.max_model_len:
+        raise ContextLengthError(
+            f"the context window is {card.max_model_len} tokens, but the prompt has {size} {unit}; shorten it", param
+        )
 
 
 def _model(card: ModelCard, created: int) -> dict[str, Any]:

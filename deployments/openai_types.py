@@ -75,6 +75,10 @@ IGNORED = frozenset({"metadata", "parallel_tool_calls", "prompt_cache_retention"
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 MAX_SESSION_KEY_CHARS = 512
+# Bounds on what a body is made of: each part becomes an object of some hundred bytes, and most parts have one byte or two.
+MAX_PARTS = 100_000  # lists, objects and fields in a whole body
+MAX_FIELDS = 128  # of one object: each unknown one would become an error
+MAX_MESSAGES = 8192  # or items, or parts of the content of one
 
 TokenId = Annotated[int, Field(ge=0)]
 SessionKey = Annotated[str, Field(max_length=MAX_SESSION_KEY_CHARS)]
@@ -100,6 +104,8 @@ class Body(BaseModel):
     def _sort_out(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if len(data) > MAX_FIELDS:
+            raise PydanticCustomError("invalid", f"an object has at most {MAX_FIELDS} fields here")
         for name, neutral in cls.not_implemented.items():
             if not _is_neutral(data.get(name), neutral):
                 passing = "".join(f" or {value!r}" for value in neutral)
@@ -215,7 +221,11 @@ class GenerationBody(Body):
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=StopString | StopStrings)] = []
+    stop: Annotated[
+        list[str],
+        Field(fail_fast=True),
+        BeforeValidator(_as_list, json_schema_input_type=StopString | StopStrings),
+    ] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
@@ -225,7 +235,7 @@ class GenerationBody(Body):
     repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = []
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] = []
     return_token_ids: bool = False
     session_id: SessionKey | None = None
     conversation: Annotated[
@@ -277,7 +287,7 @@ class ChatCompletionBody(GenerationBody):
 
     not_implemented = CHAT_NOT_IMPLEMENTED
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -344,6 +354,8 @@ MAX_NAME_CHARS = 64
 
 def parse_request(kind: type[AnyBodyT], raw: bytes) -> tuple[AnyBodyT, dict[str, Any]]:
     """The request, and the plain data that it was made of. Raises BadRequestError for the first thing that is wrong."""
+    if _num_parts(raw) > MAX_PARTS:
+        raise BadRequestError(f"the body has more than {MAX_PARTS} lists, objects and fields", None, "invalid_value")
     try:
         data = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
@@ -351,6 +363,18 @@ def parse_request(kind: type[AnyBodyT], raw: bytes) -> tuple[AnyBodyT, dict[str,
     if not isinstance(data, dict):
         raise BadRequestError("the body must be a JSON object", None, None)
     return validated(kind, data), data
+
+
+_ALL_BUT_MARKS = bytes(set(range(256)) - set(b'"[{:'))
+
+
+def _num_parts(raw: bytes) -> int:
+    """Lists, objects and fields in a JSON text, told from what is in its strings; not exact while they are few. Linear, and
+    makes no object of any of them."""
+    if sum(map(raw.count, (b"[", b"{", b":"))) <= MAX_PARTS:
+        return 0
+    marks = raw.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _ALL_BUT_MARKS)
+    return sum(map(len, marks.split(b'"')[::2]))  # every other piece is what a string holds
 
 
 def validated(kind: type[AnyBodyT], data: dict[str, Any]) -> AnyBodyT:

@@ -36,10 +36,11 @@ _RETRY_AFTER = {
 _ERRORS: Mapping[int, str] = {
     400: "the request is wrong; the error names the parameter",
     401: "the API key is missing or unknown",
-    403: "no API keys are configured, and the client is not on this machine",
+    403: "no API keys are configured, and the client is not a program on this machine",
     404: "no such id, model or path for this tenant",
     409: "a turn of this conversation is running, or was cancelled meanwhile",
     413: "the body is too large",
+    415: "no API keys are configured, and the body does not say that it is JSON",
     429: "too many requests or tokens for now",
     431: "the headers are too large",
     500: "a defect of the server",
@@ -216,7 +217,9 @@ def _operation(name: str, path: str, operation: _Operation) -> dict[str, Any]:
             "required": not operation.is_body_optional,
             "content": {"application/json": {"schema": {"$ref": _SCHEMAS + operation.body.__name__}}},
         }
-    if operation.body is not None or operation.query is not None:
+    if operation.body is not None:
+        statuses |= {400, 415, 429}
+    if operation.query is not None:
         statuses |= {400}
     errors = {str(status): {"$ref": f"#/components/responses/Error{status}"} for status in sorted(statuses)}
     described["responses"] = {"200": _answer(operation)} | errors

@@ -23,7 +23,6 @@ from deployments.conversation_store import ConversationStore
 from deployments.event_stream import EventStream
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest
 from deployments.http_errors import error_response
-from deployments.openai_types import parse_request
 from deployments.responses_format import (
     Response as ResponseJson,
 )
@@ -150,8 +149,10 @@ class ResponsesApi:
 
     # -- responses -----------------------------------------------------------------------------------------------------
 
-    async def create(self, tenant: Tenant, headers: Mapping[str, str], raw: bytes) -> Response:
-        body, data = parse_request(ResponseBody, raw)
+    async def create(
+        self, tenant: Tenant, headers: Mapping[str, str], body: ResponseBody, data: Mapping[str, Any]
+    ) -> Response:
+        """data: what the body was made of."""
         body.sampling_params()  # raises where a value is out of range
         await self._check_model(body.model)
         turn = await self._begin(tenant, body, session_key(headers.items(), data))
@@ -206,8 +207,7 @@ class ResponsesApi:
 
     # -- conversations -------------------------------------------------------------------------------------------------
 
-    async def create_conversation(self, tenant: Tenant, raw: bytes) -> dict[str, Any]:
-        body, _ = parse_request(ConversationBody, raw or b"{}")
+    async def create_conversation(self, tenant: Tenant, body: ConversationBody) -> dict[str, Any]:
         store = await self._opened()
         items = _new_items(body.new_items(self._new_item_id))
         conversation_id = self._choose_id("conv")
@@ -220,8 +220,9 @@ class ResponsesApi:
         store = await self._opened()
         return _conversation(await store.conversations.get(tenant.tenant_id, conversation_id))
 
-    async def update_conversation(self, tenant: Tenant, conversation_id: str, raw: bytes) -> dict[str, Any]:
-        body, _ = parse_request(ConversationUpdateBody, raw)
+    async def update_conversation(
+        self, tenant: Tenant, conversation_id: str, body: ConversationUpdateBody
+    ) -> dict[str, Any]:
         store = await self._opened()
         now = self._clock()
         return _conversation(await store.conversations.update(tenant.tenant_id, conversation_id, body.metadata, now))
@@ -239,8 +240,7 @@ class ResponsesApi:
             )
         )
 
-    async def add_items(self, tenant: Tenant, conversation_id: str, raw: bytes) -> dict[str, Any]:
-        body, _ = parse_request(ItemsBody, raw)
+    async def add_items(self, tenant: Tenant, conversation_id: str, body: ItemsBody) -> dict[str, Any]:
         store = await self._opened()
         new_items = _new_items(body.new_items(self._new_item_id))
         added = await store.conversations.add_items(tenant.tenant_id, conversation_id, new_items, self._clock())

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from deployments.openai_types import GenerationBody
+from deployments.request_bodies import RequestBodies
 from deployments.responses_api import ResponsesApi
-from deployments.responses_types import ListQuery, RetrieveQuery, parse_query
+from deployments.responses_types import (
+    ConversationBody,
+    ConversationUpdateBody,
+    ItemsBody,
+    ListQuery,
+    ResponseBody,
+    RetrieveQuery,
+    parse_query,
+)
 from engine.tenant import Tenant
 
 
-def add_response_routes(app: FastAPI, api: ResponsesApi, tenant_of: Callable[[Request], Tenant]) -> None:
-    """tenant_of: raises where nobody may ask."""
+def add_response_routes(
+    app: FastAPI,
+    api: ResponsesApi,
+    bodies: RequestBodies,
+    tenant_of: Callable[[Request], Tenant],
+    in_a_place: Callable[[Tenant, GenerationBody, Callable[[], Awaitable[Response]]], Awaitable[Response]],
+) -> None:
+    """tenant_of: raises where nobody may ask. in_a_place: calls what needs an engine, or raises where it may not."""
 
     @app.post("/v1/responses")
     async def create_response(request: Request) -> Response:
         tenant = tenant_of(request)
-        return await api.create(tenant, request.headers, await request.body())
+        body, data = await bodies.parse(ResponseBody, request, tenant)
+        return await in_a_place(tenant, body, partial(api.create, tenant, request.headers, body, data))
 
     @app.get("/v1/responses/{response_id}")
     async def get_response(request: Request, response_id: str) -> dict[str, Any]:
@@ -41,7 +59,9 @@ def add_response_routes(app: FastAPI, api: ResponsesApi, tenant_of: Callable[[Re
 
     @app.post("/v1/conversations")
     async def create_conversation(request: Request) -> dict[str, Any]:
-        return await api.create_conversation(tenant_of(request), await request.body())
+        tenant = tenant_of(request)
+        body, _ = await bodies.parse(ConversationBody, request, tenant, default=b"{}")
+        return await api.create_conversation(tenant, body)
 
     @app.get("/v1/conversations/{conversation_id}")
     async def get_conversation(request: Request, conversation_id: str) -> dict[str, Any]:
@@ -49,7 +69,9 @@ def add_response_routes(app: FastAPI, api: ResponsesApi, tenant_of: Callable[[Re
 
     @app.post("/v1/conversations/{conversation_id}")
     async def update_conversation(request: Request, conversation_id: str) -> dict[str, Any]:
-        return await api.update_conversation(tenant_of(request), conversation_id, await request.body())
+        tenant = tenant_of(request)
+        body, _ = await bodies.parse(ConversationUpdateBody, request, tenant)
+        return await api.update_conversation(tenant, conversation_id, body)
 
     @app.delete("/v1/conversations/{conversation_id}")
     async def delete_conversation(request: Request, conversation_id: str) -> dict[str, Any]:
@@ -61,7 +83,9 @@ def add_response_routes(app: FastAPI, api: ResponsesApi, tenant_of: Callable[[Re
 
     @app.post("/v1/conversations/{conversation_id}/items")
     async def add_items(request: Request, conversation_id: str) -> dict[str, Any]:
-        return await api.add_items(tenant_of(request), conversation_id, await request.body())
+        tenant = tenant_of(request)
+        body, _ = await bodies.parse(ItemsBody, request, tenant)
+        return await api.add_items(tenant, conversation_id, body)
 
     @app.get("/v1/conversations/{conversation_id}/items/{item_id}")
     async def get_item(request: Request, conversation_id: str, item_id: str) -> dict[str, Any]:

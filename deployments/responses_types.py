@@ -24,6 +24,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJso
 from pydantic_core import PydanticCustomError
 
 from deployments.openai_types import (
+    MAX_MESSAGES,
     MAX_NAME_CHARS,
     AnyBodyT,
     BadRequestError,
@@ -111,9 +112,14 @@ def _nothing_included(include: Any) -> Any:
     return include
 
 
-def _check_metadata(metadata: dict[str, str]) -> dict[str, str]:
-    if len(metadata) > MAX_METADATA_PAIRS:
+def _check_few_pairs(metadata: Any) -> Any:
+    """Before their values are looked at: each wrong one would become an error."""
+    if isinstance(metadata, dict) and len(metadata) > MAX_METADATA_PAIRS:
         raise PydanticCustomError("invalid", f"at most {MAX_METADATA_PAIRS} pairs")
+    return metadata
+
+
+def _check_metadata(metadata: dict[str, str]) -> dict[str, str]:
     for key, value in metadata.items():
         if len(key) > MAX_METADATA_KEY_CHARS:
             message = f"a key has at most {MAX_METADATA_KEY_CHARS} characters"
@@ -145,7 +151,12 @@ METADATA_SCHEMA = {  # _check_metadata's rules, for the served document
     "propertyNames": {"maxLength": MAX_METADATA_KEY_CHARS},
     "additionalProperties": {"type": "string", "maxLength": MAX_METADATA_VALUE_CHARS},
 }
-Metadata = Annotated[dict[str, str], AfterValidator(_check_metadata), WithJsonSchema(METADATA_SCHEMA)]
+Metadata = Annotated[
+    dict[str, str],
+    BeforeValidator(_check_few_pairs, json_schema_input_type=dict[str, str]),
+    AfterValidator(_check_metadata),
+    WithJsonSchema(METADATA_SCHEMA),
+]
 Include = Annotated[
     list[str],
     BeforeValidator(_nothing_included, json_schema_input_type=Annotated[list[str], Field(max_length=0)]),
@@ -162,7 +173,7 @@ class TextPart(Body):
     text: str
 
 
-TextParts = Annotated[list[TextPart], Field(min_length=1)]
+TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class MessageItem(Body):
@@ -183,7 +194,7 @@ class MessageItem(Body):
         return {"id": item_id, "type": "message", "status": "completed", "role": self.role, "content": parts}
 
 
-SomeItems = Annotated[list[MessageItem], Field(min_length=1)]
+SomeItems = Annotated[list[MessageItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 FewItems = Annotated[list[MessageItem], Field(max_length=MAX_ITEMS)]
 SomeFewItems = Annotated[list[MessageItem], Field(min_length=1, max_length=MAX_ITEMS)]
 

@@ -44,6 +44,8 @@ DEFAULTS = {
     # Serve's proxy answers 500 if this header (x-session-id, unless it is set) is not UTF-8, and what it reads there is of no
     # use here: see deployments/session_key.py. So it gets the name of a header that clients do not send.
     "RAY_SERVE_SESSION_ID_HEADER_KEY": "x-pensieve-serve-session",
+    # Headers of clients that Serve's proxy would stumble over, or be steered by.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy_headers:middlewares",
 }
 # HAProxy as the HTTP proxy, and all of Serve's own set. See docs/configuration.md.
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}

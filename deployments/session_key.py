@@ -4,6 +4,7 @@ replica. Looks at plain data only: knows no HTTP library and no model of the bod
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,10 @@ from typing import Any
 SESSION_HEADERS = ("x-session-id", "x-correlation-id")
 # How much of a prompt tells conversations apart that name no session: characters of a text, or token ids.
 PROMPT_BEGINNING = 256
+# The same for each of the messages that do: characters, or parts.
+MESSAGE_BEGINNING = 4096
+# A longer name is known by its hash: each conversation keeps its key for as long as it is remembered.
+MAX_KEY_CHARS = 64
 
 
 def session_key(headers: Iterable[tuple[str, str]], body: Mapping[str, Any]) -> str:
@@ -19,24 +24,35 @@ def session_key(headers: Iterable[tuple[str, str]], body: Mapping[str, Any]) -> 
     conversation (an id, or an object with one) and prompt_cache_key of the body; else a hash of the first
     system message (or the instructions) and the first user message, or of the beginning of the prompt.
 
-    Header names are matched without regard to case, and `_` counts as `-`. A completions client that
-    continues a prompt shorter than PROMPT_BEGINNING should name its session: there the hash changes with the
-    prompt.
+    Header names are matched without regard to case, and `_` counts as `-`; a name is the same whichever way it comes, and
+    one of more than MAX_KEY_CHARS is hashed. A completions client that continues a prompt shorter than PROMPT_BEGINNING
+    should name its session: there the hash changes with the prompt.
     """
     by_name: dict[str, str] = {}
     for name, value in headers:
-        by_name.setdefault(name.lower().replace("_", "-"), value.strip())
+        by_name.setdefault(name.lower().replace("_", "-"), value)
     conversation = body.get("conversation")
     named = (
-        *(by_name.get(name) for name in SESSION_HEADERS),
+        *(_header_text(by_name.get(name, "")) for name in SESSION_HEADERS),
         body.get("session_id"),
         conversation.get("id") if isinstance(conversation, Mapping) else conversation,
         body.get("prompt_cache_key"),
     )
     for key in named:
         if key:
-            return str(key)
+            return _short(str(key))
     return "content-" + _content_hash(body)
+
+
+def _header_text(value: str) -> str:
+    """Headers are read as Latin-1; what was sent as UTF-8 is made that again."""
+    with contextlib.suppress(UnicodeError):
+        value = value.encode("latin-1").decode()
+    return value.strip()
+
+
+def _short(key: str) -> str:
+    return key if len(key) <= MAX_KEY_CHARS else "name-" + hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
 
 def _content_hash(body: Mapping[str, Any]) -> str:
@@ -45,7 +61,8 @@ def _content_hash(body: Mapping[str, Any]) -> str:
         messages = [{"role": "user", "content": messages}]
     if messages is not None:
         system = body.get("instructions") or _first(messages, ("system", "developer"))
-        beginning: Any = [system, _first(messages, ("user",))]
+        user = _first(messages, ("user",))
+        beginning: Any = [_beginning_of(system), _beginning_of(user)]
     else:
         prompt = body.get("prompt") or ""
         if isinstance(prompt, list) and isinstance(prompt[0], (str, list)):
@@ -56,3 +73,11 @@ def _content_hash(body: Mapping[str, Any]) -> str:
 
 def _first(messages: Iterable[Mapping[str, Any]], roles: tuple[str, ...]) -> Any:
     return next((message.get("content") for message in messages if message.get("role") in roles), None)
+
+
+def _beginning_of(content: Any) -> Any:
+    """Of a text, or of a list of text parts."""
+    if isinstance(content, list):
+        texts = "".join(part["text"][:MESSAGE_BEGINNING] for part in content[:MESSAGE_BEGINNING])
+        return texts[:MESSAGE_BEGINNING]
+    return content if content is None else content[:MESSAGE_BEGINNING]

@@ -11,15 +11,19 @@ The file (YAML), named by the application's argument `tenants_file`:
       weight: 2.0                  # share of an engine where several tenants want more than there is; 1 if left out
       max_concurrent_requests: 64  # both limits are for the whole application; none if left out
       tokens_per_minute: 200000
+
+A changed file is read again within seconds: new keys work, and those that are no longer in it do not.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import logging
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -27,11 +31,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from engine.errors import ConfigError, RequestError
-from engine.tenant import LOCAL_TENANT, Tenant
+from engine.tenant import Tenant
+
+logger = logging.getLogger("ray.serve")
 
 API_KEY_VARIABLE = "PENSIEVE_API_KEY"
 KEY_PREFIX = "sk-pensieve-"
-LOOPBACK = ("127.", "::1", "::ffff:127.", "localhost")
+# How often the file is looked at, in seconds.
+WATCH_PERIOD_S = 2.0
 
 
 class AuthenticationError(RequestError):
@@ -39,13 +46,6 @@ class AuthenticationError(RequestError):
 
     http_status = 401
     code = "invalid_api_key"
-
-
-class RemoteWithoutKeysError(RequestError):
-    """Somebody on another machine asks a server that cannot tell tenants apart."""
-
-    http_status = 403
-    code = "no_api_keys_configured"
 
 
 class TenantConfig(BaseModel):
@@ -89,26 +89,70 @@ class _TenantsFile(BaseModel):
 
 def load_tenants(path: str | None, environment: Mapping[str, str]) -> tuple[TenantConfig, ...]:
     """The tenants of the file, and with PENSIEVE_API_KEY in the environment one more, "default". Raises ConfigError."""
-    tenants: tuple[TenantConfig, ...] = ()
-    if path is not None:
-        try:
-            tenants = _TenantsFile.model_validate(yaml.safe_load(Path(path).read_text())).tenants
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"the tenants file cannot be read: {error}", param="tenants_file") from error
-        except ValidationError as error:
-            # Without the input: there may be a key in it that was meant to be hashed.
-            detail = error.errors(include_input=False)[0]
-            place = ".".join(map(str, detail["loc"]))
-            raise ConfigError(f"{path}: {place}: {detail['msg']}", param="tenants_file") from None
+    return _joined(() if path is None else _read(path), environment_tenants(environment))
+
+
+def environment_tenants(environment: Mapping[str, str]) -> tuple[TenantConfig, ...]:
+    """The one of PENSIEVE_API_KEY, if it is set."""
     key = environment.get(API_KEY_VARIABLE)
-    if key:
-        if any(tenant.id == "default" for tenant in tenants):
-            raise ConfigError(
-                f"{API_KEY_VARIABLE} stands for the tenant 'default', which the file has too; rename or unset one of them",
-                param="tenants_file",
-            )
-        tenants += (TenantConfig(id="default", api_keys_sha256=(hash_key(key),)),)
-    return tenants
+    return (TenantConfig(id="default", api_keys_sha256=(hash_key(key),)),) if key else ()
+
+
+def _read(path: str) -> tuple[TenantConfig, ...]:
+    try:
+        return _TenantsFile.model_validate(yaml.safe_load(Path(path).read_text())).tenants
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"the tenants file cannot be read: {error}", param="tenants_file") from error
+    except ValidationError as error:
+        # Without the input: there may be a key in it that was meant to be hashed.
+        detail = error.errors(include_input=False)[0]
+        place = ".".join(map(str, detail["loc"]))
+        raise ConfigError(f"{path}: {place}: {detail['msg']}", param="tenants_file") from None
+
+
+def _joined(of_file: tuple[TenantConfig, ...], of_environment: tuple[TenantConfig, ...]) -> tuple[TenantConfig, ...]:
+    if of_environment and any(tenant.id == "default" for tenant in of_file):
+        raise ConfigError(
+            f"{API_KEY_VARIABLE} stands for the tenant 'default', which the file has too; rename or unset one of them",
+            param="tenants_file",
+        )
+    return of_file + of_environment
+
+
+class WatchedTenants:
+    """The tenants of a file as it is now. A file that is not there or not right changes nothing: those that were in force
+    stay, and the log says so once."""
+
+    def __init__(self, path: str, of_environment: tuple[TenantConfig, ...]) -> None:
+        """of_environment: those that are there besides, whatever the file says."""
+        self._path = path
+        self._of_environment = of_environment
+        self._state: tuple[int, int, int] | None = (0, 0, 0)  # no file's
+
+    def read_if_changed(self) -> tuple[TenantConfig, ...] | None:
+        """All tenants; None where nothing is new. Blocking."""
+        try:
+            status = Path(self._path).stat()
+            state = (status.st_mtime_ns, status.st_size, status.st_ino)
+        except OSError:
+            state = None
+        if state == self._state:
+            return None
+        self._state = state
+        try:
+            tenants = _joined(_read(self._path), self._of_environment)
+        except ConfigError as error:
+            logger.error("%s. The API keys that were in force still are", error.message)
+            return None
+        logger.info("%d tenants are in force, of %s", len(tenants), self._path)
+        return tenants
+
+    async def watch(self, use: Callable[[tuple[TenantConfig, ...]], None]) -> None:
+        """Calls `use` with the tenants whenever they have changed, for ever."""
+        while True:
+            if (tenants := await asyncio.to_thread(self.read_if_changed)) is not None:
+                use(tenants)
+            await asyncio.sleep(WATCH_PERIOD_S)
 
 
 def hash_key(key: str) -> str:
@@ -117,27 +161,17 @@ def hash_key(key: str) -> str:
 
 
 class Authenticator:
-    """From the Authorization header to the tenant. Without tenants, everybody on this machine is the local one; where it
-    cannot be seen who is (sees_clients), nobody."""
+    """From the Authorization header to the tenant."""
 
-    def __init__(self, tenants: Sequence[TenantConfig], *, sees_clients: bool = True) -> None:
-        self.is_open = not tenants
-        self._sees_clients = sees_clients
+    def __init__(self, tenants: Sequence[TenantConfig]) -> None:
+        self.use(tenants)
+
+    def use(self, tenants: Sequence[TenantConfig]) -> None:
+        """From now on, these."""
         self._tenants = tuple((key_hash, tenant.tenant) for tenant in tenants for key_hash in tenant.api_keys_sha256)
 
-    def authenticate(self, authorization: str | None, client_host: str | None) -> Tenant:
-        """Raises AuthenticationError, or RemoteWithoutKeysError."""
-        if self.is_open:
-            if not self._sees_clients:
-                raise RemoteWithoutKeysError(
-                    "no API keys are configured, and behind HAProxy every client looks like this machine; set tenants_file "
-                    f"or {API_KEY_VARIABLE}, see deployments/tenants.py"
-                )
-            if client_host is not None and not client_host.startswith(LOOPBACK):
-                raise RemoteWithoutKeysError(
-                    "no API keys are configured, so only this machine is served; set tenants_file, see deployments/tenants.py"
-                )
-            return LOCAL_TENANT
+    def authenticate(self, authorization: str | None) -> Tenant:
+        """Raises AuthenticationError."""
         scheme, _, key = (authorization or "").partition(" ")
         presented = hash_key(key.strip() if scheme.lower() == "bearer" else "")
         found: Tenant | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from fastapi import FastAPI
 from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
-from deployments.generation import DeltaItem, ErrorItem
+from deployments import tenants
+from deployments.generation import DeltaItem, ErrorItem, ModelCard
 from deployments.ingress import IngressConfig, create_app
 from deployments.tenants import TenantConfig, hash_key
 from engine import __version__
 from engine.output import OutputDelta
 from engine.prompt import ChatPrompt, TokenPrompt
 from engine.tenant import Tenant
+from tests.deployments.conftest import MAX_BODY_BYTES
 
+JSON = {"content-type": "application/json"}
 CHAT_URL, COMPLETIONS_URL = "/v1/chat/completions", "/v1/completions"
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "tiny", "prompt": [7, 8]}
@@ -177,16 +181,9 @@ async def test_an_error_in_mid_stream_is_an_event_and_the_end(client: httpx.Asyn
 async def test_bad_requests_do_not_reach_the_engine(
     client: httpx.AsyncClient, engine: Any, content: bytes, param: str | None, code: str | None
 ) -> None:
-    assert_error(await client.post(CHAT_URL, content=content), 400, code, param)
+    assert_error(await client.post(CHAT_URL, content=content, headers=JSON), 400, code, param)
     assert engine.requests == []
     assert engine.num_describes == 0
-
-
-async def test_content_type_does_not_matter(client: httpx.AsyncClient) -> None:
-    response = await client.post(
-        CHAT_URL, content=json.dumps(CHAT), headers={"content-type": "application/x-www-form-urlencoded"}
-    )
-    assert response.status_code == 200
 
 
 async def test_unknown_model(client: httpx.AsyncClient, engine: Any) -> None:
@@ -195,14 +192,17 @@ async def test_unknown_model(client: httpx.AsyncClient, engine: Any) -> None:
 
 
 async def test_too_large(client: httpx.AsyncClient, engine: Any) -> None:
-    assert_error(await client.post(CHAT_URL, content=b"x" * 10_000), 413, "body_too_large", None)
+    assert_error(await client.post(CHAT_URL, content=b"x" * 10_000, headers=JSON), 413, "body_too_large", None)
 
     async def chunks() -> Any:
         for _ in range(10):
             yield b"x" * 1000
 
-    assert_error(await client.post(CHAT_URL, content=chunks()), 413, "body_too_large", None)
+    assert_error(await client.post(CHAT_URL, content=chunks(), headers=JSON), 413, "body_too_large", None)
     assert engine.requests == []
+    fits = json.dumps(CHAT).encode().ljust(MAX_BODY_BYTES)
+    assert (await client.post(CHAT_URL, content=fits, headers=JSON)).status_code == 200
+    assert (await client.post(CHAT_URL, content=fits + b" ", headers=JSON)).status_code == 413
 
 
 async def test_unknown_route_and_wrong_method(client: httpx.AsyncClient) -> None:
@@ -331,10 +331,10 @@ KEYS = {"a": "sk-a", "b": "sk-b"}
 
 @pytest.fixture
 async def tenants_client(engine: Any, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    tenants = tuple(TenantConfig(id=name, api_keys_sha256=(hash_key(key),), weight=3.0) for name, key in KEYS.items())
-    config = IngressConfig(tenants=tenants, store_url=f"sqlite:///{tmp_path / 'conversations.db'}")
+    both = tuple(TenantConfig(id=name, api_keys_sha256=(hash_key(key),), weight=3.0) for name, key in KEYS.items())
+    config = IngressConfig(tenants=both, store_url=f"sqlite:///{tmp_path / 'conversations.db'}")
     transport = httpx.ASGITransport(create_app(engine, config, ingress_id="i"))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 
@@ -360,7 +360,7 @@ async def test_nothing_but_health_is_open_to_strangers(
 
 async def test_without_keys_another_machine_is_refused(app: FastAPI, engine: Any) -> None:
     transport = httpx.ASGITransport(app, client=("10.1.2.3", 4567))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         assert_error(await client.post(CHAT_URL, json=CHAT), 403, "no_api_keys_configured", None)
         assert (await client.get("/health")).status_code == 200
     assert engine.requests == []
@@ -377,3 +377,189 @@ async def test_a_deadline_is_an_error_before_the_answer_and_an_event_in_it(
     assert_error(await client.post(CHAT_URL, json=CHAT | {"timeout": 0.05}), 504, "timeout", "timeout")
     assert engine.num_running == 0
     assert_error(await client.post(CHAT_URL, json=CHAT | {"timeout": 0}), 400, "invalid_value", "timeout")
+
+
+async def test_keys_of_a_changed_file_count_in_a_running_server(engine: Any, tmp_path: Path) -> None:
+    file = tmp_path / "tenants.yaml"
+
+    def write(key: str, **limits: int) -> TenantConfig:
+        tenant = TenantConfig(id="a", api_keys_sha256=(hash_key(key),), **limits)
+        file.write_text(json.dumps({"tenants": [tenant.model_dump(mode="json")]}))
+        return tenant
+
+    built = write("sk-old")
+    by_environment = TenantConfig(id="default", api_keys_sha256=(hash_key("sk-environment"),))
+    config = IngressConfig(
+        tenants=(built, by_environment),
+        tenants_file=str(file),
+        environment_tenants=(by_environment,),
+        store_url=f"sqlite:///{tmp_path / 'conversations.db'}",
+    )
+
+    async def statuses(client: httpx.AsyncClient) -> list[int]:
+        keys = ("sk-old", "sk-new", "sk-environment")
+        headers = [{"authorization": f"Bearer {key}"} for key in keys]
+        return [(await client.post(CHAT_URL, json=CHAT, headers=header)).status_code for header in headers]
+
+    write("sk-new", tokens_per_minute=1)  # between the build and the start of this replica
+    app = create_app(engine, config, ingress_id="i")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        assert await statuses(client) == [401, 200, 200]
+        assert await statuses(client) == [401, 429, 200]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tenants, "WATCH_PERIOD_S", 0.01)
+            async with app.router.lifespan_context(app), asyncio.timeout(10):
+                write("sk-old")
+                while (found := await statuses(client)) != [200, 401, 200]:
+                    assert found[2] == 200
+                    await asyncio.sleep(0.01)
+
+
+# -- overload ----------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def full_server(engine: Any, url: str, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Three engine replicas with room for 4 requests each, which never come to an end."""
+
+    async def model_card() -> ModelCard:
+        return ModelCard("tiny", 100, 4)
+
+    engine.hangs, engine.items, engine.model_card = True, [], model_card
+    app = create_app(engine, IngressConfig(store_url=url, **options), ingress_id="i", num_engine_replicas=lambda: 3)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=30) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(CHAT_URL, CHAT), (COMPLETIONS_URL, COMPLETION), ("/v1/responses", {"model": "tiny", "input": "x"})],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_no_engine_has_room_for_is_refused_at_once(
+    engine: Any, tmp_path: Path, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    """50 at once, where the engines take 12: they hear nothing of the others."""
+    async with full_server(engine, f"sqlite:///{tmp_path / 'conversations.db'}") as client:
+        body = body | {"stream": stream, **({"store": False} if "input" in body else {})}
+        asking = [asyncio.create_task(client.post(path, json=body)) for _ in range(50)]
+        async with asyncio.timeout(30):
+            while sum(task.done() for task in asking) < 38:
+                await asyncio.sleep(0.01)
+        refused = [task.result() for task in asking if task.done()]
+        assert len(refused) == 38
+        for response in refused:
+            assert_error(response, 429, "overloaded", None)
+            assert response.headers["retry-after"] == "1"
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        async with asyncio.timeout(30):
+            while engine.num_running:
+                await asyncio.sleep(0.01)
+        assert len(engine.requests) == 12
+        # Every place is free again.
+        engine.hangs, engine.items = False, [DeltaItem(OutputDelta("Hello", (1,), finish_reason="stop"), 2)]
+        answers = await asyncio.gather(*(client.post(path, json=body) for _ in range(12)))
+        assert {answer.status_code for answer in answers} == {200}
+
+
+async def test_bad_requests_and_refusals_leave_their_places(client: httpx.AsyncClient, engine: Any) -> None:
+    engine.items = [ErrorItem(400, "too long", "invalid_request_error", "context_length_exceeded", "messages")]
+    for _ in range(130):  # more than there are places
+        assert (await client.post(CHAT_URL, json=CHAT)).status_code == 400
+    engine.items = [None]
+    for _ in range(130):
+        assert (await client.post(CHAT_URL, json=CHAT)).status_code == 500
+
+
+async def test_a_full_server_lets_a_tenant_with_less_than_its_share_ask_the_engines(
+    engine: Any, tmp_path: Path
+) -> None:
+    both = tuple(TenantConfig(id=name, api_keys_sha256=(hash_key(key),)) for name, key in KEYS.items())
+    async with full_server(engine, f"sqlite:///{tmp_path / 'conversations.db'}", tenants=both) as client:
+        headers = {name: {"authorization": f"Bearer {key}"} for name, key in KEYS.items()}
+        flood = [asyncio.create_task(client.post(CHAT_URL, json=CHAT, headers=headers["a"])) for _ in range(20)]
+        async with asyncio.timeout(30):
+            while engine.num_running < 12:
+                await asyncio.sleep(0.01)
+        other = asyncio.create_task(client.post(CHAT_URL, json=CHAT, headers=headers["b"]))
+        async with asyncio.timeout(30):
+            while engine.num_running < 13:
+                await asyncio.sleep(0.01)
+        assert engine.requests[-1].tenant.tenant_id == "b"
+        assert (await client.post(CHAT_URL, json=CHAT, headers=headers["a"])).status_code == 429
+        for task in (*flood, other):
+            task.cancel()
+        await asyncio.gather(*flood, other, return_exceptions=True)
+
+
+async def test_many_who_ask_for_readiness_at_once_are_one_question(client: httpx.AsyncClient, engine: Any) -> None:
+    answers = await asyncio.gather(*(client.get("/ready") for _ in range(50)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert engine.num_describes == 1
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+async def test_what_cannot_fit_the_window_is_not_sent_to_an_engine(client: httpx.AsyncClient, engine: Any) -> None:
+    """The window is 100 tokens, and a message is at least one."""
+    many = [{"role": "user", "content": ""}] * 101
+    response = await client.post(CHAT_URL, json=CHAT | {"messages": many})
+    assert_error(response, 400, "context_length_exceeded", "messages")
+    response = await client.post(COMPLETIONS_URL, json=COMPLETION | {"prompt": [1] * 101})
+    assert_error(response, 400, "context_length_exceeded", "prompt")
+    for path, body in (
+        (CHAT_URL, CHAT),
+        (COMPLETIONS_URL, COMPLETION),
+        ("/v1/responses", {"model": "tiny", "input": "x"}),
+    ):
+        over = {"min_tokens": 10**299, "max_tokens": None}
+        assert_error(await client.post(path, json=body | over), 400, "invalid_value", "min_tokens")
+    assert engine.requests == []
+    assert (await client.post(CHAT_URL, json=CHAT | {"min_tokens": 100})).status_code == 200
+
+
+async def test_an_error_does_not_repeat_megabytes(client: httpx.AsyncClient) -> None:
+    for changes in ({"model": "x" * 3000}, {"messages": [{"role": "user", "content": {"x" * 3000: 1}}]}):
+        assert len((await client.post(CHAT_URL, json=CHAT | changes)).content) < 1500
+
+
+# -- browsers and proxies ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "code"),
+    [
+        ({"content-type": "text/plain"}, 415, "unsupported_media_type"),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415, "unsupported_media_type"),
+        ({"origin": "http://evil.example"}, 403, "cross_origin_request"),
+        ({"sec-fetch-site": "cross-site"}, 403, "cross_origin_request"),
+        ({"host": "evil.example"}, 403, "no_api_keys_configured"),
+        ({"x-forwarded-for": "127.0.0.1"}, 403, "no_api_keys_configured"),
+    ],
+    ids=str,
+)
+async def test_an_open_server_serves_no_web_pages_and_no_proxies(
+    client: httpx.AsyncClient, engine: Any, headers: dict[str, str], status: int, code: str
+) -> None:
+    for path, body in ((CHAT_URL, CHAT), ("/v1/responses", {"model": "tiny", "input": "x"}), ("/v1/conversations", {})):
+        response = await client.post(path, content=json.dumps(body), headers=JSON | headers)
+        assert_error(response, status, code, None)
+    if status == 403:
+        assert (await client.get("/v1/models", headers=headers)).status_code == 403
+    assert engine.requests == []
+
+
+async def test_with_keys_it_does_not_matter_where_a_request_comes_from(tenants_client: httpx.AsyncClient) -> None:
+    headers = {
+        "authorization": "Bearer sk-a",
+        "content-type": "text/plain",
+        "host": "llm.example.org",
+        "origin": "https://chat.example.org",
+        "x-forwarded-for": "8.8.8.8",
+    }
+    response = await tenants_client.post(CHAT_URL, content=json.dumps(CHAT), headers=headers)
+    assert response.status_code == 200

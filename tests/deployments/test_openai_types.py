@@ -1,6 +1,7 @@
 """What a request may say: every refusal names its parameter, every neutral value of a parameter passes."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -9,12 +10,15 @@ from deployments.openai_types import (
     CHAT_NOT_IMPLEMENTED,
     COMPLETION_NOT_IMPLEMENTED,
     IGNORED,
+    MAX_FIELDS,
+    MAX_MESSAGES,
+    MAX_PARTS,
     MESSAGE_NOT_IMPLEMENTED,
     ChatCompletionBody,
     CompletionBody,
     parse_request,
 )
-from engine.core.request import SamplingParams
+from engine.core.request import MAX_STOP_TOKEN_IDS, SamplingParams
 from engine.errors import RequestError
 from engine.prompt import ChatPrompt, TextPrompt, TokenPrompt
 
@@ -216,3 +220,68 @@ def test_a_refusal_does_not_repeat_megabytes() -> None:
     with pytest.raises(RequestError) as info:
         parse_chat(**{"x" * 1_000_000: 1})
     assert len(info.value.message) < 200
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+MESSAGE = {"role": "user", "content": ""}
+MANY = {str(number): 1 for number in range(300_000)}
+HOSTILE: dict[str, dict[str, Any]] = {
+    # 130,000 of the first kind once took 28 bytes of memory for each of the body.
+    "messages": {"messages": [MESSAGE] * 130_000},
+    "fewer messages": {"messages": [MESSAGE] * 33_000},
+    "messages that are none": {"messages": [1] * 1_000_000},
+    "parts": {"messages": [MESSAGE | {"content": [{"type": "text", "text": ""}] * 130_000}]},
+    "fields": MANY,
+    "fields of a message": {"messages": [MESSAGE | MANY]},
+    "fields of messages": {"messages": [MESSAGE | dict.fromkeys(map(str, range(100)), 1)] * 900},
+    "lists": {"x": [[]] * 1_000_000},
+    "objects": {"x": [{}] * 1_000_000},
+    "stop": {"stop": [1] * 1_000_000},
+    "stop_token_ids": {"stop_token_ids": [-1] * 1_000_000},
+    "logit_bias": {"logit_bias": MANY},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_size_of_a_body_bounds_what_is_made_of_it(name: str) -> None:
+    """Twelve bytes for each one of the body are what the JSON parser may take for the largest that it is given."""
+    raw = json.dumps(CHAT | HOSTILE[name]).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError) as caught:
+            parse_request(ChatCompletionBody, raw)
+        most_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.http_status == 400
+    assert len(caught.value.message) < 200
+    assert most_bytes < 12 * len(raw)
+
+
+def test_marks_in_a_text_are_text() -> None:
+    """Whatever a message quotes: a file of JSON, or something that only looks like the end of the text."""
+    for quoted in (
+        json.dumps([MESSAGE] * 50_000),
+        "{[:" * MAX_PARTS,
+        '\\"{' * MAX_PARTS,
+        '\\\\"[\\' * MAX_PARTS,
+        '"' * MAX_PARTS,
+    ):
+        (message,) = parse_chat(messages=[MESSAGE | {"content": quoted}]).messages
+        assert message.content == quoted
+
+
+def test_as_many_as_may_be() -> None:
+    assert len(parse_chat(messages=[MESSAGE] * MAX_MESSAGES).messages) == MAX_MESSAGES
+    assert refusal(parse_chat, messages=[MESSAGE] * (MAX_MESSAGES + 1)) == ("messages", "invalid_value")
+    assert len(parse_chat(stop_token_ids=[1] * MAX_STOP_TOKEN_IDS).stop_token_ids) == MAX_STOP_TOKEN_IDS
+    assert refusal(parse_chat, stop_token_ids=[1] * (MAX_STOP_TOKEN_IDS + 1)) == ("stop_token_ids", "invalid_value")
+    fields = dict.fromkeys(map(str, range(MAX_FIELDS)), 1)
+    assert refusal(parse_chat, **fields) == (None, "invalid_value")
+    assert refusal(parse_chat, messages=[MESSAGE | fields]) == ("messages[0]", "invalid_value")
+
+
+def test_text_of_any_length_and_long_prompts_of_ids_pass() -> None:
+    assert len(parse_completion(prompt="x" * 3_000_000).prompt) == 3_000_000
+    assert len(parse_completion(prompt=[300] * 500_000).prompt) == 500_000

@@ -90,13 +90,13 @@ async def served(engine: Any, url: str, **options: Any) -> AsyncIterator[httpx.A
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client,
     ):
         yield client
 
 
 def openai_client(http: httpx.AsyncClient, key: str = "none") -> AsyncOpenAI:
-    return AsyncOpenAI(base_url="http://test/v1", api_key=key, http_client=http, max_retries=0)
+    return AsyncOpenAI(base_url="http://localhost/v1", api_key=key, http_client=http, max_retries=0)
 
 
 @pytest.fixture
@@ -483,7 +483,7 @@ async def test_a_turn_that_is_given_up_is_marked_and_ends_in_the_engine(
         await client.responses.delete(response_id)
     elif end == "cancel here":
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as same:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as same:
             assert (await openai_client(same).responses.cancel(response_id)).status == "cancelled"
     else:
         assert (await client.responses.cancel(response_id)).status == "cancelled"

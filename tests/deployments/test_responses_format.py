@@ -363,7 +363,7 @@ async def client(server: FakeServer) -> AsyncIterator[openai.AsyncOpenAI]:
     async with httpx.AsyncClient(transport=httpx.MockTransport(server)) as http_client:
         yield openai.AsyncOpenAI(
             api_key="k",
-            base_url="http://test/v1",
+            base_url="http://localhost/v1",
             http_client=http_client,
             max_retries=0,
             _strict_response_validation=True,

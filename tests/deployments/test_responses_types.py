@@ -3,6 +3,7 @@ value of a parameter passes, and what goes out as an item is taken back as one."
 
 import itertools
 import json
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -459,3 +460,29 @@ def test_any_json_is_a_request_or_refused(changes: dict[str, Any]) -> None:
     except RequestError as error:
         refused = error
     assert refused is None or (refused.http_status == 400 and refused.param)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"input": [{"role": "user", "content": ""}] * 130_000}, None),
+        ({"input": [{"role": "user", "content": ""}] * 9000}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text", "text": ""}] * 9000}]}, "input[0].content"),
+        ({"metadata": dict.fromkeys(map(str, range(90_000)), 1)}, "metadata"),
+        ({"metadata": dict.fromkeys(map(str, range(17)), "x")}, "metadata"),
+    ],
+    ids=["items", "fewer items", "parts", "metadata that is none", "metadata"],
+)
+def test_the_number_of_what_a_body_holds_is_bounded_before_it_is_looked_at(
+    changes: dict[str, Any], param: str | None
+) -> None:
+    raw = json.dumps(RESPONSE | changes).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadRequestError) as caught:
+            parse_request(ResponseBody, raw)
+        most_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.param == param
+    assert most_bytes < 12 * len(raw) + 10_000_000

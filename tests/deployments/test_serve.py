@@ -54,6 +54,7 @@ ARGS = AppArgs(
     num_fallback_replicas=1,
     graceful_shutdown_timeout_s=5,
 )
+JSON = {"content-type": "application/json"}
 # Far longer than anything here takes; only a defect waits for it.
 PATIENCE_S = 60.0
 
@@ -303,6 +304,12 @@ BAD_REQUESTS: dict[str, tuple[bytes, int, str | None]] = {
     "nested": (b"[" * 100_000, 400, None),
     "too large": (b"x" * 10_000_000, 413, None),
     "unknown model": (json.dumps(chat() | {"model": "gpt"}).encode(), 404, "model"),
+    "many messages": (
+        json.dumps(chat() | {"messages": [{"role": "user", "content": ""}] * 8000}).encode(),
+        400,
+        "messages",
+    ),
+    "far too many messages": (b'{"messages": [' + b'{"role":"user","content":""},' * 130_000 + b"0]}", 400, None),
     "no messages": (json.dumps(chat() | {"messages": []}).encode(), 400, "messages"),
     "longer than the window": (json.dumps(chat("word " * 20_000)).encode(), 400, "messages"),
     **{
@@ -315,6 +322,7 @@ BAD_REQUESTS: dict[str, tuple[bytes, int, str | None]] = {
             ("max_tokens", -1, None),
             ("max_tokens", 10**15, "messages"),
             ("max_tokens", "many", None),
+            ("min_tokens", 10**12, None),
             ("seed", 2**70, None),
             ("n", 5, None),
             ("stop", [""], None),
@@ -332,7 +340,7 @@ async def test_bad_input_is_refused_and_leaves_nothing_behind(
     name: str, http: httpx.AsyncClient, engines: DeploymentHandle
 ) -> None:
     content, status, param = BAD_REQUESTS[name]
-    response = await http.post("/v1/chat/completions", content=content)
+    response = await http.post("/v1/chat/completions", content=content, headers=JSON)
     assert response.status_code == status
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -348,7 +356,7 @@ async def test_bad_input_is_refused_and_leaves_nothing_behind(
     "options",
     [
         {"top_k": 10**12},
-        {"min_tokens": 10**12, "max_tokens": None},
+        {"min_tokens": 4000, "max_tokens": None},
         {"temperature": 1e-9},
         {"temperature": 99, "top_p": 1e-9},
         {"repetition_penalty": 99, "presence_penalty": 2, "frequency_penalty": -2},
@@ -538,6 +546,93 @@ async def test_a_stream_to_a_client_of_http_1_0_is_a_body_of_known_length(base_u
     assert b"transfer-encoding" not in head.lower()
     assert answer.startswith(b"data: {")
     assert answer.endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_burst_gets_as_many_places_as_the_engines_have_and_429_for_the_rest(
+    base_url: str, engines: DeploymentHandle
+) -> None:
+    """All replicas full, of many sessions: what is not in is refused, and nothing waits on the way."""
+    num_places = 3 * (MAX_NUM_SEQS + MAX_NUM_QUEUED_REQS)
+    num_too_many = 40
+    async with httpx.AsyncClient(
+        base_url=base_url, timeout=PATIENCE_S, limits=httpx.Limits(max_connections=None)
+    ) as http:
+        crowd = [Follower(http, f"burst-{number}", max_tokens=3500) for number in range(num_places + num_too_many)]
+
+        def refusals() -> list[httpx.Response]:
+            return [follower.refusal for follower in crowd if follower.refusal is not None]
+
+        async def is_decided() -> bool:
+            num_held = [
+                statistics["num_requests_running"] + statistics["num_requests_waiting"]
+                for statistics in await ask_all(engines, "get_statistics")
+            ]
+            assert max(num_held) <= MAX_NUM_SEQS + MAX_NUM_QUEUED_REQS
+            return sum(num_held) + len(refusals()) == len(crowd)
+
+        await until(is_decided)
+        # A session may go to two of the three replicas, so one of them may have had room at the end.
+        assert num_too_many <= len(refusals()) < num_too_many + num_places // 3
+        for response in refusals():
+            assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
+            assert int(response.headers["retry-after"]) >= 1
+        assert not any(follower.task.done() for follower in crowd if follower.refusal is None)
+        for follower in crowd:
+            follower.task.cancel()
+        await asyncio.gather(*(follower.task for follower in crowd), return_exceptions=True)
+    await until(lambda: is_idle(engines))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x-session-id", b"zo\xeb"),
+        ("X_Session_Id", b"\xff\xfe"),
+        ("x-correlation-id", b"\xff"),
+        ("x-request-id", b"\xff"),
+        ("x-request-id", b"x" * 5000),
+        ("serve_multiplexed_model_id", b"\xff"),
+        ("serve-multiplexed-model-id", b"another model"),
+        ("x-request-timeout-seconds", b"0.001"),
+        ("x-request-timeout-seconds", b"\xff"),
+        ("x-request-disconnect-disabled", b"\xff"),
+        ("traceparent", b"\xff"),
+        ("x-anything", b"\xff"),
+    ],
+    ids=str,
+)
+async def test_headers_of_any_bytes_are_no_defect_and_steer_nothing(
+    http: httpx.AsyncClient, name: str, value: bytes
+) -> None:
+    response = await http.post("/v1/chat/completions", json=chat(max_tokens=2), headers=[(name.encode(), value)])
+    assert response.status_code == 200, response.text
+    assert len(response.headers["x-request-id"]) <= 128
+
+
+async def test_a_session_has_one_home_whichever_way_its_name_is_sent(http: httpx.AsyncClient) -> None:
+    for number in range(8):
+        name = f"zo\xeb-{number}"
+        homes = set()
+        for headers, body in (
+            ([(b"x-session-id", name.encode("latin-1"))], {}),
+            ([(b"x-session-id", name.encode())], {}),
+            ([(b"x-correlation-id", name.encode())], {}),
+            ([], {"session_id": name}),
+        ):
+            response = await http.post("/v1/chat/completions", json=chat(max_tokens=1, **body), headers=headers)
+            assert response.status_code == 200
+            homes.add(response.headers["x-pensieve-replica"])
+        assert len(homes) == 1
+
+
+async def test_a_client_that_says_it_never_leaves_frees_what_it_held_when_it_does(
+    http: httpx.AsyncClient, engines: DeploymentHandle
+) -> None:
+    body = chat(max_tokens=3500, ignore_eos=True, stream=True)
+    headers = {"x-request-disconnect-disabled": "?1"}
+    async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+        await anext(response.aiter_lines())
+    await until(lambda: is_idle(engines))
 
 
 async def test_health_of_a_running_system(http: httpx.AsyncClient) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deployments.session_key import PROMPT_BEGINNING, session_key
+from deployments.session_key import MAX_KEY_CHARS, MESSAGE_BEGINNING, PROMPT_BEGINNING, session_key
 
 BODY: dict[str, Any] = {
     "session_id": "body",
@@ -58,3 +58,27 @@ def test_unnamed_prompt_is_known_by_its_beginning() -> None:
 
 def test_content_hash_never_equals_a_name() -> None:
     assert chat(("user", "hi")).startswith("content-")
+
+
+@pytest.mark.parametrize("name", ["k" * 65, "k" * 8000, "\xe9" * 300, "\U0001f600" * 65])
+def test_a_long_name_is_known_by_its_hash_wherever_it_comes_from(name: str) -> None:
+    as_header = name.encode().decode("latin-1")  # as servers read headers
+    key = session_key([("x-session-id", as_header)], {})
+    assert len(key) <= MAX_KEY_CHARS
+    assert key == session_key([("X_Correlation_Id", as_header)], {})
+    assert key == session_key([], {"session_id": name}) == session_key([], {"conversation": name})
+    assert key != session_key([], {"session_id": name + "k"})
+    assert session_key([], {"session_id": "k" * MAX_KEY_CHARS}) == "k" * MAX_KEY_CHARS
+
+
+def test_a_name_beyond_ascii_is_the_same_in_a_header_and_in_a_body() -> None:
+    assert session_key([("x-session-id", "zo\xc3\xab")], {}) == session_key([], {"session_id": "zo\xeb"}) == "zo\xeb"
+    assert session_key([("x-session-id", "zo\xeb")], {}) == "zo\xeb"  # sent as Latin-1
+    assert session_key([("x-session-id", "\u4e2d")], {}) == "\u4e2d"
+
+
+def test_the_beginning_of_long_messages_tells_conversations_apart() -> None:
+    beginning = "x" * MESSAGE_BEGINNING
+    assert chat(("user", beginning)) == chat(("user", beginning + "y")) != chat(("user", "y" + beginning))
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert session_key([], {"messages": [{"role": "user", "content": parts}]}) == chat(("user", "ab"))

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from deployments import tenants
-from deployments.tenants import AuthenticationError, Authenticator, RemoteWithoutKeysError, hash_key, load_tenants
+from deployments.tenants import (
+    AuthenticationError,
+    Authenticator,
+    TenantConfig,
+    WatchedTenants,
+    environment_tenants,
+    hash_key,
+    load_tenants,
+)
 from engine.errors import ConfigError
-from engine.tenant import LOCAL_TENANT, Tenant
+from engine.tenant import Tenant
 
 KEY_A, KEY_B, KEY_B2 = "sk-a", "sk-b", "sk-b-2"
 
@@ -42,7 +52,7 @@ def test_each_key_is_its_tenant(tenants_file: Path) -> None:
     }
     for key, tenant in expected.items():
         for scheme in ("Bearer", "bearer", "BEARER"):
-            assert authenticator.authenticate(f"{scheme} {key}", "10.0.0.1") == tenant
+            assert authenticator.authenticate(f"{scheme} {key}") == tenant
 
 
 @pytest.mark.parametrize(
@@ -52,7 +62,7 @@ def test_each_key_is_its_tenant(tenants_file: Path) -> None:
 def test_no_other_key_is_accepted(tenants_file: Path, header: str | None) -> None:
     authenticator = Authenticator(load_tenants(str(tenants_file), {}))
     with pytest.raises(AuthenticationError) as caught:
-        authenticator.authenticate(header, "127.0.0.1")
+        authenticator.authenticate(header)
     assert KEY_A not in caught.value.message
 
 
@@ -68,27 +78,11 @@ def test_the_time_of_a_comparison_tells_nothing(tenants_file: Path, monkeypatch:
     monkeypatch.setattr(tenants.hmac, "compare_digest", compare)
     authenticator = Authenticator(load_tenants(str(tenants_file), {}))
     for key in (KEY_A, KEY_B2):
-        authenticator.authenticate(f"Bearer {key}", None)
+        authenticator.authenticate(f"Bearer {key}")
     with pytest.raises(AuthenticationError):
-        authenticator.authenticate("Bearer wrong", None)
+        authenticator.authenticate("Bearer wrong")
     assert len(compared) == 9
     assert {len(text) for pair in compared for text in pair} == {64}
-
-
-def test_without_keys_only_this_machine_is_served() -> None:
-    authenticator = Authenticator(load_tenants(None, {}))
-    for host in ("127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1", None):
-        assert authenticator.authenticate("Bearer whatever", host) == LOCAL_TENANT
-    for host in ("10.0.0.1", "192.168.1.1", "::ffff:10.0.0.1", "2001:db8::1"):
-        with pytest.raises(RemoteWithoutKeysError, match="tenants_file"):
-            authenticator.authenticate(None, host)
-
-
-def test_where_clients_cannot_be_told_apart_keys_are_needed(tenants_file: Path) -> None:
-    with pytest.raises(RemoteWithoutKeysError, match="HAProxy"):
-        Authenticator((), sees_clients=False).authenticate(None, "127.0.0.1")
-    authenticator = Authenticator(load_tenants(str(tenants_file), {}), sees_clients=False)
-    assert authenticator.authenticate(f"Bearer {KEY_A}", "127.0.0.1") == Tenant("a", 2.0)
 
 
 @pytest.mark.parametrize(
@@ -141,5 +135,86 @@ def test_a_new_key_fits_the_lines_that_are_printed(capsys: pytest.CaptureFixture
     path.write_text("tenants:\n" + printed.out)
     assert key not in printed.out
     authenticator = Authenticator(load_tenants(str(path), {}))
-    assert authenticator.authenticate(f"Bearer {key}", None) == Tenant("acme")
+    assert authenticator.authenticate(f"Bearer {key}") == Tenant("acme")
     assert tenants.main(["old"]) == 2
+
+
+# -- a file that changes -----------------------------------------------------------------------------------------------
+
+
+def keys_of(tenants: tuple[TenantConfig, ...] | None) -> set[str] | None:
+    return None if tenants is None else {key for tenant in tenants for key in tenant.api_keys_sha256}
+
+
+def write(path: Path, *keys: str) -> None:
+    hashes = ", ".join(hash_key(key) for key in keys)
+    path.write_text(f"tenants: [{{id: a, api_keys_sha256: [{hashes}]}}]")
+
+
+def test_a_changed_file_is_read_once_and_the_environments_tenant_stays(tmp_path: Path) -> None:
+    path = tmp_path / "tenants.yaml"
+    write(path, "old")
+    watched = WatchedTenants(str(path), environment_tenants({"PENSIEVE_API_KEY": "env"}))
+    assert keys_of(watched.read_if_changed()) == {hash_key("old"), hash_key("env")}
+    assert watched.read_if_changed() is None
+    write(path, "new", "newer")
+    assert keys_of(watched.read_if_changed()) == {hash_key("new"), hash_key("newer"), hash_key("env")}
+    # As editors and Kubernetes do it: another file in its place, of the same size, and perhaps as old.
+    state = path.stat()
+    write(tmp_path / "next.yaml", "old", "newer")
+    os.utime(tmp_path / "next.yaml", ns=(state.st_atime_ns, state.st_mtime_ns))
+    (tmp_path / "next.yaml").replace(path)
+    assert keys_of(watched.read_if_changed()) == {hash_key("old"), hash_key("newer"), hash_key("env")}
+    assert watched.read_if_changed() is None
+
+
+@pytest.mark.parametrize(
+    "content", ["tenants: [", "tenants: []", "[]", "tenants: [{id: a, api_keys_sha256: [sk-secret]}]", None]
+)
+def test_a_broken_file_changes_nothing_and_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(tenants.logger, "error", lambda text, *values: said.append(text % values))
+    path = tmp_path / "tenants.yaml"
+    write(path, "old")
+    watched = WatchedTenants(str(path), ())
+    assert watched.read_if_changed() is not None
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    assert [watched.read_if_changed() for _ in range(3)] == [None] * 3
+    (line,) = said
+    assert "still are" in line
+    assert "sk-secret" not in line
+    write(path, "new")
+    assert keys_of(watched.read_if_changed()) == {hash_key("new")}
+
+
+async def test_whoever_watches_hears_of_changes_and_of_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenants, "WATCH_PERIOD_S", 0.01)
+    path = tmp_path / "tenants.yaml"
+    write(path, "old")
+    heard: asyncio.Queue[tuple[TenantConfig, ...]] = asyncio.Queue()
+    watching = asyncio.create_task(WatchedTenants(str(path), ()).watch(heard.put_nowait))
+    async with asyncio.timeout(10):
+        assert keys_of(await heard.get()) == {hash_key("old")}
+        await asyncio.sleep(0.05)
+        write(path, "new", "newer")
+        while keys_of(await heard.get()) != {hash_key("new"), hash_key("newer")}:
+            pass
+    watching.cancel()
+    assert heard.empty()
+
+
+def test_a_revoked_key_is_refused_from_then_on() -> None:
+    old, new = (TenantConfig(id="a", api_keys_sha256=(hash_key(key),)) for key in ("old", "new"))
+    authenticator = Authenticator((old,))
+    assert authenticator.authenticate("Bearer old") == Tenant("a")
+    authenticator.use((new,))
+    with pytest.raises(AuthenticationError):
+        authenticator.authenticate("Bearer old")
+    assert authenticator.authenticate("Bearer new") == Tenant("a")

@@ -1,0 +1,39 @@
+"""One answer for all who ask at about the same time. Knows nothing of the question."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Coalesced(Generic[T]):
+    """Asks `question` at most once a period, and gives everybody its outcome, be it an exception: however many ask, what is
+    behind it is asked no more often."""
+
+    def __init__(
+        self, question: Callable[[], Awaitable[T]], period_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._question = question
+        self._period_s = period_s
+        self._clock = clock
+        self._asking: asyncio.Future[T] | None = None
+        self._asked_s = 0.0
+
+    async def __call__(self) -> T:
+        now = self._clock()
+        is_old = now - self._asked_s >= self._period_s
+        if self._asking is None or (self._asking.done() and is_old):
+            self._asked_s = now
+            self._asking = asyncio.ensure_future(self._question())
+            self._asking.add_done_callback(_note)
+        return await asyncio.shield(self._asking)
+
+
+def _note(asked: asyncio.Future[T]) -> None:
+    """Its exception may find nobody who is still there to hear it."""
+    if not asked.cancelled():
+        asked.exception()
