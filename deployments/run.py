@@ -236,6 +236,9 @@ def serve_run(config: str) -> None:
     import ray  # only now: it reads its environment when it is imported
     from ray.serve.scripts import cli
 
+    from deployments.schema import read_serve_config
+    from deployments.serve_start import start_serve
+
     is_asked = False
 
     def drain(number: int, frame: types.FrameType | None) -> None:
@@ -256,6 +259,7 @@ def serve_run(config: str) -> None:
             # served there.
             ray.init("local", namespace="serve")
             watch = _DaemonWatch()
+            start_serve(read_serve_config(config))
         cli(["run", config])
     except SystemExit as end:
         if not is_asked and not end.code:  # `serve run` ends so after an error

@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from ray.serve.schema import LoggingConfig
 
 from deployments import run
 from engine.embedded_model import EMBEDDED_MODEL_NAME
@@ -64,7 +65,7 @@ def test_all_that_is_wrong_with_a_file_is_told_at_once(
     printed = refusal(capsys, str(config))
     assert "htp_options: unknown key; did you mean http_options?" in printed
     assert "applications[0].args.num_cpu: unknown key; did you mean num_cpus?" in printed
-    assert "applications[0].args.colour: unknown key; known are engine, graceful_shutdown_timeout_s" in printed
+    assert "applications[0].args.colour: unknown key; known are engine, engine_wait_s" in printed
     assert len(printed.splitlines()) == 3
     assert nothing_starts == []
 
@@ -245,8 +246,10 @@ def test_a_token_file_that_cannot_be_used_is_told(
 
 
 @pytest.mark.parametrize("address", [None, "local", "10.0.0.1:6379"])
-def test_it_starts_a_ray_of_its_own_unless_one_is_named(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
-    """And leaves alone what else runs on the machine."""
+def test_it_starts_a_ray_of_its_own_unless_one_is_named(
+    config: Path, monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    """And leaves alone what else runs on the machine. Serve there gets what the file says of its logs."""
     calls: list[object] = []
     monkeypatch.setattr("ray.init", lambda address, namespace: calls.append((address, namespace)))
     monkeypatch.setattr("ray.serve.scripts.cli", calls.append)
@@ -254,8 +257,10 @@ def test_it_starts_a_ray_of_its_own_unless_one_is_named(monkeypatch: pytest.Monk
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     if address is not None:
         monkeypatch.setenv("RAY_ADDRESS", address)
-    run.serve_run("config.yaml")
-    assert calls == [*([("local", "serve")] if address in (None, "local") else []), ["run", "config.yaml"]]
+    monkeypatch.setattr("ray.serve.start", lambda *, logging_config, **options: calls.append(logging_config))
+    run.serve_run(str(config))
+    started = [("local", "serve"), LoggingConfig(enable_access_log=False)] if address in (None, "local") else []
+    assert calls == [*started, ["run", str(config)]]
 
 
 def test_a_signal_before_ray_runs_reaches_no_other_ray(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,8 +292,9 @@ def test_an_end_that_was_not_asked_for_is_an_error(
     monkeypatch.setattr("ray.serve.scripts.cli", fail)
     monkeypatch.setattr(run, "_DaemonWatch", NoWatch)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr("deployments.serve_start.start_serve", lambda config: None)
     with pytest.raises(SystemExit) as end:
-        run.serve_run("config.yaml")
+        run.serve_run(str(CONFIG))
     assert end.value.code == expected
 
 
