@@ -108,11 +108,11 @@ def make_trials(
     dtype: torch.dtype,
     calls: Sequence[AttentionCall],
     chunk_size: int,
-    batches: Sequence[Sequence[tuple[int, int]]] = BATCHES,
+    batches: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> Iterator[Trial]:
-    """One for each of the batches, made when it is asked for."""
+    """One for each of the batches (None = BATCHES), made when it is asked for."""
     generator = torch.Generator(device).manual_seed(0)
-    for lengths in batches:
+    for lengths in BATCHES if batches is None else batches:
         yield _make_trial(generator, lengths, dtype, calls, chunk_size)
 
 

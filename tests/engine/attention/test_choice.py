@@ -13,7 +13,7 @@ import torch
 from engine.attention import backend, choice, device_clock, reference
 from engine.attention.backend import choose_backend
 from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
-from engine.errors import KernelBuildError
+from engine.errors import ConfigError, KernelBuildError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LAYERS = (LayerShape(2, 16, 16), LayerShape(1, 8, 12), LayerShape(2, 16, 16))
@@ -196,6 +196,7 @@ def test_long_contexts_share_blocks(monkeypatch):
 def load(monkeypatch):
     """Say what each name loads: a backend, or an error that it raises."""
     monkeypatch.setattr(choice, "make_trials", lambda _, *shapes, make=choice.make_trials: make(CPU, *shapes))
+    monkeypatch.setattr(backend, "find_fault", lambda *_: None)  # see test_cpu.py
 
     def let(**loaded: Backend | Exception) -> None:
         def loader(name: str):
@@ -224,6 +225,23 @@ def test_auto_takes_the_fastest_on_a_gpu(load, caplog):
         "attention: auto measured triton 1.00, flashinfer 0.50, varlen 2.00 (relative time); flashinfer is used",
         "attention: kernel of flashinfer",
     ]
+
+
+def test_one_that_is_wrong_on_this_gpu_is_not_used(load, monkeypatch, caplog):
+    seen = []
+
+    def find_fault(chosen, device, *shapes):
+        seen.append((chosen, device, *shapes))
+        return "its output differs"
+
+    triton = Backend(1.0, 1.0, 1.0)
+    load(triton=triton, flashinfer=KernelBuildError("not installed"), varlen=KernelBuildError("pages of 256"))
+    monkeypatch.setattr(backend, "find_fault", find_fault)
+    assert auto() is reference
+    assert seen == [(triton, CUDA, torch.float32, CALLS, CHUNK_SIZE)]
+    assert "kernel of triton, is wrong here for this model in torch.float32: its output differs" in caplog.text
+    with pytest.raises(ConfigError, match="its output differs"):
+        choose_backend("triton", CUDA, torch.float32, CALLS, CHUNK_SIZE)
 
 
 def test_auto_does_without_what_does_not_load(load, caplog):
