@@ -11,7 +11,7 @@ from sqlalchemy import Integer, Row, and_, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from deployments.store_schema import items, responses, transcripts
-from deployments.store_values import Item
+from deployments.store_values import Item, StoreCorruptedError
 from deployments.transcript_delta import TranscriptDelta, apply_deltas
 from engine.core.conversation import Transcript
 
@@ -51,7 +51,7 @@ async def conversation_items(connection: AsyncConnection, conversation_id: str, 
 
 
 async def load_transcript(connection: AsyncConnection, response_id: str | None) -> Transcript | None:
-    """None: that response has none."""
+    """None: that response has none. Raises StoreCorruptedError."""
     if response_id is None:
         return None
     # Only ids go through the recursion; the blobs are joined once at its end.
@@ -73,12 +73,19 @@ async def load_transcript(connection: AsyncConnection, response_id: str | None) 
         transcripts.c.token_ids,
         transcripts.c.text,
         transcripts.c.anchors,
+        transcripts.c.fingerprint,
     ]
     rows = await connection.execute(
         select(*columns).join(chain, transcripts.c.response_id == chain.c.response_id).order_by(chain.c.depth)
     )
-    deltas = [TranscriptDelta(*row) for row in rows]
-    return apply_deltas(deltas) if deltas else None
+    found = rows.all()
+    if not found:
+        return None
+    try:
+        # What an older one of them kept is the same ids, whoever made those: the latest says by whom they were made.
+        return apply_deltas([TranscriptDelta(*row[:-1]) for row in found], found[0].fingerprint)
+    except ValueError:
+        raise StoreCorruptedError from None
 
 
 def to_items(rows: Iterable[Any]) -> tuple[Item, ...]:
