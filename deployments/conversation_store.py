@@ -106,6 +106,11 @@ class ConversationStore:
             )
         )
 
+    @property
+    def min_free_bytes(self) -> int:
+        """What new turns leave of the disk."""
+        return self._database.min_free_bytes
+
     def bytes_left(self) -> int | None:
         """Room on the disk of a SQLite file; None = not known."""
         return self._database.bytes_outside()
@@ -339,21 +344,29 @@ class ConversationStore:
         return await self._database.read(work)
 
     async def get_history(
-        self, tenant: str, *, previous_response_id: str | None = None, conversation_id: str | None = None
+        self,
+        tenant: str,
+        *,
+        previous_response_id: str | None = None,
+        conversation_id: str | None = None,
+        max_bytes: int = 2**62,
     ) -> History:
-        """Exactly one of the two. Of a conversation, ask after `begin_response`, which keeps others out of it. A constant
-        number of queries. Raises NotFoundError, PreviousResponseError."""
+        """Exactly one of the two. Of a conversation, ask after `begin_response`, which keeps others out of it. max_bytes: of
+        items as JSON; the newest ones that come to that, and no transcript where there are more. A constant number of
+        queries. Raises NotFoundError, PreviousResponseError."""
         if (previous_response_id is None) == (conversation_id is None):
             raise ValueError("give either previous_response_id or conversation_id")
 
         async def work(connection: AsyncConnection) -> History:
             if previous_response_id is not None:
                 previous = await _find_previous(connection, tenant, previous_response_id)
-                said = await chain_items(connection, previous)
-                return History(said, await load_transcript(connection, previous.id), previous.session_key)
-            row = await find_conversation(connection, tenant, str(conversation_id))
-            said = await conversation_items(connection, row.id, row.next_position)
-            return History(said, await load_transcript(connection, row.tip_response_id), row.id)
+                said, tip, key = await chain_items(connection, previous, max_bytes), previous.id, previous.session_key
+            else:
+                row = await find_conversation(connection, tenant, str(conversation_id))
+                said = await conversation_items(connection, row.id, row.next_position, max_bytes)
+                tip, key = row.tip_response_id, row.id
+            transcript = await load_transcript(connection, tip) if said.is_whole else None
+            return History(said.items, transcript, key, said.is_whole)
 
         return await self._database.read(work)
 

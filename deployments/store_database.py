@@ -57,7 +57,7 @@ class Database:
         if password is not None and not self._is_sqlite:
             self._url = self._url.set(password=password)
         self._timeout_s = timeout_s
-        self._min_free_bytes = min_free_bytes
+        self.min_free_bytes = min_free_bytes
         self._path = Path(self._url.database or "").resolve() if self._is_sqlite else None
         self._last_cause = ""  # of a failure, until something succeeds: said once
         self._failures: tuple[type[Exception], ...] = (
@@ -158,9 +158,9 @@ class Database:
     async def refuse_if_nearly_full(self, connection: AsyncConnection) -> None:
         """Raises StoreFullError while there is still room for the turns that run, and for what deletes."""
         room = self.bytes_outside()
-        if room is None or room >= self._min_free_bytes:
+        if room is None or room >= self.min_free_bytes:
             return
-        if room + await store_sqlite.bytes_inside(connection) < self._min_free_bytes:
+        if room + await store_sqlite.bytes_inside(connection) < self.min_free_bytes:
             self._say(f"{room / 2**20:.0f} MiB of its disk are left; new turns are stored from {self._min_free_mib} on")
             raise StoreFullError
 
@@ -175,7 +175,7 @@ class Database:
 
     @property
     def _min_free_mib(self) -> str:
-        return f"{self._min_free_bytes / 2**20:.0f} MiB"
+        return f"{self.min_free_bytes / 2**20:.0f} MiB"
 
     def _failure(self, error: BaseException) -> StoreError:
         failure = classify(error)

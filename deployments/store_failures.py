@@ -56,7 +56,7 @@ def _name(error: BaseException) -> str:
         if str(error).startswith("Could not decode to UTF-8"):  # Python's own, without a code
             return "not UTF-8"
     if state := getattr(error, "sqlstate", None):
-        return f"SQLSTATE {state}"
+        return f"SQLSTATE {state} ({type(error.__cause__ or error).__name__})"
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
         return errno.errorcode.get(error.errno or 0, type(error).__name__)
     return type(error).__name__

@@ -72,7 +72,7 @@ class StoredTooMuchError(RequestError):
     http_status = 429
     kind = "insufficient_quota"
     code = "storage_quota_exceeded"
-    helps_to_wait = False
+    retry_after_s = None
 
 
 class StoreError(EngineError):
@@ -115,7 +115,7 @@ class StoreCorruptedError(StoreError):
         "the conversation store is damaged, and waiting does not mend it: its operator has to restore a backup; the server's "
         "log says which file or database it is"
     )
-    helps_to_wait = False
+    retry_after_s = None
 
 
 class Status(StrEnum):
@@ -137,6 +137,18 @@ class Quota:
 
 
 UNLIMITED = Quota()
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """Of one tenant: what it may keep, and what it may send in a minute to the paths that only store; None = any amount."""
+
+    quota: Quota = UNLIMITED
+    requests_per_minute: int | None = None
+    bytes_per_minute: int | None = None
+
+
+NO_STORE_LIMITS = StoreLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +241,11 @@ class StoredConversation:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Everything said before a turn, oldest first, without instructions. transcript: what the engine computed for the
-    latest turn of it; items added or removed by hand since are in `items` alone, so match it as text."""
+    """What was said before a turn, oldest first, without instructions. transcript: what the engine computed for the
+    latest turn of it; items added or removed by hand since are in `items` alone, so match it as text. is_whole: no older
+    items were left out."""
 
     items: tuple[Item, ...]
     transcript: Transcript | None
     session_key: str
+    is_whole: bool = True

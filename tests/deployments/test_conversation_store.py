@@ -319,6 +319,31 @@ async def test_continuing_from_inside_a_conversation(store: ConversationStore) -
         await store.get_history(ME, conversation_id=created.id)
 
 
+async def test_only_so_much_of_a_history_is_read(store: ConversationStore) -> None:
+    """The newest items, whole, up to the one that reaches the limit; and the transcript only with all of them."""
+    created = await store.conversations.create(ME, {}, [message("user", "0"), message("user", "1")], NOW)
+    await turn(store, "a", "2", "3", transcript("0123"), conversation_id=created.id)
+    await turn(store, "b", "4", "5", transcript("012345"), previous_response_id="a")
+    await turn(store, "c", "6", "7", transcript("01234567"), previous_response_id="b")
+    sizes = {role: len(f'{{"type":"message","role":"{role}","content":"0"}}') for role in ("user", "assistant")}
+    everything = [str(number) for number in range(8)]
+    for target, whole in (
+        ({"conversation_id": created.id}, everything[:4]),
+        ({"previous_response_id": "a"}, everything[:4]),
+        ({"previous_response_id": "c"}, everything),
+    ):
+        found = await store.get_history(ME, **target)
+        assert (contents(found.items), found.is_whole) == (whole, True)
+        num_bytes = 0
+        for num_kept, number in enumerate(reversed(whole)):
+            for max_bytes in (num_bytes + 1, num_bytes + sizes["user"]):
+                found = await store.get_history(ME, **target, max_bytes=max_bytes)
+                assert contents(found.items) == whole[len(whole) - num_kept - 1 :]
+                assert found.is_whole == (num_kept + 1 == len(whole))
+                assert (found.transcript is None) == (not found.is_whole)
+            num_bytes += sizes["assistant" if int(number) % 2 and number != "1" else "user"]
+
+
 async def test_conversation_deleted_under_a_running_turn(store: ConversationStore, store_url: str) -> None:
     created = await store.conversations.create(ME, {}, [message("user", "0")], NOW)
     await turn(store, "a", "1", "2", transcript("012"), conversation_id=created.id)

@@ -116,7 +116,7 @@ async def test_sqlite_file_made_unusable(sqlite_store: ConversationStore, tmp_pa
     path.write_bytes(b"no database " * 1000)
     error = await assert_unavailable(sqlite_store, "store_corrupted")
     assert "waiting does not mend it" in error.message
-    assert not error.helps_to_wait
+    assert error.retry_after_s is None
     with pytest.raises(StoreCorruptedError):
         await sqlite_store.open(NOW)
     path.unlink()

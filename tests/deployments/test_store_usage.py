@@ -42,7 +42,7 @@ async def refused(call: Awaitable[object]) -> str:
         await call
     assert (caught.value.http_status, caught.value.kind) == (429, "insufficient_quota")
     assert caught.value.code == "storage_quota_exceeded"
-    assert not caught.value.helps_to_wait
+    assert caught.value.retry_after_s is None
     return caught.value.message
 
 
