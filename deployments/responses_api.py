@@ -76,8 +76,10 @@ LEASE_S = 10.0
 RENEWAL_S = 3.0
 # A complete answer is worth some patience with a store that does not answer. Pauses in seconds.
 STORE_RETRIES_S = (0.2, 1.0, 3.0)
-# How often what is older than the retention is deleted, in seconds.
+# How often what is older than the retention is deleted, in seconds, and how long after the start for the first time: an
+# operator who did not mean it that way has read of it by then.
 SWEEP_S = 3600.0
+FIRST_SWEEP_S = 600.0
 # How often the room on the store's disk is looked at, in seconds, and from what part of what is kept free on it is said.
 ROOM_S = 60.0
 ROOM_WARNING = 4
@@ -528,10 +530,16 @@ class ResponsesApi:
         self._later(self._repeat(self._renew_leases, RENEWAL_S))
         self._later(self._repeat(self._look_for_room, ROOM_S))
         if self._retention_days is not None:
-            self._later(self._repeat(self._forget_what_is_old, SWEEP_S))
+            logger.info(
+                "what was last used more than %g days ago is deleted from the conversation store, from %d s from now on "
+                "(retention_days)",
+                *(self._retention_days, FIRST_SWEEP_S),
+            )
+            self._later(self._repeat(self._forget_what_is_old, SWEEP_S, FIRST_SWEEP_S))
 
-    async def _repeat(self, work: Callable[[], Awaitable[None]], period_s: float) -> None:
+    async def _repeat(self, work: Callable[[], Awaitable[None]], period_s: float, first_s: float = 0.0) -> None:
         """In a task of its own for each kind of work: leases do not wait for a large clean-up."""
+        await asyncio.sleep(first_s)
         while True:
             try:
                 await work()

@@ -68,7 +68,11 @@ def _close_to_others(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & _OTHERS:
-            path.chmod(0o600)
+            try:
+                path.chmod(0o600)
+            except PermissionError:  # of another user, who has to know
+                logger.warning("%s can be read by other users (mode %o), and its owner alone can end that", path, mode)
+                return
             logger.warning("%s could be read by other users (mode %o); it no longer can (600)", path, mode)
 
 

@@ -131,6 +131,31 @@ async def test_instructions_are_stored_once(engine: ScriptedEngine, url: str) ->
         assert (await http.get(f"/v1/responses/{said.json()['id']}")).json() == said.json()
 
 
+async def test_what_is_old_is_forgotten_some_time_after_the_start(
+    engine: ScriptedEngine, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ray.serve")
+    forgotten = asyncio.Event()
+    delete = ConversationStore.delete_older_than
+
+    async def delete_older_than(self: ConversationStore, cutoff: float) -> int:
+        num_deleted = await delete(self, cutoff)
+        forgotten.set()
+        return num_deleted
+
+    monkeypatch.setattr(ConversationStore, "delete_older_than", delete_older_than)
+    async with served(engine, url, retention_days=1e-9) as http:
+        kept = (await http.post("/v1/responses", json=BODY)).json()["id"]
+        assert "last used more than 1e-09 days ago is deleted" in caplog.text
+        assert not forgotten.is_set()
+        assert (await http.get(f"/v1/responses/{kept}")).status_code == 200
+    monkeypatch.setattr(responses_api, "FIRST_SWEEP_S", 0.0)
+    async with served(engine, url, retention_days=1e-9) as http:
+        await http.post("/v1/conversations")
+        await asyncio.wait_for(forgotten.wait(), 30)
+        assert (await http.get(f"/v1/responses/{kept}")).status_code == 404
+
+
 # A disk that is full
 
 

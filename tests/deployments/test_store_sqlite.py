@@ -13,6 +13,7 @@ import pytest
 
 from deployments import store_sqlite
 from deployments.conversation_store import ConversationStore
+from deployments.ingress import _default_store_url
 from deployments.store_values import (
     NotFoundError,
     Status,
@@ -84,6 +85,28 @@ async def test_files_of_an_older_version_are_closed_to_others(
     assert set(modes(path.parent).values()) == {"600"}
     assert f"{path} could be read by other users (mode 644)" in caplog.text
     await again.close()
+
+
+async def test_a_file_of_another_user_is_used_and_complained_of(
+    store: ConversationStore, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await store.open(NOW)
+    path.chmod(0o664)
+
+    def chmod(self: Path, mode: int) -> None:
+        raise PermissionError(1, "not the owner")
+
+    monkeypatch.setattr(Path, "chmod", chmod)
+    await store.open(NOW)
+    assert f"{path} can be read by other users (mode 664), and its owner alone can end that" in caplog.text
+
+
+def test_the_default_store_is_in_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generous_umask: None
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert _default_store_url() == f"sqlite:///{tmp_path}/pensieve/conversations.db"
+    assert modes(tmp_path) == {"pensieve": "700"}
 
 
 # A file that is gone, damaged, or not ours
