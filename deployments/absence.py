@@ -27,10 +27,7 @@ class NoReplicaError(EngineStoppedError):
     def __init__(self, message: str, *, is_final: bool = False) -> None:
         super().__init__(message)
         self.is_final = is_final
-
-    @property
-    def retry_after_s(self) -> float:
-        return 30.0 if self.is_final else 5.0
+        self.retry_after_s = 30.0 if is_final else 5.0
 
 
 class ModelNotLoadedError(NoReplicaError):

@@ -15,6 +15,8 @@ from deployments.llm_server import LLMServer
 from deployments.placement import group_bundles
 from deployments.schema import AppArgs
 from deployments.session_router import SessionRouter
+from deployments.store_url import is_file
+from deployments.store_values import Quota, StoreLimits
 from deployments.tenants import environment_tenants, load_tenants
 from engine.config import EngineConfig
 
@@ -23,6 +25,8 @@ from engine.config import EngineConfig
 INGRESS_MAX_ONGOING_REQUESTS = 4096
 INGRESS_MAX_QUEUED_REQUESTS = 4096
 RETRY_AFTER_S = 2.0
+# A resource that Ray gives the head node of a cluster alone.
+HEAD_NODE = "node:__internal_head__"
 # Requests in an engine replica that the engine has not admitted or refused yet.
 IN_TRANSIT = 64
 # How soon a dead engine is noticed, and how long a busy one may take to answer, in seconds.
@@ -66,11 +70,13 @@ def build(args: AppArgs) -> Application:
             request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
         ),
     )
+    # A store in a file is on one node: another node's ingress would make an empty one there, and nothing would say so.
+    where = {"resources": {HEAD_NODE: 0.001}} if is_file(args.store_url) else {}
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name="Ingress",
         num_replicas=args.num_ingress_replicas,
-        ray_actor_options={"num_cpus": args.ingress_num_cpus},
+        ray_actor_options={"num_cpus": args.ingress_num_cpus, **where},
         max_ongoing_requests=INGRESS_MAX_ONGOING_REQUESTS,
         max_queued_requests=INGRESS_MAX_QUEUED_REQUESTS,
         backpressure_config=overload,
@@ -85,7 +91,14 @@ def build(args: AppArgs) -> Application:
         environment_tenants=environment_tenants(os.environ),
         request_timeout_s=args.request_timeout_s,
         store_url=args.store_url,
+        store_password_file=args.store_password_file,
         retention_days=args.retention_days,
+        store_limits=StoreLimits(
+            Quota(args.max_stored_rows, args.max_stored_bytes),
+            args.store_requests_per_minute,
+            args.store_bytes_per_minute,
+        ),
+        store_min_free_bytes=args.store_min_free_bytes,
         num_fallback_replicas=args.num_fallback_replicas,
         engine_wait_s=args.engine_wait_s,
     )

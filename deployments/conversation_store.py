@@ -13,26 +13,28 @@ import secrets
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from sqlalchemy import Row, and_, insert, select, text, update
+from sqlalchemy import Row, and_, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from deployments.store_conversations import (
     IS_RUNNING,
     Conversations,
+    Leases,
     find_conversation,
     insert_items,
     interrupt,
     name_items,
     read_page,
-    refuse_if_busy,
     refuse_odd_id,
 )
 from deployments.store_database import Database
 from deployments.store_history import chain_items, conversation_items, load_transcript
 from deployments.store_purge import find_purgeable, purge_above, purge_conversations
-from deployments.store_schema import conversations, items, responses, transcripts
+from deployments.store_schema import conversations, items, responses, transcripts, write_probe
+from deployments.store_usage import Accounts, Usage, measure, read_usage
 from deployments.store_values import (
     INTERRUPTED,
+    UNLIMITED,
     History,
     Item,
     NewResponse,
@@ -42,7 +44,9 @@ from deployments.store_values import (
     Page,
     PreviousResponseError,
     PreviousResponseNotFoundError,
+    Quota,
     Status,
+    StoreCorruptedError,
     StoredResponse,
 )
 from deployments.transcript_delta import make_delta
@@ -56,21 +60,37 @@ def random_id(prefix: str) -> str:
 
 class ConversationStore:
     """One per process, used in one event loop; any number of processes may share a database. Every method raises
-    StoreUnavailableError while the database does not answer, and works again by itself once it does.
+    StoreUnavailableError while the database does not answer, and works again by itself once it does; StoreCorruptedError
+    where it is damaged.
 
-    url: sqlite:///path/to/file or postgresql://user@host/database. timeout_s bounds connecting, each statement and each
-    wait for a lock; a whole call takes at most twice that. new_id: prefix -> an id that was never used.
+    url: sqlite:///path/to/file or postgresql://user@host/database; password: for the latter. timeout_s bounds connecting,
+    each statement and each wait for a lock; a whole call takes at most twice that. new_id: prefix -> an id that was never
+    used. quota_of: tenant -> what it may keep. min_free_bytes: what new turns leave of a SQLite file's disk.
+
+    alive: ids of the responses that this process is working on, kept by whoever works: no clock interrupts them.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 5.0, new_id: Callable[[str], str] = random_id) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        password: str | None = None,
+        timeout_s: float = 5.0,
+        new_id: Callable[[str], str] = random_id,
+        quota_of: Callable[[str], Quota] = lambda tenant: UNLIMITED,
+        min_free_bytes: int = 0,
+    ) -> None:
         """Touches no database. Raises StoreConfigError."""
         self.new_id = new_id
-        self._database = Database(url, timeout_s)
-        self.conversations = Conversations(self._database, new_id)
+        self.alive: Collection[str] = ()
+        self._database = Database(url, timeout_s, password, min_free_bytes)
+        self._accounts = Accounts(self._database, quota_of)
+        self._leases = Leases(lambda: self.alive)
+        self.conversations = Conversations(self._database, self._accounts, self._leases, new_id)
 
     async def open(self, now: float) -> None:
         """Brings the schema up to date, marks turns whose lease is over. Several processes may do so at once; after a
-        failure it can be called again. Raises StoreVersionError."""
+        failure it can be called again. Raises StoreVersionError, and StoreConfigError for another program's file."""
         await self._database.open()
         await self.mark_interrupted(now)
 
@@ -79,16 +99,32 @@ class ConversationStore:
         await self._database.close()
 
     async def ping(self) -> None:
-        """Returns if the database answers and has our tables."""
-        await self._database.read(
-            lambda connection: connection.execute(text("SELECT version_num FROM alembic_version"))
+        """Returns if the database can be written, with our tables in it."""
+        await self._database.write(
+            lambda connection: connection.execute(
+                update(write_probe).values(num_writes=(write_probe.c.num_writes + 1) % 2**31)
+            )
         )
+
+    @property
+    def min_free_bytes(self) -> int:
+        """What new turns leave of the disk."""
+        return self._database.min_free_bytes
+
+    def bytes_left(self) -> int | None:
+        """Room on the disk of a SQLite file; None = not known."""
+        return self._database.bytes_outside()
+
+    async def usage(self, tenant: str) -> Usage:
+        """What this tenant keeps."""
+        return await self._database.read(lambda connection: read_usage(connection, tenant))
 
     # The life of a response
 
     async def begin_response(self, tenant: str, new: NewResponse, now: float) -> StoredResponse:
         """Raises NotFoundError for the previous response or the conversation, PreviousResponseError if that is not
-        whole, ConversationBusyError if another turn of the conversation is running."""
+        whole, ConversationBusyError if another turn of the conversation is running, StoredTooMuchError above the tenant's
+        quota, StoreFullError."""
         if new.previous_response_id is not None and new.conversation_id is not None:
             raise InvalidParameterError(
                 "give either 'previous_response_id' or 'conversation': a conversation knows what came before",
@@ -103,7 +139,7 @@ class ConversationStore:
                 session_key, start = previous.session_key, previous.conversation_start
             elif new.conversation_id is not None:
                 await find_conversation(connection, tenant, new.conversation_id, for_update=True)
-                await refuse_if_busy(connection, new.conversation_id, now)
+                await self._leases.refuse_if_busy(connection, new.conversation_id, now)
                 await connection.execute(
                     update(conversations).where(conversations.c.id == new.conversation_id).values(used_at=now)
                 )
@@ -127,6 +163,10 @@ class ConversationStore:
                 )
             )
             await insert_items(connection, named, response_id=new.id)
+            added = await measure(
+                connection, (responses, responses.c.id == new.id), (items, items.c.response_id == new.id)
+            )
+            await self._accounts.add(connection, tenant, added)
             return StoredResponse(
                 id=new.id,
                 conversation_id=new.conversation_id,
@@ -224,6 +264,7 @@ class ConversationStore:
                         token_ids=delta.token_ids,
                         text=delta.text,
                         anchors=delta.anchors,
+                        fingerprint=outcome.transcript.fingerprint,
                     )
                 )
             if end is not None:
@@ -231,6 +272,9 @@ class ConversationStore:
                 if outcome.transcript is not None:
                     moved["tip_response_id"] = response_id
                 await connection.execute(update(conversations).where(conversations.c.id == end[0]).values(**moved))
+            said = and_(items.c.response_id == response_id, items.c.is_output)
+            added = await measure(connection, (items, said), (transcripts, transcripts.c.response_id == response_id))
+            await self._accounts.add(connection, tenant, added, is_refusable=False)
             return True
 
         return await self._database.write(work)
@@ -263,14 +307,14 @@ class ConversationStore:
 
         async def work(connection: AsyncConnection) -> bool:
             await _find_response(connection, tenant, response_id)
-            await interrupt(connection, and_(responses.c.id == response_id, responses.c.lease_until < now), now)
+            await interrupt(connection, and_(responses.c.id == response_id, self._leases.is_over(now)), now)
             return await _finish(connection, tenant, response_id, status=Status.CANCELLED, completed_at=now)
 
         return await self._database.write(work)
 
     async def mark_interrupted(self, now: float, owner: str | None = None) -> int:
         """Marks turns whose lease is over, or all running ones of an owner that ends. Returns how many."""
-        which = responses.c.lease_until < now if owner is None else responses.c.owner == owner
+        which = self._leases.is_over(now) if owner is None else responses.c.owner == owner
         return await self._database.write(lambda connection: interrupt(connection, which, now))
 
     # Reading
@@ -280,11 +324,11 @@ class ConversationStore:
         response, lease_until = await self._database.read(
             lambda connection: _read_response_and_lease(connection, tenant, response_id)
         )
-        if response.status is not Status.IN_PROGRESS or lease_until >= now:
+        if response.status is not Status.IN_PROGRESS or lease_until >= now or self._leases.is_alive(response_id):
             return response
 
         async def work(connection: AsyncConnection) -> StoredResponse:
-            await interrupt(connection, and_(responses.c.id == response_id, responses.c.lease_until < now), now)
+            await interrupt(connection, and_(responses.c.id == response_id, self._leases.is_over(now)), now)
             return await _read_response(connection, tenant, response_id)
 
         return await self._database.write(work)
@@ -300,21 +344,29 @@ class ConversationStore:
         return await self._database.read(work)
 
     async def get_history(
-        self, tenant: str, *, previous_response_id: str | None = None, conversation_id: str | None = None
+        self,
+        tenant: str,
+        *,
+        previous_response_id: str | None = None,
+        conversation_id: str | None = None,
+        max_bytes: int = 2**62,
     ) -> History:
-        """Exactly one of the two. Of a conversation, ask after `begin_response`, which keeps others out of it. A constant
-        number of queries. Raises NotFoundError, PreviousResponseError."""
+        """Exactly one of the two. Of a conversation, ask after `begin_response`, which keeps others out of it. max_bytes: of
+        items as JSON; the newest ones that come to that, and no transcript where there are more. A constant number of
+        queries. Raises NotFoundError, PreviousResponseError."""
         if (previous_response_id is None) == (conversation_id is None):
             raise ValueError("give either previous_response_id or conversation_id")
 
         async def work(connection: AsyncConnection) -> History:
             if previous_response_id is not None:
                 previous = await _find_previous(connection, tenant, previous_response_id)
-                said = await chain_items(connection, previous)
-                return History(said, await load_transcript(connection, previous.id), previous.session_key)
-            row = await find_conversation(connection, tenant, str(conversation_id))
-            said = await conversation_items(connection, row.id, row.next_position)
-            return History(said, await load_transcript(connection, row.tip_response_id), row.id)
+                said, tip, key = await chain_items(connection, previous, max_bytes), previous.id, previous.session_key
+            else:
+                row = await find_conversation(connection, tenant, str(conversation_id))
+                said = await conversation_items(connection, row.id, row.next_position, max_bytes)
+                tip, key = row.tip_response_id, row.id
+            transcript = await load_transcript(connection, tip) if said.is_whole else None
+            return History(said.items, transcript, key, said.is_whole)
 
         return await self._database.read(work)
 
@@ -354,7 +406,7 @@ class ConversationStore:
         num_deleted = await self._database.write(mark)
         while purgeable := await self._database.read(find_purgeable):
             await self._purge(purgeable)
-        while await self._database.write(purge_conversations):
+        while await self._database.write(lambda connection: purge_conversations(connection, self._accounts)):
             pass
         return num_deleted
 
@@ -362,7 +414,9 @@ class ConversationStore:
         """In short transactions; one that does not come to pass is made up for by the next `delete_older_than`."""
         while response_ids:
             above = response_ids
-            response_ids = await self._database.write(lambda connection: purge_above(connection, above))  # noqa: B023  # awaited
+            response_ids = await self._database.write(
+                lambda connection: purge_above(connection, self._accounts, above)  # noqa: B023  # awaited
+            )
 
 
 async def _find_response(connection: AsyncConnection, tenant: str, response_id: str, *, lock: bool = False) -> Row[Any]:
@@ -428,6 +482,13 @@ async def _append_input(connection: AsyncConnection, response_id: str, conversat
     return result.rowcount
 
 
+def _status(name: str) -> Status:
+    try:
+        return Status(name)
+    except ValueError:
+        raise StoreCorruptedError from None
+
+
 async def _read_response(connection: AsyncConnection, tenant: str, response_id: str) -> StoredResponse:
     return (await _read_response_and_lease(connection, tenant, response_id))[0]
 
@@ -446,7 +507,7 @@ async def _read_response_and_lease(
         model=row.model,
         created_at=row.created_at,
         completed_at=row.completed_at,
-        status=Status(row.status),
+        status=_status(row.status),
         incomplete_reason=row.incomplete_reason,
         error=row.error,
         instructions=row.instructions,

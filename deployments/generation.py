@@ -56,7 +56,7 @@ class ErrorItem:
 
     @classmethod
     def from_error(cls, error: PensieveError) -> ErrorItem:
-        retry_after_s = getattr(error, "retry_after_s", 1.0 if error.http_status in (429, 503) else None)
+        retry_after_s = error.retry_after_s if error.http_status in (429, 503) else None
         return cls(error.http_status, error.message, error.kind, error.code, error.param, retry_after_s)
 
 

@@ -47,10 +47,12 @@ from deployments.request_limits import RequestLimits
 from deployments.responses_api import ResponsesApi
 from deployments.responses_routes import add_response_routes
 from deployments.session_key import session_key
+from deployments.store_url import read_password
+from deployments.store_values import NO_STORE_LIMITS, StoreLimits
 from deployments.tenants import Authenticator, TenantConfig, WatchedTenants
 from engine import __version__
 from engine.errors import ContextLengthError, InvalidParameterError, OverloadedError, UnknownModelError
-from engine.paths import data_folder
+from engine.paths import data_folder, private_folder
 from engine.prompt import ChatPrompt, Prompt, TokenPrompt
 from engine.tenant import LOCAL_TENANT, Tenant
 
@@ -84,7 +86,10 @@ class IngressConfig:
     environment_tenants: tuple[TenantConfig, ...] = ()
     request_timeout_s: float | None = None
     store_url: str | None = None
+    store_password_file: str | None = None
     retention_days: float | None = None
+    store_limits: StoreLimits = NO_STORE_LIMITS  # of a tenant whose own entry does not say otherwise
+    store_min_free_bytes: int = 0
     num_fallback_replicas: int = 1
     engine_wait_s: float = 60.0
 
@@ -140,16 +145,24 @@ def create_app(
     admission = Admission(
         engine,
         tenants,
+        config.store_limits,
         num_ingress_replicas=num_ingress_replicas,
         default_timeout_s=config.request_timeout_s,
     )
 
-    async def check_model(name: str) -> None:
-        _check_model(name, await engine.model_card())
+    async def check_model(name: str) -> ModelCard:
+        card = await engine.model_card()
+        _check_model(name, card)
+        return card
 
     responses = ResponsesApi(
         admission,
-        ConversationStore(config.store_url or _default_store_url()),
+        ConversationStore(
+            config.store_url or _default_store_url(),
+            password=read_password(config.store_password_file, os.environ),
+            quota_of=admission.quota_of,
+            min_free_bytes=config.store_min_free_bytes,
+        ),
         owner=f"{ingress_id}-{uuid.uuid4().hex}",
         check_model=check_model,
         choose_session_id=engine.choose_session_id,
@@ -281,7 +294,8 @@ def create_app(
     @app.get("/ready")
     async def ready() -> Response:
         await is_ready()
-        return JSONResponse({"status": "ready"})
+        warnings = responses.warnings
+        return JSONResponse({"status": "ready", **({"warnings": warnings} if warnings else {})})
 
     @app.get("/version")
     async def version() -> Response:
@@ -301,9 +315,7 @@ def create_app(
 
 
 def _default_store_url() -> str:
-    folder = data_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder / 'conversations.db'}"
+    return f"sqlite:///{private_folder(data_folder()) / 'conversations.db'}"
 
 
 async def _events(

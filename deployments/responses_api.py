@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -21,7 +22,7 @@ from fastapi.responses import JSONResponse, Response
 from deployments.admission import Admission
 from deployments.conversation_store import ConversationStore
 from deployments.event_stream import EventStream
-from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest
+from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.http_errors import error_response
 from deployments.responses_format import (
     Response as ResponseJson,
@@ -34,6 +35,7 @@ from deployments.responses_format import (
     deleted_conversation,
     deleted_response,
     failed,
+    final_status,
     interrupted,
     list_object,
     sse_named_event,
@@ -52,11 +54,13 @@ from deployments.store_values import (
     INTERRUPTED,
     NewItem,
     NewResponse,
+    NotFoundError,
     Outcome,
     Page,
     Status,
     StoredConversation,
     StoredResponse,
+    StoreError,
     StoreUnavailableError,
 )
 from engine.core.conversation import Transcript
@@ -72,10 +76,20 @@ LEASE_S = 10.0
 RENEWAL_S = 3.0
 # A complete answer is worth some patience with a store that does not answer. Pauses in seconds.
 STORE_RETRIES_S = (0.2, 1.0, 3.0)
-# How often what is older than the retention is deleted, in seconds.
+# How often what is older than the retention is deleted, in seconds, and how long after the start for the first time: an
+# operator who did not mean it that way has read of it by then.
 SWEEP_S = 3600.0
+FIRST_SWEEP_S = 600.0
+# How often the room on the store's disk is looked at, in seconds, and from what part of what is kept free on it is said.
+ROOM_S = 60.0
+ROOM_WARNING = 4
 DAY_S = 86400.0
 NUM_ID_CHOICES = 2
+# How much of a history is read for each token of the model's window, as JSON: more cannot fit. The longest tokens of any
+# vocabulary have about 128 characters, some of which take several bytes as JSON. With truncation="auto" something is left out
+# anyway, and it may be what lies further back than any usual text of that many tokens, short messages included.
+MAX_BYTES_PER_TOKEN = 1024
+USUAL_BYTES_PER_TOKEN = 64
 
 
 @dataclass(slots=True)
@@ -111,12 +125,13 @@ class ResponsesApi:
         store: ConversationStore,
         *,
         owner: str,
-        check_model: Callable[[str], Coroutine[Any, Any, None]],
+        check_model: Callable[[str], Coroutine[Any, Any, ModelCard]],
         choose_session_id: Callable[[Sequence[str]], str],
         retention_days: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """check_model: raises UnknownModelError. choose_session_id: which of some ids a new session is to have."""
+        """check_model: what is served under that name, or raises UnknownModelError. choose_session_id: which of some ids a
+        new session is to have."""
         self._admission = admission
         self._store = store
         self._owner = owner
@@ -126,11 +141,18 @@ class ResponsesApi:
         self._clock = clock
         self._opening: asyncio.Task[None] | None = None  # under way or done
         self._running: dict[str, _Turn] = {}
+        store.alive = self._running.keys()
+        self._room_warning = ""
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def check(self) -> None:
-        """Raises StoreUnavailableError."""
+        """Returns if the store can be written. Raises StoreError."""
         await (await self._opened()).ping()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the store's operator should see to, as of the latest look."""
+        return [self._room_warning] if self._room_warning else []
 
     async def close(self) -> None:
         """Turns that still run are marked as interrupted."""
@@ -143,7 +165,7 @@ class ResponsesApi:
         if self._is_open:
             try:
                 await self._store.mark_interrupted(self._clock(), self._owner)
-            except StoreUnavailableError as error:
+            except StoreError as error:
                 logger.warning("turns of this process are not marked as interrupted yet: %s", error.message)
             await self._store.close()
 
@@ -154,15 +176,17 @@ class ResponsesApi:
     ) -> Response:
         """data: what the body was made of."""
         body.sampling_params()  # raises where a value is out of range
-        await self._check_model(body.model)
-        turn = await self._begin(tenant, body, session_key(headers.items(), data))
+        card = await self._check_model(body.model)
+        if (refusal := self._admission.refusal(tenant.tenant_id)) is not None:  # before anything is stored
+            return error_response(refusal)
+        turn = await self._begin(tenant, body, session_key(headers.items(), data), card.max_model_len)
         try:
             first, items = await self._start(turn)
         except BaseException as error:
-            self._later(self._give_up(turn, None if isinstance(error, asyncio.CancelledError) else error))
+            self._later(self._without_answer(turn, error))
             raise
         if isinstance(first, ErrorItem):
-            await self._give_up(turn, first)
+            await self._without_answer(turn, first)
             return error_response(first)
         out_headers = {"x-pensieve-replica": str(first.replica_rank)}
         if body.stream:
@@ -208,8 +232,9 @@ class ResponsesApi:
     # -- conversations -------------------------------------------------------------------------------------------------
 
     async def create_conversation(self, tenant: Tenant, body: ConversationBody) -> dict[str, Any]:
-        store = await self._opened()
         items = _new_items(body.new_items(self._new_item_id))
+        self._admission.admit_storing(tenant.tenant_id, _num_bytes(items, body.metadata))
+        store = await self._opened()
         conversation_id = self._choose_id("conv")
         now = self._clock()
         return _conversation(
@@ -223,6 +248,7 @@ class ResponsesApi:
     async def update_conversation(
         self, tenant: Tenant, conversation_id: str, body: ConversationUpdateBody
     ) -> dict[str, Any]:
+        self._admission.admit_storing(tenant.tenant_id, _num_bytes([], body.metadata))
         store = await self._opened()
         now = self._clock()
         return _conversation(await store.conversations.update(tenant.tenant_id, conversation_id, body.metadata, now))
@@ -241,8 +267,9 @@ class ResponsesApi:
         )
 
     async def add_items(self, tenant: Tenant, conversation_id: str, body: ItemsBody) -> dict[str, Any]:
-        store = await self._opened()
         new_items = _new_items(body.new_items(self._new_item_id))
+        self._admission.admit_storing(tenant.tenant_id, _num_bytes(new_items))
+        store = await self._opened()
         added = await store.conversations.add_items(tenant.tenant_id, conversation_id, new_items, self._clock())
         return _list(Page(added, has_more=False))
 
@@ -261,9 +288,9 @@ class ResponsesApi:
 
     # -- a turn --------------------------------------------------------------------------------------------------------
 
-    async def _begin(self, tenant: Tenant, body: ResponseBody, session: str) -> _Turn:
-        """Finds what came before, and records the turn as running where it is to be stored. session: what the request is
-        routed by where nothing is stored."""
+    async def _begin(self, tenant: Tenant, body: ResponseBody, session: str, max_model_len: int) -> _Turn:
+        """Records the turn as running where it is to be stored, and finds what came before. session: what the request is
+        routed by where nothing is stored. Raises ContextLengthError where more came before than the window can hold."""
         is_continued = body.previous_response_id is not None or body.conversation_id is not None
         # The id of a chain's first response is what all of it is routed by.
         response_id = self._store.new_id("resp") if is_continued else self._choose_id("resp")
@@ -284,7 +311,7 @@ class ResponsesApi:
                 previous_response_id=body.previous_response_id,
                 conversation_id=body.conversation_id,
                 instructions=body.instructions,
-                params=form.in_progress(),
+                params=form.in_progress() | {"instructions": None},  # which have a place of their own
             )
             begun = asyncio.create_task(store.begin_response(tenant.tenant_id, new, now))
             try:
@@ -294,49 +321,50 @@ class ResponsesApi:
                 raise
             self._running[response_id] = turn
         if is_continued:
+            is_cut = body.truncation == "auto"
             try:
                 history = await store.get_history(
                     tenant.tenant_id,
                     previous_response_id=body.previous_response_id,
                     conversation_id=body.conversation_id,
+                    max_bytes=max_model_len * (USUAL_BYTES_PER_TOKEN if is_cut else MAX_BYTES_PER_TOKEN),
                 )
+                if not (history.is_whole or is_cut):
+                    raise ContextLengthError(
+                        f"the context window is {max_model_len} tokens, and what came before is longer than that; send "
+                        "truncation: auto, or begin a new conversation"
+                    )
             except BaseException as error:
-                self._later(self._give_up(turn, error if isinstance(error, PensieveError) else None))
+                self._later(self._without_answer(turn, error))
                 raise
-            turn.history = [dict(item.body) for item in history.items]
+            said = [dict(item.body) for item in history.items]
+            while said and not history.is_whole and said[0]["role"] == "assistant":  # an answer without its question
+                del said[0]
+            turn.history = said
             turn.transcript = history.transcript
             turn.session_key = history.session_key
         return turn
 
     async def _start(self, turn: _Turn) -> tuple[GenerationItem, AsyncGenerator[GenerationItem, None]]:
-        """The first item, which decides on the status, and the rest. With truncation="auto", the oldest messages are left
-        out until the others fit the window."""
+        """The first item, which decides on the status, and the rest."""
         body = turn.body
         messages = messages_of([*turn.history, *turn.new_items], body.instructions)
-        while True:
-            request = GenerationRequest(
-                request_id=turn.response_id,
-                session_id=turn.session_key,
-                prompt=ChatPrompt(messages),
-                sampling=body.sampling_params(),
-                stream=body.stream,
-                tenant=turn.tenant,
-                history=turn.transcript,
-                returns_transcript=turn.is_stored,
-            )
-            items = self._pumped(turn, self._admission.generate(request, body.timeout))
-            try:
-                first = await anext(items)
-            except BaseException:
-                turn.stop()
-                raise
-            is_too_long = isinstance(first, ErrorItem) and first.code == ContextLengthError.code
-            shorter = _without_oldest(messages)
-            if not (is_too_long and body.truncation == "auto" and shorter):
-                return first, items
-            async for _ in items:
-                pass
-            messages = shorter
+        request = GenerationRequest(
+            request_id=turn.response_id,
+            session_id=turn.session_key,
+            prompt=ChatPrompt(messages, drops_oldest=body.truncation == "auto"),
+            sampling=body.sampling_params(),
+            stream=body.stream,
+            tenant=turn.tenant,
+            history=turn.transcript,
+            returns_transcript=turn.is_stored,
+        )
+        items = self._pumped(turn, self._admission.generate(request, body.timeout))
+        try:
+            return await anext(items), items
+        except BaseException:
+            turn.stop()
+            raise
 
     async def _pumped(
         self, turn: _Turn, items: AsyncGenerator[GenerationItem, None]
@@ -378,13 +406,16 @@ class ResponsesApi:
                         whole = replace(delta, text="".join(turn.texts))
                         try:
                             answer = await self._complete(turn, whole)
-                        except StoreUnavailableError as error:
+                        except StoreError as error:
                             yield sse_named_event(stream.failed_event(ErrorItem.from_error(error)))
                             return
                         if answer["status"] == "cancelled":
                             yield sse_named_event(stream.error_event(CANCELLED))
                             return
                         ended = True
+                        if answer["status"] != final_status(delta) or answer["error"] is not None:
+                            yield sse_named_event(stream.closing_event(answer))
+                            return
                     yield "".join(map(sse_named_event, stream.events(delta)))
                     if ended:
                         async for _ in items:
@@ -401,8 +432,8 @@ class ResponsesApi:
             self._end(turn, ended)
 
     async def _complete(self, turn: _Turn, delta: OutputDelta) -> ResponseJson:
-        """The whole answer, stored; what became of the response instead, where it was cancelled or deleted meanwhile.
-        Raises StoreUnavailableError after some patience."""
+        """The whole answer, stored; where it was cancelled, deleted or interrupted meanwhile, what the store has instead.
+        Raises StoreUnavailableError after some patience, StoreCorruptedError."""
         answer = turn.form.whole(delta)
         if not turn.is_stored:
             return answer
@@ -422,7 +453,12 @@ class ResponsesApi:
                 if pause_s is None:
                     raise
                 await asyncio.sleep(pause_s)
-        return answer if is_stored else cancelled(turn.form.in_progress())
+        if is_stored:
+            return answer
+        try:
+            return response_of(await self._store.get_response(turn.tenant.tenant_id, turn.response_id, self._clock()))
+        except NotFoundError:  # deleted
+            return cancelled(turn.form.in_progress())
 
     async def _give_up(self, turn: _Turn, why: ErrorItem | BaseException | None) -> None:
         """The turn has no answer: it failed, or nobody waits for it any more (None)."""
@@ -441,6 +477,21 @@ class ResponsesApi:
                 item = why if isinstance(why, ErrorItem) else ErrorItem(500, "internal error", "server_error")
             error = failed(turn.form.in_progress(), item)["error"]
             await self._store.fail_response(turn.tenant.tenant_id, turn.response_id, error, now)
+        except PensieveError as error:
+            logger.warning("response %s stays in progress until its lease is over: %s", turn.response_id, error.message)
+
+    async def _without_answer(self, turn: _Turn, why: ErrorItem | BaseException) -> None:
+        """The turn ends before its answer began. Its client hears of an error and of no id, and could not delete what is
+        stored of it; so it is forgotten, unless somebody cancelled it, who knows the id, or hung up."""
+        if why is CANCELLED or isinstance(why, asyncio.CancelledError):
+            await self._give_up(turn, None)
+            return
+        turn.stop()
+        self._running.pop(turn.response_id, None)
+        if not turn.is_stored:
+            return
+        try:
+            await self._store.delete_response(turn.tenant.tenant_id, turn.response_id, self._clock())
         except PensieveError as error:
             logger.warning("response %s stays in progress until its lease is over: %s", turn.response_id, error.message)
 
@@ -477,15 +528,22 @@ class ResponsesApi:
             self._opening = None
             raise
         self._later(self._repeat(self._renew_leases, RENEWAL_S))
+        self._later(self._repeat(self._look_for_room, ROOM_S))
         if self._retention_days is not None:
-            self._later(self._repeat(self._forget_what_is_old, SWEEP_S))
+            logger.info(
+                "what was last used more than %g days ago is deleted from the conversation store, from %d s from now on "
+                "(retention_days)",
+                *(self._retention_days, FIRST_SWEEP_S),
+            )
+            self._later(self._repeat(self._forget_what_is_old, SWEEP_S, FIRST_SWEEP_S))
 
-    async def _repeat(self, work: Callable[[], Awaitable[None]], period_s: float) -> None:
+    async def _repeat(self, work: Callable[[], Awaitable[None]], period_s: float, first_s: float = 0.0) -> None:
         """In a task of its own for each kind of work: leases do not wait for a large clean-up."""
+        await asyncio.sleep(first_s)
         while True:
             try:
                 await work()
-            except StoreUnavailableError as error:
+            except StoreError as error:
                 logger.warning("%s: %s", work.__name__, error.message)
             except Exception:
                 logger.exception("%s", work.__name__)  # and again, after the pause
@@ -504,6 +562,20 @@ class ResponsesApi:
         num_deleted = await self._store.delete_older_than(self._clock() - self._retention_days * DAY_S)
         logger.info("%d responses and conversations older than the retention were deleted", num_deleted)
 
+    async def _look_for_room(self) -> None:
+        """Says once that the disk is nearly full, and /ready says it as long as it is."""
+        bytes_left, kept_free = self._store.bytes_left(), self._store.min_free_bytes
+        warning = ""
+        if bytes_left is not None and bytes_left < ROOM_WARNING * kept_free:
+            warning = "the disk of the conversation store is nearly full"
+            if not self._room_warning:
+                logger.warning(
+                    "%s: %d MiB are left, and with less than %d MiB (store_min_free_bytes) no new turn is stored. Make room, "
+                    "or lower retention_days or max_stored_bytes",
+                    *(warning, bytes_left // 2**20, kept_free // 2**20),
+                )
+        self._room_warning = warning
+
     def _later(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)  # nobody else holds it
@@ -518,7 +590,7 @@ CANCELLED = ErrorItem(409, "the response was cancelled", "invalid_request_error"
 
 def response_of(stored: StoredResponse) -> ResponseJson:
     """A stored response as its client saw it."""
-    base: ResponseJson = dict(stored.params)
+    base: ResponseJson = dict(stored.params) | {"instructions": stored.instructions}
     if stored.status is Status.IN_PROGRESS:
         return base
     if stored.status is Status.CANCELLED:
@@ -537,19 +609,13 @@ def response_of(stored: StoredResponse) -> ResponseJson:
     }
 
 
-def _without_oldest(messages: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    """Without the oldest turns, at least a tenth of what is there; the system's words and the last message stay. Empty where
-    nothing else is left."""
-    system = tuple(message for message in messages if message[0] == "system")
-    others = [message for message in messages if message[0] != "system"]
-    kept = others[max(1, len(others) // 10) :]
-    while kept and kept[0][0] == "assistant":  # an answer without its question
-        kept = kept[1:]
-    return (*system, *kept) if kept else ()
-
-
 def _new_items(items: Sequence[Item]) -> list[NewItem]:
     return [NewItem(item["role"], item, item["id"]) for item in items]
+
+
+def _num_bytes(new_items: Sequence[NewItem], metadata: Mapping[str, str] | None = None) -> int:
+    """What they are as JSON, which is how they are stored."""
+    return len(json.dumps([metadata, *(dict(item.body) for item in new_items)]))
 
 
 def _list(page: Page) -> dict[str, Any]:

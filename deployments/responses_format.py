@@ -143,6 +143,10 @@ class ResponseStream:
         """The end of a stream that was opened and cannot go on."""
         return self._event("response.failed", response=failed(self.in_progress(), error))
 
+    def closing_event(self, response: Response) -> Event:
+        """The end of a stream whose response became something else than its answer: `response` says what."""
+        return self._event(f"response.{response['status']}", response=response)
+
     def error_event(self, error: ErrorItem) -> Event:
         """An error outside of the response itself."""
         code, message, param = error.code, error.message[:MAX_MESSAGE_CHARS], error.param

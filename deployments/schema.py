@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.store_url import check_store_url
 from deployments.tenants import load_tenants
 from engine.config import EngineConfig
 from engine.errors import ConfigError
@@ -42,9 +43,14 @@ class AppArgs(BaseModel):
     refuses bursts.
     max_body_bytes, max_header_bytes: of a request. request_timeout_s: how long an answer may take where the request says
     nothing (`timeout`); none = any time. tenants_file: API keys and limits, see deployments/tenants.py; without one, and
-    without PENSIEVE_API_KEY in the environment, only this machine is served. store_url: where /v1/responses and
-    /v1/conversations keep what was said, "postgresql://user@host/database", or "sqlite:///file" where all ingress replicas
-    are on one machine; none = a file in the user's data folder. retention_days: how long it is kept, none = for ever.
+    without PENSIEVE_API_KEY in the environment, only this machine is served.
+    store_url: where /v1/responses and /v1/conversations keep what was said, "postgresql://user@host/database" without a
+    password, or "sqlite:///file"; none = a file in the user's data folder. With a file all ingress replicas run on the
+    cluster's head node. store_password_file: on the ingress's node, instead of PENSIEVE_STORE_PASSWORD in its environment.
+    retention_days: how long it is kept, none = for ever, or until the disk is full. max_stored_bytes, max_stored_rows: what
+    one tenant may keep; store_requests_per_minute, store_bytes_per_minute: what it may send to the paths that only store;
+    all of them for a tenant whose entry in tenants_file does not say otherwise, none = any number. store_min_free_bytes:
+    with less on the disk of a store in a file, new turns are not stored.
     stream_interval_s: least time between two chunks of one stream, seconds, more with many streams.
     graceful_shutdown_timeout_s: what running requests get to end in when an engine replica is stopped, seconds; what does
     not end is taken over by another replica. engine_wait_s: how long a request waits when no engine replica is ready, as in a
@@ -53,7 +59,7 @@ class AppArgs(BaseModel):
     first. None = 20 (at least one replica) on CPUs, and 0 with num_gpus: a deploy waits for ever for a GPU that is not there.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)  # a URL may have a password
 
     engine: dict[str, Any] = {}
     num_replicas: int = Field(default=1, ge=1)
@@ -70,7 +76,13 @@ class AppArgs(BaseModel):
     request_timeout_s: float | None = Field(default=None, gt=0)
     tenants_file: str | None = None
     store_url: str | None = None
-    retention_days: float | None = Field(default=None, gt=0)
+    store_password_file: str | None = None
+    retention_days: float | None = Field(default=30.0, gt=0)
+    max_stored_bytes: int | None = Field(default=8 * 2**30, ge=0)
+    max_stored_rows: int | None = Field(default=4_000_000, ge=0)
+    store_requests_per_minute: int | None = Field(default=6000, ge=1)
+    store_bytes_per_minute: int | None = Field(default=64 * 2**20, ge=1)
+    store_min_free_bytes: int = Field(default=256 * 2**20, ge=0)
     stream_interval_s: float = Field(default=0.01, ge=0)
     graceful_shutdown_timeout_s: float = Field(default=20.0, ge=0)
     engine_wait_s: float = Field(default=60.0, ge=0)
@@ -93,6 +105,16 @@ class AppArgs(BaseModel):
         except ConfigError as error:
             raise ValueError(error.message) from None
         return path
+
+    @field_validator("store_url")
+    @classmethod
+    def _check_store_url(cls, url: str | None) -> str | None:
+        try:
+            if url is not None:
+                check_store_url(url)
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        return url
 
     @model_validator(mode="after")
     def _check_group(self) -> AppArgs:

@@ -4,16 +4,17 @@ added. Knows responses only as turns that may be running.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, delete, insert, literal_column, select, update
+from sqlalchemy import ColumnElement, Row, and_, insert, literal_column, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from deployments.store_database import Database
 from deployments.store_history import to_items
 from deployments.store_purge import purge_above, purge_conversations
 from deployments.store_schema import conversations, items, responses
+from deployments.store_usage import Accounts, Freed, measure, remove
 from deployments.store_values import (
     INTERRUPTED,
     ConversationBusyError,
@@ -32,11 +33,51 @@ _MAX_ID_LEN = 256
 IS_RUNNING = responses.c.status == literal_column(f"'{Status.IN_PROGRESS}'")
 
 
-class Conversations:
-    """new_id: prefix -> an id that was never used."""
+class Leases:
+    """Which turns count as running: those with a lease that is not over, and those of this process, whatever the clock says.
+    alive: the ids of the latter, as of now."""
 
-    def __init__(self, database: Database, new_id: Callable[[str], str]) -> None:
+    def __init__(self, alive: Callable[[], Collection[str]]) -> None:
+        self._alive = alive
+
+    def is_over(self, now: float) -> ColumnElement[bool]:
+        """Of a response that runs: nobody works on it any more."""
+        return and_(responses.c.lease_until < now, responses.c.id.not_in(list(self._alive())))
+
+    def is_alive(self, response_id: str) -> bool:
+        return response_id in self._alive()
+
+    async def refuse_if_busy(self, connection: AsyncConnection, conversation_id: str, now: float) -> None:
+        """Call with the conversation locked. Marks turns whose lease is over; raises ConversationBusyError for others."""
+        inside = responses.c.conversation_id == conversation_id
+        await interrupt(connection, and_(inside, self.is_over(now)), now)
+        running = await connection.scalar(select(responses.c.id).where(inside, IS_RUNNING).limit(1))
+        if running is not None:
+            raise ConversationBusyError(
+                f"the conversation {conversation_id!r} is locked: its response {running!r} is still in progress. Wait for it "
+                "or cancel it",
+                "conversation",
+            )
+
+
+async def interrupt(connection: AsyncConnection, which: ColumnElement[bool], now: float) -> int:
+    """Marks those of the running responses; returns how many there were."""
+    result = await connection.execute(
+        update(responses)
+        .where(IS_RUNNING, which)
+        .values(status=Status.INCOMPLETE, incomplete_reason=INTERRUPTED, completed_at=now)
+    )
+    return result.rowcount
+
+
+class Conversations:
+    """new_id: prefix -> an id that was never used. What grows raises StoredTooMuchError above the tenant's quota, and
+    StoreFullError where the disk is nearly full."""
+
+    def __init__(self, database: Database, accounts: Accounts, leases: Leases, new_id: Callable[[str], str]) -> None:
         self._database = database
+        self._accounts = accounts
+        self._leases = leases
         self._new_id = new_id
 
     async def create(
@@ -63,6 +104,9 @@ class Conversations:
                 )
             )
             await insert_items(connection, self._name(initial_items), conversation=(created.id, 0))
+            this, inside = conversations.c.id == created.id, items.c.conversation_id == created.id
+            added = await measure(connection, (conversations, this), (items, inside))
+            await self._accounts.add(connection, tenant, added)
             return created
 
         return await self._database.write(work)
@@ -82,7 +126,10 @@ class Conversations:
 
         async def work(connection: AsyncConnection) -> StoredConversation:
             row = await find_conversation(connection, tenant, conversation_id, for_update=True)
+            this = (conversations, conversations.c.id == conversation_id)
+            before = await measure(connection, this)
             await _change(connection, conversation_id, metadata=dict(metadata), used_at=now)
+            await self._accounts.add(connection, tenant, await measure(connection, this) - before)
             return StoredConversation(row.id, row.created_at, dict(metadata))
 
         return await self._database.write(work)
@@ -93,13 +140,15 @@ class Conversations:
         async def mark(connection: AsyncConnection) -> list[str]:
             row = await find_conversation(connection, tenant, conversation_id, for_update=True)
             await _change(connection, conversation_id, deleted=True, tip_response_id=None)
-            await purge_conversations(connection, [conversation_id])
+            await purge_conversations(connection, self._accounts, [conversation_id])
             return [] if row.tip_response_id is None else [row.tip_response_id]
 
         purgeable = await self._database.write(mark)
         while purgeable:
             above = purgeable
-            purgeable = await self._database.write(lambda connection: purge_above(connection, above))  # noqa: B023  # awaited
+            purgeable = await self._database.write(
+                lambda connection: purge_above(connection, self._accounts, above)  # noqa: B023  # awaited
+            )
 
     async def list_items(
         self, tenant: str, conversation_id: str, after: str | None = None, limit: int = 20, order: Order = "desc"
@@ -119,9 +168,11 @@ class Conversations:
 
         async def work(connection: AsyncConnection) -> tuple[Item, ...]:
             row = await find_conversation(connection, tenant, conversation_id, for_update=True)
-            await refuse_if_busy(connection, conversation_id, now)
+            await self._leases.refuse_if_busy(connection, conversation_id, now)
             await insert_items(connection, named, conversation=(conversation_id, row.next_position))
             await _change(connection, conversation_id, next_position=row.next_position + len(named), used_at=now)
+            added = and_(items.c.conversation_id == conversation_id, items.c.conversation_position >= row.next_position)
+            await self._accounts.add(connection, tenant, await measure(connection, (items, added)))
             return named
 
         return await self._database.write(work)
@@ -139,12 +190,14 @@ class Conversations:
 
         async def work(connection: AsyncConnection) -> StoredConversation:
             row = await find_conversation(connection, tenant, conversation_id, for_update=True)
-            await refuse_if_busy(connection, conversation_id, now)
+            await self._leases.refuse_if_busy(connection, conversation_id, now)
             await _find_item(connection, conversation_id, item_id)
-            this = items.c.id == item_id
-            await connection.execute(delete(items).where(this, items.c.response_id.is_(None)))
+            this, freed = items.c.id == item_id, Freed()
+            alone = and_(this, items.c.response_id.is_(None))
+            await remove(connection, items, alone, items.c.conversation_id, {conversation_id: tenant}, freed)
             await connection.execute(update(items).where(this).values(conversation_id=None, conversation_position=None))
             await _change(connection, conversation_id, used_at=now)
+            await self._accounts.free(connection, freed)
             return _to_conversation(row)
 
         return await self._database.write(work)
@@ -176,29 +229,6 @@ async def find_conversation(
     if row is None:
         raise NotFoundError(f"there is no conversation {conversation_id!r} here", "conversation")
     return row
-
-
-async def refuse_if_busy(connection: AsyncConnection, conversation_id: str, now: float) -> None:
-    """Call with the conversation locked. Marks turns whose lease is over; raises ConversationBusyError for others."""
-    inside = responses.c.conversation_id == conversation_id
-    await interrupt(connection, and_(inside, responses.c.lease_until < now), now)
-    running = await connection.scalar(select(responses.c.id).where(inside, IS_RUNNING).limit(1))
-    if running is not None:
-        raise ConversationBusyError(
-            f"the conversation {conversation_id!r} is locked: its response {running!r} is still in progress. Wait for it "
-            "or cancel it",
-            "conversation",
-        )
-
-
-async def interrupt(connection: AsyncConnection, which: ColumnElement[bool], now: float) -> int:
-    """Marks those of the running responses; returns how many there were."""
-    result = await connection.execute(
-        update(responses)
-        .where(IS_RUNNING, which)
-        .values(status=Status.INCOMPLETE, incomplete_reason=INTERRUPTED, completed_at=now)
-    )
-    return result.rowcount
 
 
 async def insert_items(

@@ -6,7 +6,7 @@ knows nothing of what the tables mean.
 from __future__ import annotations
 
 import asyncio
-import os
+import logging
 import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -18,14 +18,24 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from filelock import FileLock
 from filelock import Timeout as FileLockTimeout
-from sqlalchemy import URL, Connection, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, DisconnectionError, IntegrityError
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from deployments.store_values import StoreConfigError, StoreUnavailableError, StoreVersionError
+from deployments import store_sqlite
+from deployments.store_failures import classify
+from deployments.store_url import SQLITE, parse_store_url
+from deployments.store_values import (
+    StoreConfigError,
+    StoreCorruptedError,
+    StoreError,
+    StoreFullError,
+    StoreVersionError,
+)
+
+logger = logging.getLogger("ray.serve")
 
 _T = TypeVar("_T")
 Work = Callable[[AsyncConnection], Awaitable[_T]]
@@ -38,14 +48,25 @@ _OPEN_TIMEOUT_S = 60.0  # migrations move data, and other processes wait for the
 
 class Database:
     """Opens and closes connections, runs transactions. timeout_s bounds each of: connecting, waiting for a lock, one
-    statement; a whole transaction gets twice that."""
+    statement; a whole transaction gets twice that. password: instead of the URL's. min_free_bytes: of the disk that a
+    SQLite file is on; what grows is refused where less is left."""
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, timeout_s: float, password: str | None = None, min_free_bytes: int = 0) -> None:
         """Touches no database. Raises StoreConfigError, in which no password is quoted."""
-        self._url = _with_async_driver(url)
+        self._url = parse_store_url(url)
+        if password is not None and not self._is_sqlite:
+            self._url = self._url.set(password=password)
         self._timeout_s = timeout_s
+        self.min_free_bytes = min_free_bytes
         self._path = Path(self._url.database or "").resolve() if self._is_sqlite else None
-        self._failures: tuple[type[Exception], ...] = (DBAPIError, PoolTimeoutError, OSError, TimeoutError)
+        self._last_cause = ""  # of a failure, until something succeeds: said once
+        self._failures: tuple[type[Exception], ...] = (
+            DBAPIError,
+            PoolTimeoutError,
+            OSError,
+            TimeoutError,
+            StoreCorruptedError,
+        )
         try:
             self._engine = self._create_engine(timeout_s)
             if self._is_sqlite:
@@ -67,24 +88,24 @@ class Database:
 
     @property
     def _is_sqlite(self) -> bool:
-        return self._url.get_backend_name() == "sqlite"
+        return self._url.drivername == SQLITE
 
     @property
     def place(self) -> str:
-        """Where the database is, without user and password."""
+        """Where the database is, without user and password. For the log: it is nothing that clients have to know."""
         if self._path is not None:
             return f"SQLite file {self._path}"
         host = self._url.host or self._url.query.get("host", "localhost")
         return f"PostgreSQL database {self._url.database or ''} at {host}:{self._url.port or 5432}"
 
     async def open(self) -> None:
-        """Creates the SQLite file, brings the schema up to date; any number of processes may do so at once. Raises
-        StoreUnavailableError, StoreVersionError."""
+        """Makes the SQLite file or looks at it, brings the schema up to date; any number of processes may do so at once.
+        Raises StoreError, StoreVersionError, and StoreConfigError for another program's file."""
         if self._path is not None:
             try:
-                await asyncio.to_thread(_create_file, self._path)
-            except (sqlite3.Error, OSError, FileLockTimeout) as error:
-                raise self._unavailable(error) from error
+                await asyncio.to_thread(store_sqlite.prepare_file, self._path, _OPEN_TIMEOUT_S)
+            except (sqlite3.Error, OSError, FileLockTimeout, StoreCorruptedError) as error:
+                raise self._failure(error) from None
         engine = self._create_engine(_OPEN_TIMEOUT_S)
         try:
             await self._run(engine, self._migrate, self._write_turn, 2 * _OPEN_TIMEOUT_S)
@@ -98,7 +119,7 @@ class Database:
         await asyncio.wait({asyncio.create_task(self._engine.dispose())}, timeout=self._timeout_s)
 
     async def read(self, work: Work[_T]) -> _T:
-        """What `work` returns, in a transaction that cannot write. Raises StoreUnavailableError."""
+        """What `work` returns, in a transaction that cannot write. Raises StoreError."""
         return await self._run(self._reader, work, None, 2 * self._timeout_s)
 
     async def write(self, work: Work[_T]) -> _T:
@@ -114,7 +135,7 @@ class Database:
         if not done:
             # Not awaited: whatever hangs may hang in the clean-up too. The connection is given up.
             task.cancel()
-            raise self._unavailable(TimeoutError(f"no answer within {limit_s:g} s"))
+            raise self._failure(TimeoutError())
         return task.result()
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
@@ -126,22 +147,45 @@ class Database:
         waiting: AbstractAsyncContextManager[Any] = nullcontext() if turn is None else turn
         try:
             async with waiting, engine.begin() as connection:
-                return await work(connection)
+                result = await work(connection)
         except IntegrityError:
             raise  # a defect of ours, not of the database's health
         except self._failures as error:
-            raise self._unavailable(error) from error
+            raise self._failure(error) from None  # what a driver says may quote a row
+        self._last_cause = ""
+        return result
 
-    def _unavailable(self, error: Exception) -> StoreUnavailableError:
-        cause = getattr(error, "orig", None) or error
-        reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
-        remedy = "see that the folder exists, is writable and has room, and that nothing else holds the file"
-        if not self._is_sqlite:
-            remedy = "start it, or see that it can be reached and takes connections"
-        return StoreUnavailableError(
-            f"the conversation store does not answer ({self.place}: {reason}); {remedy}. Nothing needs a restart: "
-            "requests work again as soon as it is back"
-        )
+    async def refuse_if_nearly_full(self, connection: AsyncConnection) -> None:
+        """Raises StoreFullError while there is still room for the turns that run, and for what deletes."""
+        room = self.bytes_outside()
+        if room is None or room >= self.min_free_bytes:
+            return
+        if room + await store_sqlite.bytes_inside(connection) < self.min_free_bytes:
+            self._say(f"{room / 2**20:.0f} MiB of its disk are left; new turns are stored from {self._min_free_mib} on")
+            raise StoreFullError
+
+    def bytes_outside(self) -> int | None:
+        """Room on the disk of a SQLite file; None = not known."""
+        if self._path is None:
+            return None
+        try:
+            return store_sqlite.bytes_outside(self._path)
+        except OSError:
+            return None  # what reads or writes there says so
+
+    @property
+    def _min_free_mib(self) -> str:
+        return f"{self.min_free_bytes / 2**20:.0f} MiB"
+
+    def _failure(self, error: BaseException) -> StoreError:
+        failure = classify(error)
+        self._say(failure.cause)
+        return failure.error
+
+    def _say(self, cause: str) -> None:
+        if cause != self._last_cause:
+            logger.error("the conversation store (%s) fails: %s", self.place, cause)
+        self._last_cause = cause
 
     def _create_engine(self, timeout_s: float) -> AsyncEngine:
         """timeout_s: of a statement. Who cannot be connected to is never waited for longer than everyday work may take."""
@@ -167,7 +211,7 @@ class Database:
         url = self._url.set(database=f"file:{quote(str(self._path))}", query={"mode": "rw", "uri": "true"})
         options = {"timeout": timeout_s, "isolation_level": None}
         engine = create_async_engine(url, connect_args=options, pool_timeout=timeout_s, hide_parameters=True)
-        _listen(engine, self._path)
+        store_sqlite.listen(engine, self._path)
         return engine
 
     async def _migrate(self, connection: AsyncConnection) -> None:
@@ -185,79 +229,8 @@ class Database:
         current = MigrationContext.configure(connection).get_current_heads()
         if unknown := set(current) - known:
             raise StoreVersionError(
-                f"{self.place} has schema revision {', '.join(sorted(unknown))}, this version knows up to "
+                f"the conversation store has schema revision {', '.join(sorted(unknown))}, this version knows up to "
                 f"{script.get_current_head()}: run the version that wrote it or a later one, or restore a backup"
             )
         if set(current) != set(script.get_heads()):
             command.upgrade(config, "head")
-
-
-def _with_async_driver(url: str) -> URL:
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        raise StoreConfigError(
-            "the conversation store's URL cannot be read; give sqlite:///path/to/file or postgresql://user@host/database"
-        ) from None
-    if parsed.drivername in ("sqlite", "sqlite+aiosqlite"):
-        if parsed.database in (None, "", ":memory:") or parsed.query:
-            raise StoreConfigError(
-                "the conversation store needs a SQLite file that several processes can open: sqlite:///path/to/file, "
-                "without options"
-            )
-        return parsed.set(drivername="sqlite+aiosqlite")
-    if parsed.drivername in ("postgres", "postgresql", "postgresql+asyncpg"):
-        query = dict(parsed.query)
-        if "sslmode" in query:  # libpq's name for what asyncpg calls ssl
-            query["ssl"] = query.pop("sslmode")
-        return parsed.set(drivername="postgresql+asyncpg", query=query)
-    raise StoreConfigError(
-        f"the conversation store cannot be in {parsed.drivername}; give sqlite:///path/to/file or "
-        "postgresql://user@host/database"
-    )
-
-
-def _create_file(path: Path) -> None:
-    """WAL lets readers go on while one process writes; the file remembers it. Changing to it needs the file for
-    itself, without SQLite's patience, so only one process at a time tries."""
-    if not path.parent.is_dir():  # FileLock would make it, and a volume that is not mounted would go unnoticed
-        raise FileNotFoundError(f"there is no folder {path.parent}")
-    with FileLock(f"{path}.lock", timeout=_OPEN_TIMEOUT_S):
-        connection = sqlite3.connect(path, timeout=_OPEN_TIMEOUT_S)
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-        finally:
-            connection.close()
-
-
-def _listen(engine: AsyncEngine, path: Path) -> None:
-    """What SQLite needs said on every connection and in front of every transaction."""
-
-    @event.listens_for(engine.sync_engine, "connect")
-    def _connect(connection: Any, record: Any) -> None:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA foreign_keys=ON")
-        # FULL: in WAL mode NORMAL may lose the last transactions when the power fails, and a client has been told that
-        # its turn is stored. One fsync per transaction is nothing beside generating an answer.
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.close()
-        record.info["file"] = _file_identity(path)
-
-    @event.listens_for(engine.sync_engine, "checkout")
-    def _checkout(connection: Any, record: Any, proxy: Any) -> None:
-        # A file that was deleted or replaced lives on in open connections, and writes to it would be lost.
-        if record.info["file"] != _file_identity(path):
-            raise DisconnectionError(f"{path} is not the file that it was")
-
-    @event.listens_for(engine.sync_engine, "begin")
-    def _begin(connection: Connection) -> None:
-        # Writers take the lock at once: one that reads first and then finds the lock taken could only fail.
-        connection.exec_driver_sql(connection.get_execution_options().get("pensieve_begin", "BEGIN IMMEDIATE"))
-
-
-def _file_identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

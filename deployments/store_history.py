@@ -1,27 +1,35 @@
-"""Reads what a turn continues from: the items along a chain of responses, and the transcript put together again. Each is
-one recursive query, however long the chain. Works inside a transaction of the caller's and changes nothing.
+"""Reads what a turn continues from: the items along a chain of responses, the newest so many bytes of them, and the
+transcript put together again. Each is one recursive query, however long the chain. Works inside a transaction of the
+caller's and changes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Integer, Row, and_, literal, select
+from sqlalchemy import BigInteger, ColumnElement, Integer, Row, Select, func, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from deployments.store_schema import items, responses, transcripts
-from deployments.store_values import Item
+from deployments.store_values import Item, StoreCorruptedError
 from deployments.transcript_delta import TranscriptDelta, apply_deltas
 from engine.core.conversation import Transcript
 
 
-async def chain_items(connection: AsyncConnection, latest: Row[Any]) -> tuple[Item, ...]:
-    """Input and output of the chain's responses up to this one, oldest first. A chain that begins inside a conversation
-    begins with what that conversation holds before it."""
-    before: tuple[Item, ...] = ()
-    if latest.conversation_start is not None:
-        before = await conversation_items(connection, latest.session_key, latest.conversation_start)
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Items, oldest first. is_whole: none were left out. num_bytes: of their bodies."""
+
+    items: tuple[Item, ...]
+    is_whole: bool
+    num_bytes: int
+
+
+async def chain_items(connection: AsyncConnection, latest: Row[Any], max_bytes: int) -> Said:
+    """Input and output of the chain's responses up to this one. A chain that begins inside a conversation begins with what
+    that conversation holds before it. max_bytes: of bodies; the newest ones are read, up to the one that reaches it."""
     chain = (
         select(responses.c.id, responses.c.previous_response_id, literal(0, Integer).label("depth"))
         .where(responses.c.id == latest.id)
@@ -33,25 +41,56 @@ async def chain_items(connection: AsyncConnection, latest: Row[Any]) -> tuple[It
             chain, parent.c.id == chain.c.previous_response_id
         )
     )
-    rows = await connection.execute(
-        select(items.c.id, items.c.role, items.c.body)
-        .join(chain, items.c.response_id == chain.c.id)
-        .order_by(chain.c.depth.desc(), items.c.is_output, items.c.position)
-    )
-    return before + to_items(rows)
+    inside = _sized(chain.c.depth, items.c.is_output, items.c.position).join(chain, items.c.response_id == chain.c.id)
+    said = await _read_newest(connection, inside, max_bytes)
+    if latest.conversation_start is None or not said.is_whole:
+        return said
+    if said.num_bytes >= max_bytes:
+        return replace(said, is_whole=latest.conversation_start == 0)
+    left = max_bytes - said.num_bytes
+    before = await conversation_items(connection, latest.session_key, latest.conversation_start, left)
+    return Said(before.items + said.items, before.is_whole, before.num_bytes + said.num_bytes)
 
 
-async def conversation_items(connection: AsyncConnection, conversation_id: str, end: int) -> tuple[Item, ...]:
-    """Those below that position."""
-    inside = and_(items.c.conversation_id == conversation_id, items.c.conversation_position < end)
-    rows = await connection.execute(
-        select(items.c.id, items.c.role, items.c.body).where(inside).order_by(items.c.conversation_position)
+async def conversation_items(connection: AsyncConnection, conversation_id: str, end: int, max_bytes: int) -> Said:
+    """Those below that position; as chain_items."""
+    inside = _sized(literal(0, Integer), literal(0, Integer), items.c.conversation_position).where(
+        items.c.conversation_id == conversation_id, items.c.conversation_position < end
     )
-    return to_items(rows)
+    return await _read_newest(connection, inside, max_bytes)
+
+
+def _sized(depth: ColumnElement[Any], is_output: ColumnElement[Any], position: ColumnElement[Any]) -> Select[Any]:
+    """Items without their bodies, which may be large. The latest has the smallest depth, and the largest of the others."""
+    return select(
+        items.c.id,
+        depth.label("depth"),
+        is_output.label("is_output"),
+        position.label("position"),
+        func.length(items.c.body, type_=Integer).label("size"),
+    )
+
+
+async def _read_newest(connection: AsyncConnection, inside: Select[Any], max_bytes: int) -> Said:
+    sized = inside.subquery("sized")
+    newest_first = (sized.c.depth, sized.c.is_output.desc(), sized.c.position.desc())
+    until_here = func.sum(sized.c.size, type_=BigInteger).over(order_by=newest_first, rows=(None, 0))
+    counted = select(
+        sized, (until_here - sized.c.size).label("newer"), func.count().over().label("num_items")
+    ).subquery("counted")
+    rows = await connection.execute(
+        select(items.c.id, items.c.role, items.c.body, counted.c.size, counted.c.num_items)
+        .join(counted, counted.c.id == items.c.id)
+        .where(counted.c.newer < max_bytes)
+        .order_by(counted.c.depth.desc(), counted.c.is_output, counted.c.position)
+    )
+    found = rows.all()
+    is_whole = not found or len(found) == found[0].num_items
+    return Said(to_items(found), is_whole, sum(row.size for row in found))
 
 
 async def load_transcript(connection: AsyncConnection, response_id: str | None) -> Transcript | None:
-    """None: that response has none."""
+    """None: that response has none. Raises StoreCorruptedError."""
     if response_id is None:
         return None
     # Only ids go through the recursion; the blobs are joined once at its end.
@@ -73,12 +112,19 @@ async def load_transcript(connection: AsyncConnection, response_id: str | None) 
         transcripts.c.token_ids,
         transcripts.c.text,
         transcripts.c.anchors,
+        transcripts.c.fingerprint,
     ]
     rows = await connection.execute(
         select(*columns).join(chain, transcripts.c.response_id == chain.c.response_id).order_by(chain.c.depth)
     )
-    deltas = [TranscriptDelta(*row) for row in rows]
-    return apply_deltas(deltas) if deltas else None
+    found = rows.all()
+    if not found:
+        return None
+    try:
+        # What an older one of them kept is the same ids, whoever made those: the latest says by whom they were made.
+        return apply_deltas([TranscriptDelta(*row[:-1]) for row in found], found[0].fingerprint)
+    except ValueError:
+        raise StoreCorruptedError from None
 
 
 def to_items(rows: Iterable[Any]) -> tuple[Item, ...]:

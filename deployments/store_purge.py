@@ -6,23 +6,25 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, and_, delete, exists, select, update
+from sqlalchemy import ColumnElement, and_, exists, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from deployments.store_schema import conversations, items, responses, transcripts
+from deployments.store_usage import Accounts, Freed, remove
 
 _BATCH = 500  # ids in one statement; drivers limit its parameters
 _MAX_LEVELS = 64  # of a chain in one transaction, so that nobody waits long for it
 
 
-async def purge_above(connection: AsyncConnection, response_ids: Collection[str]) -> list[str]:
+async def purge_above(connection: AsyncConnection, accounts: Accounts, response_ids: Collection[str]) -> list[str]:
     """Removes those of these responses that can go, then what they continued, and so on. Returns where to go on in
     another transaction; empty = done."""
-    candidates = list(response_ids)
+    candidates, freed = list(response_ids), Freed()
     for _ in range(_MAX_LEVELS):
         if not candidates:
             break
-        candidates = await _purge_level(connection, candidates[:_BATCH]) + candidates[_BATCH:]
+        candidates = await _purge_level(connection, freed, candidates[:_BATCH]) + candidates[_BATCH:]
+    await accounts.free(connection, freed)
     return candidates
 
 
@@ -31,19 +33,30 @@ async def find_purgeable(connection: AsyncConnection) -> list[str]:
     return list(await connection.scalars(select(responses.c.id).where(_is_purgeable()).limit(_BATCH)))
 
 
-async def purge_conversations(connection: AsyncConnection, conversation_ids: Collection[str] | None = None) -> int:
+async def purge_conversations(
+    connection: AsyncConnection, accounts: Accounts, conversation_ids: Collection[str] | None = None
+) -> int:
     """Removes deleted conversations, of these or of all, whose last response is gone. Returns how many."""
+    freed = Freed()
+    num_removed = await _purge_conversations(connection, freed, conversation_ids)
+    await accounts.free(connection, freed)
+    return num_removed
+
+
+async def _purge_conversations(
+    connection: AsyncConnection, freed: Freed, conversation_ids: Collection[str] | None
+) -> int:
     empty = and_(
         conversations.c.deleted,
         ~exists(select(responses.c.id).where(responses.c.conversation_id == conversations.c.id)),
     )
     if conversation_ids is not None:
         empty &= conversations.c.id.in_(conversation_ids)
-    ids = list(await connection.scalars(select(conversations.c.id).where(empty).limit(_BATCH)))
-    if ids:
-        await connection.execute(delete(items).where(items.c.conversation_id.in_(ids)))
-        await connection.execute(delete(conversations).where(conversations.c.id.in_(ids)))
-    return len(ids)
+    found = await connection.execute(select(conversations.c.id, conversations.c.tenant).where(empty).limit(_BATCH))
+    tenant_of = {row.id: row.tenant for row in found}
+    for table, owner in ((items, items.c.conversation_id), (conversations, conversations.c.id)):
+        await remove(connection, table, owner.in_(tenant_of), owner, tenant_of, freed)
+    return len(tenant_of)
 
 
 def _is_purgeable() -> ColumnElement[bool]:
@@ -56,22 +69,29 @@ def _is_purgeable() -> ColumnElement[bool]:
     )
 
 
-async def _purge_level(connection: AsyncConnection, candidates: Collection[str]) -> list[str]:
+async def _purge_level(connection: AsyncConnection, freed: Freed, candidates: Collection[str]) -> list[str]:
     rows = await connection.execute(
-        select(responses.c.id, responses.c.previous_response_id, responses.c.conversation_id, transcripts.c.parent_id)
+        select(
+            responses.c.id,
+            responses.c.tenant,
+            responses.c.previous_response_id,
+            responses.c.conversation_id,
+            transcripts.c.parent_id,
+        )
         .outerjoin(transcripts, transcripts.c.response_id == responses.c.id)
         .where(responses.c.id.in_(candidates), _is_purgeable())
     )
     gone = rows.all()
     if not gone:
         return []
-    ids = [row.id for row in gone]
-    inside = items.c.response_id.in_(ids)
-    await connection.execute(delete(items).where(inside, items.c.conversation_id.is_(None)))
-    await connection.execute(update(items).where(inside).values(response_id=None))
-    await connection.execute(delete(transcripts).where(transcripts.c.response_id.in_(ids)))
-    await connection.execute(delete(responses).where(responses.c.id.in_(ids)))
+    tenant_of = {row.id: row.tenant for row in gone}
+    owner = items.c.response_id
+    alone = and_(owner.in_(tenant_of), items.c.conversation_id.is_(None))
+    await remove(connection, items, alone, owner, tenant_of, freed)
+    await connection.execute(update(items).where(owner.in_(tenant_of)).values(response_id=None))
+    for table, owner in ((transcripts, transcripts.c.response_id), (responses, responses.c.id)):
+        await remove(connection, table, owner.in_(tenant_of), owner, tenant_of, freed)
     if in_conversations := {row.conversation_id for row in gone if row.conversation_id is not None}:
-        await purge_conversations(connection, in_conversations)
+        await _purge_conversations(connection, freed, in_conversations)
     above = {row.previous_response_id for row in gone} | {row.parent_id for row in gone}
     return [response_id for response_id in above if response_id is not None]

@@ -1,7 +1,7 @@
 """The tables of the conversation store, the same in SQLite and PostgreSQL. Owns names, keys and indexes; a change here
 needs a migration beside the others (`deployments/migrations/versions`), and a test compares the two.
 
-    conversations <- items -> responses <- transcripts
+    conversations <- items -> responses <- transcripts          tenant_usage, write_probe
           ^---------------------'
 
 An item can be in a response (input or output), in a conversation, or in both: a turn of a conversation adds its
@@ -14,6 +14,7 @@ import json
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Dialect,
@@ -29,6 +30,8 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.types import TypeDecorator
+
+from deployments.store_values import StoreCorruptedError
 
 metadata = MetaData(
     naming_convention={
@@ -50,7 +53,11 @@ class JsonText(TypeDecorator[Any]):
         return None if value is None else json.dumps(value, separators=(",", ":"))
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        return None if value is None else json.loads(value)
+        """Raises StoreCorruptedError."""
+        try:
+            return None if value is None else json.loads(value)
+        except ValueError:
+            raise StoreCorruptedError from None  # without what it quotes
 
 
 conversations = Table(
@@ -131,5 +138,24 @@ transcripts = Table(
     Column("token_ids", LargeBinary, nullable=False),
     Column("text", LargeBinary, nullable=False),
     Column("anchors", LargeBinary, nullable=False),
+    # Of the tokenizer and the chat template that made the ids; empty = not known, and the ids are not used.
+    Column("fingerprint", Text, nullable=False, server_default=""),
     Index("ix_transcripts_parent_id", "parent_id"),
+)
+
+# What each tenant keeps, as store_usage counts it; changed in the transactions that change what is counted.
+tenant_usage = Table(
+    "tenant_usage",
+    metadata,
+    Column("tenant", Text, primary_key=True),
+    Column("num_rows", BigInteger, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+)
+
+# One row, changed by whoever wants to know if the store can be written.
+write_probe = Table(
+    "write_probe",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("num_writes", BigInteger, nullable=False),
 )

@@ -9,9 +9,13 @@ PensieveError
 |   |-- NotFoundError                no such id, deleted, or another tenant's (HTTP 404)
 |   |   `-- PreviousResponseNotFoundError
 |   |-- PreviousResponseError        it is there but has no whole answer to continue from (HTTP 400)
-|   `-- ConversationBusyError        another turn of the conversation is running (HTTP 409)
+|   |-- ConversationBusyError        another turn of the conversation is running (HTTP 409)
+|   `-- StoredTooMuchError           the tenant keeps as much as it may (HTTP 429)
 `-- EngineError
-    `-- StoreUnavailableError        the database does not answer (HTTP 503)
+    `-- StoreError                   the database is at fault; clients hear no more than that, the log says where
+        |-- StoreUnavailableError    it does not answer (HTTP 503)
+        |   `-- StoreFullError       it has no room (HTTP 503)
+        `-- StoreCorruptedError      what it holds is damaged (HTTP 503); waiting does not help
 """
 
 from __future__ import annotations
@@ -62,12 +66,56 @@ class ConversationBusyError(RequestError):
     code = "conversation_locked"
 
 
-class StoreUnavailableError(EngineError):
-    """The database does not answer, or not in time. Whether a write took effect is then unknown."""
+class StoredTooMuchError(RequestError):
+    """The tenant keeps as much as it may."""
+
+    http_status = 429
+    kind = "insufficient_quota"
+    code = "storage_quota_exceeded"
+    retry_after_s = None
+
+
+class StoreError(EngineError):
+    """The database is at fault. The message is the same for every cause: what a driver says may quote a row, a path or a
+    host, and clients are no operators."""
 
     http_status = 503
     kind = "service_unavailable"
+    says = ""
+
+    def __init__(self) -> None:
+        super().__init__(self.says)
+
+
+class StoreUnavailableError(StoreError):
+    """The database does not answer, or not in time. Whether a write took effect is then unknown."""
+
     code = "store_unavailable"
+    says = (
+        "the conversation store does not answer; the server's log says why. Nothing needs a restart: requests work again "
+        "as soon as it is back"
+    )
+
+
+class StoreFullError(StoreUnavailableError):
+    """No room is left, or less than new turns may take."""
+
+    code = "store_full"
+    says = (
+        "the conversation store has no room for more: delete conversations and responses, send store: false, or have the "
+        "operator make room. What is stored can be read"
+    )
+
+
+class StoreCorruptedError(StoreError):
+    """The database, or a row of it, is damaged."""
+
+    code = "store_corrupted"
+    says = (
+        "the conversation store is damaged, and waiting does not mend it: its operator has to restore a backup; the server's "
+        "log says which file or database it is"
+    )
+    retry_after_s = None
 
 
 class Status(StrEnum):
@@ -78,6 +126,29 @@ class Status(StrEnum):
     INCOMPLETE = "incomplete"
     FAILED = "failed"
     CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """The most that a tenant may keep, see store_usage; None = any amount."""
+
+    max_rows: int | None = None
+    max_bytes: int | None = None
+
+
+UNLIMITED = Quota()
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """Of one tenant: what it may keep, and what it may send in a minute to the paths that only store; None = any amount."""
+
+    quota: Quota = UNLIMITED
+    requests_per_minute: int | None = None
+    bytes_per_minute: int | None = None
+
+
+NO_STORE_LIMITS = StoreLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +241,11 @@ class StoredConversation:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Everything said before a turn, oldest first, without instructions. transcript: what the engine computed for the
-    latest turn of it; items added or removed by hand since are in `items` alone, so match it as text."""
+    """What was said before a turn, oldest first, without instructions. transcript: what the engine computed for the
+    latest turn of it; items added or removed by hand since are in `items` alone, so match it as text. is_whole: no older
+    items were left out."""
 
     items: tuple[Item, ...]
     transcript: Transcript | None
     session_key: str
+    is_whole: bool = True

@@ -9,8 +9,12 @@ The file (YAML), named by the application's argument `tenants_file`:
     - id: acme
       api_keys_sha256: [9f86d081884c7d65...]
       weight: 2.0                  # share of an engine where several tenants want more than there is; 1 if left out
-      max_concurrent_requests: 64  # both limits are for the whole application; none if left out
+      max_concurrent_requests: 64  # these limits are for the whole application; none if left out
       tokens_per_minute: 200000
+      max_stored_bytes: 2147483648 # of the conversation store; the application's own (deployments/schema.py) if left out
+      max_stored_rows: 1000000
+      store_requests_per_minute: 600
+      store_bytes_per_minute: 16777216
 
 A changed file is read again within seconds: new keys work, and those that are no longer in it do not.
 """
@@ -49,7 +53,7 @@ class AuthenticationError(RequestError):
 
 
 class TenantConfig(BaseModel):
-    """One tenant and its limits."""
+    """One tenant and its limits; for those of the store, None = the application's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,6 +62,10 @@ class TenantConfig(BaseModel):
     weight: float = Field(default=1.0, gt=0, le=1000)
     max_concurrent_requests: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
+    max_stored_bytes: int | None = Field(default=None, ge=0)
+    max_stored_rows: int | None = Field(default=None, ge=0)
+    store_requests_per_minute: int | None = Field(default=None, ge=1)
+    store_bytes_per_minute: int | None = Field(default=None, ge=1)
 
     @field_validator("api_keys_sha256")
     @classmethod

@@ -47,16 +47,16 @@ def make_delta(parent: Transcript | None, transcript: Transcript) -> TranscriptD
     )
 
 
-def apply_deltas(deltas: Sequence[TranscriptDelta]) -> Transcript:
+def apply_deltas(deltas: Sequence[TranscriptDelta], fingerprint: str = "") -> Transcript:
     """deltas: the wanted transcript's first, then its parent's, and so on to one that keeps nothing. Linear in what is
-    read: each delta gives only the part that the ones after it kept."""
+    read: each delta gives only the part that the ones after it kept. Raises ValueError for bytes that are none of ours."""
     token_ids, anchors = array("I"), array("I")
     for part in _parts((delta.num_kept_tokens, _from_bytes(delta.token_ids)) for delta in deltas):
         token_ids.extend(part)
     for part in _parts((2 * delta.num_kept_anchors, _from_bytes(delta.anchors)) for delta in deltas):
         anchors.extend(part)
     text = "".join(_parts((delta.num_kept_chars, delta.text.decode("utf-8", "surrogatepass")) for delta in deltas))
-    return Transcript(token_ids, text, tuple(zip(anchors[::2], anchors[1::2], strict=True)))
+    return Transcript(token_ids, text, tuple(zip(anchors[::2], anchors[1::2], strict=True)), fingerprint)
 
 
 def _parts(youngest_first: Iterable[tuple[int, _SliceableT]]) -> list[_SliceableT]:

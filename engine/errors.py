@@ -19,11 +19,13 @@ from __future__ import annotations
 
 
 class PensieveError(Exception):
-    """Base of all; `http_status`, `kind` and `code` are what an OpenAI error body says of it."""
+    """Base of all; `http_status`, `kind` and `code` are what an OpenAI error body says of it. retry_after_s: with
+    status 429 or 503, when the same request may succeed, in seconds; None = not by waiting."""
 
     http_status = 500
     kind = "server_error"
     code: str | None = None
+    retry_after_s: float | None = 1.0
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)

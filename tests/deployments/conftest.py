@@ -27,6 +27,7 @@ from engine.errors import EngineStoppedError
 from engine.output import OutputDelta
 
 MAX_BODY_BYTES = 4096
+USER_WITH_PASSWORD = "careful"  # of the PostgreSQL server; everybody else needs none
 
 
 class NoMetric:
@@ -124,6 +125,8 @@ class PostgresServer:
             os.chown(self.folder, account.pw_uid, account.pw_gid)
         options = ["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"]
         self._run("initdb", *options, "--pgdata", str(self.folder / "data"))
+        rules = self.folder / "data" / "pg_hba.conf"
+        rules.write_text(f"local all {USER_WITH_PASSWORD} scram-sha-256\n" + rules.read_text())
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(self.binaries / program), *arguments]
@@ -148,9 +151,10 @@ class PostgresServer:
             self.process.wait(timeout=30)
             self.process = None
 
-    def empty_database(self) -> str:
-        """URL of the one database, with nothing in it. A new one each time would be 8 MB each time."""
-        statements = ("DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+    def empty_database(self, *statements: str) -> str:
+        """URL of the one database, with nothing in it but what the statements put there. A new one each time would be 8 MB
+        each time."""
+        statements = ("DROP SCHEMA public CASCADE", "CREATE SCHEMA public", *statements)
         commands = [argument for statement in statements for argument in ("--command", statement)]
         self._run("psql", "--host", str(self.folder), "--username=postgres", "--quiet", *commands)
         return f"postgresql://postgres@/postgres?host={self.folder}"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from deployments.admission import Admission
+from deployments.admission import Admission, StoringTooFastError
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest
+from deployments.store_values import Quota, StoreLimits
 from deployments.tenants import TenantConfig, hash_key
 from engine.core.request import SamplingParams
 from engine.output import OutputDelta
-from engine.prompt import TextPrompt
+from engine.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from engine.tenant import Tenant
 
 
@@ -22,11 +24,14 @@ class Engine:
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
+        self.is_open = True  # else it tokenises, and says nothing yet
         self.num_running = 0
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
         self.num_running += 1
         try:
+            while not self.is_open:
+                await asyncio.sleep(0)
             yield DeltaItem(OutputDelta("a", (1,), num_prompt_tokens=10, num_output_tokens=1), 0)
             await self.go.wait()
             last = OutputDelta("b", (2,), num_prompt_tokens=10, num_output_tokens=5, finish_reason="stop")
@@ -46,8 +51,8 @@ def tenant(name: str, **limits: Any) -> TenantConfig:
     return TenantConfig(id=name, api_keys_sha256=(hash_key(name),), **limits)
 
 
-def request(name: str = "a") -> GenerationRequest:
-    return GenerationRequest("id", "s", TextPrompt("x"), SamplingParams(), True, tenant=Tenant(name))
+def request(name: str = "a", **sampling: Any) -> GenerationRequest:
+    return GenerationRequest("id", "s", TextPrompt("x"), SamplingParams(**sampling), True, tenant=Tenant(name))
 
 
 async def drain(items: AsyncGenerator[GenerationItem, None]) -> list[GenerationItem]:
@@ -110,6 +115,77 @@ async def test_tokens_per_minute() -> None:
     for _ in range(4):
         assert len(await drain(admission.generate(request()))) == 2
     refusal(await drain(admission.generate(request())))
+
+
+async def test_what_runs_has_its_tokens_set_aside() -> None:
+    """However little of the account is left, one request may begin; the next one waits until that is over."""
+    engine, clock = Engine(), Clock()
+    admission = Admission(engine, [tenant("a", tokens_per_minute=1000)], clock=clock)
+    running = [admission.generate(request(max_tokens=300)) for _ in range(8)]
+    begun = [await anext(items) for items in running]
+    assert [isinstance(item, DeltaItem) for item in begun] == [True] * 4 + [False] * 4
+    assert isinstance(begun[4], ErrorItem)
+    assert "running requests count with their max_tokens" in begun[4].message
+    assert begun[4].retry_after_s == 1.0  # when one of them ends, which nobody can know, and not when a debt is paid
+    engine.go.set()
+    for items in running:
+        await drain(items)
+    for _ in range(4):  # what they did not use has come back: 1000 - 4 * 15 are left
+        assert isinstance(await anext(admission.generate(request(max_tokens=300))), DeltaItem)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_tokens"),
+    [(TextPrompt("x" * 4000), 1000), (TokenPrompt((7,) * 1000), 1000), (ChatPrompt((("user", "x" * 4000),)), 1000)],
+)
+async def test_a_prompt_is_charged_before_it_is_tokenised(prompt: Prompt, num_tokens: int) -> None:
+    """By its length, until the engine has counted: it has 10 tokens here."""
+    engine = Engine()
+    admission = Admission(engine, [tenant("a", tokens_per_minute=1000)], clock=Clock())
+    first = admission.generate(replace(request(max_tokens=1), prompt=prompt))
+    engine.is_open = False
+    waiting = asyncio.create_task(anext(first))
+    await asyncio.sleep(0)
+    refusal(await drain(admission.generate(request())))
+    engine.is_open = True
+    await waiting
+    assert isinstance(await anext(admission.generate(request())), DeltaItem)
+
+
+async def test_a_request_that_fails_costs_nothing() -> None:
+    class Failing:
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
+            yield ErrorItem(400, "too long", "invalid_request_error")
+
+    admission = Admission(Failing(), [tenant("a", tokens_per_minute=100)], clock=Clock())
+    for _ in range(5):
+        (item,) = await drain(admission.generate(request(max_tokens=1000)))
+        assert isinstance(item, ErrorItem)
+        assert item.status == 400
+
+
+async def test_what_only_stores_is_limited_per_minute() -> None:
+    clock = Clock()
+    others = StoreLimits(Quota(7, 8), requests_per_minute=4, bytes_per_minute=1000)
+    own = tenant("a", store_bytes_per_minute=60, max_stored_bytes=9)
+    admission = Admission(Engine(), [own], others, num_ingress_replicas=lambda: 2, clock=clock)
+    assert (admission.quota_of("a"), admission.quota_of("b")) == (Quota(7, 9), Quota(7, 8))
+
+    def refused(tenant_id: str, num_bytes: int = 1) -> tuple[str | None, float | None]:
+        with pytest.raises(StoringTooFastError) as caught:
+            admission.admit_storing(tenant_id, num_bytes)
+        assert caught.value.http_status == 429
+        return caught.value.code, caught.value.retry_after_s
+
+    admission.admit_storing("b", 10)
+    admission.admit_storing("b", 10)  # two of four: this is one of two replicas
+    assert refused("b") == ("store_requests_per_minute", 30.0)
+    admission.admit_storing("a", 59)  # of 30: the rest is owed
+    assert refused("a") == ("store_bytes_per_minute", 60.0)
+    clock.now += 60
+    admission.admit_storing("a", 1)
+    admission.admit_storing("b", 501)
+    assert refused("b")[0] == "store_bytes_per_minute"
 
 
 async def test_what_a_client_did_not_wait_for_is_counted_too() -> None:

@@ -6,28 +6,28 @@ import asyncio
 import itertools
 import json
 import os
-import resource
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import func, select, text
+from sqlalchemy import Connection, text
 
 from deployments.conversation_store import ConversationStore
 from deployments.store_database import Database
-from deployments.store_schema import conversations, items, metadata, responses, transcripts
+from deployments.store_schema import metadata
 from deployments.store_values import (
     ConversationBusyError,
     Item,
@@ -46,11 +46,24 @@ from deployments.store_values import (
 from deployments.transcript_delta import apply_deltas, make_delta
 from engine.core.conversation import Transcript
 from engine.errors import InvalidParameterError
+from tests.deployments.stored_turns import (
+    FINGERPRINT,
+    LEASE_S,
+    ME,
+    NOW,
+    OTHER,
+    USAGE,
+    assert_unavailable,
+    contents,
+    count_rows,
+    message,
+    new_response,
+    outcome,
+    transcript,
+    turn,
+)
 
 ROOT = Path(__file__).parents[2]
-NOW, LEASE_S = 1000.0, 30.0
-ME, OTHER = "me", "other"
-USAGE = {"input_tokens": 3, "output_tokens": 2}
 # What clients and models do send, and what PostgreSQL's own types would refuse.
 ODD_TEXT = 'a\x00b\ud800"é\U0001f600'
 
@@ -68,52 +81,8 @@ async def store(store_url: str) -> AsyncIterator[ConversationStore]:
     await store.close()
 
 
-def message(role: str, content: str, item_id: str | None = None) -> NewItem:
-    return NewItem(role, {"type": "message", "role": role, "content": content}, item_id)
-
-
-def new_response(response_id: str, *texts: str, **options: Any) -> NewResponse:
-    inputs = [message("user", content) for content in texts or ("hi",)]
-    return NewResponse(response_id, "tiny", inputs, "boot-1", NOW + LEASE_S, **options)
-
-
-def transcript(text_: str, *anchors: int) -> Transcript:
-    """One token per character; anchors by their number of characters."""
-    return Transcript(array("I", map(ord, text_)), text_, tuple((n, n) for n in anchors))
-
-
-def outcome(answer: str = "yes", transcript: Transcript | None = None, **options: Any) -> Outcome:
-    return Outcome([message("assistant", answer)], USAGE, transcript, NOW + 1, **options)
-
-
-async def turn(
-    store: ConversationStore,
-    response_id: str,
-    said: str = "hi",
-    answer: str = "yes",
-    known: Transcript | None = None,
-    tenant: str = ME,
-    **options: Any,
-) -> None:
-    await store.begin_response(tenant, new_response(response_id, said, **options), NOW)
-    assert await store.complete_response(tenant, response_id, outcome(answer, known))
-
-
-def contents(found: tuple[Item, ...]) -> list[str]:
-    return [item.body["content"] for item in found]
-
-
 async def said_in(store: ConversationStore, conversation_id: str) -> list[str]:
     return contents((await store.get_history(ME, conversation_id=conversation_id)).items)
-
-
-async def count_rows(url: str) -> list[int]:
-    """Rows in conversations, items, responses, transcripts."""
-    database = Database(url, 5.0)
-    tables = (conversations, items, responses, transcripts)
-    counts = [await database.read(lambda c, t=t: c.scalar(select(func.count()).select_from(t))) for t in tables]
-    await database.close()
-    return counts
 
 
 # A response from begin to end
@@ -350,6 +319,31 @@ async def test_continuing_from_inside_a_conversation(store: ConversationStore) -
         await store.get_history(ME, conversation_id=created.id)
 
 
+async def test_only_so_much_of_a_history_is_read(store: ConversationStore) -> None:
+    """The newest items, whole, up to the one that reaches the limit; and the transcript only with all of them."""
+    created = await store.conversations.create(ME, {}, [message("user", "0"), message("user", "1")], NOW)
+    await turn(store, "a", "2", "3", transcript("0123"), conversation_id=created.id)
+    await turn(store, "b", "4", "5", transcript("012345"), previous_response_id="a")
+    await turn(store, "c", "6", "7", transcript("01234567"), previous_response_id="b")
+    sizes = {role: len(f'{{"type":"message","role":"{role}","content":"0"}}') for role in ("user", "assistant")}
+    everything = [str(number) for number in range(8)]
+    for target, whole in (
+        ({"conversation_id": created.id}, everything[:4]),
+        ({"previous_response_id": "a"}, everything[:4]),
+        ({"previous_response_id": "c"}, everything),
+    ):
+        found = await store.get_history(ME, **target)
+        assert (contents(found.items), found.is_whole) == (whole, True)
+        num_bytes = 0
+        for num_kept, number in enumerate(reversed(whole)):
+            for max_bytes in (num_bytes + 1, num_bytes + sizes["user"]):
+                found = await store.get_history(ME, **target, max_bytes=max_bytes)
+                assert contents(found.items) == whole[len(whole) - num_kept - 1 :]
+                assert found.is_whole == (num_kept + 1 == len(whole))
+                assert (found.transcript is None) == (not found.is_whole)
+            num_bytes += sizes["assistant" if int(number) % 2 and number != "1" else "user"]
+
+
 async def test_conversation_deleted_under_a_running_turn(store: ConversationStore, store_url: str) -> None:
     created = await store.conversations.create(ME, {}, [message("user", "0")], NOW)
     await turn(store, "a", "1", "2", transcript("012"), conversation_id=created.id)
@@ -530,7 +524,7 @@ def test_delta_keeps_what_is_the_same() -> None:
     assert (delta.num_kept_tokens, delta.num_kept_chars, delta.num_kept_anchors) == (7, 7, 1)
     assert delta.token_ids[:4] == b" \0\0\0"
     assert (delta.text, delta.anchors) == (b" three", b"\7\0\0\0\7\0\0\0")
-    assert apply_deltas([delta, make_delta(None, parent)]) == child
+    assert apply_deltas([delta, make_delta(None, parent)], FINGERPRINT) == child
 
 
 texts = st.text(alphabet="ab\x00\ud800é", max_size=6)
@@ -543,7 +537,7 @@ def test_deltas_give_back_the_transcript(steps: list[tuple[int, str, int]]) -> N
         whole = ("" if last is None else last.text[:num_kept]) + added
         last, parent = transcript(whole, *range(1, min(num_anchors, len(whole)) + 1)), last
         deltas.insert(0, make_delta(parent, last))
-    assert apply_deltas(deltas) == last
+    assert apply_deltas(deltas, FINGERPRINT) == last
 
 
 @dataclass
@@ -663,6 +657,7 @@ async def test_random_conversations_equal_a_plain_model(
         if not talk.is_deleted:
             history = await store.get_history(tenant, conversation_id=name)
             assert (contents(history.items), history.transcript) == (talk.said(), talk.known)
+    await count_rows(store_url)
     for name in turns:
         await store.delete_response(tenant, name, NOW)
     await store.delete_older_than(NOW + 10_000)
@@ -844,6 +839,36 @@ async def test_upgrade_from_an_empty_revision(store_url: str) -> None:
     await store.close()
 
 
+async def test_a_store_of_the_first_version_is_upgraded_in_place(store: ConversationStore, store_url: str) -> None:
+    """Its texts stay, its token ids say no longer who made them, and what each tenant keeps is counted."""
+    talk = await store.conversations.create(ME, {"topic": "x"}, [message("user", ODD_TEXT)], NOW)
+    await turn(store, "a", "1", "2", transcript("012", 1), conversation_id=talk.id)
+    await turn(store, "b", "3", "4", transcript("01234", 1), conversation_id=talk.id, instructions="be brief")
+    await turn(store, "c", "5", "6", transcript("56"), tenant=OTHER)
+    await store.close()
+    before = await count_rows(store_url)
+    database = Database(store_url, 5.0)
+
+    def downgrade(connection: Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(ROOT / "deployments/migrations"))
+        config.set_main_option("path_separator", "os")
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0001")
+
+    await database.write(lambda connection: connection.run_sync(downgrade))
+    await database.close()
+    again = ConversationStore(store_url)
+    await again.open(NOW)
+    assert await count_rows(store_url) == before
+    history = await again.get_history(ME, conversation_id=talk.id)
+    assert contents(history.items) == [ODD_TEXT, "1", "2", "3", "4"]
+    assert history.transcript == replace(transcript("01234", 1), fingerprint="")
+    await turn(again, "d", "7", "8", transcript("0123478"), conversation_id=talk.id)
+    assert (await again.get_history(ME, conversation_id=talk.id)).transcript == transcript("0123478")
+    await again.close()
+
+
 async def test_database_newer_than_the_code(store: ConversationStore, store_url: str) -> None:
     await run_sql(store_url, "UPDATE alembic_version SET version_num = '9999'")
     again = ConversationStore(store_url)
@@ -862,17 +887,6 @@ async def test_migrations_make_the_tables_of_the_schema(store: ConversationStore
 
 
 # A database that is away
-
-
-async def assert_unavailable(store: ConversationStore) -> StoreUnavailableError:
-    with pytest.raises(StoreUnavailableError) as caught:
-        await store.ping()
-    with pytest.raises(StoreUnavailableError):
-        await store.begin_response(ME, new_response("lost"), NOW)
-    with pytest.raises(StoreUnavailableError):
-        await store.get_history(ME, previous_response_id="a")
-    assert (caught.value.http_status, caught.value.code) == (503, "store_unavailable")
-    return caught.value
 
 
 async def test_postgres_stopped_and_started_again(postgres: Any) -> None:
@@ -900,15 +914,17 @@ async def test_postgres_stopped_and_started_again(postgres: Any) -> None:
     await store.close()
 
 
-async def test_postgres_that_never_answers() -> None:
+async def test_postgres_that_never_answers(caplog: pytest.LogCaptureFixture) -> None:
     """Something takes connections and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         store = ConversationStore(f"postgresql://user:se_cret@127.0.0.1:{port}/db?password=hid_den", timeout_s=0.2)
         error = await assert_unavailable(store)
-        assert str(port) in error.message
-        assert "se_cret" not in error.message
-        assert "hid_den" not in error.message
+        for secret in ("127.0.0.1", str(port), "se_cret", "hid_den"):
+            assert secret not in error.message
+        assert f"127.0.0.1:{port}) fails: TimeoutError" in caplog.text
+        assert "se_cret" not in caplog.text
+        assert "hid_den" not in caplog.text
         await store.close()
 
 
@@ -920,7 +936,7 @@ async def test_postgres_that_hangs_in_a_statement(postgres: Any) -> None:
     is_locked, may_go = asyncio.Event(), asyncio.Event()
 
     async def lock_everything(connection: Any) -> None:
-        await connection.execute(text("LOCK TABLE responses, alembic_version IN ACCESS EXCLUSIVE MODE"))
+        await connection.execute(text("LOCK TABLE responses, write_probe IN ACCESS EXCLUSIVE MODE"))
         is_locked.set()
         await may_go.wait()
 
@@ -931,85 +947,6 @@ async def test_postgres_that_hangs_in_a_statement(postgres: Any) -> None:
     await locking
     await turn(store, "b", previous_response_id="a")
     await asyncio.gather(store.close(), other.close())
-
-
-@pytest.fixture
-async def sqlite_store(tmp_path: Path) -> AsyncIterator[ConversationStore]:
-    store = ConversationStore(f"sqlite:///{tmp_path / 'a %20b?#.db'}".replace("?", "%3F"), timeout_s=0.3)
-    await store.open(NOW)
-    await turn(store, "a")
-    yield store
-    await store.close()
-
-
-def sqlite_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix != ".lock")
-
-
-async def test_sqlite_file_taken_away_and_put_back(sqlite_store: ConversationStore, tmp_path: Path) -> None:
-    """The connections are still open on it; a turn must not go into a file that nobody will ever find."""
-    away = tmp_path / "away"
-    away.mkdir()
-    files = [path for path in sqlite_files(tmp_path) if path != away]
-    for path in files:
-        path.rename(away / path.name)
-    error = await assert_unavailable(sqlite_store)
-    assert "folder" in error.message
-    assert [path for path in sqlite_files(tmp_path) if path != away] == []
-    for path in files:
-        (away / path.name).rename(path)
-    await turn(sqlite_store, "b", previous_response_id="a")
-
-
-async def test_sqlite_file_made_unusable(sqlite_store: ConversationStore, tmp_path: Path) -> None:
-    await sqlite_store.close()  # which puts everything into the one file
-    (path,) = sqlite_files(tmp_path)
-    good = path.read_bytes()
-    path.unlink()
-    path.write_bytes(b"no database " * 1000)
-    assert "not a database" in (await assert_unavailable(sqlite_store)).message
-    with pytest.raises(StoreUnavailableError):
-        await sqlite_store.open(NOW)
-    path.unlink()
-    path.write_bytes(good)
-    await turn(sqlite_store, "b", previous_response_id="a")
-
-
-async def test_sqlite_locked_for_too_long(sqlite_store: ConversationStore, tmp_path: Path) -> None:
-    connection = sqlite3.connect(sqlite_files(tmp_path)[0], isolation_level=None)
-    connection.execute("BEGIN IMMEDIATE")
-    with pytest.raises(StoreUnavailableError, match="locked"):
-        await sqlite_store.begin_response(ME, new_response("b"), NOW)
-    assert (await sqlite_store.get_response(ME, "a", NOW)).status is Status.COMPLETED
-    await sqlite_store.ping()
-    connection.execute("ROLLBACK")
-    connection.close()
-    await turn(sqlite_store, "b", previous_response_id="a")
-
-
-async def test_sqlite_without_room(sqlite_store: ConversationStore) -> None:
-    """A limit on the size of files stands in for a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    long = new_response("b", "x" * 2_000_000, previous_response_id="a")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-    try:
-        with pytest.raises(StoreUnavailableError):
-            await sqlite_store.begin_response(ME, long, NOW)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    with pytest.raises(NotFoundError):
-        await sqlite_store.get_response(ME, "b", NOW)
-    await sqlite_store.begin_response(ME, long, NOW)
-
-
-async def test_sqlite_folder_that_does_not_exist(tmp_path: Path) -> None:
-    store = ConversationStore(f"sqlite:///{tmp_path / 'none' / 'store.db'}")
-    with pytest.raises(StoreUnavailableError, match="folder"):
-        await store.open(NOW)
-    (tmp_path / "none").mkdir()
-    await store.open(NOW)
-    await store.ping()
-    await store.close()
 
 
 async def test_caller_that_is_cancelled(store: ConversationStore) -> None:

@@ -16,6 +16,8 @@ import openai
 import pytest
 from fastapi import FastAPI
 from openai import AsyncOpenAI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from deployments import responses_api
 from deployments.conversation_store import ConversationStore
@@ -26,6 +28,7 @@ from deployments.tenants import TenantConfig, hash_key
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.errors import PensieveError
+from tests.conftest import save_tiny_model
 
 MODEL = "pensieve-recall-0.6m"
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 40}
@@ -35,7 +38,7 @@ KEYS = {"a": "sk-a", "b": "sk-b"}
 class EngineHere:
     """An engine in this process, with the face of EngineClient. Can be told to fail, and to wait after the first item."""
 
-    def __init__(self, **more: int) -> None:
+    def __init__(self, **more: Any) -> None:
         options = {"num_threads": 1, "dtype": "float32", "num_gpu_blocks": 256, "max_model_len": 1024, **more}
         self.engine = AsyncEngine(EngineConfig.from_options(options))
         self.requests: list[GenerationRequest] = []
@@ -619,6 +622,51 @@ async def test_conversations_survive_a_restart_of_everything(url: str) -> None:
             assert first.usage.input_tokens == second.usage.input_tokens
         assert again.usage.input_tokens_details.cached_tokens == 0
         assert len(two.requests[0].history.token_ids) == root.usage.total_tokens
+
+
+def save_chat_model(folder: Path, vocab_size: int, first_id: int) -> Path:
+    """A random model with a byte-level vocabulary from that id on, and everybody's chat template."""
+    save_tiny_model("llama", folder, vocab_size=vocab_size)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: first_id + i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    fast.chat_template = turns + "<|im_start|>assistant\n"
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("sizes", [((288, 0), (1024, 600)), ((1024, 600), (288, 0))], ids=["larger", "smaller"])
+async def test_another_model_behind_the_same_store(tmp_path: Path, url: str, sizes: Any) -> None:
+    """With the old one's template and name, but another vocabulary: it reads what was said, and not the old ids."""
+    spoken = GREEDY | {"instructions": "be brief", "max_output_tokens": 12}
+    previous = None
+    messages = [{"role": "system", "content": "be brief"}]
+    for number, size in enumerate(sizes):
+        model = save_chat_model(tmp_path / f"model-{number}", *size)
+        async with AsyncExitStack() as stack:
+            here = EngineHere(model=str(model), served_model_name=MODEL, max_model_len=512)
+            stack.push_async_callback(here.engine.shutdown)
+            client = openai_client(await stack.enter_async_context(served(here, url)))
+            for text in TURNS[:2]:
+                response = await ask(client, text, previous_response_id=previous, **spoken)
+                messages.append({"role": "user", "content": text})
+                chat = await client.chat.completions.create(
+                    model=MODEL,
+                    messages=messages,
+                    temperature=0,
+                    max_tokens=12,
+                    extra_headers={"x-session-id": "fresh"},
+                )
+                if number:  # on the first one both know what was generated, here both know its text
+                    assert response.output_text == chat.choices[0].message.content
+                    assert response.usage.input_tokens == chat.usage.prompt_tokens
+                assert here.requests[0].history is None or here.requests[0].history.fingerprint
+                messages.append({"role": "assistant", "content": response.output_text})
+                previous = response.id
 
 
 async def test_without_its_store_the_server_says_so_and_recovers(
