@@ -55,8 +55,8 @@ Stream = Callable[[str], AsyncIterator[None]]
 
 
 @contextmanager
-def serve_app(engine: dict[str, Any], fast_path: bool) -> Iterator[str]:
-    """A Serve application of one ingress and one engine replica in processes of its own; its URL."""
+def serve_app(engine: dict[str, Any], fast_path: bool, **args: Any) -> Iterator[str]:
+    """A Serve application of one ingress and one engine replica in processes of its own; its URL. args: further AppArgs."""
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
@@ -74,6 +74,7 @@ def serve_app(engine: dict[str, Any], fast_path: bool) -> Iterator[str]:
                         "num_cpus": 0.5,
                         "max_ongoing_requests": 128,
                         "store_url": f"sqlite:///{folder}/conversations.db",
+                        **args,
                     },
                 }
             ],
