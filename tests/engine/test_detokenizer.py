@@ -87,7 +87,7 @@ def tokenizer(tokenizers: dict[str, Tokenizer]) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode_prompt(text, NO_MATCH, add_special_tokens=False).token_ids.tolist()
+    return tokenizer.encode_prompt(text, NO_MATCH, is_chat=True, max_tokens=10_000).token_ids.tolist()
 
 
 def stream(

@@ -59,7 +59,7 @@ def answer(
     """The answer that consists of these tokens; the conversation's memory of it. is_left: the client leaves at its end."""
 
     async def run() -> tuple[OutputDelta, Transcript | None, Core]:
-        core, conversations = Core(), ConversationTable(1000)
+        core, conversations = Core(), ConversationTable(1 << 20, tokenizer.cut_tokens)
         outputs = OutputProcessor(core, tokenizer, conversations)  # type: ignore[arg-type]
         request = Request("r", PROMPT.token_ids, sampling, conversation_id="c", eos_token_ids=(END,))
         stream = Stream(request, PROMPT, tokenizer.detokenizer(sampling.stop), asyncio.get_running_loop())
