@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionMetadata, AttentionParams, to_device
 from engine.attention.tiling import MAX_SPLITS, SPLIT_STEP, Tiling, tile_decode_batch, tile_segments
 from engine.errors import KernelBuildError
@@ -56,6 +57,7 @@ def load_kernel(device: torch.device) -> str:
         write_kv(pools[0], pools[1], row, row, metadata)
         attend(row, pools[0], pools[1], metadata, AttentionParams(1.0)).cpu()
     except Exception as error:  # whatever triton, the compilers behind it and the driver raise
+        check_device(device)
         raise KernelBuildError(f"triton {triton.__version__} cannot run here: {error!r}") from error
     return "interpreted, for tests" if IS_INTERPRETED else f"triton {triton.__version__}"
 

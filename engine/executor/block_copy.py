@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from engine.attention.device_clock import SecondsOf, seconds_on
+from engine.attention.device_health import check_device
 from engine.core.plan import BlockCopy
 from engine.errors import ConfigError, KernelBuildError
 from engine.executor.kv_store import KVStore
@@ -161,5 +162,6 @@ def _load_kernel(gpu: KVStore, cpu: KVStore) -> type[BlockCopier]:
         if gpu.storage.device.type == "cuda":
             torch.cuda.synchronize(gpu.storage.device)
     except Exception as error:  # whatever triton, the compilers behind it and the driver raise
+        check_device(gpu.storage.device)
         raise KernelBuildError(f"the copy kernel cannot run here: {error!r}") from error
     return KernelCopier
