@@ -16,7 +16,7 @@ def check_device(device: torch.device) -> None:
 
     device: any; only a CUDA device can be in such a state.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize(device)

@@ -150,6 +150,7 @@ def test_a_broken_device_is_not_taken_for_a_model_that_cannot_be_recorded(cuda_c
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def run() -> torch.Tensor:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "synchronize", fail)
         raise RuntimeError("operation not permitted when stream is capturing")
 
