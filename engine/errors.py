@@ -12,6 +12,7 @@ PensieveError
 `-- EngineError                  the engine is at fault (HTTP 500)
     |-- OverloadedError          as many requests wait as may (HTTP 429)
     |-- ExecutorError            the step that computed this request failed; the engine goes on
+    |-- DeviceFailedError        the device reports an error after which no further operation works
     `-- EngineStoppedError       the engine is shut down (HTTP 503)
 """
 
@@ -91,6 +92,12 @@ class ExecutorError(EngineError):
     """The step that computed this request failed. Its requests end; the engine goes on."""
 
     code = "executor_failed"
+
+
+class DeviceFailedError(EngineError):
+    """The device reports an error, such as an illegal address, after which this process can use it no more."""
+
+    code = "device_failed"
 
 
 class EngineStoppedError(EngineError):

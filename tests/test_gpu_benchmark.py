@@ -50,3 +50,12 @@ def test_every_section_of_the_benchmark_runs(tmp_path):
     assert {(row["by"], row["way"]) for row in llama["swaps"]} == {
         (by, way) for by in ("dma", "kernel") for way in ("in", "out", "both")
     }
+
+
+def test_the_kernels_tests_are_found_without_pytest_asyncio():
+    """A machine with a GPU may have no more than pytest itself."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:asyncio", "--collect-only", "-q", "-m", "gpu"]
+    process = subprocess.run(
+        [*command, "tests/engine/attention/test_triton.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]

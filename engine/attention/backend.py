@@ -9,6 +9,7 @@ import torch
 
 from engine.attention import choice, cpu, reference
 from engine.attention.device_clock import SecondsOf, seconds_on
+from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionBackend, AttentionCall
 from engine.attention.self_check import find_fault
 from engine.errors import ConfigError, KernelBuildError
@@ -90,6 +91,7 @@ def _fastest(
         except KernelBuildError as error:
             logger.info("attention: auto does without %s: %s", name, error)
         except Exception as error:
+            check_device(device)
             logger.warning("attention: auto does without %s: %r", name, error)
     if len(candidates) == 1:
         logger.info("attention: auto had nothing to measure: triton is the only one for this model here")
@@ -100,6 +102,7 @@ def _fastest(
         seconds_of = seconds_of or seconds_on(device)
         return candidates[choice.choose_fastest(backends, trials, seconds_of, choice.TOLERANCE[dtype])]
     except Exception as error:
+        check_device(device)
         logger.warning("attention: auto could not measure, and takes triton: %r", error)
         return triton
 

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from engine.attention.device_clock import SecondsOf
+from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, LayerShape
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ def choose_fastest(
                     continue
                 reason = f"its output differs from {first}'s by {error:.2g}, more than rounding ({tolerance})"
             except Exception as exception:
+                check_device(trial.metadata.segments.device)
                 reason = f"it failed in its trial: {exception!r}"
             logger.warning("attention: auto leaves out %s: %s", name, reason)
             del ratios[name]

@@ -36,6 +36,7 @@ _ISA_FLAGS = {
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_REPLAY_DECODES = True
+SKIPS_EMPTY_SEGMENTS = False
 
 
 def load_kernel() -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from engine.attention import triton_paged
+from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, to_device
 from engine.errors import KernelBuildError
 
@@ -76,6 +77,7 @@ def load_kernel(device: torch.device, calls: Sequence[AttentionCall], chunk_size
         for call in {call.kind: call for call in calls}.values():
             _attend_over_toy(device, call, chunk_size, dtype)
     except Exception as error:  # whatever its compiler, the driver and torch raise
+        check_device(device)
         reason = str(error).strip().splitlines() or [""]
         raise KernelBuildError(
             f"flashinfer {flashinfer.__version__} cannot run here: {type(error).__name__}: {reason[0]}; it compiles its "
@@ -88,6 +90,7 @@ class FlashInferAttention:
     """See AttentionBackend. For one thread and one stream at a time."""
 
     CAN_REPLAY_DECODES = True
+    SKIPS_EMPTY_SEGMENTS = False
 
     def __init__(self) -> None:
         self._plans: dict[_PlanKey, _Plan] = {}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from engine.attention.metadata import AttentionMetadata, AttentionParams
 
 CAN_REPLAY_DECODES = False
+SKIPS_EMPTY_SEGMENTS = False
 
 
 def write_kv(

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionMetadata, AttentionParams, to_device
 from engine.attention.tiling import MAX_SPLITS, SPLIT_STEP, Tiling, tile_decode_batch, tile_segments
 from engine.errors import KernelBuildError
@@ -23,9 +24,12 @@ from engine.errors import KernelBuildError
 IS_INTERPRETED: bool = triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_REPLAY_DECODES = True
+SKIPS_EMPTY_SEGMENTS = True
 
 # Rows (query row x query head of one KV head) of a tile: what the matrix units take at least.
 _MIN_ROWS = 16
+# Rows of a tile of a batch of prompts alone.
+_LONG_TILE_ROWS = 128
 # Programs that fill a processor, keys that a split has at least: tiles of single rows, which wait for memory, then others,
 # whose partial results are larger.
 _FEW_ROWS = (4, 2 * SPLIT_STEP)
@@ -56,6 +60,7 @@ def load_kernel(device: torch.device) -> str:
         write_kv(pools[0], pools[1], row, row, metadata)
         attend(row, pools[0], pools[1], metadata, AttentionParams(1.0)).cpu()
     except Exception as error:  # whatever triton, the compilers behind it and the driver raise
+        check_device(device)
         raise KernelBuildError(f"triton {triton.__version__} cannot run here: {error!r}") from error
     return "interpreted, for tests" if IS_INTERPRETED else f"triton {triton.__version__}"
 
@@ -114,8 +119,8 @@ def attend(
         raise ValueError("query and pools must have the same dtype")
     query = _with_dense_rows(query)
     block_k, block_v = max(16, _power_of_two(k_dim)), max(16, _power_of_two(v_dim))
-    max_rows = _rows_of_a_tile(query.dtype, max(block_k, block_v))
     group = num_heads // num_kv_heads
+    max_rows = _rows_of_a_tile(query.dtype, max(block_k, block_v), group * _shortest_segment(metadata))
     sharers = -(-group // max_rows)  # tiles that the heads of a KV head are spread over
     tile_heads = -(-group // sharers)
     num_head_tiles = num_kv_heads * sharers
@@ -210,11 +215,30 @@ def count_processors(device: torch.device) -> int:
     return 8
 
 
-def _rows_of_a_tile(dtype: torch.dtype, dim: int) -> int:
-    """As many as the registers hold. float32 is multiplied without the matrix units, which takes more of them."""
+def _rows_of_a_tile(dtype: torch.dtype, dim: int, shortest_rows: int) -> int:
+    """As many as the registers hold, and as are filled.
+
+    Half of what a tile reads of K and V comes from the second-level cache, so that twice the rows halve that traffic; in a
+    batch with decodes most rows of such a tile would be empty. float32 is multiplied without the matrix units, which takes
+    more registers. shortest_rows: rows of the shortest segment, over the query heads that share a KV head.
+    """
     if dtype == torch.float32:
         return _MIN_ROWS
+    if dim <= 128 and shortest_rows >= _LONG_TILE_ROWS:
+        return _LONG_TILE_ROWS
     return 64 if dim <= 256 else 32
+
+
+def _shortest_segment(metadata: AttentionMetadata) -> int:
+    """Rows of the shortest segment that has any; 1 if the host does not know them."""
+    if metadata.host_segments is None or metadata.is_decode_batch:
+        return 1
+    shortest: int | None = metadata.derived.get(_shortest_segment)
+    if shortest is None:
+        query_lens = metadata.host_segments[:, 1]
+        shortest = int(query_lens[query_lens > 0].min(initial=2**31 - 1))
+        metadata.derived[_shortest_segment] = shortest
+    return shortest
 
 
 def _keys_of_a_tile(dtype: torch.dtype, elements_per_key: int) -> int:

@@ -19,6 +19,7 @@ from engine.attention.metadata import AttentionMetadata, AttentionParams, LayerS
 from engine.errors import KernelBuildError
 
 CAN_REPLAY_DECODES = True
+SKIPS_EMPTY_SEGMENTS = False
 DTYPES = (torch.bfloat16, torch.float16)
 # What the FlashAttention 2 in torch demands of a page, and of a head.
 PAGE_MULTIPLE, HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 256, 8, 256

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from engine.attention.device_clock import SecondsOf, seconds_on
+from engine.attention.device_health import check_device
 from engine.core.plan import BlockCopy
 from engine.errors import ConfigError, KernelBuildError
+from engine.executor.cuda_copies import CopyMany, load_cuda_copies
 from engine.executor.kv_store import KVStore
 
 logger = logging.getLogger(__name__)
@@ -39,16 +43,44 @@ class BlockCopier(Protocol):
 
 
 class DmaCopier:
-    """A copy for each block, or, where whole blocks follow each other on both sides, for each row of them."""
+    """A copy for each block, or, if whole blocks follow each other on both sides, for each row of them.
+
+    copy_many: starts all copies of a call at once; None = torch's copies, one by one.
+    """
+
+    def __init__(self, copy_many: CopyMany | None = None) -> None:
+        self._copy_many = copy_many
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, copies: Sequence[BlockCopy], columns: slice) -> None:
-        if columns.stop - columns.start < source.shape[1]:
-            for copy in copies:
-                target[copy.target, columns].copy_(source[copy.source, columns], non_blocking=True)
+        is_whole = columns.stop - columns.start == source.shape[1]
+        runs = _runs(copies) if is_whole else [(index, 1) for index in range(len(copies))]
+        if self._copy_many is not None:
+            device = target.device if target.device.type == "cuda" else source.device
+            stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+            self._copy_many(*_addresses(target, source, copies, runs, columns), stream)
             return
-        for first, length in _runs(copies):
+        for first, length in runs:
             to, from_ = copies[first].target, copies[first].source
-            target[to : to + length].copy_(source[from_ : from_ + length], non_blocking=True)
+            target[to : to + length, columns].copy_(source[from_ : from_ + length, columns], non_blocking=True)
+
+
+def _addresses(
+    target: torch.Tensor,
+    source: torch.Tensor,
+    copies: Sequence[BlockCopy],
+    runs: Sequence[tuple[int, int]],
+    columns: slice,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each run of blocks goes, where it comes from, and its bytes, all int64 [number of runs]."""
+    itemsize = source.dtype.itemsize
+    rows = np.array([(copies[first].target, copies[first].source, length) for first, length in runs], np.int64)
+    to, from_, lengths = rows.reshape(-1, 3).T
+    offset = columns.start * itemsize
+    return (
+        target.data_ptr() + to * (target.stride(0) * itemsize) + offset,
+        source.data_ptr() + from_ * (source.stride(0) * itemsize) + offset,
+        lengths * ((columns.stop - columns.start) * itemsize),
+    )
 
 
 def _runs(copies: Sequence[BlockCopy]) -> list[tuple[int, int]]:
@@ -95,11 +127,15 @@ def columns_of(store: KVStore, layers: range) -> slice:
 def choose_copiers(
     option: str, gpu: KVStore, cpu: KVStore, seconds_of: SecondsOf | None = None
 ) -> tuple[BlockCopier, BlockCopier]:
-    """(for swap-ins, for swap-outs) by the option `swap_copies`: "dma", "kernel", or "auto": the copy engines, unless the
-    kernel is faster by more than it takes from the model. That is measured, on the tiers themselves, whose blocks nobody may
-    use yet. seconds_of: None = by the clock. Raises ConfigError where the kernel was asked for and cannot run."""
+    """The copier for swap-ins and the one for swap-outs.
+
+    option: `swap_copies`: "dma", "kernel", or "auto": the copy engines, unless the kernel is faster by more than it takes
+    from the model. That is measured on the tiers themselves, whose blocks are not in use yet. seconds_of: None = by the
+    clock. Raises ConfigError if the kernel was asked for and cannot run.
+    """
+    dma = DmaCopier(load_cuda_copies() if gpu.storage.device.type == "cuda" else None)
     if option == "dma" or min(gpu.num_blocks, cpu.num_blocks) == 0:
-        return DmaCopier(), DmaCopier()
+        return dma, dma
     try:
         kernel = _load_kernel(gpu, cpu)
     except KernelBuildError as error:
@@ -108,15 +144,15 @@ def choose_copiers(
                 f"swap_copies is 'kernel', but {error.message}; use 'dma'", param="swap_copies"
             ) from error
         logger.warning("swaps: by copy engines, whether or not a kernel would be faster; %s", error)
-        return DmaCopier(), DmaCopier()
+        return dma, dma
     if option == "kernel":
         return kernel(), kernel()
-    seconds_of = seconds_of or seconds_on(gpu.storage.device)
-    dma_s, kernel_s = (_measure(kind(), gpu, cpu, seconds_of) for kind in (DmaCopier, kernel))
+    seconds_of = seconds_of or seconds_on(gpu.storage.device, counts_launching=True)
+    dma_s, kernel_s = (_measure(copier, gpu, cpu, seconds_of) for copier in (dma, kernel()))
     copiers: list[BlockCopier] = []
     for way, by_dma_s, by_kernel_s in zip(("in", "out"), dma_s, kernel_s, strict=True):
         use_dma = by_dma_s <= by_kernel_s * MIN_KERNEL_GAIN
-        copiers.append(DmaCopier() if use_dma else kernel())
+        copiers.append(dma if use_dma else kernel())
         logger.info(
             "swaps %s: by %s, measured %.1f GB/s by copy engines and %.1f by the kernel (blocks of %.2f MiB)",
             way,
@@ -141,7 +177,10 @@ def _measure(copier: BlockCopier, gpu: KVStore, cpu: KVStore, seconds_of: Second
     def swap_out() -> None:
         copier.copy(cpu.storage, gpu.storage, copies, columns_of(gpu, range(num_layers)))
 
-    return seconds_of(swap_in), seconds_of(swap_out)
+    device = gpu.storage.device
+    # As swaps will be: the default stream takes no batches of copies.
+    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
+        return seconds_of(swap_in), seconds_of(swap_out)
 
 
 def _num_measured(gpu: KVStore, cpu: KVStore) -> int:
@@ -161,5 +200,6 @@ def _load_kernel(gpu: KVStore, cpu: KVStore) -> type[BlockCopier]:
         if gpu.storage.device.type == "cuda":
             torch.cuda.synchronize(gpu.storage.device)
     except Exception as error:  # whatever triton, the compilers behind it and the driver raise
+        check_device(gpu.storage.device)
         raise KernelBuildError(f"the copy kernel cannot run here: {error!r}") from error
     return KernelCopier

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from engine.attention.device_clock import SecondsOf, seconds_on
+from engine.attention.device_health import check_device
 from engine.executor.decode_graphs import CudaGraphMaker
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def compile_layers(
         if not reason and seconds_of is not None and not compiled_s < eager_s:
             reason = f"a decode step takes {compiled_s * 1e3:.2f} ms then, and {eager_s * 1e3:.2f} ms without"
     except Exception as failure:  # whatever the compilers and the model's code raise
+        check_device(expected[0].device)
         reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:MAX_REASON_CHARS]}"
     if reason:
         for layer in layers:
@@ -110,7 +112,7 @@ def recorded_seconds(device: torch.device) -> SecondsOf:
         try:
             return seconds_on(device)(CudaGraphMaker(device).capture(call).replay)
         except RuntimeError:
-            torch.cuda.synchronize(device)
+            check_device(device)
             return seconds_on(device)(call)
 
     return seconds_of

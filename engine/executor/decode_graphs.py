@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
+from engine.attention.device_health import check_device
 from engine.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -28,15 +29,26 @@ class Graph(Protocol):
 
 class GraphMaker(Protocol):
     def capture(self, run: Callable[[], torch.Tensor]) -> Graph:
-        """Record what `run` does on the device. Tensors that it reads keep their places; replays read what is in them then.
-        Raises RuntimeError where `run` does something that cannot be recorded, such as waiting for the device."""
+        """Record what `run` does on the device.
+
+        Tensors that it reads keep their places; replays read what is in them then. The graph keeps them alive. Raises
+        RuntimeError if `run` does something that cannot be recorded, such as waiting for the device, and DeviceFailedError
+        if the device is broken.
+        """
         ...
 
 
 class CudaGraph:
-    def __init__(self, graph: torch.cuda.CUDAGraph, output: torch.Tensor) -> None:
+    """A CUDA graph, and all that it reads.
+
+    run: the recorded function. CUDA knows addresses only: whatever `run` holds outside the graphs' pool (the tiling of the
+    attention, the places of the inputs) has to live as long as the graph does.
+    """
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, output: torch.Tensor, run: Callable[[], torch.Tensor]) -> None:
         self._graph = graph
         self.output = output
+        self._run = run
 
     def replay(self) -> None:
         self._graph.replay()
@@ -52,16 +64,19 @@ class CudaGraphMaker:
 
     def capture(self, run: Callable[[], torch.Tensor]) -> Graph:
         with torch.cuda.device(self._device):
-            run()  # compiles kernels and makes what they keep, which cannot be recorded
-            torch.cuda.synchronize(self._device)
             current = torch.cuda.current_stream(self._device)
             graph = torch.cuda.CUDAGraph()
             try:
+                run()  # compiles kernels and makes what they keep, which cannot be recorded
+                torch.cuda.synchronize(self._device)
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     output = run()
+            except RuntimeError:
+                check_device(self._device)
+                raise
             finally:
                 torch.cuda.set_stream(current)  # a recording that fails leaves its own
-        return CudaGraph(graph, output)
+        return CudaGraph(graph, output, run)
 
 
 def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:

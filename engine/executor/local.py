@@ -6,8 +6,9 @@ import ctypes
 import logging
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from engine.attention.metadata import AttentionBackend
 from engine.config import EngineConfig
 from engine.core.executor import PendingStep
 from engine.core.plan import StepPlan, StepResult
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DeviceFailedError, EngineStoppedError
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
 from engine.executor.kv_store import KVStore, block_bytes
 from engine.executor.memory import bytes_left_for_blocks, check_host_memory, out_of_memory_means, step_limits
@@ -78,6 +79,7 @@ class LocalExecutor:
         """Loads and allocates; blocking. group: of this rank, where the model is sharded. Raises ModelLoadError or
         ConfigError."""
         self._group = group
+        self._device_failure: DeviceFailedError | None = None
         num_threads = config.num_threads or available_cores()
         torch.set_num_threads(num_threads)
         # One thread for all steps, because torch's worker threads belong to the thread that started them.
@@ -149,18 +151,33 @@ class LocalExecutor:
         )
 
     def execute(self, plan: StepPlan) -> StepResult:
-        return self._runner.execute(plan)
+        with self._noting_failed_devices():
+            return self._runner.execute(plan)
 
     def submit(self, plan: StepPlan) -> PendingStep:
         self._thread.submit(self._runner.launch, plan)
-        return _SubmittedStep(self._thread, self._runner)
+        return _SubmittedStep(self._thread, self._complete)
 
     def note_sampled(self, token_ids: Sequence[int]) -> None:
         """On a rank that does not sample: what was sampled in the last step, before the next one."""
         self._runner.note_sampled(token_ids)
 
     def check_health(self) -> None:
-        """Whatever becomes of a step, the next one may go well."""
+        """Raise EngineStoppedError if a step has found the device broken; after any other failure the next may go well."""
+        if self._device_failure is not None:
+            raise EngineStoppedError(self._device_failure.message) from self._device_failure
+
+    def _complete(self) -> StepResult:
+        with self._noting_failed_devices():
+            return self._runner.complete()
+
+    @contextmanager
+    def _noting_failed_devices(self) -> Iterator[None]:
+        try:
+            yield
+        except DeviceFailedError as error:
+            self._device_failure = error
+            raise
 
     @property
     def placement(self) -> Placement:
@@ -210,12 +227,12 @@ class LocalExecutor:
 class _SubmittedStep:
     """The thread waits for it when its result is asked for: behind the launch of whatever was submitted meanwhile."""
 
-    def __init__(self, thread: ThreadPoolExecutor, runner: ModelRunner) -> None:
+    def __init__(self, thread: ThreadPoolExecutor, complete: Callable[[], StepResult]) -> None:
         self._thread = thread
-        self._runner = runner
+        self._complete = complete
 
     def result(self, timeout: float | None = None) -> StepResult:
-        return self._thread.submit(self._runner.complete).result(timeout)
+        return self._thread.submit(self._complete).result(timeout)
 
 
 def _device_name(device: torch.device) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 
+from engine.attention.device_health import check_device
 from engine.attention.interface import PagedAttention, attention_handled_by
 from engine.attention.metadata import AttentionBackend, AttentionMetadata
 from engine.core.executor import ComputationFailedError, SamplingFailedError
@@ -122,11 +123,16 @@ class ModelRunner:
             step.error = error
 
     def complete(self) -> StepResult:
-        """Wait for the oldest step that was launched, and for its copies, whatever happened. Raises what went wrong;
-        ComputationFailedError where all copies were made and brought what they should."""
+        """Wait for the oldest step that was launched, and for its copies, whatever happened.
+
+        Raises what went wrong: ComputationFailedError if all copies were made and brought what they should,
+        DeviceFailedError if no further step can be computed.
+        """
         step = self._launched[0]
         self._settle(step)
         del self._launched[0]
+        if step.copy_error is not None or step.error is not None:
+            check_device(self._loaded.device)
         if step.copy_error is not None:
             raise step.copy_error
         if step.error is not None and not step.failed_swap_ins:

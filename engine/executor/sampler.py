@@ -129,7 +129,10 @@ class SamplingBatch:
         looking at once. None = where looking would wait for the device. The tokens are the same."""
         if looks_later is None:
             looks_later = logits.device.type != "cpu"
-        return Draw(self, logits.float(), arrays, looks_later)
+        # The largest of half-precision logits needs no float32 copy of them, which takes a GPU as long as the search. A CPU
+        # is faster with it.
+        takes_maxima = not self.arrays and looks_later
+        return Draw(self, logits if takes_maxima else logits.float(), arrays, looks_later)
 
     def _add(self, name: str, values: Sequence[Any], dtype: type) -> None:
         if len(values) > 0:

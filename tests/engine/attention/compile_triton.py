@@ -95,7 +95,8 @@ def attend(dtype: torch.dtype, lengths: list[int], dim: int, chunk_size: int, pa
     num_tokens = sum(lengths)
     segments = torch.tensor([[0, n, n + 1000, i] for i, n in enumerate(lengths)], dtype=torch.int32)
     tables = torch.zeros(len(lengths), 64, dtype=torch.int32)
-    metadata = AttentionMetadata(torch.zeros(num_tokens, dtype=torch.long), segments, tables, chunk_size)
+    slots = torch.zeros(num_tokens, dtype=torch.long)
+    metadata = AttentionMetadata(slots, segments, tables, chunk_size, host_segments=segments.numpy())
     pool = torch.zeros(1, 4, chunk_size, dim, dtype=dtype)
     query, key = (torch.zeros(num_tokens, heads, dim, dtype=dtype).transpose(0, 1) for heads in (16, 4))
     triton_paged.write_kv(pool, pool, key, key, metadata)
@@ -119,6 +120,7 @@ def main() -> None:
         copy_blocks(15, slice(3, 10))
         attend(torch.bfloat16, [1, 1], 128, 32, AttentionParams(0.1))
         attend(torch.bfloat16, [100], 128, 32, AttentionParams(0.1))
+        attend(torch.bfloat16, [100, 1], 128, 32, AttentionParams(0.1))
         attend(torch.bfloat16, [100], 256, 5, AttentionParams(0.1, 512, 30.0, torch.zeros(16)))
     attend(torch.float32, [7], 80, 32, AttentionParams(0.1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from importlib.util import find_spec
 from itertools import accumulate
@@ -11,11 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.attention import device_clock
+from engine.attention.device_clock import seconds_on
 from engine.attention.metadata import LayerShape
 from engine.core.plan import BlockCopy
-from engine.errors import ConfigError
+from engine.errors import ConfigError, DeviceFailedError
 from engine.executor import block_copy
 from engine.executor.block_copy import DmaCopier, choose_copiers, layer_groups, max_group_layers
+from engine.executor.cuda_copies import CudaCopies
 from engine.executor.kv_store import KVStore
 
 needs_interpreter = pytest.mark.skipif(
@@ -57,6 +61,79 @@ def assert_copies_right(copier, seed: int, dtype: torch.dtype, num_columns: int)
 @settings(deadline=None, max_examples=50)
 def test_the_copy_engines_move_what_they_are_told(seed, num_columns):
     assert_copies_right(DmaCopier(), seed, torch.float32, num_columns)
+
+
+class FakeRuntime:
+    """CUDA's runtime library on host memory. Notes the number of copies of each call, and the batches' stream."""
+
+    def __init__(self, *, has_batches: bool) -> None:
+        self.calls: list[int] = []
+        self.extra_arguments: set[int] = set()
+        self.cudaMemcpyAsync = self._make(self._copy)
+        if has_batches:
+            self.cudaMemcpyBatchAsync = self._copy_batch
+
+    @staticmethod
+    def _make(function):
+        def call(*arguments):
+            return function(*arguments)
+
+        return call
+
+    def _copy(self, target, source, size, kind, stream) -> int:
+        assert kind == 4, "cudaMemcpyDefault"
+        self.calls.append(1)
+        ctypes.memmove(target, source, size)
+        return 0
+
+    def _copy_batch(self, targets, sources, sizes, count, attributes, first, num_attributes, *rest) -> int:
+        number = count.value
+        self.calls.append(number)
+        self.extra_arguments.add(len(rest))
+        assert (attributes._obj.source_access_order, first._obj.value, num_attributes.value) == (1, 0, 1)
+        arrays = [(ctypes.c_int64 * number).from_address(pointer.value) for pointer in (targets, sources, sizes)]
+        for target, source, size in zip(*arrays, strict=True):
+            ctypes.memmove(target, source, size)
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("has_batches", "is_before_13", "stream"), [(True, False, 7), (True, True, 7), (True, False, 0), (False, False, 7)]
+)
+def test_copies_by_address_move_what_they_are_told(has_batches, is_before_13, stream):
+    """In a batch if the library has them and the stream takes them; CUDA before 13 is told where to put what failed."""
+    runtime = FakeRuntime(has_batches=has_batches)
+    copies = CudaCopies(runtime, is_before_13=is_before_13)
+    copier = DmaCopier(lambda *arrays: copies(*arrays[:3], stream))
+    for seed in range(60):
+        assert_copies_right(copier, seed, (torch.float32, torch.bfloat16)[seed % 2], 1 + seed)
+    is_batched = has_batches and stream != 0
+    assert (max(runtime.calls) > 1) == is_batched
+    assert runtime.extra_arguments == ({2 if is_before_13 else 1} if is_batched else set())
+
+
+def test_a_copy_that_cannot_be_started_says_so():
+    class Failing(FakeRuntime):
+        def _copy(self, *_) -> int:
+            return 700
+
+    copies = CudaCopies(Failing(has_batches=False), is_before_13=False)
+    with pytest.raises(DeviceFailedError, match="error 700"):
+        assert_copies_right(DmaCopier(lambda *arrays: copies(*arrays[:3], 7)), 1, torch.float32, 3)
+
+
+def test_what_launching_takes_is_counted_once_more(monkeypatch):
+    """Launching that lasts for 3 s of 10 is 13; of what waits, the median of five."""
+    now = 0.0
+    monkeypatch.setattr(device_clock.time, "perf_counter", lambda: now)
+
+    def advance(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: advance(7))
+    assert seconds_on(torch.device("cuda"))(lambda: advance(3)) == 10
+    assert seconds_on(torch.device("cuda"), counts_launching=True)(lambda: advance(3)) == 13
 
 
 @needs_interpreter

@@ -4,7 +4,9 @@ whatever Python decided while it was recorded stays decided. As CUDA does, it re
 from __future__ import annotations
 
 import random
-from contextlib import ExitStack
+import weakref
+from contextlib import ExitStack, nullcontext
+from dataclasses import fields
 from importlib.util import find_spec
 from unittest.mock import patch
 
@@ -16,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from engine.attention.backend import choose_backend
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
-from engine.errors import ConfigError
-from engine.executor.decode_graphs import DecodeGraphs, bucket_sizes
+from engine.errors import ConfigError, DeviceFailedError
+from engine.executor.decode_graphs import CudaGraphMaker, DecodeGraphs, bucket_sizes
 from engine.executor.model_runner import ModelRunner
 from engine.executor.step_inputs import StepLimits
 from tests.nightly import nightly
@@ -96,6 +98,64 @@ def record(executor, max_num_seqs: int, backend: str = "cpu") -> RecordingMaker:
     maker = RerunningMaker() if backend == "triton" else RecordingMaker()
     executor._runner.capture_graphs(maker, bucket_sizes(max_num_seqs))
     return maker
+
+
+@pytest.fixture
+def cuda_calls(monkeypatch) -> None:
+    """What CudaGraphMaker calls in torch.cuda, without a device: a recording runs the function and keeps nothing of it."""
+    for name in ("graph", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    for name in ("CUDAGraph", "Stream", "graph_pool_handle", "synchronize", "current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: None)
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """All tensors in a value of dicts, sequences and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in tensors_of(item)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in tensors_of(item)]
+    names = [field.name for field in fields(value)] if hasattr(value, "__dataclass_fields__") else []
+    return [tensor for name in names for tensor in tensors_of(getattr(value, name))]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="its kernel is the one whose tiling a graph reads")
+def test_a_graph_keeps_alive_all_that_was_recorded(tiny_model, make_driver, options, cuda_calls):
+    """CUDA replays addresses: the memory of a tensor that only the recorded function held would be given to others."""
+    executor = make_driver(tiny_model("llama"), **options).executor
+    chosen = choose_backend("triton", torch.device("cpu"), torch.float32)
+    runner = ModelRunner(executor.loaded, executor.gpu_store, executor._swapper, chosen, StepLimits(4, 512, 60))
+    maker = CudaGraphMaker(torch.device("cpu"))
+    read: list[weakref.ref[torch.Tensor]] = []
+
+    class Watching:
+        def capture(self, run):
+            graph = maker.capture(run)
+            tensors, metadata = run.args
+            assert tensors_of(metadata.derived), "the backend derives a tiling"
+            read.extend(map(weakref.ref, tensors_of([tensors, metadata, metadata.derived])))
+            return graph
+
+    runner.capture_graphs(Watching(), (1, 2, 4))
+    assert read
+    assert all(reference() is not None for reference in read)
+
+
+def test_a_broken_device_is_not_taken_for_a_model_that_cannot_be_recorded(cuda_calls, monkeypatch):
+    """An illegal address is a RuntimeError, as is whatever a recording refuses; only the device can tell them apart."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def run() -> torch.Tensor:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", fail)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(DeviceFailedError, match=r"illegal memory access.*restart it"):
+        DecodeGraphs().capture(CudaGraphMaker(torch.device("cuda")), (1,), lambda size: run)
 
 
 def test_sizes_are_powers_of_two_then_steps_of_16_and_the_largest():

@@ -10,7 +10,8 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan, StepResult
-from engine.executor import local
+from engine.errors import DeviceFailedError, EngineStoppedError
+from engine.executor import local, model_runner
 from engine.executor.local import available_cores
 from tests.engine.interrupted_executor import InterruptedExecutor
 
@@ -120,3 +121,19 @@ def test_freed_activations_are_used_again():
     split the block that they free; from then on it has its place."""
     (num_faults,) = run_in_a_process_of_its_own(MEMORY)
     assert num_faults < 4096
+
+
+def test_a_step_that_breaks_the_device_is_the_last_one(executor, monkeypatch):
+    """Unlike any other fault: what comes after an illegal address fails, too, whoever asks for it."""
+
+    def fail(*_: object) -> None:
+        raise DeviceFailedError("cuda:0 failed; restart this process")
+
+    executor.check_health()
+    monkeypatch.setattr(model_runner, "check_device", fail)
+    monkeypatch.setattr(executor._runner._swapper, "begin", lambda plan: 1 / 0)
+    with pytest.raises(DeviceFailedError):
+        executor.submit(StepPlan(1, ())).result(60)
+    with pytest.raises(EngineStoppedError, match=r"cuda:0 failed; restart"):
+        executor.check_health()
+    executor.shutdown()

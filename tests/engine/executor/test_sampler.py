@@ -404,3 +404,13 @@ def test_a_stop_id_outside_the_vocabulary_bars_nothing():
     logits[:, 1] = 1.0
     states = [state(stop=(6,), temperature=0.0, min_tokens=5, num_prompt=3), state(temperature=0.0)]
     assert chosen(logits, states) == [1, 1]
+
+
+def test_the_largest_of_half_precision_logits_is_that_of_their_floats():
+    """Ties included, of which bfloat16 has many."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(40, 5000, generator=generator).bfloat16()
+    batch = sampler.SamplingBatch([state(temperature=0.0) for _ in range(40)], 5000)
+    assert batch.arrays == {}
+    draws = [batch.draw(values, {}, looks_later=True) for values in (logits, logits.float())]
+    assert torch.equal(draws[0].token_ids, draws[1].token_ids)
