@@ -82,7 +82,9 @@ def test_integers_stand_for_floats_as_yaml_gives_them():
 
 
 def test_an_unknown_option_is_refused_and_the_known_ones_are_told():
-    with pytest.raises(ConfigError, match=r"unknown option 'chunksize'; known are .*chunk_size") as error:
+    with pytest.raises(
+        ConfigError, match=r"unknown option 'chunksize'; did you mean 'chunk_size'\? Known are .*chunk_size"
+    ) as error:
         EngineConfig.from_options({"model": "embedded", "chunksize": 16})
     assert error.value.param == "chunksize"
 
