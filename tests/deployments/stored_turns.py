@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from deployments.conversation_store import ConversationStore
 from deployments.store_database import Database
 from deployments.store_schema import conversations, items, responses, tenant_usage, transcripts
-from deployments.store_usage import Usage
+from deployments.store_usage import ROW_BYTES, Usage
 from deployments.store_values import Item, NewItem, NewResponse, Outcome, StoreError
 from engine.core.conversation import Transcript
 
@@ -84,7 +84,7 @@ async def _count_rows(connection: AsyncConnection) -> list[int]:
             else:
                 tenant, long = tenant_of[row.response_id], [row.token_ids, row.text, row.anchors]
             lengths = [len(x if isinstance(x, bytes) else json.dumps(x, separators=(",", ":"))) for x in long]
-            counted[tenant] = counted.get(tenant, Usage()) + Usage(1, 1024 + sum(lengths))
+            counted[tenant] = counted.get(tenant, Usage()) + Usage(1, ROW_BYTES + sum(lengths))
     booked = {row.tenant: Usage(row.num_rows, row.num_bytes) for row in await connection.execute(select(tenant_usage))}
     assert {tenant: usage for tenant, usage in booked.items() if usage != Usage()} == counted
     return [len(rows) for rows in found]

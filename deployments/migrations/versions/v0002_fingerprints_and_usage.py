@@ -8,20 +8,20 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 
-# As deployments/store_usage.py counts: for each row 1,024 bytes, and the lengths of its long columns.
+# As deployments/store_usage.py counts: for each row 512 bytes, and the lengths of its long columns.
 COUNT = """
 INSERT INTO tenant_usage (tenant, num_rows, num_bytes)
 SELECT tenant, SUM(num_rows), SUM(num_bytes) FROM (
-    SELECT tenant, COUNT(*) AS num_rows, SUM(1024 + LENGTH(metadata)) AS num_bytes
+    SELECT tenant, COUNT(*) AS num_rows, SUM(512 + LENGTH(metadata)) AS num_bytes
     FROM conversations GROUP BY tenant
     UNION ALL
-    SELECT tenant, COUNT(*), SUM(1024 + LENGTH(params) + COALESCE(LENGTH(instructions), 0))
+    SELECT tenant, COUNT(*), SUM(512 + LENGTH(params) + COALESCE(LENGTH(instructions), 0))
     FROM responses GROUP BY tenant
     UNION ALL
-    SELECT responses.tenant, COUNT(*), SUM(1024 + LENGTH(token_ids) + LENGTH(text) + LENGTH(anchors))
+    SELECT responses.tenant, COUNT(*), SUM(512 + LENGTH(token_ids) + LENGTH(text) + LENGTH(anchors))
     FROM transcripts JOIN responses ON responses.id = transcripts.response_id GROUP BY responses.tenant
     UNION ALL
-    SELECT COALESCE(responses.tenant, conversations.tenant), COUNT(*), SUM(1024 + LENGTH(body))
+    SELECT COALESCE(responses.tenant, conversations.tenant), COUNT(*), SUM(512 + LENGTH(body))
     FROM items
     LEFT JOIN responses ON responses.id = items.response_id
     LEFT JOIN conversations ON conversations.id = items.conversation_id
