@@ -55,23 +55,20 @@ class Transcript:
         for index in reversed(range(bisect_right(ends, same, key=lambda end: end[1]))):
             num_tokens, num_chars = ends[index]
             if text.startswith(cut_texts, num_chars):
-                num_computed = min(num_tokens, len(self.token_ids) - 1)
-                return TranscriptMatch(self.token_ids[:num_tokens], num_chars, ends[:index], num_computed)
+                return TranscriptMatch(self.token_ids[:num_tokens], num_chars, ends[:index])
         return NO_MATCH
 
 
 @dataclass(frozen=True, slots=True)
 class TranscriptMatch:
-    """The first `num_chars` characters of a prompt are known to be `token_ids`; `anchors` are the cuts before that one.
-    num_computed: how many of them have been through the model; the last token of an answer never was."""
+    """The first `num_chars` characters of a prompt are known to be `token_ids`; `anchors` are the cuts before that one."""
 
     token_ids: array[int]
     num_chars: int
     anchors: tuple[tuple[int, int], ...]
-    num_computed: int
 
 
-NO_MATCH = TranscriptMatch(array("I"), 0, (), 0)
+NO_MATCH = TranscriptMatch(array("I"), 0, ())
 
 
 def common_prefix_len(a: str | array[int], b: str | array[int]) -> int:
@@ -111,11 +108,6 @@ class Conversation:
         ]
         return max(matches, key=lambda match: match.num_chars, default=NO_MATCH)
 
-    def match_tokens(self, token_ids: array[int]) -> int:
-        """How many leading tokens have been through the model in this conversation."""
-        shared = (min(common_prefix_len(b.token_ids, token_ids), len(b.token_ids) - 1) for b in self.branches)
-        return max(shared, default=0)
-
     def record_turn(
         self, prompt: Transcript, output_token_ids: Sequence[int], output_text: str, cut_tokens: Mapping[int, str]
     ) -> Transcript:
@@ -153,10 +145,6 @@ class ConversationTable:
         """See Conversation.match_text."""
         conversation = self._conversations.get(conversation_id)
         return NO_MATCH if conversation is None else conversation.match_text(text, fingerprint, self._cut_texts)
-
-    def match_tokens(self, conversation_id: str, token_ids: array[int]) -> int:
-        conversation = self._conversations.get(conversation_id)
-        return 0 if conversation is None else conversation.match_tokens(token_ids)
 
     def record_turn(
         self, conversation_id: str, prompt: Transcript, output_token_ids: Sequence[int], output_text: str
