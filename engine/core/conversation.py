@@ -48,6 +48,16 @@ class Transcript:
         rows = sys.getsizeof(self.token_ids) + sys.getsizeof(self.text)
         return BRANCH_BYTES + rows + ANCHOR_BYTES * len(self.anchors)
 
+    def continues(self, old: Transcript, cut_tokens: Mapping[int, str]) -> bool:
+        """Whether whatever goes on from `old` is found here, too: also the end of its answer, which is not a place to go on
+        from where a longer answer has the same beginning."""
+        is_ended = (
+            bool(old.anchors) and old.anchors[-1][0] == len(old.token_ids) - 1 and old.token_ids[-1] in cut_tokens
+        )
+        answer_end = old.anchors[-1] if is_ended else (len(old.token_ids), len(old.text))
+        ends = (*self.anchors, (len(self.token_ids), len(self.text)))
+        return answer_end in ends and self.token_ids[: len(old.token_ids)] == old.token_ids
+
     def match_text(self, text: str, cut_texts: tuple[str, ...]) -> TranscriptMatch:
         """What of `text` is known up to the last place that both have, if `text` goes on there with one of `cut_texts`."""
         same = common_prefix_len(self.text, text)
@@ -121,7 +131,7 @@ class Conversation:
         elif end is not None:  # it is in no text: the client could not send it again
             token_ids.pop()
         branch = Transcript(token_ids, text, anchors, prompt.fingerprint)
-        kept = [old for old in self.branches if branch.token_ids[: len(old.token_ids)] != old.token_ids]
+        kept = [old for old in self.branches if not branch.continues(old, cut_tokens)]
         self.branches = (*kept, branch)[-MAX_BRANCHES:]
         return branch
 

@@ -145,6 +145,16 @@ def test_a_continuation_replaces_its_branch_and_a_departure_adds_one():
     assert match(conversation, "<u>hi<a>yes sir<e><u>m<a>no<u>").token_ids == expected
 
 
+@pytest.mark.parametrize("end", [("yes sir", [20, 21]), ("yes sir<e>", [20, 21, 3]), ("yes sir!", [20, 21, 22])])
+def test_a_longer_answer_with_the_same_beginning_does_not_replace_the_shorter_one(end):
+    """As when one client asked for fewer tokens than another."""
+    conversation = Conversation("c")
+    record(conversation, PROMPT, [20], "yes")
+    record(conversation, PROMPT, end[1], end[0])
+    assert match(conversation, "<u>hi<a>yes<e>\n").token_ids == ids(1, 10, 2, 20)
+    assert match(conversation, "<u>hi<a>yes sir" + "!" * ("!" in end[0]) + "<e>\n").num_chars > 14
+
+
 def test_the_longest_match_of_all_branches_wins():
     conversation = Conversation("c")
     for answer in ["no", "yes sir", "yes"]:
@@ -184,7 +194,7 @@ def test_the_table_forgets_the_least_recently_used_conversation():
 def test_the_table_counts_a_replaced_branch_once():
     conversations, single = table(), table()
     conversations.record_turn("a", PROMPT, [7], "ok")
-    longer = Transcript(ids(1, 10, 2, 7, 9), "<u>hi<a>ok!", (), "made by this")
+    longer = Transcript(ids(1, 10, 2, 7, 1, 9), "<u>hi<a>ok<u>!", ((2, 5), (4, 10)), "made by this")
     conversations.record_turn("a", longer, [8], "?")
     single.record_turn("a", longer, [8], "?")
     assert conversations.num_bytes == single.num_bytes
