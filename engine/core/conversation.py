@@ -8,7 +8,8 @@ Which ids a prompt has depends on its text and on which parts of it the model ge
   which it works apart. From the cut on the prompt is tokenised again.
 - *An answer* keeps the ids that the model generated if the prompt goes on with all of its text, right behind the very text
   that it answered, and then with such a token. Anything else is text that a client wrote: an answer that was edited or cut
-  short, and the text of a completion that is typed further.
+  short, and the text of a completion that is typed further. If one text is remembered both ways, written by a client and
+  given by the model, the longest remembered beginning of the prompt decides.
 """
 
 from __future__ import annotations
