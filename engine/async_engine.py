@@ -155,13 +155,13 @@ class AsyncEngine:
         known_id = conversation_id if beginning is None else None
         try:
             if isinstance(prompt, TokenPrompt):
-                transcript, num_history = self._check_token_ids(prompt, conversation_id)
+                transcript, is_known = self._check_token_ids(prompt), False
             elif prompt.num_chars > MAX_INLINE_CHARS:
                 # A long prompt takes long to tokenise, and meanwhile the loop has others to serve.
                 work = partial(self._tokenize, prompt, known_id, history, room)
-                transcript, num_history = await self._tokenizer_pool.run(work, tenant, prompt.num_chars)
+                transcript, is_known = await self._tokenizer_pool.run(work, tenant, prompt.num_chars)
             else:
-                transcript, num_history = self._tokenize(prompt, known_id, history, room)
+                transcript, is_known = self._tokenize(prompt, known_id, history, room)
         except ContextLengthError as error:
             error.param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
             raise
@@ -201,7 +201,7 @@ class AsyncEngine:
                     delta = merge_deltas(deltas)
                     if is_first and return_prompt_token_ids:
                         delta = replace(delta, prompt_token_ids=tuple(transcript.token_ids))
-                    if is_first and num_history and transcript.text:
+                    if is_first and is_known:
                         delta = replace(delta, prompt_transcript=transcript)
                     is_first = False
                     is_finished = delta.finish_reason is not None
@@ -262,8 +262,8 @@ class AsyncEngine:
 
     def _tokenize(
         self, prompt: ChatPrompt | TextPrompt, conversation_id: str | None, history: Transcript | None, room: int
-    ) -> tuple[Transcript, int]:
-        """The prompt as token ids, and how many of them earlier turns of the conversation know. Any thread may call it.
+    ) -> tuple[Transcript, bool]:
+        """The prompt as token ids, and whether earlier turns of the conversation gave some of them. Any thread may call it.
 
         room: how many tokens a prompt is to have that can be shortened. Raises ContextLengthError for one that does not fit
         the window, before anything is tokenised if that is clear."""
@@ -286,7 +286,7 @@ class AsyncEngine:
 
     def _encode_chat(
         self, prompt: ChatPrompt, conversation_id: str | None, history: Transcript | None, max_tokens: int
-    ) -> tuple[Transcript, int]:
+    ) -> tuple[Transcript, bool]:
         if len(prompt.messages) > max_tokens:  # each has a token at least
             raise ContextLengthError(
                 f"the context window is {max_tokens} tokens, but the prompt has {len(prompt.messages)} messages; "
@@ -297,7 +297,7 @@ class AsyncEngine:
 
     def _encode(
         self, text: str, conversation_id: str | None, history: Transcript | None, max_tokens: int, *, is_chat: bool
-    ) -> tuple[Transcript, int]:
+    ) -> tuple[Transcript, bool]:
         tokenizer, known = self._tokenizer, NO_MATCH
         fingerprint = tokenizer.fingerprint if is_chat else tokenizer.text_fingerprint
         if conversation_id is not None:
@@ -307,20 +307,16 @@ class AsyncEngine:
             if told.num_chars > known.num_chars and max(told.token_ids) < self._vocab_size:
                 known = told
         transcript = tokenizer.encode_prompt(text, known, is_chat=is_chat, max_tokens=max_tokens)
-        return transcript, known.num_computed
+        return transcript, known.num_chars > 0
 
-    def _check_token_ids(self, prompt: TokenPrompt, conversation_id: str | None) -> tuple[Transcript, int]:
-        """As _tokenize."""
+    def _check_token_ids(self, prompt: TokenPrompt) -> Transcript:
+        """Raises ContextLengthError or InvalidParameterError."""
         if len(prompt.token_ids) > self.max_model_len:
             raise ContextLengthError(
                 f"the context window is {self.max_model_len} tokens, but the prompt has {len(prompt.token_ids)}; shorten it"
             )
         self._check_vocabulary(prompt.token_ids, "prompt")
-        token_ids = array("I", prompt.token_ids)
-        num_history = 0
-        if conversation_id is not None:
-            num_history = self._conversations.match_tokens(conversation_id, token_ids)
-        return Transcript(token_ids, ""), num_history
+        return Transcript(array("I", prompt.token_ids), "")
 
     def _check_vocabulary(self, token_ids: Sequence[int], param: str) -> None:
         for token_id in token_ids:

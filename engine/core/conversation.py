@@ -8,7 +8,8 @@ Which ids a prompt has depends on its text and on which parts of it the model ge
   which it works apart. From the cut on the prompt is tokenised again.
 - *An answer* keeps the ids that the model generated if the prompt goes on with all of its text, right behind the very text
   that it answered, and then with such a token. Anything else is text that a client wrote: an answer that was edited or cut
-  short, and the text of a completion that is typed further.
+  short, and the text of a completion that is typed further. If one text is remembered both ways, written by a client and
+  given by the model, the longest remembered beginning of the prompt decides.
 """
 
 from __future__ import annotations
@@ -48,6 +49,16 @@ class Transcript:
         rows = sys.getsizeof(self.token_ids) + sys.getsizeof(self.text)
         return BRANCH_BYTES + rows + ANCHOR_BYTES * len(self.anchors)
 
+    def continues(self, old: Transcript, cut_tokens: Mapping[int, str]) -> bool:
+        """Whether whatever goes on from `old` is found here, too: also the end of its answer, which is not a place to go on
+        from where a longer answer has the same beginning."""
+        is_ended = (
+            bool(old.anchors) and old.anchors[-1][0] == len(old.token_ids) - 1 and old.token_ids[-1] in cut_tokens
+        )
+        answer_end = old.anchors[-1] if is_ended else (len(old.token_ids), len(old.text))
+        ends = (*self.anchors, (len(self.token_ids), len(self.text)))
+        return answer_end in ends and self.token_ids[: len(old.token_ids)] == old.token_ids
+
     def match_text(self, text: str, cut_texts: tuple[str, ...]) -> TranscriptMatch:
         """What of `text` is known up to the last place that both have, if `text` goes on there with one of `cut_texts`."""
         same = common_prefix_len(self.text, text)
@@ -55,23 +66,20 @@ class Transcript:
         for index in reversed(range(bisect_right(ends, same, key=lambda end: end[1]))):
             num_tokens, num_chars = ends[index]
             if text.startswith(cut_texts, num_chars):
-                num_computed = min(num_tokens, len(self.token_ids) - 1)
-                return TranscriptMatch(self.token_ids[:num_tokens], num_chars, ends[:index], num_computed)
+                return TranscriptMatch(self.token_ids[:num_tokens], num_chars, ends[:index])
         return NO_MATCH
 
 
 @dataclass(frozen=True, slots=True)
 class TranscriptMatch:
-    """The first `num_chars` characters of a prompt are known to be `token_ids`; `anchors` are the cuts before that one.
-    num_computed: how many of them have been through the model; the last token of an answer never was."""
+    """The first `num_chars` characters of a prompt are known to be `token_ids`; `anchors` are the cuts before that one."""
 
     token_ids: array[int]
     num_chars: int
     anchors: tuple[tuple[int, int], ...]
-    num_computed: int
 
 
-NO_MATCH = TranscriptMatch(array("I"), 0, (), 0)
+NO_MATCH = TranscriptMatch(array("I"), 0, ())
 
 
 def common_prefix_len(a: str | array[int], b: str | array[int]) -> int:
@@ -111,11 +119,6 @@ class Conversation:
         ]
         return max(matches, key=lambda match: match.num_chars, default=NO_MATCH)
 
-    def match_tokens(self, token_ids: array[int]) -> int:
-        """How many leading tokens have been through the model in this conversation."""
-        shared = (min(common_prefix_len(b.token_ids, token_ids), len(b.token_ids) - 1) for b in self.branches)
-        return max(shared, default=0)
-
     def record_turn(
         self, prompt: Transcript, output_token_ids: Sequence[int], output_text: str, cut_tokens: Mapping[int, str]
     ) -> Transcript:
@@ -129,7 +132,7 @@ class Conversation:
         elif end is not None:  # it is in no text: the client could not send it again
             token_ids.pop()
         branch = Transcript(token_ids, text, anchors, prompt.fingerprint)
-        kept = [old for old in self.branches if branch.token_ids[: len(old.token_ids)] != old.token_ids]
+        kept = [old for old in self.branches if not branch.continues(old, cut_tokens)]
         self.branches = (*kept, branch)[-MAX_BRANCHES:]
         return branch
 
@@ -153,10 +156,6 @@ class ConversationTable:
         """See Conversation.match_text."""
         conversation = self._conversations.get(conversation_id)
         return NO_MATCH if conversation is None else conversation.match_text(text, fingerprint, self._cut_texts)
-
-    def match_tokens(self, conversation_id: str, token_ids: array[int]) -> int:
-        conversation = self._conversations.get(conversation_id)
-        return 0 if conversation is None else conversation.match_tokens(token_ids)
 
     def record_turn(
         self, conversation_id: str, prompt: Transcript, output_token_ids: Sequence[int], output_text: str

@@ -119,6 +119,7 @@ def test_a_prompt_has_the_tokens_of_a_fresh_session_but_for_the_answers_that_it_
     chats: list[list[tuple[str, str]]] = [[]]
     prefixes = [""]
     for mode, of, edit, place, said, answer, ends in turns:
+        answer += "~"  # no client writes by itself what the model says at the same place before or after
         if mode == "text":
             text = prefixes[of % len(prefixes)]
             if edit not in ("go on", "again"):

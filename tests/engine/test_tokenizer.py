@@ -44,7 +44,7 @@ def test_only_what_is_not_known_is_tokenised(tokenizer):
     text = tokenizer.render_chat(CHAT)
     cut = text.index("<|assistant|>")
     strange = array("I", [9, 8, 7])
-    known = TranscriptMatch(strange, cut, ((1, 4),), num_computed=2)
+    known = TranscriptMatch(strange, cut, ((1, 4),))
     prompt = encode(tokenizer, text, known)
     assert prompt.token_ids[:3] == strange
     assert prompt.token_ids[3:] == encode(tokenizer, text[cut:]).token_ids
