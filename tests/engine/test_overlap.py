@@ -203,9 +203,10 @@ async def test_what_an_abandoned_request_said_is_remembered_up_to_its_last_token
         await ask(engine, CAT, sampling, "a", "s")
     whole = await ask(engine, CAT, sampling, "b")
     (branch,) = engine._conversations._conversations["local\ns"].branches
-    num_prompt, num_chars = branch.anchors[-1]
-    assert tuple(branch.token_ids[num_prompt:]) == whole.token_ids[:5]
-    assert branch.text[num_chars:] == engine._tokenizer.decode(whole.token_ids[:5])
+    prompt = engine._tokenizer.render_chat(CAT.messages)
+    num_prompt_tokens = whole.num_prompt_tokens
+    assert tuple(branch.token_ids[num_prompt_tokens:]) == whole.token_ids[:5]
+    assert branch.text == prompt + engine._tokenizer.decode(whole.token_ids[:5])
 
 
 # -- what runs beside a step -------------------------------------------------------------------------------------------
