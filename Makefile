@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: serve test test-all lint install clean
+.PHONY: serve test test-others test-ray test-computing lint install clean
 
 # The last step builds the attention kernel, in half a minute; without a C++ compiler it says so and goes on.
 $(INSTALLED): pyproject.toml constraints.txt engine/attention/paged_cpu.cpp
@@ -20,10 +20,21 @@ install: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/python -m deployments.run serve_config.yaml
 
-# Two at a time; those that start a Ray cluster want the machine for it.
+# Those that compute and wait for nobody run beside those that start a Ray cluster, which mostly wait, and give way to them.
+COMPUTING := tests/engine/core tests/engine/attention tests/engine/test_two_tiers.py tests/engine/test_equivalence.py tests/test_gpu_benchmark.py
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m "not ray"
+	$(MAKE) test-others
+	$(MAKE) --jobs 2 --output-sync=line test-ray test-computing
+
+test-others:
+	$(BIN)/python -m pytest -n 2 -m "not ray" $(COMPUTING:%=--ignore=%)
+
+test-ray:
 	$(BIN)/python -m pytest -m ray
+
+test-computing:
+	nice -n 19 $(BIN)/python -m pytest -q $(COMPUTING)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

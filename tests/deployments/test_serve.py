@@ -426,8 +426,10 @@ async def test_clients_that_leave_leave_nothing_behind(
             path, body = "/v1/chat/completions", chat(text, max_tokens=1000, **stream)
         else:
             path, body = "/v1/responses", {"input": text, "max_output_tokens": 1000, **stream}
+        # Certificates, which are not used here, take 40 ms to load.
+        leaver = httpx.AsyncClient(base_url=base_url, verify=False)
         with contextlib.suppress(TimeoutError, httpx.TransportError):
-            async with asyncio.timeout(rng.uniform(0, 0.3)), httpx.AsyncClient(base_url=base_url) as leaver:
+            async with asyncio.timeout(rng.uniform(0, 0.3)), leaver:
                 response = await leaver.post(path, json=body, headers=headers)
                 assert response.status_code == 429, "that was too fast to be told anything by"
 
