@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ModelLoadError
-from engine.paths import cache_folder
+from engine.paths import cache_folder, private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def converted(file: Path) -> Path:
     folder = cache_folder() / "models" / f"{file.stem}-{_identity(file)}"
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(folder.parent)
     with FileLock(folder.with_suffix(".lock")):  # replicas of one machine start at the same time
         if not folder.exists():
             logger.info("%s is converted to a checkpoint, once; takes 20 s or more", file.name)
