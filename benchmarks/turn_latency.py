@@ -19,7 +19,7 @@ from machine import RESULTS, write_result
 
 from engine.compare import Comparison, compare_modes, format_table, plot_comparison
 from engine.core.request import SamplingParams
-from engine.executor.model_loader import model_location
+from engine.model_files import model_location
 
 WORDS = "my cat dog house garden is in Paris London red blue green and the code of bike called Mia Tom lives"
 NUM_OUTPUT_TOKENS = 16

@@ -44,7 +44,7 @@ from engine.errors import (
 )
 from engine.executor.group import make_executor
 from engine.executor.local import LocalExecutor
-from engine.executor.model_loader import default_model_name, model_location
+from engine.model_files import default_model_name, model_location
 from engine.output import OutputDelta, merge_deltas
 from engine.output_processor import OutputProcessor, Stream
 from engine.profile import load_cost_model

@@ -21,13 +21,13 @@ from engine.attention.comparison import Comparison, NoOwnAttentionError, compare
 from engine.attention.interface import ATTENTION_NAME, ShapeProbe, attention_handled_by
 from engine.attention.metadata import AttentionCall, LayerShape
 from engine.config import EngineConfig
-from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds
 from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fingerprint_weights
 from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
 from engine.executor.process_group import ProcessGroup
 from engine.executor.sharding import is_own, local_part, localize, make_plan, num_local_bytes
+from engine.model_files import model_location
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +60,6 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     fingerprint: str
     has_compiled_layers: bool = False
-
-
-def model_location(model: str) -> str:
-    """What transformers' loaders take for the option `model`."""
-    return str(embedded_model_path()) if model == "embedded" else model
-
-
-def default_model_name(model: str) -> str:
-    """The name that clients use unless one is configured: a folder's last part, a hub id as it is."""
-    if model == "embedded":
-        return EMBEDDED_MODEL_NAME
-    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def choose_device(option: str) -> torch.device:

