@@ -16,9 +16,12 @@ from engine.tenant import LOCAL_TENANT, Tenant
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One turn. stream: deltas as they come; else one delta with the whole answer. request_id is unique among
-    running requests. history, beginning: see AsyncEngine.generate. begun_by: the model that said the beginning; another one
-    does not go on from there. returns_transcript: the last delta is to bring what was said, for whoever keeps it."""
+    """One turn.
+
+    stream: deltas as they come; else one delta with the whole answer. request_id is unique among running requests. history,
+    beginning: see AsyncEngine.generate. begun_by: AsyncEngine.identity of the engine that said the beginning; one of another
+    identity does not go on from there. returns_transcript: the last delta is to bring what was said.
+    """
 
     request_id: str
     session_id: str

@@ -69,7 +69,6 @@ class LLMServer:
         """Blocking. Raises EngineStartError; Serve tries again, keeps the replicas that it has, and tells the reason."""
         self._is_started = False
         self._config = config
-        self._model = f"{config.model} {config.dtype}"
         self._stream_interval_s = stream_interval_s
         self._num_speaking = 0
         log_engine_with_serve()
@@ -105,7 +104,7 @@ class LLMServer:
         """The answer as DeltaItems, or what was got of it and an ErrorItem. Closing or cancelling aborts the
         request."""
         rank = self.replica_rank()
-        if request.beginning is not None and request.begun_by != self._model:
+        if request.beginning is not None and request.begun_by != self._engine.identity:
             yield ErrorItem.from_error(ModelReplacedError("a deploy replaced the model during this answer; ask again"))
             return
         answer = self._engine.generate(
@@ -125,11 +124,11 @@ class LLMServer:
                 if request.stream:
                     async with aclosing(self._coalesced(deltas)) as coalesced:
                         async for delta in coalesced:
-                            yield DeltaItem(_for_travel(delta, request), rank, self._model)
+                            yield DeltaItem(_for_travel(delta, request), rank, self._engine.identity)
                 else:
                     whole = merge_deltas([delta async for delta in deltas])
                     whole = replace(whole, prompt_transcript=None)  # nothing of it will be resumed
-                    yield DeltaItem(_for_travel(whole, request), rank, self._model)
+                    yield DeltaItem(_for_travel(whole, request), rank, self._engine.identity)
         except PensieveError as error:
             yield ErrorItem.from_error(error)
         except Exception:

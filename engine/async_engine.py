@@ -87,6 +87,9 @@ class AsyncEngine:
         self._is_overlapped = (
             loaded.device.type != "cpu" if config.async_scheduling is None else config.async_scheduling
         )
+        # Equal for two engines of which one may go on with an answer that the other has begun: its ids mean the same, and it
+        # is the same model, in whatever dtype and by whatever version of the code.
+        self.identity = f"{config.model} {self._tokenizer.fingerprint}"
         self._vocab_size = loaded.vocab_size
         self._bytes_per_block = executor.bytes_per_block
         eos_token_id = self._tokenizer.eos_token_id

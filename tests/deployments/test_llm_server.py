@@ -30,7 +30,6 @@ from engine.tenant import Tenant
 
 SECRET = "the prompt"
 CONFIG = EngineConfig(max_num_seqs=96, max_num_queued_reqs=32)
-MODEL = f"{CONFIG.model} {CONFIG.dtype}"
 TRANSCRIPT = Transcript(array("I", [7, 8]), "said")
 
 
@@ -38,6 +37,7 @@ class FakeEngine:
     """Has AsyncEngine's face. Says `num_tokens` tokens as fast as it is asked, then raises `error` or ends."""
 
     model_name = "tiny"
+    identity = "tiny's weights and tokenizer"
     max_model_len = 100
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ def request(*, stream: bool, returns_transcript: bool = False) -> GenerationRequ
         return_prompt_token_ids=True,
         tenant=Tenant("t", 2.0),
         beginning=AnswerBeginning((1,), 1),
-        begun_by=MODEL,
+        begun_by=FakeEngine.identity,
         returns_transcript=returns_transcript,
     )
 
