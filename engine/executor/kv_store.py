@@ -9,16 +9,14 @@ copy; within it layer by layer, K before V:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from engine.attention.metadata import LayerShape, to_device
 from engine.core.plan import BlockCopy
 from engine.errors import ConfigError
-
-# cudaHostRegisterPortable and cudaHostRegisterMapped: pinned for every device of the process, and kernels may use it.
-PORTABLE_AND_MAPPED = 1 | 2
+from engine.executor.host_pages import map_pages, pin_pages
 
 
 def block_bytes(layers: Sequence[LayerShape], chunk_size: int, dtype: torch.dtype) -> int:
@@ -43,21 +41,24 @@ class KVStore:
         ConfigError if so much host memory cannot be had, or pinned."""
         self.num_blocks = num_blocks
         self.chunk_size = chunk_size
-        numel = sum(layer.numel_per_token for layer in layers) * chunk_size
-        try:
-            self.storage = torch.empty(num_blocks, numel, dtype=dtype, device=device)
-        except RuntimeError as error:
-            if device.type != "cpu":  # torch.OutOfMemoryError, which others explain
-                raise
-            num_gib = num_blocks * block_bytes(layers, chunk_size, dtype) / 2**30
-            raise ConfigError(
-                f"{num_gib:.1f} GiB of host memory cannot be had for a tier of {num_blocks} blocks; lower gpu_memory_gib or "
-                "num_gpu_blocks (GPU tier, on a CPU), or kv_offloading_size or num_cpu_blocks (CPU tier)",
-                param="kv_offloading_size",
-            ) from error
-        self._is_pinned = False
-        if pin_memory and num_blocks > 0:
-            self._pin()
+        shape = (num_blocks, sum(layer.numel_per_token for layer in layers) * chunk_size)
+        self._unpin: Callable[[], object] | None = None
+        if device.type != "cpu" or 0 in shape:
+            self.storage = torch.empty(shape, dtype=dtype, device=device)
+        else:
+            num_bytes = num_blocks * block_bytes(layers, chunk_size, dtype)
+            try:
+                pages = map_pages(num_bytes)
+            except (OSError, OverflowError, ValueError) as error:
+                raise ConfigError(
+                    f"{num_bytes / 2**30:.1f} GiB of host memory cannot be had for a tier of {num_blocks} blocks; lower "
+                    "gpu_memory_gib or num_gpu_blocks (GPU tier, on a CPU), or kv_offloading_size or num_cpu_blocks "
+                    "(CPU tier)",
+                    param="kv_offloading_size",
+                ) from error
+            if pin_memory:
+                self._unpin = pin_pages(pages, num_bytes // num_blocks)
+            self.storage = torch.frombuffer(pages, dtype=dtype).view(shape)
         self.layer_pools: list[tuple[torch.Tensor, torch.Tensor]] = []
         # The columns of `storage` that hold a layer.
         self.layer_slices: list[slice] = []
@@ -83,20 +84,7 @@ class KVStore:
             sources, targets = to_device(pairs, self.storage.device).unbind(1)
             self.storage[targets] = self.storage[sources]
 
-    def _pin(self) -> None:
-        """In place. torch's allocator of pinned memory rounds up to a power of two: it would take 64 GiB for 40."""
-        address, num_bytes = self.storage.data_ptr(), self.storage.nbytes
-        error = int(torch.cuda.cudart().cudaHostRegister(address, num_bytes, PORTABLE_AND_MAPPED))
-        if error:
-            raise ConfigError(
-                f"{num_bytes / 2**30:.1f} GiB of host memory cannot be pinned for the CPU tier (CUDA error {error}); lower "
-                "kv_offloading_size or num_cpu_blocks",
-                param="kv_offloading_size",
-            )
-        self._is_pinned = True
-
     def unpin(self) -> None:
-        """Give pinned memory back to the system; to be called before the store is forgotten, when no copy is under way."""
-        if self._is_pinned:
-            torch.cuda.cudart().cudaHostUnregister(self.storage.data_ptr())
-            self._is_pinned = False
+        """Make pinned memory ordinary again, when no copy is under way. A store that is dropped does that itself."""
+        if self._unpin is not None:
+            self._unpin()

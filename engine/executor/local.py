@@ -195,9 +195,12 @@ class LocalExecutor:
     def shutdown(self) -> None:
         """Frees the model and the KV stores, after the step that runs."""
         self._thread.shutdown()
-        self._swapper.shutdown()
-        self.cpu_store.unpin()
-        del self._runner, self._swapper, self.gpu_store, self.cpu_store, self.loaded
+        try:
+            self._swapper.shutdown()
+        finally:
+            self.cpu_store.unpin()
+            self._runner.drop_graphs()
+            del self._runner, self._swapper, self.gpu_store, self.cpu_store, self.loaded
 
     @staticmethod
     def _num_cpu_blocks(config: EngineConfig, bytes_per_block: int) -> int:

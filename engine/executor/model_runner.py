@@ -93,6 +93,10 @@ class ModelRunner:
         with torch.inference_mode():
             self._graphs.capture(maker, sizes, self._decode_step)
 
+    def drop_graphs(self) -> None:
+        """Free what was recorded; the graphs hold the runner, and so all that it uses."""
+        self._graphs = DecodeGraphs()
+
     def execute(self, plan: StepPlan) -> StepResult:
         """One step; raises what `complete` raises."""
         self.launch(plan)

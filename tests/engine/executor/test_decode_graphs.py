@@ -3,6 +3,7 @@ whatever Python decided while it was recorded stays decided. As CUDA does, it re
 
 from __future__ import annotations
 
+import gc
 import random
 import weakref
 from contextlib import ExitStack, nullcontext
@@ -141,6 +142,24 @@ def test_a_graph_keeps_alive_all_that_was_recorded(tiny_model, make_driver, opti
     runner.capture_graphs(Watching(), (1, 2, 4))
     assert read
     assert all(reference() is not None for reference in read)
+
+
+def test_an_executor_that_is_shut_down_frees_its_memory_at_once(tiny_model, make_driver, options, cuda_calls):
+    """Graphs and the runner hold each other; the next engine of the process would find the device full."""
+    executor = make_driver(tiny_model("llama"), **options).executor
+    chosen = choose_backend("cpu", torch.device("cpu"), torch.float32)
+    executor._runner = ModelRunner(
+        executor.loaded, executor.gpu_store, executor._swapper, chosen, StepLimits(4, 512, 60)
+    )
+    executor._runner.capture_graphs(CudaGraphMaker(torch.device("cpu")), (1, 2, 4))
+    pool = weakref.ref(executor.gpu_store)
+    gc.collect()
+    gc.disable()
+    try:
+        executor.shutdown()
+        assert pool() is None
+    finally:
+        gc.enable()
 
 
 def test_a_broken_device_is_not_taken_for_a_model_that_cannot_be_recorded(cuda_calls, monkeypatch):

@@ -52,6 +52,23 @@ def test_a_step_that_is_executed_runs_in_the_callers_thread(executor):
     executor.shutdown()
 
 
+def test_pinned_pages_are_given_back_even_if_the_swapper_cannot_end(executor, monkeypatch):
+    calls = []
+
+    def fail() -> None:
+        calls.append("swapper")
+        raise RuntimeError("a copy failed")
+
+    swapper = executor._swapper
+    with monkeypatch.context() as patch:
+        patch.setattr(swapper, "shutdown", fail)
+        patch.setattr(executor.cpu_store, "unpin", lambda: calls.append("unpin"))
+        with pytest.raises(RuntimeError, match="a copy failed"):
+            executor.shutdown()
+    assert calls == ["swapper", "unpin"]
+    swapper.shutdown()
+
+
 def test_a_submitted_step_that_fails_says_so_and_the_next_one_runs(executor):
     with pytest.raises(RuntimeError, match="injected fault"):
         executor.submit(StepPlan(1, (), ended=("a",))).result(60)
