@@ -17,7 +17,7 @@ from engine.errors import ConfigError
 
 MODES = ("pensieve", "stateless")
 MODE_ALIASES = {"vllm": "stateless"}
-ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "varlen", "cpu", "reference")
+ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "cpu", "reference")
 LOAD_FORMATS = ("auto", "dummy")
 SWAP_COPIES = ("auto", "dma", "kernel")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -41,11 +41,10 @@ class EngineConfig:
     to the CPU tier at its end, not only under the watermark. verify_swaps: checksum every block on its way; a wrong one is
     dropped and recomputed. profile: file that `pensieve profile` wrote; None = the one in the user's cache folder, if any.
     num_threads: CPU threads of the model; None = the cores that the process was given. attention_backend: "triton" (the
-    kernel for GPUs), "flashinfer" (FlashInfer, an optional package), "varlen" (FlashAttention as torch brings it), "cpu" (the
-    C++ kernel), "reference" (torch's operations), or "auto": on a GPU the fastest of the first three, as measured at the
-    start among those that can serve the model; else "cpu" or "reference", the first of them that runs here. load_format:
-    "auto" reads the weights, "dummy" makes random ones on the device, for measurements. enforce_eager: no CUDA graphs, no
-    compiled layers. swap_copies: between GPU and pinned host memory by "dma" (copy engines), by "kernel" (a copy kernel), or
+    kernel for GPUs), "flashinfer" (FlashInfer, an optional package), "cpu" (the C++ kernel), "reference" (torch's
+    operations), or "auto": on a GPU the faster of the first two, as measured at the start if both can serve the model; else
+    "cpu" or "reference", the first of them that runs here. load_format: "auto" reads the weights, "dummy" makes random ones
+    on the device, for measurements. enforce_eager: no CUDA graphs, no compiled layers. swap_copies: between GPU and pinned host memory by "dma" (copy engines), by "kernel" (a copy kernel), or
     "auto", as measured at the start. pack_weights: lay the weights of linear layers out for the CPU's matrix kernels and join
     those that share their input, where that works. compile_layers: compile the decoder layers with torch.compile, where that
     works; None = on a GPU, where it is measured to be faster. async_scheduling: put the last step into text, and plan and

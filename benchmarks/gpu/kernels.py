@@ -25,7 +25,7 @@ KERNELS = {
 }
 CPU_KERNELS = {"math": SDPBackend.MATH}
 # What is measured beside the Triton kernel where it can serve a model, and the chunks it is given.
-OTHER_BACKENDS = {"flashinfer": CHUNK_SIZE, "varlen": 256}
+OTHER_BACKENDS = {"flashinfer": CHUNK_SIZE}
 CPU_OTHER_BACKENDS = {"reference": CHUNK_SIZE}
 
 

@@ -85,9 +85,11 @@ def _fastest(
     """Of all that can serve the model on this CUDA device; Triton's kernel where that cannot be told. Raises nothing: the
     engine can do without any of the others."""
     candidates = {"triton": triton}
-    for name in ("flashinfer", "varlen"):
+    for name, load in _LOADERS.items():
+        if name == "triton":
+            continue
         try:
-            candidates[name] = _LOADERS[name](device, dtype, calls, chunk_size)
+            candidates[name] = load(device, dtype, calls, chunk_size)
         except KernelBuildError as error:
             logger.info("attention: auto does without %s: %s", name, error)
         except Exception as error:
@@ -126,15 +128,6 @@ def _load_triton(
     return triton_paged, f"Triton kernel (triton), {triton_paged.load_kernel(device)}"
 
 
-def _load_varlen(device: torch.device, dtype: torch.dtype, calls: Sequence[AttentionCall], chunk_size: int) -> _Loaded:
-    _load_triton(device, dtype)  # for what the other cannot
-    from engine.attention import varlen
-
-    if dtype not in varlen.DTYPES:
-        raise KernelBuildError(f"FlashAttention does not compute in {dtype}; use 'triton'")
-    return varlen, f"FlashAttention (varlen), {varlen.load_kernel(device, [call.shape for call in calls], chunk_size)}"
-
-
 def _load_flashinfer(
     device: torch.device, dtype: torch.dtype, calls: Sequence[AttentionCall], chunk_size: int
 ) -> _Loaded:
@@ -148,7 +141,6 @@ def _load_flashinfer(
 # Each raises KernelBuildError where it cannot serve such a model here.
 _LOADERS: dict[str, Callable[[torch.device, torch.dtype, Sequence[AttentionCall], int], _Loaded]] = {
     "triton": _load_triton,
-    "varlen": _load_varlen,
     "flashinfer": _load_flashinfer,
 }
 

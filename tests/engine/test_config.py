@@ -37,7 +37,7 @@ BOUNDS = [
     ("verify_swaps", [True, False], [0, 1, None, "no"]),
     ("profile", ["profile.json", None], [3, True]),
     ("num_threads", [1, None], [0, -1, 1.0]),
-    ("attention_backend", ["auto", "triton", "flashinfer", "varlen", "cpu", "reference"], ["cuda", "", None]),
+    ("attention_backend", ["auto", "triton", "flashinfer", "cpu", "reference"], ["cuda", "", None]),
     ("load_format", ["auto", "dummy"], ["random", "", None]),
     ("enforce_eager", [True, False], [0, 1, None, "yes"]),
     ("swap_copies", ["auto", "dma", "kernel"], ["memcpy", "", None]),

@@ -82,16 +82,16 @@ def test_the_smallest_mean_of_the_times_in_relation_to_the_first_is_chosen(caplo
     candidates = {
         "triton": Backend(1.0, 1.0, 10.0),
         "flashinfer": Backend(1.0, 0.5, 16.0),
-        "varlen": Backend(2.0, 2.0, 5.0),
+        "other": Backend(2.0, 2.0, 5.0),
     }
     assert fastest(candidates) == "flashinfer"
     assert caplog.messages == [
-        "attention: auto measured triton 1.00, flashinfer 0.93, varlen 1.26 (relative time); flashinfer is used"
+        "attention: auto measured triton 1.00, flashinfer 0.93, other 1.26 (relative time); flashinfer is used"
     ]
 
 
 def test_the_first_stays_where_none_is_faster():
-    assert fastest({"triton": Backend(1.0, 1.0, 1.0), "varlen": Backend(1.0, 1.0, 1.0)}) == "triton"
+    assert fastest({"triton": Backend(1.0, 1.0, 1.0), "other": Backend(1.0, 1.0, 1.0)}) == "triton"
 
 
 @pytest.mark.parametrize(
@@ -104,11 +104,11 @@ def test_the_first_stays_where_none_is_faster():
 )
 def test_what_fails_or_differs_is_left_out_with_a_warning(broken, reason, caplog):
     caplog.set_level("INFO")
-    candidates = {"triton": Backend(3.0, 3.0, 3.0), "flashinfer": broken, "varlen": Backend(1.5, 1.5, 1.5)}
-    assert fastest(candidates) == "varlen"
+    candidates = {"triton": Backend(3.0, 3.0, 3.0), "flashinfer": broken, "other": Backend(1.5, 1.5, 1.5)}
+    assert fastest(candidates) == "other"
     (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith(f"attention: auto leaves out flashinfer: {reason}")
-    assert caplog.messages[-1] == "attention: auto measured triton 1.00, varlen 0.50 (relative time); varlen is used"
+    assert caplog.messages[-1] == "attention: auto measured triton 1.00, other 0.50 (relative time); other is used"
 
 
 def test_what_fails_in_a_later_batch_is_left_out_too():
@@ -220,10 +220,10 @@ def auto():
 def test_auto_takes_the_fastest_on_a_gpu(load, caplog):
     caplog.set_level("INFO")
     fast = Backend(0.5, 0.5, 0.5)
-    load(triton=Backend(1.0, 1.0, 1.0), flashinfer=fast, varlen=Backend(2.0, 2.0, 2.0))
+    load(triton=Backend(1.0, 1.0, 1.0), flashinfer=fast, other=Backend(2.0, 2.0, 2.0))
     assert auto() is fast
     assert caplog.messages == [
-        "attention: auto measured triton 1.00, flashinfer 0.50, varlen 2.00 (relative time); flashinfer is used",
+        "attention: auto measured triton 1.00, flashinfer 0.50, other 2.00 (relative time); flashinfer is used",
         "attention: kernel of flashinfer",
     ]
 
@@ -236,7 +236,7 @@ def test_one_that_is_wrong_on_this_gpu_is_not_used(load, monkeypatch, caplog):
         return "its output differs"
 
     triton = Backend(1.0, 1.0, 1.0)
-    load(triton=triton, flashinfer=KernelBuildError("not installed"), varlen=KernelBuildError("pages of 256"))
+    load(triton=triton, flashinfer=KernelBuildError("not installed"), other=KernelBuildError("pages of 256"))
     monkeypatch.setattr(backend, "find_fault", find_fault)
     assert auto() is reference
     assert seen == [(triton, CUDA, torch.float32, CALLS, CHUNK_SIZE)]
@@ -248,11 +248,11 @@ def test_one_that_is_wrong_on_this_gpu_is_not_used(load, monkeypatch, caplog):
 def test_auto_does_without_what_does_not_load(load, caplog):
     caplog.set_level("INFO")
     triton = Backend(1.0, 1.0, 1.0)
-    load(triton=triton, flashinfer=RuntimeError("driver"), varlen=Backend(2.0, 2.0, 2.0))
+    load(triton=triton, flashinfer=RuntimeError("driver"), other=Backend(2.0, 2.0, 2.0))
     assert auto() is triton
     assert caplog.messages == [
         "attention: auto does without flashinfer: RuntimeError('driver')",
-        "attention: auto measured triton 1.00, varlen 2.00 (relative time); triton is used",
+        "attention: auto measured triton 1.00, other 2.00 (relative time); triton is used",
         "attention: kernel of triton",
     ]
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "INFO"]
@@ -261,11 +261,11 @@ def test_auto_does_without_what_does_not_load(load, caplog):
 def test_auto_measures_nothing_where_triton_is_the_only_one(load, caplog):
     caplog.set_level("INFO")
     triton = Backend()  # has no time to tell
-    load(triton=triton, flashinfer=KernelBuildError("not installed"), varlen=KernelBuildError("pages of 256"))
+    load(triton=triton, flashinfer=KernelBuildError("not installed"), other=KernelBuildError("pages of 256"))
     assert auto() is triton
     assert caplog.messages == [
         "attention: auto does without flashinfer: not installed",
-        "attention: auto does without varlen: pages of 256",
+        "attention: auto does without other: pages of 256",
         "attention: auto had nothing to measure: triton is the only one for this model here",
         "attention: kernel of triton",
     ]
@@ -275,7 +275,7 @@ def test_auto_measures_nothing_where_triton_is_the_only_one(load, caplog):
 @pytest.mark.parametrize("trial", ["fails", "does not fit"])
 def test_a_trial_that_cannot_be_held_leaves_triton(load, trial, monkeypatch, caplog):
     triton = Failing() if trial == "fails" else Backend()
-    load(triton=triton, flashinfer=Backend(0.5, 0.5, 0.5), varlen=KernelBuildError("pages of 256"))
+    load(triton=triton, flashinfer=Backend(0.5, 0.5, 0.5), other=KernelBuildError("pages of 256"))
     if trial == "does not fit":
 
         def run_out(*_):
