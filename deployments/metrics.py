@@ -79,6 +79,9 @@ METRICS = (
         "counter", "pensieve_recomputed_tokens_total", "Prompt tokens not found in the cache", ("reason",)
     ),
     MetricDefinition("counter", "pensieve_swap_bytes_total", "KV copied between GPU and CPU tier", ("direction",)),
+    MetricDefinition(
+        "counter", "pensieve_awaited_swap_bytes_total", "KV copied to the CPU tier while the model waited for its room"
+    ),
     MetricDefinition("counter", "pensieve_evictions_total", "Chunks that lost a block", ("tier", "reason")),
     MetricDefinition("counter", "pensieve_suspensions_total", "Running requests that were put back for want of blocks"),
     ROUTER_DECISIONS,
@@ -108,6 +111,7 @@ _COUNTS: dict[Series, str] = {
     Series("pensieve_recomputed_tokens_total", ("new",)): "num_new_tokens",
     Series("pensieve_swap_bytes_total", ("in",)): "num_swap_in_bytes",
     Series("pensieve_swap_bytes_total", ("out",)): "num_swap_out_bytes",
+    Series("pensieve_awaited_swap_bytes_total"): "num_awaited_swap_out_bytes",
     Series("pensieve_suspensions_total"): "num_suspensions",
 }
 _EVICTIONS: dict[Series, str] = {

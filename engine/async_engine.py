@@ -222,7 +222,11 @@ class AsyncEngine:
         return self._tokenizer.has_chat_template
 
     def get_statistics(self) -> dict[str, Any]:
-        """Counters since the start and the state now; see EngineCore.get_statistics."""
+        """Counters since the start and the state now; see EngineCore.get_statistics.
+
+        num_awaited_swap_out_bytes: of num_swap_out_bytes, those that a step needed the room of (evictions): its computation
+        waited for their copies, while others run beside it.
+        """
         statistics = self._core.get_statistics()
         return {
             "mode": self.config.mode,
@@ -232,6 +236,7 @@ class AsyncEngine:
             **statistics,
             "num_swap_in_bytes": statistics["num_swap_ins"] * self._bytes_per_block,
             "num_swap_out_bytes": statistics["num_swap_outs"] * self._bytes_per_block,
+            "num_awaited_swap_out_bytes": statistics["evictions"]["gpu_swapped_out"] * self._bytes_per_block,
         }
 
     def check_health(self) -> None:

@@ -44,11 +44,12 @@ class EngineConfig:
     kernel for GPUs), "flashinfer" (FlashInfer, an optional package), "cpu" (the C++ kernel), "reference" (torch's
     operations), or "auto": on a GPU the faster of the first two, as measured at the start if both can serve the model; else
     "cpu" or "reference", the first of them that runs here. load_format: "auto" reads the weights, "dummy" makes random ones
-    on the device, for measurements. enforce_eager: no CUDA graphs, no compiled layers. swap_copies: between GPU and pinned host memory by "dma" (copy engines), by "kernel" (a copy kernel), or
-    "auto", as measured at the start. pack_weights: lay the weights of linear layers out for the CPU's matrix kernels and join
-    those that share their input, where that works. compile_layers: compile the decoder layers with torch.compile, where that
-    works; None = on a GPU, where it is measured to be faster. async_scheduling: put the last step into text, and plan and
-    launch the next one, while a step runs; the answers are the same. None = on a GPU; where the model computes on the same
+    on the device, for measurements. enforce_eager: no CUDA graphs, no compiled layers. swap_copies: between GPU and
+    pinned host memory by "dma" (copy engines), by "kernel" (a copy kernel), or "auto", as measured at the start.
+    pack_weights: lay the weights of linear layers out for the CPU's matrix kernels and join those that share their
+    input, where that works. compile_layers: compile the decoder layers with torch.compile, where that works; None = on
+    a GPU, where it is measured to be faster. async_scheduling: put the last step into text, and plan and launch the
+    next one, while a step runs; the answers are the same. None = on a GPU; where the model computes on the same
     cores, it costs. tensor_parallel_size: ranks that share the model's weights and KV heads, each with a device of its own;
     gpu_memory_gib is for each of them, kv_offloading_size for all together.
     """

@@ -74,6 +74,7 @@ class FakeEngine:
             "num_requests": len(self.calls),
             "num_swap_in_bytes": 0,
             "num_swap_out_bytes": 0,
+            "num_awaited_swap_out_bytes": 0,
         }
 
     async def check_integrity(self) -> None:

@@ -28,6 +28,7 @@ def statistics_of(engine_core: EngineCore) -> dict[str, Any]:
     return statistics | {
         "num_swap_in_bytes": statistics["num_swap_ins"] * 100,
         "num_swap_out_bytes": statistics["num_swap_outs"] * 100,
+        "num_awaited_swap_out_bytes": statistics["evictions"]["gpu_swapped_out"] * 100,
     }
 
 
@@ -42,7 +43,7 @@ def test_increments_are_differences_of_two_snapshots() -> None:
     stats.num_output_tokens = 7
     stats.num_finished, stats.num_aborted, stats.num_failed, stats.num_refused = 4, 3, 2, 1
     stats.num_swap_ins, stats.num_swap_outs, stats.num_suspensions = 1, 2, 3
-    stats.evictions |= {"gpu_reclaimed": 5, "cpu_copy_dropped": 6}
+    stats.evictions |= {"gpu_reclaimed": 5, "gpu_swapped_out": 1, "cpu_copy_dropped": 6}
     assert increments.take(statistics_of(engine_core)) == {
         Series("pensieve_requests_total", ("finished",)): 4,
         Series("pensieve_requests_total", ("aborted",)): 3,
@@ -57,8 +58,10 @@ def test_increments_are_differences_of_two_snapshots() -> None:
         Series("pensieve_recomputed_tokens_total", ("new",)): 5,
         Series("pensieve_swap_bytes_total", ("in",)): 100,
         Series("pensieve_swap_bytes_total", ("out",)): 200,
+        Series("pensieve_awaited_swap_bytes_total"): 100,
         Series("pensieve_suspensions_total"): 3,
         Series("pensieve_evictions_total", ("gpu", "reclaimed")): 5,
+        Series("pensieve_evictions_total", ("gpu", "swapped_out")): 1,
         Series("pensieve_evictions_total", ("cpu", "copy_dropped")): 6,
     }
     assert increments.take(statistics_of(engine_core)) == {}

@@ -138,6 +138,20 @@ def answer_after_corruption(*, verify_swaps: bool) -> tuple[str, dict]:
         return answer.text, server.get_statistics()
 
 
+def test_blocks_that_a_step_waited_for_are_counted_apart_from_those_copied_ahead_of_time():
+    """Long prompts need more blocks at once than are copied ahead of them."""
+    options = {"chunk_size": 8, "max_model_len": 190, "swap_out_watermark": 0.02, "write_through": False}
+    with create_server(num_threads=1, num_gpu_blocks=24, num_cpu_blocks=90, **options) as server:
+        for name in range(8):
+            server.process_request(
+                f"session-{name}", f"the code of my house is {1000 + name} " * (1 if name < 6 else 4)
+            )
+        statistics, executor = server.get_statistics(), server.engine._executor
+        assert 0 < statistics["evictions"]["gpu_swapped_out"] < statistics["num_swap_outs"]
+        num_bytes = statistics["evictions"]["gpu_swapped_out"] * executor.bytes_per_block
+        assert statistics["num_awaited_swap_out_bytes"] == num_bytes
+
+
 def test_a_corrupted_swap_shows_in_the_answer():
     text, _ = answer_after_corruption(verify_swaps=False)
     assert "4711" not in text
