@@ -120,6 +120,7 @@ class _Dense:
     """Computes by the reference; call: the last one."""
 
     call: AttentionCall | None = None
+    num_compiled_calls = 0
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams

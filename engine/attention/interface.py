@@ -22,7 +22,9 @@ ATTENTION_NAME = "pensieve_paged"
 
 
 class AttentionHandler(Protocol):
-    """In charge of the attention calls of one forward."""
+    """In charge of the attention calls of one forward. num_compiled_calls: those that compiled layers made, counted here."""
+
+    num_compiled_calls: int
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
@@ -88,6 +90,7 @@ def _operator(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """That it writes to the pools, the compiler need not know: nothing else that it sees reads them."""
+    _handler.get().num_compiled_calls += 1
     return _attend(query, key, value, scaling, sliding_window, softcap, sinks).contiguous()
 
 
@@ -115,6 +118,7 @@ class PagedAttention:
         self._layer_pools = layer_pools
         self._wait_for_layer = wait_for_layer
         self.num_calls = 0
+        self.num_compiled_calls = 0
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
@@ -138,6 +142,7 @@ class ShapeProbe:
     def __init__(self, *, is_wide: bool = False) -> None:
         """is_wide: compute in a wider dtype, and round the result."""
         self.calls: list[AttentionCall] = []
+        self.num_compiled_calls = 0
         self._is_wide = is_wide
 
     def attend(

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 COMPILER = "inductor"
 # Rows of the forwards that are looked at: torch compiles one row by itself, and any other number once.
 NUMS_OF_ROWS = (1, 24)
+# Rows of forwards that have to run by the code that was compiled for those; no more, for the window may be small.
+SERVED_NUMS_OF_ROWS = (1, 2, 16, 23)
 # How many versions of its code torch keeps of a function. All layers of all models are one function to it, and where it may
 # keep no more, it raises instead of compiling. Counted for each thread.
 MAX_VERSIONS = 64
@@ -60,10 +62,12 @@ def compile_layers(
     seconds_of: SecondsOf | None,
 ) -> bool:
     """Compile them in place, and look whether the model computes the same; else, and where it does not get faster, leave them
-    as they were. Takes half a minute, the first time. name: of the model, for the log. forward: number of rows -> logits of
-    the whole model. tolerance: of `logits_difference`. seconds_of: times a forward of
-    one row; None = keep it whether or not it is faster. Returns whether they are compiled; raises only what `forward` raises
-    before."""
+    as they were. Takes half a minute, the first time.
+
+    name: of the model, for the log. forward: number of rows -> logits of the whole model. tolerance: of `logits_difference`.
+    seconds_of: times a forward of one row; None = keep it whether or not it is faster. Returns whether they are compiled,
+    and their code is what runs; raises only what `forward` raises before.
+    """
     import torch._dynamo  # not above: it takes a second
 
     expected = [forward(num_rows) for num_rows in NUMS_OF_ROWS]
@@ -84,6 +88,9 @@ def compile_layers(
                 reason = f"its logits differ then by {error:.1e}"
         if not layers:
             reason = "its decoder layers were not found"
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for num_rows in SERVED_NUMS_OF_ROWS:
+                forward(num_rows)
         compiled_s = 0.0 if seconds_of is None else seconds_of(decode)
         if not reason and seconds_of is not None and not compiled_s < eager_s:
             reason = f"a decode step takes {compiled_s * 1e3:.2f} ms then, and {eager_s * 1e3:.2f} ms without"

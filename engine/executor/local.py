@@ -27,6 +27,7 @@ from engine.executor.model_runner import ModelRunner
 from engine.executor.plan_channel import Placement
 from engine.executor.process_group import ProcessGroup
 from engine.executor.swapper import make_swapper
+from engine.executor.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,14 @@ class LocalExecutor:
         self._runner = ModelRunner(self.loaded, self.gpu_store, self._swapper, backend, limits, samples=samples)
         if device.type == "cuda" and backend.CAN_REPLAY_DECODES and not config.enforce_eager:
             self._runner.capture_graphs(CudaGraphMaker(device), bucket_sizes(config.max_num_seqs))
+        if device.type == "cuda":
+            with out_of_memory_means(
+                "the first steps do not fit the device beside the model and its blocks; lower gpu_memory_utilization (or "
+                "num_gpu_blocks, gpu_memory_gib)",
+                "gpu_memory_utilization",
+            ):
+                # In the thread of the steps to come: compiled code depends on the state of torch there.
+                self._thread.submit(warm_up, config, self.loaded, self.gpu_store, self._runner).result()
         logger.info(
             "%s: %.1fM parameters, %s on %s; blocks of %d tokens, GPU tier %d (%.2f GiB), CPU tier %d (%.2f GiB)",
             config.model,

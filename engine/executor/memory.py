@@ -16,7 +16,7 @@ import torch
 
 from engine.attention.metadata import AttentionBackend
 from engine.config import EngineConfig
-from engine.core.plan import QuerySegment, RequestStart, StepPlan
+from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
@@ -25,6 +25,7 @@ from engine.executor.model_loader import LoadedModel
 from engine.executor.model_runner import ModelRunner
 from engine.executor.step_inputs import StepLimits
 from engine.executor.swapper import make_swapper
+from engine.executor.warm_up import end_of, longest_context, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,6 @@ MIB, GIB = 1 << 20, 1 << 30
 # What this process may take of the machine's memory, by version 2 and 1 of control groups; 'max' or very much = no limit.
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 MEMINFO = Path("/proc/meminfo")
-# Contexts of the largest step: what attention needs besides does not grow further.
-MAX_CONTEXT_LEN = 16 * 1024
 # All that sampling can do, over a distribution so flat that the whole vocabulary has to be sorted; and what of it a step may
 # do before the tokens of the one in front are known.
 WITHOUT_PENALTIES = SamplingParams(temperature=100.0, top_p=0.9999, logprobs=20, seed=0)
@@ -126,13 +125,12 @@ def bytes_left_for_blocks(config: EngineConfig, loaded: LoadedModel, backend: At
         "max_num_batched_tokens",
     ):
         runner = make_toy_runner(config, loaded, backend)
-        for sampling in COSTLY_SAMPLING:
-            step = largest_step(config, loaded, sampling)
+        for step in (step for sampling in COSTLY_SAMPLING for step in largest_steps(config, loaded, sampling)):
             runner.launch(step)
             runner.launch(replace(step, starts=()))  # beside what the first one keeps until it is complete
             for _ in range(2):
                 runner.complete()
-            runner.execute(StepPlan(0, (), ended=tuple(start.request_id for start in step.starts)))
+            runner.execute(end_of(step))
         torch.cuda.synchronize(device)
     step_bytes = torch.cuda.max_memory_reserved(device)
     free, total = torch.cuda.mem_get_info(device)
@@ -160,20 +158,20 @@ def make_toy_runner(config: EngineConfig, loaded: LoadedModel, backend: Attentio
     return ModelRunner(loaded, store, make_swapper(store, nothing, verify=False), backend, limits)
 
 
-def largest_step(config: EngineConfig, loaded: LoadedModel, sampling: SamplingParams) -> StepPlan:
-    """As many requests as may run, all sampling, and among them a prompt that fills the budget. All in block 0."""
-    window = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len, MAX_CONTEXT_LEN)
-    num_decodes = config.max_num_seqs - 1
-    prompt_len = min(config.max_num_batched_tokens - num_decodes, window)
-    table = (0,) * -(-window // config.chunk_size)
-    names = [str(number) for number in range(num_decodes + 1)]
-    starts = tuple(
-        RequestStart(name, window, 1, sampling, (), table, (0,) * window if sampling.has_penalties else ())
-        for name in names
-    )
-    segments = [QuerySegment(name, window - 1, (0,), True) for name in names[:-1]]
-    segments.append(QuerySegment(names[-1], window - prompt_len, (0,) * prompt_len, True))
-    return StepPlan(0, tuple(segments), starts)
+def largest_steps(config: EngineConfig, loaded: LoadedModel, sampling: SamplingParams) -> tuple[StepPlan, StepPlan]:
+    """As many requests as may run, all sampling, and prompts among them that fill the budget.
+
+    In the second step these are first prompts, whose attention may be another kernel's. All in block 0.
+    """
+    longest = longest_context(config, loaded)
+    query_lens: list[int] = []
+    left = config.max_num_batched_tokens
+    for num_others in reversed(range(config.max_num_seqs)):
+        query_lens.insert(0, min(longest, left - num_others))
+        left -= query_lens[0]
+    resumed = [(min(query_len, max(1, longest - 1)), longest) for query_len in query_lens]
+    first = [(query_len, longest if query_len == 1 else query_len) for query_len in query_lens]
+    return step_of(resumed, sampling, config.chunk_size), step_of(first, sampling, config.chunk_size)
 
 
 def _measure_graphs(runner: ModelRunner, device: torch.device, sizes: tuple[int, ...]) -> int:

@@ -4,6 +4,7 @@ started request (block table, last token, sampling state) and nothing else betwe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from engine.executor.model_loader import LoadedModel
 from engine.executor.sampler import Draw, SamplingBatch, SamplingState
 from engine.executor.step_inputs import BlockTables, Staging, StepArrays, StepLimits
 from engine.executor.swapper import Swapper
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -53,7 +56,11 @@ class _Step:
 
 class ModelRunner:
     """One model (or one rank's shard of it) and its KV. Steps are launched and completed in order; a step may be launched
-    before the one in front of it is complete: the tokens that it goes on from are on the device."""
+    before the one in front of it is complete: the tokens that it goes on from are on the device.
+
+    num_forwards: of the model, what is replayed not counted. num_eager_forwards: of a model with compiled layers, those in
+    which torch took layers as they were written, because its compiled code is not made for something about the step.
+    """
 
     def __init__(
         self,
@@ -86,6 +93,7 @@ class ModelRunner:
         self._last_tokens = torch.zeros(len(self._tables.array), dtype=torch.long, device=loaded.device)
         self._staging = Staging(loaded.device, limits)
         self._graphs = DecodeGraphs()
+        self.num_forwards = self.num_eager_forwards = 0
 
     def capture_graphs(self, maker: GraphMaker, sizes: Sequence[int]) -> None:
         """Record decode steps of these sizes; needs limits, which no size may exceed. Raises ConfigError where memory runs
@@ -309,6 +317,17 @@ class ModelRunner:
                 input_ids=token_ids[None], position_ids=tensors["positions"][None], use_cache=False, **options
             ).logits[0]
         assert attention.num_calls == len(self._kv_store.layer_pools), "a layer did not attend"
+        self.num_forwards += 1
+        if self._loaded.has_compiled_layers and attention.num_compiled_calls < attention.num_calls:
+            self.num_eager_forwards += 1
+            if self.num_eager_forwards == 1:
+                logger.warning(
+                    "a forward of %d rows ran %d of its %d layers without compiled code, and slower: torch found that it is "
+                    "not made for them (TORCH_LOGS=recompiles says why); others that do are not reported",
+                    len(token_ids),
+                    attention.num_calls - attention.num_compiled_calls,
+                    attention.num_calls,
+                )
         return logits
 
 

@@ -103,15 +103,24 @@ def test_conversations_over_two_tiny_tiers_equal_stateless_ones(family, tiny_mod
     assert min(statistics["num_swap_ins"], statistics["num_gpu_cached_tokens"], statistics["num_steps_ahead"]) > 0
 
 
-def test_what_is_not_compiled_yet_is_computed_without_a_compiler_while_it_serves(tiny_model, make_driver, traced):
-    """Another number of threads is enough for torch to compile anew."""
+def test_what_is_not_compiled_yet_is_computed_without_a_compiler_while_it_serves(
+    tiny_model, make_driver, traced, caplog
+):
+    """Another number of threads is enough for torch to compile anew. That it is slower shows in the log, once."""
     driver = make_driver(tiny_model("llama"), num_gpu_blocks=8, chunk_size=8, compile_layers=True)
+    runner = driver.executor._runner
     expected = driver.generate("a", [5, 6, 7])
+    assert runner.num_forwards > 0
+    assert runner.num_eager_forwards == 0
+    num_compiled = runner.num_forwards
     num_graphs = counters["stats"]["unique_graphs"]
     torch.set_num_threads(2)
     try:
         assert driver.generate("b", [5, 6, 7]) == expected
         assert counters["stats"]["unique_graphs"] == num_graphs
+        assert runner.num_eager_forwards == runner.num_forwards - num_compiled > 1
+        (warning,) = [message for message in caplog.messages if "without compiled code" in message]
+        assert warning.startswith("a forward of 3 rows ran 3 of its 3 layers without compiled code, and slower")
     finally:
         torch.set_num_threads(1)
 
@@ -145,6 +154,14 @@ class AsksForANumber(Layer):
         return x * 2 if x.sum().item() > 0 else x
 
 
+class AsksForItsRows(Layer):
+    """One piece of code does not serve all numbers of rows: torch would compile another one, or, while serving, run it as it
+    is written."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + (1 if len(x) == 16 else 2)
+
+
 def wrong(module: torch.fx.GraphModule, _: object) -> Callable:
     return lambda *args: [2 * out for out in module(*args)]
 
@@ -161,6 +178,23 @@ def assert_refused(stack: Stack, why: str, caplog, seconds_of=None) -> None:
 
 def test_what_cannot_be_compiled_whole_is_not_compiled(caplog, traced):
     assert_refused(Stack(AsksForANumber), "data-dependent", caplog)
+
+
+def test_code_that_does_not_serve_all_steps_is_not_taken_for_compiled(caplog, traced):
+    assert_refused(Stack(AsksForItsRows), "Detected recompile", caplog)
+
+
+def test_torch_says_nothing_of_whole_layers_that_it_runs_as_they_are_written(traced):
+    """Some versions warn (here an error) or raise after such a call, so that every step would fail: pytorch#181817."""
+    layer = Layer()
+    x, others = torch.ones(3, 8), torch.ones(4, 8)
+    expected = layer(others)
+    layer.compile(dynamic=False, fullgraph=True, backend=TRACED)
+    layer(x)
+    num_graphs = counters["stats"]["unique_graphs"]
+    with compiled_layers.never_compiling():
+        torch.testing.assert_close(layer(others), expected)
+    assert counters["stats"]["unique_graphs"] == num_graphs
 
 
 def test_a_compiler_that_fails_costs_nothing_but_the_gain(caplog, monkeypatch):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import random
 import weakref
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import fields
 from importlib.util import find_spec
 from unittest.mock import patch
@@ -99,15 +99,6 @@ def record(executor, max_num_seqs: int, backend: str = "cpu") -> RecordingMaker:
     maker = RerunningMaker() if backend == "triton" else RecordingMaker()
     executor._runner.capture_graphs(maker, bucket_sizes(max_num_seqs))
     return maker
-
-
-@pytest.fixture
-def cuda_calls(monkeypatch) -> None:
-    """What CudaGraphMaker calls in torch.cuda, without a device: a recording runs the function and keeps nothing of it."""
-    for name in ("graph", "device"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
-    for name in ("CUDAGraph", "Stream", "graph_pool_handle", "synchronize", "current_stream", "set_stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: None)
 
 
 def tensors_of(value: object) -> list[torch.Tensor]:

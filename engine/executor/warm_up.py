@@ -1,0 +1,75 @@
+"""The first steps of an executor, one of each kind that launches other kernels than the rest: no request has to wait for what
+is compiled, or loaded, when it is launched for the first time. Knows kinds of steps and no kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from engine.attention.whole_prompts import MIN_PROMPT_LEN
+from engine.config import EngineConfig
+from engine.core.plan import QuerySegment, RequestStart, StepPlan
+from engine.core.request import SamplingParams
+from engine.executor.kv_store import KVStore
+from engine.executor.model_loader import LoadedModel
+from engine.executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+# Contexts of the largest steps: what attention needs besides does not grow further, and it splits them.
+MAX_CONTEXT_LEN = 16 * 1024
+# Rows of a prompt that fill the largest tiles.
+PROMPT_LEN = 128
+
+
+def step_of(segments: list[tuple[int, int]], sampling: SamplingParams, chunk_size: int) -> StepPlan:
+    """A step that starts a request for each segment, (query_len, context_len), and samples for all. All in block 0."""
+    starts, queries = [], []
+    for number, (query_len, context_len) in enumerate(segments):
+        table = (0,) * -(-context_len // chunk_size)
+        token_ids = (0,) * context_len if sampling.has_penalties else ()
+        starts.append(RequestStart(str(number), context_len, 1, sampling, (), table, token_ids))
+        queries.append(QuerySegment(str(number), context_len - query_len, (0,) * query_len, True))
+    return StepPlan(0, tuple(queries), tuple(starts))
+
+
+def end_of(step: StepPlan) -> StepPlan:
+    """Forget the requests that a step started."""
+    return StepPlan(0, (), ended=tuple(start.request_id for start in step.starts))
+
+
+def longest_context(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Of any step here, in tokens: as the window allows, and enough for a prompt that fills the budget."""
+    window = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+    return min(window, max(MAX_CONTEXT_LEN, config.max_num_batched_tokens))
+
+
+def kinds_of_steps(config: EngineConfig, longest: int) -> dict[str, list[tuple[int, int]]]:
+    """(query_len, context_len) of the segments of a step, for each kind of it. longest: the longest context, in tokens."""
+    prompt_len = min(config.max_num_batched_tokens - 1, longest - 1, PROMPT_LEN)
+    first_len = min(config.max_num_batched_tokens, longest, MIN_PROMPT_LEN)
+    kinds = {"decodes": [(1, longest)], "first prompts": [(first_len, first_len)]}
+    if prompt_len > 1:
+        kinds["prompts"] = [(prompt_len, longest)]
+        if config.max_num_seqs > 1:
+            kinds["a prompt among decodes"] = [(1, longest), (prompt_len, longest)]
+    return kinds
+
+
+def warm_up(config: EngineConfig, loaded: LoadedModel, store: KVStore, runner: ModelRunner) -> None:
+    """Run a step of each kind, over block 0 of the tier, which nothing uses yet. Raises what steps raise.
+
+    Of a model with compiled layers it says in the log how many forwards, those that were recorded included, ran by them.
+    """
+    store.storage[0].zero_()
+    longest = min(longest_context(config, loaded), store.num_blocks * config.chunk_size)
+    for segments in kinds_of_steps(config, longest).values():
+        step = step_of(segments, SamplingParams(temperature=0.0), config.chunk_size)
+        runner.execute(step)
+        runner.execute(end_of(step))
+    if loaded.has_compiled_layers:
+        num_compiled = runner.num_forwards - runner.num_eager_forwards
+        level = logging.INFO if runner.num_eager_forwards == 0 else logging.WARNING
+        logger.log(
+            level, "compiled layers: %d of %d forwards before the first request", num_compiled, runner.num_forwards
+        )
