@@ -188,15 +188,21 @@ def _num_measured(gpu: KVStore, cpu: KVStore) -> int:
 
 
 def _load_kernel(gpu: KVStore, cpu: KVStore) -> type[BlockCopier]:
-    """Raises KernelBuildError where it cannot run. Compiles it for both directions; writes to block 0 of both tiers."""
+    """Raises KernelBuildError if it cannot run.
+
+    Compiles it for all that swaps will copy, both ways; writes to block 0 of both tiers.
+    """
     try:
         from engine.executor.block_copy_kernel import KernelCopier  # not above: triton is optional
     except ImportError as error:
         raise KernelBuildError(f"triton cannot be imported ({error}); pip install 'pensieve-ray[gpu]'") from error
     copier = KernelCopier()
     try:
-        copier.copy(cpu.storage, gpu.storage, [BlockCopy(0, 0)], gpu.layer_slices[0])
-        copier.copy(gpu.storage, cpu.storage, [BlockCopy(0, 0)], gpu.layer_slices[0])
+        # What an element is depends on where the columns begin and end.
+        num_layers = len(gpu.layer_slices)
+        for layers in (range(num_layers), *layer_groups(num_layers, max_group_layers(gpu, copier))):
+            copier.copy(cpu.storage, gpu.storage, [BlockCopy(0, 0)], columns_of(gpu, layers))
+            copier.copy(gpu.storage, cpu.storage, [BlockCopy(0, 0)], columns_of(gpu, layers))
         if gpu.storage.device.type == "cuda":
             torch.cuda.synchronize(gpu.storage.device)
     except Exception as error:  # whatever triton, the compilers behind it and the driver raise

@@ -62,9 +62,9 @@ def warm_up(config: EngineConfig, loaded: LoadedModel, store: KVStore, runner: M
     Of a model with compiled layers it says in the log how many forwards, those that were recorded included, ran by them.
     """
     store.storage[0].zero_()
-    longest = min(longest_context(config, loaded), store.num_blocks * config.chunk_size)
+    longest = min(longest_context(config, loaded), store.num_blocks * store.chunk_size)
     for segments in kinds_of_steps(config, longest).values():
-        step = step_of(segments, SamplingParams(temperature=0.0), config.chunk_size)
+        step = step_of(segments, SamplingParams(temperature=0.0), store.chunk_size)
         runner.execute(step)
         runner.execute(end_of(step))
     if loaded.has_compiled_layers:

@@ -18,7 +18,7 @@ from engine.attention.metadata import LayerShape
 from engine.core.plan import BlockCopy
 from engine.errors import ConfigError, DeviceFailedError
 from engine.executor import block_copy
-from engine.executor.block_copy import DmaCopier, choose_copiers, layer_groups, max_group_layers
+from engine.executor.block_copy import DmaCopier, choose_copiers, columns_of, layer_groups, max_group_layers
 from engine.executor.cuda_copies import CudaCopies
 from engine.executor.kv_store import KVStore
 
@@ -286,6 +286,24 @@ def test_groups_are_large_enough_for_the_copy_engines():
     assert max_group_layers(llama, FakeKernel()) == 3
     assert max_group_layers(llama, DmaCopier()) == 8
     assert max_group_layers(Sizes(shapes_of(40, 40)), DmaCopier()) == 4
+
+
+@needs_interpreter
+def test_the_kernel_is_compiled_for_all_that_will_be_copied(monkeypatch):
+    """Its elements are as wide as the borders of the columns allow: each group of layers may be another kernel."""
+    from engine.executor import block_copy_kernel
+
+    gpu, cpu = make_store(2), make_store(2)
+    copied = []
+    monkeypatch.setattr(
+        block_copy_kernel.KernelCopier, "copy", lambda self, to, source, copies, columns: copied.append((to, columns))
+    )
+    choose_copiers("kernel", gpu, cpu)
+    groups = layer_groups(2, max_group_layers(gpu, block_copy_kernel.KernelCopier()))
+    expected = [columns_of(gpu, layers) for layers in (range(2), *groups)]
+    assert len(expected) == 3
+    for store in (gpu, cpu):
+        assert [columns for target, columns in copied if target is store.storage] == expected
 
 
 @needs_interpreter

@@ -16,6 +16,7 @@ from engine.executor import compiled_layers, model_loader
 from engine.executor.compiled_layers import compile_layers, find_layers
 from engine.executor.model_loader import _probe, load_model
 from engine.executor.packed_linear import JoinedLinear, PlainWeight
+from engine.executor.warm_up import warm_up
 
 TRACED = "aot_eager"  # torch's front end without its code generator, which takes half a minute a model
 
@@ -123,6 +124,23 @@ def test_what_is_not_compiled_yet_is_computed_without_a_compiler_while_it_serves
         assert warning.startswith("a forward of 3 rows ran 3 of its 3 layers without compiled code, and slower")
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_the_log_says_how_many_of_the_first_steps_ran_compiled(num_threads, tiny_model, make_driver, traced, caplog):
+    caplog.set_level("INFO", "engine")
+    executor = make_driver(tiny_model("llama"), num_gpu_blocks=8, chunk_size=8, compile_layers=True).executor
+    torch.set_num_threads(num_threads)
+    try:
+        warm_up(EngineConfig(), executor.loaded, executor.gpu_store, executor._runner)
+    finally:
+        torch.set_num_threads(1)
+    (record,) = [record for record in caplog.records if "before the first request" in record.message]
+    assert (record.message, record.levelname) == (
+        ("compiled layers: 4 of 4 forwards before the first request", "INFO")
+        if num_threads == 1
+        else ("compiled layers: 0 of 4 forwards before the first request", "WARNING")
+    )
 
 
 class Layer(nn.Module):
