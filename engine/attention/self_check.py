@@ -11,6 +11,7 @@ import torch
 
 from engine.attention import reference
 from engine.attention.choice import LayerInputs, Trial, make_trials
+from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata
 
 # (query_len, context_len) of a batch's segments: prompts, prompts behind a context and decodes, of few rows and of many, side
@@ -35,7 +36,8 @@ def find_fault(
 ) -> str | None:
     """What the backend does not compute as reference.py does in float32, in words; None if it is right. Takes a moment.
 
-    calls: of the model; of calls that are alike one is tried, of none nothing. chunk_size: of the pools, in tokens.
+    calls: of the model; of calls that are alike one is tried, of none nothing. chunk_size: of the pools, in tokens. Raises
+    DeviceFailedError if the device is broken: the next backend would find it so, too.
     """
     tried = tuple(_at_test_size(call) for call in {(c.kind, c.params.sinks is None): c for c in calls}.values())
     if not tried:
@@ -51,6 +53,7 @@ def find_fault(
                     most = TOLERANCE[dtype]
                     return f"its output differs from torch's operations' by {error:.2g}, more than rounding ({most})"
     except Exception as exception:  # whatever a kernel and its driver raise
+        check_device(device)
         return f"it failed: {exception!r}"
     return None
 

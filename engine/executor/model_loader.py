@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.distributed import DistributedConfig
 
 from engine.attention.comparison import Comparison, NoOwnAttentionError, compared_by
+from engine.attention.device_health import check_device
 from engine.attention.interface import ATTENTION_NAME, ShapeProbe, attention_handled_by
 from engine.attention.metadata import AttentionCall, LayerShape
 from engine.config import EngineConfig
@@ -280,6 +281,7 @@ def _pack(name: str, model: Any, text_config: Any, tolerance: float, packing: ty
         num_packed = pack_linears(model, lambda: _probe(model, text_config, ShapeProbe()), packing)
         error = logits_difference(_probe(model, text_config, ShapeProbe()), expected)
     except (RuntimeError, AttributeError, TypeError, ValueError) as failure:
+        check_device(model.device)
         logger.warning("%s: not served with packed weights, its code cannot use them: %s", name, repr(failure))
         return False
     if not error <= tolerance:

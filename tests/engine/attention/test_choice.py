@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.attention import backend, choice, device_clock, reference
+from engine.attention import backend, choice, device_clock, reference, self_check
 from engine.attention.backend import choose_backend
 from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
-from engine.errors import ConfigError, KernelBuildError
+from engine.errors import ConfigError, DeviceFailedError, KernelBuildError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LAYERS = (LayerShape(2, 16, 16), LayerShape(1, 8, 12), LayerShape(2, 16, 16))
@@ -243,6 +243,18 @@ def test_one_that_is_wrong_on_this_gpu_is_not_used(load, monkeypatch, caplog):
     assert "kernel of triton, is wrong here for this model in torch.float32: its output differs" in caplog.text
     with pytest.raises(ConfigError, match="its output differs"):
         choose_backend("triton", CUDA, torch.float32, CALLS, CHUNK_SIZE)
+
+
+def test_a_broken_device_is_not_taken_for_a_backend_that_is_wrong(monkeypatch):
+    """Another backend would find it as broken."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    with pytest.raises(DeviceFailedError, match="illegal memory access"):
+        self_check.find_fault(Failing(), CUDA, torch.float32, CALLS, CHUNK_SIZE)
 
 
 def test_auto_does_without_what_does_not_load(load, caplog):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from engine.config import EngineConfig
+from engine.errors import DeviceFailedError
 from engine.executor import model_loader, packed_linear
 from engine.executor.model_loader import load_model
 from engine.executor.packed_linear import (
@@ -285,3 +286,19 @@ def test_dtype_auto_is_bfloat16_where_the_processor_has_it(tiny_model, monkeypat
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(model_loader, "_has_bfloat16", lambda has=has: has)
         assert load_model(EngineConfig(model=str(tiny_model("llama")), device="cpu")).dtype == dtype
+
+
+def test_a_broken_device_is_not_taken_for_code_that_cannot_use_packed_weights(monkeypatch):
+    """Loading the model again would fail at its first weight."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def broken(device: torch.device) -> None:
+        raise DeviceFailedError(f"{device} failed")
+
+    monkeypatch.setattr(model_loader, "choose_packing", lambda dtype, device: PlainWeight)
+    monkeypatch.setattr(model_loader, "pack_linears", fail)
+    monkeypatch.setattr(model_loader, "check_device", broken)
+    with pytest.raises(DeviceFailedError, match="cpu failed"):
+        load_model(EngineConfig(dtype="float32", num_threads=1))
