@@ -46,8 +46,8 @@ def configurations(setting: Setting) -> dict[str, dict[str, Any]]:
     }
 
 
-def measure_conversations(setting: Setting, folder: str, **options: Any) -> Iterator[dict[str, Any]]:
-    """All figures so far, after each run of each configuration. options: of the engine.
+def measure_conversations(setting: Setting, folder: str) -> Iterator[dict[str, Any]]:
+    """All figures so far, after each run of each configuration.
 
     A configuration that fails leaves its traceback under `failures` and the others go on; then raises RuntimeError.
     """
@@ -55,7 +55,7 @@ def measure_conversations(setting: Setting, folder: str, **options: Any) -> Iter
     failures: dict[str, str] = {}
     for name in configurations(setting):
         try:
-            for row in _measure_engine(setting, folder, name, options):
+            for row in _measure_engine(setting, folder, name):
                 rows.append(row)
                 yield {"rows": rows, "two_tiers_over": compare(rows), "failures": failures}
         except Exception:
@@ -67,9 +67,9 @@ def measure_conversations(setting: Setting, folder: str, **options: Any) -> Iter
         raise RuntimeError(f"failed: {', '.join(failures)}\n" + "\n".join(failures.values()))
 
 
-def _measure_engine(setting: Setting, folder: str, name: str, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _measure_engine(setting: Setting, folder: str, name: str) -> Iterator[dict[str, Any]]:
     """One configuration at each number of turns at once."""
-    engine = AsyncEngine(make_config(setting, folder, **configurations(setting)[name], **options))
+    engine = AsyncEngine(make_config(setting, folder, **configurations(setting)[name]))
     with asyncio.Runner() as runner:
         try:
             for active in setting.active:

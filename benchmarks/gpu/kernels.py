@@ -312,8 +312,10 @@ def _measure_shape(setting: Setting, shape: Shape, batch: Batch) -> dict[str, An
 
 
 def measure_figure_12(setting: Setting) -> Iterator[list[dict[str, Any]]]:
-    """All rows so far, after each: milliseconds for `figure_12_batch` requests with `figure_12_new` query tokens each, by past
-    tokens."""
+    """All rows so far, after each: milliseconds by past tokens.
+
+    For `figure_12_batch` requests with `figure_12_new` query tokens each.
+    """
     shape = list(setting.models.values())[-1]
     rows: list[dict[str, Any]] = []
     for past in tqdm(setting.figure_12, desc="figure 12", unit="length"):

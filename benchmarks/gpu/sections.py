@@ -82,8 +82,7 @@ class Group:
         self._llama, self._opt = setting.models.items()
 
     def llama(self) -> None:
-        options = {"attention_backend": "triton"} if self._setting.is_smoke else {}
-        self._model("llama", self._llama, **options)
+        self._model("llama", self._llama)
 
     def opt(self) -> None:
         self._model("opt", self._opt)
@@ -114,11 +113,11 @@ class Group:
 
         self._report.section("plots", iter([plot_all(self._report._folder)]))
 
-    def _model(self, section: str, model: tuple[str, Shape], **options: Any) -> None:
+    def _model(self, section: str, model: tuple[str, Shape]) -> None:
         if self._report.read("roofs") is None:
             self._report.section("roofs", iter([measure_roofs(self._setting)]))
         roofs = self._report.read("roofs")
-        results = measure_model(self._setting, model[0], self._save(model), roofs, **options)
+        results = measure_model(self._setting, model[0], self._save(model), roofs)
         self._report.section(section, results)
 
     def _save(self, model: tuple[str, Shape]) -> str:

@@ -116,7 +116,7 @@ def summarize(folder: Path) -> list[str]:
     for name, section, find, predicted, target in figures():
         try:
             value = find(sections[section])
-        except (KeyError, IndexError, TypeError):  # that part was not measured
+        except (KeyError, StopIteration, TypeError):  # that part was not measured
             continue
         if value is not None:
             lines.append(f"{name:68} {value:8.2f}   predicted {predicted or '-':42} target {target or '-'}")
@@ -124,7 +124,7 @@ def summarize(folder: Path) -> list[str]:
 
 
 def _row(rows: list[dict[str, Any]], **values: Any) -> dict[str, Any]:
-    return [row for row in rows if all(row[name] == value for name, value in values.items())][0]
+    return next(row for row in rows if all(row[name] == value for name, value in values.items()))
 
 
 def _prefill(of: dict[str, Any]) -> float:

@@ -1,11 +1,12 @@
-"""A sweep of the attention kernel's tiles: keys, warps, stages and programs of decodes, rows too of prompts. Figures to choose
-the constants of engine/attention/triton_paged.py by; it changes none of them.
+"""A sweep of the attention kernel's tiles: keys, warps, stages and programs of decodes, rows too of prompts.
+
+Figures to choose the constants of engine/attention/triton_paged.py by; it changes none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import product
 from typing import Any
 from unittest.mock import patch
@@ -95,8 +96,4 @@ def tile(
         values["_NUM_STAGES"] = stages
     if programs is not None:
         values["_FEW_ROWS"] = (programs, triton_paged._FEW_ROWS[1])
-    return (
-        patch.multiple(triton_paged, **values)
-        if values
-        else patch.multiple(triton_paged, _FEW_ROWS=triton_paged._FEW_ROWS)
-    )
+    return patch.multiple(triton_paged, **values) if values else nullcontext()
