@@ -1,5 +1,5 @@
-"""The benchmark and the gate for GPUs run once, where there is one, for a few minutes: so all of their code is run here, tiny,
-from a copy of the repository that is not installed."""
+"""The benchmark and the gate for GPUs run once, where there is one, for a few minutes: so all of their code is run here,
+tiny, from a copy of the repository that is not installed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ needs_interpreter = pytest.mark.skipif(find_spec("triton") is None, reason="need
 
 @pytest.fixture
 def unpacked(tmp_path: Path) -> Path:
-    """What is in an archive of the repository, in a folder of its own; its engine says so in every process that imports it."""
+    """What an archive of the repository has, in a folder of its own; its engine says so in each process that imports it."""
     folder = tmp_path / "unpacked"
     for name in ("engine", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
@@ -120,8 +120,10 @@ def module(monkeypatch) -> Iterator[Callable[[str], ModuleType]]:
     """Imports a module of benchmarks/gpu; afterwards it is forgotten, with all that it brought from benchmarks."""
     for folder in FOLDERS:
         monkeypatch.syspath_prepend(str(ROOT / folder))
-    before = set(sys.modules)
+    before, environment = set(sys.modules), dict(os.environ)
     yield importlib.import_module
+    os.environ.clear()
+    os.environ.update(environment)
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "benchmarks")):
             del sys.modules[name]
@@ -188,8 +190,6 @@ def test_layers_that_fall_back_to_what_was_written_fail_the_gate(module, subject
 
 
 def test_a_check_that_fails_is_reported_and_a_broken_device_ends_the_gate(module, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(sys, "argv", ["gate.py", "--smoke", "--out", str(tmp_path / "gate.json")])
     gate = module("gate")
     ran = []
 
@@ -204,11 +204,11 @@ def test_a_check_that_fails_is_reported_and_a_broken_device_ends_the_gate(module
         if ran:
             raise DeviceFailedError("an illegal address")
 
-    monkeypatch.setattr(gate, "all_checks", lambda *_: iter([("a", fails), ("b", last), ("c", last)]))
     monkeypatch.setattr(gate, "check_device", broken)
-    with pytest.raises(SystemExit) as end:
-        gate.main()
-    assert end.value.code == gate.DEVICE_FAILED
+    checks = [("a", fails), ("b", last), ("c", last)]
+    results, reason = gate.run_checks(checks, torch.device("cpu"), tmp_path / "gate.json")
+    assert reason == "an illegal address"
+    assert [result.is_ok for result in results] == [False, True]
     assert ran == ["last"]
     output = capsys.readouterr().out
     assert "FAIL a" in output
@@ -263,8 +263,7 @@ def test_the_outcome_of_a_group_is_told(run, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "all.tgz").exists()
 
 
-def test_a_section_keeps_its_figures_when_it_fails(module, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["sections.py", "--smoke"])
+def test_a_section_keeps_its_figures_when_it_fails(module, tmp_path):
     sections, setting = module("sections"), module("setting")
     report = sections.Report(tmp_path, setting.for_smoke())
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -52,13 +53,32 @@ def run_check(name: str, check: Check) -> Result:
     return Result(name, is_ok, time.perf_counter() - begin, detail)
 
 
+def run_checks(checks: Iterable[tuple[str, Check]], device: torch.device, out: Path | None) -> tuple[list[Result], str]:
+    """(results, what broke the device, or nothing): a line for each check as it ends, and all so far in the file `out`."""
+    results: list[Result] = []
+    broken = ""
+    for name, check in checks:
+        result = run_check(name, check)
+        results.append(result)
+        print(f"{'ok  ' if result.is_ok else 'FAIL'} {name} ({result.seconds:.1f} s): {result.detail}", flush=True)
+        try:
+            check_device(device)
+        except DeviceFailedError as error:
+            broken = error.message
+            print(f"FAIL the device: {broken}", flush=True)
+        if out is not None:
+            report = {"run": describe_run(), "device_failure": broken, "checks": [asdict(result) for result in results]}
+            out.write_text(json.dumps(report, indent=2) + "\n")
+        if broken:
+            break
+    return results, broken
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
     parser.add_argument("--out", type=Path, help="file for the results")
-    parser.add_argument(
-        "--limit", type=float, default=300.0, help="seconds after which all threads are shown and it ends"
-    )
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds; then all threads are shown, and it ends")
     arguments = parser.parse_args()
     if not arguments.smoke and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --smoke looks whether the code runs")
@@ -69,23 +89,8 @@ def main() -> None:
     logging.basicConfig(format="    %(message)s")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    results: list[Result] = []
-    broken = ""
     with tempfile.TemporaryDirectory() as folder:
-        for name, check in all_checks(setting, Path(folder)):
-            result = run_check(name, check)
-            results.append(result)
-            print(f"{'ok  ' if result.is_ok else 'FAIL'} {name} ({result.seconds:.1f} s): {result.detail}", flush=True)
-            try:
-                check_device(setting.device)
-            except DeviceFailedError as error:
-                broken = error.message
-                print(f"FAIL the device: {broken}", flush=True)
-            report = {"run": describe_run(), "device_failure": broken, "checks": [asdict(result) for result in results]}
-            if arguments.out:
-                arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-            if broken:
-                break
+        results, broken = run_checks(all_checks(setting, Path(folder)), setting.device, arguments.out)
     failed = [result.name for result in results if not result.is_ok]
     print(json.dumps({result.name: {"ok": result.is_ok, "s": round(result.seconds, 1)} for result in results}))
     seconds = sum(result.seconds for result in results)
