@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ RESULTS = Path(__file__).parent / "results"
 def write_result(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> None:
     """NAME.json in `folder`: the figures, and what they were measured with."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"run": describe_run(), **figures}, indent=2) + "\n")
+    path = folder / f"{name}.json"
+    # Whole or not at all: a process may be ended while it writes.
+    path.with_suffix(".part").write_text(json.dumps({"run": describe_run(), **figures}, indent=2) + "\n")
+    path.with_suffix(".part").replace(path)
 
 
+@cache
 def describe_run() -> dict[str, Any]:
     """Command, commit, versions and machine of this process."""
     return {

@@ -1,55 +1,291 @@
-"""The benchmark for GPUs is run once, where there is one: so all of its code is run here, tiny, with Triton interpreted."""
+"""The benchmark and the gate for GPUs run once, where there is one, for a few minutes: so all of their code is run here,
+tiny, from a copy of the repository that is not installed."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+
+from engine.errors import DeviceFailedError
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("benchmarks/peers", "benchmarks", "benchmarks/gpu")
 SECTIONS = {
     "roofs",
-    "attention",
-    "figure_12",
     "llama",
-    "opt",
-    "conversations_stateless",
-    "conversations_GPU_only",
-    "conversations_two_tiers",
-    "conversations_transformers",
+    "attention",
     "conversations",
     "accuracy",
+    "tiles",
+    "opt",
+    "figure_12",
+    "peer",
     "plots",
 }
+OWN_ENGINE = "this is the engine of the copy"
+needs_interpreter = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton's interpreter")
+
+
+@pytest.fixture
+def unpacked(tmp_path: Path) -> Path:
+    """What an archive of the repository has, in a folder of its own; its engine says so in each process that imports it."""
+    folder = tmp_path / "unpacked"
+    for name in ("engine", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    with (folder / "engine/__init__.py").open("a") as file:
+        file.write(f"\nprint({OWN_ENGINE!r}, flush=True)\n")
+    return folder
+
+
+def start(unpacked: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """As it is started by hand from the root of the copy, whatever is installed in this environment."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    return subprocess.run(
+        [sys.executable, f"benchmarks/gpu/{script}", "--smoke", *arguments],
+        cwd=unpacked,
+        capture_output=True,
+        text=True,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def figures_of(folder: Path, section: str):
+    return json.loads((folder / f"gpu_{section}.json").read_text())["figures"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton's interpreter")
-def test_every_section_of_the_benchmark_runs(tmp_path):
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/gpu/run.py"), "--smoke", "--out", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    failures = json.loads((tmp_path / "gpu_failures.json").read_text())["failures"]
-    assert failures == {}
-    assert process.returncode == 0, process.stderr[-3000:]
-    written = {path.stem.removeprefix("gpu_") for path in tmp_path.glob("*.json")}
-    assert written == SECTIONS | {"failures"}
-    pictures = {path.stem.removeprefix("gpu_") for path in tmp_path.glob("*.png")}
+@needs_interpreter
+def test_every_section_of_the_benchmark_runs(unpacked, tmp_path):
+    out = tmp_path / "results"
+    process = start(unpacked, "run.py", "--out", str(out), "--pack", str(tmp_path / "packed.tgz"))
+    logs = "\n".join(path.read_text()[-2000:] for path in out.glob("*.log"))
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-1000:] + logs
+    written = {path.stem.removeprefix("gpu_") for path in out.glob("*.json")}
+    assert written == SECTIONS | {"groups"}
+    for section in SECTIONS:
+        content = json.loads((out / f"gpu_{section}.json").read_text())
+        assert content["is_complete"], section
+    groups = json.loads((out / "gpu_groups.json").read_text())["groups"]
+    assert {group["name"] for group in groups} == SECTIONS - {"roofs"}  # which llama measures first
+    for group in groups:
+        assert group["outcome"] == "complete"
+        assert OWN_ENGINE in (out / f"gpu_{group['name']}.log").read_text()
+    pictures = {path.stem.removeprefix("gpu_") for path in out.glob("*.png")}
     assert pictures == {"attention", "figure_12", "llama", "opt", "conversations"}
-    conversations = json.loads((tmp_path / "gpu_conversations.json").read_text())["figures"]
-    assert set(conversations["two_tiers_over"]) == {"stateless", "GPU only", "transformers"}
-    llama = json.loads((tmp_path / "gpu_llama.json").read_text())["figures"]
+    packed = (
+        shutil.unpack_archive(tmp_path / "packed.tgz", tmp_path / "unpacked_results") or tmp_path / "unpacked_results"
+    )
+    assert {path.name for path in packed.iterdir()} == {path.name for path in out.iterdir()}
+    assert set(figures_of(out, "conversations")["two_tiers_over"]) == {"stateless", "GPU only"}
+    assert set(figures_of(out, "peer")["two_tiers_over"]) == {"stateless", "GPU only", "transformers"}
+    llama = figures_of(out, "llama")
     assert {(row["by"], row["way"]) for row in llama["swaps"]} == {
         (by, way) for by in ("dma", "kernel") for way in ("in", "out", "both")
     }
+    assert all(row["device_ms"] > 0 for row in llama["decode"])
+    assert [row["batch"] for row in llama["graphs_against_eager"]] == [1, 2]
+    assert set(llama["profiles"]) == {"decode of 1", "decode of 2", "prompt of 32"}
+    assert not any("failure" in row for row in figures_of(out, "tiles"))
+
+
+@pytest.mark.slow
+@needs_interpreter
+def test_every_check_of_the_gate_runs(unpacked, tmp_path):
+    process = start(unpacked, "gate.py", "--out", str(tmp_path / "gate.json"))
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    assert OWN_ENGINE in process.stdout
+    checks = json.loads((tmp_path / "gate.json").read_text())["checks"]
+    assert all(check["is_ok"] for check in checks)
+    kinds = {check["name"].rsplit(": ", 1)[-1] for check in checks}
+    assert kinds == {
+        *("graphs", "swaps", "conversations", "compiled layers", "shutdown"),
+        *("engine started three times", "tier sized from memory"),
+    }
+    assert process.stdout.splitlines()[-1].endswith("failed: none")
+
+
+@pytest.fixture
+def module(monkeypatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of benchmarks/gpu; afterwards it is forgotten, with all that it brought from benchmarks."""
+    for folder in FOLDERS:
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    before, environment = set(sys.modules), dict(os.environ)
+    yield importlib.import_module
+    os.environ.clear()
+    os.environ.update(environment)
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "benchmarks")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def subject(module, tmp_path):
+    """The tiny Llama of the gate's smoke run."""
+    checks, setting = module("checks"), module("setting")
+    made = checks.Subject(setting.for_smoke(), tmp_path, "tiny Llama", setting.TINY_LLAMA, torch.float32)
+    yield made
+    made.close()
+
+
+def test_a_graph_that_gives_what_it_gave_before_fails_the_gate(module, subject, monkeypatch):
+    """As one that reads freed memory may: the output is not written anew."""
+    monkeypatch.setattr(module("stand_ins").RerunGraph, "replay", lambda self: None)
+    with pytest.raises(AssertionError, match="graphs give other logits than eager steps"):
+        module("checks").check_graphs(subject)
+
+
+def test_a_size_that_was_not_recorded_fails_the_gate(module, subject):
+    graphs = subject.executor._runner._graphs
+    graphs._sizes = graphs._sizes[:-1]
+    with pytest.raises(AssertionError, match="sizes are missing"):
+        module("checks").check_graphs(subject)
+
+
+def test_a_copy_that_is_left_out_fails_the_gate(module, subject, monkeypatch):
+    copier = module("steps").DmaCopier
+    copy = copier.copy
+    monkeypatch.setattr(
+        copier, "copy", lambda self, target, source, copies, columns: copy(self, target, source, copies[1:], columns)
+    )
+    with pytest.raises(AssertionError, match=r"wrong bytes in the ... tier \(by dma, whole blocks\)"):
+        module("checks").check_swaps(subject)
+
+
+def test_a_cache_that_holds_something_else_fails_the_gate(module, subject, monkeypatch):
+    """Blocks that come back from the CPU tier are another conversation's."""
+    swapper = subject.executor._swapper
+    begin = swapper.begin
+
+    def begin_and_mix(plan):
+        wait = begin(plan)
+        swapper._gpu.storage[[copy.target for copy in plan.swap_ins]] = 0.5
+        return wait
+
+    monkeypatch.setattr(swapper, "begin", begin_and_mix)
+    with pytest.raises(AssertionError, match="behind it"):
+        module("checks").check_conversations(subject)
+
+
+def test_layers_that_fall_back_to_what_was_written_fail_the_gate(module, subject, monkeypatch):
+    """One more guard, which no step of it passes."""
+    checks = module("checks")
+    subject._options["compile_layers"] = True
+    monkeypatch.setattr(checks.compiled_layers, "COMPILER", "aot_eager")
+    executor = subject.executor
+    torch._dynamo.reset()  # what was compiled is forgotten; the layers do not know it
+    assert executor.loaded.has_compiled_layers
+    with pytest.raises(Exception, match="fail_on_recompile"):
+        checks.check_compiled(subject)
+
+
+def test_a_check_that_fails_is_reported_and_a_broken_device_ends_the_gate(module, monkeypatch, capsys, tmp_path):
+    gate = module("gate")
+    ran = []
+
+    def fails() -> str:
+        raise ValueError("a wrong number")
+
+    def last() -> str:
+        ran.append("last")
+        return "fine"
+
+    def broken(device: torch.device) -> None:
+        if ran:
+            raise DeviceFailedError("an illegal address")
+
+    monkeypatch.setattr(gate, "check_device", broken)
+    checks = [("a", fails), ("b", last), ("c", last)]
+    results, reason = gate.run_checks(checks, torch.device("cpu"), tmp_path / "gate.json")
+    assert reason == "an illegal address"
+    assert [result.is_ok for result in results] == [False, True]
+    assert ran == ["last"]
+    output = capsys.readouterr().out
+    assert "FAIL a" in output
+    assert "ValueError: a wrong number" in output
+    report = json.loads((tmp_path / "gate.json").read_text())
+    assert report["device_failure"] == "an illegal address"
+    assert [check["is_ok"] for check in report["checks"]] == [False, True]
+
+
+@pytest.fixture
+def run(module, monkeypatch, tmp_path) -> ModuleType:
+    """The launcher, over a script that does what it is told by the name of its group."""
+    script = """if True:
+        import sys, time
+        from pathlib import Path
+        name, out = sys.argv[1], Path(sys.argv[3])
+        (out / f"gpu_{name}.json").write_text('{"figures": [1]}')
+        print("measured")
+        if name == "llama":
+            time.sleep(600)
+        sys.exit({"opt": 1, "attention": 3}.get(name, 0))
+    """
+    (tmp_path / "sections.py").write_text(script)
+    launcher = module("run")
+    monkeypatch.setattr(launcher, "HERE", tmp_path)
+    return launcher
+
+
+def test_a_group_is_ended_at_its_limit_and_keeps_what_it_measured(run, tmp_path):
+    outcome = run.run_group(run.Group("llama", 0, 3), 100, tmp_path, is_smoke=False)
+    assert outcome.outcome == "ended at its limit"
+    assert figures_of(tmp_path, "llama") == [1]
+    assert "measured" in (tmp_path / "gpu_llama.log").read_text()
+
+
+def test_what_remains_of_the_budget_is_a_limit_and_decides_what_is_skipped(run, tmp_path, capsys):
+    assert run.run_group(run.Group("accuracy", 20, 40), 19, tmp_path, is_smoke=False).outcome == "skipped"
+    assert not (tmp_path / "gpu_accuracy.json").exists()
+    assert "19 are left" in capsys.readouterr().out
+    assert run.run_group(run.Group("accuracy", 20, 40), 21, tmp_path, is_smoke=False).limit_s == 21
+
+
+def test_the_outcome_of_a_group_is_told(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "GROUPS", tuple(run.Group(name, 0, 60) for name in ("attention", "opt", "tiles")))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--out", str(tmp_path / "out"), "--pack", str(tmp_path / "all.tgz")])
+    with pytest.raises(SystemExit) as end:
+        run.main()
+    assert end.value.code == 1
+    groups = json.loads((tmp_path / "out/gpu_groups.json").read_text())["groups"]
+    assert [group["outcome"] for group in groups] == ["device failed", "failed", "complete"]
+    assert "not complete: attention device failed, opt failed" in capsys.readouterr().out
+    assert (tmp_path / "all.tgz").exists()
+
+
+def test_a_section_keeps_its_figures_when_it_fails(module, tmp_path):
+    sections, setting = module("sections"), module("setting")
+    report = sections.Report(tmp_path, setting.for_smoke())
+
+    def measured():
+        yield [1]
+        yield [1, 2]
+        raise RuntimeError("out of luck")
+
+    report.section("some", measured())
+    assert report.failed == ["some"]
+    content = json.loads((tmp_path / "gpu_some.json").read_text())
+    assert content["figures"] == [1, 2]
+    assert not content["is_complete"]
+    assert "out of luck" in content["failure"]
+
+
+def test_the_summary_names_what_was_predicted(module, tmp_path):
+    decode = [{"batch": 1, "over_floor": 1.5, "device_over_floor": None}]
+    (tmp_path / "gpu_llama.json").write_text(json.dumps({"figures": {"decode": decode}}))
+    lines = module("summary").summarize(tmp_path)
+    assert len(lines) == 1
+    assert all(part in lines[0] for part in ("decode of 1", "1.50", "predicted 1.45", "target <= 1.25"))
 
 
 def test_the_kernels_tests_are_found_without_pytest_asyncio():

@@ -6,22 +6,21 @@ from __future__ import annotations
 import asyncio
 import gc
 import statistics
-import sys
-from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
+import traceback
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 import torch
 import transformers
+from run_transformers import batching
 from setting import CHUNK_SIZE, Setting
 from steps import make_config
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
-from run_transformers import batching
 from workload import Generate, Turn, Workload, run_workload
 
 from engine.async_engine import AsyncEngine
+from engine.attention.device_health import check_device
 from engine.core.request import SamplingParams
 from engine.prompt import TokenPrompt
 
@@ -41,48 +40,63 @@ def tier_sizes(setting: Setting) -> dict[str, int]:
 def configurations(setting: Setting) -> dict[str, dict[str, Any]]:
     sizes = tier_sizes(setting)
     return {
-        "stateless": {**sizes, "mode": "stateless"},
-        "GPU only": {**sizes, "num_cpu_blocks": 0},
         "two tiers": sizes,
+        "GPU only": {**sizes, "num_cpu_blocks": 0},
+        "stateless": {**sizes, "mode": "stateless"},
     }
 
 
-def measure_engine(setting: Setting, folder: str, name: str) -> list[dict[str, Any]]:
-    """One configuration at each number of turns at once."""
-    options = configurations(setting)[name]
-    if setting.is_smoke:  # the interpreter of Triton has shown by then that it runs
-        options["attention_backend"] = "reference"
-    engine = AsyncEngine(make_config(setting, folder, **options))
-    try:
-        return asyncio.run(_measure_engine(setting, engine, name))
-    finally:
-        asyncio.run(engine.shutdown())
+def measure_conversations(setting: Setting, folder: str) -> Iterator[dict[str, Any]]:
+    """All figures so far, after each run of each configuration.
+
+    A configuration that fails leaves its traceback under `failures` and the others go on; then raises RuntimeError.
+    """
+    rows: list[dict[str, Any]] = []
+    failures: dict[str, str] = {}
+    for name in configurations(setting):
+        try:
+            for row in _measure_engine(setting, folder, name):
+                rows.append(row)
+                yield {"rows": rows, "two_tiers_over": compare(rows), "failures": failures}
+        except Exception:
+            failures[name] = traceback.format_exc()
+            yield {"rows": rows, "two_tiers_over": compare(rows), "failures": failures}
+            check_device(setting.device)
         _give_memory_back()
+    if failures:
+        raise RuntimeError(f"failed: {', '.join(failures)}\n" + "\n".join(failures.values()))
 
 
-async def _measure_engine(setting: Setting, engine: AsyncEngine, name: str) -> list[dict[str, Any]]:
-    rows = []
-    for active in setting.active:
+def _measure_engine(setting: Setting, folder: str, name: str) -> Iterator[dict[str, Any]]:
+    """One configuration at each number of turns at once."""
+    engine = AsyncEngine(make_config(setting, folder, **configurations(setting)[name]))
+    with asyncio.Runner() as runner:
+        try:
+            for active in setting.active:
+                yield runner.run(_measure_workload(setting, engine, name, active))
+            runner.run(engine.check_integrity())
+        finally:
+            runner.run(engine.shutdown())
 
-        async def generate(turn: Turn, active: int = active) -> AsyncIterator[Sequence[int]]:
-            sampling = SamplingParams(temperature=0.0, max_tokens=turn.output_len, ignore_eos=True)
-            async for delta in engine.generate(
-                TokenPrompt(turn.prompt),
-                sampling,
-                request_id=f"{active}.{turn.request_id}",
-                session_id=f"{active}.{turn.session_id}",
-            ):
-                yield delta.token_ids
 
-        before = engine.get_statistics()
-        row = await _run(setting, name, active, generate)
-        after = engine.get_statistics()
-        for part in ("gpu_cached", "cpu_cached", "not_loaded", "dropped", "new"):
-            key = f"num_{part}_tokens"
-            row[key] = after[key] - before[key]
-        rows.append(row)
-    await engine.check_integrity()
-    return rows
+async def _measure_workload(setting: Setting, engine: AsyncEngine, name: str, active: int) -> dict[str, Any]:
+    async def generate(turn: Turn) -> AsyncIterator[Sequence[int]]:
+        sampling = SamplingParams(temperature=0.0, max_tokens=turn.output_len, ignore_eos=True)
+        async for delta in engine.generate(
+            TokenPrompt(turn.prompt),
+            sampling,
+            request_id=f"{active}.{turn.request_id}",
+            session_id=f"{active}.{turn.session_id}",
+        ):
+            yield delta.token_ids
+
+    before = engine.get_statistics()
+    row = await _run(setting, name, active, generate)
+    after = engine.get_statistics()
+    for part in ("gpu_cached", "cpu_cached", "not_loaded", "dropped", "new"):
+        key = f"num_{part}_tokens"
+        row[key] = after[key] - before[key]
+    return row
 
 
 async def _run(setting: Setting, name: str, active: int, generate: Generate) -> dict[str, Any]:
@@ -111,15 +125,11 @@ async def _run(setting: Setting, name: str, active: int, generate: Generate) -> 
     }
 
 
-def measure_peer(setting: Setting, folder: str) -> list[dict[str, Any]]:
-    """transformers' continuous batching with as many blocks of the same size; offloading needs a GPU."""
-    try:
-        return asyncio.run(_measure_peer(setting, folder))
-    finally:
-        _give_memory_back()
+def measure_peer(setting: Setting, folder: str, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """transformers' continuous batching with as many blocks of the same size, after each run; offloading needs a GPU.
 
-
-async def _measure_peer(setting: Setting, folder: str) -> list[dict[str, Any]]:
+    rows: of the engine's configurations, to compare with.
+    """
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.random.fork_rng(), setting.device:
         torch.manual_seed(0)
@@ -129,18 +139,29 @@ async def _measure_peer(setting: Setting, folder: str) -> list[dict[str, Any]]:
     heads, layers = config.num_key_value_heads, config.num_hidden_layers
     token_bytes = 2 * layers * heads * (config.hidden_size // config.num_attention_heads) * setting.dtype.itemsize
     cpu_gib = sizes["num_cpu_blocks"] * CHUNK_SIZE * token_bytes / (1 << 30)
-    rows = []
-    async with batching(
-        model,
-        page_size=CHUNK_SIZE,
-        num_blocks=sizes["num_gpu_blocks"],
-        max_batch_tokens=setting.max_num_batched_tokens,
-        cpu_offload_space=0.0 if setting.is_smoke else cpu_gib,
-        timeout_s=120.0,
-    ) as (generate, _):
-        for active in setting.active:
-            rows.append(await _run(setting, "transformers", active, generate))
-    return rows
+    peers: list[dict[str, Any]] = []
+    with asyncio.Runner() as runner:
+        stack = AsyncExitStack()
+        try:
+            generate, _ = runner.run(
+                stack.enter_async_context(
+                    batching(
+                        model,
+                        page_size=CHUNK_SIZE,
+                        num_blocks=sizes["num_gpu_blocks"],
+                        max_batch_tokens=setting.max_num_batched_tokens,
+                        cpu_offload_space=0.0 if setting.is_smoke else cpu_gib,
+                        timeout_s=120.0,
+                    )
+                )
+            )
+            for active in setting.active:
+                peers.append(runner.run(_run(setting, "transformers", active, generate)))
+                yield {"rows": peers, "two_tiers_over": compare([*rows, *peers])}
+        finally:
+            runner.run(stack.aclose())
+            del model
+            _give_memory_back()
 
 
 def compare(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
-from engine.attention import triton_paged
+from engine.attention import triton_paged, whole_prompts
 from engine.attention.backend import choose_backend
+from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.errors import ConfigError
 
@@ -27,6 +29,8 @@ CPU_KERNELS = {"math": SDPBackend.MATH}
 # What is measured beside the Triton kernel where it can serve a model, and the chunks it is given.
 OTHER_BACKENDS = {"flashinfer": CHUNK_SIZE}
 CPU_OTHER_BACKENDS = {"reference": CHUNK_SIZE}
+# Rows at the end of each request that are compared: all of a long prompt would take tens of gigabytes.
+CHECKED_ROWS = 256
 
 
 def measure_roofs(setting: Setting) -> dict[str, Any]:
@@ -139,6 +143,21 @@ class Batch:
         ]
         return lambda: [self._backend.attend(rows, *self.pools, metadata, params) for rows, metadata in calls]
 
+    def served(self) -> Callable[[], torch.Tensor]:
+        """As the engine serves first prompts, whose K and V are those of the step."""
+        metadata, params = self.metadata(), AttentionParams(self.scaling)
+        key, value = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (self.keys, self.values))
+        pools = (self.pools[0], self.pools[1])
+        return lambda: whole_prompts.attend(self._backend, self.rows, key, value, pools, metadata, params)
+
+    def decoded(self) -> Callable[[], torch.Tensor]:
+        """As recorded decode steps do it, whose tiles depend on the number of requests alone."""
+        metadata, params = (
+            replace(self.metadata(), is_decode_batch=True, host_segments=None),
+            AttentionParams(self.scaling),
+        )
+        return lambda: self._backend.attend(self.rows, *self.pools, metadata, params)
+
     def contiguous(self) -> dict[str, Callable[[], torch.Tensor]]:
         return {
             name: lambda kernel=kernel: self._sdpa(kernel, self.keys, self.values)  # type: ignore[misc]
@@ -156,26 +175,56 @@ class Batch:
 
         return call
 
-    def _sdpa(self, kernel: SDPBackend, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def _sdpa(
+        self, kernel: SDPBackend, keys: torch.Tensor, values: torch.Tensor, num_rows: int | None = None
+    ) -> torch.Tensor:
+        """num_rows: the last so many of each request; None = all."""
+        query = self.query if num_rows is None else self.query[:, :, self.query_len - num_rows :]
+        query_len = query.shape[2]
         mask = None
-        is_causal = 1 < self.query_len == self.context_len
-        if 1 < self.query_len < self.context_len:
-            mask = causal_lower_right(self.query_len, self.context_len)
+        is_causal = 1 < query_len == self.context_len
+        if 1 < query_len < self.context_len:
+            mask = causal_lower_right(query_len, self.context_len)
         with sdpa_kernel(kernel):
             return F.scaled_dot_product_attention(
-                self.query, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=self.enable_gqa
+                query, keys, values, attn_mask=mask, is_causal=is_causal, enable_gqa=self.enable_gqa
             )
 
     @property
     def can_check(self) -> bool:
-        """The check needs several times the memory: of K and V in float32, and of all their products with the queries."""
-        num_products = self.batch * self.query.shape[1] * self.query_len * self.context_len
-        return 4 * max(self.keys.numel(), num_products) <= 4 << 30
+        """The check needs several times the memory of K and V in float32."""
+        return 4 * self.keys.numel() <= 4 << 30
 
-    def check(self) -> float:
-        """Largest difference between paged and contiguous attention; raises where it is not rounding."""
-        expected = self._sdpa(SDPBackend.MATH, self.keys, self.values).float().transpose(1, 2).flatten(0, 1)
-        actual = self.paged()().float()
+    def expected(self) -> torch.Tensor:
+        """float32 [batch, heads, rows, dim] of the last rows of each request, by torch's plain operations."""
+        return self._sdpa(SDPBackend.MATH, self.keys, self.values, self._num_checked).float()
+
+    def check(self, call: Callable[[], torch.Tensor] | None = None) -> float:
+        """Largest difference between paged and contiguous attention; raises AssertionError where it is not rounding.
+
+        call: gives [tokens, heads, dim]; None = `paged()`.
+        """
+        rows = (call or self.paged())().unflatten(0, (self.batch, self.query_len)).transpose(1, 2)
+        return self._difference(rows, self.expected())
+
+    def wrong_kernels(self) -> dict[str, str]:
+        """Of torch's contiguous kernels those that differ from its plain operations: name -> how."""
+        expected, wrong = self.expected(), {}
+        for name, call in self.contiguous().items():
+            try:
+                self._difference(call(), expected)
+            except AssertionError as error:
+                wrong[name] = " ".join(str(error).split())
+            except RuntimeError:  # not for this shape, or the device is broken
+                check_device(self.query.device)
+        return wrong
+
+    @property
+    def _num_checked(self) -> int:
+        return min(self.query_len, CHECKED_ROWS)
+
+    def _difference(self, actual: torch.Tensor, expected: torch.Tensor) -> float:
+        actual = actual[:, :, self.query_len - self._num_checked :].float()
         tolerance = 1e-4 if self.query.dtype == torch.float32 else 2e-2
         torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
         return float((actual - expected).abs().max())
@@ -199,12 +248,14 @@ def measure_other(setting: Setting, batch: Batch) -> dict[str, Any]:
     try:
         error = batch.check() if batch.can_check else None
     except (AssertionError, RuntimeError) as failure:
+        check_device(setting.device)
         return {"failure": str(failure)}
     seconds = measure({"paged": batch.paged()}, setting.device, setting.repeats)
     return {"largest_error": error, **{f"{name}_ms": value * 1e3 for name, value in seconds.items()}}
 
 
-def measure_attention(setting: Setting) -> list[dict[str, Any]]:
+def measure_attention(setting: Setting) -> Iterator[list[dict[str, Any]]]:
+    """All rows so far, after each shape. Raises AssertionError at the end if a shape came out wrong."""
     others = {name: load_others(setting, shape) for name, shape in setting.models.items()}
     chunk_sizes = OTHER_BACKENDS | CPU_OTHER_BACKENDS
     rows: list[dict[str, Any]] = []
@@ -212,39 +263,61 @@ def measure_attention(setting: Setting) -> list[dict[str, Any]]:
     for name, batch_size, query_len, context_len in tqdm(cases, desc="attention", unit="shape"):
         shape = setting.models[name]
         batch = Batch(setting, shape, batch_size, query_len, context_len)
-        error = batch.check() if batch.can_check else None
-        seconds = measure({"paged": batch.paged(), **batch.contiguous()}, setting.device, setting.repeats)
-        paged = seconds.pop("paged")
-        best = min(seconds, key=lambda kernel: seconds[kernel])
-        num_pairs = batch_size * query_len * (context_len - (query_len - 1) / 2)
-        num_bytes = 2 * batch_size * shape.num_kv_heads * context_len * shape.head_dim * setting.dtype.itemsize
-        rows.append(
-            {
-                "model": name,
-                "batch": batch_size,
-                "query_len": query_len,
-                "context_len": context_len,
-                "largest_error": error,
-                "paged_ms": paged * 1e3,
-                "contiguous_ms": {kernel: value * 1e3 for kernel, value in seconds.items()},
-                "best_contiguous": best,
-                "paged_over_contiguous": paged / seconds[best],
-                "kv_bytes_per_s": num_bytes / paged,
-                "flop_per_s": 4 * num_pairs * shape.num_heads * shape.head_dim / paged,
-                "others": {},
-            }
-        )
+        rows.append({"model": name, "batch": batch_size, "query_len": query_len, "context_len": context_len})
+        rows[-1].update(_measure_shape(setting, shape, batch))
+        yield rows
         del batch  # the memory is needed for the next one
         for other, backend in others[name].items():
             case = (batch_size, query_len, context_len, backend, chunk_sizes[other])
             rows[-1]["others"][other] = measure_other(setting, Batch(setting, shape, *case))
-    return rows
+            yield rows
+    wrong = [row for row in rows if "failure" in row]
+    assert not wrong, f"{len(wrong)} of {len(rows)} shapes came out wrong"
 
 
-def measure_figure_12(setting: Setting) -> list[dict[str, Any]]:
-    """Milliseconds for `figure_12_batch` requests with `figure_12_new` query tokens each, by past tokens."""
+def _measure_shape(setting: Setting, shape: Shape, batch: Batch) -> dict[str, Any]:
+    """Times of one shape beside the fastest of torch's kernels that computes it right."""
+    figures: dict[str, Any] = {"others": {}}
+    is_first_prompt = 1 < batch.query_len == batch.context_len
+    if batch.can_check:
+        try:
+            figures["largest_error"] = batch.check()
+            if is_first_prompt:
+                figures["largest_error_served"] = batch.check(batch.served())
+        except AssertionError as failure:
+            figures["failure"] = str(failure)
+        figures["wrong_contiguous"] = batch.wrong_kernels()
+    calls = {"paged": batch.paged(), **batch.contiguous()}
+    if is_first_prompt:
+        calls["served"] = batch.served()
+    seconds = measure(calls, setting.device, setting.repeats)
+    paged, served = seconds.pop("paged"), seconds.pop("served", None)
+    right = {name: value for name, value in seconds.items() if name not in figures.get("wrong_contiguous", {})}
+    num_pairs = batch.batch * batch.query_len * (batch.context_len - (batch.query_len - 1) / 2)
+    num_bytes = 2 * batch.batch * shape.num_kv_heads * batch.context_len * shape.head_dim * setting.dtype.itemsize
+    figures |= {
+        "paged_ms": paged * 1e3,
+        "contiguous_ms": {kernel: value * 1e3 for kernel, value in seconds.items()},
+        "kv_bytes_per_s": num_bytes / paged,
+        "flop_per_s": 4 * num_pairs * shape.num_heads * shape.head_dim / paged,
+    }
+    if served is not None:
+        figures["served_ms"] = served * 1e3
+    if right:
+        best = min(right, key=lambda kernel: right[kernel])
+        figures |= {"best_contiguous": best, "paged_over_contiguous": paged / right[best]}
+        if served is not None:
+            figures["served_over_contiguous"] = served / right[best]
+    return figures
+
+
+def measure_figure_12(setting: Setting) -> Iterator[list[dict[str, Any]]]:
+    """All rows so far, after each: milliseconds by past tokens.
+
+    For `figure_12_batch` requests with `figure_12_new` query tokens each.
+    """
     shape = list(setting.models.values())[-1]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for past in tqdm(setting.figure_12, desc="figure 12", unit="length"):
         batch = Batch(setting, shape, setting.figure_12_batch, setting.figure_12_new, past + setting.figure_12_new)
         batch.check()
@@ -264,4 +337,4 @@ def measure_figure_12(setting: Setting) -> list[dict[str, Any]]:
                 **{name: value * 1e3 for name, value in seconds.items()},
             }
         )
-    return rows
+        yield rows

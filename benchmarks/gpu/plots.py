@@ -17,15 +17,23 @@ def plot_all(folder: Path) -> list[str]:
         "figure_12": plot_figure_12,
         "llama": plot_model,
         "opt": plot_model,
-        "conversations": plot_conversations,
+        "conversations": lambda figures: plot_conversations(
+            figures["rows"] + ((read(folder / "gpu_peer.json") or {}).get("rows") or [])
+        ),
     }
     made = []
     for name, plot in plots.items():
         path = folder / f"gpu_{name}.json"
-        if path.exists():
-            plot(json.loads(path.read_text())["figures"]).savefig(path.with_suffix(".png"), dpi=120)
+        figures = read(path)
+        if figures:
+            plot(figures).savefig(path.with_suffix(".png"), dpi=120)
             made.append(path.with_suffix(".png").name)
     return made
+
+
+def read(path: Path) -> Any:
+    """What a section measured; None if it was not run or measured nothing."""
+    return json.loads(path.read_text())["figures"] if path.exists() else None
 
 
 def _figure(width: float, height: float = 4.0) -> matplotlib.figure.Figure:
@@ -33,6 +41,7 @@ def _figure(width: float, height: float = 4.0) -> matplotlib.figure.Figure:
 
 
 def plot_attention(rows: list[dict[str, Any]]) -> matplotlib.figure.Figure:
+    rows = [row for row in rows if "paged_over_contiguous" in row]
     figure = _figure(8, 1 + 0.3 * len(rows))
     axes = figure.subplots()
     names = [f"{row['model']}: {row['batch']} x {row['query_len']} over {row['context_len']}" for row in rows]
@@ -60,32 +69,30 @@ def plot_figure_12(rows: list[dict[str, Any]]) -> matplotlib.figure.Figure:
 def plot_model(figures: dict[str, Any]) -> matplotlib.figure.Figure:
     figure = _figure(14)
     left, middle, right = figure.subplots(1, 3)
-    decodes = [row for row in figures["decode"] if "step_ms" in row]
+    decodes = [row for row in figures.get("decode", []) if "step_ms" in row]
     batches = [row["batch"] for row in decodes]
     left.plot(batches, [row["step_ms"] for row in decodes], "o-", label="step")
     left.plot(batches, [row["floor_ms"] for row in decodes], "--", label="weights and KV over copy bandwidth")
     left.set(xlabel="decoding requests", ylabel="ms", title="decode step", ylim=(0, None))
     left.legend()
-    names = [f"{row['by']}, {row['way']}" for row in figures["swaps"]]
-    middle.barh(names, [row["share_of_pinned_copy"] for row in figures["swaps"]])
+    names = [f"{row['by']}, {row['way']}" for row in figures.get("swaps", [])]
+    middle.barh(names, [row["share_of_pinned_copy"] for row in figures.get("swaps", [])])
     middle.axvline(1.0, color="black", linewidth=1)
     middle.set(xlabel="share of the bandwidth of a pinned copy", title="swaps of whole blocks")
     middle.invert_yaxis()
-    names = [f"{row['by']}, {row['context_len']} in, {row['num_new_tokens']} new" for row in figures["hidden"]]
-    right.barh(names, [row["share_hidden"] for row in figures["hidden"]])
+    names = [f"{row['by']}, {row['context_len']} in, {row['num_new_tokens']} new" for row in figures.get("hidden", [])]
+    right.barh(names, [row["share_hidden"] for row in figures.get("hidden", [])])
     right.set(xlabel="share of the shorter that is hidden", title="swap-ins beside computation", xlim=(0, 1))
     right.invert_yaxis()
     return figure
 
 
-def plot_conversations(figures: dict[str, Any]) -> matplotlib.figure.Figure:
+def plot_conversations(all_rows: list[dict[str, Any]]) -> matplotlib.figure.Figure:
     figure = _figure(6)
     axes = figure.subplots()
-    names = list(dict.fromkeys(row["configuration"] for row in figures["rows"]))
+    names = list(dict.fromkeys(row["configuration"] for row in all_rows))
     for name in names:
-        rows = sorted(
-            (row for row in figures["rows"] if row["configuration"] == name), key=lambda row: float(row["active"])
-        )
+        rows = sorted((row for row in all_rows if row["configuration"] == name), key=lambda row: float(row["active"]))
         axes.plot([row["turns_per_s"] for row in rows], [row["ttft_p90_s"] for row in rows], "o-", label=name)
     axes.set(
         xlabel="turns/s", ylabel="time to first token, p90, s", title="working set 3x the GPU tier", ylim=(0, None)

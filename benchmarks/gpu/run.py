@@ -1,153 +1,168 @@
-"""Everything that is measured on a GPU, in one go of less than eight minutes, with nothing downloaded and no Ray: kernels,
-steps of models in the shape of Llama-3.1-8B and OPT-13B with random weights, and conversations, beside transformers' own
-continuous batching. One JSON and one plot per section; a section that fails is reported and loses none of the others.
+"""Everything that is measured on a GPU, within a time budget: one process for each group of sections, in order of importance.
 
-    python benchmarks/gpu/run.py                            all of it, to benchmarks/results/gpu_*.json
-    python benchmarks/gpu/run.py --sections roofs attention
-    python benchmarks/gpu/run.py --smoke                    does the code run? on a CPU, tiny, Triton interpreted
+    python benchmarks/gpu/run.py --budget 470 --pack results.tgz     all of it, to benchmarks/results/gpu_*.json
+    python benchmarks/gpu/run.py --groups llama tiles
+    python benchmarks/gpu/run.py --smoke                             does the code run? on a CPU, tiny, Triton interpreted
+
+A group that fails, breaks the device or runs into its limit loses none of the others, nor what it has measured by then. A
+group whose estimate does not fit into what is left of the budget is skipped. Standard library only: this process leaves the
+device alone. See README.md for what the figures mean.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
+import json
 import os
+import signal
+import subprocess
 import sys
-import tempfile
+import tarfile
 import time
-import traceback
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-if "--smoke" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+from summary import summarize
 
-import torch
-import transformers
-from setting import Setting, for_gpu, for_smoke
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from machine import RESULTS, write_result
-
-BUDGET_S = 465.0
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+# Seconds that a process has between being asked to end and being killed.
+GRACE_S = 5.0
+# Lines of a group's log that are printed when it ends; the whole log is beside its results.
+TAIL_LINES = 4
 
 
-class Report:
-    """What was measured so far, kept in a file per section as soon as it is there."""
+@dataclass(frozen=True, slots=True)
+class Group:
+    """estimate_s: on an H100, with the start of the process. limit_s: after which it is ended."""
 
-    def __init__(self, folder: Path, setting: Setting) -> None:
-        self._folder = folder
-        self._setting = setting
-        self.failures: dict[str, str] = {}
-        self._start = time.perf_counter()
+    name: str
+    estimate_s: float
+    limit_s: float
 
-    @property
-    def elapsed_s(self) -> float:
-        return time.perf_counter() - self._start
 
-    def section(self, name: str, measure: Any) -> Any:
-        """What `measure` returns; None where it failed, or no time is left."""
-        if self.elapsed_s > BUDGET_S and not self._setting.is_smoke:
-            self.failures[name] = "no time was left"
-            return None
-        print(f"== {name} ({self.elapsed_s:.0f} s)", flush=True)
-        begin = time.perf_counter()
-        try:
-            # Weights and activations of a section that failed must not stay with its traceback.
-            figures = measure()
-        except Exception:
-            self.failures[name] = traceback.format_exc()
-            print(self.failures[name], flush=True)
-            return None
-        seconds = time.perf_counter() - begin
-        self.write(name, {"section_s": seconds, "figures": figures})
-        return figures
+# The most telling first.
+GROUPS = (
+    Group("llama", 95, 140),
+    Group("attention", 40, 60),
+    Group("conversations", 140, 190),
+    Group("accuracy", 25, 40),
+    Group("tiles", 40, 60),
+    Group("opt", 85, 110),
+    Group("figure_12", 20, 30),
+    Group("peer", 150, 190),
+    Group("plots", 5, 30),
+)
 
-    def write(self, name: str, figures: dict[str, Any]) -> None:
-        write_result(f"gpu_{name}", figures, self._folder)
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """outcome: "complete", "failed" (a section, or a part of one), "device failed", "ended at its limit", "skipped"."""
+
+    name: str
+    outcome: str
+    seconds: float
+    limit_s: float
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [group.name for group in GROUPS]
+    parser.add_argument("--groups", nargs="+", choices=names, default=names, help="only these")
+    parser.add_argument("--budget", type=float, default=3600.0, help="seconds for all of it (default: an hour)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results and logs")
+    parser.add_argument("--pack", type=Path, help="put them into this .tgz, too, after each group")
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
-    parser.add_argument("--sections", nargs="+", help="only these; roofs are always measured")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
-    if not arguments.smoke and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here; --smoke looks whether the code runs")
-    setting = for_smoke() if arguments.smoke else for_gpu()
-    if setting.is_smoke:
-        torch.set_num_threads(1)
-    logging.basicConfig(format="  %(message)s")
-    logging.getLogger("engine").setLevel(logging.INFO)  # what was measured at the start, and chosen
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    report = Report(arguments.out, setting)
-    with tempfile.TemporaryDirectory() as folder:
-        run(setting, report, Path(folder), arguments.sections)
-    report.write("failures", {"seconds": report.elapsed_s, "failures": report.failures})
-    from plots import plot_all
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the group that runs
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "gpu_roofs.json").unlink(missing_ok=True)  # of another machine, perhaps
+    start = time.monotonic()
+    outcomes: list[Outcome] = []
+    for group in GROUPS:
+        if group.name not in arguments.groups:
+            continue
+        try:
+            left_s = arguments.budget - (time.monotonic() - start)
+            outcomes.append(run_group(group, left_s, arguments.out, is_smoke=arguments.smoke))
+            report = {"budget_s": arguments.budget, "groups": [asdict(outcome) for outcome in outcomes]}
+            (arguments.out / "gpu_groups.json").write_text(json.dumps(report, indent=2) + "\n")
+        finally:  # when this process is asked to end, too
+            if arguments.pack:
+                pack(arguments.out, arguments.pack)
+    print("\n".join(summarize(arguments.out)))
+    incomplete = [f"{outcome.name} {outcome.outcome}" for outcome in outcomes if outcome.outcome != "complete"]
+    print(f"{time.monotonic() - start:.0f} s; not complete: {', '.join(incomplete) or 'nothing'}")
+    sys.exit(bool(incomplete))
 
-    report.section("plots", lambda: plot_all(arguments.out))
-    print(f"{report.elapsed_s:.0f} s; failed: {', '.join(report.failures) or 'nothing'}")
-    sys.exit(bool(report.failures))
 
+def run_group(group: Group, left_s: float, out: Path, *, is_smoke: bool) -> Outcome:
+    """Run one group in a process of its own, if there is time for it. Its output goes to OUT/gpu_NAME.log.
 
-def run(setting: Setting, report: Report, folder: Path, only: list[str] | None) -> None:
-    """The sections, the most telling first."""
-    from conversations import compare, configurations, measure_engine, measure_peer
-    from kernels import measure_attention, measure_figure_12, measure_roofs
-    from steps import measure_accuracy, measure_model
-
-    def wanted(name: str) -> bool:
-        return only is None or name in only
-
-    folders = {}
-    for name, shape in setting.models.items():
-        folders[name] = shape.save(folder / name.replace(" ", "-"))
-    roofs = report.section("roofs", lambda: measure_roofs(setting))
-    if roofs is None:
-        return
-    if wanted("attention"):
-        report.section("attention", lambda: measure_attention(setting))
-    if wanted("figure_12"):
-        report.section("figure_12", lambda: measure_figure_12(setting))
-    for number, name in enumerate(setting.models):
-        section = ("llama", "opt")[number]
-        if wanted(section):
-            report.section(section, lambda name=name: measure_model(setting, name, folders[name], roofs))  # type: ignore[misc]
-            free()
-    first = next(iter(setting.models))
-    rows: list[dict[str, Any]] = []
-    for name in configurations(setting) if wanted("conversations") else ():
-        part = report.section(
-            f"conversations_{name.replace(' ', '_')}",
-            lambda name=name: measure_engine(setting, folders[first], name),  # type: ignore[misc]
+    left_s: of the budget, which is another limit.
+    """
+    if group.estimate_s > left_s:
+        print(
+            f"-- {group.name}: skipped, it takes about {group.estimate_s:.0f} s and {left_s:.0f} are left", flush=True
         )
-        rows += part or []
-        free()
-    if wanted("peer"):
-        rows += report.section("conversations_transformers", lambda: measure_peer(setting, folders[first])) or []
-        free()
-    if rows:
-        report.section("conversations", lambda: {"rows": rows, "two_tiers_over": compare(rows)})
-    if wanted("accuracy"):
-        shallow = type(setting.models[first])(
-            setting.models[first].family,
-            {**setting.models[first].values, "num_hidden_layers": setting.accuracy_layers},
+        return Outcome(group.name, "skipped", 0.0, 0.0)
+    # Of an earlier run: it would be taken for what this one measured.
+    (out / f"gpu_{group.name}.json").unlink(missing_ok=True)
+    limit_s = min(group.limit_s, left_s)
+    command = [sys.executable, str(HERE / "sections.py"), group.name, "--out", str(out), *(["--smoke"] * is_smoke)]
+    log = out / f"gpu_{group.name}.log"
+    begin = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # its compilers' processes end with it
         )
-        path = shallow.save(folder / "shallow")
-        report.section("accuracy", lambda: measure_accuracy(setting, path))
+        try:
+            code: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            end(process)
+    outcome = {None: "ended at its limit", 0: "complete", 1: "failed", 3: "device failed"}.get(
+        code, f"exit code {code}"
+    )
+    seconds = time.monotonic() - begin
+    print(f"-- {group.name}: {outcome} after {seconds:.0f} s", flush=True)
+    if code != 0:
+        print("\n".join(f"   {line[:200]}" for line in last_lines(log)), flush=True)
+    return Outcome(group.name, outcome, seconds, limit_s)
 
 
-def free() -> None:
-    """A model that a section leaves is gone before the next one comes."""
-    import gc
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and those that it started, if there are any left."""
+    for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
 
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+
+def last_lines(path: Path) -> list[str]:
+    lines = path.read_text(errors="replace").replace("\r", "\n").splitlines()
+    return [line for line in lines if line.strip()][-TAIL_LINES:]
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """All results and logs of this benchmark; the archive is replaced whole."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    part = archive.with_suffix(".part")
+    with tarfile.open(part, "w:gz") as tar:
+        for path in sorted(folder.glob("gpu_*")):
+            tar.add(path, path.name)
+    part.replace(archive)
 
 
 if __name__ == "__main__":

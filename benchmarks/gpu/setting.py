@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "peers"))
 from model import build_tokenizer
 
 CHUNK_SIZE = 32
@@ -74,15 +71,20 @@ OPT_13B = Shape(
     },
 )
 # More tokens than the tokenizer has, as in the large ones.
-_TINY = {"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 3, "max_position_embeddings": 512}
+_TINY = {"vocab_size": 4096, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
 TINY_LLAMA = Shape("llama", {**_TINY, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2})
 TINY_OPT = Shape("opt", {**_TINY, "ffn_dim": 96, "num_attention_heads": 4, "word_embed_proj_dim": 64})
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """All sizes. attention: (requests, new tokens of each, tokens attended to). figure_12: past tokens. transfers: tokens
-    that are swapped in, new tokens computed meanwhile. active: turns at once, in the workload of conversations."""
+    """All sizes.
+
+    attention: (requests, new tokens of each, tokens attended to); tiles_decode and tiles_prompt too, of the sweep. figure_12:
+    past tokens. decode_keys, decode_warps, ...: what the sweep of tiles tries. prompt_tiles: (rows, keys, warps).
+    compared_steps: decode steps by graphs that are computed again without. transfers: tokens that are swapped in, new tokens
+    computed meanwhile. active: turns at once, in the workload of conversations.
+    """
 
     is_smoke: bool
     device: torch.device
@@ -92,12 +94,20 @@ class Setting:
     copy_bytes: int
     matrix_size: int
     attention: tuple[tuple[int, int, int], ...]
+    tiles_decode: tuple[tuple[int, int, int], ...]
+    tiles_prompt: tuple[tuple[int, int, int], ...]
+    decode_keys: tuple[int, ...]
+    decode_warps: tuple[int, ...]
+    decode_programs: tuple[int, ...]
+    prompt_tiles: tuple[tuple[int, int, int], ...]
+    stages: tuple[int, ...]
     figure_12: tuple[int, ...]
     figure_12_batch: int
     figure_12_new: int
     decode_batches: tuple[int, ...]
     decode_context: int
     decode_steps: int
+    compared_steps: int
     prefill_len: int
     overhead_batch: int
     overhead_steps: int
@@ -138,12 +148,20 @@ def for_gpu() -> Setting:
             (1, 512, 8192),
             (8, 64, 4096),
         ),
+        tiles_decode=((1, 1, 2048), (16, 1, 2048), (64, 1, 2048)),
+        tiles_prompt=((1, 8192, 8192), (1, 512, 8192), (8, 64, 4096)),
+        decode_keys=(32, 64, 128),
+        decode_warps=(2, 4, 8),
+        decode_programs=(2, 4, 8),
+        prompt_tiles=((64, 64, 4), (128, 64, 8), (128, 128, 8)),
+        stages=(3, 4),
         figure_12=(256, 512, 1024, 2048),
         figure_12_batch=32,
         figure_12_new=8,
-        decode_batches=(1, 4, 16, 32, 64),
+        decode_batches=(1, 8, 32, 64),
         decode_context=2048,
         decode_steps=12,
+        compared_steps=3,
         prefill_len=8192,
         overhead_batch=64,
         overhead_steps=64,
@@ -155,7 +173,7 @@ def for_gpu() -> Setting:
         num_turns=4,
         prompt_len=1000,
         output_len=32,
-        active=(2, 8, 24),
+        active=(8, 24),
         max_num_batched_tokens=8192,
     )
 
@@ -169,20 +187,28 @@ def for_smoke() -> Setting:
         repeats=1,
         copy_bytes=1 << 16,
         matrix_size=64,
-        attention=((2, 1, 40), (1, 9, 40), (1, 33, 33)),
+        attention=((2, 1, 40), (1, 5, 40), (1, 20, 20)),
+        tiles_decode=((2, 1, 40),),
+        tiles_prompt=((1, 5, 40),),
+        decode_keys=(16, 32),
+        decode_warps=(4,),
+        decode_programs=(2,),
+        prompt_tiles=((16, 16, 4),),
+        stages=(3,),
         figure_12=(16,),
-        figure_12_batch=2,
+        figure_12_batch=1,
         figure_12_new=2,
         decode_batches=(1, 2),
-        decode_context=48,
+        decode_context=32,
         decode_steps=3,
-        prefill_len=64,
+        compared_steps=2,
+        prefill_len=32,
         overhead_batch=2,
         overhead_steps=3,
-        num_swapped_blocks=4,
-        transfers=((64, 8),),
-        accuracy_layers=2,
-        accuracy_len=20,
+        num_swapped_blocks=2,
+        transfers=((32, 8),),
+        accuracy_layers=1,
+        accuracy_len=12,
         num_sessions=3,
         num_turns=2,
         prompt_len=20,

@@ -8,19 +8,25 @@ from collections.abc import Callable
 
 import torch
 
+from engine.attention.device_health import check_device
+
 Call = Callable[[], object]
 # Calls in one recorded graph: what starting it takes is shared by them.
 INNER = 10
 
 
 def measure(calls: dict[str, Call], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each call, taken in turns. What raises is left out."""
+    """Median seconds of each call, taken in turns.
+
+    What raises is left out, unless it has broken the device: that raises DeviceFailedError.
+    """
     runs: dict[str, tuple[Call, int]] = {}
     for name, call in calls.items():
         try:
             call()
             runs[name] = _recorded(call) if device.type == "cuda" else (call, 1)
         except (RuntimeError, NotImplementedError) as error:
+            check_device(device)
             print(f"  {name}: {str(error).strip().splitlines()[0]}")
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
@@ -64,6 +70,17 @@ def _recorded(call: Call) -> tuple[Call, int]:
                 call()
     except RuntimeError:
         torch.cuda.set_stream(current)
-        torch.cuda.synchronize()
+        check_device(current.device)
         return call, 1
-    return graph.replay, INNER
+    return _Replay(graph, call), INNER
+
+
+class _Replay:
+    """A recorded call, with the call: what it reads has to live as long as the graph."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, call: Call) -> None:
+        self._graph = graph
+        self._call = call
+
+    def __call__(self) -> None:
+        self._graph.replay()

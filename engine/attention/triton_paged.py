@@ -161,7 +161,7 @@ def attend(
             **ranges,
             **heads,
             **sizes,
-            num_warps=8 if block_m * max(block_k, block_v) >= 64 * 256 else 4,
+            num_warps=_warps_of_a_tile(block_m, max(block_k, block_v)),
             num_stages=_NUM_STAGES,
         )
         if tiling.num_partials > 0:
@@ -245,6 +245,11 @@ def _keys_of_a_tile(dtype: torch.dtype, elements_per_key: int) -> int:
     """A power of two from 16 to 64."""
     elements = _KV_TILE_ELEMENTS_FLOAT32 if dtype == torch.float32 else _KV_TILE_ELEMENTS
     return min(64, max(16, _power_of_two(elements // elements_per_key + 1) // 2))
+
+
+def _warps_of_a_tile(rows: int, dim: int) -> int:
+    """Its output lies in the registers of all of them."""
+    return 8 if rows * dim >= 64 * 256 else 4
 
 
 def _power_of_two(n: int) -> int:

@@ -1,0 +1,121 @@
+"""Recorded decode steps against the same steps launched one operation after the other: a graph that reads the wrong memory is
+as fast as a right one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from setting import CHUNK_SIZE
+
+from engine.core.plan import QuerySegment, RequestStart, StepPlan
+from engine.core.request import SamplingParams
+from engine.executor.decode_graphs import DecodeGraphs
+from engine.executor.local import LocalExecutor
+
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+# Of the largest logit, what is still rounding: half of the rows may differ by the first, a row by the second. Rows of a wrong
+# graph differ by about 1.
+TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.float16: (2e-2, 1e-1), torch.bfloat16: (3e-2, 2e-1)}
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Between the logits of graphs and of eager steps, in relation to the largest logit of a row. num_other_tokens: rows in
+    which rounding made another token the largest."""
+
+    num_rows: int
+    num_other_tokens: int
+    median: float
+    largest: float
+
+
+@contextmanager
+def without_graphs(executor: LocalExecutor) -> Iterator[None]:
+    runner = executor._runner
+    graphs, runner._graphs = runner._graphs, DecodeGraphs()
+    try:
+        yield
+    finally:
+        runner._graphs = graphs
+
+
+@contextmanager
+def logits_kept(executor: LocalExecutor) -> Iterator[list[torch.Tensor]]:
+    """Of each step: [number of sampling segments, vocabulary]."""
+    kept: list[torch.Tensor] = []
+    runner = executor._runner
+    original = runner._sample
+
+    def sample(logits: torch.Tensor, *arguments: Any) -> Any:
+        kept.append(logits.clone())  # the next replay writes to the same place
+        return original(logits, *arguments)
+
+    runner._sample = sample  # type: ignore[method-assign]
+    try:
+        yield kept
+    finally:
+        runner._sample = original  # type: ignore[method-assign]
+
+
+def compare_with_eager(executor: LocalExecutor, context_lens: Sequence[int], num_steps: int) -> Difference:
+    """Decode steps of so many requests over random KV in shuffled blocks, by graphs and without.
+
+    The first token of each request is given, the later ones are those that the graphs sampled, which stay on the device.
+    Overwrites the GPU tier. Raises AssertionError if there is no graph for such a batch, or if logits or tokens differ by
+    more than rounding.
+    """
+    n = len(context_lens)
+    assert executor._runner._graphs.size_for(n) is not None, f"no graph is recorded for {n} requests"
+    with torch.inference_mode():
+        executor.gpu_store.storage.normal_()
+    blocks_each = -(-(max(context_lens) + num_steps) // CHUNK_SIZE)
+    blocks = list(range(executor.num_gpu_blocks))
+    random.Random(n).shuffle(blocks)
+    assert n * blocks_each <= len(blocks), "the GPU tier is too small for this comparison"
+    tables = [tuple(blocks[i * blocks_each : (i + 1) * blocks_each]) for i in range(n)]
+    starts = tuple(RequestStart(str(i), 1, 1, GREEDY, (), tables[i]) for i in range(n))
+    executor.execute(StepPlan(0, (), starts))
+    tokens: list[tuple[int, ...]] = [tuple(8 + i for i in range(n))]
+
+    def step(number: int, *, is_given: bool) -> StepPlan:
+        return StepPlan(
+            0,
+            tuple(
+                QuerySegment(str(i), length + number, (tokens[number][i],) if is_given else None, True)
+                for i, length in enumerate(context_lens)
+            ),
+        )
+
+    try:
+        with logits_kept(executor) as by_graph:
+            for number in range(num_steps):
+                tokens.append(executor.execute(step(number, is_given=number == 0)).token_ids)
+        with without_graphs(executor), logits_kept(executor) as eager:
+            for number in range(num_steps):
+                executor.execute(step(number, is_given=True))
+    finally:
+        executor.execute(StepPlan(0, (), ended=tuple(map(str, range(n)))))
+    return _compare(torch.cat(by_graph).float(), torch.cat(eager).float(), tokens[1:], executor.loaded.dtype)
+
+
+def _compare(
+    actual: torch.Tensor, expected: torch.Tensor, tokens: Sequence[Sequence[int]], dtype: torch.dtype
+) -> Difference:
+    """actual, expected: [rows, vocabulary]. tokens: what was sampled from `actual`, by step."""
+    assert actual.isfinite().all(), "a graph gave logits that are no numbers"
+    largest = expected.abs().amax(dim=1)
+    errors = (actual - expected).abs().amax(dim=1) / largest
+    chosen = torch.tensor([token for row in tokens for token in row], device=expected.device)
+    behind = (expected.amax(dim=1) - expected.gather(1, chosen[:, None])[:, 0]) / largest
+    median_tolerance, tolerance = TOLERANCES[dtype]
+    difference = Difference(len(chosen), int((behind > 0).sum()), float(errors.median()), float(errors.max()))
+    assert difference.median <= median_tolerance, f"graphs give other logits than eager steps: {difference}"
+    assert difference.largest <= tolerance, f"graphs give other logits than eager steps: {difference}"
+    assert float(behind.max()) <= 2 * tolerance, f"graphs choose other tokens than eager steps: {difference}"
+    return difference
