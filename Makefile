@@ -25,7 +25,7 @@ COMPUTING := tests/engine/core tests/engine/attention tests/engine/test_two_tier
 
 test: $(INSTALLED)
 	$(MAKE) test-others
-	$(MAKE) --jobs 2 --output-sync=line test-ray test-computing
+	$(MAKE) --jobs 2 test-ray test-computing
 
 test-others:
 	$(BIN)/python -m pytest -n 2 -m "not ray" $(COMPUTING:%=--ignore=%)
