@@ -45,10 +45,11 @@ LONG_TEXT = "a b " * 975_000
 
 
 def chat(messages: list[dict[str, str]], **options: Any) -> bytes:
-    return json.dumps({"model": SERVED, "messages": messages, "temperature": 0, **options}).encode()
+    body = {"model": SERVED, "messages": messages, "temperature": 0, **options}
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
-def attacks(max_stop: int, max_stop_chars: int, num_tokens: int) -> dict[str, bytes | None]:
+def make_attacks(max_stop: int, max_stop_chars: int, num_tokens: int) -> dict[str, bytes | None]:
     """The body of each kind of request; None sends nothing. max_stop, max_stop_chars: what the server accepts."""
     question = [{"role": "user", "content": "tell me a story"}]
     answer = {"max_tokens": num_tokens, "ignore_eos": True}
@@ -91,7 +92,7 @@ async def stream(http: aiohttp.ClientSession, url: str, name: str, num_tokens: i
 
 async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     """Largest gaps in seconds, a list for each kind, and the statuses of the hostile answers."""
-    kinds = attacks(options.max_stop, options.max_stop_chars, options.num_tokens)
+    kinds = make_attacks(options.max_stop, options.max_stop_chars, options.num_tokens)
     gaps: dict[str, list[float]] = {kind: [] for kind in kinds}
     statuses: dict[str, dict[int, int]] = {kind: {} for kind in kinds}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
@@ -112,8 +113,8 @@ def main() -> None:
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--num-tokens", type=int, default=1500)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--max-stop", type=int, default=4, help="most stop strings that the server accepts")
-    parser.add_argument("--max-stop-chars", type=int, default=1024, help="longest stop string that it accepts")
+    parser.add_argument("--max-stop", type=int, default=16, help="most stop strings that the server accepts")
+    parser.add_argument("--max-stop-chars", type=int, default=256, help="longest stop string that it accepts")
     options = parser.parse_args()
     engine = {"served_model_name": SERVED, "model": options.model, "num_threads": 1, "gpu_memory_gib": 0.25}
     with tempfile.TemporaryDirectory() as folder:
