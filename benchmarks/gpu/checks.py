@@ -30,7 +30,8 @@ from engine.core.request import Request, SamplingParams
 from engine.executor import compiled_layers, model_runner
 from engine.executor.decode_graphs import bucket_sizes
 from engine.executor.local import LocalExecutor
-from engine.executor.memory import COSTLY_SAMPLING, largest_step
+from engine.executor.memory import COSTLY_SAMPLING, largest_steps
+from engine.executor.warm_up import end_of
 from engine.prompt import TokenPrompt
 
 Check = Callable[[], str]
@@ -417,9 +418,9 @@ def check_sized_from_memory(subject: Subject) -> str:
     executor = LocalExecutor(config)
     try:
         for sampling in COSTLY_SAMPLING:
-            step = largest_step(config, executor.loaded, sampling)
-            executor.execute(step)
-            executor.execute(StepPlan(0, (), ended=tuple(start.request_id for start in step.starts)))
+            for step in largest_steps(config, executor.loaded, sampling):
+                executor.execute(step)
+                executor.execute(end_of(step))
         gib = executor.num_gpu_blocks * executor.bytes_per_block / 2**30
         text = f"{executor.num_gpu_blocks} blocks, {gib:.1f} GiB"
         if subject.setting.device.type == "cuda":
