@@ -23,6 +23,7 @@ from setting import CHUNK_SIZE, LLAMA_8B, TINY_LLAMA, TINY_OPT, Setting, Shape
 from steps import make_config, swappers, swapping_by
 
 from engine.async_engine import AsyncEngine
+from engine.config import EngineConfig
 from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
 from engine.core.executor import PendingStep
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
@@ -87,7 +88,7 @@ class Subject:
         self._folder = folder
         self._options = options
 
-    def config(self, **options: Any) -> Any:
+    def config(self, **options: Any) -> EngineConfig:
         path = self._folder / self.name.replace(" ", "-")
         if not path.exists():
             self._shape.save(path)
@@ -417,6 +418,7 @@ def check_sized_from_memory(subject: Subject) -> str:
     config = subject.config(num_cpu_blocks=0, max_num_batched_tokens=subject.setting.max_num_batched_tokens)
     executor = LocalExecutor(config)
     try:
+        executor.gpu_store.storage[0].zero_()
         for sampling in COSTLY_SAMPLING:
             for step in largest_steps(config, executor.loaded, sampling):
                 executor.execute(step)

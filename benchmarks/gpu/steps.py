@@ -84,9 +84,9 @@ def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, flo
         "prefill": _measure_prefill(setting, executor, shape, roofs),
         "graphs_against_eager": _compare_graphs(setting, executor),
         "hidden": _measure_hidden(setting, executor),
-        "profiles": _profile(setting, executor),
         "swaps": _measure_swaps(setting, executor, roofs),
         "overhead": _measure_overhead(setting, executor),
+        "profiles": _profile(setting, executor),  # last: the profiler may stay in the way
     }
     failures: dict[str, str] = {}
     figures: dict[str, Any] = {
