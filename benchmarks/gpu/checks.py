@@ -63,7 +63,7 @@ class Sizes:
 
 
 FOR_GPU = Sizes(48, 10, 4, 90, 12, 36, 60, 24, 200)
-FOR_SMOKE = Sizes(3, 4, 3, 40, 3, 9, 8, 2, 40)
+FOR_SMOKE = Sizes(4, 4, 3, 40, 3, 9, 8, 2, 40)
 
 
 class Subject:

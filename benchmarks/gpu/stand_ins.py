@@ -5,10 +5,12 @@ replay calls the recorded function again. They show that the code around them ru
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from engine.attention.metadata import AttentionBackend, AttentionMetadata
 from engine.executor.decode_graphs import bucket_sizes
 from engine.executor.local import LocalExecutor
 from engine.executor.model_runner import ModelRunner
@@ -49,10 +51,34 @@ class RerunMaker:
         return RerunGraph(run)
 
 
+class SkippingPadding:
+    """A backend that knows nothing of padding, made to write no row whose slot is -1."""
+
+    CAN_REPLAY_DECODES = True
+    SKIPS_EMPTY_SEGMENTS = False
+
+    def __init__(self, backend: AttentionBackend) -> None:
+        self._backend = backend
+        self.attend = backend.attend
+
+    def write_kv(
+        self,
+        k_pool: torch.Tensor,
+        v_pool: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        written = metadata.slot_mapping >= 0
+        slots = replace(metadata, slot_mapping=metadata.slot_mapping[written])
+        self._backend.write_kv(k_pool, v_pool, key[:, written], value[:, written], slots)
+
+
 def give_graphs(executor: LocalExecutor, max_num_seqs: int, max_num_batched_tokens: int) -> None:
     """A runner with everything in one place and recorded decode steps, as on a GPU."""
     limits = StepLimits(max_num_seqs, max_num_batched_tokens, executor.num_gpu_blocks)
-    executor._runner = ModelRunner(
-        executor.loaded, executor.gpu_store, executor._swapper, executor.attention_backend, limits
-    )
+    backend = executor.attention_backend
+    if not backend.CAN_REPLAY_DECODES:
+        backend = SkippingPadding(backend)
+    executor._runner = ModelRunner(executor.loaded, executor.gpu_store, executor._swapper, backend, limits)
     executor._runner.capture_graphs(RerunMaker(), bucket_sizes(max_num_seqs))
