@@ -286,6 +286,8 @@ def check_conversations(subject: Subject) -> str:
     statistics = kept.get_statistics()
     for name in ("num_swap_ins", "num_gpu_cached_tokens", "num_steps_ahead"):
         assert statistics[name] > 0, f"{name} is 0: the tiers were not small enough, or steps did not run ahead"
+    num_eager = executor._runner.num_eager_forwards
+    assert num_eager == 0, f"{num_eager} forwards ran without the compiled code of the layers"
     return (
         f"{len(turns)} answers, {num_ties} of them with a tie; {statistics['num_swap_ins']} blocks swapped in, "
         f"{statistics['num_steps_ahead']} steps ahead"

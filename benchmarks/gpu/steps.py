@@ -109,6 +109,7 @@ def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, flo
                 yield figures
                 check_device(setting.device)
             figures[f"{part}_s"] = time.perf_counter() - begin
+            figures["num_eager_forwards"] = executor._runner.num_eager_forwards
         yield figures
     finally:
         executor.shutdown()
