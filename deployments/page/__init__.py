@@ -13,6 +13,7 @@ _FILES = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+    "/markdown.js": ("markdown.js", "text/javascript"),
 }
 # Nothing but these files runs or is loaded, whatever a model writes.
 _HEADERS = {

@@ -506,8 +506,8 @@ class CacheManager:
         return block_id
 
     def _evict(self, now: float) -> None:
-        """Free one GPU block: at no cost that of a chunk in both tiers, else by swapping out or dropping a victim; if there is
-        none, a block that is held back."""
+        """Free one GPU block: at no cost that of a chunk in both tiers, else by swapping out or dropping a victim. If there
+        is none, one that is held back."""
         victim = self._both.choose_victim(now) or self._gpu_only.choose_victim(now)
         if victim is None:
             self.gpu_pool.free(self._held[Tier.GPU].pop())
