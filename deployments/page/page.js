@@ -556,11 +556,11 @@ function drawEviction(eviction) {
 const seconds = (value) => (value < 10 ? `${value.toFixed(1)} s` : value < 120 ? `${Math.round(value)} s` : `${Math.round(value / 60)} min`);
 const number = (value) => new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(value);
 
-/** Half of what is used now stays in use, in the replica that uses most, and half of that in the CPU tier. */
+/** As many blocks of each tier stay in use as half of what the GPU tier of the replica that uses most has used. */
 async function shrink() {
   const used = Math.max(...map.replicas.map((replica) => replica.tiers[0].used));
-  const gpu = Math.max(2, Math.ceil(used / 2));
-  await ask("POST", "/v1/cache/demo", { gpu_blocks: gpu, cpu_blocks: Math.ceil(gpu / 2) });
+  const left = Math.max(2, Math.ceil(used / 2));
+  await ask("POST", "/v1/cache/demo", { gpu_blocks: left, cpu_blocks: left });
 }
 
 // -- the start ---------------------------------------------------------------------------------------------------------
