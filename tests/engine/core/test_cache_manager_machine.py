@@ -577,7 +577,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
             return
         assert not len(self.cache.index)
         assert not self.cache.has_transfers
-        assert self.cache.gpu_pool.num_used == sum(len(request.chunks) for request in self.running)
+        num_held = self.cache.count_held_blocks()["gpu"]
+        assert self.cache.gpu_pool.num_used == num_held + sum(len(request.chunks) for request in self.running)
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
@@ -593,8 +594,9 @@ class CacheManagerMachine(RuleBasedStateMachine):
         cache, idle = self.cache, self.cache.count_idle_chunks()
         assert cache.num_available_blocks == cache.gpu_pool.num_blocks
         assert sum(idle.values()) == len(cache.index)
-        assert cache.gpu_pool.num_used == idle["gpu"] + idle["both"]
-        assert cache.cpu_pool.num_used == idle["cpu"] + idle["both"]
+        held = cache.count_held_blocks()
+        assert cache.gpu_pool.num_used == idle["gpu"] + idle["both"] + held["gpu"]
+        assert cache.cpu_pool.num_used == idle["cpu"] + idle["both"] + held["cpu"]
 
 
 def move(slots: Slots, cpu_slots: Slots, corrupted: set[int], transfers: Transfers, *, swap_outs: bool) -> None:
