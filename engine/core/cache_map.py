@@ -57,8 +57,8 @@ class Eviction(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ContextKeys:
-    """The names that the chunks of a context have if they are cached. tails: those that its last, partial chunk may have,
-    the longest first, with their lengths. num_chunks: of the whole context, of which these may be the first ones."""
+    """The names that the chunks of a context have if they are cached. tails: those that its last chunk may have, the longest
+    first, with their lengths. num_chunks: of the whole context, of which these may be the first ones."""
 
     full: tuple[bytes, ...]
     tails: tuple[tuple[int, bytes], ...]
@@ -66,14 +66,17 @@ class ContextKeys:
 
 
 def context_keys(token_ids: Sequence[int], *, model: str, tenant: str, chunk_size: int, max_chunks: int) -> ContextKeys:
-    """Of at most `max_chunks` chunks in front. O(tokens); what it says holds for ever."""
-    num_chunks = -(-len(token_ids) // chunk_size)
+    """Of at most `max_chunks` chunks in front. O(tokens); what it says holds for ever.
+
+    The last token of a turn was sampled and perhaps never computed: a chunk that it would begin does not count, and the
+    one that it ends may be there without it."""
+    num_chunks = -(-max(len(token_ids) - 1, min(len(token_ids), 1)) // chunk_size)
     key = root_key(model, "", tenant)
     full = []
-    for position in range(min(len(token_ids) // chunk_size, max_chunks)):
+    for position in range(min(num_chunks - 1, max_chunks)):
         key = chunk_key(key, token_ids[position * chunk_size : (position + 1) * chunk_size])
         full.append(key)
-    tail = token_ids[len(full) * chunk_size :] if len(full) < max_chunks else ()
+    tail = token_ids[len(full) * chunk_size : num_chunks * chunk_size] if len(full) < max_chunks else ()
     tails = tuple((length, chunk_key(key, tail[:length])) for length in range(len(tail), 0, -1))
     return ContextKeys(tuple(full), tails, num_chunks)
 

@@ -149,7 +149,7 @@ async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(row.tenant == "acme" for row in view.conversations) == cache_view.MAX_TENANT_CONVERSATIONS
     assert len(view.conversations) <= cache_view.MAX_CONVERSATIONS
     assert {len(row.cells) for row in view.conversations} == {cache_view.MAX_CHUNKS}
-    assert {row.num_chunks for row in view.conversations} == {1001}
+    assert {row.num_chunks for row in view.conversations} == {1000}
     assert num_named == len(view.conversations)
     await watch.look(CacheQuery(("acme",), sees_all=True), beside)
     assert num_named == len(view.conversations)

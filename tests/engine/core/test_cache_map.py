@@ -28,7 +28,7 @@ def test_an_idle_context() -> None:
     assert cells(cache, A, 12.0) == [Cell("gpu", 4, 2.0, 1.0), Cell("gpu", 4, 2.0, 1.5), Cell("gpu", 2, 2.0, 2.0)]
     assert cells(cache, A, 10.0)[0] == Cell("gpu", 4, 0.0, None)
     # A context that goes on has the same chunks and, so far, not the rest; another tenant has none of them.
-    assert [cell.state for cell in cells(cache, (*A, 99, 98, 97), 12.0)] == ["gpu", "gpu", "dropped", "dropped"]
+    assert [cell.state for cell in cells(cache, (*A, *range(90, 95)), 12.0)] == ["gpu", "gpu", "dropped", "dropped"]
     assert [cell.state for cell in cells(cache, A, 12.0, tenant="other")] == ["dropped"] * 3
 
 
@@ -37,6 +37,12 @@ def test_the_last_chunk_is_found_as_far_as_it_was_computed() -> None:
     use(cache, "a", A, 10.0)
     assert cells(cache, (*A, 99), 12.0)[2] == Cell("gpu", 2, 2.0, 2.0)
     assert cells(cache, (*A[:9], 98), 12.0)[2] == Cell("dropped", 2)
+    # A turn's last token is sampled, and not computed: it begins no chunk, and the chunk that it ends is there without it.
+    use(cache, "b", B, 10.0)
+    use(cache, "c", B[:7], 10.0, tenant="other")
+    assert cells(cache, (*B, 99), 12.0) == [Cell("gpu", 4, 2.0, 1.0), Cell("gpu", 4, 2.0, 1.5)]
+    assert cells(cache, B, 12.0, tenant="other") == [Cell("gpu", 4, 2.0, 1.0), Cell("gpu", 3, 2.0, 1.5)]
+    assert cells(cache, (), 12.0) == []
 
 
 def test_only_so_many_chunks() -> None:
@@ -159,5 +165,5 @@ def test_conversations_by_status() -> None:
     assert mapped["first"].status == "running"
     assert (mapped["first"].num_chunks, mapped["first"].cells) == (3, (Cell("computing", 0),) * 2)
     assert (mapped["second"].status, mapped["second"].cells) == ("waiting", (Cell("dropped", 4),) * 2)
-    assert (mapped["third"].status, mapped["third"].keys) == ("idle", keys.full)
+    assert (mapped["third"].status, mapped["third"].keys) == ("idle", (*keys.full, *(key for _, key in keys.tails)))
     assert "fourth" not in mapped
