@@ -300,12 +300,15 @@ class CacheManager:
         for start, end in request.pending:
             last = min(-(-end // self.chunk_size), max_chunks)
             computing.update(range(start // self.chunk_size, last))
-        return [
+        cells = [
             Cell("computing", chunk.num_tokens)
             if chunk.position in computing and chunk not in self._loading
             else self._cell(chunk, chunk.num_tokens, now)
             for chunk in request.chunks[:max_chunks]
         ]
+        # A token that was sampled just now may begin a chunk that gets its block with the next step.
+        num_new = min(self.num_chunks(request.num_tokens), max_chunks) - len(cells)
+        return cells + [Cell("computing", 0)] * num_new
 
     def _cell(self, chunk: Chunk | None, num_tokens: int, now: float) -> Cell:
         """num_tokens: of a chunk that is gone."""

@@ -278,7 +278,10 @@ class EngineCore:
             if request is not None and request.chunks:
                 cells = self._cache.map_row(request, max_chunks, now)
                 mapped[conversation_id] = MappedContext(
-                    status, len(request.chunks), tuple(cells), tuple(request.chunk_keys[:max_chunks])
+                    status,
+                    self._cache.num_chunks(request.num_tokens),
+                    tuple(cells),
+                    tuple(request.chunk_keys[:max_chunks]),
                 )
             elif keys is not None:
                 names = (*keys.full, *(key for _, key in keys.tails))

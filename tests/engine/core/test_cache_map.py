@@ -75,6 +75,10 @@ def test_a_running_request_shows_what_is_still_to_be_computed() -> None:
     assert cache.try_admit(request, 0, 2.0)
     assert cache.map_row(request, 8, 2.0) == [Cell("gpu", 4), Cell("gpu", 4), Cell("computing", 0)]
     assert cache.map_row(request, 2, 2.0) == [Cell("gpu", 4), Cell("gpu", 4)]
+    compute(cache, request)
+    request.token_ids.append(13)  # sampled; the chunk that it begins gets its block with the next step
+    request.pending = [(12, 13)]
+    assert cache.map_row(request, 8, 2.0) == [Cell("gpu", 4)] * 3 + [Cell("computing", 0)]
 
 
 def test_evictions_are_noted_while_somebody_watches() -> None:
