@@ -101,6 +101,8 @@ def build(args: AppArgs) -> Application:
         store_min_free_bytes=args.store_min_free_bytes,
         num_fallback_replicas=args.num_fallback_replicas,
         engine_wait_s=args.engine_wait_s,
+        page=args.page,
+        demo=args.demo,
     )
     return ingress.bind(engine.bind(args.engine_config, args.stream_interval_s), config)
 

@@ -18,8 +18,17 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.absence import NoReplicaError
-from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
+from deployments.generation import (
+    CacheHold,
+    DeltaItem,
+    ErrorItem,
+    GenerationItem,
+    GenerationRequest,
+    ModelCard,
+    ReplicaCache,
+)
 from deployments.rendezvous import choose_session_id, rank_replicas, routing_name
+from engine.cache_view import CacheQuery
 from engine.errors import EngineStoppedError, OverloadedError
 from engine.prompt import AnswerBeginning
 
@@ -219,6 +228,26 @@ class EngineClient:
             logger.debug("the loads of the engine replicas are not known: %r", error)
         finally:
             self._asking = None
+
+    async def map_cache(self, query: CacheQuery) -> list[ReplicaCache]:
+        """What is where in the replicas that answer, in the order of their ranks. None may be there."""
+        answers = await self._ask_all("map_cache", query)
+        maps = [answer for answer in answers if isinstance(answer, ReplicaCache)]
+        return sorted(maps, key=lambda answer: answer.replica_rank)
+
+    async def hold_back(self, hold: CacheHold) -> list[int]:
+        """Makes the tiers of all replicas smaller, or gives back what was taken; the ranks of those that did it."""
+        return sorted(answer for answer in await self._ask_all("hold_back", hold) if isinstance(answer, int))
+
+    async def _ask_all(self, method: str, argument: CacheQuery | CacheHold) -> list[Any]:
+        """What each replica answers, or raises."""
+        try:
+            return await self._handle.broadcast(method, argument).results_async(
+                timeout_s=DESCRIBE_TIMEOUT_S, return_exceptions=True
+            )
+        except (TimeoutError, *REPLICA_LOST) as error:
+            logger.debug("no engine replica answers %s: %r", method, error)
+            return []
 
     async def describe(self) -> ModelCard:
         """What the engine replicas say of themselves; the first good answer, at most a second old. Raises NoReplicaError when

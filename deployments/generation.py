@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.cache_view import CacheView
 from engine.core.conversation import Transcript
 from engine.core.request import SamplingParams
 from engine.errors import PensieveError
@@ -77,3 +78,19 @@ class ModelCard:
     model_name: str
     max_model_len: int
     max_num_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaCache:
+    """What the engine replica of that rank shows of its cache; see AsyncEngine.map_cache."""
+
+    replica_rank: int
+    view: CacheView
+
+
+@dataclass(frozen=True, slots=True)
+class CacheHold:
+    """How many blocks of each tier every engine replica is to leave in use, for a demonstration; None = all."""
+
+    gpu_blocks: int | None = None
+    cpu_blocks: int | None = None

@@ -23,12 +23,21 @@ from starlette.types import ASGIApp
 
 from deployments.absence import why_absent
 from deployments.admission import Admission
+from deployments.cache_map import add_cache_routes
 from deployments.coalesced import Coalesced
 from deployments.conversation_store import ConversationStore
 from deployments.engine_client import EngineClient
 from deployments.event_stream import EventStream
 from deployments.fair_limit import FairLimit
-from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
+from deployments.generation import (
+    CacheHold,
+    DeltaItem,
+    ErrorItem,
+    GenerationItem,
+    GenerationRequest,
+    ModelCard,
+    ReplicaCache,
+)
 from deployments.http_errors import EXCEPTION_HANDLERS, error_response
 from deployments.open_server import check_is_local
 from deployments.openai_responses import (
@@ -41,6 +50,7 @@ from deployments.openai_responses import (
 )
 from deployments.openai_types import MAX_NAME_CHARS, BodyT, ChatCompletionBody, CompletionBody, GenerationBody
 from deployments.openapi import openapi_document
+from deployments.page import add_page
 from deployments.replica_count import ReplicaCount, count_replicas
 from deployments.request_bodies import RequestBodies
 from deployments.request_limits import RequestLimits
@@ -51,6 +61,7 @@ from deployments.store_url import read_password
 from deployments.store_values import NO_STORE_LIMITS, StoreLimits
 from deployments.tenants import Authenticator, TenantConfig, WatchedTenants
 from engine import __version__
+from engine.cache_view import CacheQuery
 from engine.errors import ContextLengthError, InvalidParameterError, OverloadedError, UnknownModelError
 from engine.paths import data_folder, private_folder
 from engine.prompt import ChatPrompt, Prompt, TokenPrompt
@@ -73,6 +84,10 @@ class Engine(Protocol):
 
     def choose_session_id(self, candidates: Sequence[str]) -> str: ...
 
+    async def map_cache(self, query: CacheQuery) -> list[ReplicaCache]: ...
+
+    async def hold_back(self, hold: CacheHold) -> list[int]: ...
+
 
 @dataclass(frozen=True, slots=True)
 class IngressConfig:
@@ -92,6 +107,8 @@ class IngressConfig:
     store_min_free_bytes: int = 0
     num_fallback_replicas: int = 1
     engine_wait_s: float = 60.0
+    page: bool = True
+    demo: bool = False
 
 
 class Ingress:
@@ -267,7 +284,13 @@ def create_app(
     async def completions(request: Request) -> Response:
         return await answer(request, CompletionBody, CompletionFormat, "cmpl-")
 
+    def is_operator(tenant: Tenant) -> bool:
+        return not tenants or authenticator.is_operator(tenant)
+
     add_response_routes(app, responses, bodies, tenant_of, in_a_place)
+    add_cache_routes(app, engine, bodies, tenant_of, is_operator, demo=config.demo)
+    if config.page:
+        add_page(app)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:

@@ -15,10 +15,19 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 
 from deployments.engine_log import log_engine_with_serve
-from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
+from deployments.generation import (
+    CacheHold,
+    DeltaItem,
+    ErrorItem,
+    GenerationItem,
+    GenerationRequest,
+    ModelCard,
+    ReplicaCache,
+)
 from deployments.metrics import EngineMetrics
 from deployments.session_router import RANK
 from deployments.start_failure import start_error
+from engine.cache_view import CacheQuery
 from engine.config import EngineConfig
 from engine.errors import EngineError, PensieveError
 from engine.output import OutputDelta, merge_deltas
@@ -163,6 +172,15 @@ class LLMServer:
         """(rank, requests that run or wait)."""
         statistics = self._engine.get_statistics()
         return self.replica_rank(), statistics["num_requests_running"] + statistics["num_requests_waiting"]
+
+    async def map_cache(self, query: CacheQuery) -> ReplicaCache:
+        """What is where for those who watch. Raises EngineStoppedError."""
+        return ReplicaCache(self.replica_rank(), await self._engine.map_cache(query))
+
+    async def hold_back(self, hold: CacheHold) -> int:
+        """Makes the tiers smaller, or gives back what was taken; returns the rank. Raises EngineStoppedError."""
+        await self._engine.hold_back(gpu_blocks_left=hold.gpu_blocks, cpu_blocks_left=hold.cpu_blocks)
+        return self.replica_rank()
 
     async def check_integrity(self) -> None:
         """Raises AssertionError where the books of the cache do not balance."""

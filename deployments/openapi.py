@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
+from deployments.cache_map import HoldBody, MapQuery
 from deployments.openai_types import Body, ChatCompletionBody, CompletionBody
 from deployments.responses_types import (
     ConversationBody,
@@ -36,7 +37,7 @@ _RETRY_AFTER = {
 _ERRORS: Mapping[int, str] = {
     400: "the request is wrong; the error names the parameter",
     401: "the API key is missing or unknown",
-    403: "no API keys are configured, and the client is not a program on this machine",
+    403: "no API keys are configured, and the client is not a program on this machine; or the key is no operator's",
     404: "no such id, model or path for this tenant",
     409: "a turn of this conversation is running, or was cancelled meanwhile",
     413: "the body is too large",
@@ -91,6 +92,7 @@ class _Operation:
     is_body_optional: bool = False
     query: type[Query] | None = None
     streams: bool = False
+    only_streams: bool = False
     is_public: bool = False
     links: Mapping[str, str] = field(default_factory=dict)
 
@@ -98,6 +100,7 @@ class _Operation:
 _RESPONSE = _object("response", "id", "created_at", "status", "model", "output")
 _CONVERSATION = _object("conversation", "id", "created_at", "metadata")
 _ITEM = _fields("id", "type", "role", "content")
+_CACHE_MAP = _object("cache.map", "operator", "demo", "replicas")
 _LIST = _object("list", "data", "first_id", "last_id", "has_more")
 _DELETED = {"type": "object", "properties": {"deleted": {"const": True}}, "required": ["id", "object", "deleted"]}
 _OF_RESPONSE = dict.fromkeys(("get_response", "list_input_items", "cancel_response", "delete_response"), "response_id")
@@ -155,6 +158,19 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
     ("GET", "/v1/conversations/{conversation_id}/items/{item_id}"): _Operation("One item", _ITEM, _STORE),
     ("DELETE", "/v1/conversations/{conversation_id}/items/{item_id}"): _Operation(
         "Take an item out of a conversation", _CONVERSATION, (*_STORE, 409)
+    ),
+    ("GET", "/v1/cache/map"): _Operation(
+        "Where the chunks of conversations lie, now and as it changes",
+        _CACHE_MAP,
+        (429,),
+        query=MapQuery,
+        only_streams=True,
+    ),
+    ("POST", "/v1/cache/demo"): _Operation(
+        "Make the tiers smaller for a demonstration, or as large as they are",
+        _object("cache.demo", "replicas"),
+        body=HoldBody,
+        is_body_optional=True,
     ),
     ("GET", "/v1/models"): _Operation("The models served here", _object("list", "data"), (503,)),
     ("GET", "/v1/models/{model}"): _Operation("One model", _object("model", "id", "created"), (404, 503)),
@@ -227,8 +243,10 @@ def _operation(name: str, path: str, operation: _Operation) -> dict[str, Any]:
 
 
 def _answer(operation: _Operation) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": dict(operation.answer)}}
-    if operation.streams:
+    content: dict[str, Any] = {}
+    if not operation.only_streams:
+        content["application/json"] = {"schema": dict(operation.answer)}
+    if operation.streams or operation.only_streams:
         content["text/event-stream"] = {}  # OpenAPI 3.1 has no schema of a stream, only of its whole text
     answer: dict[str, Any] = {"description": "done", "content": content}
     if operation.links:

@@ -51,6 +51,8 @@ class AppArgs(BaseModel):
     one tenant may keep; store_requests_per_minute, store_bytes_per_minute: what it may send to the paths that only store;
     all of them for a tenant whose entry in tenants_file does not say otherwise, none = any number. store_min_free_bytes:
     with less on the disk of a store in a file, new turns are not stored.
+    page: the chat and the live picture of the cache at `/`. demo: POST /v1/cache/demo, with which those who may see the whole
+    cache (all, or with API keys an operator's) make its tiers smaller to watch evictions; no answer changes.
     stream_interval_s: least time between two chunks of one stream, seconds, more with many streams.
     graceful_shutdown_timeout_s: what running requests get to end in when an engine replica is stopped, seconds; what does
     not end is taken over by another replica. engine_wait_s: how long a request waits when no engine replica is ready, as in a
@@ -83,6 +85,8 @@ class AppArgs(BaseModel):
     store_requests_per_minute: int | None = Field(default=6000, ge=1)
     store_bytes_per_minute: int | None = Field(default=64 * 2**20, ge=1)
     store_min_free_bytes: int = Field(default=256 * 2**20, ge=0)
+    page: bool = True
+    demo: bool = False
     stream_interval_s: float = Field(default=0.01, ge=0)
     graceful_shutdown_timeout_s: float = Field(default=20.0, ge=0)
     engine_wait_s: float = Field(default=60.0, ge=0)

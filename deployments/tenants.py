@@ -15,6 +15,7 @@ The file (YAML), named by the application's argument `tenants_file`:
       max_stored_rows: 1000000
       store_requests_per_minute: 600
       store_bytes_per_minute: 16777216
+      operator: true               # may see where the chunks of all tenants' conversations lie; false if left out
 
 A changed file is read again within seconds: new keys work, and those that are no longer in it do not.
 """
@@ -53,7 +54,8 @@ class AuthenticationError(RequestError):
 
 
 class TenantConfig(BaseModel):
-    """One tenant and its limits; for those of the store, None = the application's."""
+    """One tenant and its limits; for those of the store, None = the application's. operator: its keys see the cache of all
+    tenants, though not what was said."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -66,6 +68,7 @@ class TenantConfig(BaseModel):
     max_stored_rows: int | None = Field(default=None, ge=0)
     store_requests_per_minute: int | None = Field(default=None, ge=1)
     store_bytes_per_minute: int | None = Field(default=None, ge=1)
+    operator: bool = False
 
     @field_validator("api_keys_sha256")
     @classmethod
@@ -177,6 +180,11 @@ class Authenticator:
     def use(self, tenants: Sequence[TenantConfig]) -> None:
         """From now on, these."""
         self._tenants = tuple((key_hash, tenant.tenant) for tenant in tenants for key_hash in tenant.api_keys_sha256)
+        self._operators = frozenset(tenant.id for tenant in tenants if tenant.operator)
+
+    def is_operator(self, tenant: Tenant) -> bool:
+        """Whether that tenant's keys may see more than what is its own."""
+        return tenant.tenant_id in self._operators
 
     def authenticate(self, authorization: str | None) -> Tenant:
         """Raises AuthenticationError."""

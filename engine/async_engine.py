@@ -27,6 +27,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
 from engine.core.conversation import NO_MATCH, ConversationTable, Transcript
 from engine.core.engine_core import CoreConfig, EngineCore
@@ -120,6 +121,7 @@ class AsyncEngine:
         )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
+        self._cache_watch = CacheWatch(self._core, self._conversations, self._call, time.monotonic)
         self._num_failures = 0
         self._logged_s = time.monotonic()
         self._step_start_s: float | None = None  # None while there is nothing to do
@@ -238,6 +240,25 @@ class AsyncEngine:
             "num_swap_out_bytes": statistics["num_swap_outs"] * self._bytes_per_block,
             "num_awaited_swap_out_bytes": statistics["evictions"]["gpu_swapped_out"] * self._bytes_per_block,
         }
+
+    async def map_cache(self, query: CacheQuery) -> CacheView:
+        """Where the chunks of the watchers' conversations lie now, and what was evicted since they watch. For each call two
+        short commands run between steps; in between calls nothing does. Raises EngineStoppedError."""
+        return await self._cache_watch.look(query, asyncio.to_thread)
+
+    async def hold_back(self, *, gpu_blocks_left: int | None = None, cpu_blocks_left: int | None = None) -> None:
+        """Leave only so many blocks of each tier in use, for a demonstration; None = all. What lies in the others is evicted
+        as at any other time, and no answer changes. See CacheManager.hold_back. Raises EngineStoppedError."""
+        config = self._core.config
+
+        def num_held(num_blocks: int, num_left: int | None) -> int:
+            return 0 if num_left is None else max(0, num_blocks - num_left)
+
+        num_gpu, num_cpu = (
+            num_held(config.num_gpu_blocks, gpu_blocks_left),
+            num_held(config.num_cpu_blocks, cpu_blocks_left),
+        )
+        await self._call(lambda: self._core.hold_back(num_gpu, num_cpu, time.monotonic()))
 
     def check_health(self) -> None:
         """Raises EngineStoppedError where no request can be served any more."""

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.core.block_pool import BlockPool
+from engine.core.cache_map import Cell, ContextKeys, EvictionLog, retention_value
 from engine.core.chunk_index import Chunk, ChunkIndex, Residency, Tier, chunk_key, root_key
 from engine.core.cost_model import CostModel
 from engine.core.eviction import EvictionPolicy, make_policy
@@ -112,13 +113,17 @@ class CacheManager:
         self._storing: set[Chunk] = set()
         # Full chunks that were cached once and are gone, the latest of them: exact as long as no more are dropped.
         self._dropped: dict[bytes, None] = {}
+        # Blocks that nobody may use, and how many there are to be; see hold_back.
+        self._held: dict[Tier, list[int]] = {Tier.GPU: [], Tier.CPU: []}
+        self._num_to_hold = {Tier.GPU: 0, Tier.CPU: 0}
+        self.eviction_log = EvictionLog(self._cost_model)
         self._stats = stats
         self._model = model
 
     @property
     def num_available_blocks(self) -> int:
-        """GPU blocks that a request could get: free ones and those of chunks that nobody pins."""
-        return self.gpu_pool.num_free + len(self._gpu_only) + len(self._both)
+        """GPU blocks that a request could get: free ones, those of chunks that nobody pins, and those held back."""
+        return self.gpu_pool.num_free + len(self._gpu_only) + len(self._both) + len(self._held[Tier.GPU])
 
     def num_chunks(self, num_tokens: int) -> int:
         """Chunks (= blocks) that a context of `num_tokens` takes."""
@@ -260,6 +265,64 @@ class CacheManager:
             if self._write_through and chunk.key is not None and chunk.cpu_block is None:
                 self._unwritten[chunk] = None
         request.chunks, request.pending = [], []
+        self._hold(now)
+
+    def hold_back(self, num_gpu_blocks: int, num_cpu_blocks: int, now: float) -> None:
+        """Make the tiers smaller by so many blocks, for a demonstration: what lies in them is evicted as for a request that
+        needs them. Blocks that are pinned are taken when they no longer are; those of the GPU tier are given back to
+        a request that finds no other, until it ends. 0 and 0: all blocks are in use again."""
+        for tier, pool, num in (
+            (Tier.GPU, self.gpu_pool, num_gpu_blocks),
+            (Tier.CPU, self.cpu_pool, num_cpu_blocks),
+        ):
+            self._num_to_hold[tier] = min(num, pool.num_blocks)
+            while len(self._held[tier]) > self._num_to_hold[tier]:
+                pool.free(self._held[tier].pop())
+        self._hold(now)
+
+    def count_held_blocks(self) -> dict[str, int]:
+        """Blocks that are held back, by tier."""
+        return {tier.value: len(blocks) for tier, blocks in self._held.items()}
+
+    # -- what is where -------------------------------------------------------------------------------------------------
+
+    def map_context(self, keys: ContextKeys, now: float) -> list[Cell]:
+        """Where the chunks of a context lie that no request is at. O(chunks), nothing changed."""
+        cells = [self._cell(self.index.match(key), self.chunk_size, now) for key in keys.full]
+        if keys.tails:
+            tail = next((chunk for _, key in keys.tails if (chunk := self.index.match(key)) is not None), None)
+            cells.append(self._cell(tail, keys.tails[0][0], now))
+        return cells
+
+    def map_row(self, request: Request, max_chunks: int, now: float) -> list[Cell]:
+        """Where the chunks of a running request lie, the first `max_chunks` of them."""
+        computing: set[int] = set()
+        for start, end in request.pending:
+            last = min(-(-end // self.chunk_size), max_chunks)
+            computing.update(range(start // self.chunk_size, last))
+        cells = [
+            Cell("computing", chunk.num_tokens)
+            if chunk.position in computing and chunk not in self._loading
+            else self._cell(chunk, chunk.num_tokens, now)
+            for chunk in request.chunks[:max_chunks]
+        ]
+        # A token that was sampled just now may begin a chunk that gets its block with the next step.
+        num_new = min(self.num_chunks(request.num_tokens), max_chunks) - len(cells)
+        return cells + [Cell("computing", 0)] * num_new
+
+    def _cell(self, chunk: Chunk | None, num_tokens: int, now: float) -> Cell:
+        """num_tokens: of a chunk that is gone."""
+        if chunk is None:
+            return Cell(Residency.DROPPED.value, num_tokens)
+        state = chunk.residency.value
+        if chunk in self._loading:
+            state = "loading"
+        elif chunk in self._storing:
+            state = "storing"
+        if chunk.pins:
+            return Cell(state, chunk.num_tokens)
+        idle_s = now - chunk.last_active
+        return Cell(state, chunk.num_tokens, idle_s, retention_value(self._cost_model, chunk.position, idle_s))
 
     # -- transfers -----------------------------------------------------------------------------------------------------
 
@@ -446,26 +509,27 @@ class CacheManager:
         return block_id
 
     def _evict(self, now: float) -> None:
-        """Free one GPU block: at no cost that of a chunk in both tiers, else by swapping out or dropping a victim."""
-        victim = self._both.choose_victim(now)
+        """Free one GPU block: at no cost that of a chunk in both tiers, else by swapping out or dropping a victim. If there
+        is none, one that is held back."""
+        victim = self._both.choose_victim(now) or self._gpu_only.choose_victim(now)
         if victim is None:
-            victim = self._gpu_only.choose_victim(now)
-            assert victim is not None
+            self.gpu_pool.free(self._held[Tier.GPU].pop())
+            return
         gpu_block = victim.gpu_block
         assert gpu_block is not None
         self._unfile(victim)
         victim.gpu_block = None
         self.gpu_pool.free(gpu_block)
         if victim.cpu_block is not None:
-            self._stats.evictions["gpu_reclaimed"] += 1
+            self._note_eviction("gpu_reclaimed", victim, now)
             self._file(victim)
             return
         cpu_block = self._try_cpu_block(victim, now)
         if cpu_block is None:
-            self._stats.evictions["gpu_dropped"] += 1
+            self._note_eviction("gpu_dropped", victim, now)
             self._drop(victim)
             return
-        self._stats.evictions["gpu_swapped_out"] += 1
+        self._note_eviction("gpu_swapped_out", victim, now)
         victim.cpu_block = cpu_block
         victim.pins += 1
         self._storing.add(victim)
@@ -487,26 +551,54 @@ class CacheManager:
         """A CPU block for `chunk`: a free one, a copy that is not needed, or that of a chunk which goes before it. Ahead of
         time not that of a chunk in both tiers: one copy made for another one lost gains nothing."""
         if not self.cpu_pool.num_free:
-            if self._spare_copies:
-                spare = next(iter(self._spare_copies))
-                del self._spare_copies[spare]
-                self._free_cpu_block(spare)
-                self._stats.evictions["cpu_copy_dropped"] += 1
-            else:
-                victim = self._cpu.choose_victim(now)
+            victim = None if self._spare_copies else self._cpu.choose_victim(now)
+            if not self._spare_copies:
                 if victim is None or not self._cpu.goes_before(victim, chunk, now):
                     return None
                 if is_ahead_of_time and victim.gpu_block is not None:
                     return None
-                self._unfile(victim)
-                self._free_cpu_block(victim)
-                if victim.gpu_block is None:
-                    self._stats.evictions["cpu_dropped"] += 1
-                    self._drop(victim)
-                else:
-                    self._stats.evictions["cpu_copy_dropped"] += 1
-                    self._file(victim)
+            self._evict_from_cpu_tier(victim, now)
         return self.cpu_pool.try_allocate()
+
+    def _evict_from_cpu_tier(self, victim: Chunk | None, now: float) -> None:
+        """Free the CPU block of `victim`, or if that is None the oldest spare copy's."""
+        if victim is None:
+            spare = next(iter(self._spare_copies))
+            del self._spare_copies[spare]
+            self._note_eviction("cpu_copy_dropped", spare, now)
+            self._free_cpu_block(spare)
+            return
+        self._unfile(victim)
+        self._free_cpu_block(victim)
+        if victim.gpu_block is None:
+            self._note_eviction("cpu_dropped", victim, now)
+            self._drop(victim)
+        else:
+            self._note_eviction("cpu_copy_dropped", victim, now)
+            self._file(victim)
+
+    def _note_eviction(self, reason: str, chunk: Chunk, now: float) -> None:
+        self._stats.evictions[reason] += 1
+        self.eviction_log.note(reason, chunk, now)
+
+    def _hold(self, now: float) -> None:
+        """Take blocks out of use until as many are as there are to be, or no more can be had. The CPU tier first: what leaves
+        the GPU tier then finds the room that it is to have."""
+        held = self._held[Tier.CPU]
+        while len(held) < self._num_to_hold[Tier.CPU]:
+            if not self.cpu_pool.num_free:
+                victim = None if self._spare_copies else self._cpu.choose_victim(now)
+                if not self._spare_copies and victim is None:
+                    break
+                self._evict_from_cpu_tier(victim, now)
+            block_id = self.cpu_pool.try_allocate()
+            assert block_id is not None
+            held.append(block_id)
+        held = self._held[Tier.GPU]
+        while len(held) < self._num_to_hold[Tier.GPU]:
+            if not (self.gpu_pool.num_free or len(self._both) or len(self._gpu_only)):
+                break
+            held.append(self._new_block(now))
 
     # -- inside: books -------------------------------------------------------------------------------------------------
 
@@ -656,5 +748,9 @@ class CacheManager:
             assert chunk.pins, chunk
             assert chunk.gpu_block is not None, chunk
             assert chunk.cpu_block is not None, chunk
-        self.gpu_pool.check_integrity([chunk.gpu_block for chunk in chunks if chunk.gpu_block is not None])
-        self.cpu_pool.check_integrity([chunk.cpu_block for chunk in chunks if chunk.cpu_block is not None])
+        assert all(len(blocks) <= self._num_to_hold[tier] for tier, blocks in self._held.items())
+        for pool, owned in (
+            (self.gpu_pool, [chunk.gpu_block for chunk in chunks if chunk.gpu_block is not None]),
+            (self.cpu_pool, [chunk.cpu_block for chunk in chunks if chunk.cpu_block is not None]),
+        ):
+            pool.check_integrity(owned + self._held[pool.tier])

@@ -18,8 +18,9 @@ import sys
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 MAX_BRANCHES = 8
 # What one anchor takes: a pair, its two numbers, and the place in the row.
@@ -151,6 +152,12 @@ class ConversationTable:
 
     def __len__(self) -> int:
         return len(self._conversations)
+
+    def latest(self, max_num: int) -> Iterator[tuple[str, Transcript]]:
+        """(conversation id, its latest branch), the last used conversation first; at most so many. Not while a turn is being
+        recorded."""
+        for conversation in islice(reversed(self._conversations.values()), max_num):
+            yield conversation.conversation_id, conversation.branches[-1]
 
     def match_text(self, conversation_id: str, text: str, fingerprint: str) -> TranscriptMatch:
         """See Conversation.match_text."""

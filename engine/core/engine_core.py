@@ -12,11 +12,13 @@ and without, the plans are the same; with plans made ahead, the outputs are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 from engine.core.cache_manager import CacheManager
+from engine.core.cache_map import ContextKeys, Eviction, MappedContext
 from engine.core.cost_model import CostModel
 from engine.core.plan import Logprobs, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
@@ -255,6 +257,51 @@ class EngineCore:
             "num_chunks": len(self._cache.index),
             "num_idle_chunks": self._cache.count_idle_chunks(),
         }
+
+    # -- for those who watch -------------------------------------------------------------------------------------------
+
+    def live_conversations(self, max_num: int) -> list[tuple[str, str]]:
+        """(conversation id, tenant) of the requests that run or wait, the oldest first; at most so many."""
+        return [(request.conversation_id, request.tenant) for request in islice(self._requests.values(), max_num)]
+
+    def map_contexts(
+        self, contexts: Mapping[str, ContextKeys | None], max_chunks: int, now: float
+    ) -> dict[str, MappedContext]:
+        """Where the chunks of these conversations lie, by id: as their running requests have them, else as `contexts` names
+        them. O(chunks), at most `max_chunks` for each; nothing changed. The evictions of the next seconds are noted."""
+        self._cache.eviction_log.watch(now)
+        requests = {request.conversation_id: request for request in self._requests.values()}
+        mapped = {}
+        for conversation_id, keys in contexts.items():
+            request = requests.get(conversation_id)
+            status = "idle" if request is None else request.status.value
+            if request is not None and request.chunks:
+                cells = self._cache.map_row(request, max_chunks, now)
+                mapped[conversation_id] = MappedContext(
+                    status,
+                    self._cache.num_chunks(request.num_tokens),
+                    tuple(cells),
+                    tuple(request.chunk_keys[:max_chunks]),
+                )
+            elif keys is not None:
+                names = (*keys.full, *(key for _, key in keys.tails))
+                cells = self._cache.map_context(keys, now)
+                mapped[conversation_id] = MappedContext(status, keys.num_chunks, tuple(cells), names)
+            elif request is not None:
+                mapped[conversation_id] = MappedContext(status, self._cache.num_chunks(request.num_tokens), (), ())
+        return mapped
+
+    def latest_evictions(self) -> tuple[Eviction, ...]:
+        """Those that were noted, the newest first."""
+        return self._cache.eviction_log.latest()
+
+    def hold_back(self, num_gpu_blocks: int, num_cpu_blocks: int, now: float) -> None:
+        """See CacheManager.hold_back."""
+        self._cache.hold_back(num_gpu_blocks, num_cpu_blocks, now)
+
+    def count_held_blocks(self) -> dict[str, int]:
+        """See CacheManager.count_held_blocks."""
+        return self._cache.count_held_blocks()
 
     def check_integrity(self) -> None:
         """Raises AssertionError where the books do not balance; see CacheManager.check_integrity."""

@@ -15,8 +15,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from deployments import engine_client
 from deployments.absence import ModelNotLoadedError, NoReplicaError, ReplicaNotPlacedError
 from deployments.engine_client import EngineClient
-from deployments.generation import DeltaItem, ErrorItem, GenerationRequest, ModelCard
+from deployments.generation import CacheHold, DeltaItem, ErrorItem, GenerationRequest, ModelCard, ReplicaCache
 from deployments.rendezvous import rank_replicas
+from engine.cache_view import CacheQuery, CacheView
 from engine.core.conversation import Transcript
 from engine.core.request import SamplingParams
 from engine.errors import EngineStoppedError, OverloadedError
@@ -68,8 +69,9 @@ class FakeHandle:
     def cancel(self) -> None:
         self.num_cancelled += 1
 
-    def broadcast(self, method: str) -> FakeHandle:
-        assert method in ("describe", "get_load")
+    def broadcast(self, method: str, *arguments: Any) -> FakeHandle:
+        assert method in ("describe", "get_load", "map_cache", "hold_back")
+        self.broadcast_arguments = arguments
         self.num_broadcasts += 1
         return self
 
@@ -444,3 +446,18 @@ async def test_deployment_that_failed_to_start() -> None:
     *_, last = (await answer(FakeReplicas([0] * 50, errors)))[1]
     assert isinstance(last, ErrorItem)
     assert last.status == 503
+
+
+async def test_the_cache_is_that_of_the_replicas_that_answer_in_the_order_of_their_ranks() -> None:
+    view = CacheView(32, (), {}, (), ())
+    handle = FakeHandle(answers=[ReplicaCache(2, view), ActorDiedError(), ReplicaCache(0, view)])
+    query = CacheQuery(("acme",))
+    assert await EngineClient(handle).map_cache(query) == [ReplicaCache(0, view), ReplicaCache(2, view)]
+    assert handle.broadcast_arguments == (query,)
+    assert await EngineClient(FakeHandle()).map_cache(query) == []  # none answers in time
+
+
+async def test_all_replicas_are_told_to_hold_back_blocks() -> None:
+    handle = FakeHandle(answers=[1, ActorDiedError(), 0])
+    assert await EngineClient(handle).hold_back(CacheHold(8, 4)) == [0, 1]
+    assert handle.broadcast_arguments == (CacheHold(8, 4),)

@@ -55,6 +55,15 @@ def test_each_key_is_its_tenant(tenants_file: Path) -> None:
             assert authenticator.authenticate(f"{scheme} {key}") == tenant
 
 
+def test_an_operator_is_one_as_long_as_its_entry_says_so(tenants_file: Path) -> None:
+    tenants = load_tenants(str(tenants_file), {})
+    authenticator = Authenticator([tenants[0].model_copy(update={"operator": True}), tenants[1]])
+    assert authenticator.is_operator(Tenant("a"))
+    assert not authenticator.is_operator(Tenant("b"))
+    authenticator.use(tenants)
+    assert not authenticator.is_operator(Tenant("a"))
+
+
 @pytest.mark.parametrize(
     "header",
     [None, "", "Bearer", "Bearer ", f"Basic {KEY_A}", KEY_A, f"Bearer {KEY_A}x", "Bearer \xe9"],

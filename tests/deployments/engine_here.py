@@ -1,0 +1,31 @@
+"""An engine replica without Serve, with the face of EngineClient: for applications in the test's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deployments.generation import CacheHold, ModelCard, ReplicaCache
+from deployments.llm_server import LLMServer
+from engine.cache_view import CacheQuery
+
+
+class EngineHere(LLMServer):
+    """The only replica. num_looks: how often its cache was looked at."""
+
+    num_looks = 0
+
+    def replica_rank(self) -> int:
+        return 0
+
+    async def model_card(self) -> ModelCard:
+        return await self.describe()
+
+    def choose_session_id(self, candidates: Sequence[str]) -> str:
+        return candidates[0]
+
+    async def map_cache(self, query: CacheQuery) -> list[ReplicaCache]:  # type: ignore[override]
+        self.num_looks += 1
+        return [await super().map_cache(query)]
+
+    async def hold_back(self, hold: CacheHold) -> list[int]:  # type: ignore[override]
+        return [await super().hold_back(hold)]
