@@ -35,9 +35,10 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """serve_config.yaml with a free port."""
+    """serve_config.yaml with a free port and the recall model."""
     content = yaml.safe_load(CONFIG.read_text())
     content["http_options"]["port"] = free_port()
+    content["applications"][0]["args"]["engine"]["model"] = "embedded"
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
