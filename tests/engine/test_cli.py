@@ -247,8 +247,9 @@ def test_chat_in_a_terminal(open_terminal, monkeypatch, tmp_path):
     assert terminal.wait_for_end() == 0
 
     terminal = open_terminal("chat", "--max-tokens", "60", *SMALL)
-    enter("my cat\\\ris called\x1b\rMia", b"Mia")
-    enter(f"/save {file}", b"[2 messages written to ")
+    enter("my cat\\\ris called\x1b\rMia", b"Mia", b" cached, ", b" computed; first token ")  # at the bottom
+    terminal.type(f"/save {file}\r".encode())
+    terminal.wait_for(b"[2 messages written to ")
     enter("/fork", b"[conversation 2, 2 messages]")
     enter("what is my cat called?")
     enter("/stats", b"first token", b"evictions:")
@@ -256,12 +257,10 @@ def test_chat_in_a_terminal(open_terminal, monkeypatch, tmp_path):
     enter("/model", b"pensieve-recall-0.6m, window of ")
     enter("/quit")
     assert terminal.wait_for_end() == 0
-    assert b" cached, " in terminal.output  # at the bottom, after a turn
-    assert b" computed; first token " in terminal.output
     assert [message["role"] for message in json.loads(file.read_text())] == ["user", "assistant"]
     assert json.loads(file.read_text())[0]["content"] == "my cat\nis called\nMia"
     assert (tmp_path / "pensieve" / "chat_history").stat().st_mode & 0o077 == 0
-    for frightening in (b"Traceback", b"Warning", b"WARNING"):
+    for frightening in (b"Traceback", b"Warning", b"your terminal"):
         assert frightening not in terminal.output
 
 
@@ -488,7 +487,7 @@ def test_a_server_that_cannot_be_used_is_one_line(server_url, no_model, monkeypa
             (["--url", server_url], "a key is needed (--api-key, or PENSIEVE_API_KEY"),
             (["--url", server_url, "--api-key", "sk-a", "--model", "big"], "has no model 'big'; it has: tiny"),
             (["--url", server_url, "--chunk-size", "8"], "--chunk-size is for an engine of this program"),
-            (["--url", "http://[x"], "cannot be used"),
+            (["--url", "http://127.0.0.1:x"], "cannot be used"),
             (["--url", server_url, "--api-key", "schlüssel"], "cannot be used"),
         ):
             assert cli.main(["chat", *arguments]) == 1
