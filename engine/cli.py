@@ -8,18 +8,21 @@ its options have been checked: `--help` and mistakes are answered at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import logging
+import os
 import sys
 import types
 import typing
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from engine import __version__
+from engine import __version__, chat
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, PensieveError
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
     from engine.server import Server
 
 # Most tokens of an answer unless --max-tokens says otherwise; at most a quarter of the window.
-MAX_TOKENS = {"chat": 512, "generate": 256, "compare": 32}
+MAX_TOKENS = {"chat": chat.MAX_TOKENS, "generate": 256, "compare": 32}
+API_KEY_VARIABLE = "PENSIEVE_API_KEY"
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -64,6 +68,12 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         _add_engine_options(command)
         if name != "profile":
             _add_sampling_options(command, MAX_TOKENS[name], greedy=name == "compare")
+        if name == "chat":
+            command.add_argument("--url", help="of a running server to chat with, such as http://127.0.0.1:8000")
+            command.add_argument(
+                "--api-key",
+                help=f"of that server; without it, {API_KEY_VARIABLE} in the environment, which `ps` does not show",
+            )
         if name == "generate":
             command.add_argument("prompt", nargs="?", help="the prompt; without it, standard input")
             command.add_argument(
@@ -94,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsers[namespace.command].refuse(unknown)
     arguments = vars(namespace)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("engine.model_files").setLevel(logging.INFO)  # what takes half a minute says so
     names = {field.name for field in fields(EngineConfig)}
     options = {name: value for name, value in arguments.items() if name in names and value is not None}
     try:
@@ -101,21 +112,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("json", "plot", "output"):
             if arguments.get(name) is not None:
                 _check_output_file(name, arguments[name])
-        if arguments["command"] == "profile":
-            return _profile(arguments, config)
-        sampling = _sampling(arguments)
-        if arguments["command"] == "compare":
-            return _compare(arguments, options, sampling)
+        sampling = None if arguments["command"] == "profile" else _sampling(arguments)
+        if arguments.get("url") is not None:
+            assert sampling is not None
+            return _chat_with_server(arguments, options, sampling)
         prompt = _read_prompt(arguments["prompt"]) if arguments["command"] == "generate" else ""
-        with _load_server(config) as server:
-            if sampling.max_tokens is None:
-                limit = min(MAX_TOKENS[arguments["command"]], max(1, server.engine.max_model_len // 4))
-                sampling = replace(sampling, max_tokens=limit)
-            if arguments["command"] == "chat":
-                from engine.chat import run_chat
-
-                return run_chat(server, sampling)
-            return _generate(server, prompt, sampling, is_raw=arguments["raw"])
+        turns = _compared_turns(arguments, options) if arguments["command"] == "compare" else None
+        options = _with_model(options)
+        config = replace(config, model=options["model"])
+        if sampling is None:
+            return _profile(arguments, config)
+        if arguments["command"] == "compare":
+            return _compare(arguments, options, sampling, turns)
+        if arguments["command"] == "chat":
+            return _chat(config, sampling)
+        return _generate(config, prompt, sampling, is_raw=arguments["raw"])
     except PensieveError as error:
         print(f"pensieve: {error.message}", file=sys.stderr)
         return 1
@@ -136,7 +147,7 @@ def _add_engine_options(parser: argparse.ArgumentParser) -> None:
         if field.name == "mode":
             group.add_argument(flag, choices=("pensieve", "stateless", "vllm"), help=f"vllm = stateless; {text}")
         elif field.name == "model":
-            group.add_argument(flag, metavar="PATH_OR_HUB_ID", help=text)
+            group.add_argument(flag, metavar="PATH_OR_HUB_ID", help="default: auto")
         elif kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
@@ -209,29 +220,72 @@ def _load_server(config: EngineConfig) -> Server:
     return Server(config)
 
 
-def _generate(server: Server, text: str, sampling: SamplingParams, *, is_raw: bool) -> int:
-    from engine.chat import describe_cut
+def _with_model(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with a `model` that is not "auto"; the log says what is served if the chat model is not installed."""
+    from engine.model_files import choose_model
 
-    is_chat = server.engine.has_chat_template and not is_raw
-    prompt = ChatPrompt((("user", text),)) if is_chat else TextPrompt(text)
-    answer = server.complete(prompt, sampling, on_text=lambda piece: print(piece, end="", flush=True))
+    return {**options, "model": choose_model(options.get("model", "auto"))}
+
+
+def _chat(config: EngineConfig, sampling: SamplingParams) -> int:
+    from engine.chat_partners import EnginePartner
+
+    with contextlib.closing(EnginePartner(config, _load_server)) as partner:
+        return _run_chat(partner, sampling)
+
+
+def _chat_with_server(arguments: dict[str, Any], options: dict[str, Any], sampling: SamplingParams) -> int:
+    from engine.chat_partners import ServerPartner
+
+    for name in options.keys() - {"model"}:
+        flag = "--" + name.replace("_", "-")
+        raise ConfigError(f"{flag} is for an engine of this program; with --url, the server has its own", param=name)
+    key = arguments["api_key"] or os.environ.get(API_KEY_VARIABLE)
+    with contextlib.closing(ServerPartner(arguments["url"], key, options.get("model"))) as partner:
+        return _run_chat(partner, sampling)
+
+
+def _run_chat(partner: chat.Partner, sampling: SamplingParams) -> int:
+    from engine.chat_screens import PipeScreen, TerminalScreen
+
+    screen: chat.Screen = TerminalScreen() if sys.stdin.isatty() and sys.stdout.isatty() else PipeScreen()
+    if screen.is_terminal:
+        screen.note(f"{partner.model_name}; /help lists the commands")
+    return chat.Chat(partner, screen, sampling, uuid.uuid4().hex).run()
+
+
+def _generate(config: EngineConfig, text: str, sampling: SamplingParams, *, is_raw: bool) -> int:
+    with _load_server(config) as server:
+        if sampling.max_tokens is None:
+            sampling = replace(
+                sampling, max_tokens=min(MAX_TOKENS["generate"], max(1, server.engine.max_model_len // 4))
+            )
+        is_chat = server.engine.has_chat_template and not is_raw
+        prompt = ChatPrompt((("user", text),)) if is_chat else TextPrompt(text)
+        answer = server.complete(prompt, sampling, on_text=lambda piece: print(piece, end="", flush=True))
     print()
     if answer.finish_reason == "length" and sys.stderr.isatty():
-        print(f"[{describe_cut(answer, sampling)}]", file=sys.stderr)
+        print(f"[{chat.describe_cut(len(answer.token_ids), sampling)}]", file=sys.stderr)
     return 0
 
 
-def _compare(arguments: dict[str, Any], options: dict[str, Any], sampling: SamplingParams) -> int:
+def _compared_turns(arguments: dict[str, Any], options: dict[str, Any]) -> tuple[str, ...] | None:
+    """The user messages that --conversation names; None without it."""
     if "mode" in options:
         print("pensieve: compare runs both modes; --mode is not used", file=sys.stderr)
     if arguments["rounds"] < 1:
         raise ConfigError(f"--rounds must be at least 1, got {arguments['rounds']}", param="rounds")
-    turns = None
-    if arguments["conversation"] is not None:
-        try:
-            turns = _read_conversation(arguments["conversation"])
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot read {arguments['conversation']}: {error}", param="conversation") from error
+    if arguments["conversation"] is None:
+        return None
+    try:
+        return _read_conversation(arguments["conversation"])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {arguments['conversation']}: {error}", param="conversation") from error
+
+
+def _compare(
+    arguments: dict[str, Any], options: dict[str, Any], sampling: SamplingParams, turns: tuple[str, ...] | None
+) -> int:
     import transformers
 
     from engine.compare import DEMO_CONVERSATION, compare_modes, format_table, plot_comparison

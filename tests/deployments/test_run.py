@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
+import json
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,9 +38,10 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """serve_config.yaml with a free port."""
+    """serve_config.yaml with a free port and the recall model."""
     content = yaml.safe_load(CONFIG.read_text())
     content["http_options"]["port"] = free_port()
+    content["applications"][0]["args"]["engine"]["model"] = "embedded"
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
@@ -240,6 +244,65 @@ def test_a_token_file_that_cannot_be_used_is_told(
     path.write_text("a" * 64)
     assert run.main([str(config)]) == 0
     assert "RAY_AUTH_TOKEN" not in run.os.environ
+
+
+# -- ready, or never ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_no_model_is_told_before_anything_starts(
+    config: Path, capfd: pytest.CaptureFixture[str], nothing_starts: list[str], tmp_path: Path
+) -> None:
+    content = yaml.safe_load(config.read_text())
+    content["applications"][0]["args"]["engine"]["model"] = str(tmp_path)
+    config.write_text(yaml.safe_dump(content))
+    assert run.main([str(config)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "is a folder without a config.json" in line
+    assert nothing_starts == []
+
+
+class Process:
+    """What `announce` needs of one that runs."""
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self.send_signal = self.signals.append
+
+    def poll(self) -> int | None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected", "signals"),
+    [
+        ([(503, "no_replica"), (200, "")], "ready at ", []),
+        ([(503, "no_replica"), (503, "model_not_loaded")], "pensieve-serve: why model_not_loaded", [signal.SIGINT]),
+    ],
+)
+def test_the_url_is_printed_when_all_is_ready_or_why_it_never_will_be(
+    answers: list[tuple[int, str]], expected: str, signals: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None: ...
+
+        def do_GET(self) -> None:
+            status, code = answers.pop(0)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps({"error": {"message": f"why {code}", "code": code}}).encode())
+
+    process, failed = Process(), threading.Event()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        run.announce(f"http://127.0.0.1:{server.server_address[1]}/", process, failed)  # type: ignore[arg-type]
+        server.shutdown()
+        thread.join()
+    printed = capsys.readouterr()
+    assert expected in printed.out + printed.err
+    assert process.signals == signals
+    assert failed.is_set() == bool(signals)
+    assert answers == []
 
 
 # -- Ray and its end ---------------------------------------------------------------------------------------------------

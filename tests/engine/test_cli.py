@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
+import io
 import json
 import os
 import pty
 import select
+import socket
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import pytest
+from rich.console import Console
 
 from engine import chat, cli, compare
+from engine.chat_partners import EnginePartner
+from engine.chat_screens import MarkdownAnswer, PipeScreen, end_of_blocks
 from engine.compare import compare_modes
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
-from engine.errors import ConfigError, ContextLengthError
+from engine.errors import ConfigError, ContextLengthError, ModelLoadError
 from engine.server import Answer, Server
 
-SMALL = ["--num-threads", "1", "--num-gpu-blocks", "200", "--chunk-size", "16"]
+SMALL = ["--model", "embedded", "--num-threads", "1", "--num-gpu-blocks", "200", "--chunk-size", "16"]
 WAIT_S = 120
+SLOW_TO_IMPORT = {"torch", "transformers", "tokenizers", "numpy", "matplotlib", "tqdm", "asyncio"} | {
+    *("rich", "prompt_toolkit", "httpx")
+}
 
 
 @pytest.fixture
@@ -44,7 +56,7 @@ def test_help_imports_nothing_that_is_slow(arguments):
         "try:\n"
         f"    cli.main({arguments!r})\n"
         "finally:\n"
-        "    slow = {'torch', 'transformers', 'tokenizers', 'numpy', 'matplotlib', 'tqdm', 'asyncio'} & set(sys.modules)\n"
+        f"    slow = {SLOW_TO_IMPORT} & set(sys.modules)\n"
         "    print('slow:', sorted(slow))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -133,7 +145,7 @@ def test_generate_speaks_to_a_chat_model_by_its_template_unless_told_not_to(monk
 
 
 def test_generate_continues_the_text_if_the_model_has_no_chat_template(tiny_model, capsys):
-    options = ["--model", str(tiny_model("llama")), "--max-tokens", "6", "--dtype", "float32", *SMALL]
+    options = [*SMALL, "--model", str(tiny_model("llama")), "--max-tokens", "6", "--dtype", "float32"]
     assert cli.main(["generate", "some text", *options]) == 0
     plain = capsys.readouterr().out
     assert cli.main(["generate", "--raw", "some text", *options]) == 0
@@ -151,6 +163,7 @@ class Terminal:
         self._pid, self._terminal = pty.fork()
         if not self._pid:
             os.execv(sys.executable, [sys.executable, "-m", "engine.cli", *arguments])
+        termios.tcsetwinsize(self._terminal, (24, 80))
 
     def wait_for(self, text: bytes) -> None:
         end_s = time.monotonic() + WAIT_S
@@ -174,6 +187,8 @@ class Terminal:
         except OSError:  # the other side is closed
             return False
         self.output += data
+        for _ in range(data.count(b"\x1b[6n")):
+            self.type(b"\x1b[1;1R")  # where the cursor is
         return bool(data)
 
     def close(self) -> None:
@@ -197,68 +212,86 @@ def open_terminal() -> Iterator[Callable[..., Terminal]]:
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # that a process with threads forks
-def test_chat_in_a_terminal(open_terminal):
-    """Commands, editing of a line, recall, an answer that is stopped and the turn after it, and both ways out by Ctrl-C."""
+def test_chat_in_a_terminal(open_terminal, monkeypatch, tmp_path):
+    """Commands, editing, recall, several lines, an answer that is stopped and the turns after it, forks, and the ways out."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    file = tmp_path / "said.json"
     terminal = open_terminal("chat", "--ignore-eos", "--max-tokens", "2000", *SMALL)
-    prompt = b"you> "
-    terminal.wait_for(prompt)
-    terminal.type(b"/help\n")
-    terminal.wait_for(b"/quit   end")
-    terminal.wait_for(prompt)
-    terminal.type(b"/foo bar\n")
-    terminal.wait_for(b"unknown command /foo; /help lists the commands")
-    terminal.wait_for(prompt)
-    terminal.type(b"my cat is called Miaow\x7f\x7f\n")
-    terminal.wait_for(b"your cat is called Mia.")
+    prompt = b"\x1b[?2004h"  # what a prompt begins with
+
+    def enter(line: str, *expected: bytes) -> None:
+        terminal.wait_for(prompt)
+        terminal.type(line.encode() + b"\r")
+        for text in expected:
+            terminal.wait_for(text)
+
+    enter("/help", b"/quit        end")
+    enter("/foo bar", b"unknown command /foo; /help lists the commands")
+    enter("my cat is called Miaow\x7f\x7f", b"your cat is called Mia.")
     terminal.type(b"\x03")
     terminal.wait_for(b"[stopped; the conversation goes on without this turn]")
-    terminal.wait_for(prompt)
-    terminal.type(b"\x1b[A\n")
-    terminal.wait_for(b"your cat is called Mia.")
+    enter("\x1b[A", b"your cat is called Mia.")
     terminal.type(b"\x03")
     terminal.wait_for(b"[stopped;")
-    terminal.wait_for(prompt)
     for _ in range(500):  # the engine ends them between two steps
-        terminal.type(b"/stats\n")
-        terminal.wait_for(b"evictions:")
-        terminal.wait_for(prompt)
+        enter("/stats", b"evictions:")
         if b"0 requests finished, 2 aborted" in terminal.output:
             break
     assert b"0 requests finished, 2 aborted" in terminal.output
+    terminal.wait_for(prompt)
     terminal.type(b"\x03")
     terminal.wait_for(b"[Ctrl-C again ends the chat]")
     terminal.wait_for(prompt)
     terminal.type(b"\x03")
     assert terminal.wait_for_end() == 0
-    assert b"Traceback" not in terminal.output
-    assert b"Warning" not in terminal.output
+
+    terminal = open_terminal("chat", "--max-tokens", "60", *SMALL)
+    enter("my cat\\\ris called\x1b\rMia", b"Mia", b" cached, ", b" computed; first token ")  # at the bottom
+    terminal.type(f"/save {file}\r".encode())
+    terminal.wait_for(b"[2 messages written to ")
+    enter("/fork", b"[conversation 2, 2 messages]")
+    enter("what is my cat called?")
+    enter("/stats", b"first token", b"evictions:")
+    enter(f"/load {file}", b"[conversation 3, 2 messages]")
+    enter("/model", b"pensieve-recall-0.6m, window of ")
+    enter("/quit")
+    assert terminal.wait_for_end() == 0
+    assert [message["role"] for message in json.loads(file.read_text())] == ["user", "assistant"]
+    assert json.loads(file.read_text())[0]["content"] == "my cat\nis called\nMia"
+    assert (tmp_path / "pensieve" / "chat_history").stat().st_mode & 0o077 == 0
+    for frightening in (b"Traceback", b"Warning", b"your terminal"):
+        assert frightening not in terminal.output
 
 
-class ScriptedServer:
+class ScriptedPartner:
     """Answers, or fails, as told; notes what it was asked."""
 
-    class engine:
-        model_name = "scripted"
-        config = EngineConfig()
+    model_name, max_model_len = "scripted", 64
 
     def __init__(self, *answers: str | Exception) -> None:
         self.answers = list(answers)
-        self.asked: list[tuple[str, str]] = []
+        self.asked: list[tuple[str, list[str], int | None]] = []
 
-    def chat(self, session_id: str, text: str, sampling: SamplingParams, on_text) -> Answer:
-        self.asked.append((session_id, text))
+    def answer(self, session_id: str, messages: list[chat.Message], sampling: SamplingParams, on_text) -> chat.Turn:
+        self.asked.append((session_id, [text for _, text in messages], sampling.max_tokens))
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         on_text(answer)
         reason = "length" if answer.endswith("...") else "stop"
-        return Answer(answer, (1,) * (8 if answer == "limit..." else 5), reason, 7, 3, 0.01, 0.1)
+        return chat.Turn(answer, reason, 7, 3, 8 if answer == "limit..." else 5, 0.01, 0.1)
 
-    def get_statistics_str(self) -> str:
+    def take_model(self, model: str) -> None:
+        if model != "other":
+            raise ModelLoadError(f"no {model}")
+        self.model_name = model
+
+    def statistics(self) -> str:
         return "statistics"
 
 
-def converse(monkeypatch, server: ScriptedServer, *lines: str) -> int:
+def converse(monkeypatch, partner: ScriptedPartner, *lines: str, max_tokens: int | None = 8) -> int:
     """As over a pipe."""
     rest = iter(lines)
 
@@ -270,12 +303,11 @@ def converse(monkeypatch, server: ScriptedServer, *lines: str) -> int:
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
-    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
-    return chat.run_chat(server, SamplingParams(max_tokens=8))  # type: ignore[arg-type]
+    return chat.Chat(partner, PipeScreen(), SamplingParams(max_tokens=max_tokens), "s").run()
 
 
 def test_chat_over_a_pipe_prints_answers_only(monkeypatch, capsys):
-    server = ScriptedServer("one", "limit...", "window...", ContextLengthError("too long"), "two")
+    partner = ScriptedPartner("one", "limit...", "window...", ContextLengthError("too long"), "two")
     lines = [
         "hello",
         "/new",
@@ -289,13 +321,14 @@ def test_chat_over_a_pipe_prints_answers_only(monkeypatch, capsys):
         "/quit",
         "not read",
     ]
-    assert converse(monkeypatch, server, *lines) == 0
-    assert server.asked == [
-        ("chat-0", "hello"),
-        ("chat-1", "what?"),
-        ("chat-1", "/etc is a folder"),
-        ("chat-1", "and?"),
-        ("chat-1", "again"),
+    assert converse(monkeypatch, partner, *lines) == 0
+    kept = ["what?", "limit...", "/etc is a folder", "window..."]  # a turn that fails leaves no trace
+    assert partner.asked == [
+        ("s-0", ["hello"], 8),
+        ("s-1", kept[:1], 8),
+        ("s-1", kept[:3], 8),
+        ("s-1", [*kept, "and?"], 8),
+        ("s-1", [*kept, "again"], 8),
     ]
     captured = capsys.readouterr()
     assert captured.out.splitlines() == ["one", "limit...", "window...", "two", "statistics"]
@@ -307,15 +340,218 @@ def test_chat_over_a_pipe_prints_answers_only(monkeypatch, capsys):
     ]
 
 
-@pytest.mark.parametrize(
-    ("window", "asked", "limit"), [(64, [], 16), (512, [], 128), (4096, [], 512), (64, ["40"], 40)]
-)
-def test_answers_have_a_default_length_that_leaves_room_for_turns(monkeypatch, window, asked, limit):
-    given = []
-    monkeypatch.setattr(chat, "run_chat", lambda server, sampling: given.append(sampling.max_tokens) or 0)
-    options = ["--max-model-len", str(window), *SMALL[:2], "--num-gpu-blocks", "300"]
-    assert cli.main(["chat", *(["--max-tokens", *asked] if asked else []), *options]) == 0
-    assert given == [limit]
+def test_conversations_are_forked_saved_loaded_and_returned_to(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "said.json"
+    partner = ScriptedPartner("one", "two", "three", "four")
+    lines = ["a", f"/save {file}", "/fork", "b", "/go 1", "c", f"/load {file}", "d", "/go"]
+    assert converse(monkeypatch, partner, *lines, max_tokens=None) == 0
+    assert partner.asked == [
+        ("s-0", ["a"], 16),  # a quarter of the window
+        ("s-1", ["a", "one", "b"], 16),
+        ("s-0", ["a", "one", "c"], 16),
+        ("s-2", ["a", "one", "d"], 16),
+    ]
+    assert json.loads(file.read_text()) == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "one"},
+    ]
+    assert file.stat().st_mode & 0o077 == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "  1: 4 messages  a",
+        "  2: 4 messages  a",
+        "* 3: 4 messages  a",
+    ]
+
+
+def test_what_a_command_cannot_do_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "text.json").write_text("[1]")
+    (tmp_path / "bytes.json").write_bytes(b"\xff")
+    lines = ["/save", "/save /no/such/folder/x", "/load /no/such", f"/load {tmp_path}/text.json"]
+    lines += [f"/load {tmp_path}/bytes.json", "/go 2", "/go x", "/model nothing", "/model other"]
+    assert converse(monkeypatch, ScriptedPartner(), *lines) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "other, window of 64 tokens\n"
+    expected = (
+        "/save needs the name of a file",
+        "/save /no/such/folder/x: No such file or directory; name a file in a folder that exists",
+        "/load /no/such: No such file or directory; name a file that /save wrote",
+        "it must hold a list of",
+        "name a file that /save wrote",
+        "/go 2: the conversations are 1 to 1",
+        "/go x: the conversations are 1 to 1",
+        "no nothing",
+    )
+    errors = captured.err.splitlines()
+    assert len(errors) == len(expected)
+    for line, part in zip(errors, expected, strict=True):
+        assert line.startswith("pensieve: ")
+        assert part in line
+
+
+def test_another_model_is_loaded_and_the_old_one_stays_if_it_cannot_be(tiny_model):
+    config = EngineConfig(num_threads=1, num_gpu_blocks=200, dtype="float32")
+    with contextlib.closing(EnginePartner(config, Server)) as partner:
+        with pytest.raises(ModelLoadError):
+            partner.take_model("/no/such.gguf")
+        sampling = SamplingParams(max_tokens=16, temperature=0.0)
+        pieces: list[str] = []
+        turn = partner.answer("s", [("user", "my cat is called Mia")], sampling, pieces.append)
+        assert turn.text == "".join(pieces)
+        assert "Mia" in turn.text
+        assert turn.num_output_tokens > 0
+        partner.take_model(str(tiny_model("llama")))
+        assert (partner.model_name, partner.max_model_len) == (tiny_model("llama").name, 512)
+
+
+# -- chat with a server ------------------------------------------------------------------------------------------------
+
+
+class OpenAIServer(http.server.BaseHTTPRequestHandler):
+    """Speaks OpenAI's API; wants the key "sk-a"."""
+
+    asked: ClassVar[list[tuple[str, dict]]] = []
+
+    def log_message(self, *arguments: object) -> None: ...
+
+    def do_GET(self) -> None:
+        is_allowed = self.headers["authorization"] == "Bearer sk-a"
+        error = {"error": {"message": "a key is needed", "code": "invalid_api_key"}}
+        self.send_json(200 if is_allowed else 401, {"data": [{"id": "tiny"}]} if is_allowed else error)
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.asked.append((self.headers["x-session-id"], body))
+        question = body["messages"][-1]["content"]
+        if question == "too much":
+            self.send_json(400, {"error": {"message": "too long", "code": "context_length_exceeded"}})
+            return
+        usage = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
+        failure = {"error": {"message": "the engine is gone"}}
+        chunks = [
+            {"choices": [{"delta": {"role": "assistant", "content": ""}}]},
+            {"choices": [{"delta": {"content": "Hel"}}]},
+            *([failure] if question == "fail" else []),
+            {"choices": [{"delta": {"content": "lo"}, "finish_reason": "stop"}]},
+            {"choices": [], "usage": usage},
+        ]
+        data = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+        self.send(200, data.encode())
+
+    def send_json(self, status: int, body: dict) -> None:
+        self.send(status, json.dumps(body).encode())
+
+    def send(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server_url() -> Iterator[str]:
+    OpenAIServer.asked.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), OpenAIServer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_chat_with_a_server(server_url, no_model, monkeypatch, capsys):
+    monkeypatch.setenv("PENSIEVE_API_KEY", "sk-a")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\ntoo much\nfail\nagain\n/stats\n/model x\n"))
+    assert cli.main(["chat", "--url", f"{server_url}/v1/", "--temperature", "0.5", "--seed", "3"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[:3] == ["Hello", "Hel", "Hello"]
+    assert captured.out.splitlines()[3].startswith(f"tiny at {server_url}: 2 turns")
+    assert "18 prompt tokens, 8 of them cached" in captured.out
+    assert captured.err.splitlines() == [
+        "pensieve: too long; /new begins another conversation",
+        "pensieve: the engine is gone",
+        f"pensieve: {server_url} has no model 'x'; it has: tiny",
+    ]
+    (session, first), *_, (_, last) = OpenAIServer.asked
+    assert {name for name, _ in OpenAIServer.asked} == {session}
+    assert (first["temperature"], first["seed"], first["max_tokens"], first["model"]) == (0.5, 3, 512, "tiny")
+    assert [message["content"] for message in last["messages"]] == ["hi", "Hello", "again"]
+
+
+def test_a_server_that_cannot_be_used_is_one_line(server_url, no_model, monkeypatch, capsys):
+    monkeypatch.delenv("PENSIEVE_API_KEY", raising=False)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        for arguments, message in (
+            (["--url", nobody], "is the server running?"),
+            (["--url", server_url], "a key is needed (--api-key, or PENSIEVE_API_KEY"),
+            (["--url", server_url, "--api-key", "sk-a", "--model", "big"], "has no model 'big'; it has: tiny"),
+            (["--url", server_url, "--chunk-size", "8"], "--chunk-size is for an engine of this program"),
+            (["--url", "http://127.0.0.1:x"], "cannot be used"),
+            (["--url", server_url, "--api-key", "schlüssel"], "cannot be used"),
+        ):
+            assert cli.main(["chat", *arguments]) == 1
+            captured = capsys.readouterr()
+            assert captured.err.startswith("pensieve: ")
+            assert message in captured.err
+            assert len(captured.err.splitlines()) == 1
+
+
+# -- how answers are shown ---------------------------------------------------------------------------------------------
+
+MARKDOWN = """# Title
+
+A *word* and
+a line.
+
+1. one
+
+   more of one
+
+2. two
+
+```python
+a = 1
+
+b = 2
+```
+
+The end"""
+
+
+def test_only_finished_blocks_are_printed_for_good():
+    blocks, rest = [], ""
+    for character in MARKDOWN:
+        rest += character
+        end = end_of_blocks(rest)
+        if end:
+            blocks.append(rest[:end])
+            rest = rest[end:]
+    assert "".join(blocks) + rest == MARKDOWN
+    assert [block.strip() for block in blocks] == [
+        "# Title",
+        "A *word* and\na line.",
+        "1. one\n\n   more of one",
+        "2. two",
+        "```python\na = 1\n\nb = 2\n```",
+    ]
+    assert rest == "The end"
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_an_answer_is_shown_once_however_it_comes(size):
+    """And what would steer the terminal does not."""
+    output = io.StringIO()
+    answer = MarkdownAnswer(Console(file=output, width=60, height=5, force_terminal=False))
+    text = MARKDOWN.replace("two", "tw\x1b]0;o")
+    with answer.live:
+        for start in range(0, len(text), size):
+            answer.add(text[start : start + size])
+        answer.close()
+    shown = output.getvalue()
+    assert "\x1b" not in shown
+    for word in ("Title", "word", "more of one", "tw\N{REPLACEMENT CHARACTER}]0;o", "b = 2", "The end"):
+        assert shown.count(word) == 1
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def test_the_cost_model_scales_with_the_chunk(profile):
 def test_the_engine_finds_the_profile_that_the_command_wrote(executor, capsys):
     analytic = load_cost_model(EngineConfig.from_options(OPTIONS), executor)
     assert analytic.swap_in_cost == 0
-    assert cli.main(["profile", "--num-threads", "1", "--chunk-size", "16", "--max-model-len", "256"]) == 0
+    options = ["--model", "embedded", "--num-threads", "1", "--chunk-size", "16", "--max-model-len", "256"]
+    assert cli.main(["profile", *options]) == 0
     assert "GB/s" in capsys.readouterr().out
     measured = load_cost_model(EngineConfig.from_options(OPTIONS), executor)
     assert measured.swap_in_cost > 0
@@ -128,6 +129,7 @@ def test_the_command_plots(tmp_path):
     plot, output = tmp_path / "fit.png", tmp_path / "fit.json"
     arguments = [
         "profile",
+        "--model=embedded",
         "--num-threads",
         "1",
         "--max-model-len",

@@ -68,7 +68,8 @@ def test_ranks_give_the_answers_of_one_process(family, size, tiny_model, make_dr
 
 
 def test_the_command_line_generates_with_ranks_of_its_own(capsys):
-    arguments = ["generate", "my cat is called", "--dtype", "float32", "--max-tokens", "12", "--num-gpu-blocks", "32"]
+    arguments = ["generate", "my cat is called", "--model", "embedded", "--dtype", "float32"]
+    arguments += ["--max-tokens", "12", "--num-gpu-blocks", "32"]
     assert cli.main(arguments) == 0
     whole = capsys.readouterr().out
     assert cli.main([*arguments, "--tensor-parallel-size", "2"]) == 0

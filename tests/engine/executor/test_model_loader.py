@@ -213,6 +213,7 @@ def test_cuda_where_there_is_none_is_an_error_of_the_configuration(device):
 def test_names_follow_from_the_option(tmp_path, monkeypatch):
     (tmp_path / "my-model").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("engine.model_files._hub_problem", lambda endpoint: None)
     assert default_model_name("embedded") == EMBEDDED_MODEL_NAME
     assert default_model_name("my-model") == default_model_name(str(tmp_path / "my-model")) == "my-model"
     assert default_model_name("meta-llama/Llama-3.2-1B") == model_location("meta-llama/Llama-3.2-1B")

