@@ -223,7 +223,7 @@ def add_cache_routes(
     *,
     demo: bool,
 ) -> None:
-    """tenant_of: raises if nobody may ask. is_operator: who may see all. demo: the tiers can be made smaller."""
+    """tenant_of: raises if the request may not ask. is_operator: the tenant sees all. demo: the tiers can be made smaller."""
     watchers = CacheWatchers(engine, can_hold_back=demo)
 
     @app.get("/v1/cache/map")

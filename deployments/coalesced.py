@@ -34,6 +34,6 @@ class Coalesced(Generic[T]):
 
 
 def _note(asked: asyncio.Future[T]) -> None:
-    """Its exception may find nobody who is still there to hear it."""
+    """Take its exception, which no caller may be left to take."""
     if not asked.cancelled():
         asked.exception()

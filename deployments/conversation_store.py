@@ -67,7 +67,7 @@ class ConversationStore:
     each statement and each wait for a lock; a whole call takes at most twice that. new_id: prefix -> an id that was never
     used. quota_of: tenant -> what it may keep. min_free_bytes: what new turns leave of a SQLite file's disk.
 
-    alive: ids of the responses that this process is working on, kept by whoever works: no clock interrupts them.
+    alive: ids of the responses that this process is working on, kept by the turns that work: no clock interrupts them.
     """
 
     def __init__(

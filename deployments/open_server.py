@@ -1,4 +1,4 @@
-"""Whom a server without API keys serves: programs on this machine. Not other machines, not a proxy that passes their requests
+"""What a server without API keys serves: programs on this machine. Not other machines, not a proxy that passes their requests
 on, and not web pages, which any browser on this machine would let send requests. Looks at plain data; knows no tenants.
 """
 
@@ -31,14 +31,14 @@ REMEDY = (
 
 
 class RemoteWithoutKeysError(RequestError):
-    """Somebody on another machine asks, or may be asking, a server that cannot tell who it is."""
+    """A request comes, or may come, from another machine to a server that has no API keys."""
 
     http_status = 403
     code = "no_api_keys_configured"
 
 
 class CrossOriginError(RequestError):
-    """A web page from elsewhere asks through the browser of somebody on this machine."""
+    """A web page of another origin sends a request through a browser on this machine."""
 
     http_status = 403
     code = "cross_origin_request"

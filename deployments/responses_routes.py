@@ -31,7 +31,7 @@ def add_response_routes(
     tenant_of: Callable[[Request], Tenant],
     in_a_place: Callable[[Tenant, GenerationBody, Callable[[], Awaitable[Response]]], Awaitable[Response]],
 ) -> None:
-    """tenant_of: raises where nobody may ask. in_a_place: calls what needs an engine, or raises where it may not."""
+    """tenant_of: raises if the request may not ask. in_a_place: calls what needs an engine, or raises if it may not."""
 
     @app.post("/v1/responses")
     async def create_response(request: Request) -> Response:

@@ -41,7 +41,7 @@ class Leases:
         self._alive = alive
 
     def is_over(self, now: float) -> ColumnElement[bool]:
-        """Of a response that runs: nobody works on it any more."""
+        """Of a response that runs: no turn works on it any more."""
         return and_(responses.c.lease_until < now, responses.c.id.not_in(list(self._alive())))
 
     def is_alive(self, response_id: str) -> bool:

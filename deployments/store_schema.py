@@ -152,7 +152,7 @@ tenant_usage = Table(
     Column("num_bytes", BigInteger, nullable=False),
 )
 
-# One row, changed by whoever wants to know if the store can be written.
+# One row, changed in order to find out if the store can be written.
 write_probe = Table(
     "write_probe",
     metadata,

@@ -32,7 +32,7 @@ WHERE tenant IS NOT NULL GROUP BY tenant
 
 
 def upgrade() -> None:
-    # Older ids came from a tokenizer that nobody knows: they are not used, and the text is tokenised again.
+    # Older ids came from a tokenizer that is not known: they are not used, and the text is tokenised again.
     op.add_column("transcripts", sa.Column("fingerprint", sa.Text, nullable=False, server_default=""))
 
     op.create_table(
