@@ -169,8 +169,14 @@ def test_a_cache_that_holds_something_else_fails_the_gate(module, subject, monke
 
     def begin_and_mix(plan):
         wait = begin(plan)
-        swapper._gpu.storage[[copy.target for copy in plan.swap_ins]] = 0.5
-        return wait
+        if wait is None:
+            return None
+
+        def wait_and_mix(layer):
+            wait(layer)  # the layer's copies are complete: they cannot replace what is written here
+            swapper._gpu.storage[[copy.target for copy in plan.swap_ins]] = 0.5
+
+        return wait_and_mix
 
     monkeypatch.setattr(swapper, "begin", begin_and_mix)
     with pytest.raises(AssertionError, match="behind it"):
