@@ -12,9 +12,9 @@ import time
 from machine import write_result
 from tqdm import tqdm
 
-from engine.core.chunk_index import Chunk
-from engine.core.cost_model import CostModel
-from engine.core.eviction import EVICTION_POLICIES, make_policy
+from engine.core.cache.cost_model import CostModel
+from engine.core.cache.eviction import EVICTION_POLICIES, make_policy
+from engine.core.cache.index import Chunk
 
 NUM_POSITIONS = 512  # 16k tokens in chunks of 32
 NUM_VICTIMS = 20_000

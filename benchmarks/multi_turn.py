@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.core.eviction import EVICTION_POLICIES
+from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.core.request import SamplingParams
-from engine.prompt import TokenPrompt
+from engine.text.prompt import TokenPrompt
 
 DATA = Path(__file__).parent / "data" / "airline_sessions.json"
 CHUNK_SIZE = 32

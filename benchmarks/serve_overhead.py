@@ -43,7 +43,7 @@ from deployments.tenants import API_KEY_VARIABLE
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
-from engine.prompt import TextPrompt
+from engine.text.prompt import TextPrompt
 
 ENGINE = {"served_model_name": "it", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 512, "max_num_seqs": 64}
 KEY = "sk-benchmark"  # which the fast path asks for

@@ -11,13 +11,13 @@ from ray import serve
 from ray.serve.config import BackpressureConfig, RequestRouterConfig
 from ray.serve.deployment import Application
 
+from deployments.cluster.placement import group_bundles
 from deployments.ingress import Ingress, IngressConfig
 from deployments.llm_server import LLMServer
-from deployments.placement import group_bundles
+from deployments.routing.session_router import SessionRouter
 from deployments.schema import AppArgs
-from deployments.session_router import SessionRouter
-from deployments.store_url import is_file
-from deployments.store_values import Quota, StoreLimits
+from deployments.store.url import is_file
+from deployments.store.values import Quota, StoreLimits
 from deployments.tenants import environment_tenants, load_tenants
 from engine.config import EngineConfig
 from engine.model_files import choose_model

@@ -17,14 +17,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from pydantic import Field
 
-from deployments.coalesced import Coalesced
-from deployments.event_stream import EventStream
-from deployments.fair_limit import FairLimit
+from deployments.cluster.coalesced import Coalesced
+from deployments.completions.answers import error_body, sse_event
+from deployments.completions.requests import Body
 from deployments.generation import CacheHold, ErrorItem, ReplicaCache
-from deployments.openai_responses import error_body, sse_event
-from deployments.openai_types import Body
-from deployments.request_bodies import RequestBodies
-from deployments.responses_types import Query, parse_query
+from deployments.http.bodies import RequestBodies
+from deployments.http.event_stream import EventStream
+from deployments.http.fair_limit import FairLimit
+from deployments.responses.requests import Query, parse_query
 from engine.cache_view import CacheQuery, ConversationView, EvictionView
 from engine.errors import OverloadedError, RequestError
 from engine.tenant import Tenant

@@ -7,12 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.cache_view import CacheView
-from engine.core.conversation import Transcript
 from engine.core.request import SamplingParams
 from engine.errors import PensieveError
-from engine.output import OutputDelta
-from engine.prompt import AnswerBeginning, Prompt
 from engine.tenant import LOCAL_TENANT, Tenant
+from engine.text.output import OutputDelta
+from engine.text.prompt import AnswerBeginning, Prompt
+from engine.text.transcript import Transcript
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,14 +21,18 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
-from deployments.absence import why_absent
-from deployments.admission import Admission
 from deployments.cache_map import add_cache_routes
-from deployments.coalesced import Coalesced
-from deployments.conversation_store import ConversationStore
-from deployments.engine_client import EngineClient
-from deployments.event_stream import EventStream
-from deployments.fair_limit import FairLimit
+from deployments.cluster.coalesced import Coalesced
+from deployments.cluster.replica_count import ReplicaCount, count_replicas
+from deployments.completions.answers import (
+    DONE,
+    AnswerFormat,
+    ChatFormat,
+    CompletionFormat,
+    error_body,
+    sse_event,
+)
+from deployments.completions.requests import MAX_NAME_CHARS, BodyT, ChatCompletionBody, CompletionBody, GenerationBody
 from deployments.generation import (
     CacheHold,
     DeltaItem,
@@ -38,34 +42,30 @@ from deployments.generation import (
     ModelCard,
     ReplicaCache,
 )
-from deployments.http_errors import EXCEPTION_HANDLERS, error_response
-from deployments.open_server import check_is_local
-from deployments.openai_responses import (
-    DONE,
-    AnswerFormat,
-    ChatFormat,
-    CompletionFormat,
-    error_body,
-    sse_event,
-)
-from deployments.openai_types import MAX_NAME_CHARS, BodyT, ChatCompletionBody, CompletionBody, GenerationBody
+from deployments.http.admission import Admission
+from deployments.http.bodies import RequestBodies
+from deployments.http.errors import EXCEPTION_HANDLERS, error_response
+from deployments.http.event_stream import EventStream
+from deployments.http.fair_limit import FairLimit
+from deployments.http.open_server import check_is_local
+from deployments.http.request_limits import RequestLimits
 from deployments.openapi import openapi_document
 from deployments.page import add_page
-from deployments.replica_count import ReplicaCount, count_replicas
-from deployments.request_bodies import RequestBodies
-from deployments.request_limits import RequestLimits
-from deployments.responses_api import ResponsesApi
-from deployments.responses_routes import add_response_routes
-from deployments.session_key import session_key
-from deployments.store_url import read_password
-from deployments.store_values import NO_STORE_LIMITS, StoreLimits
+from deployments.responses.api import ResponsesApi
+from deployments.responses.routes import add_response_routes
+from deployments.routing.absence import why_absent
+from deployments.routing.engine_client import EngineClient
+from deployments.routing.session_key import session_key
+from deployments.store.conversation_store import ConversationStore
+from deployments.store.url import read_password
+from deployments.store.values import NO_STORE_LIMITS, StoreLimits
 from deployments.tenants import Authenticator, TenantConfig, WatchedTenants
 from engine import __version__
 from engine.cache_view import CacheQuery
 from engine.errors import ContextLengthError, InvalidParameterError, OverloadedError, UnknownModelError
 from engine.paths import data_folder, private_folder
-from engine.prompt import ChatPrompt, Prompt, TokenPrompt
 from engine.tenant import LOCAL_TENANT, Tenant
+from engine.text.prompt import ChatPrompt, Prompt, TokenPrompt
 
 # How often readiness asks the engines and the store, at most, in seconds: anybody may ask for it.
 READY_PERIOD_S = 1.0

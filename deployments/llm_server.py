@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
+from deployments.cluster.start_failure import start_error
 from deployments.engine_log import log_engine_with_serve
 from deployments.generation import (
     CacheHold,
@@ -25,12 +26,11 @@ from deployments.generation import (
     ReplicaCache,
 )
 from deployments.metrics import EngineMetrics
-from deployments.session_router import RANK
-from deployments.start_failure import start_error
+from deployments.routing.session_router import RANK
 from engine.cache_view import CacheQuery
 from engine.config import EngineConfig
 from engine.errors import EngineError, PensieveError
-from engine.output import OutputDelta, merge_deltas
+from engine.text.output import OutputDelta, merge_deltas
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
@@ -57,7 +57,7 @@ def start_engine(config: EngineConfig) -> AsyncEngine:
 
     if config.tensor_parallel_size == 1:
         return AsyncEngine(config)
-    from deployments.tp_group import start_group
+    from deployments.cluster.tp_group import start_group
 
     return AsyncEngine(config, start_group)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from engine.core.stats import EVICTION_REASONS
-from engine.output import OutputDelta
+from engine.text.output import OutputDelta
 
 logger = logging.getLogger("ray.serve")
 

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
 from deployments.cache_map import HoldBody, MapQuery
-from deployments.openai_types import Body, ChatCompletionBody, CompletionBody
-from deployments.responses_types import (
+from deployments.completions.requests import Body, ChatCompletionBody, CompletionBody
+from deployments.responses.requests import (
     ConversationBody,
     ConversationUpdateBody,
     ItemsBody,

@@ -49,7 +49,7 @@ DEFAULTS = {
     # The controller looks at everything ten times a second otherwise, which is most of what a server without work computes.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # Serve's proxy answers 500 if this header (x-session-id, unless it is set) is not UTF-8, and what it reads there is of no
-    # use here: see deployments/session_key.py. So it gets the name of a header that clients do not send.
+    # use here: see deployments/routing/session_key.py. So it gets the name of a header that clients do not send.
     "RAY_SERVE_SESSION_ID_HEADER_KEY": "x-pensieve-serve-session",
     # Headers of clients that Serve's proxy would stumble over, or be steered by.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy_headers:middlewares",
@@ -307,8 +307,8 @@ def serve_run(config: str) -> None:
     import ray  # only now: it reads its environment when it is imported
     from ray.serve.scripts import cli
 
+    from deployments.cluster.serve_start import start_serve
     from deployments.schema import read_serve_config
-    from deployments.serve_start import start_serve
 
     is_asked = False
 

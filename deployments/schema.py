@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.store_url import check_store_url
+from deployments.store.url import check_store_url
 from deployments.tenants import load_tenants
 from engine.config import EngineConfig
 from engine.errors import ConfigError

@@ -29,7 +29,6 @@ from typing import Any
 
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
-from engine.core.conversation import NO_MATCH, ConversationTable, Transcript
 from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.executor import ComputationFailedError, Executor
 from engine.core.plan import StepPlan, StepResult
@@ -46,13 +45,14 @@ from engine.errors import (
 from engine.executor.group import make_executor
 from engine.executor.local import LocalExecutor
 from engine.model_files import choose_model, default_model_name, model_location
-from engine.output import OutputDelta, merge_deltas
-from engine.output_processor import OutputProcessor, Stream
 from engine.profile import load_cost_model
-from engine.prompt import AnswerBeginning, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from engine.tenant import LOCAL_TENANT, Tenant
-from engine.tokenizer import Tokenizer
-from engine.tokenizer_pool import TokenizerPool
+from engine.text.output import OutputDelta, merge_deltas
+from engine.text.output_processor import OutputProcessor, Stream
+from engine.text.prompt import AnswerBeginning, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer_pool import TokenizerPool
+from engine.text.transcript import NO_MATCH, ConversationTable, Transcript
 
 logger = logging.getLogger(__name__)
 

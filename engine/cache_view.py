@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from engine.core.cache_map import EVICTION_MOVES, Cell, ContextKeys, MappedContext, context_keys
-from engine.core.conversation import ConversationTable, Transcript
 from engine.core.engine_core import EngineCore
+from engine.text.transcript import ConversationTable, Transcript
 
 # Conversations that are shown: of one tenant, and in all. Chunks of one conversation, from its front on.
 MAX_TENANT_CONVERSATIONS = 32

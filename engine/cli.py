@@ -22,11 +22,12 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from engine import __version__, chat
+from engine import __version__
+from engine.chat import chat
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, PensieveError
-from engine.prompt import ChatPrompt, TextPrompt
+from engine.text.prompt import ChatPrompt, TextPrompt
 
 if TYPE_CHECKING:
     from engine.server import Server
@@ -228,14 +229,14 @@ def _with_model(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chat(config: EngineConfig, sampling: SamplingParams) -> int:
-    from engine.chat_partners import EnginePartner
+    from engine.chat.partners import EnginePartner
 
     with contextlib.closing(EnginePartner(config, _load_server)) as partner:
         return _run_chat(partner, sampling)
 
 
 def _chat_with_server(arguments: dict[str, Any], options: dict[str, Any], sampling: SamplingParams) -> int:
-    from engine.chat_partners import ServerPartner
+    from engine.chat.partners import ServerPartner
 
     for name in options.keys() - {"model"}:
         flag = "--" + name.replace("_", "-")
@@ -246,7 +247,7 @@ def _chat_with_server(arguments: dict[str, Any], options: dict[str, Any], sampli
 
 
 def _run_chat(partner: chat.Partner, sampling: SamplingParams) -> int:
-    from engine.chat_screens import PipeScreen, TerminalScreen
+    from engine.chat.screens import PipeScreen, TerminalScreen
 
     screen: chat.Screen = TerminalScreen() if sys.stdin.isatty() and sys.stdout.isatty() else PipeScreen()
     if screen.is_terminal:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Union
 
-from engine.core.eviction import EVICTION_POLICIES
+from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.errors import ConfigError
 
 MODES = ("pensieve", "stateless")

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from engine.config import EngineConfig
-from engine.core.cost_model import CostModel
+from engine.core.cache.cost_model import CostModel
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError

@@ -22,9 +22,9 @@ from typing import Any
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
-from engine.output import OutputDelta
-from engine.prompt import ChatPrompt, Prompt
 from engine.tenant import LOCAL_TENANT, Tenant
+from engine.text.output import OutputDelta
+from engine.text.prompt import ChatPrompt, Prompt
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=128)
 

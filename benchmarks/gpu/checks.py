@@ -33,7 +33,7 @@ from engine.executor.decode_graphs import bucket_sizes
 from engine.executor.local import LocalExecutor
 from engine.executor.memory import COSTLY_SAMPLING, largest_steps
 from engine.executor.warm_up import end_of
-from engine.prompt import TokenPrompt
+from engine.text.prompt import TokenPrompt
 
 Check = Callable[[], str]
 # Large enough for attention to matter: with the families' own, a wrong cache hardly changes the logits.

@@ -22,7 +22,7 @@ from workload import Generate, Turn, Workload, run_workload
 from engine.async_engine import AsyncEngine
 from engine.attention.device_health import check_device
 from engine.core.request import SamplingParams
-from engine.prompt import TokenPrompt
+from engine.text.prompt import TokenPrompt
 
 VOCABULARY = 2000
 

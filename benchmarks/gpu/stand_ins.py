@@ -15,7 +15,7 @@ from engine.executor.decode_graphs import bucket_sizes
 from engine.executor.local import LocalExecutor
 from engine.executor.model_runner import ModelRunner
 from engine.executor.step_inputs import StepLimits
-from engine.executor.streams import Streams
+from engine.executor.tiers.streams import Streams
 
 
 class Now:

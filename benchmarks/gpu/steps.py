@@ -27,13 +27,13 @@ from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.executor import PendingStep
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, SamplingParams
-from engine.executor.block_copy import BlockCopier, DmaCopier
 from engine.executor.compiled_layers import find_layers
-from engine.executor.cuda_copies import load_cuda_copies
 from engine.executor.local import LocalExecutor
 from engine.executor.packed_linear import unpack_linears
-from engine.executor.streams import cuda_streams
-from engine.executor.swapper import StreamSwapper
+from engine.executor.tiers.block_copy import BlockCopier, DmaCopier
+from engine.executor.tiers.cuda_copies import load_cuda_copies
+from engine.executor.tiers.streams import cuda_streams
+from engine.executor.tiers.swapper import StreamSwapper
 
 # Kernels of a profile that are written down, those that take longest.
 PROFILED_KERNELS = 25
@@ -285,7 +285,7 @@ def _measure_prefill(
 
 def swappers(setting: Setting, executor: LocalExecutor) -> Iterator[tuple[str, StreamSwapper]]:
     """By copy engines, and by the copy kernel."""
-    from engine.executor.block_copy_kernel import KernelCopier
+    from engine.executor.tiers.block_copy_kernel import KernelCopier
 
     copy_many = None if setting.is_smoke else load_cuda_copies()
     kinds: dict[str, Callable[[], BlockCopier]] = {"dma": partial(DmaCopier, copy_many), "kernel": KernelCopier}

@@ -12,7 +12,7 @@ from workload import Generate, Turn
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
-from engine.prompt import TokenPrompt
+from engine.text.prompt import TokenPrompt
 
 CHUNK_SIZE = 32
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.core.chunk_index import Chunk, chunk_key, root_key
-from engine.core.cost_model import CostModel
+from engine.core.cache.cost_model import CostModel
+from engine.core.cache.index import Chunk, chunk_key, root_key
 
 # Evictions that are remembered while somebody watches.
 MAX_EVICTIONS = 64

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
-from engine.core.cache_manager import CacheManager
+from engine.core.cache.cache_manager import CacheManager
+from engine.core.cache.cost_model import CostModel
 from engine.core.cache_map import ContextKeys, Eviction, MappedContext
-from engine.core.cost_model import CostModel
 from engine.core.plan import Logprobs, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.scheduler import Scheduler

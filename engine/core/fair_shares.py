@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from engine.core.chunk_index import Chunk
+from engine.core.cache.index import Chunk
 from engine.core.request import Request
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.core.chunk_index import Chunk
+from engine.core.cache.index import Chunk
 from engine.errors import InvalidParameterError
 
 MAX_LOGPROBS = 20

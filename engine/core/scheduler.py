@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from engine.core.cache_manager import CacheManager
+from engine.core.cache.cache_manager import CacheManager
 from engine.core.fair_shares import FairShares
 from engine.core.plan import BlockAppend, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, RequestStatus, without_front

@@ -20,13 +20,13 @@ from engine.core.executor import PendingStep
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError, DeviceFailedError, EngineStoppedError
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
-from engine.executor.kv_store import KVStore, block_bytes
 from engine.executor.memory import bytes_left_for_blocks, check_host_memory, out_of_memory_means, step_limits
 from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
 from engine.executor.plan_channel import Placement
 from engine.executor.process_group import ProcessGroup
-from engine.executor.swapper import make_swapper
+from engine.executor.tiers.kv_store import KVStore, block_bytes
+from engine.executor.tiers.swapper import make_swapper
 from engine.executor.warm_up import warm_up
 
 logger = logging.getLogger(__name__)

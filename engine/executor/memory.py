@@ -20,11 +20,11 @@ from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
-from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import LoadedModel
 from engine.executor.model_runner import ModelRunner
 from engine.executor.step_inputs import StepLimits
-from engine.executor.swapper import make_swapper
+from engine.executor.tiers.kv_store import KVStore
+from engine.executor.tiers.swapper import make_swapper
 from engine.executor.warm_up import end_of, longest_context, step_of
 
 logger = logging.getLogger(__name__)

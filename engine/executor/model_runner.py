@@ -19,11 +19,11 @@ from engine.core.executor import ComputationFailedError, SamplingFailedError
 from engine.core.plan import Logprobs, RequestStart, StepPlan, StepResult
 from engine.executor.compiled_layers import never_compiling
 from engine.executor.decode_graphs import DecodeGraphs, GraphMaker
-from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import LoadedModel
 from engine.executor.sampler import Draw, SamplingBatch, SamplingState
 from engine.executor.step_inputs import BlockTables, Staging, StepArrays, StepLimits
-from engine.executor.swapper import Swapper
+from engine.executor.tiers.kv_store import KVStore
+from engine.executor.tiers.swapper import Swapper
 
 logger = logging.getLogger(__name__)
 

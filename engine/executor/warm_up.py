@@ -10,9 +10,9 @@ from engine.attention.whole_prompts import MIN_PROMPT_LEN
 from engine.config import EngineConfig
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
-from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import LoadedModel
 from engine.executor.model_runner import ModelRunner
+from engine.executor.tiers.kv_store import KVStore
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from deployments import metrics
 from deployments.generation import DeltaItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.ingress import IngressConfig, create_app
 from engine.errors import EngineStoppedError
-from engine.output import OutputDelta
+from engine.text.output import OutputDelta
 
 MAX_BODY_BYTES = 4096
 USER_WITH_PASSWORD = "careful"  # of the PostgreSQL server; everybody else needs none

@@ -27,9 +27,9 @@ from ray import serve
 from transformers import AutoModelForCausalLM
 
 from deployments import app
-from deployments.conversation_store import ConversationStore
 from deployments.run import DEFAULTS
 from deployments.schema import AppArgs
+from deployments.store.conversation_store import ConversationStore
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.executor.sampler import uniform
 from engine.tenant import LOCAL_TENANT

@@ -20,9 +20,9 @@ from deployments.generation import DeltaItem, ErrorItem, ModelCard
 from deployments.ingress import IngressConfig, create_app
 from deployments.tenants import TenantConfig, hash_key
 from engine import __version__
-from engine.output import OutputDelta
-from engine.prompt import ChatPrompt, TokenPrompt
 from engine.tenant import Tenant
+from engine.text.output import OutputDelta
+from engine.text.prompt import ChatPrompt, TokenPrompt
 from tests.deployments.conftest import MAX_BODY_BYTES
 
 JSON = {"content-type": "application/json"}

@@ -15,18 +15,18 @@ import pytest
 from ray import serve
 
 from deployments import llm_server
+from deployments.cluster.start_failure import EngineStartError, read_start_error
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.llm_server import LLMServer
-from deployments.session_router import RANK
-from deployments.start_failure import EngineStartError, read_start_error
+from deployments.routing.session_router import RANK
 from engine.config import EngineConfig
-from engine.core.conversation import Transcript
 from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.request import SamplingParams
 from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError, ModelLoadError
-from engine.output import OutputDelta
-from engine.prompt import AnswerBeginning, TextPrompt
 from engine.tenant import Tenant
+from engine.text.output import OutputDelta
+from engine.text.prompt import AnswerBeginning, TextPrompt
+from engine.text.transcript import Transcript
 
 SECRET = "the prompt"
 CONFIG = EngineConfig(max_num_seqs=96, max_num_queued_reqs=32)

@@ -15,7 +15,7 @@ import pytest
 from deployments import metrics
 from deployments.metrics import METRICS, CounterIncrements, EngineMetrics, Series, read_gauges
 from engine.core.engine_core import CoreConfig, EngineCore
-from engine.output import OutputDelta
+from engine.text.output import OutputDelta
 
 
 def core() -> EngineCore:

@@ -30,9 +30,9 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 from schemathesis.config import SchemathesisConfig
 
-from deployments.engine_client import EngineClient
+from deployments.completions.requests import BadRequestError, CompletionBody, validated
 from deployments.ingress import Engine, IngressConfig, create_app
-from deployments.openai_types import BadRequestError, CompletionBody, validated
+from deployments.routing.engine_client import EngineClient
 from deployments.tenants import TenantConfig, hash_key
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams

@@ -21,7 +21,7 @@ from deployments.generation import DeltaItem
 from deployments.ingress import IngressConfig, create_app
 from deployments.tenants import TenantConfig, hash_key
 from engine.config import EngineConfig
-from engine.output import OutputDelta
+from engine.text.output import OutputDelta
 from tests.deployments.conftest import ScriptedEngine
 from tests.deployments.engine_here import EngineHere
 

@@ -19,9 +19,9 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.rendezvous import rank_replicas
+from deployments.cluster.serve_start import start_serve
+from deployments.routing.rendezvous import rank_replicas
 from deployments.run import DEFAULTS
-from deployments.serve_start import start_serve
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 from tests.deployments.local_ray import start_ray
 from tests.nightly import nightly

@@ -355,7 +355,7 @@ def test_an_end_that_was_not_asked_for_is_an_error(
     monkeypatch.setattr("ray.serve.scripts.cli", fail)
     monkeypatch.setattr(run, "_DaemonWatch", NoWatch)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    monkeypatch.setattr("deployments.serve_start.start_serve", lambda config: None)
+    monkeypatch.setattr("deployments.cluster.serve_start.start_serve", lambda config: None)
     with pytest.raises(SystemExit) as end:
         run.serve_run(str(CONFIG))
     assert end.value.code == expected

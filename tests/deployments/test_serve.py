@@ -24,7 +24,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.app import build
-from deployments.rendezvous import rank_replicas
+from deployments.routing.rendezvous import rank_replicas
 from deployments.run import DEFAULTS
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME

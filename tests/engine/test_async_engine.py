@@ -12,13 +12,13 @@ import pytest
 from engine import async_engine
 from engine.async_engine import MAX_FAILURES_IN_A_ROW, AsyncEngine
 from engine.config import EngineConfig
-from engine.core.conversation import NO_MATCH
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
-from engine.detokenizer import Detokenizer
 from engine.errors import ContextLengthError, EngineError, EngineStoppedError, ExecutorError, InvalidParameterError
-from engine.output import OutputDelta, TokenLogprob
-from engine.prompt import AnswerBeginning, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from engine.text.detokenizer import Detokenizer
+from engine.text.output import OutputDelta, TokenLogprob
+from engine.text.prompt import AnswerBeginning, ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from engine.text.transcript import NO_MATCH
 from tests.engine.interrupted_executor import InterruptedExecutor
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)

@@ -14,11 +14,11 @@ from engine import cache_view
 from engine.async_engine import AsyncEngine
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
-from engine.core.conversation import ConversationTable, Transcript
 from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.request import SamplingParams
-from engine.prompt import ChatPrompt
 from engine.tenant import Tenant
+from engine.text.prompt import ChatPrompt
+from engine.text.transcript import ConversationTable, Transcript
 
 OPTIONS = {"num_threads": 1, "dtype": "float32", "chunk_size": 4, "num_gpu_blocks": 64, "num_cpu_blocks": 64}
 ACME, OTHER = Tenant("acme"), Tenant("other")

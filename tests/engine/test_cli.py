@@ -21,9 +21,10 @@ from typing import ClassVar
 import pytest
 from rich.console import Console
 
-from engine import chat, cli, compare
-from engine.chat_partners import EnginePartner
-from engine.chat_screens import MarkdownAnswer, PipeScreen, end_of_blocks
+from engine import cli, compare
+from engine.chat import chat
+from engine.chat.partners import EnginePartner
+from engine.chat.screens import MarkdownAnswer, PipeScreen, end_of_blocks
 from engine.compare import compare_modes
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams

@@ -11,10 +11,10 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
-from engine.detokenizer import Detokenizer
 from engine.errors import EngineError
-from engine.output import OutputDelta, merge_deltas
-from engine.prompt import ChatPrompt
+from engine.text.detokenizer import Detokenizer
+from engine.text.output import OutputDelta, merge_deltas
+from engine.text.prompt import ChatPrompt
 from tests.engine.interrupted_executor import InterruptedExecutor
 
 WAIT_S = 60

@@ -10,9 +10,9 @@ import pytest
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
-from engine.output import OutputDelta, merge_deltas
-from engine.prompt import AnswerBeginning, ChatPrompt
 from engine.tenant import Tenant
+from engine.text.output import OutputDelta, merge_deltas
+from engine.text.prompt import AnswerBeginning, ChatPrompt
 from tests.engine.test_equivalence import assert_same_tokens
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2)

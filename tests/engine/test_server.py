@@ -6,8 +6,8 @@ import pytest
 
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, ContextLengthError
-from engine.prompt import TextPrompt
 from engine.server import create_server
+from engine.text.prompt import TextPrompt
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 

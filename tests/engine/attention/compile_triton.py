@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from engine.attention import triton_paged
 from engine.attention.metadata import AttentionMetadata, AttentionParams
 from engine.core.plan import BlockCopy
-from engine.executor import block_copy_kernel
+from engine.executor.tiers import block_copy_kernel
 
 CAPABILITIES = {80: 163 * 1024, 90: 227 * 1024}  # shared memory of a block
 # Stores and loads; a few on Ampere cost nothing that shows.

@@ -14,10 +14,10 @@ from engine.attention.metadata import AttentionMetadata, AttentionParams
 from engine.config import EngineConfig
 from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
-from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import load_model
 from engine.executor.model_runner import ModelRunner
-from engine.executor.swapper import ThreadSwapper
+from engine.executor.tiers.kv_store import KVStore
+from engine.executor.tiers.swapper import ThreadSwapper
 
 SERVED_FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "gpt2", "opt", "mixtral"]
 BACKENDS = ["reference", "cpu"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from engine.core.cost_model import CostModel
+from engine.core.cache.cost_model import CostModel
 from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
 from engine.core.executor import ComputationFailedError
 from engine.core.plan import BlockCopy, QuerySegment, StepPlan, StepResult

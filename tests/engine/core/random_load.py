@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, field
 
-from engine.core.cost_model import CostModel
+from engine.core.cache.cost_model import CostModel
 from engine.core.request import Request, SamplingParams
 
 

@@ -1,10 +1,10 @@
 """What the map of the cache shows, exactly, on tiny numbers; and tiers that are made smaller."""
 
-from engine.core.cache_manager import CacheManager
+from engine.core.cache.cache_manager import CacheManager
 from engine.core.cache_map import MAX_EVICTIONS, WATCH_S, Cell, context_keys
 from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.request import Request
-from tests.engine.core.test_cache_manager import blocks, compute, execute, make_cache, make_request, use
+from tests.engine.core.cache.test_cache_manager import blocks, compute, execute, make_cache, make_request, use
 
 A = tuple(range(10))  # two full chunks and a tail of two
 B = tuple(range(20, 28))

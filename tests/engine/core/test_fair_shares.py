@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.core.chunk_index import Chunk
+from engine.core.cache.index import Chunk
 from engine.core.fair_shares import FairShares
 from engine.core.plan import StepPlan
 from engine.core.request import Request, SamplingParams

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from engine.core import cache_manager
-from engine.core.cost_model import CostModel
+from engine.core.cache import cache_manager
+from engine.core.cache.cost_model import CostModel
+from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.core.engine_core import CoreConfig, EngineCore
-from engine.core.eviction import EVICTION_POLICIES
 from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import FinishReason, Request, SamplingParams
 from engine.errors import ConfigError, ContextLengthError, InvalidParameterError

@@ -27,7 +27,7 @@ from engine.errors import ConfigError, EngineError, EngineStoppedError, ModelLoa
 from engine.executor import group, model_runner, plan_channel
 from engine.executor.group import GroupExecutor, ProcessWorkers
 from engine.executor.local import LocalExecutor
-from engine.prompt import TextPrompt
+from engine.text.prompt import TextPrompt
 from tests.conftest import save_tiny_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with GPUs each rank takes one")

@@ -11,11 +11,11 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
-from engine.executor.kv_store import KVStore
 from engine.executor.model_loader import load_model
 from engine.executor.model_runner import ModelRunner
 from engine.executor.step_inputs import StepLimits
-from engine.executor.swapper import ThreadSwapper
+from engine.executor.tiers.kv_store import KVStore
+from engine.executor.tiers.swapper import ThreadSwapper
 from engine.executor.warm_up import end_of, kinds_of_steps, step_of, warm_up
 from tests.conftest import save_tiny_model
 

@@ -1,0 +1,1 @@
+"""Processes and resources on Ray: placement, tensor-parallel groups, starts and their failures."""

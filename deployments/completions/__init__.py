@@ -1,0 +1,1 @@
+"""OpenAI's chat completions and completions: their requests and their answers."""

@@ -1,0 +1,183 @@
+"""The answers of OpenAI's API, made from OutputDeltas: whole, or in chunks. One object formats one answer; it
+keeps what one chunk must know of those before. Plain dicts: they are built once a chunk. Knows no HTTP, no
+engine, no Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from deployments.completions.requests import GenerationBody
+from deployments.generation import ErrorItem
+from engine.text.output import OutputDelta, TokenLogprob
+
+DONE = "data: [DONE]\n\n"
+# An error repeats what was wrong; a client that sent megabytes of it does not need them back.
+MAX_MESSAGE_CHARS = 1000
+
+
+class AnswerFormat(Protocol):
+    """How one endpoint words its answers."""
+
+    def whole(self, delta: OutputDelta) -> dict[str, Any]: ...
+
+    def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]: ...
+
+    def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]: ...
+
+
+def sse_event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def error_body(error: ErrorItem) -> dict[str, Any]:
+    message = error.message[:MAX_MESSAGE_CHARS]
+    return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.code}}
+
+
+def usage(delta: OutputDelta) -> dict[str, Any]:
+    """cached_tokens is there also when it is 0."""
+    return {
+        "prompt_tokens": delta.num_prompt_tokens,
+        "completion_tokens": delta.num_output_tokens,
+        "total_tokens": delta.num_prompt_tokens + delta.num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": delta.num_cached_tokens},
+    }
+
+
+class _Envelope:
+    """What all objects of one answer have around their choice. created: Unix time in seconds."""
+
+    def __init__(self, answer_id: str, created: int, body: GenerationBody) -> None:
+        self._head = {"id": answer_id, "created": created, "model": body.model, "system_fingerprint": None}
+        self._body = body
+        self._is_first = True
+
+    def _chunk(self, kind: str, choices: list[dict[str, Any]], delta: OutputDelta, **more: Any) -> dict[str, Any]:
+        chunk = {**self._head, "object": kind, "choices": choices, **more}
+        if self._body.include_usage:
+            chunk["usage"] = usage(delta) if self._body.continuous_usage or not choices else None
+        return chunk
+
+    def _says_nothing(self, delta: OutputDelta) -> bool:
+        """Text lags behind tokens: a character may take several."""
+        return not (delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids)
+
+
+class ChatFormat(_Envelope):
+    """chat.completion and chat.completion.chunk."""
+
+    def whole(self, delta: OutputDelta) -> dict[str, Any]:
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "logprobs": _chat_logprobs(delta.logprobs),
+            "finish_reason": delta.finish_reason,
+        }
+        answer = {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(delta)}
+        if self._body.return_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+            answer["prompt_token_ids"] = list(delta.prompt_token_ids)
+        return answer
+
+    def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]:
+        """The first delta also gives the chunk that names the role."""
+        chunks = []
+        if self._is_first:
+            self._is_first = False
+            more = {"prompt_token_ids": list(delta.prompt_token_ids)} if self._body.return_token_ids else {}
+            role = {"role": "assistant", "content": "", "refusal": None}
+            choice = {"index": 0, "delta": role, "logprobs": None, "finish_reason": None}
+            chunks.append(self._chunk("chat.completion.chunk", [choice], delta, **more))
+        if not self._says_nothing(delta):
+            choice = {
+                "index": 0,
+                "delta": {"content": delta.text} if delta.text else {},
+                "logprobs": _chat_logprobs(delta.logprobs),
+                "finish_reason": delta.finish_reason,
+            }
+            if self._body.return_token_ids:
+                choice["token_ids"] = list(delta.token_ids)
+            chunks.append(self._chunk("chat.completion.chunk", [choice], delta))
+        return chunks
+
+    def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]:
+        return self._chunk("chat.completion.chunk", [], delta)
+
+
+class CompletionFormat(_Envelope):
+    """text_completion, whole and in chunks."""
+
+    def whole(self, delta: OutputDelta) -> dict[str, Any]:
+        return {
+            **self._head,
+            "object": "text_completion",
+            "choices": [self._choice(delta)],
+            "usage": usage(delta),
+        }
+
+    def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]:
+        if self._says_nothing(delta):
+            return []
+        return [self._chunk("text_completion", [self._choice(delta)], delta)]
+
+    def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]:
+        return self._chunk("text_completion", [], delta)
+
+    def _choice(self, delta: OutputDelta) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": 0,
+            "text": delta.text,
+            "logprobs": _completion_logprobs(delta.logprobs),
+            "finish_reason": delta.finish_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = list(delta.token_ids)
+            if self._is_first:
+                choice["prompt_token_ids"] = list(delta.prompt_token_ids)
+        self._is_first = False
+        return choice
+
+
+def _chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    if not logprobs:
+        return None
+    content = [
+        {**_chat_token(token), "top_logprobs": [_chat_token(other) for other in token.top]} for token in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _chat_token(token: TokenLogprob) -> dict[str, Any]:
+    """bytes: to be joined with those of the tokens around it; null for a special token, which is no text."""
+    token_bytes = None if token.token_bytes is None else list(token.token_bytes)
+    return {"token": token.text, "logprob": token.logprob, "bytes": token_bytes}
+
+
+def _completion_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    if not logprobs:
+        return None
+    return {
+        "tokens": [_completion_token(token) for token in logprobs],
+        "token_logprobs": [token.logprob for token in logprobs],
+        "top_logprobs": [_completion_top_logprobs(token) for token in logprobs],
+        "text_offset": [token.text_offset for token in logprobs],
+    }
+
+
+def _completion_top_logprobs(token: TokenLogprob) -> dict[str, float]:
+    """The sampled token, then the others. Two tokens may have one text: the second one is then called by its id."""
+    values = {_completion_token(token): token.logprob}
+    for other in token.top:
+        if other.token_id != token.token_id:
+            name = _completion_token(other)
+            values[f"token_id:{other.token_id}" if name in values else name] = other.logprob
+    return values
+
+
+def _completion_token(token: TokenLogprob) -> str:
+    """A token that is no whole text goes by its bytes. This API has no other place for them."""
+    is_whole = token.token_bytes is None or token.text.encode() == token.token_bytes
+    return token.text if is_whole else f"bytes:{token.text}"

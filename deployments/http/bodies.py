@@ -1,0 +1,74 @@
+"""The bodies of requests: read and parsed within bounds. Who asks is known by then, so that bodies of strangers are never
+read. Knows no routes and no kind of body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from deployments.completions.requests import AnyBodyT, BadRequestError, parse_request
+from deployments.http.fair_limit import FairLimit
+from engine.errors import OverloadedError, RequestError
+from engine.tenant import Tenant
+
+# Bytes of bodies that one ingress replica holds unparsed, unless a single body may be larger.
+MAX_BYTES_IN_FLIGHT = 64 * 2**20
+# Larger bodies are parsed in a thread, one at a time: one of 4 MiB takes a tenth of a second, and its objects much memory.
+MAX_INLINE_BYTES = 64 * 2**10
+
+
+class BodyTooLargeError(RequestError):
+    """A body has more bytes than the server takes."""
+
+    http_status = 413
+    code = "body_too_large"
+
+
+class RequestBodies:
+    """All that are under way in one ingress replica."""
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self._max_body_bytes = max_body_bytes
+        self._max_bytes_in_flight = max(MAX_BYTES_IN_FLIGHT, max_body_bytes)
+        self._in_flight = FairLimit()
+        self._parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parser")
+
+    async def parse(
+        self, kind: type[AnyBodyT], request: Request, tenant: Tenant, *, default: bytes = b""
+    ) -> tuple[AnyBodyT, dict[str, Any]]:
+        """As parse_request. default: what an empty body stands for. Raises BodyTooLargeError, OverloadedError where the
+        bodies under way take too much memory, and BadRequestError."""
+        self._check_size(int(length) if (length := request.headers.get("content-length", "")).isdecimal() else 0)
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async for chunk in request.stream():
+                if not chunk:
+                    continue
+                self._check_size(size + len(chunk))
+                if not self._in_flight.try_take(tenant.tenant_id, len(chunk), self._max_bytes_in_flight):
+                    raise OverloadedError("too many large requests are arriving at once; send it again in a moment")
+                size += len(chunk)
+                chunks.append(chunk)
+            raw = b"".join(chunks) or default
+            chunks.clear()
+            if len(raw) <= MAX_INLINE_BYTES:
+                return parse_request(kind, raw)
+            return await asyncio.get_running_loop().run_in_executor(self._parser, parse_request, kind, raw)
+        except ClientDisconnect:
+            raise BadRequestError("the connection was closed before the end of the body", None, None) from None
+        finally:
+            if size:
+                self._in_flight.give_back(tenant.tenant_id, size)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_body_bytes:
+            raise BodyTooLargeError(f"the body is larger than {self._max_body_bytes} bytes")
+
+    def close(self) -> None:
+        self._parser.shutdown(wait=False, cancel_futures=True)

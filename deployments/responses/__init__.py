@@ -1,0 +1,1 @@
+"""OpenAI's Responses and Conversations APIs: turns whose history the server keeps."""

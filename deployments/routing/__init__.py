@@ -1,0 +1,1 @@
+"""From a session to the engine replica that holds its cache."""

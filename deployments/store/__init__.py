@@ -1,0 +1,1 @@
+"""Conversations, responses and their token ids in SQLite or PostgreSQL."""

@@ -1,0 +1,298 @@
+"""The conversations of the store and their items: what `/v1/conversations` needs, and the lock under which turns are
+added. Knows responses only as turns that may be running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Row, and_, insert, literal_column, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from deployments.store.database import Database
+from deployments.store.history import to_items
+from deployments.store.purge import purge_above, purge_conversations
+from deployments.store.tables import conversations, items, responses
+from deployments.store.usage import Accounts, Freed, measure, remove
+from deployments.store.values import (
+    INTERRUPTED,
+    ConversationBusyError,
+    Item,
+    NewItem,
+    NotFoundError,
+    Order,
+    Page,
+    Status,
+    StoredConversation,
+)
+from engine.errors import InvalidParameterError
+
+_MAX_ID_LEN = 256
+# A literal, so that SQLite recognises the condition of its partial index.
+IS_RUNNING = responses.c.status == literal_column(f"'{Status.IN_PROGRESS}'")
+
+
+class Leases:
+    """Which turns count as running: those with a lease that is not over, and those of this process, whatever the clock says.
+    alive: the ids of the latter, as of now."""
+
+    def __init__(self, alive: Callable[[], Collection[str]]) -> None:
+        self._alive = alive
+
+    def is_over(self, now: float) -> ColumnElement[bool]:
+        """Of a response that runs: no turn works on it any more."""
+        return and_(responses.c.lease_until < now, responses.c.id.not_in(list(self._alive())))
+
+    def is_alive(self, response_id: str) -> bool:
+        return response_id in self._alive()
+
+    async def refuse_if_busy(self, connection: AsyncConnection, conversation_id: str, now: float) -> None:
+        """Call with the conversation locked. Marks turns whose lease is over; raises ConversationBusyError for others."""
+        inside = responses.c.conversation_id == conversation_id
+        await interrupt(connection, and_(inside, self.is_over(now)), now)
+        running = await connection.scalar(select(responses.c.id).where(inside, IS_RUNNING).limit(1))
+        if running is not None:
+            raise ConversationBusyError(
+                f"the conversation {conversation_id!r} is locked: its response {running!r} is still in progress. Wait for it "
+                "or cancel it",
+                "conversation",
+            )
+
+
+async def interrupt(connection: AsyncConnection, which: ColumnElement[bool], now: float) -> int:
+    """Marks those of the running responses; returns how many there were."""
+    result = await connection.execute(
+        update(responses)
+        .where(IS_RUNNING, which)
+        .values(status=Status.INCOMPLETE, incomplete_reason=INTERRUPTED, completed_at=now)
+    )
+    return result.rowcount
+
+
+class Conversations:
+    """new_id: prefix -> an id that was never used. What grows raises StoredTooMuchError above the tenant's quota, and
+    StoreFullError where the disk is nearly full."""
+
+    def __init__(self, database: Database, accounts: Accounts, leases: Leases, new_id: Callable[[str], str]) -> None:
+        self._database = database
+        self._accounts = accounts
+        self._leases = leases
+        self._new_id = new_id
+
+    async def create(
+        self,
+        tenant: str,
+        metadata: Mapping[str, Any],
+        initial_items: Sequence[NewItem],
+        now: float,
+        conversation_id: str | None = None,
+    ) -> StoredConversation:
+        """conversation_id: one that `new_id` gave."""
+        created = StoredConversation(conversation_id or self._new_id("conv"), now, dict(metadata))
+
+        async def work(connection: AsyncConnection) -> StoredConversation:
+            await connection.execute(
+                insert(conversations).values(
+                    id=created.id,
+                    tenant=tenant,
+                    created_at=now,
+                    used_at=now,
+                    metadata=created.metadata,
+                    deleted=False,
+                    next_position=len(initial_items),
+                )
+            )
+            await insert_items(connection, self._name(initial_items), conversation=(created.id, 0))
+            this, inside = conversations.c.id == created.id, items.c.conversation_id == created.id
+            added = await measure(connection, (conversations, this), (items, inside))
+            await self._accounts.add(connection, tenant, added)
+            return created
+
+        return await self._database.write(work)
+
+    async def get(self, tenant: str, conversation_id: str) -> StoredConversation:
+        """Raises NotFoundError, as everything here does for ids that this tenant does not have."""
+
+        async def work(connection: AsyncConnection) -> StoredConversation:
+            return _to_conversation(await find_conversation(connection, tenant, conversation_id))
+
+        return await self._database.read(work)
+
+    async def update(
+        self, tenant: str, conversation_id: str, metadata: Mapping[str, Any], now: float
+    ) -> StoredConversation:
+        """Replaces the metadata."""
+
+        async def work(connection: AsyncConnection) -> StoredConversation:
+            row = await find_conversation(connection, tenant, conversation_id, for_update=True)
+            this = (conversations, conversations.c.id == conversation_id)
+            before = await measure(connection, this)
+            await _change(connection, conversation_id, metadata=dict(metadata), used_at=now)
+            await self._accounts.add(connection, tenant, await measure(connection, this) - before)
+            return StoredConversation(row.id, row.created_at, dict(metadata))
+
+        return await self._database.write(work)
+
+    async def delete(self, tenant: str, conversation_id: str) -> None:
+        """Its responses stay, and so does what they continued; a turn that is running ends as a response alone."""
+
+        async def mark(connection: AsyncConnection) -> list[str]:
+            row = await find_conversation(connection, tenant, conversation_id, for_update=True)
+            await _change(connection, conversation_id, deleted=True, tip_response_id=None)
+            await purge_conversations(connection, self._accounts, [conversation_id])
+            return [] if row.tip_response_id is None else [row.tip_response_id]
+
+        purgeable = await self._database.write(mark)
+        while purgeable:
+            above = purgeable
+            purgeable = await self._database.write(
+                lambda connection: purge_above(connection, self._accounts, above)  # noqa: B023  # awaited
+            )
+
+    async def list_items(
+        self, tenant: str, conversation_id: str, after: str | None = None, limit: int = 20, order: Order = "desc"
+    ) -> Page:
+        async def work(connection: AsyncConnection) -> Page:
+            await find_conversation(connection, tenant, conversation_id)
+            inside = items.c.conversation_id == conversation_id
+            return await read_page(connection, inside, items.c.conversation_position, after, limit, order)
+
+        return await self._database.read(work)
+
+    async def add_items(
+        self, tenant: str, conversation_id: str, new_items: Sequence[NewItem], now: float
+    ) -> tuple[Item, ...]:
+        """Raises ConversationBusyError while a turn is running: its answer would not know of them."""
+        named = self._name(new_items)
+
+        async def work(connection: AsyncConnection) -> tuple[Item, ...]:
+            row = await find_conversation(connection, tenant, conversation_id, for_update=True)
+            await self._leases.refuse_if_busy(connection, conversation_id, now)
+            await insert_items(connection, named, conversation=(conversation_id, row.next_position))
+            await _change(connection, conversation_id, next_position=row.next_position + len(named), used_at=now)
+            added = and_(items.c.conversation_id == conversation_id, items.c.conversation_position >= row.next_position)
+            await self._accounts.add(connection, tenant, await measure(connection, (items, added)))
+            return named
+
+        return await self._database.write(work)
+
+    async def get_item(self, tenant: str, conversation_id: str, item_id: str) -> Item:
+        async def work(connection: AsyncConnection) -> Item:
+            await find_conversation(connection, tenant, conversation_id)
+            return await _find_item(connection, conversation_id, item_id)
+
+        return await self._database.read(work)
+
+    async def delete_item(self, tenant: str, conversation_id: str, item_id: str, now: float) -> StoredConversation:
+        """Takes it out of the conversation; a response that it belongs to keeps it. Raises ConversationBusyError while a
+        turn is running."""
+
+        async def work(connection: AsyncConnection) -> StoredConversation:
+            row = await find_conversation(connection, tenant, conversation_id, for_update=True)
+            await self._leases.refuse_if_busy(connection, conversation_id, now)
+            await _find_item(connection, conversation_id, item_id)
+            this, freed = items.c.id == item_id, Freed()
+            alone = and_(this, items.c.response_id.is_(None))
+            await remove(connection, items, alone, items.c.conversation_id, {conversation_id: tenant}, freed)
+            await connection.execute(update(items).where(this).values(conversation_id=None, conversation_position=None))
+            await _change(connection, conversation_id, used_at=now)
+            await self._accounts.free(connection, freed)
+            return _to_conversation(row)
+
+        return await self._database.write(work)
+
+    def _name(self, new_items: Sequence[NewItem]) -> tuple[Item, ...]:
+        return name_items(new_items, self._new_id)
+
+
+def name_items(new_items: Sequence[NewItem], new_id: Callable[[str], str]) -> tuple[Item, ...]:
+    return tuple(Item(item.id or new_id("msg"), item.role, dict(item.body)) for item in new_items)
+
+
+def refuse_odd_id(an_id: str, param: str | None = None) -> None:
+    """Ids come from URLs and bodies; what no id of ours can be is not asked for, and PostgreSQL would refuse some of it.
+    Raises NotFoundError."""
+    if not (0 < len(an_id) <= _MAX_ID_LEN and an_id.isascii() and an_id.isprintable()):
+        raise NotFoundError("there is nothing of such an id here", param)
+
+
+async def find_conversation(
+    connection: AsyncConnection, tenant: str, conversation_id: str, *, for_update: bool = False
+) -> Row[Any]:
+    """for_update: nobody else changes it, or begins or ends a turn of it, until the transaction ends."""
+    refuse_odd_id(conversation_id, "conversation")
+    query = select(conversations).where(
+        conversations.c.id == conversation_id, conversations.c.tenant == tenant, ~conversations.c.deleted
+    )
+    row = (await connection.execute(query.with_for_update() if for_update else query)).one_or_none()
+    if row is None:
+        raise NotFoundError(f"there is no conversation {conversation_id!r} here", "conversation")
+    return row
+
+
+async def insert_items(
+    connection: AsyncConnection,
+    named: Sequence[Item],
+    *,
+    response_id: str | None = None,
+    is_output: bool = False,
+    conversation: tuple[str, int] | None = None,
+) -> None:
+    """conversation: (id, position of the first one in it)."""
+    conversation_id, start = conversation or (None, 0)
+    rows = [
+        {
+            "id": item.id,
+            "response_id": response_id,
+            "is_output": is_output,
+            "position": position,
+            "conversation_id": conversation_id,
+            "conversation_position": None if conversation_id is None else start + position,
+            "role": item.role,
+            "body": item.body,
+        }
+        for position, item in enumerate(named)
+    ]
+    if rows:
+        await connection.execute(insert(items), rows)
+
+
+async def read_page(
+    connection: AsyncConnection,
+    inside: ColumnElement[bool],
+    position: ColumnElement[int],
+    after: str | None,
+    limit: int,
+    order: Order,
+) -> Page:
+    """`limit` of the items `inside` that come after the item `after` in that order. Raises InvalidParameterError if that
+    is not one of them."""
+    descending = order == "desc"
+    query = select(items.c.id, items.c.role, items.c.body).where(inside)
+    if after is not None:
+        refuse_odd_id(after, "after")
+        start = await connection.scalar(select(position).where(inside, items.c.id == after))
+        if start is None:
+            raise InvalidParameterError(f"'after' names no item of this list: {after!r}", "after")
+        query = query.where(position < start if descending else position > start)
+    query = query.order_by(position.desc() if descending else position.asc()).limit(limit + 1)
+    found = to_items(await connection.execute(query))
+    return Page(found[:limit], len(found) > limit)
+
+
+async def _find_item(connection: AsyncConnection, conversation_id: str, item_id: str) -> Item:
+    refuse_odd_id(item_id)
+    query = select(items).where(items.c.id == item_id, items.c.conversation_id == conversation_id)
+    row = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise NotFoundError(f"there is no item {item_id!r} in the conversation {conversation_id!r}")
+    return Item(row.id, row.role, row.body)
+
+
+async def _change(connection: AsyncConnection, conversation_id: str, **values: Any) -> None:
+    await connection.execute(update(conversations).where(conversations.c.id == conversation_id).values(**values))
+
+
+def _to_conversation(row: Row[Any]) -> StoredConversation:
+    return StoredConversation(row.id, row.created_at, row.metadata)

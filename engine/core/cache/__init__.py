@@ -1,0 +1,1 @@
+"""Which chunk of which context is where, and what is evicted next."""

@@ -1,0 +1,1 @@
+"""The KV memory of each tier, and the copies between the tiers."""

@@ -1,0 +1,266 @@
+"""Moves blocks between the GPU tier and the CPU tier beside the computation. Follows the order that StepPlan states; never
+decides what moves.
+
+Swap-ins come layer by layer, so that the first layers run while later ones are still on their way: each layer has a gate
+that its attention waits at. With CUDA the copies run in streams of their own and the gates are events, one for a few layers;
+without, a thread copies and the gates are threading events.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from engine.core.plan import BlockCopy, StepPlan
+from engine.executor.tiers.block_copy import BlockCopier, choose_copiers, columns_of, layer_groups, max_group_layers
+from engine.executor.tiers.kv_store import KVStore
+from engine.executor.tiers.streams import Event, Streams, cuda_streams
+
+
+class Swapper(Protocol):
+    """The copies of one step: `begin`, then the forward, whose layers call what `begin` returned, then `finish`."""
+
+    def begin(self, plan: StepPlan) -> Callable[[int], None] | None:
+        """Make the evictions and GPU copies, start the rest. Returns what a layer has to call, with its number, before it
+        touches its KV; None where nothing is swapped in."""
+        ...
+
+    def finish(self) -> tuple[int, ...]:
+        """Wait for all copies of the step; raises what a copy raised. Returns the GPU blocks of failed swap-ins."""
+        ...
+
+    def shutdown(self) -> None: ...
+
+
+def make_swapper(gpu: KVStore, cpu: KVStore, *, verify: bool, copies: str = "auto") -> Swapper:
+    """verify: checksum every block when it was swapped out and before it comes back. copies: the option `swap_copies`."""
+    if gpu.storage.device.type == "cuda":
+        copiers = choose_copiers(copies, gpu, cpu)
+        return StreamSwapper(gpu, cpu, cuda_streams(gpu.storage.device), copiers, verify=verify)
+    return ThreadSwapper(gpu, cpu, verify=verify)
+
+
+class Checksums:
+    """What was swapped out to each CPU block."""
+
+    def __init__(self, cpu: KVStore) -> None:
+        self._cpu = cpu
+        self._sums: dict[int, int] = {}
+
+    def note(self, copies: Sequence[BlockCopy]) -> None:
+        for copy in copies:
+            self._sums[copy.target] = self._sum(copy.target)
+
+    def failed(self, copies: Sequence[BlockCopy]) -> tuple[int, ...]:
+        """The targets of those swap-ins whose source is not what was swapped out."""
+        return tuple(copy.target for copy in copies if self._sums.get(copy.source) != self._sum(copy.source))
+
+    def _sum(self, cpu_block: int) -> int:
+        return zlib.crc32(self._cpu.storage[cpu_block].view(torch.uint8).numpy())
+
+
+class LayerGates:
+    """One gate per layer; `wait(layer)` returns when that layer's KV of the step's swap-ins is in the GPU tier, and raises
+    where the copy failed."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._gates = [threading.Event() for _ in range(num_layers)]
+        self._error: BaseException | None = None
+
+    def open(self, layer: int) -> None:
+        self._gates[layer].set()
+
+    def fail(self, error: BaseException) -> None:
+        """Open all gates; whoever passes gets the error."""
+        self._error = error
+        for gate in self._gates:
+            gate.set()
+
+    def wait(self, layer: int) -> None:
+        self._gates[layer].wait()
+        if self._error is not None:
+            raise RuntimeError("a swap-in failed") from self._error
+
+
+class ThreadSwapper:
+    """Both tiers in host memory: real copies, by threads.
+
+    They copy with numpy. torch's copies start an OpenMP team for each thread that calls them, and once there are more
+    OpenMP threads than cores, GNU's OpenMP sleeps at every barrier, those of the model too.
+    """
+
+    def __init__(self, gpu: KVStore, cpu: KVStore, *, verify: bool) -> None:
+        self._gpu, self._cpu = gpu, cpu
+        # The same memory, by bytes: numpy knows no bfloat16.
+        self._gpu_bytes, self._cpu_bytes = (store.storage.view(torch.uint8).numpy() for store in (gpu, cpu))
+        self._checksums = Checksums(cpu) if verify else None
+        self._failed: tuple[int, ...] = ()
+        self._pending: list[Future[None]] = []
+        # One thread per direction: a swap-in must not queue behind an ahead-of-time swap-out.
+        self._in_thread = ThreadPoolExecutor(1, thread_name_prefix="swap-in")
+        self._out_thread = ThreadPoolExecutor(1, thread_name_prefix="swap-out")
+
+    def begin(self, plan: StepPlan) -> Callable[[int], None] | None:
+        self._failed = ()
+        if plan.evictions:
+            self._swap_out(plan.evictions)
+        self._gpu.copy_blocks(plan.gpu_copies)
+        if plan.swap_outs:
+            self._pending.append(self._out_thread.submit(self._swap_out, plan.swap_outs))
+        if not plan.swap_ins:
+            return None
+        if self._checksums is not None:
+            self._failed = self._checksums.failed(plan.swap_ins)
+        gates = LayerGates(len(self._gpu.layer_slices))
+        self._pending.append(self._in_thread.submit(self._swap_in, plan.swap_ins, gates))
+        return gates.wait
+
+    def finish(self) -> tuple[int, ...]:
+        pending, self._pending = self._pending, []
+        errors = [error for error in (future.exception() for future in pending) if error is not None]
+        if errors:
+            raise errors[0]
+        return self._failed
+
+    def shutdown(self) -> None:
+        self._in_thread.shutdown()
+        self._out_thread.shutdown()
+
+    def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
+        for copy in copies:
+            self._cpu_bytes[copy.target] = self._gpu_bytes[copy.source]
+        if self._checksums is not None:
+            self._checksums.note(copies)
+
+    def _swap_in(self, copies: Sequence[BlockCopy], gates: LayerGates) -> None:
+        try:
+            size = self._gpu.storage.element_size()
+            for layer, columns in enumerate(self._gpu.layer_slices):
+                part = slice(columns.start * size, columns.stop * size)
+                for copy in copies:
+                    self._gpu_bytes[copy.target, part] = self._cpu_bytes[copy.source, part]
+                gates.open(layer)
+        except BaseException as error:
+            gates.fail(error)
+            raise
+
+
+class StreamSwapper:
+    """GPU memory and pinned host memory: copies in streams of their own, ordered by events against the stream that computes.
+
+    Swap-ins come in groups of layers (`layer_groups`). Their copies are put in while the layers before them are: launching
+    them all at once would keep the model from starting. Swap-outs ahead of time share the bus with them, so they are spread
+    over the groups: a share of them runs beside each group, and none in front of it. Everything is complete after `finish`,
+    so that the copies of a step have to be ordered among themselves and against the model only.
+    """
+
+    def __init__(
+        self,
+        gpu: KVStore,
+        cpu: KVStore,
+        streams: Streams,
+        copiers: tuple[BlockCopier, BlockCopier],
+        *,
+        verify: bool,
+    ) -> None:
+        """copiers: for swap-ins, for swap-outs."""
+        self._gpu, self._cpu = gpu, cpu
+        self._streams = streams
+        self._copy_in, self._copy_out = (copier.copy for copier in copiers)
+        num_layers = len(gpu.layer_slices)
+        self._groups = layer_groups(num_layers, max_group_layers(gpu, copiers[0]))
+        self._whole = [range(num_layers)]
+        self._checksums = Checksums(cpu) if verify else None
+        self._failed: tuple[int, ...] = ()
+        self._transfer = _Transfer((), (), [], [])
+        self._swapped_out: list[BlockCopy] = []
+
+    def begin(self, plan: StepPlan) -> Callable[[int], None] | None:
+        compute, swap_in, swap_out = self._streams.compute, self._streams.swap_in, self._streams.swap_out
+        self._failed = ()
+        self._swapped_out = [*plan.evictions, *plan.swap_outs]
+        if plan.evictions:
+            swap_out.wait(compute.record())  # earlier steps wrote what leaves
+            swap_out.run(lambda: self._swap_out(plan.evictions))
+            compute.wait(swap_out.record())  # this one overwrites it
+        if plan.gpu_copies:
+            compute.run(lambda: self._gpu.copy_blocks(plan.gpu_copies))
+        if not plan.swap_ins and not plan.swap_outs:
+            return None
+        # Behind it: what earlier steps wrote is there, nobody reads any more what swap-ins overwrite, and what was just
+        # evicted may come back for somebody else.
+        ready = compute.record()
+        swap_in.wait(ready)
+        swap_out.wait(ready)
+        if plan.swap_ins and self._checksums is not None:
+            if plan.evictions:
+                swap_out.record().synchronize()
+                self._checksums.note(plan.evictions)
+            self._failed = self._checksums.failed(plan.swap_ins)
+        groups = self._groups if plan.segments and plan.swap_ins else self._whole
+        self._transfer = _Transfer(plan.swap_ins, plan.swap_outs, groups, [])
+        self._start_groups(1)
+        return self._wait_for_layer if plan.swap_ins else None
+
+    def finish(self) -> tuple[int, ...]:
+        self._start_groups(len(self._transfer.groups))
+        if self._transfer.swap_ins:
+            self._streams.swap_in.record().synchronize()
+        if self._swapped_out:
+            self._streams.swap_out.record().synchronize()
+        if self._checksums is not None:
+            self._checksums.note(self._swapped_out)
+        self._transfer, self._swapped_out = _Transfer((), (), [], []), []
+        return self._failed
+
+    def shutdown(self) -> None:
+        self.finish()
+
+    def _wait_for_layer(self, layer: int) -> None:
+        transfer = self._transfer
+        for index, group in enumerate(transfer.groups):
+            if layer == group.start:
+                self._start_groups(index + 2)  # the next one too, so that the bus always has something to do
+                self._streams.compute.wait(transfer.arrived[index])
+
+    def _start_groups(self, num_groups: int) -> None:
+        """Put in the copies up to the group of that number."""
+        transfer, streams = self._transfer, self._streams
+        for index in range(len(transfer.arrived), min(num_groups, len(transfer.groups))):
+            if transfer.swap_ins:
+                columns = columns_of(self._gpu, transfer.groups[index])
+                streams.swap_in.run(
+                    lambda columns=columns: self._copy_in(  # type: ignore[misc]
+                        self._gpu.storage, self._cpu.storage, transfer.swap_ins, columns
+                    )
+                )
+            if (share := transfer.share_of_swap_outs(index)) and index > 0:
+                streams.swap_out.wait(transfer.arrived[index - 1])
+            if share:
+                streams.swap_out.run(lambda share=share: self._swap_out(share))  # type: ignore[misc]
+            transfer.arrived.append(streams.swap_in.record())
+
+    def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
+        self._copy_out(self._cpu.storage, self._gpu.storage, copies, slice(0, self._gpu.storage.shape[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Transfer:
+    """The copies of one step beside its computation. arrived: an event for each group that was put in."""
+
+    swap_ins: Sequence[BlockCopy]
+    swap_outs: Sequence[BlockCopy]
+    groups: Sequence[range]
+    arrived: list[Event]
+
+    def share_of_swap_outs(self, index: int) -> Sequence[BlockCopy]:
+        """Those that go beside the group of that number: as many beside each, about."""
+        num_groups = len(self.groups)
+        num_copies = len(self.swap_outs)
+        return self.swap_outs[num_copies * index // num_groups : num_copies * (index + 1) // num_groups]

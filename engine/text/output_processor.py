@@ -1,0 +1,174 @@
+"""From sampled tokens to text, and to whoever waits for it. Owns the streams of the requests; only the engine thread calls
+it. Knows no scheduler and no device.
+
+Text is made by `deliver`, beside the next step, except where it decides whether there is a next step for its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from engine.core.engine_core import EngineCore, RequestOutput
+from engine.core.request import FinishReason, Request
+from engine.errors import EngineError
+from engine.text.detokenizer import Detokenizer
+from engine.text.output import OutputDelta, TokenLogprob
+from engine.text.tokenizer import Tokenizer
+from engine.text.transcript import ConversationTable, Transcript
+
+logger = logging.getLogger(__name__)
+
+# What a token of no probability is said to have, as OpenAI says it: JSON has no infinity.
+IMPOSSIBLE_LOGPROB = -9999.0
+
+Item = OutputDelta | EngineError
+
+
+@dataclass(slots=True)
+class Stream:
+    """The way of one request's output: engine thread to whoever waits for it."""
+
+    request: Request
+    prompt: Transcript
+    detokenizer: Detokenizer
+    loop: asyncio.AbstractEventLoop
+    items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
+
+
+class OutputProcessor:
+    """What a step gave waits here until `deliver`. Each stream gets all of it, in order, before any error."""
+
+    def __init__(self, core: EngineCore, tokenizer: Tokenizer, conversations: ConversationTable) -> None:
+        self.streams: dict[str, Stream] = {}
+        self._core = core
+        self._tokenizer = tokenizer
+        self._conversations = conversations
+        self._untold: list[tuple[Stream, RequestOutput]] = []  # not in text yet
+        self._unsent: list[tuple[Stream, Item]] = []
+
+    def add(self, outputs: Iterable[RequestOutput]) -> None:
+        """Take in what a step gave. Where a stop string may end an answer its text is made now, so that the next step is
+        planned without it."""
+        for output in outputs:
+            stream = self.streams[output.request_id]
+            if output.finish_reason is not None:
+                del self.streams[output.request_id]  # from here on, another request may bear that id
+            if stream.request.sampling.stop:
+                self._unsent.append((stream, self._process(stream, output)))
+            else:
+                self._untold.append((stream, output))
+
+    def deliver(self) -> None:
+        """Put into text what is not, and send everything."""
+        untold, self._untold = self._untold, []
+        items, self._unsent = self._unsent, []
+        items += [(stream, self._process(stream, output)) for stream, output in untold]
+        self._send(items)
+
+    def fail(self, request_ids: Iterable[str], error: EngineError) -> None:
+        """End these streams. Whoever has none any more is passed over."""
+        self.deliver()
+        streams = [self.streams.pop(request_id, None) for request_id in request_ids]
+        self._send([(stream, error) for stream in streams if stream is not None])
+
+    def abandon(self, stream: Stream) -> None:
+        """Nobody listens to it any more: abort its request. Not by id: a refused request may bear the id of one that runs."""
+        request_id = stream.request.request_id
+        self.deliver()  # its text must be as far as its tokens
+        if self.streams.get(request_id) is stream:
+            del self.streams[request_id]
+            self._core.abort(request_id, time.monotonic())
+            self._remember(stream)
+
+    def _process(self, stream: Stream, output: RequestOutput) -> Item:
+        """One answer that cannot be told (a tokenizer's fault, say) must not end the others."""
+        try:
+            return self._tell(stream, output)
+        except Exception as error:
+            logger.exception("request %s failed", output.request_id)
+            if self.streams.get(output.request_id) is stream:
+                del self.streams[output.request_id]
+                self._core.abort(output.request_id, time.monotonic())
+            return EngineError(f"the answer could not be put into text: {error!r}")
+
+    def _tell(self, stream: Stream, output: RequestOutput) -> OutputDelta:
+        """From a token to text; ends the request where a stop string is complete."""
+        request, detokenizer = stream.request, stream.detokenizer
+        reason, stats = output.finish_reason, output.stats
+        logprobs = self._logprobs(output, detokenizer)
+        if reason is not FinishReason.STOP:  # the token that ends an answer is not part of its text
+            may_stop = output.num_output_tokens > request.sampling.min_tokens
+            detokenizer.append(output.token_id, may_stop=may_stop)
+        if detokenizer.is_stopped and reason is None:
+            kept = detokenizer.num_whole_tokens()
+            stats = self._core.stop(request.request_id, time.monotonic(), num_kept_output_tokens=kept)
+            del self.streams[request.request_id]
+        if detokenizer.is_stopped:
+            reason = FinishReason.STOP
+        transcript = None if reason is None else self._remember(stream)
+        return OutputDelta(
+            text=detokenizer.take_text(final=reason is not None),
+            token_ids=(output.token_id,),
+            logprobs=logprobs,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_cached_tokens=output.num_cached_tokens,
+            num_output_tokens=output.num_output_tokens,
+            finish_reason=None if reason is None else reason.value,
+            stats=stats,
+            transcript=transcript,
+        )
+
+    def _logprobs(self, output: RequestOutput, detokenizer: Detokenizer) -> tuple[TokenLogprob, ...]:
+        if output.logprobs is None:
+            return ()
+        top = tuple(self._logprob(token_id, value) for token_id, value in output.logprobs.top)
+        chosen = self._logprob(output.token_id, output.logprobs.chosen)
+        return (chosen._replace(text_offset=detokenizer.text_offset(output.token_id), top=top),)
+
+    def _logprob(self, token_id: int, value: float) -> TokenLogprob:
+        token_bytes = self._tokenizer.token_bytes[token_id]
+        text = token_bytes.decode(errors="backslashreplace")
+        is_text = not self._tokenizer.is_special(token_id)
+        return TokenLogprob(token_id, text, token_bytes if is_text else None, max(value, IMPOSSIBLE_LOGPROB))
+
+    def _remember(self, stream: Stream) -> Transcript | None:
+        """Keep the turn's tokens with their text, for when the client sends its history again. None if it belongs to no
+        conversation, or has no text."""
+        request, prompt = stream.request, stream.prompt
+        if request.conversation_id == request.request_id:
+            return None
+        output_ids = self._kept_output_ids(stream)
+        if not prompt.text:  # a prompt of token ids: nothing to compare texts with
+            self._conversations.record_turn(request.conversation_id, prompt, output_ids, "")
+            return None
+        text = self._tokenizer.token_bytes.text(output_ids)
+        return self._conversations.record_turn(request.conversation_id, prompt, output_ids, text)
+
+    def _kept_output_ids(self, stream: Stream) -> list[int]:
+        """The generated tokens that the answer consists of, as far as whole tokens go: not those of its stop string, nor
+        of a character that it does not complete. The special token that ends it is kept, for the template writes it, too."""
+        output_ids = stream.request.token_ids[stream.request.num_prompt_tokens :]
+        end_ids = output_ids[stream.detokenizer.num_tokens :]
+        kept = output_ids[: stream.detokenizer.num_whole_tokens()]
+        return kept + [token_id for token_id in end_ids if self._tokenizer.is_special(token_id)]
+
+    @staticmethod
+    def _send(items: Sequence[tuple[Stream, Item]]) -> None:
+        """One wake-up per event loop, however many requests got something."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Item]]] = {}
+        for stream, item in items:
+            by_loop.setdefault(stream.loop, []).append((stream, item))
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, batch)
+            except RuntimeError:  # that loop is closed: nobody waits there any more
+                logger.debug("an event loop closed before its requests ended")
+
+
+def _put_all(batch: Sequence[tuple[Stream, Item]]) -> None:
+    for stream, item in batch:
+        stream.items.put_nowait(item)

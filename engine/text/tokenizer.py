@@ -1,0 +1,153 @@
+"""Text to token ids and back, with the model's own tokenizer and chat template.
+
+Says which ids a prompt has; text/transcript.py keeps what a conversation has said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+from engine.errors import ContextLengthError, InvalidParameterError, ModelLoadError
+from engine.text.detokenizer import Detokenizer, TokenBytes
+from engine.text.tokenizer_rules import find_cut_tokens, find_token_bound
+from engine.text.transcript import Transcript, TranscriptMatch
+
+logger = logging.getLogger(__name__)
+
+# For models without a chat template of their own (GPT-2, OPT): a plain script of the dialogue.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+# Characters that are tokenised in one go if the text may be cut there.
+PIECE_CHARS = 1 << 16
+
+
+class Tokenizer:
+    """A fast tokenizer (the kind that knows where in the text each token lies)."""
+
+    def __init__(self, location: str) -> None:
+        """`location`: a folder or a hub id. Raises ModelLoadError."""
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(location)
+        except Exception as error:  # a malformed tokenizer.json raises anything, bare Exception included
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            raise ModelLoadError(f"cannot load a tokenizer from {location!r}: {reason}", param="model") from error
+        if not self._tokenizer.is_fast:
+            raise ModelLoadError(f"the tokenizer of {location!r} has no fast version (tokenizer.json)", param="model")
+        self.has_chat_template = self._tokenizer.chat_template is not None
+        if not self.has_chat_template:
+            logger.warning("%s has no chat template; messages are rendered as 'role: content' lines", location)
+            self._tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        self._backend: Any = self._tokenizer.backend_tokenizer
+        identity = json.dumps([self._backend.to_str(), self._tokenizer.chat_template])
+        # Equal for two tokenizers that give equal ids for equal messages.
+        self.fingerprint = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+        rules = json.loads(self._backend.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._token_bound = find_token_bound(rules)
+        # The text of each token before which texts may be cut: tokenising the two sides apart gives the tokens of the whole.
+        self.cut_tokens = find_cut_tokens(rules)
+        self._cut_pattern = re.compile("|".join(map(re.escape, self.cut_tokens.values())) or "(?!)")
+        self._text_prefix, text_suffix = self._find_special_tokens()
+        # The same for texts that are no chats. Ids that end with what the tokenizer ends texts with are of no use later.
+        self.text_fingerprint = "" if text_suffix else self.fingerprint + "-text" * bool(self._text_prefix)
+        self._text_suffix = text_suffix
+        self._special_ids = frozenset(self._tokenizer.all_special_ids) | frozenset(
+            token_id for token_id, token in self._tokenizer.added_tokens_decoder.items() if token.special
+        )
+        self.token_bytes = TokenBytes(self._tokenizer.backend_tokenizer)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        eos: int | None = self._tokenizer.eos_token_id
+        return eos
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
+    def render_chat(self, messages: Sequence[tuple[str, str]]) -> str:
+        """The text that stands for (role, content) messages, up to where the assistant is to speak. Raises
+        InvalidParameterError if the model's template refuses them, or fails with them."""
+        chat = [{"role": role, "content": content} for role, content in messages]
+        try:
+            text: str = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            message = f"the model's chat template refuses these messages: {error}"
+            raise InvalidParameterError(message, param="messages") from error
+        except Exception as error:  # a template is a program: it may do with some messages what fails
+            message = (
+                f"the model's chat template fails with these messages ({type(error).__name__}: {error}); change them"
+            )
+            raise InvalidParameterError(message, param="messages") from error
+        return text
+
+    def encode_prompt(self, text: str, known: TranscriptMatch, *, is_chat: bool, max_tokens: int) -> Transcript:
+        """The token ids of `text`, of which the beginning is `known`; only the rest is tokenised. Safe in any thread.
+
+        is_chat: the template has put the tokens into the text with which the tokenizer begins (and ends) other texts. Raises
+        ContextLengthError if there are more than `max_tokens` (the window), as soon as that is known: before anything is
+        tokenised if the text is too long for any such row of tokens."""
+        token_ids = known.token_ids[:]
+        if not known.num_chars and not is_chat:
+            token_ids.extend(self._text_prefix)
+        anchors, start = list(known.anchors), known.num_chars
+        if self._token_bound is not None:
+            _check_length(len(token_ids) + self._token_bound.min_tokens(text[start:]), max_tokens, is_exact=False)
+        while start < len(text):
+            # A piece is tokenised as it would be in the whole text, and a long one lets nobody wait for all of it.
+            cut = self._cut_pattern.search(text, start + PIECE_CHARS)
+            end = len(text) if cut is None else cut.start()
+            piece = self._encode(text[start:end])
+            _check_length(len(token_ids) + len(piece), max_tokens, is_exact=end == len(text))
+            piece_ids = piece.ids
+            for index, token_id in enumerate(piece_ids):
+                if token_id in self.cut_tokens:
+                    place = start + piece.token_to_chars(index)[0]
+                    if place and text.startswith(self.cut_tokens[token_id], place):
+                        anchors.append((len(token_ids) + index, place))
+            token_ids.extend(piece_ids)
+            start = end
+        if not is_chat:
+            token_ids.extend(self._text_suffix)
+        fingerprint = self.fingerprint if is_chat else self.text_fingerprint
+        return Transcript(token_ids, text, tuple(anchors), fingerprint)
+
+    def _encode(self, text: str, *, add_special_tokens: bool = False) -> Any:
+        """As tokenizers.Encoding. In a batch of one: alone, it would keep Python's other threads waiting."""
+        return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+    def _find_special_tokens(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer begins and ends every text with that is no chat."""
+        whole = self._encode("x", add_special_tokens=True)
+        start = len(list(takewhile(bool, whole.special_tokens_mask)))
+        return whole.ids[:start], whole.ids[start + len(self._encode("x")) :]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of these tokens, special ones included."""
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def detokenizer(self, stop: Sequence[str]) -> Detokenizer:
+        return Detokenizer(self.token_bytes, self._special_ids, stop)
+
+
+def _check_length(num_tokens: int, max_tokens: int, *, is_exact: bool) -> None:
+    """Raises ContextLengthError for a prompt of `num_tokens`, or of at least so many."""
+    if num_tokens > max_tokens:
+        raise ContextLengthError(
+            f"the context window is {max_tokens} tokens, but the prompt has {'' if is_exact else 'at least '}{num_tokens}; "
+            "shorten it"
+        )

@@ -1,0 +1,287 @@
+"""What a request may say: every refusal names its parameter, every neutral value of a parameter passes."""
+
+import json
+import tracemalloc
+from typing import Any
+
+import pytest
+
+from deployments.completions.requests import (
+    CHAT_NOT_IMPLEMENTED,
+    COMPLETION_NOT_IMPLEMENTED,
+    IGNORED,
+    MAX_FIELDS,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MESSAGE_NOT_IMPLEMENTED,
+    ChatCompletionBody,
+    CompletionBody,
+    parse_request,
+)
+from engine.core.request import MAX_STOP_TOKEN_IDS, SamplingParams
+from engine.errors import RequestError
+from engine.text.prompt import ChatPrompt, TextPrompt, TokenPrompt
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
+
+
+def parse_chat(**changes: Any) -> ChatCompletionBody:
+    return parse_request(ChatCompletionBody, json.dumps(CHAT | changes).encode())[0]
+
+
+def parse_completion(**changes: Any) -> CompletionBody:
+    return parse_request(CompletionBody, json.dumps(COMPLETION | changes).encode())[0]
+
+
+def refusal(parse: Any, **changes: Any) -> tuple[str | None, str | None]:
+    with pytest.raises(RequestError) as info:
+        parse(**changes).sampling_params()
+    assert info.value.http_status == 400
+    assert info.value.kind == "invalid_request_error"
+    return info.value.param, info.value.code
+
+
+def test_plain_chat() -> None:
+    body = parse_chat()
+    assert body.prompt_value() == ChatPrompt((("user", "hi"),))
+    assert body.sampling_params() == SamplingParams(temperature=1.0)
+    assert not body.stream
+
+
+def test_everything_implemented_reaches_the_sampling_parameters() -> None:
+    common = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 7,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.2,
+        "top_k": 5,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "min_tokens": 2,
+        "ignore_eos": True,
+    }
+    expected = SamplingParams(max_tokens=9, stop=("a", "b"), stop_token_ids=(4,), logprobs=3, **common)
+    common |= {"stop": ["a", "b"], "stop_token_ids": [4]}
+    chat = parse_chat(max_completion_tokens=9, logprobs=True, top_logprobs=3, **common)
+    assert chat.sampling_params() == expected
+    assert parse_completion(max_tokens=9, logprobs=3, **common).sampling_params() == expected
+
+
+def test_defaults_and_aliases() -> None:
+    assert parse_completion().sampling_params().max_tokens == 16  # OpenAI's
+    assert parse_chat(max_tokens=4, max_completion_tokens=4).sampling_params().max_tokens == 4
+    assert parse_chat(logprobs=True).sampling_params().logprobs == 0
+    assert parse_chat(stop="x").sampling_params().stop == ("x",)
+    assert parse_chat(top_k=-1).sampling_params().top_k == 0  # how vLLM's clients switch it off
+    assert parse_chat(temperature=None, stream=None, stop=None, seed=None) == parse_chat()
+
+
+def test_content_parts_and_roles() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "developer", "content": "s"}, {"role": "user", "content": parts}]
+    assert parse_chat(messages=messages).prompt_value() == ChatPrompt((("system", "s"), ("user", "ab")))
+
+
+def test_assistant_message_is_taken_back_as_the_client_library_dumps_it() -> None:
+    message = dict.fromkeys(MESSAGE_NOT_IMPLEMENTED) | {"role": "assistant", "content": "yes", "tool_calls": []}
+    assert parse_chat(messages=[message]).prompt_value() == ChatPrompt((("assistant", "yes"),))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "value"),
+    [
+        ("hi", TextPrompt("hi")),
+        (["hi"], TextPrompt("hi")),
+        ([1, 2], TokenPrompt((1, 2))),
+        ([[1, 2]], TokenPrompt((1, 2))),
+    ],
+)
+def test_prompts(prompt: Any, value: Any) -> None:
+    assert parse_completion(prompt=prompt).prompt_value() == value
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], [""], ["a", "b"], [[1], [2]], [1, "a"], [-1], [True], 5, {}])
+def test_bad_prompts(prompt: Any) -> None:
+    assert refusal(parse_completion, prompt=prompt)[0] == "prompt"
+
+
+@pytest.mark.parametrize("name", CHAT_NOT_IMPLEMENTED)
+def test_what_chat_does_not_implement_is_refused_by_name(name: str) -> None:
+    assert refusal(parse_chat, **{name: ["something"]}) == (name, "unsupported_parameter")
+    for neutral in (None, *CHAT_NOT_IMPLEMENTED[name]):
+        assert parse_chat(**{name: neutral}) == parse_chat()
+
+
+@pytest.mark.parametrize("name", COMPLETION_NOT_IMPLEMENTED)
+def test_what_completions_do_not_implement_is_refused_by_name(name: str) -> None:
+    assert refusal(parse_completion, **{name: ["something"]}) == (name, "unsupported_parameter")
+    for neutral in (None, *COMPLETION_NOT_IMPLEMENTED[name]):
+        assert parse_completion(**{name: neutral}) == parse_completion()
+
+
+@pytest.mark.parametrize("name", sorted(IGNORED))
+def test_ignored_parameters_change_nothing(name: str) -> None:
+    assert parse_chat(**{name: "x"}) == parse_chat()
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "code"),
+    [
+        ({"model": None}, "model", "missing_required_parameter"),
+        ({"model": 5}, "model", "invalid_value"),
+        ({"messages": None}, "messages", "missing_required_parameter"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": "hi"}, "messages", "invalid_value"),
+        ({"messages": ["hi"]}, "messages[0]", "invalid_value"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_value"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0]",
+            "unsupported_parameter",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+            "messages[0].tool_calls",
+            "unsupported_parameter",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood", "unknown_parameter"),
+        ({"n": 2}, "n", "unsupported_parameter"),
+        ({"n": True}, "n", "unsupported_parameter"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+        ({"frobnicate": 1}, "frobnicate", "unknown_parameter"),
+        ({"frobnicate": None}, "frobnicate", "unknown_parameter"),
+        ({"temperature": "hot"}, "temperature", "invalid_value"),
+        ({"temperature": -1}, "temperature", "invalid_value"),
+        ({"temperature": 1e9}, "temperature", "invalid_value"),
+        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"top_p": 1.5}, "top_p", "invalid_value"),
+        ({"top_k": -7}, "top_k", "invalid_value"),
+        ({"min_p": 2}, "min_p", "invalid_value"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"presence_penalty": 3}, "presence_penalty", "invalid_value"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": -5}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 1.5}, "max_tokens", "invalid_value"),
+        ({"max_tokens": True}, "max_tokens", "invalid_value"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "invalid_value"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 1, "min_tokens": 2}, "min_tokens", "invalid_value"),
+        ({"seed": 2**64}, "seed", "invalid_value"),
+        ({"stop": 5}, "stop", "invalid_value"),
+        ({"stop": [""]}, "stop", "invalid_value"),
+        ({"stop": ["x"] * 17}, "stop", "invalid_value"),
+        ({"stop": ["x" * 257]}, "stop", "invalid_value"),
+        ({"stop": ["x" * 30_000] * 16}, "stop", "invalid_value"),
+        ({"stop_token_ids": [1] * 129}, "stop_token_ids", "invalid_value"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "invalid_value"),
+        ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 99}, "top_logprobs", "invalid_value"),
+        ({"logprobs": 2}, "logprobs", "invalid_value"),
+        ({"stream": "yes"}, "stream", "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
+        ({"session_id": "s" * 1000}, "session_id", "invalid_value"),
+        ({"conversation": 5}, "conversation", "invalid_value"),
+    ],
+)
+def test_refusals_of_chat(changes: dict[str, Any], param: str, code: str) -> None:
+    assert refusal(parse_chat, **changes) == (param, code)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"model": "m",}',
+        b'{"model": "m", "prompt": "hi", "temperature": NaN}',
+        b'{"model": "m", "prompt": "hi", "temperature": 1e999}',
+        b'{"model": "m", "prompt": "hi", "seed": ' + b"9" * 9999 + b"}",
+        b'{"model": "m", "prompt": "\\ud800"}',
+        b"[" * 100_000,
+        '{"model": "m", "prompt": "é"}'.encode("latin-1"),
+    ],
+)
+def test_bodies_that_are_no_request(raw: bytes) -> None:
+    with pytest.raises(RequestError) as info:
+        parse_request(CompletionBody, raw)
+    assert info.value.http_status == 400
+
+
+def test_a_refusal_does_not_repeat_megabytes() -> None:
+    with pytest.raises(RequestError) as info:
+        parse_chat(**{"x" * 1_000_000: 1})
+    assert len(info.value.message) < 200
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+MESSAGE = {"role": "user", "content": ""}
+MANY = {str(number): 1 for number in range(300_000)}
+HOSTILE: dict[str, dict[str, Any]] = {
+    # 130,000 of the first kind once took 28 bytes of memory for each of the body.
+    "messages": {"messages": [MESSAGE] * 130_000},
+    "fewer messages": {"messages": [MESSAGE] * 33_000},
+    "messages that are none": {"messages": [1] * 1_000_000},
+    "parts": {"messages": [MESSAGE | {"content": [{"type": "text", "text": ""}] * 130_000}]},
+    "fields": MANY,
+    "fields of a message": {"messages": [MESSAGE | MANY]},
+    "fields of messages": {"messages": [MESSAGE | dict.fromkeys(map(str, range(100)), 1)] * 900},
+    "lists": {"x": [[]] * 1_000_000},
+    "objects": {"x": [{}] * 1_000_000},
+    "stop": {"stop": [1] * 1_000_000},
+    "stop_token_ids": {"stop_token_ids": [-1] * 1_000_000},
+    "logit_bias": {"logit_bias": MANY},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_size_of_a_body_bounds_what_is_made_of_it(name: str) -> None:
+    """Twelve bytes for each one of the body are what the JSON parser may take for the largest that it is given."""
+    raw = json.dumps(CHAT | HOSTILE[name]).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError) as caught:
+            parse_request(ChatCompletionBody, raw)
+        most_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.http_status == 400
+    assert len(caught.value.message) < 200
+    assert most_bytes < 12 * len(raw)
+
+
+def test_marks_in_a_text_are_text() -> None:
+    """Whatever a message quotes: a file of JSON, or something that only looks like the end of the text."""
+    for quoted in (
+        json.dumps([MESSAGE] * 50_000),
+        "{[:" * MAX_PARTS,
+        '\\"{' * MAX_PARTS,
+        '\\\\"[\\' * MAX_PARTS,
+        '"' * MAX_PARTS,
+    ):
+        (message,) = parse_chat(messages=[MESSAGE | {"content": quoted}]).messages
+        assert message.content == quoted
+
+
+def test_as_many_as_may_be() -> None:
+    assert len(parse_chat(messages=[MESSAGE] * MAX_MESSAGES).messages) == MAX_MESSAGES
+    assert refusal(parse_chat, messages=[MESSAGE] * (MAX_MESSAGES + 1)) == ("messages", "invalid_value")
+    assert len(parse_chat(stop_token_ids=[1] * MAX_STOP_TOKEN_IDS).stop_token_ids) == MAX_STOP_TOKEN_IDS
+    assert refusal(parse_chat, stop_token_ids=[1] * (MAX_STOP_TOKEN_IDS + 1)) == ("stop_token_ids", "invalid_value")
+    fields = dict.fromkeys(map(str, range(MAX_FIELDS)), 1)
+    assert refusal(parse_chat, **fields) == (None, "invalid_value")
+    assert refusal(parse_chat, messages=[MESSAGE | fields]) == ("messages[0]", "invalid_value")
+
+
+def test_text_of_any_length_and_long_prompts_of_ids_pass() -> None:
+    assert len(parse_completion(prompt="x" * 3_000_000).prompt) == 3_000_000
+    assert len(parse_completion(prompt=[300] * 500_000).prompt) == 500_000

@@ -1,0 +1,488 @@
+"""What a request to the Responses and Conversations API may say: every refusal names its parameter, every neutral
+value of a parameter passes, and what goes out as an item is taken back as one."""
+
+import itertools
+import json
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from openai.types.conversations import ConversationItem, Message
+from openai.types.responses import ResponseInputMessageItem, ResponseItem, ResponseOutputMessage
+from pydantic import TypeAdapter
+
+from deployments.completions.requests import MAX_SESSION_KEY_CHARS, BadRequestError, Body, parse_request
+from deployments.responses.requests import (
+    CACHE_OPTIONS_NOT_IMPLEMENTED,
+    PART_NOT_IMPLEMENTED,
+    REASONING_NOT_IMPLEMENTED,
+    RESPONSE_IGNORED,
+    RESPONSE_NOT_IMPLEMENTED,
+    TEXT_NOT_IMPLEMENTED,
+    ConversationBody,
+    ConversationUpdateBody,
+    ItemsBody,
+    ListQuery,
+    ResponseBody,
+    RetrieveQuery,
+    messages_of,
+    parse_query,
+)
+from engine.core.request import SamplingParams
+from engine.errors import RequestError
+
+RESPONSE: dict[str, Any] = {"model": "m", "input": "hi"}
+USER = {"role": "user", "content": "hi"}
+IMAGE = {"type": "input_image", "image_url": "data:,", "detail": "auto"}
+ANSWER = {
+    "id": "msg_9",
+    "type": "message",
+    "status": "completed",
+    "role": "assistant",
+    "content": [{"type": "output_text", "text": "yes", "annotations": [], "logprobs": []}],
+}
+UNSUPPORTED = "unsupported_parameter"
+INVALID = "invalid_value"
+UNKNOWN = "unknown_parameter"
+MISSING = "missing_required_parameter"
+
+
+def numbered() -> Callable[[], str]:
+    numbers = itertools.count(1)
+    return lambda: f"msg_{next(numbers)}"
+
+
+def parse(**changes: Any) -> ResponseBody:
+    return parse_request(ResponseBody, json.dumps(RESPONSE | changes).encode())[0]
+
+
+def parse_as(kind: type[Body], body: Any) -> Any:
+    return parse_request(kind, json.dumps(body).encode())[0]
+
+
+def refusal(call: Callable[[], Any]) -> tuple[str | None, str | None]:
+    with pytest.raises(RequestError) as info:
+        call()
+    assert info.value.http_status == 400
+    assert info.value.kind == "invalid_request_error"
+    assert len(info.value.message) < 300
+    return info.value.param, info.value.code
+
+
+def test_plain_text() -> None:
+    body = parse()
+    assert body.input_items(numbered()) == (
+        {
+            "id": "msg_1",
+            "type": "message",
+            "status": "completed",
+            "role": "user",
+            "content": [{"type": "input_text", "text": "hi"}],
+        },
+    )
+    assert body.sampling_params() == SamplingParams()
+    assert body.store
+    assert body.truncation == "disabled"
+    assert not body.stream
+    assert body.previous_response_id is body.conversation_id is body.instructions is None
+
+
+def test_everything_implemented_is_taken() -> None:
+    common = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 7,
+        "presence_penalty": 0.1,
+        "frequency_penalty": 0.2,
+        "top_k": 5,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "min_tokens": 2,
+        "ignore_eos": True,
+    }
+    body = parse(
+        **common,
+        max_output_tokens=9,
+        stop="a",
+        stop_token_ids=[4],
+        previous_response_id="resp_1",
+        store=False,
+        instructions="Be brief.",
+        metadata={"k": "v"},
+        truncation="auto",
+        stream=True,
+        stream_options={"include_obfuscation": True},
+        parallel_tool_calls=False,
+        tool_choice="none",
+        prompt_cache_key="cache",
+        session_id="session",
+    )
+    assert body.sampling_params() == SamplingParams(max_tokens=9, stop=("a",), stop_token_ids=(4,), **common)
+    assert body.previous_response_id == "resp_1"
+    assert not body.store
+    assert body.instructions == "Be brief."
+    assert body.metadata == {"k": "v"}
+    assert body.truncation == "auto"
+    assert body.stream
+    assert body.tool_choice == "none"
+    assert not body.parallel_tool_calls
+    assert (body.prompt_cache_key, body.session_id) == ("cache", "session")
+
+
+@pytest.mark.parametrize("conversation", ["conv_1", {"id": "conv_1"}])
+def test_a_conversation_is_an_id_or_an_object_with_one(conversation: Any) -> None:
+    assert parse(conversation=conversation).conversation_id == "conv_1"
+
+
+def test_items_are_normalised() -> None:
+    parts = [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    items = parse(
+        input=[
+            {"type": "message", "role": "developer", "content": parts},
+            {"role": "assistant", "content": "sure"},
+            {"id": "msg_old", "status": None, "role": "user", "content": "c"},
+            ANSWER,
+        ]
+    ).input_items(numbered())
+    assert [item["id"] for item in items] == ["msg_1", "msg_2", "msg_3", "msg_4"]
+    assert {item["status"] for item in items} == {"completed"}
+    assert items[0]["content"] == parts
+    assert items[1]["content"] == [{"type": "output_text", "text": "sure", "annotations": [], "logprobs": []}]
+    assert items[3] == ANSWER | {"id": "msg_4"}
+    assert messages_of(items, "Be brief.") == (
+        ("system", "Be brief."),
+        ("system", "ab"),
+        ("assistant", "sure"),
+        ("user", "c"),
+        ("assistant", "yes"),
+    )
+    assert messages_of(items[1:2]) == (("assistant", "sure"),)
+    assert messages_of((), "") == (("system", ""),)
+    assert messages_of(()) == ()
+
+
+# Built once: each takes a second.
+RESPONSE_ITEM: TypeAdapter[Any] = TypeAdapter(ResponseItem)
+CONVERSATION_ITEM: TypeAdapter[Any] = TypeAdapter(ConversationItem)
+MESSAGES = st.lists(
+    st.tuples(
+        st.sampled_from(["user", "assistant", "system", "developer"]),
+        st.one_of(st.text(), st.lists(st.text(), min_size=1, max_size=3)),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(MESSAGES)
+def test_items_are_openai_s_and_are_taken_back_as_its_client_dumps_them(messages: list[tuple[str, Any]]) -> None:
+    def content(role: str, texts: Any) -> Any:
+        kind = "output_text" if role == "assistant" else "input_text"
+        return texts if isinstance(texts, str) else [{"type": kind, "text": text} for text in texts]
+
+    items = parse(input=[{"role": r, "content": content(r, c)} for r, c in messages]).input_items(numbered())
+    joined = [(("system" if r == "developer" else r), c if isinstance(c, str) else "".join(c)) for r, c in messages]
+    assert messages_of(items) == tuple(joined)
+    for item in items:
+        raw = json.dumps(item)
+        of_response = RESPONSE_ITEM.validate_json(raw, strict=True)
+        kind = ResponseOutputMessage if item["role"] == "assistant" else ResponseInputMessageItem
+        assert type(of_response) is kind
+        of_conversation = CONVERSATION_ITEM.validate_json(raw, strict=True)
+        assert type(of_conversation) is Message
+        for dumped in (of_response, of_conversation):
+            for back in (dumped.model_dump(), dumped.model_dump(exclude_unset=True), dumped.to_dict()):
+                assert parse(input=[back]).input_items(iter([item["id"]]).__next__) == (item,)
+
+
+@pytest.mark.parametrize("name", RESPONSE_NOT_IMPLEMENTED)
+def test_what_is_not_implemented_is_refused_by_name(name: str) -> None:
+    assert refusal(lambda: parse(**{name: ["something"]})) == (name, UNSUPPORTED)
+    for neutral in (None, *RESPONSE_NOT_IMPLEMENTED[name]):
+        assert parse(**{name: neutral}) == parse()
+
+
+@pytest.mark.parametrize(
+    ("outer", "table"),
+    [
+        ("text", TEXT_NOT_IMPLEMENTED),
+        ("reasoning", REASONING_NOT_IMPLEMENTED),
+        ("prompt_cache_options", CACHE_OPTIONS_NOT_IMPLEMENTED),
+    ],
+)
+def test_what_is_not_implemented_inside_is_refused_by_name(outer: str, table: dict[str, tuple[Any, ...]]) -> None:
+    parse(**{outer: None})
+    parse(**{outer: {}})
+    for name, passing in table.items():
+        assert refusal(lambda name=name: parse(**{outer: {name: "something"}})) == (f"{outer}.{name}", UNSUPPORTED)
+        for neutral in (None, *passing):
+            parse(**{outer: {name: neutral}})
+
+
+@pytest.mark.parametrize("name", sorted(RESPONSE_IGNORED))
+def test_ignored_parameters_change_nothing(name: str) -> None:
+    assert parse(**{name: "x"}) == parse()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"include": []},
+        {"include": None},
+        {"tool_choice": "auto"},
+        {"tool_choice": None},
+        {"parallel_tool_calls": True},
+        {"store": None},
+        {"metadata": None},
+        {"metadata": {}},
+        {"truncation": None},
+        {"stream_options": None},
+        {"temperature": None, "top_p": None, "max_output_tokens": None},
+    ],
+)
+def test_what_asks_for_nothing_passes(changes: dict[str, Any]) -> None:
+    assert parse(**changes) == parse()
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "code"),
+    [
+        ({"model": None}, "model", MISSING),
+        ({"input": None}, "input", MISSING),
+        ({"input": []}, "input", INVALID),
+        ({"input": 5}, "input", INVALID),
+        ({"input": USER}, "input", INVALID),
+        ({"input": ["hi"]}, "input[0]", INVALID),
+        ({"input": [{}]}, "input[0].role", MISSING),
+        ({"input": [{"role": "user"}]}, "input[0].content", MISSING),
+        ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", INVALID),
+        ({"input": [{"role": "user", "content": 5}]}, "input[0].content", INVALID),
+        ({"input": [{"role": "user", "content": []}]}, "input[0].content", INVALID),
+        ({"input": [{"role": "user", "content": ["hi"]}]}, "input[0].content[0]", INVALID),
+        ({"input": [USER | {"mood": 1}]}, "input[0].mood", UNKNOWN),
+        ({"input": [USER | {"phase": "commentary"}]}, "input[0].phase", UNSUPPORTED),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type", UNSUPPORTED),
+        ({"input": [{"id": "msg_1"}]}, "input[0].type", UNSUPPORTED),
+        (
+            {"input": [USER, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}]},
+            "input[1].type",
+            UNSUPPORTED,
+        ),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "c", "output": "5"}]},
+            "input[0].type",
+            UNSUPPORTED,
+        ),
+        ({"input": [{"type": "reasoning", "id": "rs_1", "summary": []}]}, "input[0].type", UNSUPPORTED),
+        ({"input": [USER | {"type": 5}]}, "input[0].type", UNSUPPORTED),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_text", "text": "see"}, IMAGE]}]},
+            "input[0].content[1].type",
+            UNSUPPORTED,
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+            "input[0].content[0].type",
+            UNSUPPORTED,
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
+            "input[0].content[0].type",
+            UNSUPPORTED,
+        ),
+        (
+            {"input": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}]},
+            "input[0].content[0].type",
+            UNSUPPORTED,
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "text", "text": "chat's word"}]}]},
+            "input[0].content[0].type",
+            UNSUPPORTED,
+        ),
+        ({"input": [{"role": "user", "content": [{"text": "x"}]}]}, "input[0].content[0].type", MISSING),
+        ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text", MISSING),
+        (
+            {"previous_response_id": "resp_1", "conversation": "conv_1"},
+            "previous_response_id",
+            "mutually_exclusive_parameters",
+        ),
+        ({"previous_response_id": 5}, "previous_response_id", INVALID),
+        ({"previous_response_id": "r" * (MAX_SESSION_KEY_CHARS + 1)}, "previous_response_id", INVALID),
+        ({"conversation": 5}, "conversation", INVALID),
+        ({"conversation": {}}, "conversation.id", MISSING),
+        ({"store": "yes"}, "store", INVALID),
+        ({"instructions": ["x"]}, "instructions", INVALID),
+        ({"max_output_tokens": 0}, "max_output_tokens", INVALID),
+        ({"max_output_tokens": True}, "max_output_tokens", INVALID),
+        ({"max_output_tokens": 1, "min_tokens": 2}, "min_tokens", INVALID),
+        ({"temperature": -1}, "temperature", INVALID),
+        ({"top_p": 0}, "top_p", INVALID),
+        ({"truncation": "middle"}, "truncation", INVALID),
+        ({"stream_options": {"include_obfuscation": False}}, "stream_options", INVALID),
+        ({"stream": True, "stream_options": {"include_usage": True}}, "stream_options.include_usage", UNSUPPORTED),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", UNKNOWN),
+        ({"metadata": "x"}, "metadata", INVALID),
+        ({"metadata": {"k": 5}}, "metadata.k", INVALID),
+        ({"metadata": {"k": "v" * 513}}, "metadata.k", INVALID),
+        ({"metadata": {"k" * 65: "v"}}, "metadata." + "k" * 64, INVALID),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata", INVALID),
+        ({"include": ["reasoning.encrypted_content"]}, "include[0]", UNSUPPORTED),
+        ({"include": [5]}, "include[0]", UNSUPPORTED),
+        ({"include": "x"}, "include", INVALID),
+        ({"tool_choice": "required"}, "tool_choice", UNSUPPORTED),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice", UNSUPPORTED),
+        ({"tools": [{"type": "web_search"}]}, "tools", UNSUPPORTED),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}}}}, "text.format", UNSUPPORTED),
+        ({"text": {"verbosity": "low"}}, "text.verbosity", UNSUPPORTED),
+        ({"text": {"x": 1}}, "text.x", UNKNOWN),
+        ({"text": 5}, "text", INVALID),
+        ({"reasoning": {"effort": "low"}}, "reasoning.effort", UNSUPPORTED),
+        ({"background": True}, "background", UNSUPPORTED),
+        ({"service_tier": "flex"}, "service_tier", UNSUPPORTED),
+        ({"top_logprobs": 2}, "top_logprobs", UNSUPPORTED),
+        ({"max_tokens": 5}, "max_tokens", UNSUPPORTED),
+        ({"logprobs": True}, "logprobs", UNKNOWN),
+        ({"frobnicate": 1}, "frobnicate", UNKNOWN),
+    ],
+)
+def test_refusals(changes: dict[str, Any], param: str, code: str) -> None:
+    assert refusal(lambda: parse(**changes).sampling_params()) == (param, code)
+
+
+def test_what_is_included_is_named() -> None:
+    with pytest.raises(BadRequestError, match=r"'message\.output_text\.logprobs' is not implemented"):
+        parse(include=["message.output_text.logprobs"])
+
+
+def test_a_refusal_does_not_repeat_megabytes() -> None:
+    big = "x" * 1_000_000
+    for changes in ({"include": [big]}, {"tool_choice": big}, {"input": [{"type": big}]}, {"metadata": {big: "v"}}):
+        refusal(lambda changes=changes: parse(**changes))
+
+
+@pytest.mark.parametrize("name", sorted(PART_NOT_IMPLEMENTED))
+def test_parts_of_foreign_answers(name: str) -> None:
+    part = {"type": "output_text", "text": "x", name: [{"type": "url_citation"}]}
+    where = f"input[0].content[0].{name}"
+    assert refusal(lambda: parse(input=[{"role": "assistant", "content": [part]}])) == (where, UNSUPPORTED)
+
+
+def test_metadata_up_to_its_limits() -> None:
+    metadata = {str(n).rjust(64): "v" * 512 for n in range(16)}
+    assert parse(metadata=metadata).metadata == metadata
+    assert parse_as(ConversationUpdateBody, {"metadata": metadata}).metadata == metadata
+
+
+def test_conversation_bodies() -> None:
+    for empty in ({}, {"items": None, "metadata": None}, {"items": []}):
+        assert parse_as(ConversationBody, empty) == ConversationBody()
+    created = parse_as(ConversationBody, {"metadata": {"k": "v"}, "items": [USER] * 20})
+    assert created.metadata == {"k": "v"}
+    assert [item["id"] for item in created.new_items(numbered())] == [f"msg_{n}" for n in range(1, 21)]
+    added = parse_as(ItemsBody, {"items": [USER, ANSWER], "include": []})
+    assert messages_of(added.new_items(numbered())) == (("user", "hi"), ("assistant", "yes"))
+    assert parse_as(ConversationUpdateBody, {"metadata": None}).metadata == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "param", "code"),
+    [
+        (ConversationBody, {"items": [USER] * 21}, "items", INVALID),
+        (ConversationBody, {"items": [{"type": "reasoning", "summary": []}]}, "items[0].type", UNSUPPORTED),
+        (ConversationBody, {"metadata": {"k": None}}, "metadata.k", INVALID),
+        (ConversationBody, {"name": "x"}, "name", UNKNOWN),
+        (ConversationUpdateBody, {}, "metadata", MISSING),
+        (ConversationUpdateBody, {"metadata": []}, "metadata", INVALID),
+        (ItemsBody, {}, "items", MISSING),
+        (ItemsBody, {"items": []}, "items", INVALID),
+        (ItemsBody, {"items": [USER] * 21}, "items", INVALID),
+        (ItemsBody, {"items": [USER], "include": ["x"]}, "include[0]", UNSUPPORTED),
+    ],
+)
+def test_refusals_of_conversation_bodies(kind: type[Body], body: Any, param: str, code: str) -> None:
+    assert refusal(lambda: parse_as(kind, body)) == (param, code)
+
+
+def test_list_queries() -> None:
+    assert parse_query(ListQuery, []) == ListQuery(after=None, limit=20, order="desc")
+    pairs = [("after", "msg_1"), ("limit", "100"), ("order", "asc")]
+    assert parse_query(ListQuery, pairs) == ListQuery(after="msg_1", limit=100, order="asc")
+    assert parse_query(RetrieveQuery, [("stream", "false"), ("include_obfuscation", "true")]) == RetrieveQuery()
+
+
+@pytest.mark.parametrize(
+    ("kind", "pairs", "param", "code"),
+    [
+        (ListQuery, [("limit", "0")], "limit", INVALID),
+        (ListQuery, [("limit", "101")], "limit", INVALID),
+        (ListQuery, [("limit", "many")], "limit", INVALID),
+        (ListQuery, [("limit", "")], "limit", INVALID),
+        (ListQuery, [("limit", "1"), ("limit", "2")], "limit", INVALID),
+        (ListQuery, [("order", "up")], "order", INVALID),
+        (ListQuery, [("after", "x" * 1000)], "after", INVALID),
+        (ListQuery, [("include[]", "a"), ("include[]", "b")], "include[]", UNSUPPORTED),
+        (ListQuery, [("before", "x")], "before", UNKNOWN),
+        (RetrieveQuery, [("stream", "true")], "stream", UNSUPPORTED),
+        (RetrieveQuery, [("starting_after", "1")], "starting_after", UNSUPPORTED),
+        (RetrieveQuery, [("x", "y")], "x", UNKNOWN),
+    ],
+)
+def test_refusals_of_queries(kind: type[Body], pairs: list[tuple[str, str]], param: str, code: str) -> None:
+    assert refusal(lambda: parse_query(kind, pairs)) == (param, code)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "role", "content", "text", "id", "format", "effort", "{param}"]), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+NAMES = sorted({*ResponseBody.model_fields, *RESPONSE_NOT_IMPLEMENTED} - {"model"})
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.dictionaries(st.sampled_from(NAMES), ANYTHING, max_size=3))
+def test_any_json_is_a_request_or_refused(changes: dict[str, Any]) -> None:
+    refused = None
+    try:
+        body = parse(**changes)
+        body.sampling_params()
+        messages_of(body.input_items(numbered()), body.instructions)
+    except RequestError as error:
+        refused = error
+    assert refused is None or (refused.http_status == 400 and refused.param)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"input": [{"role": "user", "content": ""}] * 130_000}, None),
+        ({"input": [{"role": "user", "content": ""}] * 9000}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text", "text": ""}] * 9000}]}, "input[0].content"),
+        ({"metadata": dict.fromkeys(map(str, range(90_000)), 1)}, "metadata"),
+        ({"metadata": dict.fromkeys(map(str, range(17)), "x")}, "metadata"),
+    ],
+    ids=["items", "fewer items", "parts", "metadata that is none", "metadata"],
+)
+def test_the_number_of_what_a_body_holds_is_bounded_before_it_is_looked_at(
+    changes: dict[str, Any], param: str | None
+) -> None:
+    raw = json.dumps(RESPONSE | changes).encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadRequestError) as caught:
+            parse_request(ResponseBody, raw)
+        most_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.param == param
+    assert most_bytes < 12 * len(raw) + 10_000_000

@@ -1,0 +1,623 @@
+"""A state machine drives the cache manager as a scheduler would, against a model of what lies in every block of both tiers.
+
+The truth is a label for each slot: which token context the KV in it belongs to. A wrong match, a stale block, a shared
+block that is written, a copy with the wrong source or at the wrong time shows as a slot with the wrong label. Steps are
+executed in the order that StepPlan states, or fail half-way, or find that a block in the CPU tier was corrupted.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.core.cache.cache_manager import CacheManager, Transfers
+from engine.core.cache.cost_model import CostModel
+from engine.core.cache.eviction import EVICTION_POLICIES
+from engine.core.cache.index import Chunk, chunk_key, root_key
+from engine.core.plan import BlockCopy
+from engine.core.request import ContextAccount, Request, SamplingParams
+from engine.core.stats import EngineStats
+
+CHUNK_SIZE = 4
+MAX_TOKENS = 22
+MODEL = "a model"
+SYSTEM_PROMPT = (1, 1, 2, 2, 1)
+TENANTS = ("acme", "umbrella")
+COSTS = CostModel(constant=1.0, per_context_token=0.25, chunk_size=CHUNK_SIZE)  # 2, 3, 4, ... for chunks 0, 1, 2, ...
+
+settings.register_profile(
+    "default-machine",
+    max_examples=300,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+settings.register_profile("nightly", settings.get_profile("default-machine"), max_examples=2000)
+
+# Whose context the KV of a slot belongs to: the tenant, and all tokens up to and including that position.
+Label = tuple[str, tuple[int, ...]]
+GARBAGE: Label = ("nobody", ())
+
+tokens = st.lists(st.integers(1, 2), min_size=1, max_size=7).map(tuple)
+
+
+def label(request: Request, position: int) -> Label:
+    return request.tenant, tuple(request.token_ids[: position + 1])
+
+
+def key_of(tenant: str, token_ids: tuple[int, ...]) -> bytes:
+    """The key of the chunk that ends with the last of `token_ids`, from nothing but the definition."""
+    key = root_key(MODEL, "", tenant)
+    for start in range(0, len(token_ids), CHUNK_SIZE):
+        key = chunk_key(key, token_ids[start : start + CHUNK_SIZE])
+    return key
+
+
+Segment = tuple[Request, int, int]
+Slots = list[list[Label]]
+
+# The watermark, the most swap-outs of the step, and whether they run as late as they may.
+swap_outs = st.tuples(st.integers(0, 12), st.sampled_from([0, 0, 1, 3]), st.booleans())
+
+
+class CacheManagerMachine(RuleBasedStateMachine):
+    """One plan at a time: releases and appended blocks first, then admissions, ahead-of-time swap-outs, then the step."""
+
+    @initialize(
+        num_blocks=st.integers(6, 10),
+        num_cpu_blocks=st.integers(0, 7),
+        policy=st.sampled_from(EVICTION_POLICIES),
+        swap_in_cost=st.sampled_from([0.0, 0.0, 1.0, 2.5]),
+        write_through=st.booleans(),
+        keep=st.integers(0, 9),
+        contexts=st.lists(st.lists(st.integers(1, 2), min_size=6, max_size=18), min_size=2, max_size=8),
+    )
+    def start(
+        self,
+        num_blocks: int,
+        num_cpu_blocks: int,
+        policy: str,
+        swap_in_cost: float,
+        write_through: bool,
+        keep: int,
+        contexts: list[list[int]],
+    ) -> None:
+        self.stats = EngineStats()
+        self.keep = keep > 0  # one example in ten is stateless
+        self.costs = replace(COSTS, swap_in_cost=swap_in_cost)
+        self.write_through = write_through
+        num_cpu_blocks = num_cpu_blocks if self.keep else 0
+        self.cache = CacheManager(
+            chunk_size=CHUNK_SIZE,
+            num_gpu_blocks=num_blocks,
+            num_cpu_blocks=num_cpu_blocks,
+            eviction_policy=policy,
+            cost_model=self.costs,
+            stats=self.stats,
+            model=MODEL,
+            keep=self.keep,
+            write_through=write_through,
+        )
+        self.slots: Slots = [[GARBAGE] * CHUNK_SIZE for _ in range(num_blocks)]
+        self.cpu_slots: Slots = [[GARBAGE] * CHUNK_SIZE for _ in range(num_cpu_blocks)]
+        self.corrupted: set[int] = set()  # CPU blocks that do not hold what was swapped out to them
+        self.names: dict[bytes, Label] = {}  # what each key must mean
+        self.cached_once: set[Label] = set()  # contexts up to the end of each full chunk that was ever cached
+        self.now = 0.0
+        self.is_held_back = False
+        self.num_requests = 0
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.tables: dict[str, list[int | None]] = {}  # block tables, as a worker was told them
+        self.histories: list[tuple[str, str, tuple[int, ...]]] = []  # tenant, conversation, tokens of a finished turn
+        self.starts: list[Request] = []  # admitted in the plan being made
+        self.num_copies = dict.fromkeys(("evictions", "gpu_copies", "swap_ins", "swap_outs"), 0)
+        self.num_corrupted_swaps = 0
+        for number, context in enumerate(contexts):
+            self.add(TENANTS[0], f"c{number}", tuple(context))
+            self.all_run_to_their_end([1, 2] * 4, 3, (0, 0, False))
+
+    # -- requests arrive -----------------------------------------------------------------------------------------------
+
+    def add(self, tenant: str, conversation: str, token_ids: tuple[int, ...]) -> None:
+        self.num_requests += 1
+        request = Request(
+            f"r{self.num_requests}",
+            token_ids[:MAX_TOKENS],
+            SamplingParams(),
+            conversation_id=conversation,
+            tenant=tenant,
+        )
+        for length in range(1, request.num_tokens + 1):
+            self.learn_name(tenant, tuple(request.token_ids[:length]))
+        self.waiting.append(request)
+
+    def learn_name(self, tenant: str, token_ids: tuple[int, ...]) -> None:
+        self.names[key_of(tenant, token_ids)] = tenant, token_ids
+
+    @rule(tenant=st.sampled_from(TENANTS), conversation=st.sampled_from("ab"), new=tokens, with_system=st.booleans())
+    def a_new_context_arrives(self, tenant: str, conversation: str, new: tuple[int, ...], with_system: bool) -> None:
+        self.add(tenant, conversation, (SYSTEM_PROMPT if with_system else ()) + new)
+
+    @precondition(lambda self: self.histories)
+    @rule(data=st.data(), new=tokens)
+    def a_conversation_goes_on(self, data: st.DataObject, new: tuple[int, ...]) -> None:
+        tenant, conversation, history = data.draw(st.sampled_from(self.histories))
+        self.add(tenant, conversation, history + new)
+
+    @precondition(lambda self: self.histories)
+    @rule(data=st.data(), new=st.lists(st.integers(1, 2), max_size=5).map(tuple), tenant=st.sampled_from(TENANTS))
+    def a_fork_arrives(self, data: st.DataObject, new: tuple[int, ...], tenant: str) -> None:
+        """Another conversation, perhaps of another tenant, begins with any part of a history; the whole of it again
+        included."""
+        _, _, history = data.draw(st.sampled_from(self.histories))
+        length = data.draw(st.integers(1, len(history)))
+        self.add(tenant, f"fork of {length}", history[:length] + new)
+
+    @precondition(lambda self: self.histories)
+    @rule(data=st.data(), conversation=st.sampled_from(["a", "b", "c"]), num_cut=st.integers(0, 3))
+    def what_was_computed_is_asked_again(self, data: st.DataObject, conversation: str, num_cut: int) -> None:
+        tenant, _, history = data.draw(st.sampled_from(self.histories))
+        self.add(tenant, conversation, history[: max(1, len(history) - num_cut)])
+
+    @rule(num_gpu_blocks=st.sampled_from([0, 0, 1, 3, 10]), num_cpu_blocks=st.sampled_from([0, 0, 1, 7]))
+    def blocks_are_held_back_or_given_back(self, num_gpu_blocks: int, num_cpu_blocks: int) -> None:
+        self.cache.hold_back(num_gpu_blocks, num_cpu_blocks, self.now)
+        self.is_held_back = num_gpu_blocks + num_cpu_blocks > 0
+
+    # -- the plan ------------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.running and not self.starts)
+    @rule(suspend=st.booleans(), newest=st.booleans(), data=st.data(), idle=st.integers(0, 3))
+    def a_request_leaves(self, suspend: bool, newest: bool, data: st.DataObject, idle: int) -> None:
+        """Suspended or aborted, between two steps."""
+        self.now += idle
+        request = self.running[-1] if newest else data.draw(st.sampled_from(self.running))
+        self.release(request)
+        if suspend:
+            self.waiting.insert(0, request)
+
+    def release(self, request: Request, *, step_failed: bool = False) -> None:
+        self.running.remove(request)
+        if not self.keep:
+            self.note_cached(request, 0, CHUNK_SIZE * sum(chunk.num_tokens == CHUNK_SIZE for chunk in request.chunks))
+        self.cache.release(request, self.now, step_failed=step_failed)
+        assert (request.chunks, request.pending) == ([], [])
+        self.histories.append((request.tenant, request.conversation_id, tuple(request.token_ids)))
+        del self.histories[:-8]
+
+    @precondition(lambda self: self.waiting)
+    @rule(reserve=st.integers(0, 3), idle=st.integers(0, 2))
+    def the_oldest_is_admitted(self, reserve: int, idle: int) -> None:
+        self.now += idle
+        request = self.waiting[0]
+        num_cached, account = self.cached_by_brute_force(request)
+        before = self.snapshot()
+        if not self.cache.try_admit(request, reserve, self.now):
+            assert self.snapshot() == before
+            assert (request.chunks, request.pending) == ([], [])
+            assert self.running or reserve, "a context that fits the tier alone must be admitted"
+            return
+        assert len(request.chunks) == self.cache.num_chunks(request.num_tokens)
+        assert request.num_tokens - request.num_pending_tokens == num_cached
+        assert request.account == account
+        assert request.pending[-1][1] == request.num_tokens, "the last token is always computed"
+        assert all(a[1] < b[0] for a, b in zip(request.pending, request.pending[1:], strict=False))
+        assert self.cache.num_available_blocks >= reserve
+        self.waiting.pop(0)
+        self.running.append(request)
+        self.starts.append(request)
+        self.tables[request.request_id] = [chunk.gpu_block for chunk in request.chunks]
+
+    def note_cached(self, request: Request, start: int, end: int) -> None:
+        """The full chunks that end in (start, end] have been computed, and can be found (in stateless mode: have been)."""
+        for position in range(start // CHUNK_SIZE, end // CHUNK_SIZE):
+            self.cached_once.add((request.tenant, tuple(request.token_ids[: (position + 1) * CHUNK_SIZE])))
+
+    def snapshot(self) -> tuple[object, ...]:
+        cache, planned = self.cache, self.cache._planned
+        return (
+            cache.gpu_pool.num_free,
+            cache.cpu_pool.num_free,
+            set(cache.index),
+            cache.count_idle_chunks(),
+            [len(getattr(planned, name)) for name in self.num_copies],
+            self.stats.as_dict(),
+        )
+
+    def cached_by_brute_force(self, request: Request) -> tuple[int, ContextAccount]:
+        """Tokens of the context that some named chunk holds, the last one left out, by looking at every chunk: those to be
+        used; and of the prompt those to be loaded, those that cost more to load than to compute, and those that were
+        cached."""
+        best: dict[int, Chunk] = {}
+        for chunk in self.cache.index:
+            tenant, token_ids = self.names[chunk.key]
+            if (tenant, token_ids) == (request.tenant, tuple(request.token_ids[: len(token_ids)])) and (
+                chunk.position not in best or best[chunk.position].num_tokens < chunk.num_tokens
+            ):
+                best[chunk.position] = chunk
+        num_cached = num_loaded = num_left_out = num_dropped = 0
+        for position in range(-(-request.num_tokens // CHUNK_SIZE)):
+            start, end = position * CHUNK_SIZE, (position + 1) * CHUNK_SIZE
+            num_prompt = max(0, request.num_prompt_tokens - start)
+            chunk = best.get(position)
+            if chunk is None:
+                if end <= request.num_tokens and (request.tenant, tuple(request.token_ids[:end])) in self.cached_once:
+                    num_dropped += min(CHUNK_SIZE, request.num_tokens - 1 - start, num_prompt)
+                continue
+            num_usable = min(chunk.num_tokens, request.num_tokens - 1 - start)
+            if chunk.gpu_block is None and num_usable:
+                if self.costs.swap_in_cost > self.costs.chunk_cost(position) * num_usable / CHUNK_SIZE:
+                    num_left_out += min(num_usable, num_prompt)
+                    continue
+                num_loaded += min(num_usable, num_prompt)
+            num_cached += num_usable
+        return num_cached, ContextAccount(num_loaded, num_left_out, num_dropped)
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.running)
+    @rule(
+        lengths=st.lists(st.integers(0, 9), min_size=8, max_size=8),
+        next_tokens=st.lists(st.integers(1, 2), min_size=8, max_size=8),
+        ends=st.lists(st.booleans(), min_size=8, max_size=8),
+        swap_outs=swap_outs,
+    )
+    def a_step_is_computed(
+        self, lengths: list[int], next_tokens: list[int], ends: list[bool], swap_outs: tuple[int, int, bool]
+    ) -> None:
+        self.now += 1
+        segments = list(self.plan_segments(lengths))
+        self.execute(self.take_plan(swap_outs), segments, is_late=swap_outs[2])
+        self.starts = []
+        for request, start, end in segments:
+            if request not in self.running:
+                continue  # read a corrupted block
+            self.cache.commit(request, start, end)
+            if self.keep:
+                self.note_cached(request, start, end)
+            if end < request.pending[0][1]:
+                request.pending[0] = (end, request.pending[0][1])
+            else:
+                del request.pending[0]
+        for request in list(self.running):
+            if request.pending:
+                continue
+            index = int(request.request_id[1:]) % 8
+            request.token_ids.append(next_tokens[index])
+            self.learn_name(request.tenant, tuple(request.token_ids))
+            request.pending = [(request.num_tokens - 1, request.num_tokens)]
+            if ends[index] or request.num_tokens >= MAX_TOKENS:
+                self.release(request)
+                continue
+            self.append_block(request)
+
+    @precondition(lambda self: self.histories and not self.starts)
+    @rule(
+        arrivals=st.lists(
+            st.tuples(
+                st.sampled_from(["cpu", "evicted", "loading", "any"]),
+                st.integers(0, 9),
+                st.sampled_from([(), (1,), (2, 1, 1), (1, 2, 2, 1, 2, 1)]),
+                st.booleans(),
+            ),
+            max_size=4,
+        ),
+        reserve=st.integers(0, 1),
+        lengths=st.lists(st.integers(0, 9), min_size=8, max_size=8),
+        next_tokens=st.lists(st.integers(1, 2), min_size=8, max_size=8),
+        ends=st.lists(st.booleans(), min_size=8, max_size=8),
+        swap_outs=swap_outs,
+        outcome=st.sampled_from(["computed", "computed", "failed", "computation failed", "corrupted"]),
+    )
+    def conversations_go_on_and_a_step_is_made(
+        self,
+        arrivals: list[tuple[str, int, tuple[int, ...], bool]],
+        reserve: int,
+        lengths: list[int],
+        next_tokens: list[int],
+        ends: list[bool],
+        swap_outs: tuple[int, int, bool],
+        outcome: str,
+    ) -> None:
+        """What the rules above and below do one by one, together, because it takes several requests in one plan."""
+        for where, number, new, is_fork in arrivals:
+            tenant, conversation, history = self.find_history(where, number)
+            kept = history[: max(1, len(history) - max(0, number - 4))]
+            self.add(tenant, f"fork of {conversation}" if is_fork else conversation, kept + new)
+            self.waiting.insert(0, self.waiting.pop())
+            self.the_oldest_is_admitted(reserve if self.running else 0, idle=1)
+            self.the_books_balance()
+            self.chunks_hold_what_their_names_say()
+        if not self.running:
+            return
+        if outcome.endswith("failed"):
+            self.a_step_fails(lengths, swap_outs, are_copies_made=outcome == "computation failed")
+            return
+        if outcome == "corrupted":
+            planned = self.cache._planned
+            on_its_way = {copy.target for _, copy in planned.evictions}
+            for source in [copy.source for _, _, copy in planned.swap_ins if copy.source not in on_its_way][:2]:
+                self.corrupt(source)
+        self.a_step_is_computed(lengths, next_tokens, ends, swap_outs)
+
+    def find_history(self, where: str, number: int) -> tuple[str, str, tuple[int, ...]]:
+        """A finished turn; if there is one, the context of a chunk that this very plan evicts or loads, or that is in the CPU
+        tier only."""
+        planned = self.cache._planned
+        chunks = {
+            "any": [],
+            "evicted": [chunk for chunk, _ in planned.evictions],
+            "loading": [target for _, target, _ in planned.swap_ins],
+            "cpu": sorted(
+                (chunk for chunk in self.cache.index if chunk.gpu_block is None), key=lambda chunk: chunk.cpu_block
+            ),
+        }[where]
+        chunks = [chunk for chunk in chunks if chunk.key is not None]
+        if not chunks:
+            return self.histories[number % len(self.histories)]
+        chunk = chunks[number % len(chunks)]
+        return self.names[chunk.key][0], chunk.owner_id or "nobody's", self.names[chunk.key][1]
+
+    @precondition(lambda self: not self.running and self.cache.count_idle_chunks()["gpu"])
+    @rule(swap_outs=swap_outs, fails=st.booleans(), idle=st.integers(0, 2))
+    def blocks_move_while_nobody_runs(self, swap_outs: tuple[int, int, bool], fails: bool, idle: int) -> None:
+        self.now += idle
+        transfers = self.take_plan(swap_outs)
+        assert not transfers.swap_ins
+        assert not transfers.gpu_copies
+        if fails:
+            self.fail(transfers, [], are_copies_made=False)
+        else:
+            self.execute(transfers, [], is_late=swap_outs[2])
+
+    def take_plan(self, swap_outs: tuple[int, int, bool]) -> Transfers:
+        """Plan the ahead-of-time swap-outs, and take all transfers."""
+        watermark, limit, _ = swap_outs
+        cache = self.cache
+        idle = {chunk for chunk in cache.index if not chunk.pins and chunk.cpu_block is None}
+        num_wanted = watermark - cache.gpu_pool.num_free - cache.count_idle_chunks()["both"]
+        cache.plan_swap_outs(watermark, limit, self.now)
+        self.the_books_balance()
+        self.chunks_hold_what_their_names_say()
+        transfers = cache.take_transfers()
+        planned = [chunk for chunk, _ in transfers.swap_outs]
+        assert len(planned) <= (limit if self.write_through else max(0, min(limit, num_wanted)))
+        assert len(planned) == len(set(planned))
+        # One that lost its copy to another one may be next.
+        assert all(chunk in idle or self.stats.evictions["cpu_copy_dropped"] for chunk in planned)
+        for name in self.num_copies:
+            self.num_copies[name] += len(getattr(transfers, name))
+        return transfers
+
+    def execute(self, transfers: Transfers, segments: list[Segment], *, is_late: bool) -> None:
+        """The step as StepPlan orders it, then what EngineCore makes of its result."""
+        move(self.slots, self.cpu_slots, self.corrupted, transfers, swap_outs=not is_late)
+        failed = [copy.target for _, _, copy in transfers.swap_ins if copy.source in self.corrupted]
+        misled = [request for request in self.running if not set(self.tables[request.request_id]).isdisjoint(failed)]
+        for request in self.running:
+            if request not in misled:
+                self.check_content(request)
+        for request, start, end in segments:
+            for position in range(start, end):
+                self.write(request, position, GARBAGE if request in misled else label(request, position))
+        if is_late:
+            move_out(self.slots, self.cpu_slots, self.corrupted, transfers.swap_outs)
+        reached = [self.cache.fail_swap_in(gpu_block) for gpu_block in failed]
+        self.num_corrupted_swaps += len(failed)
+        for request in reversed(list(self.running)):
+            if not set(reached).isdisjoint(request.chunks):
+                misled.remove(request)
+                self.running.remove(request)
+                self.cache.release(request, self.now, step_failed=True)
+                self.waiting.insert(0, request)
+        assert not misled, "a request has read a corrupted block and goes on"
+        self.cache.complete_transfers()
+
+    def append_block(self, request: Request) -> None:
+        """A decode that needs a block gets it, or is suspended for want of one."""
+        if self.cache.num_chunks(request.num_tokens) == len(request.chunks):
+            return
+        before = self.snapshot()
+        block_id = self.cache.try_append_block(request, self.now)
+        if block_id is not None:
+            self.tables[request.request_id].append(block_id)
+        else:
+            assert self.snapshot() == before
+            assert self.cache.num_available_blocks == 0
+            self.release(request)
+            self.waiting.insert(0, request)
+
+    @rule(
+        next_tokens=st.lists(st.integers(1, 2), min_size=8, max_size=8),
+        answer_len=st.integers(1, 6),
+        swap_outs=swap_outs,
+    )
+    def all_run_to_their_end(self, next_tokens: list[int], answer_len: int, swap_outs: tuple[int, int, bool]) -> None:
+        for num_steps in range(200):
+            if not self.waiting and not self.running:
+                return
+            if self.waiting:
+                self.the_oldest_is_admitted(reserve=1 if self.running else 0, idle=1)
+            self.the_books_balance()
+            if self.running:
+                self.a_step_is_computed([9] * 8, next_tokens, [num_steps % answer_len == 0] * 8, swap_outs)
+        raise AssertionError("a request waits for ever")
+
+    @precondition(lambda self: self.running)
+    @rule(
+        lengths=st.lists(st.integers(0, 9), min_size=8, max_size=8), swap_outs=swap_outs, are_copies_made=st.booleans()
+    )
+    def a_step_fails(self, lengths: list[int], swap_outs: tuple[int, int, bool], are_copies_made: bool) -> None:
+        """Whatever the step was to compute, and unless `are_copies_made` to copy, may hold anything; its requests end."""
+        self.now += 1
+        segments = list(self.plan_segments(lengths))
+        self.fail(self.take_plan(swap_outs), segments, are_copies_made=are_copies_made)
+        self.starts = []
+        for request in self.running:
+            self.check_content(request)
+
+    def fail(self, transfers: Transfers, segments: list[Segment], *, are_copies_made: bool) -> None:
+        named, lost = set(self.cache.index), {chunk for chunk, _ in transfers.evictions}
+        if are_copies_made and not any(copy.source in self.corrupted for _, _, copy in transfers.swap_ins):
+            move(self.slots, self.cpu_slots, self.corrupted, transfers, swap_outs=True)
+            lost = set()
+            self.cache.complete_transfers()
+        else:
+            for copy in (*transfers.gpu_copies, *(copy for _, _, copy in transfers.swap_ins)):
+                self.slots[copy.target] = [GARBAGE] * CHUNK_SIZE
+            for _, copy in (*transfers.evictions, *transfers.swap_outs):
+                self.cpu_slots[copy.target] = [GARBAGE] * CHUNK_SIZE
+            self.cache.abort_transfers()
+        for request, start, end in segments:
+            for position in range(start, end):
+                self.write(request, position, GARBAGE)
+        for request in dict.fromkeys(request for request, _, _ in segments):
+            self.release(request, step_failed=True)
+        assert self.is_held_back or set(self.cache.index) == named - lost, (
+            "lost are only those whose only copy was on its way"
+        )
+
+    @precondition(
+        lambda self: not self.cache.has_transfers and any(chunk.cpu_block is not None for chunk in self.cache.index)
+    )
+    @rule(data=st.data())
+    def a_block_in_the_cpu_tier_is_corrupted(self, data: st.DataObject) -> None:
+        in_use = sorted(chunk.cpu_block for chunk in self.cache.index if chunk.cpu_block is not None)
+        block_id = data.draw(st.sampled_from(in_use))
+        self.corrupt(block_id)
+
+    def corrupt(self, cpu_block: int) -> None:
+        self.cpu_slots[cpu_block] = [GARBAGE] * CHUNK_SIZE
+        self.corrupted.add(cpu_block)
+
+    def plan_segments(self, lengths: list[int]) -> Iterator[tuple[Request, int, int]]:
+        """As the scheduler does: pending ranges front first; whoever is admitted computes something at once."""
+        for index, request in enumerate(self.running):
+            budget = lengths[index % 8]
+            if request in self.starts:
+                budget = max(1, budget)
+            for start, end in request.pending:
+                length = min(end - start, budget)
+                if length:
+                    yield request, start, start + length
+                    budget -= length
+
+    def write(self, request: Request, position: int, content: Label) -> None:
+        chunk = request.chunks[position // CHUNK_SIZE]
+        assert chunk.key is None, "a chunk that others may use is written"
+        assert sum(chunk in other.chunks for other in self.running) == 1
+        block_id = self.tables[request.request_id][position // CHUNK_SIZE]
+        assert block_id is not None
+        self.slots[block_id][position % CHUNK_SIZE] = content
+
+    # -- the truth -----------------------------------------------------------------------------------------------------
+
+    def check_content(self, request: Request) -> None:
+        """Every position that is not pending has the right KV."""
+        pending = {position for start, end in request.pending for position in range(start, end)}
+        for position in set(range(request.num_tokens)) - pending:
+            block_id = self.tables[request.request_id][position // CHUNK_SIZE]
+            assert block_id is not None
+            assert self.slots[block_id][position % CHUNK_SIZE] == label(request, position), (request, position)
+
+    @invariant()
+    def the_books_balance(self) -> None:
+        self.cache.check_integrity(self.running)
+
+    @invariant()
+    def workers_know_the_block_tables(self) -> None:
+        for request in self.running:
+            assert self.tables[request.request_id] == [chunk.gpu_block for chunk in request.chunks]
+
+    @invariant()
+    def chunks_hold_what_their_names_say(self) -> None:
+        """In both tiers, now where nothing is on its way there, and after the transfers of the plan being made."""
+        planned = self.cache._planned
+        slots, cpu_slots, corrupted = (
+            [row[:] for row in self.slots],
+            [row[:] for row in self.cpu_slots],
+            set(self.corrupted),
+        )
+        move(slots, cpu_slots, corrupted, planned, swap_outs=True)
+        swapped_out = {copy.target for _, copy in (*planned.evictions, *planned.swap_outs)}
+        swapped_in = {copy.target: copy.source for _, _, copy in planned.swap_ins}
+        for chunk in self.cache.index:
+            tenant, token_ids = self.names[chunk.key]
+            start, size = chunk.position * CHUNK_SIZE, chunk.num_tokens
+            assert len(token_ids) == start + size
+            expected = [(tenant, token_ids[: position + 1]) for position in range(start, start + size)]
+            if chunk.gpu_block is not None and swapped_in.get(chunk.gpu_block) not in corrupted:
+                assert slots[chunk.gpu_block][:size] == expected, chunk
+                if chunk.gpu_block not in swapped_in:
+                    assert self.slots[chunk.gpu_block][:size] == expected, chunk
+            if chunk.cpu_block is not None and chunk.cpu_block not in corrupted:
+                assert cpu_slots[chunk.cpu_block][:size] == expected, chunk
+                if chunk.cpu_block not in swapped_out:
+                    assert self.cpu_slots[chunk.cpu_block][:size] == expected, chunk
+
+    @invariant()
+    def counts_conserve(self) -> None:
+        num_copies, stats = self.num_copies, self.stats
+        assert stats.num_swap_ins == num_copies["swap_ins"]
+        assert stats.num_gpu_copies == num_copies["gpu_copies"]
+        assert stats.num_swap_outs == num_copies["evictions"] + num_copies["swap_outs"]
+        num_evictions = num_copies["evictions"] + len(self.cache._planned.evictions)
+        assert stats.evictions["gpu_swapped_out"] == num_evictions
+        assert stats.num_corrupted_swaps == self.num_corrupted_swaps
+        if not self.cache.cpu_pool.num_blocks:
+            assert sum(stats.evictions.values()) == stats.evictions["gpu_dropped"]
+
+    @invariant()
+    def stateless_shares_and_keeps_nothing(self) -> None:
+        if self.keep:
+            return
+        assert not len(self.cache.index)
+        assert not self.cache.has_transfers
+        num_held = self.cache.count_held_blocks()["gpu"]
+        assert self.cache.gpu_pool.num_used == num_held + sum(len(request.chunks) for request in self.running)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        if self.running:
+            self.a_step_is_computed([9] * 8, [1] * 8, [True] * 8, (0, 0, False))
+        for request in list(self.running):
+            self.release(request)
+        if self.cache.has_transfers:
+            self.blocks_move_while_nobody_runs((0, 0, False), fails=False, idle=0)
+        self.cache.check_integrity([])
+        self.chunks_hold_what_their_names_say()
+        cache, idle = self.cache, self.cache.count_idle_chunks()
+        assert cache.num_available_blocks == cache.gpu_pool.num_blocks
+        assert sum(idle.values()) == len(cache.index)
+        held = cache.count_held_blocks()
+        assert cache.gpu_pool.num_used == idle["gpu"] + idle["both"] + held["gpu"]
+        assert cache.cpu_pool.num_used == idle["cpu"] + idle["both"] + held["cpu"]
+
+
+def move(slots: Slots, cpu_slots: Slots, corrupted: set[int], transfers: Transfers, *, swap_outs: bool) -> None:
+    """The copies of a step in the order of StepPlan. A corrupted block brings garbage."""
+    move_out(slots, cpu_slots, corrupted, transfers.evictions)
+    contents = [slots[copy.source][:] for copy in transfers.gpu_copies]
+    for copy, content in zip(transfers.gpu_copies, contents, strict=True):
+        slots[copy.target] = content
+    if swap_outs:
+        move_out(slots, cpu_slots, corrupted, transfers.swap_outs)
+    for _, _, copy in transfers.swap_ins:
+        slots[copy.target] = cpu_slots[copy.source][:]
+
+
+def move_out(slots: Slots, cpu_slots: Slots, corrupted: set[int], copies: list[tuple[Chunk, BlockCopy]]) -> None:
+    for _, copy in copies:
+        cpu_slots[copy.target] = slots[copy.source][:]
+        corrupted.discard(copy.target)
+
+
+TestCacheManager = CacheManagerMachine.TestCase
+TestCacheManager.settings = settings.get_profile(
+    "nightly" if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else "default-machine"
+)

@@ -1,0 +1,105 @@
+"""Chunks are found by content, by whoever may know that content, and by nobody else."""
+
+import itertools
+
+import pytest
+
+from engine.core.cache.index import Chunk, ChunkIndex, Residency, chunk_key, root_key
+
+ROOT = root_key("model", "", "acme")
+
+
+def named(index: ChunkIndex, position: int, parent: bytes, token_ids: tuple[int, ...]) -> Chunk:
+    chunk = Chunk(position, gpu_block=0)
+    chunk.num_tokens = len(token_ids)
+    assert index.insert(chunk, chunk_key(parent, token_ids), parent)
+    return chunk
+
+
+def test_a_root_differs_by_model_adapter_and_tenant_however_they_are_cut():
+    parts = ["", "a", "b", "ab", "ba", "aab"]
+    roots = {root_key(*names) for names in itertools.product(parts, repeat=3)}
+    assert len(roots) == len(parts) ** 3
+
+
+def test_a_key_tells_everything_up_to_its_end():
+    keys = {
+        chunk_key(ROOT, (1, 2, 3, 4)),
+        chunk_key(ROOT, (1, 2, 3)),
+        chunk_key(ROOT, (1, 2, 4, 3)),
+        chunk_key(root_key("model", "", "umbrella"), (1, 2, 3, 4)),
+        chunk_key(chunk_key(ROOT, (1, 2, 3, 4)), (1, 2, 3, 4)),
+        chunk_key(chunk_key(ROOT, (9, 2, 3, 4)), (1, 2, 3, 4)),
+        chunk_key(ROOT, (1, 2 + (3 << 8))),
+        chunk_key(ROOT, (0x04030201,)),
+        ROOT,
+    }
+    assert len(keys) == 9
+    assert chunk_key(ROOT, [1, 2, 3, 4]) == chunk_key(ROOT, (1, 2, 3, 4))
+
+
+def test_the_longest_tail_that_the_context_continues_is_found():
+    index = ChunkIndex(4)
+    one, three = named(index, 0, ROOT, (1,)), named(index, 0, ROOT, (1, 2, 3))
+    other_two = named(index, 0, ROOT, (1, 9))
+    assert index.match_tail(ROOT, (1, 2, 3, 4)) is three
+    assert index.match_tail(ROOT, (1, 2, 3)) is three
+    assert index.match_tail(ROOT, (1, 2)) is one
+    assert index.match_tail(ROOT, (1, 9, 9, 9)) is other_two
+    assert index.match_tail(ROOT, (2, 1)) is None
+    assert index.match_tail(ROOT, ()) is None
+    index.remove(three)
+    assert index.match_tail(ROOT, (1, 2, 3, 4)) is one
+
+
+def test_a_tail_is_found_under_its_own_parent_only():
+    index = ChunkIndex(4)
+    parent = chunk_key(ROOT, (1, 2, 3, 4))
+    tail = named(index, 1, parent, (5,))
+    assert index.match_tail(parent, (5, 6)) is tail
+    assert index.match_tail(ROOT, (5, 6)) is None
+    assert index.match_tail(chunk_key(root_key("model", "", "umbrella"), (1, 2, 3, 4)), (5, 6)) is None
+
+
+def test_a_full_chunk_is_no_tail():
+    index = ChunkIndex(4)
+    full = named(index, 0, ROOT, (1, 2, 3, 4))
+    assert index.match_tail(ROOT, (1, 2, 3, 4)) is None
+    assert index.match(full.key) is full
+
+
+def test_a_name_is_given_once():
+    index = ChunkIndex(4)
+    first = named(index, 0, ROOT, (1, 2))
+    second = Chunk(0, gpu_block=1)
+    second.num_tokens = 2
+    assert not index.insert(second, chunk_key(ROOT, (1, 2)), ROOT)
+    assert second.key is None
+    assert list(index) == [first]
+    index.remove(first)
+    assert first.key is None
+    assert index.insert(second, chunk_key(ROOT, (1, 2)), ROOT)
+    assert index.match_tail(ROOT, (1, 2)) is second
+
+
+def test_nothing_is_left_of_tails_that_are_gone():
+    index = ChunkIndex(4)
+    for chunk in [named(index, 0, ROOT, (1,)), named(index, 0, ROOT, (2,)), named(index, 0, ROOT, (1, 2))]:
+        index.remove(chunk)
+    assert len(index) == 0
+    assert index._tail_lengths == {}, "the lengths of tails that are gone are counted for ever"
+
+
+@pytest.mark.parametrize(
+    ("gpu_block", "cpu_block", "residency"),
+    [
+        (0, None, Residency.GPU),
+        (0, 0, Residency.BOTH),
+        (None, 0, Residency.CPU),
+        (None, None, Residency.DROPPED),
+    ],
+)
+def test_residency_follows_from_the_blocks(gpu_block, cpu_block, residency):
+    chunk = Chunk(0, gpu_block)
+    chunk.cpu_block = cpu_block
+    assert chunk.residency is residency
