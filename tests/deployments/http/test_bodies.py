@@ -119,7 +119,7 @@ async def test_large_bodies_are_parsed_in_one_thread_and_small_ones_here(
     bodies: RequestBodies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: list[str] = []
-    original = bodies.parse_request
+    original = request_bodies.parse_request
 
     def parse_noted(*arguments: Any) -> Any:
         names.append(threading.current_thread().name)
