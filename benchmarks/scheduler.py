@@ -13,7 +13,8 @@ import time
 from machine import write_result
 from tqdm import tqdm
 
-from engine.core.engine_core import CoreConfig, EngineCore
+from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.engine_core import EngineCore
 from engine.core.plan import StepPlan, StepResult
 from engine.core.request import Request, SamplingParams
 
@@ -29,14 +30,13 @@ def result_of(plan: StepPlan) -> StepResult:
 def main() -> None:
     num_blocks = NUM_REQUESTS * (CONTEXT_LEN + NUM_STEPS + 64) // 32 + 64
     core = EngineCore(
-        CoreConfig(
+        CacheConfig(num_gpu_blocks=num_blocks, num_cpu_blocks=num_blocks),
+        SchedulingConfig(
             max_model_len=2 * CONTEXT_LEN,
-            num_gpu_blocks=num_blocks,
-            num_cpu_blocks=num_blocks,
             max_num_seqs=NUM_REQUESTS,
             max_num_batched_tokens=NUM_REQUESTS * CONTEXT_LEN,
             decode_reserve=0.0,
-        )
+        ),
     )
     rng = random.Random(0)
     for i in range(NUM_REQUESTS):

@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 from engine.attention.interface import PagedAttention
 from engine.config import EngineConfig
-from engine.core.engine_core import CoreConfig, EngineCore
+from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.engine_core import EngineCore
 from engine.core.request import Request, SamplingParams
 from engine.executor.local import LocalExecutor
 from engine.executor.packed_linear import PackedLinear
@@ -96,12 +97,12 @@ def profile_steps(executor: LocalExecutor, num_requests: int, context_len: int, 
     """Median seconds by part over steps of `num_requests` requests: decodes, or with `num_new` > 1 a prefill of so many
     tokens after a cached context."""
     core = EngineCore(
-        CoreConfig(
+        CacheConfig(num_gpu_blocks=executor.num_gpu_blocks),
+        SchedulingConfig(
             max_model_len=executor.loaded.max_model_len,
-            num_gpu_blocks=executor.num_gpu_blocks,
             max_num_seqs=max(64, num_requests),
             max_num_batched_tokens=512,
-        )
+        ),
     )
     rng = random.Random(0)
     clock = Clock()

@@ -29,12 +29,10 @@ from typing import Any
 
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
-from engine.core.engine_core import CoreConfig, EngineCore
 from engine.core.executor import ComputationFailedError, Executor
 from engine.core.plan import StepPlan, StepResult
 from engine.core.request import Request, SamplingParams
 from engine.errors import (
-    ConfigError,
     ContextLengthError,
     EngineError,
     EngineStoppedError,
@@ -44,8 +42,8 @@ from engine.errors import (
 )
 from engine.executor.group import make_executor
 from engine.executor.local import LocalExecutor
+from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
-from engine.profile import load_cost_model
 from engine.tenant import LOCAL_TENANT, Tenant
 from engine.text.output import OutputDelta, merge_deltas
 from engine.text.output_processor import OutputProcessor, Stream
@@ -64,8 +62,6 @@ MAX_STEP_S = 300.0
 LOG_INTERVAL_S = 10.0
 # Characters that are tokenised in the event loop itself, about a millisecond's worth.
 MAX_INLINE_CHARS = 4096
-# See EngineConfig.prefill_batch_tokens: a CPU's matrix kernels are at their full speed with some dozens of rows.
-CPU_PREFILL_BATCH_TOKENS = 128
 # Memory for what conversations have said, their texts and token ids; about.
 MAX_CONVERSATION_BYTES = 1 << 28
 
@@ -96,30 +92,10 @@ class AsyncEngine:
         self._bytes_per_block = executor.bytes_per_block
         eos_token_id = self._tokenizer.eos_token_id
         self._eos_token_ids = tuple({*loaded.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
-        self.max_model_len = _resolve_max_model_len(config, loaded.max_model_len, executor.num_gpu_blocks)
+        self._core = make_core(config, executor)
+        self.max_model_len = self._core.scheduling_config.max_model_len
         self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens)
         self._tokenizer_pool = TokenizerPool(config.max_num_queued_reqs)
-        self._core = EngineCore(
-            CoreConfig(
-                max_model_len=self.max_model_len,
-                num_gpu_blocks=executor.num_gpu_blocks,
-                num_cpu_blocks=executor.num_cpu_blocks,
-                chunk_size=config.chunk_size,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                prefill_batch_tokens=config.prefill_batch_tokens
-                or (CPU_PREFILL_BATCH_TOKENS if loaded.device.type == "cpu" else None),
-                max_num_queued_reqs=config.max_num_queued_reqs,
-                max_num_queued_tokens=config.max_num_queued_tokens,
-                decode_reserve=config.decode_reserve,
-                swap_out_watermark=config.swap_out_watermark,
-                write_through=config.write_through,
-                eviction_policy=config.eviction_policy,
-                keep=config.mode == "pensieve",
-                model=loaded.fingerprint,
-                cost_model=load_cost_model(config, executor),
-            )
-        )
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
         self._cache_watch = CacheWatch(self._core, self._conversations, self._call, time.monotonic)
@@ -250,7 +226,7 @@ class AsyncEngine:
     async def hold_back(self, *, gpu_blocks_left: int | None = None, cpu_blocks_left: int | None = None) -> None:
         """Leave only so many blocks of each tier in use, for a demonstration; None = all. What lies in the others is evicted
         as at any other time, and no answer changes. See CacheManager.hold_back. Raises EngineStoppedError."""
-        config = self._core.config
+        config = self._core.cache_config
 
         def num_held(num_blocks: int, num_left: int | None) -> int:
             return 0 if num_left is None else max(0, num_blocks - num_left)
@@ -479,18 +455,3 @@ class AsyncEngine:
         if self._is_stopping:  # the thread may have looked for commands for the last time
             self.check_health()
         return await asyncio.wrap_future(future)
-
-
-def _resolve_max_model_len(config: EngineConfig, model_window: int, num_gpu_blocks: int) -> int:
-    """The window: what was asked for, or the model's as far as the GPU tier can hold it."""
-    capacity = num_gpu_blocks * config.chunk_size
-    if config.max_model_len is None:
-        if capacity < model_window:
-            logger.warning("the GPU tier holds %d tokens: the window is that, not %d", capacity, model_window)
-        return min(model_window, capacity)
-    if config.max_model_len > model_window:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}, but the model's window is {model_window} tokens; lower it",
-            param="max_model_len",
-        )
-    return config.max_model_len

@@ -126,7 +126,7 @@ class CacheWatch:
     def _name(
         self, chosen: dict[str, tuple[str, Transcript | None]], known: dict[str, tuple[Transcript, ContextKeys]]
     ) -> dict[str, tuple[Transcript, ContextKeys]]:
-        config = self._core.config
+        config = self._core.cache_config
         named = {}
         for conversation_id, (tenant, branch) in chosen.items():
             if branch is None:
@@ -171,7 +171,7 @@ class CacheWatch:
                 )
             )
         return CacheView(
-            self._core.config.chunk_size,
+            self._core.cache_config.chunk_size,
             self._tiers(),
             self._hit_rates(),
             tuple(row(conversation_id, context) for conversation_id, context in mapped.items()),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Union
 
 from engine.core.cache.eviction import EVICTION_POLICIES
+from engine.core.config import CacheOptions, SchedulingOptions
 from engine.errors import ConfigError
 
 MODES = ("pensieve", "stateless")
@@ -23,8 +24,8 @@ SWAP_COPIES = ("auto", "dma", "kernel")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig(CacheOptions, SchedulingOptions):
     """Options of one engine; raises ConfigError, which names the option and the remedy.
 
     model: "embedded" (the recall model), "smollm2" (the chat model of `make install`), "auto" (that one if it is there, else
@@ -61,21 +62,11 @@ class EngineConfig:
     dtype: str = "auto"
     device: str = "auto"
     max_model_len: int | None = None
-    chunk_size: int = 32
     num_gpu_blocks: int | None = None
     num_cpu_blocks: int | None = None
     gpu_memory_gib: float | None = None
     gpu_memory_utilization: float = 0.9
     kv_offloading_size: float = 1.0
-    eviction_policy: str = "retention_value"
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    prefill_batch_tokens: int | None = None
-    max_num_queued_reqs: int = 256
-    max_num_queued_tokens: int | None = None
-    decode_reserve: float = 0.10
-    swap_out_watermark: float = 0.25
-    write_through: bool = False
     verify_swaps: bool = False
     profile: str | None = None
     num_threads: int | None = None

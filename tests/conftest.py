@@ -23,11 +23,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from engine.config import EngineConfig
-from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
+from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.plan import StepPlan, StepResult
 from engine.core.request import FinishReason, Request, SamplingParams
 from engine.executor.group import GroupExecutor
 from engine.executor.local import LocalExecutor
+from engine.make_core import make_core
 from tests.group_workers import WarmWorkers
 
 torch.set_num_threads(1)
@@ -110,9 +111,9 @@ class Driver:
     """Steps one core with one executor. Time is the number of the step. runs_ahead: puts a second step behind the first one,
     where the core gives it."""
 
-    def __init__(self, executor: LocalExecutor, core_config: CoreConfig) -> None:
+    def __init__(self, executor: LocalExecutor, core: EngineCore) -> None:
         self.executor = executor
-        self.core = EngineCore(core_config)
+        self.core = core
         self.now = 0.0
         self.plans_ahead = True
         self.runs_ahead = False
@@ -194,27 +195,14 @@ def make_driver(request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver
     groups: list[GroupExecutor] = []
 
     def make(model: Path | str, **options: object) -> Driver:
-        config = EngineConfig.from_options({"model": str(model), "dtype": "float32", "num_threads": 1, **options})
+        defaults = {"model": str(model), "dtype": "float32", "num_threads": 1, "max_num_queued_reqs": 1024}
+        config = EngineConfig.from_options({**defaults, **options})
         if config.tensor_parallel_size > 1:
             groups.append(GroupExecutor(config, request.getfixturevalue("warm_workers").starter()))
             executor: LocalExecutor = groups[-1]
         else:
             executor = LocalExecutor(config)
-        window = min(config.max_model_len or executor.loaded.max_model_len, executor.num_gpu_blocks * config.chunk_size)
-        core_config = CoreConfig(
-            max_model_len=window,
-            num_gpu_blocks=executor.num_gpu_blocks,
-            num_cpu_blocks=executor.num_cpu_blocks,
-            swap_out_watermark=config.swap_out_watermark,
-            write_through=config.write_through,
-            chunk_size=config.chunk_size,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            eviction_policy=config.eviction_policy,
-            decode_reserve=config.decode_reserve,
-            keep=config.mode == "pensieve",
-        )
-        return Driver(executor, core_config)
+        return Driver(executor, make_core(config, executor))
 
     yield make
     for group in groups:

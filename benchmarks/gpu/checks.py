@@ -24,7 +24,8 @@ from steps import make_config, swappers, swapping_by
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
+from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.executor import PendingStep
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, SamplingParams
@@ -296,13 +297,12 @@ def check_conversations(subject: Subject) -> str:
 
 def _core(subject: Subject, **options: Any) -> EngineCore:
     return EngineCore(
-        CoreConfig(
+        CacheConfig(chunk_size=CHUNK_SIZE, **options),
+        SchedulingConfig(
             max_model_len=min(512, options["num_gpu_blocks"] * CHUNK_SIZE),
             max_num_seqs=subject.sizes.max_num_seqs,
             max_num_batched_tokens=128,
-            chunk_size=CHUNK_SIZE,
-            **options,
-        )
+        ),
     )
 
 

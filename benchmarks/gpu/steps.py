@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from engine.attention.device_health import check_device
 from engine.config import EngineConfig
-from engine.core.engine_core import CoreConfig, EngineCore
+from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.engine_core import EngineCore
 from engine.core.executor import PendingStep
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, SamplingParams
@@ -408,13 +409,12 @@ def _drive_decodes(setting: Setting, executor: LocalExecutor, *, is_ahead: bool)
     """(median seconds from one result to the next, medians of the host's parts) of steps in which all decode."""
     batch = setting.overhead_batch
     core = EngineCore(
-        CoreConfig(
+        CacheConfig(num_gpu_blocks=executor.num_gpu_blocks, chunk_size=CHUNK_SIZE),
+        SchedulingConfig(
             max_model_len=min(executor.loaded.max_model_len, executor.num_gpu_blocks * CHUNK_SIZE),
-            num_gpu_blocks=executor.num_gpu_blocks,
             max_num_seqs=batch,
             max_num_batched_tokens=setting.max_num_batched_tokens,
-            chunk_size=CHUNK_SIZE,
-        )
+        ),
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=2 * setting.overhead_steps, ignore_eos=True)
     for i in range(batch):

@@ -13,41 +13,17 @@ and without, the plans are the same; with plans made ahead, the outputs are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 from engine.core.cache.cache_manager import CacheManager
-from engine.core.cache.cost_model import CostModel
 from engine.core.cache_map import ContextKeys, Eviction, MappedContext
+from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.plan import Logprobs, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineStats, RequestStats
 from engine.errors import ConfigError, ContextLengthError, InvalidParameterError, OverloadedError
-
-
-@dataclass(frozen=True, slots=True)
-class CoreConfig:
-    """Sizes and thresholds of a core; see EngineConfig for their meaning. All resolved; None = no limit."""
-
-    max_model_len: int
-    num_gpu_blocks: int
-    num_cpu_blocks: int = 0
-    chunk_size: int = 32
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    prefill_batch_tokens: int | None = None
-    max_num_queued_reqs: int = 1024
-    max_num_queued_tokens: int | None = None
-    decode_reserve: float = 0.10
-    swap_out_watermark: float = 0.25
-    max_swap_outs: int = 16
-    write_through: bool = False
-    eviction_policy: str = "retention_value"
-    keep: bool = True
-    model: str = ""
-    cost_model: CostModel = field(default_factory=CostModel)
 
 
 class RequestOutput(NamedTuple):
@@ -66,37 +42,19 @@ class RequestOutput(NamedTuple):
 class EngineCore:
     """Scheduler and cache manager under one roof. Not thread-safe; makes no call that waits."""
 
-    def __init__(self, config: CoreConfig) -> None:
-        """Raises ConfigError where the GPU tier cannot hold one context of max_model_len: such a request could never run."""
-        if config.max_model_len > config.num_gpu_blocks * config.chunk_size:
+    def __init__(self, cache: CacheConfig, scheduling: SchedulingConfig) -> None:
+        """Raises ConfigError if the GPU tier cannot hold one context of max_model_len: such a request could never run."""
+        if scheduling.max_model_len > cache.num_gpu_blocks * cache.chunk_size:
             raise ConfigError(
-                f"max_model_len is {config.max_model_len}, but the GPU tier holds only {config.num_gpu_blocks} blocks of "
-                f"{config.chunk_size} tokens; lower max_model_len or give the GPU tier more memory",
+                f"max_model_len is {scheduling.max_model_len}, but the GPU tier holds only {cache.num_gpu_blocks} blocks of "
+                f"{cache.chunk_size} tokens; lower max_model_len or give the GPU tier more memory",
                 param="max_model_len",
             )
-        self.config = config
+        self.cache_config = cache
+        self.scheduling_config = scheduling
         self.stats = EngineStats()
-        self._cache = CacheManager(
-            chunk_size=config.chunk_size,
-            num_gpu_blocks=config.num_gpu_blocks,
-            num_cpu_blocks=config.num_cpu_blocks if config.keep else 0,
-            eviction_policy=config.eviction_policy,
-            cost_model=config.cost_model,
-            stats=self.stats,
-            model=config.model,
-            keep=config.keep,
-            write_through=config.write_through,
-        )
-        self._scheduler = Scheduler(
-            cache=self._cache,
-            stats=self.stats,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            prefill_batch_tokens=config.prefill_batch_tokens,
-            decode_reserve=config.decode_reserve,
-            swap_out_watermark=config.swap_out_watermark if config.keep else 0.0,
-            max_swap_outs=config.max_swap_outs,
-        )
+        self._cache = CacheManager(cache, self.stats)
+        self._scheduler = Scheduler(scheduling, self._cache, self.stats)
         self._requests: dict[str, Request] = {}
         # Plans without a result yet, oldest first; and the requests that are to end when the oldest one's is there, because
         # what it computes of them is worth keeping.
@@ -111,7 +69,7 @@ class EngineCore:
         """Queue a request. Raises ContextLengthError or InvalidParameterError, and nothing changed, for one that can
         never run here; OverloadedError where as many wait as may. Returns the ids of waiting requests that were thrown out
         for it: their tenants had more than their share of the queue."""
-        num_prompt, window = request.num_prompt_tokens, self.config.max_model_len
+        num_prompt, window = request.num_prompt_tokens, self.scheduling_config.max_model_len
         if request.request_id in self._requests:
             raise InvalidParameterError(f"a request with id {request.request_id!r} is running", param="request_id")
         if not num_prompt:
@@ -136,10 +94,10 @@ class EngineCore:
         """Throw out waiting requests, by fairness between tenants, until `newcomer` may wait too; returns their ids. Raises
         OverloadedError where the newcomer is the one to go, and nobody was thrown out."""
         waiting = self._scheduler.waiting
-        max_tokens = self.config.max_num_queued_tokens
+        max_tokens = self.scheduling_config.max_num_queued_tokens
         thrown_out: list[Request] = []
         while waiting and (
-            len(waiting) >= self.config.max_num_queued_reqs
+            len(waiting) >= self.scheduling_config.max_num_queued_reqs
             or (max_tokens is not None and waiting.num_tokens + newcomer.num_tokens > max_tokens)
         ):
             victim = waiting.find_victim(newcomer)

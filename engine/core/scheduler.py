@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.core.cache.cache_manager import CacheManager
+from engine.core.config import SchedulingConfig
 from engine.core.fair_shares import FairShares
 from engine.core.plan import BlockAppend, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, RequestStatus, without_front
@@ -41,34 +42,18 @@ class Scheduler:
     it, no more of them than it takes, and it is admitted in the same step.
     """
 
-    def __init__(
-        self,
-        *,
-        cache: CacheManager,
-        stats: EngineStats,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        prefill_batch_tokens: int | None,
-        decode_reserve: float,
-        swap_out_watermark: float,
-        max_swap_outs: int,
-    ) -> None:
-        """prefill_batch_tokens: prompts join a step only while its prompts have fewer tokens than this; None = as many as
-        max_num_batched_tokens. From some number on a step takes longer in proportion to its tokens: more of them bring no
-        throughput, everybody in the step waits for everybody else, and those who start together end together, to be in
-        each other's way at their next turn. max_swap_outs: blocks that a step may swap out ahead of time; a quarter of
-        it in a step that swaps in, because the two directions slow each other down (paper section 5)."""
+    def __init__(self, config: SchedulingConfig, cache: CacheManager, stats: EngineStats) -> None:
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
+        self._config = config
         self._cache = cache
-        self._shares = FairShares(max_num_seqs, cache.gpu_pool.num_blocks)
+        self._shares = FairShares(config.max_num_seqs, cache.gpu_pool.num_blocks)
         self._stats = stats
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._prefill_batch_tokens = prefill_batch_tokens or max_num_batched_tokens
-        self._reserve_blocks = math.ceil(decode_reserve * cache.gpu_pool.num_blocks)
-        self._watermark_blocks = math.ceil(swap_out_watermark * cache.gpu_pool.num_blocks)
-        self._max_swap_outs = max_swap_outs
+        # Beyond some size, step time grows in proportion to the tokens: a larger batch of prompts adds latency but no
+        # throughput, and requests that start together also end together and collide again at their next turns.
+        self._prefill_batch_tokens = config.prefill_batch_tokens or config.max_num_batched_tokens
+        self._reserve_blocks = math.ceil(config.decode_reserve * cache.gpu_pool.num_blocks)
+        self._watermark_blocks = math.ceil(cache.config.swap_out_watermark * cache.gpu_pool.num_blocks)
         self._ended: list[str] = []
         self._step_id = 0
         self._ahead: _Draft | None = None
@@ -119,7 +104,7 @@ class Scheduler:
         if request is None:
             return False
         is_same = len(draft.running) == len(self.running) and all(s.token_ids is None for s in executing.segments)
-        if len(draft.running) == self._max_num_seqs or (is_same and request is self._refused):
+        if len(draft.running) == self._config.max_num_seqs or (is_same and request is self._refused):
             return bool(self._choose_to_give_way(request))
         return True
 
@@ -151,10 +136,10 @@ class Scheduler:
         self, draft: _Draft, starts: Sequence[RequestStart], appends: Sequence[BlockAppend], now: float
     ) -> StepPlan | None:
         """With the swap-outs that go beside it. None where there is nothing to do."""
-        is_swapping_in = self._cache.num_planned_swap_ins > 0
-        self._cache.plan_swap_outs(
-            self._watermark_blocks, self._max_swap_outs // 4 if is_swapping_in else self._max_swap_outs, now
-        )
+        max_swap_outs = self._cache.config.max_swap_outs
+        if self._cache.num_planned_swap_ins:
+            max_swap_outs //= 4  # the two directions slow each other down (paper section 5)
+        self._cache.plan_swap_outs(self._watermark_blocks, max_swap_outs, now)
         if not draft.segments and not self._cache.has_transfers:
             return None
         self._step_id += 1
@@ -175,7 +160,7 @@ class Scheduler:
     def _draft(self, executing: StepPlan | None = None) -> _Draft:
         """Segments for the running requests as they are, or with `executing` as they will be after that plan if nothing
         unforeseen happens: its segments computed, a token sampled where it samples, and who reaches its length ended."""
-        draft = _Draft(self._max_num_batched_tokens)
+        draft = _Draft(self._config.max_num_batched_tokens)
         num_computed: dict[str, int] = {}
         samplers: set[str] = set()
         for segment in () if executing is None else executing.segments:
@@ -243,7 +228,7 @@ class Scheduler:
         may_go_on = True
         while may_go_on and draft.num_prompt_tokens < self._prefill_batch_tokens:
             request = self.waiting.peek()
-            has_place = len(self.running) < self._max_num_seqs
+            has_place = len(self.running) < self._config.max_num_seqs
             # Nothing is started without budget; but where decodes take all of it, each gives a token back with its place.
             if request is None or (not draft.budget and (has_place or draft.num_prompt_tokens)):
                 break
@@ -275,7 +260,7 @@ class Scheduler:
     def _try_admit_instead(self, request: Request, now: float) -> bool:
         """Admit `request` in the place of those that have to give way to it; False, and nothing changed, if none have."""
         giving_way = self._choose_to_give_way(request)
-        if not giving_way or len(self.running) - len(giving_way) >= self._max_num_batched_tokens:
+        if not giving_way or len(self.running) - len(giving_way) >= self._config.max_num_batched_tokens:
             return False
         for other in giving_way:
             self._suspend(other, now)
@@ -291,7 +276,7 @@ class Scheduler:
             return []
         num_blocks = self._cache.count_taken_blocks(request)
         num_lacking = num_blocks + self._reserve_blocks - self._cache.num_available_blocks
-        num_places = self._max_num_seqs - len(self.running)
+        num_places = self._config.max_num_seqs - len(self.running)
         giving_way = self._shares.choose_to_give_way(request, num_blocks, self.running)
         for number, num_given in enumerate(self._cache.count_given_blocks(giving_way), start=1):
             if num_given >= num_lacking and num_places + number > 0:

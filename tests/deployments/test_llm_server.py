@@ -20,7 +20,8 @@ from deployments.generation import DeltaItem, ErrorItem, GenerationItem, Generat
 from deployments.llm_server import LLMServer
 from deployments.routing.session_router import RANK
 from engine.config import EngineConfig
-from engine.core.engine_core import CoreConfig, EngineCore
+from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.engine_core import EngineCore
 from engine.core.request import SamplingParams
 from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError, ModelLoadError
 from engine.tenant import Tenant
@@ -69,7 +70,7 @@ class FakeEngine:
             raise EngineStoppedError("dead")
 
     def get_statistics(self) -> dict[str, Any]:
-        core = EngineCore(CoreConfig(max_model_len=32, num_gpu_blocks=1))
+        core = EngineCore(CacheConfig(num_gpu_blocks=1), SchedulingConfig(max_model_len=32))
         return core.get_statistics() | {
             "num_requests": len(self.calls),
             "num_swap_in_bytes": 0,

@@ -14,12 +14,13 @@ import pytest
 
 from deployments import metrics
 from deployments.metrics import METRICS, CounterIncrements, EngineMetrics, Series, read_gauges
-from engine.core.engine_core import CoreConfig, EngineCore
+from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.engine_core import EngineCore
 from engine.text.output import OutputDelta
 
 
 def core() -> EngineCore:
-    return EngineCore(CoreConfig(max_model_len=32, num_gpu_blocks=4, num_cpu_blocks=8, chunk_size=8))
+    return EngineCore(CacheConfig(num_gpu_blocks=4, num_cpu_blocks=8, chunk_size=8), SchedulingConfig(max_model_len=32))
 
 
 def statistics_of(engine_core: EngineCore) -> dict[str, Any]:

@@ -139,8 +139,8 @@ async def assert_all_free(engine: AsyncEngine) -> None:
 
 
 async def test_on_a_cpu_a_step_takes_few_prompts_unless_more_are_asked_for(make_engine):
-    assert make_engine()._core.config.prefill_batch_tokens == 128
-    assert make_engine(prefill_batch_tokens=500)._core.config.prefill_batch_tokens == 500
+    assert make_engine()._core.scheduling_config.prefill_batch_tokens == 128
+    assert make_engine(prefill_batch_tokens=500)._core.scheduling_config.prefill_batch_tokens == 500
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from engine import cache_view
 from engine.async_engine import AsyncEngine
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
-from engine.core.engine_core import CoreConfig, EngineCore
+from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.engine_core import EngineCore
 from engine.core.request import SamplingParams
 from engine.tenant import Tenant
 from engine.text.prompt import ChatPrompt
@@ -123,7 +124,7 @@ class Spy:
 
 async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many conversations there are, and however long they are; and names are found anew only for what has changed."""
-    core = EngineCore(CoreConfig(max_model_len=16, num_gpu_blocks=4, chunk_size=4))
+    core = EngineCore(CacheConfig(num_gpu_blocks=4, chunk_size=4), SchedulingConfig(max_model_len=16))
     table = ConversationTable(1 << 30, {})
     for number in range(200):
         tenant = "acme" if number % 2 else "other"

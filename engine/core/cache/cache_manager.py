@@ -25,6 +25,7 @@ from engine.core.cache.cost_model import CostModel
 from engine.core.cache.eviction import EvictionPolicy, make_policy
 from engine.core.cache.index import Chunk, ChunkIndex, Residency, Tier, chunk_key, root_key
 from engine.core.cache_map import Cell, ContextKeys, EvictionLog, retention_value
+from engine.core.config import CacheConfig
 from engine.core.plan import BlockCopy
 from engine.core.request import ContextAccount, Request
 from engine.core.stats import EngineStats
@@ -80,31 +81,20 @@ class CacheManager:
     outlives its request and nothing is shared.
     """
 
-    def __init__(
-        self,
-        *,
-        chunk_size: int,
-        num_gpu_blocks: int,
-        num_cpu_blocks: int = 0,
-        eviction_policy: str = "retention_value",
-        cost_model: CostModel | None = None,
-        stats: EngineStats,
-        model: str = "",
-        keep: bool = True,
-        write_through: bool = False,
-    ) -> None:
-        self.chunk_size = chunk_size
-        self.gpu_pool = BlockPool(Tier.GPU, num_gpu_blocks)
-        self.cpu_pool = BlockPool(Tier.CPU, num_cpu_blocks)
-        self.index = ChunkIndex(chunk_size)
-        self.keep = keep
-        self._cost_model = cost_model or CostModel(chunk_size=chunk_size)
-        self._gpu_only: EvictionPolicy = make_policy(eviction_policy, self._cost_model)
-        self._both: EvictionPolicy = make_policy(eviction_policy, self._cost_model)
-        self._cpu: EvictionPolicy = make_policy(eviction_policy, self._cost_model)
+    def __init__(self, config: CacheConfig, stats: EngineStats) -> None:
+        self.config = config
+        self.chunk_size = config.chunk_size
+        self.gpu_pool = BlockPool(Tier.GPU, config.num_gpu_blocks)
+        self.cpu_pool = BlockPool(Tier.CPU, config.num_cpu_blocks if config.keep else 0)
+        self.index = ChunkIndex(config.chunk_size)
+        self.keep = config.keep
+        self._cost_model = config.cost_model or CostModel(chunk_size=config.chunk_size)
+        self._gpu_only: EvictionPolicy = make_policy(config.eviction_policy, self._cost_model)
+        self._both: EvictionPolicy = make_policy(config.eviction_policy, self._cost_model)
+        self._cpu: EvictionPolicy = make_policy(config.eviction_policy, self._cost_model)
         # Pinned chunks whose CPU copy nobody needs as long as they are in use; oldest first.
         self._spare_copies: dict[Chunk, None] = {}
-        self._write_through = write_through and num_cpu_blocks > 0
+        self._write_through = config.write_through and self.cpu_pool.num_blocks > 0
         self._unwritten: dict[Chunk, None] = {}
         self._planned = Transfers()
         self._in_flight: list[Transfers] = []
@@ -118,7 +108,7 @@ class CacheManager:
         self._num_to_hold = {Tier.GPU: 0, Tier.CPU: 0}
         self.eviction_log = EvictionLog(self._cost_model)
         self._stats = stats
-        self._model = model
+        self._model = config.model
 
     @property
     def num_available_blocks(self) -> int:

@@ -6,11 +6,14 @@ import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
 
 import pytest
 
 from engine.core.cache.cost_model import CostModel
-from engine.core.engine_core import CoreConfig, EngineCore, RequestOutput
+from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.executor import ComputationFailedError
 from engine.core.plan import BlockCopy, QuerySegment, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, SamplingParams
@@ -156,15 +159,15 @@ class CoreDriver:
     is being executed, in odd steps before an abort in flight, in even ones after it. runs_ahead: executes it too, where the
     core gives it, before the first one's result is told."""
 
-    def __init__(self, config: CoreConfig) -> None:
+    def __init__(self, cache: CacheConfig, scheduling: SchedulingConfig) -> None:
         self.plans_ahead = True
         self.runs_ahead = False
         self.in_flight: deque[tuple[StepPlan, StepResult | Exception]] = deque()
-        self.core = EngineCore(config)
+        self.core = EngineCore(cache, scheduling)
         self.executor = ContextExecutor(
-            config.num_gpu_blocks,
-            config.chunk_size,
-            config.num_cpu_blocks,
+            cache.num_gpu_blocks,
+            cache.chunk_size,
+            cache.num_cpu_blocks,
             lambda request_id: self.core._requests[request_id].token_ids,
         )
         self.now = 0.0
@@ -268,16 +271,19 @@ class CoreDriver:
 
 @pytest.fixture
 def make_core() -> Callable[..., CoreDriver]:
-    """CoreConfig options -> CoreDriver; chunk_size 4 and costs 2, 3, 4, ... for chunks 0, 1, 2, ... unless told otherwise."""
+    """Options of either config -> CoreDriver; chunk_size 4 and costs 2, 3, 4, ... for chunks 0, 1, 2, ... by default."""
+    cache_options = {field.name for field in fields(CacheConfig)}
 
-    def make(num_gpu_blocks: int, **options: object) -> CoreDriver:
-        defaults = {
+    def make(num_gpu_blocks: int, **options: Any) -> CoreDriver:
+        options = {
             "chunk_size": 4,
             "max_model_len": num_gpu_blocks * 4,
             "decode_reserve": 0.0,
             "cost_model": CostModel(constant=1.0, per_context_token=0.25, chunk_size=4),
+            **options,
         }
-        return CoreDriver(CoreConfig(num_gpu_blocks=num_gpu_blocks, **{**defaults, **options}))  # type: ignore[arg-type]
+        of_cache = {name: options.pop(name) for name in cache_options & options.keys()}
+        return CoreDriver(CacheConfig(num_gpu_blocks=num_gpu_blocks, **of_cache), SchedulingConfig(**options))
 
     return make
 

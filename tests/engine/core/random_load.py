@@ -8,7 +8,7 @@ from engine.core.request import Request, SamplingParams
 
 
 def random_sizes(rng: random.Random, num_cpu_blocks: int) -> tuple[int, dict[str, object]]:
-    """(GPU blocks, options of a CoreConfig): tight ones."""
+    """(GPU blocks, options of CacheConfig and SchedulingConfig): tight ones."""
     num_gpu_blocks = rng.randint(7, 12)
     options = {
         "max_num_batched_tokens": rng.choice([2, 4, 7, 64]),
@@ -40,8 +40,8 @@ class Load:
 
     def run(self) -> None:
         rng, driver = random.Random(self.seed), self.driver
-        num_cpu_blocks = driver.core.config.num_cpu_blocks
-        window = driver.core.config.max_model_len
+        num_cpu_blocks = driver.core.cache_config.num_cpu_blocks
+        window = driver.core.scheduling_config.max_model_len
         histories = dict.fromkeys("abcdef", tuple(rng.choices(range(9), k=6)))
         num_arrived = 0
         while num_arrived < self.num_requests or driver.core.has_requests:

@@ -2,7 +2,8 @@
 
 from engine.core.cache.cache_manager import CacheManager
 from engine.core.cache_map import MAX_EVICTIONS, WATCH_S, Cell, context_keys
-from engine.core.engine_core import CoreConfig, EngineCore
+from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.engine_core import EngineCore
 from engine.core.request import Request
 from tests.engine.core.cache.test_cache_manager import blocks, compute, execute, make_cache, make_request, use
 
@@ -157,7 +158,7 @@ def test_pinned_blocks_are_held_back_when_they_are_no_longer() -> None:
 
 
 def test_conversations_by_status() -> None:
-    core = EngineCore(CoreConfig(max_model_len=16, num_gpu_blocks=4, chunk_size=4, max_num_seqs=1))
+    core = EngineCore(CacheConfig(num_gpu_blocks=4, chunk_size=4), SchedulingConfig(max_model_len=16, max_num_seqs=1))
     sampling = make_request("", ()).sampling
     for name in ("first", "second"):
         core.add_request(Request(name, A, sampling, conversation_id=name, tenant="acme"), 1.0)

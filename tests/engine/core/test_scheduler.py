@@ -7,7 +7,8 @@ import pytest
 from engine.core.cache import cache_manager
 from engine.core.cache.cost_model import CostModel
 from engine.core.cache.eviction import EVICTION_POLICIES
-from engine.core.engine_core import CoreConfig, EngineCore
+from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.engine_core import EngineCore
 from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import FinishReason, Request, SamplingParams
 from engine.errors import ConfigError, ContextLengthError, InvalidParameterError
@@ -800,10 +801,11 @@ def test_an_id_that_is_running_is_refused_and_the_first_goes_on(make_core, answe
 
 
 def test_a_window_that_the_tier_cannot_hold_is_an_error_at_start():
+    cache = CacheConfig(num_gpu_blocks=8, chunk_size=4)
     with pytest.raises(ConfigError, match="max_model_len is 33") as error:
-        EngineCore(CoreConfig(max_model_len=33, num_gpu_blocks=8, chunk_size=4))
+        EngineCore(cache, SchedulingConfig(max_model_len=33))
     assert error.value.param == "max_model_len"
-    assert EngineCore(CoreConfig(max_model_len=32, num_gpu_blocks=8, chunk_size=4)).schedule(0.0) is None
+    assert EngineCore(cache, SchedulingConfig(max_model_len=32)).schedule(0.0) is None
 
 
 # -- whatever the load -------------------------------------------------------------------------------------------------

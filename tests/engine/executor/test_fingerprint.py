@@ -100,6 +100,6 @@ def test_random_weights_are_known_by_what_makes_them(llama):
 async def test_chunks_are_keyed_by_it(llama):
     engine = AsyncEngine(EngineConfig(model=str(llama), dtype="float32", num_gpu_blocks=8, num_threads=1))
     try:
-        assert engine._core.config.model == engine._executor.loaded.fingerprint
+        assert engine._core.cache_config.model == engine._executor.loaded.fingerprint
     finally:
         await engine.shutdown()

@@ -2,6 +2,7 @@
 
 from engine.core.cache.cache_manager import CacheManager, Transfers
 from engine.core.cache.cost_model import CostModel
+from engine.core.config import CacheConfig
 from engine.core.plan import BlockCopy
 from engine.core.request import ContextAccount, Request, SamplingParams
 from engine.core.stats import EngineStats
@@ -9,12 +10,11 @@ from engine.core.stats import EngineStats
 
 def make_cache(num_gpu_blocks: int, policy: str = "retention_value", **options) -> CacheManager:
     costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4)  # 2, 3, 4, ... for chunks 0, 1, 2, ...
-    return CacheManager(
-        chunk_size=4,
+    config = CacheConfig(
         num_gpu_blocks=num_gpu_blocks,
-        stats=EngineStats(),
-        **{"eviction_policy": policy, "cost_model": costs, **options},
+        **{"chunk_size": 4, "eviction_policy": policy, "cost_model": costs, **options},
     )
+    return CacheManager(config, EngineStats())
 
 
 def make_request(name: str, token_ids, conversation: str | None = None, tenant: str = "acme") -> Request:

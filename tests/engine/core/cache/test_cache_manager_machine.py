@@ -17,6 +17,7 @@ from engine.core.cache.cache_manager import CacheManager, Transfers
 from engine.core.cache.cost_model import CostModel
 from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.core.cache.index import Chunk, chunk_key, root_key
+from engine.core.config import CacheConfig
 from engine.core.plan import BlockCopy
 from engine.core.request import ContextAccount, Request, SamplingParams
 from engine.core.stats import EngineStats
@@ -90,17 +91,17 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.costs = replace(COSTS, swap_in_cost=swap_in_cost)
         self.write_through = write_through
         num_cpu_blocks = num_cpu_blocks if self.keep else 0
-        self.cache = CacheManager(
+        config = CacheConfig(
             chunk_size=CHUNK_SIZE,
             num_gpu_blocks=num_blocks,
             num_cpu_blocks=num_cpu_blocks,
             eviction_policy=policy,
             cost_model=self.costs,
-            stats=self.stats,
             model=MODEL,
             keep=self.keep,
             write_through=write_through,
         )
+        self.cache = CacheManager(config, self.stats)
         self.slots: Slots = [[GARBAGE] * CHUNK_SIZE for _ in range(num_blocks)]
         self.cpu_slots: Slots = [[GARBAGE] * CHUNK_SIZE for _ in range(num_cpu_blocks)]
         self.corrupted: set[int] = set()  # CPU blocks that do not hold what was swapped out to them

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine.core.cache.cache_manager import CacheManager
 from engine.core.cache.cost_model import CostModel
+from engine.core.config import CacheConfig
 from engine.core.request import Request, SamplingParams
 from engine.core.stats import EngineStats
 
@@ -17,13 +18,10 @@ from engine.core.stats import EngineStats
 def cache_in_cpu_tier(costs: CostModel, *contexts: list[int]) -> CacheManager:
     """A cache that has each context in the CPU tier alone, from its first chunk to its tail."""
     num_blocks = sum(len(context) // costs.chunk_size + 1 for context in contexts)
-    cache = CacheManager(
-        chunk_size=costs.chunk_size,
-        num_gpu_blocks=num_blocks,
-        num_cpu_blocks=2 * num_blocks,
-        cost_model=costs,
-        stats=EngineStats(),
+    config = CacheConfig(
+        chunk_size=costs.chunk_size, num_gpu_blocks=num_blocks, num_cpu_blocks=2 * num_blocks, cost_model=costs
     )
+    cache = CacheManager(config, EngineStats())
     for number, context in enumerate([*contexts, [-1 % 2**32] * (num_blocks * costs.chunk_size - 1)]):
         request = Request(f"r{number}", context, SamplingParams(), conversation_id=f"c{number}")
         assert cache.try_admit(request, 0, 1.0)

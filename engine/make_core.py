@@ -1,0 +1,53 @@
+"""From an engine's options and its executor to its core: what a loaded model and a device decide is put in here, once."""
+
+from __future__ import annotations
+
+import logging
+
+from engine.config import EngineConfig
+from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.engine_core import EngineCore
+from engine.errors import ConfigError
+from engine.executor.local import LocalExecutor
+from engine.profile import load_cost_model
+
+logger = logging.getLogger(__name__)
+
+# See EngineConfig.prefill_batch_tokens: a CPU's matrix kernels are at their full speed with some dozens of rows.
+CPU_PREFILL_BATCH_TOKENS = 128
+
+
+def make_core(config: EngineConfig, executor: LocalExecutor) -> EngineCore:
+    """The core that plans for this executor. Raises ConfigError for a window that model or GPU tier do not have."""
+    loaded = executor.loaded
+    return EngineCore(
+        CacheConfig.of(
+            config,
+            num_gpu_blocks=executor.num_gpu_blocks,
+            num_cpu_blocks=executor.num_cpu_blocks,
+            keep=config.mode == "pensieve",
+            model=loaded.fingerprint,
+            cost_model=load_cost_model(config, executor),
+        ),
+        SchedulingConfig.of(
+            config,
+            max_model_len=_resolve_max_model_len(config, loaded.max_model_len, executor.num_gpu_blocks),
+            prefill_batch_tokens=config.prefill_batch_tokens
+            or (CPU_PREFILL_BATCH_TOKENS if loaded.device.type == "cpu" else None),
+        ),
+    )
+
+
+def _resolve_max_model_len(config: EngineConfig, model_window: int, num_gpu_blocks: int) -> int:
+    """The window in tokens: the one asked for, or as much of the model's as the GPU tier holds."""
+    capacity = num_gpu_blocks * config.chunk_size
+    if config.max_model_len is None:
+        if capacity < model_window:
+            logger.warning("the GPU tier holds %d tokens: the window is that, not %d", capacity, model_window)
+        return min(model_window, capacity)
+    if config.max_model_len > model_window:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but the model's window is {model_window} tokens; lower it",
+            param="max_model_len",
+        )
+    return config.max_model_len
