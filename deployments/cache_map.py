@@ -18,13 +18,13 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from deployments.cluster.coalesced import Coalesced
-from deployments.completions.answers import error_body, sse_event
-from deployments.completions.requests import Body
+from deployments.errors import NotAnOperatorError
 from deployments.generation import CacheHold, ErrorItem, ReplicaCache
 from deployments.http.bodies import RequestBodies
-from deployments.http.event_stream import EventStream
+from deployments.http.errors import error_body
+from deployments.http.event_stream import EventStream, sse_event
 from deployments.http.fair_limit import FairLimit
-from deployments.responses.requests import Query, parse_query
+from deployments.http.parsing import Body, Query, parse_query
 from engine.cache_view import CacheQuery, ConversationView, EvictionView
 from engine.errors import OverloadedError, RequestError
 from engine.tenant import Tenant
@@ -37,13 +37,6 @@ MAX_INTERVAL_S = 60.0
 HEARTBEAT_S = 15.0
 # Streams of one ingress replica.
 MAX_WATCHERS = 64
-
-
-class NotAnOperatorError(RequestError):
-    """A key asks for what concerns all tenants."""
-
-    http_status = 403
-    code = "not_an_operator"
 
 
 class MapQuery(Query):
@@ -114,7 +107,7 @@ class CacheWatchers:
             try:
                 is_operator = sees_all()
             except RequestError as error:
-                yield sse_event(error_body(ErrorItem.from_error(error)))
+                yield sse_event(error_body(ErrorItem.of(error)))
                 return
             if tenant.tenant_id not in asked.tenants:
                 await asyncio.sleep(MIN_INTERVAL_S / 2)  # asked before this one came

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -24,15 +24,8 @@ from starlette.types import ASGIApp
 from deployments.cache_map import add_cache_routes
 from deployments.cluster.coalesced import Coalesced
 from deployments.cluster.replica_count import ReplicaCount, count_replicas
-from deployments.completions.answers import (
-    DONE,
-    AnswerFormat,
-    ChatFormat,
-    CompletionFormat,
-    error_body,
-    sse_event,
-)
-from deployments.completions.requests import MAX_NAME_CHARS, BodyT, ChatCompletionBody, CompletionBody, GenerationBody
+from deployments.completions.answers import AnswerFormat, ChatFormat, CompletionFormat
+from deployments.completions.requests import ChatCompletionBody, CompletionBody
 from deployments.generation import (
     CacheHold,
     DeltaItem,
@@ -44,10 +37,12 @@ from deployments.generation import (
 )
 from deployments.http.admission import Admission
 from deployments.http.bodies import RequestBodies
-from deployments.http.errors import EXCEPTION_HANDLERS, error_response
-from deployments.http.event_stream import EventStream
+from deployments.http.errors import EXCEPTION_HANDLERS, error_body, error_response
+from deployments.http.event_stream import DONE, EventStream, sse_event
 from deployments.http.fair_limit import FairLimit
+from deployments.http.generation_body import GenerationBody
 from deployments.http.open_server import check_is_local
+from deployments.http.parsing import MAX_NAME_CHARS
 from deployments.http.request_limits import RequestLimits
 from deployments.openapi import openapi_document
 from deployments.page import add_page
@@ -69,6 +64,7 @@ from engine.text.prompt import ChatPrompt, Prompt, TokenPrompt
 
 # How often readiness asks the engines and the store, at most, in seconds: anybody may ask for it.
 READY_PERIOD_S = 1.0
+BodyT = TypeVar("BodyT", ChatCompletionBody, CompletionBody)
 # Until Serve has said how many engine replicas there are: no limit.
 MANY_REPLICAS = 1_000_000
 
@@ -269,7 +265,7 @@ def create_app(
         if isinstance(first, ErrorItem) or not body.stream:
             await _exhaust(items)
         if isinstance(first, ErrorItem):
-            return error_response(first)
+            return error_response(body.in_own_words(first))
         headers = {"x-pensieve-replica": str(first.replica_rank), "x-pensieve-ingress": ingress_id}
         if not body.stream:
             return JSONResponse(answer_format.whole(first.delta), headers=headers)

@@ -5,17 +5,11 @@ engine, no Ray.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from deployments.completions.requests import GenerationBody
-from deployments.generation import ErrorItem
+from deployments.http.generation_body import GenerationBody
 from engine.text.output import OutputDelta, TokenLogprob
-
-DONE = "data: [DONE]\n\n"
-# An error repeats what was wrong; a client that sent megabytes of it does not need them back.
-MAX_MESSAGE_CHARS = 1000
 
 
 class AnswerFormat(Protocol):
@@ -26,15 +20,6 @@ class AnswerFormat(Protocol):
     def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]: ...
 
     def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]: ...
-
-
-def sse_event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def error_body(error: ErrorItem) -> dict[str, Any]:
-    message = error.message[:MAX_MESSAGE_CHARS]
-    return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.code}}
 
 
 def usage(delta: OutputDelta) -> dict[str, Any]:

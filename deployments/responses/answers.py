@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deployments.completions.answers import MAX_MESSAGE_CHARS, sse_event
 from deployments.generation import ErrorItem
+from deployments.http.errors import error_body, wire_of
+from deployments.http.event_stream import sse_event
 from deployments.responses.requests import Item, ResponseBody, output_text
 from engine.text.output import OutputDelta
 
 Response = dict[str, Any]
 Event = tuple[str, dict[str, Any]]
 
-INTERRUPTED = "the server stopped, or the client left, before the answer was complete"
+INTERRUPTED_MESSAGE = "the server stopped, or the client left, before the answer was complete"
 
 
 class ResponseObject:
@@ -149,8 +150,9 @@ class ResponseStream:
 
     def error_event(self, error: ErrorItem) -> Event:
         """An error outside of the response itself."""
-        code, message, param = error.code, error.message[:MAX_MESSAGE_CHARS], error.param
-        return self._event("error", code=code or error.kind, message=message, param=param)
+        fields = error_body(error)["error"]
+        code = fields["code"] or fields["type"]
+        return self._event("error", code=code, message=fields["message"], param=fields["param"])
 
     def _event(self, name: str, **fields: Any) -> Event:
         self._num_events += 1
@@ -199,14 +201,16 @@ def cancelled(response: Response) -> Response:
 
 def interrupted(response: Response) -> Response:
     """A response in progress that nobody works on any more; OpenAI's API has no reason of that name."""
-    return _closed(response, "incomplete", _error("server_error", INTERRUPTED, "server_error", None))
+    return _closed(response, "incomplete", _error("server_error", INTERRUPTED_MESSAGE, "server_error", None))
 
 
 def failed(response: Response, error: ErrorItem) -> Response:
     """The codes of a failed response are few; its type and param are the error's own."""
-    code = "server_error" if error.status >= 500 else "invalid_prompt"
-    code = "rate_limit_exceeded" if error.status == 429 else code
-    return _closed(response, "failed", _error(code, error.message[:MAX_MESSAGE_CHARS], error.kind, error.param))
+    status = wire_of(error).status
+    code = "server_error" if status >= 500 else "invalid_prompt"
+    code = "rate_limit_exceeded" if status == 429 else code
+    fields = error_body(error)["error"]
+    return _closed(response, "failed", _error(code, fields["message"], fields["type"], fields["param"]))
 
 
 def _error(code: str, message: str, kind: str, param: str | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 
+from deployments.errors import InternalError, ResponseCancelledError
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.http.admission import Admission
 from deployments.http.errors import error_response
@@ -50,18 +51,16 @@ from deployments.responses.requests import (
 )
 from deployments.routing.session_key import session_key
 from deployments.store.conversation_store import ConversationStore
+from deployments.store.errors import NotFoundError, StoreError, StoreUnavailableError
 from deployments.store.values import (
     INTERRUPTED,
     NewItem,
     NewResponse,
-    NotFoundError,
     Outcome,
     Page,
     Status,
     StoredConversation,
     StoredResponse,
-    StoreError,
-    StoreUnavailableError,
 )
 from engine.errors import ContextLengthError, PensieveError
 from engine.tenant import Tenant
@@ -187,7 +186,7 @@ class ResponsesApi:
             raise
         if isinstance(first, ErrorItem):
             await self._without_answer(turn, first)
-            return error_response(first)
+            return error_response(body.in_own_words(first))
         out_headers = {"x-pensieve-replica": str(first.replica_rank)}
         if body.stream:
 
@@ -407,7 +406,7 @@ class ResponsesApi:
                         try:
                             answer = await self._complete(turn, whole)
                         except StoreError as error:
-                            yield sse_named_event(stream.failed_event(ErrorItem.from_error(error)))
+                            yield sse_named_event(stream.failed_event(ErrorItem.of(error)))
                             return
                         if answer["status"] == "cancelled":
                             yield sse_named_event(stream.error_event(CANCELLED))
@@ -472,9 +471,9 @@ class ResponsesApi:
                 await self._store.interrupt_response(turn.tenant.tenant_id, turn.response_id, now)
                 return
             if isinstance(why, PensieveError):
-                item = ErrorItem.from_error(why)
+                item = ErrorItem.of(why)
             else:
-                item = why if isinstance(why, ErrorItem) else ErrorItem(500, "internal error", "server_error")
+                item = why if isinstance(why, ErrorItem) else ErrorItem.of(InternalError("internal error"))
             error = failed(turn.form.in_progress(), item)["error"]
             await self._store.fail_response(turn.tenant.tenant_id, turn.response_id, error, now)
         except PensieveError as error:
@@ -585,7 +584,7 @@ class ResponsesApi:
         return self._store.new_id("msg")
 
 
-CANCELLED = ErrorItem(409, "the response was cancelled", "invalid_request_error", "response_cancelled")
+CANCELLED = ErrorItem.of(ResponseCancelledError())
 
 
 def response_of(stored: StoredResponse) -> ResponseJson:

@@ -20,20 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.completions.requests import (
-    MAX_MESSAGES,
-    MAX_NAME_CHARS,
-    AnyBodyT,
-    BadRequestError,
-    Body,
-    GenerationBody,
-    SessionKey,
-    StreamOptions,
-    validated,
-)
+from deployments.http.generation_body import MAX_MESSAGES, GenerationBody, SessionKey, StreamOptions
+from deployments.http.parsing import MAX_NAME_CHARS, Body, Query
 from engine.core.request import SamplingParams
 
 RESPONSE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
@@ -237,6 +228,7 @@ class ResponseBody(GenerationBody):
 
     not_implemented = RESPONSE_NOT_IMPLEMENTED
     ignored = RESPONSE_IGNORED
+    prompt_param = "input"
 
     input: Annotated[SomeItems, BeforeValidator(_as_items, json_schema_input_type=str | SomeItems)]
     previous_response_id: SessionKey | None = None
@@ -311,15 +303,10 @@ class ItemsBody(Body):
         return _with_ids(self.items, new_id)
 
 
-class Query(Body):
-    """Query parameters; their values come as text."""
-
-    model_config = ConfigDict(strict=False)
-    not_implemented = QUERY_NOT_IMPLEMENTED
-
-
 class ListQuery(Query):
     """Which part of a list: up to limit items after that one, in the order of time or against it."""
+
+    not_implemented = QUERY_NOT_IMPLEMENTED
 
     after: SessionKey | None = None
     limit: Annotated[int, Field(ge=1, le=100)] = 20
@@ -331,16 +318,3 @@ class RetrieveQuery(Query):
 
     not_implemented = RETRIEVE_NOT_IMPLEMENTED
     ignored = frozenset({"include_obfuscation"})
-
-
-def parse_query(kind: type[AnyBodyT], pairs: Iterable[tuple[str, str]]) -> AnyBodyT:
-    """Raises BadRequestError for the first thing that is wrong."""
-    data: dict[str, Any] = {}
-    repeated = None
-    for name, value in pairs:
-        repeated = name if name in data else repeated
-        data[name] = value
-    query = validated(kind, data)
-    if repeated is not None:
-        raise BadRequestError(f"{repeated}: given twice", repeated, "invalid_value")
-    return query

@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
-from deployments.completions.requests import GenerationBody
 from deployments.http.bodies import RequestBodies
+from deployments.http.generation_body import GenerationBody
+from deployments.http.parsing import parse_query
 from deployments.responses.api import ResponsesApi
 from deployments.responses.requests import (
     ConversationBody,
@@ -19,7 +20,6 @@ from deployments.responses.requests import (
     ListQuery,
     ResponseBody,
     RetrieveQuery,
-    parse_query,
 )
 from engine.tenant import Tenant
 

@@ -27,7 +27,7 @@ from deployments.store.values import NewItem, NewResponse
 from deployments.tenants import TenantConfig, hash_key
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.errors import PensieveError
+from engine.errors import ExecutorError, PensieveError
 from tests.conftest import save_tiny_model
 
 MODEL = "pensieve-recall-0.6m"
@@ -74,7 +74,7 @@ class EngineHere:
                 num_items += 1
                 await self.go.wait()
         except PensieveError as error:
-            yield ErrorItem.from_error(error)
+            yield ErrorItem.of(error)
         finally:
             self.num_running -= 1
 
@@ -555,7 +555,7 @@ async def test_an_engine_that_fails_fails_the_turn(
     client: AsyncOpenAI, app: FastAPI, engine: EngineHere, num_items: int
 ) -> None:
     conversation = await client.conversations.create()
-    engine.error = ErrorItem(500, "the step failed", "server_error", "executor_failed")
+    engine.error = ErrorItem.of(ExecutorError("the step failed"))
     engine.num_items_before_error = num_items
     streaming = Streaming(app, {"input": TURNS[0], "conversation": conversation.id})
     await streaming.task

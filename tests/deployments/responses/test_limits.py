@@ -22,9 +22,11 @@ from deployments.responses import api as responses_api
 from deployments.responses.api import ResponsesApi
 from deployments.responses.requests import ConversationBody, ItemsBody, ResponseBody
 from deployments.store.conversation_store import ConversationStore
+from deployments.store.errors import ConversationBusyError
 from deployments.store.usage import Usage
-from deployments.store.values import ConversationBusyError, Quota, StoreLimits
+from deployments.store.values import Quota, StoreLimits
 from deployments.tenants import TenantConfig, hash_key
+from engine.errors import ContextLengthError
 from engine.tenant import LOCAL_TENANT
 from engine.text.output import OutputDelta
 from tests.deployments.conftest import ScriptedEngine
@@ -113,7 +115,7 @@ async def test_a_turn_that_fails_before_its_answer_leaves_nothing(
     engine: ScriptedEngine, url: str, stream: bool, in_conversation: bool
 ) -> None:
     """Its client has no id by which to delete it."""
-    engine.items = [ErrorItem(400, "too long", "invalid_request_error", "context_length_exceeded")]
+    engine.items = [ErrorItem.of(ContextLengthError("too long"))]
     async with served(engine, url) as http:
         body, before = BODY | {"stream": stream}, Usage()
         if in_conversation:
