@@ -10,9 +10,12 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.generation import ErrorItem
+from deployments.generation import ErrorItem, GenerationRequest
 from deployments.http.parsing import Body
 from engine.core.request import MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
+from engine.tenant import Tenant
+from engine.text.prompt import Prompt
+from engine.text.transcript import Transcript
 
 IGNORED = frozenset({"metadata", "parallel_tool_calls", "prompt_cache_retention", "safety_identifier", "user"})
 MAX_SESSION_KEY_CHARS = 512
@@ -42,7 +45,7 @@ StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 
 
 class GenerationBody(Body):
-    """What all endpoints that generate share. The ranges are those of SamplingParams, said here too for the document."""
+    """What all endpoints that generate share. The ranges are those of SamplingParams, repeated for the served document."""
 
     ignored = IGNORED
     prompt_param: ClassVar[str]  # this endpoint's name for what the engine calls `prompt`
@@ -92,6 +95,37 @@ class GenerationBody(Body):
     @property
     def continuous_usage(self) -> bool:
         return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def generation_request(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str,
+        session_id: str,
+        tenant: Tenant,
+        history: Transcript | None = None,
+        returns_transcript: bool = False,
+    ) -> GenerationRequest:
+        """What the engine is asked; every endpoint that generates makes it here. Raises InvalidParameterError.
+
+        session_id: what the request is routed by.
+        history, returns_transcript: see GenerationRequest.
+        """
+        return GenerationRequest(
+            request_id=request_id,
+            session_id=session_id,
+            prompt=prompt,
+            sampling=self.sampling_params(),
+            stream=self.stream,
+            return_prompt_token_ids=self.return_token_ids,
+            tenant=tenant,
+            history=history,
+            returns_transcript=returns_transcript,
+        )
+
+    def sampling_params(self) -> SamplingParams:
+        """How to sample, in the engine's words. Raises InvalidParameterError for a value out of range."""
+        raise NotImplementedError
 
     def in_own_words(self, error: ErrorItem) -> ErrorItem:
         """The same error, whose `param` is this endpoint's name for it and not the engine's."""

@@ -78,7 +78,7 @@ MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
 
-Item = dict[str, Any]
+ItemJson = dict[str, Any]
 
 
 def _unsupported(message: str, **param: int) -> PydanticCustomError:
@@ -177,7 +177,7 @@ class MessageItem(Body):
     role: Literal["user", "assistant", "system", "developer"]
     content: Annotated[TextParts, BeforeValidator(_as_parts, json_schema_input_type=str | TextParts)]
 
-    def item(self, item_id: str) -> Item:
+    def item(self, item_id: str) -> ItemJson:
         if self.role == "assistant":
             parts = [output_text(part.text) for part in self.content]
         else:
@@ -194,7 +194,7 @@ def output_text(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def messages_of(items: Iterable[Item], instructions: str | None = None) -> tuple[tuple[str, str], ...]:
+def messages_of(items: Iterable[ItemJson], instructions: str | None = None) -> tuple[tuple[str, str], ...]:
     """(role, text) for a ChatPrompt: instructions first, as the system's; a developer is the system."""
     messages = [] if instructions is None else [("system", instructions)]
     for item in items:
@@ -203,7 +203,7 @@ def messages_of(items: Iterable[Item], instructions: str | None = None) -> tuple
     return tuple(messages)
 
 
-def _with_ids(items: Iterable[MessageItem], new_id: Callable[[], str]) -> tuple[Item, ...]:
+def _with_ids(items: Iterable[MessageItem], new_id: Callable[[], str]) -> tuple[ItemJson, ...]:
     return tuple(item.item(new_id()) for item in items)
 
 
@@ -259,7 +259,7 @@ class ResponseBody(GenerationBody):
     def conversation_id(self) -> str | None:
         return None if self.conversation is None else self.conversation.id
 
-    def input_items(self, new_id: Callable[[], str]) -> tuple[Item, ...]:
+    def input_items(self, new_id: Callable[[], str]) -> tuple[ItemJson, ...]:
         """The new input alone, each item with an id (msg_...) of its own from new_id."""
         return _with_ids(self.input, new_id)
 
@@ -276,7 +276,7 @@ class ConversationBody(Body):
     )
     metadata: Metadata = Field(default_factory=dict)
 
-    def new_items(self, new_id: Callable[[], str]) -> tuple[Item, ...]:
+    def new_items(self, new_id: Callable[[], str]) -> tuple[ItemJson, ...]:
         return _with_ids(self.items, new_id)
 
 
@@ -299,7 +299,7 @@ class ItemsBody(Body):
     items: Annotated[SomeFewItems, BeforeValidator(_as_items, json_schema_input_type=str | SomeFewItems)]
     include: Include = Field(default_factory=list)
 
-    def new_items(self, new_id: Callable[[], str]) -> tuple[Item, ...]:
+    def new_items(self, new_id: Callable[[], str]) -> tuple[ItemJson, ...]:
         return _with_ids(self.items, new_id)
 
 

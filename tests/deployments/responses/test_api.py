@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.ingress import IngressConfig, create_app
-from deployments.responses import api as responses_api
+from deployments.responses import store_upkeep
 from deployments.store.conversation_store import ConversationStore
 from deployments.store.values import NewItem, NewResponse
 from deployments.tenants import TenantConfig, hash_key
@@ -467,7 +467,7 @@ async def app(engine: EngineHere, url: str) -> AsyncIterator[FastAPI]:
 async def test_a_turn_that_is_given_up_is_marked_and_ends_in_the_engine(
     client: AsyncOpenAI, app: FastAPI, engine: EngineHere, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    monkeypatch.setattr(responses_api, "RENEWAL_S", 0.05)
+    monkeypatch.setattr(store_upkeep, "RENEWAL_S", 0.05)
     conversation = await client.conversations.create()
     await ask(client, TURNS[0], conversation=conversation.id)
     engine.go.clear()
@@ -528,7 +528,7 @@ async def test_a_client_that_leaves_while_its_turn_is_being_recorded(
         await go.wait()
         return response
 
-    monkeypatch.setattr(responses_api, "LEASE_S", 3600.0)
+    monkeypatch.setattr(store_upkeep, "LEASE_S", 3600.0)
     conversation = await client.conversations.create()
     monkeypatch.setattr(ConversationStore, "begin_response", begin_response)
     streaming = Streaming(app, {"input": TURNS[0], "conversation": conversation.id})
@@ -734,7 +734,7 @@ async def test_leases_are_renewed_whatever_happened_to_the_last_renewal(
             raise RuntimeError("a defect")
         return await renew(self, *args)
 
-    monkeypatch.setattr(responses_api, "RENEWAL_S", 0.01)
+    monkeypatch.setattr(store_upkeep, "RENEWAL_S", 0.01)
     monkeypatch.setattr(ConversationStore, "renew_leases", renew_leases)
     await client.conversations.create()
 
