@@ -18,13 +18,13 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from deployments.cluster.coalesced import Coalesced
-from deployments.completions.answers import error_body, sse_event
-from deployments.completions.requests import Body
+from deployments.errors import NotAnOperatorError
 from deployments.generation import CacheHold, ErrorItem, ReplicaCache
-from deployments.http.bodies import RequestBodies
-from deployments.http.event_stream import EventStream
+from deployments.http.errors import error_body
+from deployments.http.event_stream import EventStream, sse_event
 from deployments.http.fair_limit import FairLimit
-from deployments.responses.requests import Query, parse_query
+from deployments.http.gate import Gate
+from deployments.http.parsing import Body, Query, parse_query
 from engine.cache_view import CacheQuery, ConversationView, EvictionView
 from engine.errors import OverloadedError, RequestError
 from engine.tenant import Tenant
@@ -37,13 +37,6 @@ MAX_INTERVAL_S = 60.0
 HEARTBEAT_S = 15.0
 # Streams of one ingress replica.
 MAX_WATCHERS = 64
-
-
-class NotAnOperatorError(RequestError):
-    """A key asks for what concerns all tenants."""
-
-    http_status = 403
-    code = "not_an_operator"
 
 
 class MapQuery(Query):
@@ -114,7 +107,7 @@ class CacheWatchers:
             try:
                 is_operator = sees_all()
             except RequestError as error:
-                yield sse_event(error_body(ErrorItem.from_error(error)))
+                yield sse_event(error_body(ErrorItem.of(error)))
                 return
             if tenant.tenant_id not in asked.tenants:
                 await asyncio.sleep(MIN_INTERVAL_S / 2)  # asked before this one came
@@ -216,23 +209,21 @@ def _rounded(value: float | None) -> float | None:
 
 def add_cache_routes(
     app: FastAPI,
+    gate: Gate,
     engine: CacheEngine,
-    bodies: RequestBodies,
-    tenant_of: Callable[[Request], Tenant],
-    is_operator: Callable[[Tenant], bool],
     *,
     demo: bool,
 ) -> None:
-    """tenant_of: raises if the request may not ask. is_operator: the tenant sees all. demo: the tiers can be made smaller."""
+    """demo: the tiers can be made smaller."""
     watchers = CacheWatchers(engine, can_hold_back=demo)
 
     @app.get("/v1/cache/map")
     async def watch_cache(request: Request) -> Response:
-        tenant = tenant_of(request)
+        tenant = gate.tenant_of(request)
         query = parse_query(MapQuery, request.query_params.multi_items())
 
         def sees_all() -> bool:
-            return is_operator(tenant_of(request))  # keys may be withdrawn
+            return gate.is_operator(gate.tenant_of(request))  # keys may be withdrawn
 
         leave = watchers.enter(tenant, is_operator=sees_all())
         stream = EventStream(watchers.events(tenant, query, sees_all), _nothing_to_end, {})
@@ -244,10 +235,9 @@ def add_cache_routes(
 
     @app.post("/v1/cache/demo")
     async def hold_back(request: Request) -> dict[str, Any]:
-        tenant = tenant_of(request)
-        if not is_operator(tenant):
+        if not gate.is_operator(gate.tenant_of(request)):
             raise NotAnOperatorError("that changes the cache of all tenants; only an operator's key may do it")
-        body, _ = await bodies.parse(HoldBody, request, tenant, default=b"{}")
+        _, body, _ = await gate.read(HoldBody, request, default=b"{}")
         return {
             "object": "cache.demo",
             "replicas": await engine.hold_back(CacheHold(body.gpu_blocks, body.cpu_blocks)),

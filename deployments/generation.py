@@ -48,20 +48,25 @@ class DeltaItem:
 
 @dataclass(frozen=True, slots=True)
 class ErrorItem:
-    """The request ended here, with an HTTP status and the fields of an OpenAI error body. retry_after_s: when
-    trying again makes sense; None = no hint."""
+    """The request ended here with an error, as plain values: its class may not be importable at the other end.
 
-    status: int
-    message: str
+    kind: the name of the error's class; http/errors.py says what that is for clients.
+    message, param, retry_after_s: see PensieveError.
+    """
+
     kind: str
-    code: str | None = None
+    message: str
     param: str | None = None
     retry_after_s: float | None = None
 
     @classmethod
-    def from_error(cls, error: PensieveError) -> ErrorItem:
-        retry_after_s = error.retry_after_s if error.http_status in (429, 503) else None
-        return cls(error.http_status, error.message, error.kind, error.code, error.param, retry_after_s)
+    def of(cls, error: PensieveError) -> ErrorItem:
+        """The same as a value."""
+        return cls(type(error).__name__, error.message, error.param, error.retry_after_s)
+
+    def is_a(self, kind: type[PensieveError]) -> bool:
+        """Whether the error was of this very class."""
+        return self.kind == kind.__name__
 
 
 GenerationItem = DeltaItem | ErrorItem

@@ -1,20 +1,19 @@
-"""The HTTP face: OpenAI's endpoints over an EngineClient. Validates, names the session, words the answers and
-the errors. Nothing here knows a token, a cache or a replica beyond the number that it reports.
+"""The HTTP application: OpenAI's endpoints over an EngineClient. Wiring only; each endpoint is in its own package. Nothing in
+them knows a token, a cache or a replica beyond the number that it reports.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from ray import serve
@@ -24,48 +23,33 @@ from starlette.types import ASGIApp
 from deployments.cache_map import add_cache_routes
 from deployments.cluster.coalesced import Coalesced
 from deployments.cluster.replica_count import ReplicaCount, count_replicas
-from deployments.completions.answers import (
-    DONE,
-    AnswerFormat,
-    ChatFormat,
-    CompletionFormat,
-    error_body,
-    sse_event,
-)
-from deployments.completions.requests import MAX_NAME_CHARS, BodyT, ChatCompletionBody, CompletionBody, GenerationBody
+from deployments.completions.routes import add_completion_routes
 from deployments.generation import (
     CacheHold,
-    DeltaItem,
-    ErrorItem,
     GenerationItem,
     GenerationRequest,
     ModelCard,
     ReplicaCache,
 )
 from deployments.http.admission import Admission
-from deployments.http.bodies import RequestBodies
-from deployments.http.errors import EXCEPTION_HANDLERS, error_response
-from deployments.http.event_stream import EventStream
-from deployments.http.fair_limit import FairLimit
-from deployments.http.open_server import check_is_local
+from deployments.http.errors import EXCEPTION_HANDLERS
+from deployments.http.gate import Gate
 from deployments.http.request_limits import RequestLimits
+from deployments.http.status import add_model_routes, add_status_routes
 from deployments.openapi import openapi_document
 from deployments.page import add_page
 from deployments.responses.api import ResponsesApi
-from deployments.responses.routes import add_response_routes
+from deployments.responses.conversations import ConversationsApi
+from deployments.responses.routes import add_conversation_routes, add_response_routes
+from deployments.responses.store_upkeep import StoreUpkeep
 from deployments.routing.absence import why_absent
 from deployments.routing.engine_client import EngineClient
-from deployments.routing.session_key import session_key
 from deployments.store.conversation_store import ConversationStore
 from deployments.store.url import read_password
 from deployments.store.values import NO_STORE_LIMITS, StoreLimits
-from deployments.tenants import Authenticator, TenantConfig, WatchedTenants
-from engine import __version__
+from deployments.tenants import TenantConfig, WatchedTenants
 from engine.cache_view import CacheQuery
-from engine.errors import ContextLengthError, InvalidParameterError, OverloadedError, UnknownModelError
 from engine.paths import data_folder, private_folder
-from engine.tenant import LOCAL_TENANT, Tenant
-from engine.text.prompt import ChatPrompt, Prompt, TokenPrompt
 
 # How often readiness asks the engines and the store, at most, in seconds: anybody may ask for it.
 READY_PERIOD_S = 1.0
@@ -166,14 +150,14 @@ def create_app(
         num_ingress_replicas=num_ingress_replicas,
         default_timeout_s=config.request_timeout_s,
     )
-
-    async def check_model(name: str) -> ModelCard:
-        card = await engine.model_card()
-        _check_model(name, card)
-        return card
-
-    responses = ResponsesApi(
-        admission,
+    gate = Gate(
+        tenants,
+        engine.model_card,
+        max_body_bytes=config.max_body_bytes,
+        num_engine_replicas=num_engine_replicas,
+        sees_clients=sees_clients,
+    )
+    upkeep = StoreUpkeep(
         ConversationStore(
             config.store_url or _default_store_url(),
             password=read_password(config.store_password_file, os.environ),
@@ -181,18 +165,11 @@ def create_app(
             min_free_bytes=config.store_min_free_bytes,
         ),
         owner=f"{ingress_id}-{uuid.uuid4().hex}",
-        check_model=check_model,
-        choose_session_id=engine.choose_session_id,
         retention_days=config.retention_days,
     )
 
-    authenticator = Authenticator(tenants)
-    bodies = RequestBodies(config.max_body_bytes)
-    places = FairLimit()
-    started = int(time.time())
-
     def use_tenants(tenants: tuple[TenantConfig, ...]) -> None:
-        authenticator.use(tenants)
+        gate.use(tenants)
         admission.use(tenants)
 
     @asynccontextmanager
@@ -201,8 +178,12 @@ def create_app(
         yield
         if watching is not None:
             watching.cancel()
-        bodies.close()
-        await responses.close()
+        gate.close()
+        await upkeep.close()
+
+    async def check_ready() -> None:
+        await engine.describe()
+        await upkeep.check()
 
     app = FastAPI(
         lifespan=lifespan,
@@ -211,118 +192,20 @@ def create_app(
         exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
     )
     app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes)
-
-    def tenant_of(request: Request) -> Tenant:
-        if tenants:
-            return authenticator.authenticate(request.headers.get("authorization"))
-        client_host = request.client.host if request.client else None
-        check_is_local(request.headers.items(), client_host, sees_clients=sees_clients)
-        return LOCAL_TENANT
-
-    async def in_a_place(tenant: Tenant, body: GenerationBody, respond: Callable[[], Awaitable[Response]]) -> Response:
-        """Lets in as many as the engines run and let wait, all together, and refuses the next one at once: here it would only
-        wait where no engine knows of it, and its client could not go elsewhere."""
-        card = await engine.model_card()
-        _check_body(body, card)
-        limit = card.max_num_requests * num_engine_replicas()
-        if not places.try_take(tenant.tenant_id, 1, limit):
-            raise OverloadedError("as many requests run and wait as may; try again in a moment")
-        give_back = partial(places.give_back, tenant.tenant_id, 1)
-        try:
-            response = await respond()
-        except BaseException:
-            give_back()
-            raise
-        if isinstance(response, EventStream):
-            response.at_end(give_back)
-        else:
-            give_back()
-        return response
-
-    async def answer(
-        request: Request,
-        kind: type[BodyT],
-        make_format: Callable[[str, int, BodyT], AnswerFormat],
-        id_prefix: str,
-    ) -> Response:
-        tenant = tenant_of(request)
-        body, data = await bodies.parse(kind, request, tenant)
-        sampling = body.sampling_params()
-        generation = GenerationRequest(
-            request_id=id_prefix + uuid.uuid4().hex,
-            session_id=session_key(request.headers.items(), data),
-            prompt=body.prompt_value(),
-            sampling=sampling,
-            stream=body.stream,
-            return_prompt_token_ids=body.return_token_ids,
-            tenant=tenant,
-        )
-        return await in_a_place(tenant, body, partial(respond, generation, body, make_format))
-
-    async def respond(
-        generation: GenerationRequest, body: BodyT, make_format: Callable[[str, int, BodyT], AnswerFormat]
-    ) -> Response:
-        _check_prompt(generation.prompt, await engine.model_card())
-        answer_format = make_format(generation.request_id, int(time.time()), body)
-        items = admission.generate(generation, body.timeout)
-        first = await anext(items)  # decides on the status; nothing is sent before
-        if isinstance(first, ErrorItem) or not body.stream:
-            await _exhaust(items)
-        if isinstance(first, ErrorItem):
-            return error_response(first)
-        headers = {"x-pensieve-replica": str(first.replica_rank), "x-pensieve-ingress": ingress_id}
-        if not body.stream:
-            return JSONResponse(answer_format.whole(first.delta), headers=headers)
-        events = _events(first, items, answer_format, include_usage=body.include_usage)
-        return EventStream(events, items.aclose, headers)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        return await answer(request, ChatCompletionBody, ChatFormat, "chatcmpl-")
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await answer(request, CompletionBody, CompletionFormat, "cmpl-")
-
-    def is_operator(tenant: Tenant) -> bool:
-        return not tenants or authenticator.is_operator(tenant)
-
-    add_response_routes(app, responses, bodies, tenant_of, in_a_place)
-    add_cache_routes(app, engine, bodies, tenant_of, is_operator, demo=config.demo)
+    add_completion_routes(app, gate, admission, ingress_id)
+    add_response_routes(app, gate, ResponsesApi(admission, upkeep, engine.choose_session_id))
+    add_conversation_routes(app, gate, ConversationsApi(admission, upkeep, engine.choose_session_id))
+    add_cache_routes(app, gate, engine, demo=config.demo)
     if config.page:
         add_page(app)
+    add_model_routes(app, gate, engine.model_card)
+    add_status_routes(app, Coalesced(check_ready, ready_period_s), lambda: upkeep.warnings)
+    _add_document_route(app)
+    return app
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> Response:
-        tenant_of(request)
-        return JSONResponse({"object": "list", "data": [_model(await engine.model_card(), started)]})
 
-    @app.get("/v1/models/{model:path}")  # path: hub ids have a slash
-    async def model(request: Request, model: str) -> Response:
-        tenant_of(request)
-        card = await engine.model_card()
-        _check_model(model, card)
-        return JSONResponse(_model(card, started))
-
-    @app.get("/health")
-    async def health() -> Response:
-        return JSONResponse({"status": "ok"})
-
-    async def check_ready() -> None:
-        await engine.describe()
-        await responses.check()
-
-    is_ready = Coalesced(check_ready, ready_period_s)
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        await is_ready()
-        warnings = responses.warnings
-        return JSONResponse({"status": "ready", **({"warnings": warnings} if warnings else {})})
-
-    @app.get("/version")
-    async def version() -> Response:
-        return JSONResponse({"version": __version__})
+def _add_document_route(app: FastAPI) -> None:
+    """Serves the document of all routes that the application has by now."""
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
@@ -334,76 +217,7 @@ def create_app(
         if isinstance(route, APIRoute)
         for method in route.methods or ()
     )
-    return app
 
 
 def _default_store_url() -> str:
     return f"sqlite:///{private_folder(data_folder()) / 'conversations.db'}"
-
-
-async def _events(
-    first: DeltaItem,
-    items: AsyncGenerator[GenerationItem, None],
-    answer_format: AnswerFormat,
-    *,
-    include_usage: bool,
-) -> AsyncGenerator[str, None]:
-    """Server-sent events. An error after the start is an event; without [DONE], for the answer is not done."""
-    async with aclosing(items):
-        item: GenerationItem = first
-        while isinstance(item, DeltaItem):
-            if chunks := answer_format.chunks(item.delta):
-                yield "".join(map(sse_event, chunks))  # one message: each has its price
-            if item.delta.finish_reason is not None:
-                if include_usage:
-                    yield sse_event(answer_format.usage_chunk(item.delta))
-                yield DONE
-                break
-            item = await anext(items)
-        else:
-            yield sse_event(error_body(item))
-        await _exhaust(items)
-
-
-async def _exhaust(items: AsyncGenerator[GenerationItem, None]) -> None:
-    """To its end: closing it before would cancel a call that is about to be over by itself."""
-    async for _ in items:
-        pass
-
-
-def _check_model(name: str, card: ModelCard) -> None:
-    if name != card.model_name:
-        raise UnknownModelError(f"no model {name[:MAX_NAME_CHARS]!r} here; there is {card.model_name!r}", param="model")
-
-
-def _check_body(body: GenerationBody, card: ModelCard) -> None:
-    """Raises where the model is not here, or cannot do what is asked whatever the prompt is."""
-    _check_model(body.model, card)
-    if body.min_tokens > card.max_model_len:
-        raise InvalidParameterError(
-            f"min_tokens must be at most {card.max_model_len}, the context window", param="min_tokens"
-        )
-
-
-def _check_prompt(prompt: Prompt, card: ModelCard) -> None:
-    """Raises ContextLengthError where it cannot fit, each message being a token at least. The engine counts exactly."""
-    if isinstance(prompt, ChatPrompt):
-        size, unit, param = len(prompt.messages), "messages", "messages"
-    elif isinstance(prompt, TokenPrompt):
-        size, unit, param = len(prompt.token_ids), "tokens", "prompt"
-    else:
-        return
-    if size > card.max_model_len:
-        raise ContextLengthError(
-            f"the context window is {card.max_model_len} tokens, but the prompt has {size} {unit}; shorten it", param
-        )
-
-
-def _model(card: ModelCard, created: int) -> dict[str, Any]:
-    return {
-        "id": card.model_name,
-        "object": "model",
-        "created": created,
-        "owned_by": "pensieve",
-        "max_model_len": card.max_model_len,
-    }

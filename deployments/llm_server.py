@@ -16,6 +16,7 @@ from ray import serve
 
 from deployments.cluster.start_failure import start_error
 from deployments.engine_log import log_engine_with_serve
+from deployments.errors import InternalError, ModelReplacedError
 from deployments.generation import (
     CacheHold,
     DeltaItem,
@@ -29,7 +30,7 @@ from deployments.metrics import EngineMetrics
 from deployments.routing.session_router import RANK
 from engine.cache_view import CacheQuery
 from engine.config import EngineConfig
-from engine.errors import EngineError, PensieveError
+from engine.errors import PensieveError
 from engine.text.output import OutputDelta, merge_deltas
 
 if TYPE_CHECKING:
@@ -41,14 +42,6 @@ logger = logging.getLogger("ray.serve")
 # What the way of one message through Serve costs, about, in seconds of several processes' time. The streams of a replica
 # together send no more than one in that time: with many of them each has to bring more, or the engine would starve.
 MESSAGE_INTERVAL_S = 0.002
-
-
-class ModelReplacedError(EngineError):
-    """Another model was deployed while a request was answered, and cannot go on with what the first one has said."""
-
-    http_status = 503
-    kind = "service_unavailable"
-    code = "model_replaced"
 
 
 def start_engine(config: EngineConfig) -> AsyncEngine:
@@ -114,7 +107,7 @@ class LLMServer:
         request."""
         rank = self.replica_rank()
         if request.beginning is not None and request.begun_by != self._engine.identity:
-            yield ErrorItem.from_error(ModelReplacedError("a deploy replaced the model during this answer; ask again"))
+            yield ErrorItem.of(ModelReplacedError("a deploy replaced the model during this answer; ask again"))
             return
         answer = self._engine.generate(
             request.prompt,
@@ -139,11 +132,11 @@ class LLMServer:
                     whole = replace(whole, prompt_transcript=None)  # nothing of it will be resumed
                     yield DeltaItem(_for_travel(whole, request), rank, self._engine.identity)
         except PensieveError as error:
-            yield ErrorItem.from_error(error)
+            yield ErrorItem.of(error)
         except Exception:
             # Never the prompt: logs are read by more people than conversations are.
             logger.exception("request %s failed", request.request_id)
-            yield ErrorItem(500, f"internal error while serving {request.request_id}", "server_error")
+            yield ErrorItem.of(InternalError(f"internal error while serving {request.request_id}"))
 
     async def _coalesced(self, deltas: AsyncIterator[OutputDelta]) -> AsyncGenerator[OutputDelta, None]:
         """Fewer and larger ones: in the pauses the engine puts together what comes; see AsyncEngine.generate."""

@@ -13,13 +13,13 @@ from typing import Any
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
 from deployments.cache_map import HoldBody, MapQuery
-from deployments.completions.requests import Body, ChatCompletionBody, CompletionBody
+from deployments.completions.requests import ChatCompletionBody, CompletionBody
+from deployments.http.parsing import Body, Query
 from deployments.responses.requests import (
     ConversationBody,
     ConversationUpdateBody,
     ItemsBody,
     ListQuery,
-    Query,
     ResponseBody,
     RetrieveQuery,
 )

@@ -35,7 +35,8 @@ from typing import Annotated
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from engine.errors import ConfigError, RequestError
+from deployments.errors import AuthenticationError
+from engine.errors import ConfigError
 from engine.tenant import Tenant
 
 logger = logging.getLogger("ray.serve")
@@ -44,13 +45,6 @@ API_KEY_VARIABLE = "PENSIEVE_API_KEY"
 KEY_PREFIX = "sk-pensieve-"
 # How often the file is looked at, in seconds.
 WATCH_PERIOD_S = 2.0
-
-
-class AuthenticationError(RequestError):
-    """No key, or none that is known."""
-
-    http_status = 401
-    code = "invalid_api_key"
 
 
 class TenantConfig(BaseModel):

@@ -135,18 +135,14 @@ class AsyncEngine:
         room = self.max_model_len - (sampling.max_tokens or 1)
         # Another engine began with the ids that its history gave: whatever was said here since does not count.
         known_id = conversation_id if beginning is None else None
-        try:
-            if isinstance(prompt, TokenPrompt):
-                transcript, is_known = self._check_token_ids(prompt), False
-            elif prompt.num_chars > MAX_INLINE_CHARS:
-                # A long prompt takes long to tokenise, and meanwhile the loop has others to serve.
-                work = partial(self._tokenize, prompt, known_id, history, room)
-                transcript, is_known = await self._tokenizer_pool.run(work, tenant, prompt.num_chars)
-            else:
-                transcript, is_known = self._tokenize(prompt, known_id, history, room)
-        except ContextLengthError as error:
-            error.param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
-            raise
+        if isinstance(prompt, TokenPrompt):
+            transcript, is_known = self._check_token_ids(prompt), False
+        elif prompt.num_chars > MAX_INLINE_CHARS:
+            # A long prompt takes long to tokenise, and meanwhile the loop has others to serve.
+            work = partial(self._tokenize, prompt, known_id, history, room)
+            transcript, is_known = await self._tokenizer_pool.run(work, tenant, prompt.num_chars)
+        else:
+            transcript, is_known = self._tokenize(prompt, known_id, history, room)
         self._check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
         if beginning is not None:
             self._check_vocabulary(beginning.token_ids, "beginning")
@@ -168,11 +164,7 @@ class AsyncEngine:
         stream = Stream(request, transcript, detokenizer, asyncio.get_running_loop())
         is_first, is_finished = True, False
         try:
-            try:
-                await self._call(lambda: self._add(stream))
-            except ContextLengthError as error:
-                error.param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
-                raise
+            await self._call(lambda: self._add(stream))
             while not is_finished:
                 items = [await stream.items.get()]
                 while not stream.items.empty():

@@ -5,33 +5,35 @@ PensieveError
 |-- ModelLoadError               the model or its tokenizer cannot be loaded
 |   `-- UnsupportedModelError    it loads, but its attention cannot be served from a paged cache
 |-- KernelBuildError             an attention kernel cannot be built, or is wrong here; raised only if asked for by name
-|-- RequestError                 the request is at fault (HTTP 400)
+|-- RequestError                 the request is at fault
 |   |-- InvalidParameterError    a parameter is out of range or not implemented
 |   |-- ContextLengthError       prompt and answer do not fit the context window
-|   `-- UnknownModelError        no such model here (HTTP 404)
-`-- EngineError                  the engine is at fault (HTTP 500)
-    |-- OverloadedError          as many requests wait as may (HTTP 429)
+|   `-- UnknownModelError        no such model here
+`-- EngineError                  the engine is at fault
+    |-- OverloadedError          the queue is full
     |-- ExecutorError            the step that computed this request failed; the engine goes on
     |-- DeviceFailedError        the device reports an error after which no further operation works
-    `-- EngineStoppedError       the engine is shut down (HTTP 503)
+    `-- EngineStoppedError       the engine is shut down
 """
 
 from __future__ import annotations
 
 
 class PensieveError(Exception):
-    """Base of all; `http_status`, `kind` and `code` are what an OpenAI error body says of it. retry_after_s: with
-    status 429 or 503, when the same request may succeed, in seconds; None = not by waiting."""
+    """The base of all errors that are raised on purpose.
 
-    http_status = 500
-    kind = "server_error"
-    code: str | None = None
-    retry_after_s: float | None = 1.0
+    param: the option or parameter that is wrong, as the engine calls it; None if no single one is.
+    retry_after_s: seconds after which the same request may succeed; None if waiting does not help.
+    """
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    retry_after_s: float | None = None
+
+    def __init__(self, message: str, param: str | None = None, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
 
 class ConfigError(PensieveError):
@@ -53,27 +55,20 @@ class KernelBuildError(PensieveError):
 class RequestError(PensieveError):
     """The request is at fault; trying again without a change is useless."""
 
-    http_status = 400
-    kind = "invalid_request_error"
-
 
 class InvalidParameterError(RequestError):
     """A parameter is out of range, of the wrong kind, or not implemented; `param` names it."""
-
-    code = "invalid_value"
 
 
 class ContextLengthError(RequestError):
     """Prompt and answer do not fit the context window."""
 
-    code = "context_length_exceeded"
+    def __init__(self, message: str, param: str | None = "prompt") -> None:
+        super().__init__(message, param)
 
 
 class UnknownModelError(RequestError):
     """No model of that name is served here."""
-
-    http_status = 404
-    code = "model_not_found"
 
 
 class EngineError(PensieveError):
@@ -81,28 +76,20 @@ class EngineError(PensieveError):
 
 
 class OverloadedError(EngineError):
-    """As many requests wait as may; trying again later makes sense."""
+    """The queue is full; trying again later makes sense."""
 
-    http_status = 429
-    kind = "rate_limit_error"
-    code = "overloaded"
+    retry_after_s = 1.0
 
 
 class ExecutorError(EngineError):
     """The step that computed this request failed. Its requests end; the engine goes on."""
 
-    code = "executor_failed"
-
 
 class DeviceFailedError(EngineError):
     """The device reports an error, such as an illegal address, after which this process can use it no more."""
-
-    code = "device_failed"
 
 
 class EngineStoppedError(EngineError):
     """The engine is shut down or shutting down."""
 
-    http_status = 503
-    kind = "service_unavailable"
-    code = "engine_stopped"
+    retry_after_s = 1.0

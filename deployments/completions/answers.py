@@ -1,43 +1,28 @@
-"""The answers of OpenAI's API, made from OutputDeltas: whole, or in chunks. One object formats one answer; it
-keeps what one chunk must know of those before. Plain dicts: they are built once a chunk. Knows no HTTP, no
-engine, no Ray.
+"""The answers of OpenAI's chat and completions endpoints, made from OutputDeltas: whole, or as events. One object formats one
+answer; it keeps what one chunk must know of those before. Plain dicts: they are built once a chunk. Knows no engine and no
+Ray.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from deployments.completions.requests import GenerationBody
 from deployments.generation import ErrorItem
+from deployments.http.answer_stream import EventFormat
+from deployments.http.errors import error_body
+from deployments.http.event_stream import DONE, sse_event
+from deployments.http.generation_body import GenerationBody
 from engine.text.output import OutputDelta, TokenLogprob
 
-DONE = "data: [DONE]\n\n"
-# An error repeats what was wrong; a client that sent megabytes of it does not need them back.
-MAX_MESSAGE_CHARS = 1000
 
-
-class AnswerFormat(Protocol):
-    """How one endpoint words its answers."""
+class AnswerFormat(EventFormat, Protocol):
+    """How one endpoint words its answers, whole or as events."""
 
     def whole(self, delta: OutputDelta) -> dict[str, Any]: ...
 
-    def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]: ...
 
-    def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]: ...
-
-
-def sse_event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def error_body(error: ErrorItem) -> dict[str, Any]:
-    message = error.message[:MAX_MESSAGE_CHARS]
-    return {"error": {"message": message, "type": error.kind, "param": error.param, "code": error.code}}
-
-
-def usage(delta: OutputDelta) -> dict[str, Any]:
+def completion_usage(delta: OutputDelta) -> dict[str, Any]:
     """cached_tokens is there also when it is 0."""
     return {
         "prompt_tokens": delta.num_prompt_tokens,
@@ -48,17 +33,39 @@ def usage(delta: OutputDelta) -> dict[str, Any]:
 
 
 class _Envelope:
-    """What all objects of one answer have around their choice. created: Unix time in seconds."""
+    """What all objects of one answer have around their choice, and the stream that they are sent in.
+
+    created: Unix time in seconds.
+    """
 
     def __init__(self, answer_id: str, created: int, body: GenerationBody) -> None:
         self._head = {"id": answer_id, "created": created, "model": body.model, "system_fingerprint": None}
         self._body = body
         self._is_first = True
 
+    def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]:
+        """What is new; none if it says nothing."""
+        raise NotImplementedError
+
+    def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]:
+        """The last chunk, for clients that want one with the usage alone."""
+        raise NotImplementedError
+
+    async def events(self, delta: OutputDelta) -> str:
+        """All chunks in one message, because each message has its price."""
+        said = "".join(map(sse_event, self.chunks(delta)))
+        if delta.finish_reason is None:
+            return said
+        return said + (sse_event(self.usage_chunk(delta)) if self._body.include_usage else "") + DONE
+
+    async def error(self, error: ErrorItem) -> str:
+        """An error after the start is an event; no [DONE] follows, because the answer is not done."""
+        return sse_event(error_body(error))
+
     def _chunk(self, kind: str, choices: list[dict[str, Any]], delta: OutputDelta, **more: Any) -> dict[str, Any]:
         chunk = {**self._head, "object": kind, "choices": choices, **more}
         if self._body.include_usage:
-            chunk["usage"] = usage(delta) if self._body.continuous_usage or not choices else None
+            chunk["usage"] = completion_usage(delta) if self._body.continuous_usage or not choices else None
         return chunk
 
     def _says_nothing(self, delta: OutputDelta) -> bool:
@@ -76,7 +83,7 @@ class ChatFormat(_Envelope):
             "logprobs": _chat_logprobs(delta.logprobs),
             "finish_reason": delta.finish_reason,
         }
-        answer = {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(delta)}
+        answer = {**self._head, "object": "chat.completion", "choices": [choice], "usage": completion_usage(delta)}
         if self._body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
             answer["prompt_token_ids"] = list(delta.prompt_token_ids)
@@ -115,7 +122,7 @@ class CompletionFormat(_Envelope):
             **self._head,
             "object": "text_completion",
             "choices": [self._choice(delta)],
-            "usage": usage(delta),
+            "usage": completion_usage(delta),
         }
 
     def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]:

@@ -13,30 +13,24 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from deployments.errors import (
+    AnswerTimeoutError,
+    TenantLimitError,
+    TooManyRequestsError,
+    TooManyStoreBytesError,
+    TooManyStoreRequestsError,
+    TooManyTokensError,
+)
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest
 from deployments.store.values import NO_STORE_LIMITS, Quota, StoreLimits
 from deployments.tenants import TenantConfig
-from engine.errors import RequestError
 from engine.text.prompt import TokenPrompt
 
 # When to come back where nobody can know, in seconds.
 RETRY_AFTER_S = 1.0
-REFUSED = "rate_limit_error"
 # What is set aside for a request until its tokens are counted: characters of a token, and an answer without max_tokens.
 CHARS_PER_TOKEN = 4
 UNSTATED_ANSWER_TOKENS = 512
-
-
-class StoringTooFastError(RequestError):
-    """A tenant sends more to the paths that only store than it may in a minute."""
-
-    http_status = 429
-    kind = REFUSED
-
-    def __init__(self, message: str, code: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.code = code
-        self.retry_after_s = retry_after_s
 
 
 class Generates(Protocol):
@@ -144,7 +138,7 @@ class Admission:
                         return
                     except TimeoutError:
                         message = f"the answer was not complete after {timeout_s:g} seconds; raise timeout"
-                        yield ErrorItem(504, message, "timeout_error", "timeout", "timeout")
+                        yield ErrorItem.of(AnswerTimeoutError(message, "timeout"))
                         return
                     if isinstance(item, DeltaItem):
                         num_prompt, num_output = item.delta.num_prompt_tokens, item.delta.num_output_tokens
@@ -166,7 +160,7 @@ class Admission:
                 message = (
                     f"{limits.max_concurrent_requests} requests of this tenant may run at once; wait for one to end"
                 )
-                return ErrorItem(429, message, REFUSED, "too_many_requests", retry_after_s=RETRY_AFTER_S)
+                return ErrorItem.of(TooManyRequestsError(message))
         if limits.tokens_per_minute is not None:
             per_minute = limits.tokens_per_minute / num_replicas
             account.tokens.refill(self._clock(), per_minute)
@@ -177,28 +171,27 @@ class Admission:
                 )
                 settled = account.tokens.level + account.num_reserved
                 wait_s = RETRY_AFTER_S if settled > 0 else _wait_s(settled, per_minute)
-                return ErrorItem(429, message, REFUSED, "tokens_per_minute", retry_after_s=wait_s)
+                return ErrorItem.of(TooManyTokensError(message, retry_after_s=wait_s))
         return None
 
     def admit_storing(self, tenant_id: str, num_bytes: int) -> None:
-        """Counts a request to a path that only stores. Raises StoringTooFastError, and then counts nothing."""
+        """Counts a request to a path that only stores. Raises TenantLimitError, and then counts nothing."""
         limits, account = self._store_limits_of(tenant_id), self._account(tenant_id)
-        buckets = [
-            (account.store_requests, limits.requests_per_minute, 1, "requests"),
-            (account.store_bytes, limits.bytes_per_minute, num_bytes, "bytes"),
+        buckets: list[tuple[_Bucket, int | None, int, str, type[TenantLimitError]]] = [
+            (account.store_requests, limits.requests_per_minute, 1, "requests", TooManyStoreRequestsError),
+            (account.store_bytes, limits.bytes_per_minute, num_bytes, "bytes", TooManyStoreBytesError),
         ]
-        for bucket, limit, _, what in buckets:
+        for bucket, limit, _, what, kind in buckets:
             if limit is None:
                 continue
             per_minute = limit / self._num_ingress_replicas()
             bucket.refill(self._clock(), per_minute)
             if bucket.is_empty():
-                raise StoringTooFastError(
+                raise kind(
                     f"this tenant may send {limit} {what} a minute to what only stores; wait",
-                    f"store_{what}_per_minute",
-                    _wait_s(bucket.level, per_minute),
+                    retry_after_s=_wait_s(bucket.level, per_minute),
                 )
-        for bucket, _, amount, _ in buckets:
+        for bucket, _, amount, _, _ in buckets:
             bucket.level -= amount
 
     def quota_of(self, tenant_id: str) -> Quota:

@@ -11,22 +11,16 @@ from typing import Any
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from deployments.completions.requests import AnyBodyT, BadRequestError, parse_request
+from deployments.errors import BodyTooLargeError, MalformedBodyError
 from deployments.http.fair_limit import FairLimit
-from engine.errors import OverloadedError, RequestError
+from deployments.http.parsing import BodyT, parse_request
+from engine.errors import OverloadedError
 from engine.tenant import Tenant
 
 # Bytes of bodies that one ingress replica holds unparsed, unless a single body may be larger.
 MAX_BYTES_IN_FLIGHT = 64 * 2**20
 # Larger bodies are parsed in a thread, one at a time: one of 4 MiB takes a tenth of a second, and its objects much memory.
 MAX_INLINE_BYTES = 64 * 2**10
-
-
-class BodyTooLargeError(RequestError):
-    """A body has more bytes than the server takes."""
-
-    http_status = 413
-    code = "body_too_large"
 
 
 class RequestBodies:
@@ -39,8 +33,8 @@ class RequestBodies:
         self._parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parser")
 
     async def parse(
-        self, kind: type[AnyBodyT], request: Request, tenant: Tenant, *, default: bytes = b""
-    ) -> tuple[AnyBodyT, dict[str, Any]]:
+        self, kind: type[BodyT], request: Request, tenant: Tenant, *, default: bytes = b""
+    ) -> tuple[BodyT, dict[str, Any]]:
         """As parse_request. default: what an empty body stands for. Raises BodyTooLargeError, OverloadedError where the
         bodies under way take too much memory, and BadRequestError."""
         self._check_size(int(length) if (length := request.headers.get("content-length", "")).isdecimal() else 0)
@@ -61,7 +55,7 @@ class RequestBodies:
                 return parse_request(kind, raw)
             return await asyncio.get_running_loop().run_in_executor(self._parser, parse_request, kind, raw)
         except ClientDisconnect:
-            raise BadRequestError("the connection was closed before the end of the body", None, None) from None
+            raise MalformedBodyError("the connection was closed before the end of the body") from None
         finally:
             if size:
                 self._in_flight.give_back(tenant.tenant_id, size)

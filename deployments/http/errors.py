@@ -1,47 +1,130 @@
-"""Errors as OpenAI words them, for FastAPI: from ErrorItems, from our exceptions, and from everybody else's."""
+"""Errors in HTTP: one table from each error class to its status, and to type and code as OpenAI words them. Everything that
+sends an error, whole or as an event, looks here.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from typing import Any, NamedTuple
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from deployments.completions.answers import error_body
+from deployments import errors as ours
 from deployments.generation import ErrorItem
+from deployments.store import errors as store
+from engine import errors as engine
 from engine.errors import PensieveError
 
-# Of an error's message: it may repeat what was sent.
+# Of an error's message: it may repeat what was sent, and a client that sent megabytes does not need them back.
 MAX_MESSAGE_CHARS = 1000
 
+INVALID = "invalid_request_error"
+SERVER = "server_error"
+LIMIT = "rate_limit_error"
+UNAVAILABLE = "service_unavailable"
 
-def error_response(error: ErrorItem, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    if len(error.message) > MAX_MESSAGE_CHARS:
-        error = replace(error, message=error.message[:MAX_MESSAGE_CHARS] + "...")
-    headers = dict(headers or {})
+
+class Wire(NamedTuple):
+    """How clients see an error: the HTTP status, and `type` and `code` of the body."""
+
+    status: int
+    type: str
+    code: str | None
+
+
+_INTERNAL = Wire(500, SERVER, None)
+ERRORS: Mapping[type[PensieveError], Wire] = {
+    engine.RequestError: Wire(400, INVALID, None),
+    engine.InvalidParameterError: Wire(400, INVALID, "invalid_value"),
+    engine.ContextLengthError: Wire(400, INVALID, "context_length_exceeded"),
+    ours.MalformedBodyError: Wire(400, INVALID, None),
+    ours.MissingParameterError: Wire(400, INVALID, "missing_required_parameter"),
+    ours.UnknownParameterError: Wire(400, INVALID, "unknown_parameter"),
+    ours.UnsupportedParameterError: Wire(400, INVALID, "unsupported_parameter"),
+    ours.ExclusiveParametersError: Wire(400, INVALID, "mutually_exclusive_parameters"),
+    store.PreviousResponseError: Wire(400, INVALID, "previous_response_not_complete"),
+    ours.AuthenticationError: Wire(401, INVALID, "invalid_api_key"),
+    ours.NotAnOperatorError: Wire(403, INVALID, "not_an_operator"),
+    ours.RemoteWithoutKeysError: Wire(403, INVALID, "no_api_keys_configured"),
+    ours.CrossOriginError: Wire(403, INVALID, "cross_origin_request"),
+    engine.UnknownModelError: Wire(404, INVALID, "model_not_found"),
+    store.NotFoundError: Wire(404, INVALID, "not_found"),
+    store.PreviousResponseNotFoundError: Wire(404, INVALID, "previous_response_not_found"),
+    store.ConversationBusyError: Wire(409, INVALID, "conversation_locked"),
+    ours.ResponseCancelledError: Wire(409, INVALID, "response_cancelled"),
+    ours.BodyTooLargeError: Wire(413, INVALID, "body_too_large"),
+    ours.UnsupportedMediaTypeError: Wire(415, INVALID, "unsupported_media_type"),
+    engine.OverloadedError: Wire(429, LIMIT, "overloaded"),
+    ours.TenantLimitError: Wire(429, LIMIT, None),
+    ours.TooManyRequestsError: Wire(429, LIMIT, "too_many_requests"),
+    ours.TooManyTokensError: Wire(429, LIMIT, "tokens_per_minute"),
+    ours.TooManyStoreRequestsError: Wire(429, LIMIT, "store_requests_per_minute"),
+    ours.TooManyStoreBytesError: Wire(429, LIMIT, "store_bytes_per_minute"),
+    store.StoredTooMuchError: Wire(429, "insufficient_quota", "storage_quota_exceeded"),
+    ours.HeadersTooLargeError: Wire(431, INVALID, "headers_too_large"),
+    engine.EngineError: _INTERNAL,
+    ours.InternalError: _INTERNAL,
+    engine.ExecutorError: Wire(500, SERVER, "executor_failed"),
+    engine.DeviceFailedError: Wire(500, SERVER, "device_failed"),
+    engine.EngineStoppedError: Wire(503, UNAVAILABLE, "engine_stopped"),
+    ours.ReplicaLostError: Wire(503, UNAVAILABLE, "replica_lost"),
+    ours.ModelReplacedError: Wire(503, UNAVAILABLE, "model_replaced"),
+    ours.NoReplicaError: Wire(503, UNAVAILABLE, "no_replica"),
+    ours.ModelNotLoadedError: Wire(503, UNAVAILABLE, "model_not_loaded"),
+    ours.ReplicaNotPlacedError: Wire(503, UNAVAILABLE, "replica_not_placed"),
+    ours.ServerStoppingError: Wire(503, UNAVAILABLE, "server_stopping"),
+    store.StoreError: Wire(503, UNAVAILABLE, None),
+    store.StoreUnavailableError: Wire(503, UNAVAILABLE, "store_unavailable"),
+    store.StoreFullError: Wire(503, UNAVAILABLE, "store_full"),
+    store.StoreCorruptedError: Wire(503, UNAVAILABLE, "store_corrupted"),
+    ours.AnswerTimeoutError: Wire(504, "timeout_error", "timeout"),
+}
+_BY_NAME = {kind.__name__: wire for kind, wire in ERRORS.items()}
+
+
+def wire_of(error: ErrorItem | PensieveError) -> Wire:
+    """How clients see it. What has no row in the table, like an error that only the start may raise, is internal."""
+    return _BY_NAME.get(error.kind if isinstance(error, ErrorItem) else type(error).__name__, _INTERNAL)
+
+
+def error_body(error: ErrorItem) -> dict[str, Any]:
+    """The JSON body, also of an event in a stream that has begun."""
+    wire = wire_of(error)
+    return _body(error.message, wire.type, error.param, wire.code)
+
+
+def error_response(error: ErrorItem) -> JSONResponse:
+    """A whole response that says only this."""
+    wire = wire_of(error)
+    headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+    if wire.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), status_code=wire.status, headers=headers)
+
+
+def _body(message: str, error_type: str, param: str | None, code: str | None) -> dict[str, Any]:
+    return {"error": {"message": message[:MAX_MESSAGE_CHARS], "type": error_type, "param": param, "code": code}}
 
 
 async def pensieve_error(request: Request, error: Exception) -> Response:
+    """Answers what was raised on purpose."""
     assert isinstance(error, PensieveError)
-    headers = {"www-authenticate": "Bearer"} if error.http_status == 401 else None
-    return error_response(ErrorItem.from_error(error), headers)
+    return error_response(ErrorItem.of(error))
 
 
 async def http_error(request: Request, error: Exception) -> Response:
-    """No such route, or not with this method."""
+    """Answers what Starlette raises: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-    item = ErrorItem(
-        error.status_code, f"{request.method} {request.url.path}: {error.detail}", "invalid_request_error", code
-    )
-    return error_response(item, {"allow": _allowed(request)} if error.status_code == 405 else error.headers)
+    body = _body(f"{request.method} {request.url.path}: {error.detail}", INVALID, None, code)
+    headers = {"allow": _allowed(request)} if error.status_code == 405 else error.headers
+    return JSONResponse(body, status_code=error.status_code, headers=headers)
 
 
 def _allowed(request: Request) -> str:
@@ -56,8 +139,8 @@ def _allowed(request: Request) -> str:
 
 
 async def unexpected_error(request: Request, error: Exception) -> Response:
-    """Starlette raises it again after this, so that Serve logs it."""
-    return error_response(ErrorItem(500, "internal error", "server_error"))
+    """Answers a defect. Starlette raises it again after this, so that Serve logs it."""
+    return error_response(ErrorItem.of(ours.InternalError("internal error")))
 
 
 EXCEPTION_HANDLERS = {

@@ -1,11 +1,21 @@
-"""A response of server-sent events whose end is heard of, whatever becomes of it. Knows nothing of what the events say."""
+"""Server-sent events: how one is written, and a response of them that reports its end. Knows nothing of what they say."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
+
+DONE = "data: [DONE]\n\n"
+
+
+def sse_event(data: dict[str, Any], name: str | None = None) -> str:
+    """One event; name: its type, in the protocols that name theirs."""
+    line = f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return line if name is None else f"event: {name}\n{line}"
 
 
 class EventStream(StreamingResponse):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from ipaddress import IPv6Address, ip_address
 from urllib.parse import urlsplit
 
-from engine.errors import RequestError
+from deployments.errors import CrossOriginError, RemoteWithoutKeysError, UnsupportedMediaTypeError
 
 # What proxies add to the requests that they pass on; of the first kind whatever follows.
 FORWARDED_PREFIX = "x-forwarded-"
@@ -28,27 +28,6 @@ FORWARDED = frozenset(
 REMEDY = (
     "no API keys are configured, so only this machine is served; configure keys: see docs/http_api.md, tenants_file"
 )
-
-
-class RemoteWithoutKeysError(RequestError):
-    """A request comes, or may come, from another machine to a server that has no API keys."""
-
-    http_status = 403
-    code = "no_api_keys_configured"
-
-
-class CrossOriginError(RequestError):
-    """A web page of another origin sends a request through a browser on this machine."""
-
-    http_status = 403
-    code = "cross_origin_request"
-
-
-class UnsupportedMediaTypeError(RequestError):
-    """A body that does not say that it is JSON, as the forms of web pages send them."""
-
-    http_status = 415
-    code = "unsupported_media_type"
 
 
 def check_is_local(headers: Iterable[tuple[str, str]], client_host: str | None, *, sees_clients: bool = True) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deployments.errors import HeadersTooLargeError
 from deployments.generation import ErrorItem
 from deployments.http.errors import error_response
 
@@ -24,7 +25,7 @@ class RequestLimits:
         if reason is None:
             await self._app(scope, receive, send)
             return
-        error = ErrorItem(431, reason, "invalid_request_error", "headers_too_large")
+        error = ErrorItem.of(HeadersTooLargeError(reason))
         await error_response(error)(scope, receive, send)
 
     def _refusal(self, headers: list[tuple[bytes, bytes]]) -> str | None:

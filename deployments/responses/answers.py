@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deployments.completions.answers import MAX_MESSAGE_CHARS, sse_event
 from deployments.generation import ErrorItem
-from deployments.responses.requests import Item, ResponseBody, output_text
+from deployments.http.errors import error_body, wire_of
+from deployments.http.event_stream import sse_event
+from deployments.responses.requests import ItemJson, ResponseBody, output_text
 from engine.text.output import OutputDelta
 
-Response = dict[str, Any]
+ResponseJson = dict[str, Any]
 Event = tuple[str, dict[str, Any]]
 
-INTERRUPTED = "the server stopped, or the client left, before the answer was complete"
+INTERRUPTED_MESSAGE = "the server stopped, or the client left, before the answer was complete"
 
 
 class ResponseObject:
@@ -33,26 +34,26 @@ class ResponseObject:
         self._created_at = created_at
         self._body = body
 
-    def in_progress(self, delta: OutputDelta | None = None) -> Response:
+    def in_progress(self, delta: OutputDelta | None = None) -> ResponseJson:
         """With the answer so far, if there is any."""
         if delta is None:
             return self._response("in_progress", [], None)
-        return self._response("in_progress", [self.item("in_progress", delta.text)], usage(delta))
+        return self._response("in_progress", [self.item("in_progress", delta.text)], response_usage(delta))
 
-    def whole(self, delta: OutputDelta) -> Response:
+    def whole(self, delta: OutputDelta) -> ResponseJson:
         """delta: the whole answer, with its finish_reason."""
         status = final_status(delta)
-        response = self._response(status, [self.item(status, delta.text)], usage(delta))
+        response = self._response(status, [self.item(status, delta.text)], response_usage(delta))
         if status == "incomplete":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         return response
 
-    def item(self, status: str, text: str | None) -> Item:
+    def item(self, status: str, text: str | None) -> ItemJson:
         """The answer as a message item. None: before its part is there."""
         content = [] if text is None else [output_text(text)]
         return {"id": self.item_id, "type": "message", "status": status, "role": "assistant", "content": content}
 
-    def _response(self, status: str, output: list[Item], used: dict[str, Any] | None) -> Response:
+    def _response(self, status: str, output: list[ItemJson], used: dict[str, Any] | None) -> ResponseJson:
         body = self._body
         return {
             "id": self.response_id,
@@ -135,7 +136,7 @@ class ResponseStream:
             finish_reason=last.finish_reason,
         )
 
-    def in_progress(self) -> Response:
+    def in_progress(self) -> ResponseJson:
         """The response to here: what cancelled() and failed() close."""
         return self._object.in_progress(None if self._last is None else self.so_far())
 
@@ -143,14 +144,15 @@ class ResponseStream:
         """The end of a stream that was opened and cannot go on."""
         return self._event("response.failed", response=failed(self.in_progress(), error))
 
-    def closing_event(self, response: Response) -> Event:
+    def closing_event(self, response: ResponseJson) -> Event:
         """The end of a stream whose response became something else than its answer: `response` says what."""
         return self._event(f"response.{response['status']}", response=response)
 
     def error_event(self, error: ErrorItem) -> Event:
         """An error outside of the response itself."""
-        code, message, param = error.code, error.message[:MAX_MESSAGE_CHARS], error.param
-        return self._event("error", code=code or error.kind, message=message, param=param)
+        fields = error_body(error)["error"]
+        code = fields["code"] or fields["type"]
+        return self._event("error", code=code, message=fields["message"], param=fields["param"])
 
     def _event(self, name: str, **fields: Any) -> Event:
         self._num_events += 1
@@ -178,7 +180,7 @@ def final_status(delta: OutputDelta) -> str:
     return "incomplete" if delta.finish_reason == "length" else "completed"
 
 
-def usage(delta: OutputDelta) -> dict[str, Any]:
+def response_usage(delta: OutputDelta) -> dict[str, Any]:
     """cached_tokens is there also when it is 0. Every other token of the input was computed, and its KV written."""
     return {
         "input_tokens": delta.num_prompt_tokens,
@@ -192,28 +194,30 @@ def usage(delta: OutputDelta) -> dict[str, Any]:
     }
 
 
-def cancelled(response: Response) -> Response:
+def cancelled(response: ResponseJson) -> ResponseJson:
     """A response in progress that the client gave up. As the next two: a new dict, with what was said until then."""
     return _closed(response, "cancelled", None)
 
 
-def interrupted(response: Response) -> Response:
+def interrupted(response: ResponseJson) -> ResponseJson:
     """A response in progress that nobody works on any more; OpenAI's API has no reason of that name."""
-    return _closed(response, "incomplete", _error("server_error", INTERRUPTED, "server_error", None))
+    return _closed(response, "incomplete", _error("server_error", INTERRUPTED_MESSAGE, "server_error", None))
 
 
-def failed(response: Response, error: ErrorItem) -> Response:
+def failed(response: ResponseJson, error: ErrorItem) -> ResponseJson:
     """The codes of a failed response are few; its type and param are the error's own."""
-    code = "server_error" if error.status >= 500 else "invalid_prompt"
-    code = "rate_limit_exceeded" if error.status == 429 else code
-    return _closed(response, "failed", _error(code, error.message[:MAX_MESSAGE_CHARS], error.kind, error.param))
+    status = wire_of(error).status
+    code = "server_error" if status >= 500 else "invalid_prompt"
+    code = "rate_limit_exceeded" if status == 429 else code
+    fields = error_body(error)["error"]
+    return _closed(response, "failed", _error(code, fields["message"], fields["type"], fields["param"]))
 
 
 def _error(code: str, message: str, kind: str, param: str | None) -> dict[str, Any]:
     return {"code": code, "message": message, "type": kind, "param": param}
 
 
-def _closed(response: Response, status: str, error: dict[str, Any] | None) -> Response:
+def _closed(response: ResponseJson, status: str, error: dict[str, Any] | None) -> ResponseJson:
     output = [item | {"status": "incomplete"} for item in response["output"]]
     return response | {"status": status, "error": error, "output": output}
 
@@ -230,7 +234,7 @@ def deleted_conversation(conversation_id: str) -> dict[str, Any]:
     return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
 
-def list_object(items: Sequence[Item], *, has_more: bool) -> dict[str, Any]:
+def list_object(items: Sequence[ItemJson], *, has_more: bool) -> dict[str, Any]:
     """Items in the order that was asked for. The ids are texts also where there is none."""
     first_id, last_id = (items[0]["id"], items[-1]["id"]) if items else ("", "")
     return {"object": "list", "data": list(items), "first_id": first_id, "last_id": last_id, "has_more": has_more}

@@ -20,20 +20,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.completions.requests import (
-    MAX_MESSAGES,
-    MAX_NAME_CHARS,
-    AnyBodyT,
-    BadRequestError,
-    Body,
-    GenerationBody,
-    SessionKey,
-    StreamOptions,
-    validated,
-)
+from deployments.http.generation_body import MAX_MESSAGES, GenerationBody, SessionKey, StreamOptions
+from deployments.http.parsing import MAX_NAME_CHARS, Body, Query
 from engine.core.request import SamplingParams
 
 RESPONSE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
@@ -87,7 +78,7 @@ MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
 
-Item = dict[str, Any]
+ItemJson = dict[str, Any]
 
 
 def _unsupported(message: str, **param: int) -> PydanticCustomError:
@@ -186,7 +177,7 @@ class MessageItem(Body):
     role: Literal["user", "assistant", "system", "developer"]
     content: Annotated[TextParts, BeforeValidator(_as_parts, json_schema_input_type=str | TextParts)]
 
-    def item(self, item_id: str) -> Item:
+    def item(self, item_id: str) -> ItemJson:
         if self.role == "assistant":
             parts = [output_text(part.text) for part in self.content]
         else:
@@ -203,7 +194,7 @@ def output_text(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def messages_of(items: Iterable[Item], instructions: str | None = None) -> tuple[tuple[str, str], ...]:
+def messages_of(items: Iterable[ItemJson], instructions: str | None = None) -> tuple[tuple[str, str], ...]:
     """(role, text) for a ChatPrompt: instructions first, as the system's; a developer is the system."""
     messages = [] if instructions is None else [("system", instructions)]
     for item in items:
@@ -212,7 +203,7 @@ def messages_of(items: Iterable[Item], instructions: str | None = None) -> tuple
     return tuple(messages)
 
 
-def _with_ids(items: Iterable[MessageItem], new_id: Callable[[], str]) -> tuple[Item, ...]:
+def _with_ids(items: Iterable[MessageItem], new_id: Callable[[], str]) -> tuple[ItemJson, ...]:
     return tuple(item.item(new_id()) for item in items)
 
 
@@ -237,6 +228,7 @@ class ResponseBody(GenerationBody):
 
     not_implemented = RESPONSE_NOT_IMPLEMENTED
     ignored = RESPONSE_IGNORED
+    prompt_param = "input"
 
     input: Annotated[SomeItems, BeforeValidator(_as_items, json_schema_input_type=str | SomeItems)]
     previous_response_id: SessionKey | None = None
@@ -267,7 +259,7 @@ class ResponseBody(GenerationBody):
     def conversation_id(self) -> str | None:
         return None if self.conversation is None else self.conversation.id
 
-    def input_items(self, new_id: Callable[[], str]) -> tuple[Item, ...]:
+    def input_items(self, new_id: Callable[[], str]) -> tuple[ItemJson, ...]:
         """The new input alone, each item with an id (msg_...) of its own from new_id."""
         return _with_ids(self.input, new_id)
 
@@ -284,7 +276,7 @@ class ConversationBody(Body):
     )
     metadata: Metadata = Field(default_factory=dict)
 
-    def new_items(self, new_id: Callable[[], str]) -> tuple[Item, ...]:
+    def new_items(self, new_id: Callable[[], str]) -> tuple[ItemJson, ...]:
         return _with_ids(self.items, new_id)
 
 
@@ -307,19 +299,14 @@ class ItemsBody(Body):
     items: Annotated[SomeFewItems, BeforeValidator(_as_items, json_schema_input_type=str | SomeFewItems)]
     include: Include = Field(default_factory=list)
 
-    def new_items(self, new_id: Callable[[], str]) -> tuple[Item, ...]:
+    def new_items(self, new_id: Callable[[], str]) -> tuple[ItemJson, ...]:
         return _with_ids(self.items, new_id)
-
-
-class Query(Body):
-    """Query parameters; their values come as text."""
-
-    model_config = ConfigDict(strict=False)
-    not_implemented = QUERY_NOT_IMPLEMENTED
 
 
 class ListQuery(Query):
     """Which part of a list: up to limit items after that one, in the order of time or against it."""
+
+    not_implemented = QUERY_NOT_IMPLEMENTED
 
     after: SessionKey | None = None
     limit: Annotated[int, Field(ge=1, le=100)] = 20
@@ -331,16 +318,3 @@ class RetrieveQuery(Query):
 
     not_implemented = RETRIEVE_NOT_IMPLEMENTED
     ignored = frozenset({"include_obfuscation"})
-
-
-def parse_query(kind: type[AnyBodyT], pairs: Iterable[tuple[str, str]]) -> AnyBodyT:
-    """Raises BadRequestError for the first thing that is wrong."""
-    data: dict[str, Any] = {}
-    repeated = None
-    for name, value in pairs:
-        repeated = name if name in data else repeated
-        data[name] = value
-    query = validated(kind, data)
-    if repeated is not None:
-        raise BadRequestError(f"{repeated}: given twice", repeated, "invalid_value")
-    return query

@@ -1,10 +1,5 @@
 """Why no engine replica answers: what Serve and Ray know of a deployment that has none, as an error for clients. Starts and
 changes nothing.
-
-NoReplicaError                (503) none is ready; a request may wait for one
-|-- ModelNotLoadedError       a replica cannot start
-|-- ReplicaNotPlacedError     no node has room for a replica
-`-- ServerStoppingError       the application is on its way out, and no replica will come
 """
 
 from __future__ import annotations
@@ -16,36 +11,7 @@ from ray.serve.schema import ApplicationStatus
 
 from deployments.cluster.placement import why_not_placed
 from deployments.cluster.start_failure import read_start_error
-from engine.errors import EngineStoppedError
-
-
-class NoReplicaError(EngineStoppedError):
-    """No engine replica is ready. is_final: none will be as long as nothing is done about it, and waiting is no use."""
-
-    code = "no_replica"
-
-    def __init__(self, message: str, *, is_final: bool = False) -> None:
-        super().__init__(message)
-        self.is_final = is_final
-        self.retry_after_s = 30.0 if is_final else 5.0
-
-
-class ModelNotLoadedError(NoReplicaError):
-    """An engine replica cannot start; the message has the reason, without folders of the server."""
-
-    code = "model_not_loaded"
-
-
-class ReplicaNotPlacedError(NoReplicaError):
-    """An engine replica waits for a node with room for it, or for its group of ranks."""
-
-    code = "replica_not_placed"
-
-
-class ServerStoppingError(NoReplicaError):
-    """The application is being deleted."""
-
-    code = "server_stopping"
+from deployments.errors import ModelNotLoadedError, NoReplicaError, ReplicaNotPlacedError, ServerStoppingError
 
 
 def why_absent(app_name: str, deployment_name: str) -> NoReplicaError:

@@ -17,6 +17,7 @@ from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, Ray
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from deployments.errors import InternalError, NoReplicaError, ReplicaLostError
 from deployments.generation import (
     CacheHold,
     DeltaItem,
@@ -26,7 +27,6 @@ from deployments.generation import (
     ModelCard,
     ReplicaCache,
 )
-from deployments.routing.absence import NoReplicaError
 from deployments.routing.rendezvous import choose_session_id, rank_replicas, routing_name
 from engine.cache_view import CacheQuery
 from engine.errors import EngineStoppedError, OverloadedError
@@ -43,7 +43,7 @@ REPLICA_LOST = (
     DeploymentUnavailableError,
 )
 # What ends an attempt but not the request: the replica is gone, or on its way out.
-RESUMABLE = ("replica_lost", EngineStoppedError.code)
+RESUMABLE = frozenset({ReplicaLostError.__name__, EngineStoppedError.__name__})
 # Replicas in a row that a request may lose without getting a token: it may be what kills them.
 MAX_LOSSES_IN_A_ROW = 5
 # The pauses between them are 0, 1, 3, 7 and 15 times this, in seconds.
@@ -142,10 +142,10 @@ class EngineClient:
             is_refused = is_patient = False
             async with aclosing(self._attempt(progress.rest_of_request(), num_refusals)) as items:
                 async for item in items:
-                    if isinstance(item, ErrorItem) and item.code in RESUMABLE:
+                    if isinstance(item, ErrorItem) and item.kind in RESUMABLE:
                         loss = item
                         break
-                    if isinstance(item, ErrorItem) and item.code == OverloadedError.code:
+                    if isinstance(item, ErrorItem) and item.is_a(OverloadedError):
                         is_refused = num_refusals < self._num_fallback_replicas
                         is_patient = time.monotonic() < patient_until_s
                         if is_refused or is_patient:
@@ -172,14 +172,14 @@ class EngineClient:
                 "request %s goes on at output token %d elsewhere (%s)",
                 request.request_id,
                 len(progress.token_ids),
-                loss.code,
+                loss.kind,
             )
             # Routers and health checks need a moment to see what is dead.
             await asyncio.sleep(RESUME_BACKOFF_S * (2 ** (num_losses - 1) - 1))
             try:
                 await self._wait_for_replica()
             except NoReplicaError as error:
-                yield ErrorItem.from_error(error)
+                yield ErrorItem.of(error)
                 return
 
     async def _attempt(self, request: GenerationRequest, num_refusals: int) -> AsyncGenerator[GenerationItem, None]:
@@ -193,7 +193,7 @@ class EngineClient:
                 yield item
             ended = True
         except NoReplicaError as error:
-            yield ErrorItem.from_error(error)
+            yield ErrorItem.of(error)
         except StopAsyncIteration:  # there was no first one
             ended = True
         except Exception as error:
@@ -339,10 +339,10 @@ class EngineClient:
 def _error_item(error: Exception, request_id: str) -> ErrorItem:
     if isinstance(error, BackPressureError):
         message = "the server is at its limit of waiting requests; try again later"
-        return ErrorItem(429, message, "rate_limit_error", "overloaded", retry_after_s=error.retry_after_s or 1.0)
+        return ErrorItem.of(OverloadedError(message, retry_after_s=error.retry_after_s))
     if isinstance(error, REPLICA_LOST):
         logger.warning("request %s lost its engine replica: %s", request_id, type(error).__name__)
         message = "the engine replica that served this request was lost; send it again"
-        return ErrorItem(503, message, "service_unavailable", "replica_lost", retry_after_s=1.0)
+        return ErrorItem.of(ReplicaLostError(message))
     logger.error("request %s failed", request_id, exc_info=error)
-    return ErrorItem(500, f"internal error while serving {request_id}", "server_error")
+    return ErrorItem.of(InternalError(f"internal error while serving {request_id}"))

@@ -28,6 +28,12 @@ from deployments.store.conversations import (
     refuse_odd_id,
 )
 from deployments.store.database import Database
+from deployments.store.errors import (
+    NotFoundError,
+    PreviousResponseError,
+    PreviousResponseNotFoundError,
+    StoreCorruptedError,
+)
 from deployments.store.history import chain_items, conversation_items, load_transcript
 from deployments.store.purge import find_purgeable, purge_above, purge_conversations
 from deployments.store.tables import conversations, items, responses, transcripts, write_probe
@@ -37,17 +43,13 @@ from deployments.store.values import (
     INTERRUPTED,
     UNLIMITED,
     History,
-    Item,
     NewResponse,
-    NotFoundError,
     Order,
     Outcome,
     Page,
-    PreviousResponseError,
-    PreviousResponseNotFoundError,
     Quota,
     Status,
-    StoreCorruptedError,
+    StoredItem,
     StoredResponse,
 )
 from engine.errors import InvalidParameterError
@@ -513,7 +515,7 @@ async def _read_response_and_lease(
         instructions=row.instructions,
         params=row.params,
         usage=row.usage,
-        input=tuple(Item(item.id, item.role, item.body) for item in found if not item.is_output),
-        output=tuple(Item(item.id, item.role, item.body) for item in found if item.is_output),
+        input=tuple(StoredItem(item.id, item.role, item.body) for item in found if not item.is_output),
+        output=tuple(StoredItem(item.id, item.role, item.body) for item in found if item.is_output),
     )
     return response, row.lease_until

@@ -11,21 +11,12 @@ from sqlalchemy import ColumnElement, Row, and_, insert, literal_column, select,
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from deployments.store.database import Database
+from deployments.store.errors import ConversationBusyError, NotFoundError
 from deployments.store.history import to_items
 from deployments.store.purge import purge_above, purge_conversations
 from deployments.store.tables import conversations, items, responses
 from deployments.store.usage import Accounts, Freed, measure, remove
-from deployments.store.values import (
-    INTERRUPTED,
-    ConversationBusyError,
-    Item,
-    NewItem,
-    NotFoundError,
-    Order,
-    Page,
-    Status,
-    StoredConversation,
-)
+from deployments.store.values import INTERRUPTED, NewItem, Order, Page, Status, StoredConversation, StoredItem
 from engine.errors import InvalidParameterError
 
 _MAX_ID_LEN = 256
@@ -162,11 +153,11 @@ class Conversations:
 
     async def add_items(
         self, tenant: str, conversation_id: str, new_items: Sequence[NewItem], now: float
-    ) -> tuple[Item, ...]:
+    ) -> tuple[StoredItem, ...]:
         """Raises ConversationBusyError while a turn is running: its answer would not know of them."""
         named = self._name(new_items)
 
-        async def work(connection: AsyncConnection) -> tuple[Item, ...]:
+        async def work(connection: AsyncConnection) -> tuple[StoredItem, ...]:
             row = await find_conversation(connection, tenant, conversation_id, for_update=True)
             await self._leases.refuse_if_busy(connection, conversation_id, now)
             await insert_items(connection, named, conversation=(conversation_id, row.next_position))
@@ -177,8 +168,8 @@ class Conversations:
 
         return await self._database.write(work)
 
-    async def get_item(self, tenant: str, conversation_id: str, item_id: str) -> Item:
-        async def work(connection: AsyncConnection) -> Item:
+    async def get_item(self, tenant: str, conversation_id: str, item_id: str) -> StoredItem:
+        async def work(connection: AsyncConnection) -> StoredItem:
             await find_conversation(connection, tenant, conversation_id)
             return await _find_item(connection, conversation_id, item_id)
 
@@ -202,12 +193,12 @@ class Conversations:
 
         return await self._database.write(work)
 
-    def _name(self, new_items: Sequence[NewItem]) -> tuple[Item, ...]:
+    def _name(self, new_items: Sequence[NewItem]) -> tuple[StoredItem, ...]:
         return name_items(new_items, self._new_id)
 
 
-def name_items(new_items: Sequence[NewItem], new_id: Callable[[str], str]) -> tuple[Item, ...]:
-    return tuple(Item(item.id or new_id("msg"), item.role, dict(item.body)) for item in new_items)
+def name_items(new_items: Sequence[NewItem], new_id: Callable[[str], str]) -> tuple[StoredItem, ...]:
+    return tuple(StoredItem(item.id or new_id("msg"), item.role, dict(item.body)) for item in new_items)
 
 
 def refuse_odd_id(an_id: str, param: str | None = None) -> None:
@@ -233,7 +224,7 @@ async def find_conversation(
 
 async def insert_items(
     connection: AsyncConnection,
-    named: Sequence[Item],
+    named: Sequence[StoredItem],
     *,
     response_id: str | None = None,
     is_output: bool = False,
@@ -281,13 +272,13 @@ async def read_page(
     return Page(found[:limit], len(found) > limit)
 
 
-async def _find_item(connection: AsyncConnection, conversation_id: str, item_id: str) -> Item:
+async def _find_item(connection: AsyncConnection, conversation_id: str, item_id: str) -> StoredItem:
     refuse_odd_id(item_id)
     query = select(items).where(items.c.id == item_id, items.c.conversation_id == conversation_id)
     row = (await connection.execute(query)).one_or_none()
     if row is None:
         raise NotFoundError(f"there is no item {item_id!r} in the conversation {conversation_id!r}")
-    return Item(row.id, row.role, row.body)
+    return StoredItem(row.id, row.role, row.body)
 
 
 async def _change(connection: AsyncConnection, conversation_id: str, **values: Any) -> None:

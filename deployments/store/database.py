@@ -25,15 +25,15 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from deployments.store import sqlite
-from deployments.store.failures import classify
-from deployments.store.url import SQLITE, parse_store_url
-from deployments.store.values import (
+from deployments.store.errors import (
     StoreConfigError,
     StoreCorruptedError,
     StoreError,
     StoreFullError,
     StoreVersionError,
 )
+from deployments.store.failures import classify
+from deployments.store.url import SQLITE, parse_store_url
 
 logger = logging.getLogger("ray.serve")
 

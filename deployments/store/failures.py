@@ -8,7 +8,7 @@ import errno
 import sqlite3
 from dataclasses import dataclass
 
-from deployments.store.values import StoreCorruptedError, StoreError, StoreFullError, StoreUnavailableError
+from deployments.store.errors import StoreCorruptedError, StoreError, StoreFullError, StoreUnavailableError
 
 _REMEDIES = {
     "SQLITE_BUSY": "another process has held the file for too long",

@@ -12,9 +12,10 @@ from typing import Any
 from sqlalchemy import BigInteger, ColumnElement, Integer, Row, Select, func, literal, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from deployments.store.errors import StoreCorruptedError
 from deployments.store.tables import items, responses, transcripts
 from deployments.store.transcript_delta import TranscriptDelta, apply_deltas
-from deployments.store.values import Item, StoreCorruptedError
+from deployments.store.values import StoredItem
 from engine.text.transcript import Transcript
 
 
@@ -22,7 +23,7 @@ from engine.text.transcript import Transcript
 class Said:
     """Items, oldest first. is_whole: none were left out. num_bytes: of their bodies."""
 
-    items: tuple[Item, ...]
+    items: tuple[StoredItem, ...]
     is_whole: bool
     num_bytes: int
 
@@ -127,5 +128,5 @@ async def load_transcript(connection: AsyncConnection, response_id: str | None) 
         raise StoreCorruptedError from None
 
 
-def to_items(rows: Iterable[Any]) -> tuple[Item, ...]:
-    return tuple(Item(row.id, row.role, row.body) for row in rows)
+def to_items(rows: Iterable[Any]) -> tuple[StoredItem, ...]:
+    return tuple(StoredItem(row.id, row.role, row.body) for row in rows)

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from deployments.store.values import StoreConfigError, StoreCorruptedError
+from deployments.store.errors import StoreConfigError, StoreCorruptedError
 
 logger = logging.getLogger("ray.serve")
 

@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-from deployments.store.values import StoreCorruptedError
+from deployments.store.errors import StoreCorruptedError
 
 metadata = MetaData(
     naming_convention={

@@ -14,7 +14,7 @@ from pathlib import Path
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from deployments.store.values import StoreConfigError
+from deployments.store.errors import StoreConfigError
 
 PASSWORD_VARIABLE = "PENSIEVE_STORE_PASSWORD"
 SQLITE, POSTGRES = "sqlite+aiosqlite", "postgresql+asyncpg"

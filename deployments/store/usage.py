@@ -15,8 +15,9 @@ from sqlalchemy import ColumnElement, Integer, Table, delete, func, literal_colu
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from deployments.store.database import Database
+from deployments.store.errors import StoredTooMuchError
 from deployments.store.tables import conversations, items, responses, tenant_usage, transcripts
-from deployments.store.values import Quota, StoredTooMuchError
+from deployments.store.values import Quota
 
 # About what SQLite takes for a row of ours besides, measured over turns of a few words; as the migrations count.
 ROW_BYTES = 512

@@ -207,4 +207,4 @@ def _failure(response: httpx.Response) -> PensieveError:
         message, code = f"{response.url} answered {response.status_code}; check --url", None
     if response.status_code == 401:
         message += " (--api-key, or PENSIEVE_API_KEY in the environment)"
-    return ContextLengthError(message) if code == ContextLengthError.code else EngineError(message)
+    return ContextLengthError(message) if code == "context_length_exceeded" else EngineError(message)

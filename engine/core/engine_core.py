@@ -80,7 +80,6 @@ class EngineCore:
             raise ContextLengthError(
                 f"the context window is {window} tokens, but the prompt has {num_prompt} and needs room for {answer}; "
                 "shorten the prompt" + ("" if max_tokens is None else " or lower max_tokens"),
-                param="messages",
             )
         thrown_out = self._make_room_to_wait(request, now)
         request.max_total_tokens = window if max_tokens is None else num_prompt + max_tokens

@@ -84,12 +84,12 @@ class Tokenizer:
             text: str = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             message = f"the model's chat template refuses these messages: {error}"
-            raise InvalidParameterError(message, param="messages") from error
+            raise InvalidParameterError(message, param="prompt") from error
         except Exception as error:  # a template is a program: it may do with some messages what fails
             message = (
                 f"the model's chat template fails with these messages ({type(error).__name__}: {error}); change them"
             )
-            raise InvalidParameterError(message, param="messages") from error
+            raise InvalidParameterError(message, param="prompt") from error
         return text
 
     def encode_prompt(self, text: str, known: TranscriptMatch, *, is_chat: bool, max_tokens: int) -> Transcript:

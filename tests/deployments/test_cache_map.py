@@ -12,8 +12,10 @@ import httpx
 import pytest
 
 from deployments import cache_map
-from deployments.cache_map import CacheWatchers, MapQuery, NotAnOperatorError
+from deployments.cache_map import CacheWatchers, MapQuery
+from deployments.errors import NotAnOperatorError
 from deployments.generation import CacheHold, ReplicaCache
+from deployments.http.errors import ERRORS
 from deployments.ingress import IngressConfig, create_app
 from deployments.tenants import TenantConfig, hash_key
 from engine.cache_view import CacheQuery, CacheView, ConversationView, EvictionView, TierView
@@ -168,7 +170,7 @@ async def test_queries_that_are_refused(client: httpx.AsyncClient, engine: Mappe
 
 async def test_only_an_operator_makes_the_tiers_smaller(client: httpx.AsyncClient, engine: MappedEngine) -> None:
     refused = await client.post("/v1/cache/demo", json={"gpu_blocks": 1}, headers=headers("acme"))
-    assert (refused.status_code, refused.json()["error"]["code"]) == (403, NotAnOperatorError.code)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, ERRORS[NotAnOperatorError].code)
     assert engine.holds == []
     done = await client.post("/v1/cache/demo", json={"gpu_blocks": 1}, headers=headers("boss"))
     assert done.json() == {"object": "cache.demo", "replicas": [1]}
@@ -262,7 +264,7 @@ async def test_a_key_that_is_withdrawn_sees_no_more(engine: MappedEngine) -> Non
 
     said = [event async for event in watchers.events(Tenant("acme"), MapQuery(), refuse)]
     assert len(said) == 1
-    assert json.loads(said[0].removeprefix("data: "))["error"]["code"] == NotAnOperatorError.code
+    assert json.loads(said[0].removeprefix("data: "))["error"]["code"] == ERRORS[NotAnOperatorError].code
 
 
 async def test_so_many_may_watch(engine: MappedEngine) -> None:

@@ -16,10 +16,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from deployments import tenants
+from deployments.errors import ReplicaLostError
 from deployments.generation import DeltaItem, ErrorItem, ModelCard
 from deployments.ingress import IngressConfig, create_app
 from deployments.tenants import TenantConfig, hash_key
 from engine import __version__
+from engine.errors import ContextLengthError, OverloadedError
 from engine.tenant import Tenant
 from engine.text.output import OutputDelta
 from engine.text.prompt import ChatPrompt, TokenPrompt
@@ -142,7 +144,7 @@ async def test_completion_stream(client: httpx.AsyncClient) -> None:
 async def test_an_error_before_the_answer_decides_the_status(
     client: httpx.AsyncClient, engine: Any, stream: bool
 ) -> None:
-    engine.items = [ErrorItem(400, "too long", "invalid_request_error", "context_length_exceeded", "messages")]
+    engine.items = [ErrorItem.of(ContextLengthError("too long"))]
     response = await client.post(CHAT_URL, json=CHAT | {"stream": stream})
     assert_error(response, 400, "context_length_exceeded", "messages")
     assert "retry-after" not in response.headers
@@ -150,14 +152,14 @@ async def test_an_error_before_the_answer_decides_the_status(
 
 
 async def test_overload_says_when_to_come_back(client: httpx.AsyncClient, engine: Any) -> None:
-    engine.items = [ErrorItem(429, "full", "rate_limit_error", "overloaded", retry_after_s=1.2)]
+    engine.items = [ErrorItem.of(OverloadedError("full", retry_after_s=1.2))]
     response = await client.post(CHAT_URL, json=CHAT)
     assert_error(response, 429, "overloaded", None)
     assert response.headers["retry-after"] == "2"
 
 
 async def test_an_error_in_mid_stream_is_an_event_and_the_end(client: httpx.AsyncClient, engine: Any) -> None:
-    engine.items[1:] = [ErrorItem(503, "lost", "service_unavailable", "replica_lost")]
+    engine.items[1:] = [ErrorItem.of(ReplicaLostError("lost"))]
     response = await client.post(CHAT_URL, json=CHAT | {"stream": True})
     assert response.status_code == 200
     *_, error = events(response)
@@ -466,7 +468,7 @@ async def test_what_no_engine_has_room_for_is_refused_at_once(
 
 
 async def test_bad_requests_and_refusals_leave_their_places(client: httpx.AsyncClient, engine: Any) -> None:
-    engine.items = [ErrorItem(400, "too long", "invalid_request_error", "context_length_exceeded", "messages")]
+    engine.items = [ErrorItem.of(ContextLengthError("too long"))]
     for _ in range(130):  # more than there are places
         assert (await client.post(CHAT_URL, json=CHAT)).status_code == 400
     engine.items = [None]

@@ -16,6 +16,7 @@ from ray import serve
 
 from deployments import llm_server
 from deployments.cluster.start_failure import EngineStartError, read_start_error
+from deployments.errors import InternalError, ModelReplacedError
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.llm_server import LLMServer
 from deployments.routing.session_router import RANK
@@ -210,7 +211,7 @@ async def test_another_model_does_not_go_on_with_what_one_has_said(server: LLMSe
     begun = replace(request(stream=True), begun_by="another model auto")
     (error,) = [item async for item in server.generate(begun)]
     assert isinstance(error, ErrorItem)
-    assert (error.status, error.code) == (503, "model_replaced")
+    assert error.is_a(ModelReplacedError)
     assert engine.calls == []
     begun = replace(begun, beginning=None, begun_by="")  # nothing was said yet
     assert all([isinstance(item, DeltaItem) async for item in server.generate(begun)])
@@ -218,24 +219,22 @@ async def test_another_model_does_not_go_on_with_what_one_has_said(server: LLMSe
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_bad_request_is_an_item(server: LLMServer, engine: FakeEngine, stream: bool) -> None:
-    engine.num_tokens, engine.error = 0, ContextLengthError("too long", param="messages")
-    assert await items_of(server, stream=stream) == [
-        ErrorItem(400, "too long", "invalid_request_error", "context_length_exceeded", "messages")
-    ]
+    engine.num_tokens, engine.error = 0, ContextLengthError("too long")
+    assert await items_of(server, stream=stream) == [ErrorItem.of(ContextLengthError("too long"))]
 
 
 async def test_a_failure_in_mid_stream_comes_after_what_was_said(server: LLMServer, engine: FakeEngine) -> None:
     engine.error = ExecutorError("the step failed")
     *said, error = await items_of(server, stream=True)
     assert len(said) == 3
-    assert error == ErrorItem(500, "the step failed", "server_error", "executor_failed")
+    assert error == ErrorItem.of(ExecutorError("the step failed"))
 
 
 async def test_a_stopped_engine_asks_to_come_back(server: LLMServer, engine: FakeEngine) -> None:
     engine.num_tokens, engine.error = 0, EngineStoppedError("stopped")
     (error,) = await items_of(server, stream=False)
     assert isinstance(error, ErrorItem)
-    assert (error.status, error.retry_after_s) == (503, 1.0)
+    assert (error.kind, error.retry_after_s) == (EngineStoppedError.__name__, 1.0)
 
 
 async def test_a_bug_is_logged_with_the_request_and_without_the_prompt(
@@ -244,7 +243,7 @@ async def test_a_bug_is_logged_with_the_request_and_without_the_prompt(
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
     engine.error = KeyError("bug")
     *_, error = await items_of(server, stream=True)
-    assert error == ErrorItem(500, "internal error while serving id-1", "server_error")
+    assert error == ErrorItem.of(InternalError("internal error while serving id-1"))
     assert "request id-1 failed" in caplog.text
     assert "KeyError" in caplog.text
     assert SECRET not in caplog.text

@@ -17,7 +17,7 @@ from openai import AsyncOpenAI
 from ray import serve
 
 from deployments.app import build
-from deployments.responses.api import LEASE_S
+from deployments.responses.store_upkeep import LEASE_S
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 from tests.deployments.local_ray import start_ray

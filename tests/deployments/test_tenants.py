@@ -11,15 +11,8 @@ import pytest
 import yaml
 
 from deployments import tenants
-from deployments.tenants import (
-    AuthenticationError,
-    Authenticator,
-    TenantConfig,
-    WatchedTenants,
-    environment_tenants,
-    hash_key,
-    load_tenants,
-)
+from deployments.errors import AuthenticationError
+from deployments.tenants import Authenticator, TenantConfig, WatchedTenants, environment_tenants, hash_key, load_tenants
 from engine.errors import ConfigError
 from engine.tenant import Tenant
 

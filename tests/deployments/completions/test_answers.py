@@ -1,8 +1,10 @@
 """The wording of answers where it is more than copying: log-probabilities, lagging text, offsets."""
 
-from deployments.completions.answers import MAX_MESSAGE_CHARS, ChatFormat, CompletionFormat, error_body
+from deployments.completions.answers import ChatFormat, CompletionFormat
 from deployments.completions.requests import ChatCompletionBody, CompletionBody
 from deployments.generation import ErrorItem
+from deployments.http.errors import MAX_MESSAGE_CHARS, error_body
+from engine.errors import RequestError
 from engine.text.output import OutputDelta, TokenLogprob
 
 
@@ -119,5 +121,5 @@ def test_usage_in_every_chunk_when_asked_for() -> None:
 
 
 def test_errors_are_cut_to_size() -> None:
-    body = error_body(ErrorItem(400, "x" * 10_000, "invalid_request_error"))
+    body = error_body(ErrorItem.of(RequestError("x" * 10_000)))
     assert len(body["error"]["message"]) == MAX_MESSAGE_CHARS

@@ -9,18 +9,17 @@ import pytest
 from deployments.completions.requests import (
     CHAT_NOT_IMPLEMENTED,
     COMPLETION_NOT_IMPLEMENTED,
-    IGNORED,
-    MAX_FIELDS,
-    MAX_MESSAGES,
-    MAX_PARTS,
     MESSAGE_NOT_IMPLEMENTED,
     ChatCompletionBody,
     CompletionBody,
-    parse_request,
 )
+from deployments.http.errors import wire_of
+from deployments.http.generation_body import IGNORED, MAX_MESSAGES
+from deployments.http.parsing import MAX_FIELDS, MAX_PARTS, parse_request
 from engine.core.request import MAX_STOP_TOKEN_IDS, SamplingParams
 from engine.errors import RequestError
 from engine.text.prompt import ChatPrompt, TextPrompt, TokenPrompt
+from tests.deployments.refusals import refusal
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
@@ -34,12 +33,9 @@ def parse_completion(**changes: Any) -> CompletionBody:
     return parse_request(CompletionBody, json.dumps(COMPLETION | changes).encode())[0]
 
 
-def refusal(parse: Any, **changes: Any) -> tuple[str | None, str | None]:
-    with pytest.raises(RequestError) as info:
-        parse(**changes).sampling_params()
-    assert info.value.http_status == 400
-    assert info.value.kind == "invalid_request_error"
-    return info.value.param, info.value.code
+def refused(parse: Any, **changes: Any) -> tuple[str | None, str | None]:
+    """The parameter and the code with which a body with these changes is refused."""
+    return refusal(lambda: parse(**changes).sampling_params())
 
 
 def test_plain_chat() -> None:
@@ -104,19 +100,22 @@ def test_prompts(prompt: Any, value: Any) -> None:
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], [""], ["a", "b"], [[1], [2]], [1, "a"], [-1], [True], 5, {}])
 def test_bad_prompts(prompt: Any) -> None:
-    assert refusal(parse_completion, prompt=prompt)[0] == "prompt"
+    assert refused(parse_completion, prompt=prompt)[0] == "prompt"
 
 
 @pytest.mark.parametrize("name", CHAT_NOT_IMPLEMENTED)
 def test_what_chat_does_not_implement_is_refused_by_name(name: str) -> None:
-    assert refusal(parse_chat, **{name: ["something"]}) == (name, "unsupported_parameter")
+    assert refused(parse_chat, **{name: ["something"]}) == (name, "unsupported_parameter")
     for neutral in (None, *CHAT_NOT_IMPLEMENTED[name]):
         assert parse_chat(**{name: neutral}) == parse_chat()
 
 
 @pytest.mark.parametrize("name", COMPLETION_NOT_IMPLEMENTED)
 def test_what_completions_do_not_implement_is_refused_by_name(name: str) -> None:
-    assert refusal(parse_completion, **{name: ["something"]}) == (name, "unsupported_parameter")
+    assert refused(parse_completion, **{name: ["something"]}) == (
+        name,
+        "unsupported_parameter",
+    )
     for neutral in (None, *COMPLETION_NOT_IMPLEMENTED[name]):
         assert parse_completion(**{name: neutral}) == parse_completion()
 
@@ -190,7 +189,7 @@ def test_ignored_parameters_change_nothing(name: str) -> None:
     ],
 )
 def test_refusals_of_chat(changes: dict[str, Any], param: str, code: str) -> None:
-    assert refusal(parse_chat, **changes) == (param, code)
+    assert refused(parse_chat, **changes) == (param, code)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +212,7 @@ def test_refusals_of_chat(changes: dict[str, Any], param: str, code: str) -> Non
 def test_bodies_that_are_no_request(raw: bytes) -> None:
     with pytest.raises(RequestError) as info:
         parse_request(CompletionBody, raw)
-    assert info.value.http_status == 400
+    assert wire_of(info.value).status == 400
 
 
 def test_a_refusal_does_not_repeat_megabytes() -> None:
@@ -254,7 +253,7 @@ def test_the_size_of_a_body_bounds_what_is_made_of_it(name: str) -> None:
         most_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert caught.value.http_status == 400
+    assert wire_of(caught.value).status == 400
     assert len(caught.value.message) < 200
     assert most_bytes < 12 * len(raw)
 
@@ -274,12 +273,21 @@ def test_marks_in_a_text_are_text() -> None:
 
 def test_as_many_as_may_be() -> None:
     assert len(parse_chat(messages=[MESSAGE] * MAX_MESSAGES).messages) == MAX_MESSAGES
-    assert refusal(parse_chat, messages=[MESSAGE] * (MAX_MESSAGES + 1)) == ("messages", "invalid_value")
+    assert refused(parse_chat, messages=[MESSAGE] * (MAX_MESSAGES + 1)) == (
+        "messages",
+        "invalid_value",
+    )
     assert len(parse_chat(stop_token_ids=[1] * MAX_STOP_TOKEN_IDS).stop_token_ids) == MAX_STOP_TOKEN_IDS
-    assert refusal(parse_chat, stop_token_ids=[1] * (MAX_STOP_TOKEN_IDS + 1)) == ("stop_token_ids", "invalid_value")
+    assert refused(parse_chat, stop_token_ids=[1] * (MAX_STOP_TOKEN_IDS + 1)) == (
+        "stop_token_ids",
+        "invalid_value",
+    )
     fields = dict.fromkeys(map(str, range(MAX_FIELDS)), 1)
-    assert refusal(parse_chat, **fields) == (None, "invalid_value")
-    assert refusal(parse_chat, messages=[MESSAGE | fields]) == ("messages[0]", "invalid_value")
+    assert refused(parse_chat, **fields) == (None, "invalid_value")
+    assert refused(parse_chat, messages=[MESSAGE | fields]) == (
+        "messages[0]",
+        "invalid_value",
+    )
 
 
 def test_text_of_any_length_and_long_prompts_of_ids_pass() -> None:

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+from deployments.errors import AnswerTimeoutError, TenantLimitError, TooManyRequestsError, TooManyTokensError
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest
-from deployments.http.admission import Admission, StoringTooFastError
+from deployments.http.admission import Admission
+from deployments.http.errors import wire_of
 from deployments.store.values import Quota, StoreLimits
 from deployments.tenants import TenantConfig, hash_key
 from engine.core.request import SamplingParams
+from engine.errors import RequestError
 from engine.tenant import Tenant
 from engine.text.output import OutputDelta
 from engine.text.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
@@ -62,7 +65,7 @@ async def drain(items: AsyncGenerator[GenerationItem, None]) -> list[GenerationI
 def refusal(items: list[GenerationItem]) -> ErrorItem:
     (item,) = items
     assert isinstance(item, ErrorItem)
-    assert item.status == 429
+    assert wire_of(item).status == 429
     assert item.retry_after_s is not None
     return item
 
@@ -73,7 +76,7 @@ async def test_concurrent_requests_of_a_tenant_are_limited_exactly() -> None:
     running = [admission.generate(request()) for _ in range(2)]
     for items in running:
         await anext(items)
-    assert refusal(await drain(admission.generate(request()))).code == "too_many_requests"
+    assert refusal(await drain(admission.generate(request()))).is_a(TooManyRequestsError)
     others = [admission.generate(request("b")) for _ in range(10)]
     for items in others:
         await anext(items)
@@ -105,7 +108,7 @@ async def test_tokens_per_minute() -> None:
     for _ in range(4):  # 15 tokens each
         assert len(await drain(admission.generate(request()))) == 2
     item = refusal(await drain(admission.generate(request())))
-    assert (item.code, item.retry_after_s) == ("tokens_per_minute", 1.0)
+    assert (item.kind, item.retry_after_s) == (TooManyTokensError.__name__, 1.0)
     clock.now += 1
     assert len(await drain(admission.generate(request()))) == 2  # one token is left: it may end, and then owes 14
     assert refusal(await drain(admission.generate(request()))).retry_after_s == 15.0
@@ -155,13 +158,13 @@ async def test_a_prompt_is_charged_before_it_is_tokenised(prompt: Prompt, num_to
 async def test_a_request_that_fails_costs_nothing() -> None:
     class Failing:
         async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
-            yield ErrorItem(400, "too long", "invalid_request_error")
+            yield ErrorItem.of(RequestError("too long"))
 
     admission = Admission(Failing(), [tenant("a", tokens_per_minute=100)], clock=Clock())
     for _ in range(5):
         (item,) = await drain(admission.generate(request(max_tokens=1000)))
         assert isinstance(item, ErrorItem)
-        assert item.status == 400
+        assert item.is_a(RequestError)
 
 
 async def test_what_only_stores_is_limited_per_minute() -> None:
@@ -172,10 +175,10 @@ async def test_what_only_stores_is_limited_per_minute() -> None:
     assert (admission.quota_of("a"), admission.quota_of("b")) == (Quota(7, 9), Quota(7, 8))
 
     def refused(tenant_id: str, num_bytes: int = 1) -> tuple[str | None, float | None]:
-        with pytest.raises(StoringTooFastError) as caught:
+        with pytest.raises(TenantLimitError) as caught:
             admission.admit_storing(tenant_id, num_bytes)
-        assert caught.value.http_status == 429
-        return caught.value.code, caught.value.retry_after_s
+        assert wire_of(caught.value).status == 429
+        return wire_of(caught.value).code, caught.value.retry_after_s
 
     admission.admit_storing("b", 10)
     admission.admit_storing("b", 10)  # two of four: this is one of two replicas
@@ -213,7 +216,7 @@ async def test_a_deadline_ends_the_request_in_the_engine(default: float | None, 
     first, last = await drain(admission.generate(request(), own))
     assert isinstance(first, DeltaItem)
     assert isinstance(last, ErrorItem)
-    assert (last.status, last.code, last.param) == (504, "timeout", "timeout")
+    assert (last.kind, last.param) == (AnswerTimeoutError.__name__, "timeout")
     assert engine.num_running == 0
 
 

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from deployments.http.open_server import (
-    FORWARDED,
-    CrossOriginError,
-    RemoteWithoutKeysError,
-    UnsupportedMediaTypeError,
-    check_is_local,
-    is_loopback,
-)
+from deployments.errors import CrossOriginError, RemoteWithoutKeysError, UnsupportedMediaTypeError
+from deployments.http.errors import ERRORS, wire_of
+from deployments.http.open_server import FORWARDED, check_is_local, is_loopback
 from engine.errors import RequestError
 
 BODY = {"content-type": "application/json", "content-length": "2"}
@@ -130,7 +125,7 @@ def test_json(media_type: str) -> None:
 def test_what_a_form_can_send_is_refused(media_type: str | None, length: dict[str, str]) -> None:
     with pytest.raises(UnsupportedMediaTypeError, match="application/json") as caught:
         check(length if media_type is None else length | {"content-type": media_type})
-    assert caught.value.http_status == 415
+    assert wire_of(caught.value).status == 415
 
 
 def test_without_a_body_there_is_nothing_to_say_of_it() -> None:
@@ -146,4 +141,4 @@ def test_where_clients_cannot_be_told_apart_keys_are_needed() -> None:
 def test_every_refusal_is_the_clients_and_says_how_to_go_on() -> None:
     for kind in (RemoteWithoutKeysError, CrossOriginError, UnsupportedMediaTypeError):
         assert issubclass(kind, RequestError)
-        assert kind.code
+        assert ERRORS[kind].code

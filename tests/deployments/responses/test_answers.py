@@ -19,9 +19,10 @@ from openai.types.responses import Response, ResponseItemList, ResponseStreamEve
 from openai.types.shared import Reasoning
 from pydantic import BaseModel, TypeAdapter
 
-from deployments.completions.answers import MAX_MESSAGE_CHARS, error_body
-from deployments.completions.requests import BadRequestError, Body, parse_request
+from deployments.errors import TenantLimitError
 from deployments.generation import ErrorItem
+from deployments.http.errors import ERRORS, MAX_MESSAGE_CHARS, error_body
+from deployments.http.parsing import Body, parse_query, parse_request
 from deployments.responses.answers import (
     ResponseObject,
     ResponseStream,
@@ -34,14 +35,8 @@ from deployments.responses.answers import (
     list_object,
     sse_named_event,
 )
-from deployments.responses.requests import (
-    ConversationBody,
-    ItemsBody,
-    ListQuery,
-    ResponseBody,
-    messages_of,
-    parse_query,
-)
+from deployments.responses.requests import ConversationBody, ItemsBody, ListQuery, ResponseBody, messages_of
+from engine.errors import EngineStoppedError, ExecutorError, OverloadedError, PensieveError, RequestError
 from engine.text.output import OutputDelta, merge_deltas
 
 STREAM_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -60,7 +55,7 @@ USAGE = {
     "output_tokens_details": {"reasoning_tokens": 0},
     "total_tokens": 9,
 }
-ERROR = ErrorItem(500, "the step failed", "server_error", "executor_failed")
+ERROR = ErrorItem.of(ExecutorError("the step failed"))
 
 
 def response_object(**changes: Any) -> ResponseObject:
@@ -180,12 +175,18 @@ def test_other_ends() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "code"),
-    [(400, "invalid_prompt"), (429, "rate_limit_exceeded"), (500, "server_error"), (503, "server_error")],
+    ("kind", "code"),
+    [
+        (RequestError, "invalid_prompt"),
+        (OverloadedError, "rate_limit_exceeded"),
+        (ExecutorError, "server_error"),
+        (EngineStoppedError, "server_error"),
+    ],
 )
-def test_codes_of_failure(status: int, code: str) -> None:
-    end = failed(response_object().in_progress(), ErrorItem(status, "m" * 5000, "kind", "c", "p"))
-    assert end["error"] == {"code": code, "message": "m" * MAX_MESSAGE_CHARS, "type": "kind", "param": "p"}
+def test_codes_of_failure(kind: type[PensieveError], code: str) -> None:
+    end = failed(response_object().in_progress(), ErrorItem.of(kind("m" * 5000, "p")))
+    said = "m" * MAX_MESSAGE_CHARS
+    assert end["error"] == {"code": code, "message": said, "type": ERRORS[kind].type, "param": "p"}
     check(Response, end, "store")
 
 
@@ -241,7 +242,7 @@ def test_a_stream_that_fails() -> None:
 
 def test_an_error_event() -> None:
     stream = ResponseStream(response_object())
-    event = stream.error_event(ErrorItem(429, "busy" * 5000, "rate_limit_error", None, "p"))
+    event = stream.error_event(ErrorItem.of(TenantLimitError("busy" * 5000, "p")))
     assert event[1] == {
         "type": "error",
         "sequence_number": 0,
@@ -306,8 +307,8 @@ class FakeServer:
     def __call__(self, request: httpx.Request) -> httpx.Response:
         try:
             return self._answer(request)
-        except BadRequestError as error:
-            return httpx.Response(400, json=error_body(ErrorItem.from_error(error)))
+        except RequestError as error:
+            return httpx.Response(400, json=error_body(ErrorItem.of(error)))
 
     def _answer(self, request: httpx.Request) -> httpx.Response:
         match request.method, request.url.path.removeprefix("/v1/").split("/"):

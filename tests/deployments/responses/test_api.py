@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerFast
 
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.ingress import IngressConfig, create_app
-from deployments.responses import api as responses_api
+from deployments.responses import store_upkeep
 from deployments.store.conversation_store import ConversationStore
 from deployments.store.values import NewItem, NewResponse
 from deployments.tenants import TenantConfig, hash_key
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.errors import PensieveError
+from engine.errors import ExecutorError, PensieveError
 from tests.conftest import save_tiny_model
 
 MODEL = "pensieve-recall-0.6m"
@@ -74,7 +74,7 @@ class EngineHere:
                 num_items += 1
                 await self.go.wait()
         except PensieveError as error:
-            yield ErrorItem.from_error(error)
+            yield ErrorItem.of(error)
         finally:
             self.num_running -= 1
 
@@ -467,7 +467,7 @@ async def app(engine: EngineHere, url: str) -> AsyncIterator[FastAPI]:
 async def test_a_turn_that_is_given_up_is_marked_and_ends_in_the_engine(
     client: AsyncOpenAI, app: FastAPI, engine: EngineHere, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    monkeypatch.setattr(responses_api, "RENEWAL_S", 0.05)
+    monkeypatch.setattr(store_upkeep, "RENEWAL_S", 0.05)
     conversation = await client.conversations.create()
     await ask(client, TURNS[0], conversation=conversation.id)
     engine.go.clear()
@@ -528,7 +528,7 @@ async def test_a_client_that_leaves_while_its_turn_is_being_recorded(
         await go.wait()
         return response
 
-    monkeypatch.setattr(responses_api, "LEASE_S", 3600.0)
+    monkeypatch.setattr(store_upkeep, "LEASE_S", 3600.0)
     conversation = await client.conversations.create()
     monkeypatch.setattr(ConversationStore, "begin_response", begin_response)
     streaming = Streaming(app, {"input": TURNS[0], "conversation": conversation.id})
@@ -555,7 +555,7 @@ async def test_an_engine_that_fails_fails_the_turn(
     client: AsyncOpenAI, app: FastAPI, engine: EngineHere, num_items: int
 ) -> None:
     conversation = await client.conversations.create()
-    engine.error = ErrorItem(500, "the step failed", "server_error", "executor_failed")
+    engine.error = ErrorItem.of(ExecutorError("the step failed"))
     engine.num_items_before_error = num_items
     streaming = Streaming(app, {"input": TURNS[0], "conversation": conversation.id})
     await streaming.task
@@ -734,7 +734,7 @@ async def test_leases_are_renewed_whatever_happened_to_the_last_renewal(
             raise RuntimeError("a defect")
         return await renew(self, *args)
 
-    monkeypatch.setattr(responses_api, "RENEWAL_S", 0.01)
+    monkeypatch.setattr(store_upkeep, "RENEWAL_S", 0.01)
     monkeypatch.setattr(ConversationStore, "renew_leases", renew_leases)
     await client.conversations.create()
 

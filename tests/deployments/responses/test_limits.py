@@ -18,13 +18,17 @@ import pytest
 from deployments.generation import DeltaItem, ErrorItem, ModelCard
 from deployments.http.admission import Admission
 from deployments.ingress import IngressConfig, create_app
-from deployments.responses import api as responses_api
+from deployments.responses import store_upkeep
 from deployments.responses.api import ResponsesApi
+from deployments.responses.conversations import ConversationsApi
 from deployments.responses.requests import ConversationBody, ItemsBody, ResponseBody
+from deployments.responses.store_upkeep import StoreUpkeep
 from deployments.store.conversation_store import ConversationStore
+from deployments.store.errors import ConversationBusyError
 from deployments.store.usage import Usage
-from deployments.store.values import ConversationBusyError, Quota, StoreLimits
+from deployments.store.values import Quota, StoreLimits
 from deployments.tenants import TenantConfig, hash_key
+from engine.errors import ContextLengthError
 from engine.tenant import LOCAL_TENANT
 from engine.text.output import OutputDelta
 from tests.deployments.conftest import ScriptedEngine
@@ -113,7 +117,7 @@ async def test_a_turn_that_fails_before_its_answer_leaves_nothing(
     engine: ScriptedEngine, url: str, stream: bool, in_conversation: bool
 ) -> None:
     """Its client has no id by which to delete it."""
-    engine.items = [ErrorItem(400, "too long", "invalid_request_error", "context_length_exceeded")]
+    engine.items = [ErrorItem.of(ContextLengthError("too long"))]
     async with served(engine, url) as http:
         body, before = BODY | {"stream": stream}, Usage()
         if in_conversation:
@@ -149,7 +153,7 @@ async def test_what_is_old_is_forgotten_some_time_after_the_start(
         assert "last used more than 1e-09 days ago is deleted" in caplog.text
         assert not forgotten.is_set()
         assert (await http.get(f"/v1/responses/{kept}")).status_code == 200
-    monkeypatch.setattr(responses_api, "FIRST_SWEEP_S", 0.0)
+    monkeypatch.setattr(store_upkeep, "FIRST_SWEEP_S", 0.0)
     async with served(engine, url, retention_days=1e-9) as http:
         await http.post("/v1/conversations")
         await asyncio.wait_for(forgotten.wait(), 30)
@@ -198,7 +202,7 @@ async def test_ready_knows_a_full_disk(
 async def test_before_the_disk_is_full_no_new_turn_is_stored(
     engine: ScriptedEngine, small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(responses_api, "ROOM_S", 0.01)
+    monkeypatch.setattr(store_upkeep, "ROOM_S", 0.01)
     url = f"sqlite:///{small_disk / 'conversations.db'}"
     async with served(engine, url, store_min_free_bytes=200_000) as http:
         assert (await http.post("/v1/responses", json=BODY)).status_code == 200
@@ -261,6 +265,9 @@ async def test_of_a_history_that_is_cut_the_end_is_read(engine: ScriptedEngine, 
 # Clocks, and what the store says
 
 
+CARD = ModelCard("tiny", 100, 128)
+
+
 class Clock:
     now = 1000.0
 
@@ -269,20 +276,15 @@ class Clock:
 
 
 @pytest.fixture
-async def api(engine: ScriptedEngine, url: str) -> AsyncIterator[ResponsesApi]:
-    async def check_model(name: str) -> ModelCard:
-        return await engine.model_card()
+async def upkeep(url: str) -> AsyncIterator[StoreUpkeep]:
+    upkeep = StoreUpkeep(ConversationStore(url), owner="this", clock=Clock())
+    yield upkeep
+    await upkeep.close()
 
-    api = ResponsesApi(
-        Admission(engine, []),
-        ConversationStore(url),
-        owner="this",
-        check_model=check_model,
-        choose_session_id=lambda ids: ids[0],
-        clock=Clock(),
-    )
-    yield api
-    await api.close()
+
+@pytest.fixture
+def api(engine: ScriptedEngine, upkeep: StoreUpkeep) -> ResponsesApi:
+    return ResponsesApi(Admission(engine, []), upkeep, lambda ids: ids[0])
 
 
 class Turns:
@@ -303,7 +305,7 @@ class Turns:
 
 async def create(api: ResponsesApi, **options: Any) -> tuple[dict[str, Any], list[str]]:
     """The response at the end, and the names of the events, if it is streamed."""
-    answer = await api.create(LOCAL_TENANT, {}, ResponseBody.model_validate(BODY | options), {})
+    answer = await api.create(LOCAL_TENANT, {}, ResponseBody.model_validate(BODY | options), {}, CARD)
     if not options.get("stream"):
         return json.loads(answer.body), []
     events = [json.loads(block.partition("data: ")[2]) async for block in split(answer)]
@@ -319,17 +321,18 @@ async def split(answer: Any) -> AsyncIterator[str]:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_clock_that_jumps_interrupts_no_turn_of_this_process(
-    engine: ScriptedEngine, api: ResponsesApi, url: str, stream: bool
+    engine: ScriptedEngine, api: ResponsesApi, upkeep: StoreUpkeep, stream: bool
 ) -> None:
     turns = Turns(engine)
-    talk = (await api.create_conversation(LOCAL_TENANT, ConversationBody()))["id"]
+    conversations = ConversationsApi(Admission(engine, []), upkeep, lambda ids: ids[0])
+    talk = (await conversations.create(LOCAL_TENANT, ConversationBody()))["id"]
     running = asyncio.create_task(create(api, conversation=talk, stream=stream))
     await turns.said.wait()
-    api._clock.now += 3600  # type: ignore[attr-defined]
+    upkeep.clock.now += 3600  # type: ignore[attr-defined]
     with pytest.raises(ConversationBusyError):
         await create(api, conversation=talk)
     with pytest.raises(ConversationBusyError):
-        await api.add_items(LOCAL_TENANT, talk, ItemsBody.model_validate({"items": "x"}))
+        await conversations.add_items(LOCAL_TENANT, talk, ItemsBody.model_validate({"items": "x"}))
     turns.go.set()
     body, _ = await running
     assert body["status"] == "completed"
@@ -340,13 +343,13 @@ async def test_a_clock_that_jumps_interrupts_no_turn_of_this_process(
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("what", ["interrupted", "cancelled", "deleted"])
 async def test_the_client_is_told_what_the_store_has(
-    engine: ScriptedEngine, api: ResponsesApi, url: str, what: str, stream: bool
+    engine: ScriptedEngine, api: ResponsesApi, upkeep: StoreUpkeep, url: str, what: str, stream: bool
 ) -> None:
     """Another process, whose clock is far ahead, or whose client wants something else, has changed the response."""
     turns = Turns(engine)
     running = asyncio.create_task(create(api, stream=stream))
     await turns.said.wait()
-    (response_id,) = api._running
+    (response_id,) = upkeep.running
     other = ConversationStore(url)
     await other.open(0.0)
     if what == "interrupted":

@@ -14,7 +14,9 @@ from openai.types.conversations import ConversationItem, Message
 from openai.types.responses import ResponseInputMessageItem, ResponseItem, ResponseOutputMessage
 from pydantic import TypeAdapter
 
-from deployments.completions.requests import MAX_SESSION_KEY_CHARS, BadRequestError, Body, parse_request
+from deployments.http.errors import wire_of
+from deployments.http.generation_body import MAX_SESSION_KEY_CHARS
+from deployments.http.parsing import Body, parse_query, parse_request
 from deployments.responses.requests import (
     CACHE_OPTIONS_NOT_IMPLEMENTED,
     PART_NOT_IMPLEMENTED,
@@ -29,10 +31,10 @@ from deployments.responses.requests import (
     ResponseBody,
     RetrieveQuery,
     messages_of,
-    parse_query,
 )
 from engine.core.request import SamplingParams
 from engine.errors import RequestError
+from tests.deployments.refusals import refusal
 
 RESPONSE: dict[str, Any] = {"model": "m", "input": "hi"}
 USER = {"role": "user", "content": "hi"}
@@ -61,15 +63,6 @@ def parse(**changes: Any) -> ResponseBody:
 
 def parse_as(kind: type[Body], body: Any) -> Any:
     return parse_request(kind, json.dumps(body).encode())[0]
-
-
-def refusal(call: Callable[[], Any]) -> tuple[str | None, str | None]:
-    with pytest.raises(RequestError) as info:
-        call()
-    assert info.value.http_status == 400
-    assert info.value.kind == "invalid_request_error"
-    assert len(info.value.message) < 300
-    return info.value.param, info.value.code
 
 
 def test_plain_text() -> None:
@@ -355,7 +348,7 @@ def test_refusals(changes: dict[str, Any], param: str, code: str) -> None:
 
 
 def test_what_is_included_is_named() -> None:
-    with pytest.raises(BadRequestError, match=r"'message\.output_text\.logprobs' is not implemented"):
+    with pytest.raises(RequestError, match=r"'message\.output_text\.logprobs' is not implemented"):
         parse(include=["message.output_text.logprobs"])
 
 
@@ -459,7 +452,7 @@ def test_any_json_is_a_request_or_refused(changes: dict[str, Any]) -> None:
         messages_of(body.input_items(numbered()), body.instructions)
     except RequestError as error:
         refused = error
-    assert refused is None or (refused.http_status == 400 and refused.param)
+    assert refused is None or (wire_of(refused).status == 400 and refused.param)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +472,7 @@ def test_the_number_of_what_a_body_holds_is_bounded_before_it_is_looked_at(
     raw = json.dumps(RESPONSE | changes).encode()
     tracemalloc.start()
     try:
-        with pytest.raises(BadRequestError) as caught:
+        with pytest.raises(RequestError) as caught:
             parse_request(ResponseBody, raw)
         most_bytes = tracemalloc.get_traced_memory()[1]
     finally:

@@ -9,15 +9,11 @@ import pytest
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from deployments.errors import ModelNotLoadedError, NoReplicaError, ReplicaNotPlacedError, ServerStoppingError
 from deployments.generation import ErrorItem
+from deployments.http.errors import wire_of
 from deployments.routing import absence
-from deployments.routing.absence import (
-    ModelNotLoadedError,
-    NoReplicaError,
-    ReplicaNotPlacedError,
-    ServerStoppingError,
-    why_absent,
-)
+from deployments.routing.absence import why_absent
 
 FAILED = "A replica failed to start with exception. Error:\ndeployments.start_failure.EngineStartError: no config.json"
 
@@ -54,9 +50,9 @@ def test_why(told: Any, kind: type[NoReplicaError], is_final: bool, part: str, m
     monkeypatch.setattr(serve, "status", ask)
     monkeypatch.setattr(absence, "why_not_placed", lambda app_name, deployment_name: None)
     error = why_absent("app", "LLMServer")
-    assert (type(error), error.is_final, error.http_status) == (kind, is_final, 503)
+    assert (type(error), error.is_final, wire_of(error).status) == (kind, is_final, 503)
     assert part in error.message
-    assert (ErrorItem.from_error(error).retry_after_s or 0) >= 1
+    assert (ErrorItem.of(error).retry_after_s or 0) >= 1
 
 
 def test_a_replica_without_room(monkeypatch: pytest.MonkeyPatch) -> None:

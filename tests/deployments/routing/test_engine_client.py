@@ -12,14 +12,20 @@ import pytest
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
+from deployments.errors import (
+    InternalError,
+    ModelNotLoadedError,
+    NoReplicaError,
+    ReplicaLostError,
+    ReplicaNotPlacedError,
+)
 from deployments.generation import CacheHold, DeltaItem, ErrorItem, GenerationRequest, ModelCard, ReplicaCache
 from deployments.routing import engine_client
-from deployments.routing.absence import ModelNotLoadedError, NoReplicaError, ReplicaNotPlacedError
 from deployments.routing.engine_client import EngineClient
 from deployments.routing.rendezvous import rank_replicas
 from engine.cache_view import CacheQuery, CacheView
 from engine.core.request import SamplingParams
-from engine.errors import EngineStoppedError, OverloadedError
+from engine.errors import EngineStoppedError, OverloadedError, RequestError
 from engine.text.output import OutputDelta
 from engine.text.prompt import AnswerBeginning, TextPrompt
 from engine.text.transcript import Transcript
@@ -94,7 +100,8 @@ async def test_what_ray_raises_becomes_an_item() -> None:
     first, last = [item async for item in EngineClient(handle).generate(REQUEST)]
     assert first == ITEM
     assert isinstance(last, ErrorItem)
-    assert (last.status, last.code, last.retry_after_s) == (500, None, None)
+    assert last.is_a(InternalError)
+    assert last.retry_after_s is None
     assert handle.num_cancelled == 0  # it is over already
 
 
@@ -141,7 +148,7 @@ async def test_why_there_is_no_replica_is_said_and_logged_once(
     for _ in range(2):
         with pytest.raises(ReplicaNotPlacedError, match="no room") as info:
             await waiting.describe()
-        assert (info.value.http_status, info.value.code) == (503, "replica_not_placed")
+        assert type(info.value) is ReplicaNotPlacedError
     assert [record.getMessage() for record in caplog.records] == ["no room"]
 
 
@@ -221,7 +228,7 @@ async def test_waiting_has_an_end(error: NoReplicaError, wait_s: float) -> None:
         with pytest.raises(NoReplicaError):
             await client.model_card()
     assert isinstance(item, ErrorItem)
-    assert (item.status, item.message, item.code) == (503, error.message, error.code)
+    assert item == ErrorItem.of(error)
     assert item.retry_after_s == error.retry_after_s
     assert handle.num_cancelled == 1
 
@@ -243,7 +250,7 @@ async def test_a_lost_request_waits_for_the_replacement_and_is_told_why_none_com
     )
     items = [item async for item in client.generate(REQUEST)]
     assert [item.delta.text for item in items if isinstance(item, DeltaItem)] == ["a", "b"]
-    assert (items[-1].status, items[-1].code, items[-1].message) == (503, "model_not_loaded", "no such file")
+    assert (items[-1].kind, items[-1].message) == (ModelNotLoadedError.__name__, "no such file")
     assert len(handle.requests) == 1
 
 
@@ -300,7 +307,7 @@ class FakeReplicas(FakeHandle):
                 raise error
 
 
-STOPPED = ErrorItem.from_error(EngineStoppedError("dead"))
+STOPPED = ErrorItem.of(EngineStoppedError("dead"))
 
 
 @pytest.fixture(autouse=True)
@@ -340,7 +347,7 @@ async def test_what_kills_every_replica_is_given_up() -> None:
     handle.cuts, handle.errors = [2, *[0] * 50], [ActorDiedError()] * 50
     text, items = await answer(handle)
     assert text == "ab"
-    assert (items[-1].status, items[-1].code) == (503, "replica_lost")
+    assert items[-1].is_a(ReplicaLostError)
     assert len(handle.requests) == 1 + engine_client.MAX_LOSSES_IN_A_ROW
 
 
@@ -350,9 +357,9 @@ async def test_a_replica_lost_after_the_last_token_is_not_missed() -> None:
 
 
 async def test_an_error_of_the_request_is_not_tried_again() -> None:
-    handle = FakeReplicas([0], [ErrorItem(400, "no", "invalid_request_error")])
+    handle = FakeReplicas([0], [ErrorItem.of(RequestError("no"))])
     _, items = await answer(handle)
-    assert [item.status for item in items] == [400]
+    assert [item.kind for item in items] == [RequestError.__name__]
     assert len(handle.requests) == 1
 
 
@@ -368,7 +375,7 @@ async def test_all_attempts_sample_with_one_seed() -> None:
 
 # -- full replicas -----------------------------------------------------------------------------------------------------
 
-FULL = ErrorItem.from_error(OverloadedError("full"))
+FULL = ErrorItem.of(OverloadedError("full"))
 
 
 def asked(handle: FakeReplicas) -> list[str]:
@@ -392,7 +399,7 @@ async def test_no_more_are_asked_than_may_be(
 ) -> None:
     handle = FakeReplicas([0] * 9, [full] * 9)
     items = [item async for item in EngineClient(handle, num_fallbacks).generate(REQUEST)]
-    assert [(item.status, item.code, item.retry_after_s) for item in items] == [(429, "overloaded", retry_after_s)]
+    assert [(item.kind, item.retry_after_s) for item in items] == [(OverloadedError.__name__, retry_after_s)]
     assert asked(handle) == [f"{number}|session-1" for number in range(1 + num_fallbacks)]
 
 
@@ -416,7 +423,7 @@ async def test_whoever_was_lost_is_patient_with_full_replicas() -> None:
 async def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_client, "RESUME_PATIENCE_S", 0.0)
     text, items = await answer(FakeReplicas([2, *[0] * 5], [ActorDiedError(), *[FULL] * 5]))
-    assert (text, items[-1].status) == ("ab", 429)
+    assert (text, items[-1].kind) == ("ab", OverloadedError.__name__)
 
 
 async def test_the_next_replica_is_told_the_prompt_as_it_was_tokenised() -> None:
@@ -445,7 +452,7 @@ async def test_deployment_that_failed_to_start() -> None:
     errors = [DeploymentUnavailableError(DeploymentID(name="LLMServer"))] * 50
     *_, last = (await answer(FakeReplicas([0] * 50, errors)))[1]
     assert isinstance(last, ErrorItem)
-    assert last.status == 503
+    assert last.is_a(ReplicaLostError)
 
 
 async def test_the_cache_is_that_of_the_replicas_that_answer_in_the_order_of_their_ranks() -> None:

@@ -10,11 +10,13 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from deployments.http.errors import wire_of
 from deployments.store.conversation_store import ConversationStore
 from deployments.store.database import Database
+from deployments.store.errors import StoreError
 from deployments.store.tables import conversations, items, responses, tenant_usage, transcripts
 from deployments.store.usage import ROW_BYTES, Usage
-from deployments.store.values import Item, NewItem, NewResponse, Outcome, StoreError
+from deployments.store.values import NewItem, NewResponse, Outcome, StoredItem
 from engine.text.transcript import Transcript
 
 NOW, LEASE_S = 1000.0, 30.0
@@ -54,7 +56,7 @@ async def turn(
     assert await store.complete_response(tenant, response_id, outcome(answer, known))
 
 
-def contents(found: tuple[Item, ...]) -> list[str]:
+def contents(found: tuple[StoredItem, ...]) -> list[str]:
     return [item.body["content"] for item in found]
 
 
@@ -99,6 +101,6 @@ async def assert_unavailable(store: ConversationStore, code: str = "store_unavai
     ):
         with pytest.raises(StoreError) as also:
             await call
-        assert also.value.code == code
-    assert (caught.value.http_status, caught.value.code) == (503, code)
+        assert wire_of(also.value).code == code
+    assert wire_of(caught.value)[::2] == (503, code)
     return caught.value

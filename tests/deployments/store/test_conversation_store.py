@@ -25,25 +25,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 
+from deployments.http.errors import wire_of
 from deployments.store.conversation_store import ConversationStore
 from deployments.store.database import Database
-from deployments.store.tables import metadata
-from deployments.store.transcript_delta import apply_deltas, make_delta
-from deployments.store.values import (
+from deployments.store.errors import (
     ConversationBusyError,
-    Item,
-    NewItem,
-    NewResponse,
     NotFoundError,
-    Outcome,
     PreviousResponseError,
     PreviousResponseNotFoundError,
-    Status,
     StoreConfigError,
-    StoredResponse,
     StoreUnavailableError,
     StoreVersionError,
 )
+from deployments.store.tables import metadata
+from deployments.store.transcript_delta import apply_deltas, make_delta
+from deployments.store.values import NewItem, NewResponse, Outcome, Status, StoredItem, StoredResponse
 from engine.errors import InvalidParameterError
 from engine.text.transcript import Transcript
 from tests.deployments.store.stored_turns import (
@@ -113,7 +109,10 @@ async def test_response_is_kept_as_given(store: ConversationStore) -> None:
         instructions=ODD_TEXT,
         params={"temperature": 0.5, "metadata": {"k": ODD_TEXT}},
         usage=None,
-        input=(Item("msg_1", "user", dict(new.input[0].body)), Item("msg_2", None, dict(new.input[1].body))),
+        input=(
+            StoredItem("msg_1", "user", dict(new.input[0].body)),
+            StoredItem("msg_2", None, dict(new.input[1].body)),
+        ),
         output=(),
     )
     assert await store.get_response(ME, "resp_a", NOW) == begun
@@ -126,7 +125,7 @@ async def test_response_is_kept_as_given(store: ConversationStore) -> None:
         status=Status.COMPLETED,
         completed_at=NOW + 1,
         usage=USAGE,
-        output=(Item("msg_streamed", "assistant", dict(answer.body)),),
+        output=(StoredItem("msg_streamed", "assistant", dict(answer.body)),),
     )
     history = await store.get_history(ME, previous_response_id="resp_a")
     assert history.items == done.input + done.output
@@ -178,7 +177,7 @@ async def test_previous_response_has_to_be_whole(store: ConversationStore) -> No
     await store.begin_response(ME, new_response("b", previous_response_id="a"), NOW)
     with pytest.raises(PreviousResponseError, match=r"in progress.*Wait") as caught:
         await store.get_history(ME, previous_response_id="b")
-    assert (caught.value.http_status, caught.value.param) == (400, "previous_response_id")
+    assert (wire_of(caught.value).status, caught.value.param) == (400, "previous_response_id")
     assert await store.mark_interrupted(NOW + LEASE_S + 1) == 1
     with pytest.raises(PreviousResponseError, match=r"interrupted.*'a'"):
         await store.begin_response(ME, new_response("c", previous_response_id="b"), NOW)
@@ -268,7 +267,7 @@ async def test_one_turn_at_a_time_in_a_conversation(store: ConversationStore) ->
     await store.begin_response(ME, new_response("a", conversation_id=created.id), NOW)
     with pytest.raises(ConversationBusyError) as caught:
         await store.begin_response(ME, new_response("b", conversation_id=created.id), NOW + 1)
-    assert (caught.value.http_status, caught.value.code) == (409, "conversation_locked")
+    assert wire_of(caught.value)[::2] == (409, "conversation_locked")
     with pytest.raises(ConversationBusyError):
         await store.conversations.add_items(ME, created.id, [message("user", "x")], NOW)
     with pytest.raises(ConversationBusyError):
@@ -430,7 +429,7 @@ async def assert_nothing_there(
     for name, call in calls.items():
         with pytest.raises(NotFoundError) as caught:
             await call
-        assert caught.value.http_status == 404, name
+        assert wire_of(caught.value).status == 404, name
         if name in ("previous", "history"):
             assert isinstance(caught.value, PreviousResponseNotFoundError)
             assert caught.value.param == "previous_response_id"
@@ -670,7 +669,8 @@ STORM = """
 import asyncio, sys
 from array import array
 from deployments.store.conversation_store import ConversationStore
-from deployments.store.values import ConversationBusyError, NewItem, NewResponse, Outcome
+from deployments.store.errors import ConversationBusyError
+from deployments.store.values import NewItem, NewResponse, Outcome
 from engine.text.transcript import Transcript
 
 url, process, num_turns, shared = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]

@@ -9,8 +9,8 @@ import asyncpg
 import pytest
 from sqlalchemy.exc import DBAPIError
 
+from deployments.store.errors import StoreCorruptedError, StoreError, StoreFullError, StoreUnavailableError
 from deployments.store.failures import classify
-from deployments.store.values import StoreCorruptedError, StoreError, StoreFullError, StoreUnavailableError
 
 SECRET = "somebody's words"
 

@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 
+from deployments.http.errors import wire_of
 from deployments.ingress import _default_store_url
 from deployments.store import sqlite
 from deployments.store.conversation_store import ConversationStore
-from deployments.store.values import (
+from deployments.store.errors import (
     NotFoundError,
-    Status,
     StoreConfigError,
     StoreCorruptedError,
     StoreFullError,
     StoreUnavailableError,
 )
+from deployments.store.values import Status
 from tests.deployments.store.stored_turns import (
     ME,
     NOW,
@@ -221,7 +222,7 @@ async def test_damage_is_found_when_the_file_is_opened(
     again = ConversationStore(f"sqlite:///{path}")
     with pytest.raises(StoreCorruptedError) as caught:
         await again.open(NOW)
-    assert caught.value.code == "store_corrupted"
+    assert wire_of(caught.value).code == "store_corrupted"
     assert f"{path} is damaged" in caplog.text
     await again.close()
 
@@ -344,7 +345,7 @@ async def test_the_last_room_of_a_disk_is_not_for_new_turns(path: Path, monkeypa
     ):
         with pytest.raises(StoreFullError) as caught:
             await call
-        assert (caught.value.http_status, caught.value.code) == (503, "store_full")
+        assert wire_of(caught.value)[::2] == (503, "store_full")
     assert await store.complete_response(ME, "running", outcome("yes"))
     assert (await store.get_response(ME, "a", NOW)).status is Status.COMPLETED
     await store.delete_response(ME, "a", NOW)

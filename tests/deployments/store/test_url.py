@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from deployments.store.conversation_store import ConversationStore
+from deployments.store.errors import StoreConfigError, StoreUnavailableError
 from deployments.store.url import check_store_url, is_file, parse_store_url, read_password
-from deployments.store.values import StoreConfigError, StoreUnavailableError
 from tests.deployments.conftest import USER_WITH_PASSWORD
 from tests.deployments.store.stored_turns import NOW, turn
 

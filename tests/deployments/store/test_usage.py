@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
+from deployments.http.errors import wire_of
 from deployments.store.conversation_store import ConversationStore
+from deployments.store.errors import StoredTooMuchError
 from deployments.store.usage import ROW_BYTES, Usage
-from deployments.store.values import Quota, StoredTooMuchError
+from deployments.store.values import Quota
 from tests.deployments.store.stored_turns import (
     ME,
     NOW,
@@ -40,8 +42,8 @@ async def store(store_url: str) -> AsyncIterator[ConversationStore]:
 async def refused(call: Awaitable[object]) -> str:
     with pytest.raises(StoredTooMuchError) as caught:
         await call
-    assert (caught.value.http_status, caught.value.kind) == (429, "insufficient_quota")
-    assert caught.value.code == "storage_quota_exceeded"
+    assert wire_of(caught.value)[:2] == (429, "insufficient_quota")
+    assert wire_of(caught.value).code == "storage_quota_exceeded"
     assert caught.value.retry_after_s is None
     return caught.value.message
 

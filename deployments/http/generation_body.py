@@ -1,0 +1,151 @@
+"""What the bodies of all endpoints that generate have in common, and the one way from a body to a request for the engine.
+Each endpoint adds its prompt and names a few parameters in its own words. Knows no HTTP library and no Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from deployments.generation import ErrorItem, GenerationRequest
+from deployments.http.parsing import Body
+from engine.core.request import MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
+from engine.tenant import Tenant
+from engine.text.prompt import Prompt
+from engine.text.transcript import Transcript
+
+IGNORED = frozenset({"metadata", "parallel_tool_calls", "prompt_cache_retention", "safety_identifier", "user"})
+MAX_SESSION_KEY_CHARS = 512
+MAX_MESSAGES = 8192  # or items, or parts of the content of one
+
+TokenId = Annotated[int, Field(ge=0)]
+SessionKey = Annotated[str, Field(max_length=MAX_SESSION_KEY_CHARS)]
+
+
+def _as_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+class StreamOptions(Body):
+    ignored = frozenset({"include_obfuscation"})
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Conversation(Body):
+    id: SessionKey
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+
+
+class GenerationBody(Body):
+    """What all endpoints that generate share. The ranges are those of SamplingParams, repeated for the served document."""
+
+    ignored = IGNORED
+    prompt_param: ClassVar[str]  # this endpoint's name for what the engine calls `prompt`
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[
+        list[str],
+        Field(fail_fast=True),
+        BeforeValidator(_as_list, json_schema_input_type=StopString | StopStrings),
+    ] = Field(default=[])
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    top_k: Annotated[int, Field(ge=-1)] = 0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] = Field(default=[])
+    return_token_ids: bool = False
+    session_id: SessionKey | None = None
+    conversation: Annotated[
+        Conversation | None,
+        BeforeValidator(
+            lambda value: {"id": value} if isinstance(value, str) else value,
+            json_schema_input_type=SessionKey | Conversation | None,
+        ),
+    ] = None
+    prompt_cache_key: SessionKey | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError("invalid", "only allowed when stream is true", {"param": "stream_options"})
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def generation_request(
+        self,
+        prompt: Prompt,
+        *,
+        request_id: str,
+        session_id: str,
+        tenant: Tenant,
+        history: Transcript | None = None,
+        returns_transcript: bool = False,
+    ) -> GenerationRequest:
+        """What the engine is asked; every endpoint that generates makes it here. Raises InvalidParameterError.
+
+        session_id: what the request is routed by.
+        history, returns_transcript: see GenerationRequest.
+        """
+        return GenerationRequest(
+            request_id=request_id,
+            session_id=session_id,
+            prompt=prompt,
+            sampling=self.sampling_params(),
+            stream=self.stream,
+            return_prompt_token_ids=self.return_token_ids,
+            tenant=tenant,
+            history=history,
+            returns_transcript=returns_transcript,
+        )
+
+    def sampling_params(self) -> SamplingParams:
+        """How to sample, in the engine's words. Raises InvalidParameterError for a value out of range."""
+        raise NotImplementedError
+
+    def in_own_words(self, error: ErrorItem) -> ErrorItem:
+        """The same error, whose `param` is this endpoint's name for it and not the engine's."""
+        return replace(error, param=self.prompt_param) if error.param == "prompt" else error
+
+    def _sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Raises InvalidParameterError for a value out of range."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_k=0 if self.top_k == -1 else self.top_k,  # -1 = off, as vLLM says it
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.seed,
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+        )
