@@ -31,6 +31,7 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.core.request import SamplingParams
+from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
 
 DATA = Path(__file__).parent / "data" / "airline_sessions.json"
@@ -108,9 +109,8 @@ async def run_session(
         context += new
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         start, first = time.perf_counter(), None
-        async for delta in engine.generate(
-            TokenPrompt(tuple(context)), sampling, request_id=f"{session.name}.{turn}", session_id=session.name
-        ):
+        generation = Generation(f"{session.name}.{turn}", session.name, TokenPrompt(tuple(context)), sampling)
+        async for delta in engine.generate(generation):
             if first is None:
                 first = time.perf_counter() - start
             context += delta.token_ids

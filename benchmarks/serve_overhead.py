@@ -43,6 +43,7 @@ from deployments.tenants import API_KEY_VARIABLE
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
+from engine.generation import Generation
 from engine.text.prompt import TextPrompt
 
 ENGINE = {"served_model_name": "it", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 512, "max_num_seqs": 64}
@@ -138,7 +139,7 @@ def direct(engine: AsyncEngine, num_tokens: int) -> Stream:
         prompt = TextPrompt(f"hello {name}")
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
         is_first = True
-        async for _ in engine.generate(prompt, sampling, request_id=name, session_id=name):
+        async for _ in engine.generate(Generation(name, name, prompt, sampling)):
             if is_first:
                 is_first = False
                 yield

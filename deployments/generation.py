@@ -4,35 +4,26 @@ values, so that no exception class and no engine object has to survive pickling.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from engine.cache_view import CacheView
-from engine.core.request import SamplingParams
 from engine.errors import PensieveError
-from engine.tenant import LOCAL_TENANT, Tenant
+from engine.generation import Generation
 from engine.text.output import OutputDelta
-from engine.text.prompt import AnswerBeginning, Prompt
-from engine.text.transcript import Transcript
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """One turn.
+class GenerationRequest(Generation):
+    """What the engine is asked for, and how its answer is to travel.
 
-    stream: deltas as they come; else one delta with the whole answer. request_id is unique among running requests. history,
-    beginning: see AsyncEngine.generate. begun_by: AsyncEngine.identity of the engine that said the beginning; one of another
-    identity does not go on from there. returns_transcript: the last delta is to bring what was said.
+    stream: deltas as they come; else one delta with the whole answer.
+    begun_by: AsyncEngine.identity of the engine that gave the beginning; one of another identity does not go on from there.
+    returns_transcript: the last delta is to bring what was said.
     """
 
-    request_id: str
     session_id: str
-    prompt: Prompt
-    sampling: SamplingParams
+    _: KW_ONLY
     stream: bool
-    return_prompt_token_ids: bool = False
-    tenant: Tenant = LOCAL_TENANT
-    history: Transcript | None = None
-    beginning: AnswerBeginning | None = None
     begun_by: str = ""
     returns_transcript: bool = False
 

@@ -109,16 +109,7 @@ class LLMServer:
         if request.beginning is not None and request.begun_by != self._engine.identity:
             yield ErrorItem.of(ModelReplacedError("a deploy replaced the model during this answer; ask again"))
             return
-        answer = self._engine.generate(
-            request.prompt,
-            request.sampling,
-            request_id=request.request_id,
-            session_id=request.session_id,
-            tenant=request.tenant,
-            history=request.history,
-            beginning=request.beginning,
-            return_prompt_token_ids=request.return_prompt_token_ids,
-        )
+        answer = self._engine.generate(request)
         deltas = self._metrics.timed(answer, is_resumed=request.beginning is not None)
         try:
             # aclosing: closed here, the engine has to hear of it now and not when garbage is collected.

@@ -1,10 +1,9 @@
-"""The engine for scripts and notebooks: blocking calls, conversations by session id. Serves nobody over a network; the
-deployments do that.
+"""Serves scripts and notebooks in-process: blocking calls, conversations by session id; no network (see deployments/).
 
-    server = create_server(mode="pensieve", model="gpt2")
-    server.process_request("session_1", "Hello, how are you?")
-    server.process_request("session_1", "Tell me about AI")
-    print(server.get_statistics_str())
+server = create_server(mode="pensieve", model="gpt2")
+server.process_request("session_1", "Hello, how are you?")
+server.process_request("session_1", "Tell me about AI")
+print(server.get_statistics_str())
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
+from engine.generation import Generation
 from engine.tenant import LOCAL_TENANT, Tenant
 from engine.text.output import OutputDelta
 from engine.text.prompt import ChatPrompt, Prompt
@@ -31,8 +31,11 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=128)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One complete answer. ttft_s: from the call to the first token; total_s: to the last. Token counts as in OpenAI's
-    usage; computed = prompt tokens that were not in the cache."""
+    """One complete answer. Token counts are as in OpenAI's usage.
+
+    ttft_s: seconds from the call to the first token.
+    total_s: seconds from the call to the last token.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -44,14 +47,18 @@ class Answer:
 
     @property
     def num_computed_tokens(self) -> int:
+        """Prompt tokens that were not in the cache."""
         return self.num_prompt_tokens - self.num_cached_tokens
 
 
 class Server:
-    """An AsyncEngine with an event loop of its own in a thread. Thread-safe; calls from several threads run together."""
+    """An in-process server for scripts and notebooks: an AsyncEngine with an event loop of its own in a thread.
+
+    Thread-safe; calls from several threads run concurrently.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
-        """Loads the model; blocking. Raises ModelLoadError or ConfigError."""
+        """Load the model; blocking. Raises ModelLoadError or ConfigError."""
         self.engine = AsyncEngine(config)
         self._messages: dict[str, list[tuple[str, str]]] = {}
         self._loop = asyncio.new_event_loop()
@@ -65,7 +72,10 @@ class Server:
         sampling: SamplingParams = GREEDY,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """The assistant's answer to one more user message of a session. on_text: called with each new piece of text."""
+        """The assistant's answer to one more user message of a session.
+
+        on_text: called with each new piece of text.
+        """
         return self.chat(session_id, text, sampling, on_text).text
 
     def chat(
@@ -76,8 +86,10 @@ class Server:
         on_text: Callable[[str], None] | None = None,
         tenant: Tenant = LOCAL_TENANT,
     ) -> Answer:
-        """As `process_request`, with the account of the turn. A turn that fails or is interrupted leaves the session as it
-        was. tenant: whose KV may be shared; the session must always be of the same one."""
+        """As `process_request`, with the account of the turn. A turn that fails or is interrupted changes no session.
+
+        tenant: whose KV may be shared; a session must always have the same one.
+        """
         messages = [*self._messages.get(session_id, ()), ("user", text)]
         answer = self.complete(ChatPrompt(tuple(messages)), sampling, session_id, on_text, tenant)
         self._messages[session_id] = [*messages, ("assistant", answer.text)]
@@ -106,7 +118,7 @@ class Server:
             raise
 
     def forget_session(self, session_id: str) -> None:
-        """The next message of that session begins a new conversation."""
+        """Forget what was said in a session: its next message begins a new conversation."""
         self._messages.pop(session_id, None)
 
     def get_statistics(self) -> dict[str, Any]:
@@ -165,10 +177,8 @@ class Server:
         pieces: list[str] = []
         token_ids: list[int] = []
         last = OutputDelta()
-        request_id = uuid.uuid4().hex
-        async for delta in self.engine.generate(
-            prompt, sampling, request_id=request_id, session_id=session_id, tenant=tenant
-        ):
+        generation = Generation(uuid.uuid4().hex, session_id, prompt, sampling, tenant=tenant)
+        async for delta in self.engine.generate(generation):
             if first_s is None:
                 first_s = time.perf_counter()
             last = delta
@@ -191,6 +201,12 @@ class Server:
 
 
 def create_server(mode: str = "pensieve", model: str = "embedded", **options: Any) -> Server:
-    """A server in `mode` ("pensieve" keeps KV between turns, "stateless", alias "vllm", nothing). options: those of
-    EngineConfig. Raises ConfigError or ModelLoadError."""
+    """Make an in-process server of one model; blocking.
+
+    mode: "pensieve" keeps KV between turns; "stateless" (alias "vllm") keeps nothing.
+    model: a folder, a hub id, or "embedded".
+    options: those of EngineConfig.
+
+    Raises ConfigError or ModelLoadError.
+    """
     return Server(EngineConfig.from_options({"mode": mode, "model": model, **options}))

@@ -6,9 +6,7 @@ from __future__ import annotations
 import os
 import random
 import secrets
-from collections import deque
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 # Where there is no GPU, Triton's interpreter runs the kernel for GPUs. triton reads this when torch imports it.
@@ -24,11 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore, RequestOutput
-from engine.core.plan import StepPlan, StepResult
+from engine.core.plan import StepPlan
 from engine.core.request import FinishReason, Request, SamplingParams
+from engine.errors import EngineError
 from engine.executor.group import GroupExecutor
 from engine.executor.local import LocalExecutor
 from engine.make_core import make_core
+from engine.step_loop import LookAhead, StepLoop
 from tests.group_workers import WarmWorkers
 
 torch.set_num_threads(1)
@@ -107,21 +107,52 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return get
 
 
+class Answers:
+    """What the requests of a driver got. A step that fails raises.
+
+    outputs, cached, finished: by request id. latest: what the last step gave.
+    before_result: called once the next step is drafted or launched, before the result of the first one is waited for.
+    """
+
+    def __init__(self, before_result: Callable[[], None]) -> None:
+        self.outputs: dict[str, list[RequestOutput]] = {}
+        self.cached: dict[str, int] = {}
+        self.finished: dict[str, FinishReason] = {}
+        self.latest: list[RequestOutput] = []
+        self._before_result = before_result
+
+    def add(self, outputs: Iterable[RequestOutput]) -> None:
+        self.latest = list(outputs)
+        for output in self.latest:
+            self.outputs[output.request_id].append(output)
+            self.cached[output.request_id] = output.num_cached_tokens
+            if output.finish_reason is not None:
+                self.finished[output.request_id] = output.finish_reason
+
+    def deliver(self) -> None:
+        self._before_result()
+
+    def fail(self, request_ids: Iterable[str], error: EngineError) -> None:
+        raise error
+
+
 class Driver:
-    """Steps one core with one executor. Time is the number of the step. runs_ahead: puts a second step behind the first one,
-    where the core gives it."""
+    """Drives one core with one executor by the engine's own loop, in the test's thread. Time is the number of the step."""
 
     def __init__(self, executor: LocalExecutor, core: EngineCore) -> None:
         self.executor = executor
         self.core = core
         self.now = 0.0
-        self.plans_ahead = True
-        self.runs_ahead = False
-        self.in_flight: deque[tuple[StepPlan, Callable[[], StepResult]]] = deque()
-        self.plans: list = []
-        self.outputs: dict[str, list[RequestOutput]] = {}
-        self.cached: dict[str, int] = {}
-        self.finished: dict[str, FinishReason] = {}
+        self.answers = Answers(self._abort)
+        self.loop = StepLoop(self.core, executor, self.answers, lambda: self.now, LookAhead.DRAFT)
+        self.outputs, self.cached, self.finished = self.answers.outputs, self.answers.cached, self.answers.finished
+        self._finished_plans: list[StepPlan] = []
+        self._to_abort: str | None = None
+
+    @property
+    def plans(self) -> list[StepPlan]:
+        """All plans that were executed, or are."""
+        return [*self._finished_plans, *self.loop.in_flight]
 
     def add(
         self,
@@ -139,37 +170,18 @@ class Driver:
     def step(self, abort_in_flight: str | None = None) -> list[RequestOutput]:
         """One step; `abort_in_flight` is aborted while it is under way."""
         self.now += 1
-        plan = None if self.in_flight else self.core.schedule(self.now)
+        self.answers.latest, self._to_abort = [], abort_in_flight
+        plan = self.loop.step()
         if plan is not None:
-            self._begin(plan)
-        if not self.in_flight:
-            return []
-        if self.runs_ahead:
-            ahead = self.core.schedule_ahead(self.now)
-            if ahead is not None:
-                self._begin(ahead)
-        elif self.plans_ahead:
-            self.core.plan_ahead(self.in_flight[0][0])
-        if abort_in_flight is not None:
-            self.core.abort(abort_in_flight, self.now)
-        plan, wait_for_result = self.in_flight.popleft()
-        outputs = self.core.update(plan, wait_for_result(), self.now)
-        for output in outputs:
-            self.outputs[output.request_id].append(output)
-            self.cached[output.request_id] = output.num_cached_tokens
-            if output.finish_reason is not None:
-                self.finished[output.request_id] = output.finish_reason
-        return outputs
+            self._finished_plans.append(plan)
+        return self.answers.latest
 
-    def _begin(self, plan: StepPlan) -> None:
-        self.plans.append(plan)
-        if self.runs_ahead:
-            self.in_flight.append((plan, self.executor.submit(plan).result))
-        else:
-            self.in_flight.append((plan, partial(self.executor.execute, plan)))
+    def _abort(self) -> None:
+        if self._to_abort is not None and self.loop.in_flight:
+            self.core.abort(self._to_abort, self.now)
 
     def run(self) -> None:
-        while self.core.has_requests or self.in_flight:
+        while self.core.has_requests or self.loop.in_flight:
             self.step()
 
     def generate(self, request_id: str, token_ids: list[int], **kwargs: object) -> list[int]:

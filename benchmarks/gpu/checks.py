@@ -34,6 +34,7 @@ from engine.executor.decode_graphs import bucket_sizes
 from engine.executor.local import LocalExecutor
 from engine.executor.memory import COSTLY_SAMPLING, largest_steps
 from engine.executor.warm_up import end_of
+from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
 
 Check = Callable[[], str]
@@ -378,7 +379,7 @@ async def _use(engine: AsyncEngine, num_tokens: int) -> list[int]:
         for turn in range(2):
             tokens: list[int] = []
             prompt = TokenPrompt(tuple(context))
-            async for delta in engine.generate(prompt, sampling, request_id=f"r{turn}", session_id="s"):
+            async for delta in engine.generate(Generation(f"r{turn}", "s", prompt, sampling)):
                 tokens += delta.token_ids
             context += [*tokens, 9, 10]
             answer += tokens

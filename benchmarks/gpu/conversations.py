@@ -22,6 +22,7 @@ from workload import Generate, Turn, Workload, run_workload
 from engine.async_engine import AsyncEngine
 from engine.attention.device_health import check_device
 from engine.core.request import SamplingParams
+from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
 
 VOCABULARY = 2000
@@ -82,12 +83,8 @@ def _measure_engine(setting: Setting, folder: str, name: str) -> Iterator[dict[s
 async def _measure_workload(setting: Setting, engine: AsyncEngine, name: str, active: int) -> dict[str, Any]:
     async def generate(turn: Turn) -> AsyncIterator[Sequence[int]]:
         sampling = SamplingParams(temperature=0.0, max_tokens=turn.output_len, ignore_eos=True)
-        async for delta in engine.generate(
-            TokenPrompt(turn.prompt),
-            sampling,
-            request_id=f"{active}.{turn.request_id}",
-            session_id=f"{active}.{turn.session_id}",
-        ):
+        names = f"{active}.{turn.request_id}", f"{active}.{turn.session_id}"
+        async for delta in engine.generate(Generation(*names, TokenPrompt(turn.prompt), sampling)):
             yield delta.token_ids
 
     before = engine.get_statistics()

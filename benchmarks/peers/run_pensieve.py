@@ -12,6 +12,7 @@ from workload import Generate, Turn
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
+from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
 
 CHUNK_SIZE = 32
@@ -46,9 +47,8 @@ def main() -> None:
 
         async def generate(turn: Turn) -> AsyncIterator[Sequence[int]]:
             sampling = SamplingParams(temperature=0.0, max_tokens=turn.output_len, ignore_eos=True)
-            async for delta in engine.generate(
-                TokenPrompt(turn.prompt), sampling, request_id=turn.request_id, session_id=turn.session_id
-            ):
+            generation = Generation(turn.request_id, turn.session_id, TokenPrompt(turn.prompt), sampling)
+            async for delta in engine.generate(generation):
                 yield delta.token_ids
 
         yield generate

@@ -1,7 +1,8 @@
-"""From sampled tokens to text, and to whoever waits for it. Owns the streams of the requests; only the engine thread calls
-it. Knows no scheduler and no device.
+"""From sampled tokens to text, and to the event loops that wait for it. Owns the streams of the requests; only the engine
+thread calls it. Knows no scheduler and no device.
 
-Text is made by `deliver`, beside the next step, except where it decides whether there is a next step for its request.
+Text is made by `deliver`, while the next step is computed. Requests with stop strings are the exception: their text decides
+whether the next step computes them.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.request import FinishReason, Request
 from engine.errors import EngineError
 from engine.text.detokenizer import Detokenizer
-from engine.text.output import OutputDelta, TokenLogprob
+from engine.text.output import OutputDelta, TokenLogprob, merge_deltas
 from engine.text.tokenizer import Tokenizer
 from engine.text.transcript import ConversationTable, Transcript
 
 logger = logging.getLogger(__name__)
 
-# What a token of no probability is said to have, as OpenAI says it: JSON has no infinity.
+# Reported for a token of no probability, as OpenAI does it: JSON has no infinity.
 IMPOSSIBLE_LOGPROB = -9999.0
 
 Item = OutputDelta | EngineError
@@ -30,7 +31,7 @@ Item = OutputDelta | EngineError
 
 @dataclass(slots=True)
 class Stream:
-    """The way of one request's output: engine thread to whoever waits for it."""
+    """The way of one request's output, from the engine thread to the event loop that waits for it."""
 
     request: Request
     prompt: Transcript
@@ -38,21 +39,38 @@ class Stream:
     loop: asyncio.AbstractEventLoop
     items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
 
+    async def read(self) -> OutputDelta:
+        """Wait for output; all that has piled up comes as one delta. Raises the error that ended the stream, if any."""
+        items = [await self.items.get()]
+        while not self.items.empty():
+            items.append(self.items.get_nowait())
+        deltas = [item for item in items if isinstance(item, OutputDelta)]
+        if isinstance(items[-1], EngineError):
+            if not deltas:
+                raise items[-1]
+            self.items.put_nowait(items[-1])  # for the next call
+        return merge_deltas(deltas)
+
 
 class OutputProcessor:
-    """What a step gave waits here until `deliver`. Each stream gets all of it, in order, before any error."""
+    """Holds what a step gave until `deliver`. Each stream gets all of its output, in order, before any error.
+
+    streams: by the id of the request that runs or waits.
+    """
 
     def __init__(self, core: EngineCore, tokenizer: Tokenizer, conversations: ConversationTable) -> None:
         self.streams: dict[str, Stream] = {}
         self._core = core
         self._tokenizer = tokenizer
         self._conversations = conversations
-        self._untold: list[tuple[Stream, RequestOutput]] = []  # not in text yet
+        self._pending: list[tuple[Stream, RequestOutput]] = []  # without a text yet
         self._unsent: list[tuple[Stream, Item]] = []
 
     def add(self, outputs: Iterable[RequestOutput]) -> None:
-        """Take in what a step gave. Where a stop string may end an answer its text is made now, so that the next step is
-        planned without it."""
+        """Take in what a step gave.
+
+        If a stop string may end an answer, its text is made now, so that the next step is planned without it.
+        """
         for output in outputs:
             stream = self.streams[output.request_id]
             if output.finish_reason is not None:
@@ -60,23 +78,30 @@ class OutputProcessor:
             if stream.request.sampling.stop:
                 self._unsent.append((stream, self._process(stream, output)))
             else:
-                self._untold.append((stream, output))
+                self._pending.append((stream, output))
 
     def deliver(self) -> None:
-        """Put into text what is not, and send everything."""
-        untold, self._untold = self._untold, []
+        """Make the text of what was taken in, and send everything."""
+        pending, self._pending = self._pending, []
         items, self._unsent = self._unsent, []
-        items += [(stream, self._process(stream, output)) for stream, output in untold]
+        items += [(stream, self._process(stream, output)) for stream, output in pending]
         self._send(items)
 
     def fail(self, request_ids: Iterable[str], error: EngineError) -> None:
-        """End these streams. Whoever has none any more is passed over."""
+        """End the streams of these requests with an error; ids without a stream are ignored."""
         self.deliver()
         streams = [self.streams.pop(request_id, None) for request_id in request_ids]
         self._send([(stream, error) for stream in streams if stream is not None])
 
+    def fail_all(self, error: EngineError) -> None:
+        """End all streams with an error."""
+        self.fail(list(self.streams), error)
+
     def abandon(self, stream: Stream) -> None:
-        """Nobody listens to it any more: abort its request. Not by id: a refused request may bear the id of one that runs."""
+        """Abort the request of a stream whose consumer left.
+
+        Compares the stream and not the id: a rejected request may have the id of one that runs.
+        """
         request_id = stream.request.request_id
         self.deliver()  # its text must be as far as its tokens
         if self.streams.get(request_id) is stream:
@@ -85,9 +110,9 @@ class OutputProcessor:
             self._remember(stream)
 
     def _process(self, stream: Stream, output: RequestOutput) -> Item:
-        """One answer that cannot be told (a tokenizer's fault, say) must not end the others."""
+        """As `_render`, but an answer that has no text (by a fault of the tokenizer, say) ends alone, with an error."""
         try:
-            return self._tell(stream, output)
+            return self._render(stream, output)
         except Exception as error:
             logger.exception("request %s failed", output.request_id)
             if self.streams.get(output.request_id) is stream:
@@ -95,8 +120,8 @@ class OutputProcessor:
                 self._core.abort(output.request_id, time.monotonic())
             return EngineError(f"the answer could not be put into text: {error!r}")
 
-    def _tell(self, stream: Stream, output: RequestOutput) -> OutputDelta:
-        """From a token to text; ends the request where a stop string is complete."""
+    def _render(self, stream: Stream, output: RequestOutput) -> OutputDelta:
+        """From a token to text; ends the request if a stop string is complete."""
         request, detokenizer = stream.request, stream.detokenizer
         reason, stats = output.finish_reason, output.stats
         logprobs = self._logprobs(output, detokenizer)
@@ -136,8 +161,10 @@ class OutputProcessor:
         return TokenLogprob(token_id, text, token_bytes if is_text else None, max(value, IMPOSSIBLE_LOGPROB))
 
     def _remember(self, stream: Stream) -> Transcript | None:
-        """Keep the turn's tokens with their text, for when the client sends its history again. None if it belongs to no
-        conversation, or has no text."""
+        """Keep the turn's tokens with their text, for when the client sends its history again.
+
+        None if the request belongs to no conversation, or its prompt has no text.
+        """
         request, prompt = stream.request, stream.prompt
         if request.conversation_id == request.request_id:
             return None
@@ -149,8 +176,11 @@ class OutputProcessor:
         return self._conversations.record_turn(request.conversation_id, prompt, output_ids, text)
 
     def _kept_output_ids(self, stream: Stream) -> list[int]:
-        """The generated tokens that the answer consists of, as far as whole tokens go: not those of its stop string, nor
-        of a character that it does not complete. The special token that ends it is kept, for the template writes it, too."""
+        """The generated tokens that the answer consists of, as far as whole tokens go.
+
+        Left out are those of its stop string, and of a character that it does not complete. The special token that ends it is
+        kept, because the template writes it, too.
+        """
         output_ids = stream.request.token_ids[stream.request.num_prompt_tokens :]
         end_ids = output_ids[stream.detokenizer.num_tokens :]
         kept = output_ids[: stream.detokenizer.num_whole_tokens()]
@@ -165,7 +195,7 @@ class OutputProcessor:
         for loop, batch in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_put_all, batch)
-            except RuntimeError:  # that loop is closed: nobody waits there any more
+            except RuntimeError:  # that loop is closed, so no consumer is left there
                 logger.debug("an event loop closed before its requests ended")
 
 

@@ -10,21 +10,26 @@ TEMPLATE_CHARS = 32
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages (role, content), oldest first; the model's chat template turns them into one text. drops_oldest: leave out
-    the oldest ones if there are more than the window holds."""
+    """Messages, which the model's chat template turns into one text.
+
+    messages: (role, content), the oldest first.
+    drops_oldest: leave out the oldest ones if there are more than the window holds.
+    """
 
     messages: tuple[tuple[str, str], ...]
     drops_oldest: bool = False
 
     @property
     def num_chars(self) -> int:
-        """The length of that text, about."""
+        """About the length of that text."""
         return sum(len(role) + len(content) + TEMPLATE_CHARS for role, content in self.messages)
 
     def shorter(self) -> list[ChatPrompt]:
-        """What is left of it with more and more of the oldest messages left out, a tenth of the rest at a time, so that a
-        conversation that grows is cut at the same place for some turns. The system's words and the last message stay, and no
-        answer is the first without its question."""
+        """Ever shorter prompts, in each of which more of the oldest messages are left out.
+
+        A tenth of the rest goes at a time, so that a conversation that grows is cut at the same place for some turns. System
+        messages and the last message stay, and no answer is the first message without its question.
+        """
         system = tuple(message for message in self.messages if message[0] == "system")
         others = [message for message in self.messages if message[0] != "system"]
         prompts: list[ChatPrompt] = []
@@ -46,6 +51,7 @@ class TextPrompt:
 
     @property
     def num_chars(self) -> int:
+        """The length of the text."""
         return len(self.text)
 
 
@@ -58,8 +64,11 @@ class TokenPrompt:
 
 @dataclass(frozen=True, slots=True)
 class AnswerBeginning:
-    """The beginning of an answer that another engine gave before it was lost: its tokens, and how many characters of it
-    reached whoever asked."""
+    """The beginning of an answer, by an engine that was lost then.
+
+    token_ids: all tokens of it.
+    num_chars: how many characters of it have reached the client.
+    """
 
     token_ids: tuple[int, ...]
     num_chars: int

@@ -25,6 +25,7 @@ from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.request import SamplingParams
 from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError, ModelLoadError
+from engine.generation import Generation
 from engine.tenant import Tenant
 from engine.text.output import OutputDelta
 from engine.text.prompt import AnswerBeginning, TextPrompt
@@ -47,12 +48,12 @@ class FakeEngine:
         self.error: Exception | None = None
         self.hangs = False
         self.is_healthy = True
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[Generation] = []
         self.num_closed = 0
         self.is_shut_down = False
 
-    async def generate(self, *args: Any, **kwargs: Any) -> AsyncIterator[OutputDelta]:
-        self.calls.append((args, kwargs))
+    async def generate(self, generation: Generation) -> AsyncIterator[OutputDelta]:
+        self.calls.append(generation)
         try:
             for i in range(self.num_tokens):
                 await asyncio.sleep(0)
@@ -115,7 +116,7 @@ def request(*, stream: bool, returns_transcript: bool = False) -> GenerationRequ
         "session",
         TextPrompt(SECRET),
         SamplingParams(seed=1),
-        stream,
+        stream=stream,
         return_prompt_token_ids=True,
         tenant=Tenant("t", 2.0),
         beginning=AnswerBeginning((1,), 1),
@@ -144,19 +145,7 @@ async def test_stream_passes_deltas_on_with_the_rank(server: LLMServer, engine: 
         ("1 ", 4),
         ("2 ", 4),
     ]
-    assert engine.calls == [
-        (
-            (TextPrompt(SECRET), SamplingParams(seed=1)),
-            {
-                "request_id": "id-1",
-                "session_id": "session",
-                "tenant": Tenant("t", 2.0),
-                "history": None,
-                "beginning": AnswerBeginning((1,), 1),
-                "return_prompt_token_ids": True,
-            },
-        )
-    ]
+    assert engine.calls == [request(stream=True)]
 
 
 async def test_stream_waits_between_deltas_but_not_before_the_first_or_after_the_last(

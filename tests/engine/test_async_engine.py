@@ -9,12 +9,14 @@ from dataclasses import replace
 
 import pytest
 
-from engine import async_engine
-from engine.async_engine import MAX_FAILURES_IN_A_ROW, AsyncEngine
+from engine import engine_thread
+from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ContextLengthError, EngineError, EngineStoppedError, ExecutorError, InvalidParameterError
+from engine.generation import Generation
+from engine.step_loop import MAX_FAILURES_IN_A_ROW
 from engine.text.detokenizer import Detokenizer
 from engine.text.output import OutputDelta, TokenLogprob
 from engine.text.prompt import AnswerBeginning, ChatPrompt, Prompt, TextPrompt, TokenPrompt
@@ -121,7 +123,8 @@ async def ask(
         prompt = ChatPrompt(prompt)
     answer = Answer()
     options = {"request_id": next(names), **options}
-    async for delta in engine.generate(prompt, sampling, session_id=session, **options):  # type: ignore[arg-type]
+    generation = Generation(session_id=session, prompt=prompt, sampling=sampling, **options)  # type: ignore[arg-type]
+    async for delta in engine.generate(generation):
         answer.deltas.append(delta)
     return answer
 
@@ -129,7 +132,7 @@ async def ask(
 async def assert_all_free(engine: AsyncEngine) -> None:
     """Once it has come to rest: an answer may be there before the step behind it, and its copies, have ended."""
     async with asyncio.timeout(60):
-        while engine._step_start_s is not None:
+        while not engine._thread.is_idle:
             await asyncio.sleep(0.001)
     await engine.check_integrity()
     statistics = engine.get_statistics()
@@ -586,7 +589,7 @@ ENDLESS = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
 
 
 async def test_closing_the_generator_frees_the_blocks(engine):
-    generator = engine.generate(ChatPrompt(CAT), ENDLESS, request_id="a", session_id="s")
+    generator = engine.generate(Generation("a", "s", ChatPrompt(CAT), ENDLESS))
     async with aclosing(generator):
         async for delta in generator:
             assert delta.finish_reason is None
@@ -601,7 +604,7 @@ async def test_cancelling_the_consumer_frees_the_blocks(engine):
     started = asyncio.Event()
 
     async def consume() -> None:
-        async for _ in engine.generate(ChatPrompt(CAT), ENDLESS, request_id="a"):
+        async for _ in engine.generate(Generation("a", None, ChatPrompt(CAT), ENDLESS)):
             started.set()
 
     task = asyncio.create_task(consume())
@@ -697,7 +700,7 @@ async def test_deltas_before_a_failure_are_delivered(engine):
     received = []
 
     async def consume() -> None:
-        async for delta in engine.generate(ChatPrompt(CAT), ENDLESS, request_id="a"):
+        async for delta in engine.generate(Generation("a", None, ChatPrompt(CAT), ENDLESS)):
             received.append(delta)
             executor(engine).num_to_fail = 1
 
@@ -730,15 +733,15 @@ async def test_a_step_that_never_ends_makes_the_engine_unhealthy(engine, monkeyp
     asking = asyncio.create_task(ask(engine, CAT))
     await asyncio.to_thread(executor(engine).in_step.wait, 60)
     engine.check_health()
-    monkeypatch.setattr(async_engine, "MAX_STEP_S", 0.0)
+    monkeypatch.setattr(engine_thread, "MAX_STEP_S", 0.0)
     with pytest.raises(EngineStoppedError, match="hangs"):
         engine.check_health()
     executor(engine).go.set()
     monkeypatch.undo()
     assert (await asking).text
-    while engine._step_start_s is not None:  # it does the last of its work
+    while not engine._thread.is_idle:  # it does the last of its work
         await asyncio.sleep(0.01)
-    monkeypatch.setattr(async_engine, "MAX_STEP_S", 0.0)
+    monkeypatch.setattr(engine_thread, "MAX_STEP_S", 0.0)
     engine.check_health()  # with nothing to do, nothing hangs
 
 
@@ -763,7 +766,7 @@ async def test_shutdown_ends_running_and_waiting_requests(make_engine):
 async def test_a_call_that_comes_as_the_thread_ends_is_not_left_waiting(engine, monkeypatch):
     """The thread has looked for commands for the last time, but is not yet gone."""
     await engine.shutdown()
-    monkeypatch.setattr(engine, "_thread", threading.current_thread())
+    monkeypatch.setattr(engine._thread, "_thread", threading.current_thread())
     with pytest.raises(EngineStoppedError):
         await asyncio.wait_for(engine.check_integrity(), 30)
 
@@ -774,7 +777,7 @@ async def test_an_engine_whose_thread_died_says_so(engine):
 
     task = asyncio.create_task(ask(engine, CAT, ENDLESS))
     await asyncio.to_thread(executor(engine).in_step.wait, 60)
-    engine._commands.put(explode)
+    engine._thread.put(explode)
     with pytest.raises(EngineStoppedError):
         await task
     with pytest.raises(EngineStoppedError, match="a defect"):
@@ -786,12 +789,12 @@ async def test_an_answer_cut_by_a_stop_string_leaves_a_tail_that_the_next_turn_u
     messages = [("user", "my cat is called Mia")]
     sampling = SamplingParams(temperature=0.0, max_tokens=30, stop=("called",))
     text, last = "", None
-    async for delta in engine.generate(ChatPrompt(tuple(messages)), sampling, request_id="cut-1", session_id="cut"):
+    async for delta in engine.generate(Generation("cut-1", "cut", ChatPrompt(tuple(messages)), sampling)):
         text, last = text + delta.text, delta
     assert last is not None
     assert last.finish_reason == "stop"
     messages += [("assistant", text), ("user", "what is my cat called?")]
-    async for delta in engine.generate(ChatPrompt(tuple(messages)), sampling, request_id="cut-2", session_id="cut"):
+    async for delta in engine.generate(Generation("cut-2", "cut", ChatPrompt(tuple(messages)), sampling)):
         num_kept = delta.num_cached_tokens - last.num_prompt_tokens
         assert 0 < num_kept < last.num_output_tokens
         break
@@ -810,7 +813,8 @@ async def test_an_answer_that_cannot_be_put_into_text_ends_alone(engine, monkeyp
     async def ask(request_id: str, stop: tuple[str, ...]) -> str:
         sampling = SamplingParams(temperature=0.0, max_tokens=20, stop=stop)
         prompt = ChatPrompt((("user", "my cat is called Mia"),))
-        return "".join([delta.text async for delta in engine.generate(prompt, sampling, request_id=request_id)])
+        generation = Generation(request_id, None, prompt, sampling)
+        return "".join([delta.text async for delta in engine.generate(generation)])
 
     good, bad = await asyncio.gather(ask("good", ()), ask("bad", ("poison",)), return_exceptions=True)
     assert "Mia" in good

@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.request import SamplingParams
+from engine.generation import Generation
 from engine.tenant import Tenant
 from engine.text.prompt import ChatPrompt
 from engine.text.transcript import ConversationTable, Transcript
@@ -36,8 +37,8 @@ async def engine() -> AsyncIterator[AsyncEngine]:
 async def say(engine: AsyncEngine, text: str, session_id: str, tenant: Tenant = ACME) -> str:
     prompt = ChatPrompt((("user", text),))
     sampling = SamplingParams(temperature=0.0, max_tokens=16)
-    deltas = engine.generate(prompt, sampling, request_id=f"{session_id}-{text}", session_id=session_id, tenant=tenant)
-    return "".join([delta.text async for delta in deltas])
+    generation = Generation(f"{session_id}-{text}", session_id, prompt, sampling, tenant=tenant)
+    return "".join([delta.text async for delta in engine.generate(generation)])
 
 
 def named(view: CacheView) -> list[tuple[str, str]]:
@@ -89,7 +90,7 @@ async def test_evictions_name_whose_chunk_it_was_to_its_tenant(engine: AsyncEngi
 async def test_a_request_that_runs_is_shown(engine: AsyncEngine) -> None:
     prompt = ChatPrompt((("user", "my cat is called Mia"),))
     sampling = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
-    deltas = engine.generate(prompt, sampling, request_id="r", session_id="one", tenant=ACME)
+    deltas = engine.generate(Generation("r", "one", prompt, sampling, tenant=ACME))
     await anext(deltas)
     (row,) = (await engine.map_cache(CacheQuery(("acme",)))).conversations
     assert (row.session_id, row.status) == ("one", "running")
@@ -99,27 +100,14 @@ async def test_a_request_that_runs_is_shown(engine: AsyncEngine) -> None:
 
 async def test_nothing_is_queued_while_nobody_looks(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[Callable[[], None]] = []
-    put = engine._commands.put
-    monkeypatch.setattr(
-        engine, "_commands", Spy(engine._commands, lambda command: (commands.append(command), put(command)))
-    )
+    put = engine._thread.put
+    monkeypatch.setattr(engine._thread, "put", lambda command: (commands.append(command), put(command)))
     await engine.map_cache(CacheQuery(("acme",)))
     assert len(commands) == 2
     await asyncio.sleep(0.2)
     assert len(commands) == 2
     await say(engine, "my cat is called Mia", "one")
     assert len(commands) == 3  # the request itself
-
-
-class Spy:
-    """A queue whose `put` is seen."""
-
-    def __init__(self, queue: Any, put: Callable[[Any], Any]) -> None:
-        self._queue = queue
-        self.put = put
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._queue, name)
 
 
 async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from engine.core.request import SamplingParams
+from engine.step_loop import LookAhead
 from tests.engine.test_equivalence import assert_same_tokens
 
 FAMILIES = ["embedded", "llama", "qwen3", "mistral", "gemma2", "gpt2", "opt", "mixtral"]
@@ -41,9 +42,9 @@ def test_every_path_gives_the_same_tokens(family, tiny_model, make_driver):
     options = {"chunk_size": 8, "max_num_batched_tokens": 48, "max_num_seqs": 4, "max_model_len": 160}
     drivers = []
     for path in PATHS:
-        for plans_ahead in (False, True):
+        for look_ahead in (LookAhead.NOTHING, LookAhead.DRAFT):
             driver = make_driver(model, num_gpu_blocks=32, num_cpu_blocks=60, **options, **path)
-            driver.plans_ahead = plans_ahead
+            driver.loop.look_ahead = look_ahead
             drivers.append(driver)
             run_conversations(driver, drivers[0])
     first, *others = drivers

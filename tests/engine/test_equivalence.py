@@ -8,6 +8,7 @@ import pytest
 
 from engine.core.request import SamplingParams
 from engine.embedded_model import embedded_model_path
+from engine.step_loop import LookAhead
 
 NUM_CONVERSATIONS = 20
 NUM_TURNS = 4
@@ -28,20 +29,23 @@ def assert_same_tokens(kept, fresh, request_id: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("family", "runs_ahead"),
+    ("family", "look_ahead"),
     [
-        *((family, False) for family in ("embedded", "llama", "qwen3", "mistral", "gemma2", "gpt2", "opt", "mixtral")),
-        *((family, True) for family in ("llama", "gemma2", "mistral")),
+        *(
+            (family, LookAhead.DRAFT)
+            for family in ("embedded", "llama", "qwen3", "mistral", "gemma2", "gpt2", "opt", "mixtral")
+        ),
+        *((family, LookAhead.LAUNCH) for family in ("llama", "gemma2", "mistral")),
     ],
 )
-def test_interleaved_conversations_equal_stateless(family, runs_ahead, tiny_model, make_driver):
+def test_interleaved_conversations_equal_stateless(family, look_ahead, tiny_model, make_driver):
     """20 conversations over a GPU tier for about a fifth of them: evictions, holes, suspensions, forks and aborts."""
     rng = random.Random(family)
     model = embedded_model_path() if family == "embedded" else tiny_model(family)
     options = {"chunk_size": 8, "max_num_batched_tokens": 48, "max_num_seqs": 5, "max_model_len": 200}
     kept = make_driver(model, num_gpu_blocks=32, num_cpu_blocks=0, decode_reserve=0.03, **options)
     fresh = make_driver(model, num_gpu_blocks=200, mode="stateless", **options)
-    kept.runs_ahead = runs_ahead
+    kept.loop.look_ahead = look_ahead
     vocabulary = range(3, 250)
     system_prompt = rng.choices(vocabulary, k=19)
     sampling = SamplingParams(temperature=0.0, max_tokens=9, logprobs=2, ignore_eos=True)
@@ -51,7 +55,7 @@ def test_interleaved_conversations_equal_stateless(family, runs_ahead, tiny_mode
     prompts: dict[str, list[int]] = {}
     num_requests = num_aborted = 0
     latest = "c0"
-    while any(turns_left.values()) or running or kept.in_flight:
+    while any(turns_left.values()) or running or kept.loop.in_flight:
         idle = [c for c in histories if turns_left[c] and c not in running.values()]
         if idle and rng.random() < 0.5:
             conversation = rng.choice(idle)
@@ -88,7 +92,7 @@ def test_interleaved_conversations_equal_stateless(family, runs_ahead, tiny_mode
     assert stats["num_gpu_cached_tokens"] > 0
     assert stats["num_suspensions"] > 0
     assert stats["num_used_drafts"] > 0
-    assert stats["num_steps_ahead" if runs_ahead else "num_discarded_drafts"] > 0
+    assert stats["num_steps_ahead" if look_ahead is LookAhead.LAUNCH else "num_discarded_drafts"] > 0
     segments_of_a_request = [
         sum(s.request_id == start.request_id for s in plan.segments) for plan in kept.plans for start in plan.starts
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 
 from engine.core.request import SamplingParams
+from engine.step_loop import LookAhead
 from tests.engine.test_equivalence import assert_same_tokens
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=2)
@@ -17,23 +18,23 @@ SHORT = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=
 
 
 @pytest.mark.parametrize(
-    ("family", "num_cpu_blocks", "runs_ahead", "num_ranks"),
+    ("family", "num_cpu_blocks", "look_ahead", "num_ranks"),
     [
-        ("llama", 0, False, 1),
-        ("llama", 12, False, 1),
-        ("mistral", 12, True, 1),
-        ("gemma2", 0, True, 1),
-        ("llama", 12, False, 2),
+        ("llama", 0, LookAhead.DRAFT, 1),
+        ("llama", 12, LookAhead.DRAFT, 1),
+        ("mistral", 12, LookAhead.LAUNCH, 1),
+        ("gemma2", 0, LookAhead.LAUNCH, 1),
+        ("llama", 12, LookAhead.DRAFT, 2),
     ],
 )
 def test_answers_are_the_same_with_and_without_giving_way(
-    family, num_cpu_blocks, runs_ahead, num_ranks, tiny_model, make_driver
+    family, num_cpu_blocks, look_ahead, num_ranks, tiny_model, make_driver
 ) -> None:
     """ "a" has all four places and nearly all blocks when the turns of "b" come one after the other."""
     sizes = {"chunk_size": 8, "max_num_batched_tokens": 24, "max_model_len": 80, "max_num_seqs": 4}
     tiers = {"num_gpu_blocks": 26, "num_cpu_blocks": num_cpu_blocks, "decode_reserve": 0.05}
     shared = make_driver(tiny_model(family), tensor_parallel_size=num_ranks, **tiers, **sizes)
-    shared.runs_ahead = runs_ahead
+    shared.loop.look_ahead = look_ahead
     alone = make_driver(tiny_model(family), num_gpu_blocks=40, mode="stateless", **sizes)
     prompts = {f"a{i}": [(7 * i + 3 * k) % 250 + 2 for k in range(30 + i)] for i in range(5)}
     samplings = {name: PENALISED if name in ("a2", "a3") else GREEDY for name in prompts}

@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import EngineError
+from engine.generation import Generation
 from engine.text.detokenizer import Detokenizer
 from engine.text.output import OutputDelta, merge_deltas
 from engine.text.prompt import ChatPrompt
@@ -35,15 +36,23 @@ class ScriptedExecutor(InterruptedExecutor):
         self.in_step.get(len(self.plans), lambda: None)()
 
 
+class AheadExecutor(ScriptedExecutor):
+    """Takes a second step before the first one has a result, as on a GPU."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.max_steps_in_flight = 2
+
+
 @pytest.fixture
 async def make_engine() -> AsyncIterator[Callable[[bool], AsyncEngine]]:
-    """async_scheduling -> AsyncEngine of the embedded model with a ScriptedExecutor, shut down at the end."""
+    """(async_scheduling, executor) -> AsyncEngine of the embedded model with that executor, shut down at the end."""
     engines: list[AsyncEngine] = []
 
-    def make(async_scheduling: bool) -> AsyncEngine:
+    def make(async_scheduling: bool, executor: type[ScriptedExecutor] = ScriptedExecutor) -> AsyncEngine:
         options = {"num_gpu_blocks": 256, "chunk_size": 8, "max_model_len": 512, "num_threads": 1}
         config = EngineConfig(async_scheduling=async_scheduling, max_num_batched_tokens=48, max_num_seqs=8, **options)
-        engines.append(AsyncEngine(config, ScriptedExecutor))
+        engines.append(AsyncEngine(config, executor))
         return engines[-1]
 
     yield make
@@ -64,7 +73,8 @@ def executor(engine: AsyncEngine) -> ScriptedExecutor:
 async def ask(
     engine: AsyncEngine, prompt: ChatPrompt, sampling: SamplingParams, request_id: str, session_id: str | None = None
 ) -> OutputDelta:
-    deltas = [delta async for delta in engine.generate(prompt, sampling, request_id=request_id, session_id=session_id)]
+    generation = Generation(request_id, session_id, prompt, sampling)
+    deltas = [delta async for delta in engine.generate(generation)]
     assert [delta.finish_reason for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
     return merge_deltas(deltas)
 
@@ -77,10 +87,10 @@ async def ask_at_once(engine: AsyncEngine, *questions: tuple) -> list[OutputDelt
         taking.set()
         assert go.wait(WAIT_S)
 
-    engine._commands.put(hold)
+    engine._thread.put(hold)
     await asyncio.to_thread(taking.wait, WAIT_S)
     tasks = [asyncio.create_task(ask(engine, *question)) for question in questions]
-    while engine._commands.qsize() < len(questions):
+    while engine._thread.num_commands < len(questions):
         await asyncio.sleep(0)
     go.set()
     return await asyncio.gather(*tasks, return_exceptions=True)
@@ -94,7 +104,7 @@ def abandon(engine: AsyncEngine, request_id: str) -> None:
         engine._outputs.abandon(stream)
         engine._outputs._send([(stream, EngineError("abandoned"))])
 
-    engine._commands.put(command)
+    engine._thread.put(command)
 
 
 # -- the same answers --------------------------------------------------------------------------------------------------
@@ -163,8 +173,7 @@ async def test_with_steps_put_behind_each_other_the_answers_and_memories_are_the
     """Ends by token, by string and by length, seeds, penalties. Whoever ends against expectation is computed once more, and
     nobody sees it."""
     monkeypatch.setitem(globals(), "ABANDONED", {})
-    ahead, in_turn = make_engine(True), make_engine(False)
-    executor(ahead).max_steps_in_flight = 2
+    ahead, in_turn = make_engine(True, AheadExecutor), make_engine(False)
     ours, theirs = [[given["answer"] for given in await converse(engine)] for engine in (ahead, in_turn)]
     for mine, other in zip(ours, theirs, strict=True):
         assert (mine.text, mine.token_ids, mine.finish_reason) == (other.text, other.token_ids, other.finish_reason)
@@ -181,8 +190,7 @@ async def test_with_steps_put_behind_each_other_the_answers_and_memories_are_the
 
 
 async def test_requests_abandoned_in_flight_harm_nobody_else(make_engine):
-    engine = make_engine(True)
-    executor(engine).max_steps_in_flight = 2
+    engine = make_engine(True, AheadExecutor)
     expected = (await ask(engine, CAT, GREEDY, "first")).token_ids
     for step in range(2, 8):
         first_step = len(executor(engine).plans)
@@ -234,7 +242,7 @@ async def test_the_text_of_a_step_is_made_and_delivered_while_the_next_one_runs(
     executor(engine).in_step = {step: lambda step=step: begin(step) for step in range(1, num_tokens + 1)}
     sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     num_received = 0
-    async for delta in engine.generate(CAT, sampling, request_id="a"):
+    async for delta in engine.generate(Generation("a", None, CAT, sampling)):
         num_received += len(delta.token_ids)
         arrived[num_received].set()
     assert num_received == num_tokens
@@ -263,7 +271,7 @@ async def test_an_id_used_again_before_the_last_text_of_its_request_was_delivere
     def arrive() -> None:
         nonlocal second
         second = asyncio.run_coroutine_threadsafe(ask(engine, CAT, GREEDY, "same"), loop)
-        while engine._commands.empty():
+        while not engine._thread.num_commands:
             assert not second.done()
 
     executor(engine).in_step[len(executor(engine).plans) + 3] = arrive

@@ -10,6 +10,7 @@ import pytest
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
+from engine.generation import Generation
 from engine.tenant import Tenant
 from engine.text.output import OutputDelta, merge_deltas
 from engine.text.prompt import AnswerBeginning, ChatPrompt
@@ -56,8 +57,8 @@ def test_wherever_it_is_cut(family, sampling, tiny_model, make_driver) -> None:
 
 
 async def collect(engine: AsyncEngine, messages, sampling, name: str, **options) -> list[OutputDelta]:
-    prompt = ChatPrompt(messages)
-    return [delta async for delta in engine.generate(prompt, sampling, request_id=name, **options)]
+    generation = Generation(name, options.pop("session_id", None), ChatPrompt(messages), sampling, **options)
+    return [delta async for delta in engine.generate(generation)]
 
 
 @pytest.fixture
@@ -114,8 +115,7 @@ async def test_text_goes_on_where_it_was_cut(engines, sampling) -> None:
 async def _first(engine: AsyncEngine, num_tokens: int, sampling) -> list[OutputDelta]:
     """The deltas of the first tokens, one delta each."""
     deltas: list[OutputDelta] = []
-    options = {"request_id": f"begun-{num_tokens}"}
-    generator = engine.generate(ChatPrompt(MESSAGES), sampling, **options)
+    generator = engine.generate(Generation(f"begun-{num_tokens}", None, ChatPrompt(MESSAGES), sampling))
     try:
         async for delta in generator:
             deltas.append(delta)

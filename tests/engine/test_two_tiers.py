@@ -10,6 +10,7 @@ import torch
 
 from engine.core.executor import ComputationFailedError
 from engine.core.request import SamplingParams
+from engine.step_loop import LookAhead
 from tests.nightly import IS_NIGHTLY
 
 NUM_CONVERSATIONS = 40
@@ -38,7 +39,7 @@ def run_conversations(driver, rng: random.Random, sampling: SamplingParams) -> d
     running: dict[str, str] = {}  # request id -> conversation id
     prompts: dict[str, list[int]] = {}
     latest = "c0"
-    while any(turns_left.values()) or running or driver.in_flight:
+    while any(turns_left.values()) or running or driver.loop.in_flight:
         idle = [c for c in histories if turns_left[c] and c not in running.values()]
         if idle and rng.random() < 0.6:
             conversation = rng.choice(idle)
@@ -98,7 +99,7 @@ def test_both_tiers_tiny_equal_stateless(family, policy, chunk_size, tiny_model,
     )
     fresh = make_driver(tiny_model(family), num_gpu_blocks=2000 // chunk_size, mode="stateless", **options)
     sampling = SamplingParams(temperature=0.0, max_tokens=9, logprobs=2)
-    kept.runs_ahead = chunk_size == 16
+    kept.loop.look_ahead = LookAhead.LAUNCH if chunk_size == 16 else LookAhead.DRAFT
     prompts = run_conversations(kept, rng, sampling)
 
     assert count_ties(kept, fresh, prompts, sampling) <= len(prompts) // 50
@@ -106,7 +107,7 @@ def test_both_tiers_tiny_equal_stateless(family, policy, chunk_size, tiny_model,
     assert stats["num_aborted"] > 0
     assert stats["num_suspensions"] > 0
     assert stats["num_used_drafts"] > 0
-    assert stats["num_steps_ahead" if kept.runs_ahead else "num_discarded_drafts"] > 0
+    assert stats["num_steps_ahead" if chunk_size == 16 else "num_discarded_drafts"] > 0
     assert stats["num_cpu_cached_tokens"] > 0
     assert stats["num_gpu_cached_tokens"] > 0
     assert stats["evictions"]["cpu_dropped"] > 0

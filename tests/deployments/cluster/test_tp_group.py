@@ -32,6 +32,7 @@ from deployments.schema import AppArgs
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
+from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
 from tests.nightly import IS_NIGHTLY, nightly
 
@@ -90,7 +91,8 @@ async def hold_conversation(engine: AsyncEngine, number: int) -> list[Turn]:
         tokens = tokens + [rng.randrange(5, 280) for _ in range(rng.randint(10, 40))]
         sampling = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=2)
         answer, gaps = [], []
-        async for delta in engine.generate(TokenPrompt(tokens), sampling, request_id=f"{number}-{turn}"):
+        generation = Generation(f"{number}-{turn}", None, TokenPrompt(tokens), sampling)
+        async for delta in engine.generate(generation):
             answer += delta.token_ids
             gaps += [logprob.top[0].logprob - logprob.top[1].logprob for logprob in delta.logprobs]
         turns.append(Turn(tokens, answer, gaps))

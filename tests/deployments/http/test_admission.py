@@ -55,7 +55,7 @@ def tenant(name: str, **limits: Any) -> TenantConfig:
 
 
 def request(name: str = "a", **sampling: Any) -> GenerationRequest:
-    return GenerationRequest("id", "s", TextPrompt("x"), SamplingParams(**sampling), True, tenant=Tenant(name))
+    return GenerationRequest("id", "s", TextPrompt("x"), SamplingParams(**sampling), stream=True, tenant=Tenant(name))
 
 
 async def drain(items: AsyncGenerator[GenerationItem, None]) -> list[GenerationItem]:

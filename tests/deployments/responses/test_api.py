@@ -53,14 +53,7 @@ class EngineHere:
         self.num_running += 1
         try:
             num_items = 0
-            deltas = self.engine.generate(
-                request.prompt,
-                request.sampling,
-                request_id=request.request_id,
-                session_id=request.session_id,
-                tenant=request.tenant,
-                history=request.history,
-            )
+            deltas = self.engine.generate(request)
             if not request.stream:
                 from engine.text.output import merge_deltas
 

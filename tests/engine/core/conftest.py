@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zlib
 from array import array
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import fields
 from typing import Any
 
@@ -17,6 +17,8 @@ from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.executor import ComputationFailedError
 from engine.core.plan import BlockCopy, QuerySegment, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, SamplingParams
+from engine.errors import EngineError
+from engine.step_loop import LookAhead, StepLoop
 
 FIRST_TOKEN, NUM_TOKENS = 100, 50
 
@@ -44,7 +46,10 @@ class ContextExecutor:
     is; their copies are made. corrupted: CPU blocks whose content is no longer what was swapped out; swap-ins of them are
     reported (as with `verify_swaps`). lost: requests of which a step failed or was misled; what the step behind it, planned
     before the core knew, computes of them is garbage.
+    plans: all that were executed. on_begin: called where the execution of a plan begins.
     """
+
+    max_steps_in_flight = 2
 
     def __init__(
         self, num_blocks: int, chunk_size: int, num_cpu_blocks: int, context_of: Callable[[str], list[int]]
@@ -60,8 +65,34 @@ class ContextExecutor:
         self.computation_fails = False
         self.corrupted: set[int] = set()
         self.lost: set[str] = set()
+        self.plans: list[StepPlan] = []
+        self.on_begin: Callable[[StepPlan], None] = lambda plan: None
+        self._broken_rule: AssertionError | None = None
+
+    def submit(self, plan: StepPlan) -> Future[StepResult]:
+        """Executes it at once; what fails shows in the result."""
+        step: Future[StepResult] = Future()
+        try:
+            step.set_result(self.execute(plan))
+        except Exception as error:
+            step.set_exception(error)
+        return step
 
     def execute(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        self.on_begin(plan)
+        try:
+            return self._execute(plan)
+        except AssertionError as error:
+            self._broken_rule = error
+            raise
+
+    def check_health(self) -> None:
+        """A plan that breaks the contract is no fault that the loop goes on after."""
+        if self._broken_rule is not None:
+            raise self._broken_rule
+
+    def _execute(self, plan: StepPlan) -> StepResult:
         for request_id in plan.ended:
             self.token_ids.pop(request_id, None)
             self.block_tables.pop(request_id, None)
@@ -154,15 +185,40 @@ class ContextExecutor:
         pass
 
 
+class Answers:
+    """What the requests of a driver got: their tokens, their last outputs, and which ones ended with a failed step.
+
+    before_result: called once the next step is drafted or launched, before the result of the first one is waited for.
+    """
+
+    def __init__(self, before_result: Callable[[], None]) -> None:
+        self.tokens: dict[str, tuple[int, ...]] = {}
+        self.finished: dict[str, RequestOutput] = {}
+        self.failed: list[str] = []
+        self._before_result = before_result
+
+    def add(self, outputs: Iterable[RequestOutput]) -> None:
+        for output in outputs:
+            self.tokens[output.request_id] += (output.token_id,)
+            assert len(self.tokens[output.request_id]) == output.num_output_tokens
+            if output.finish_reason is not None:
+                self.finished[output.request_id] = output
+
+    def deliver(self) -> None:
+        self._before_result()
+
+    def fail(self, request_ids: Iterable[str], error: EngineError) -> None:
+        self.failed = list(request_ids)
+
+
 class CoreDriver:
-    """Steps a core with a ContextExecutor; the clock is the number of the step. plans_ahead: drafts the next step while one
-    is being executed, in odd steps before an abort in flight, in even ones after it. runs_ahead: executes it too, where the
-    core gives it, before the first one's result is told."""
+    """Steps a core with a ContextExecutor by the engine's own loop; the clock is the number of the step.
+
+    loop.look_ahead: drafts the next step while one is computed, unless a test changes it. An abort in flight comes before
+    that in even steps, after it in odd ones.
+    """
 
     def __init__(self, cache: CacheConfig, scheduling: SchedulingConfig) -> None:
-        self.plans_ahead = True
-        self.runs_ahead = False
-        self.in_flight: deque[tuple[StepPlan, StepResult | Exception]] = deque()
         self.core = EngineCore(cache, scheduling)
         self.executor = ContextExecutor(
             cache.num_gpu_blocks,
@@ -170,11 +226,13 @@ class CoreDriver:
             cache.num_cpu_blocks,
             lambda request_id: self.core._requests[request_id].token_ids,
         )
+        self.executor.on_begin = self._begin
         self.now = 0.0
-        self.plans: list[StepPlan] = []
+        self.answers = Answers(self._after_look_ahead)
+        self.loop = StepLoop(self.core, self.executor, self.answers, lambda: self.now, LookAhead.DRAFT)
         self.requests: dict[str, Request] = {}
-        self.tokens: dict[str, tuple[int, ...]] = {}
-        self.finished: dict[str, RequestOutput] = {}
+        self.plans, self.tokens, self.finished = self.executor.plans, self.answers.tokens, self.answers.finished
+        self._to_abort: str | None = None
 
     def add(
         self,
@@ -194,59 +252,40 @@ class CoreDriver:
         self.requests[request.request_id] = request
         self.tokens[request.request_id] = ()
 
+    @property
+    def failed(self) -> list[str]:
+        """The requests that ended with the last step that failed."""
+        return self.answers.failed
+
     def step(self, abort_in_flight: str | None = None) -> StepPlan | None:
-        """One step; None where there was nothing to do. A failing executor is answered by `fail_step`. `abort_in_flight` is
-        aborted while the step is being executed."""
+        """One step; None if there was nothing to do. `abort_in_flight` is aborted while the step is computed."""
         self.now += 1
-        if not self.in_flight:
-            plan = self.core.schedule(self.now)
-            if plan is None:
-                return None
-            self._begin(plan)
-        plan = self.in_flight[0][0]
-        is_odd = plan.step_id % 2 == 1
-        if is_odd:
-            self._look_ahead(plan)
-        if abort_in_flight is not None:
-            self.core.abort(abort_in_flight, self.now)
-            self.core.check_integrity()
-        if not is_odd:
-            self._look_ahead(plan)
-        self._take_in(*self.in_flight.popleft())
+        self._to_abort = abort_in_flight
+        if self.loop.in_flight:
+            self._begin(self.loop.in_flight[0])
+        plan = self.loop.step()
+        self.core.check_integrity()
         return plan
 
-    def _look_ahead(self, plan: StepPlan) -> None:
-        if self.runs_ahead:
-            ahead = self.core.schedule_ahead(self.now)
-            if ahead is not None:
-                self._begin(ahead)
-            self.core.check_integrity()
-        elif self.plans_ahead:
-            self.core.plan_ahead(plan)
-
     def execute(self, plan: StepPlan) -> None:
-        """From a plan to what came of it."""
-        self._begin(plan)
-        self._take_in(*self.in_flight.popleft())
+        """From a plan that a test had made to what came of it."""
+        self.answers.add(self.core.update(plan, self.executor.execute(plan), self.now))
+        self.core.check_integrity()
 
     def _begin(self, plan: StepPlan) -> None:
-        self.plans.append(plan)
-        try:
-            self.in_flight.append((plan, self.executor.execute(plan)))
-        except (RuntimeError, ComputationFailedError) as error:
-            self.in_flight.append((plan, error))
+        if plan.step_id % 2 == 0 or self.loop.look_ahead is LookAhead.NOTHING:
+            self._abort()
 
-    def _take_in(self, plan: StepPlan, result: StepResult | Exception) -> None:
-        if isinstance(result, Exception):
-            are_copies_made = isinstance(result, ComputationFailedError)
-            self.failed = self.core.fail_step(plan, self.now, are_copies_made=are_copies_made)
-        else:
-            for output in self.core.update(plan, result, self.now):
-                self.tokens[output.request_id] += (output.token_id,)
-                assert len(self.tokens[output.request_id]) == output.num_output_tokens
-                if output.finish_reason is not None:
-                    self.finished[output.request_id] = output
-        self.core.check_integrity()
+    def _after_look_ahead(self) -> None:
+        if self.loop.in_flight:
+            self.core.check_integrity()
+            self._abort()
+
+    def _abort(self) -> None:
+        if self._to_abort is not None:
+            self.core.abort(self._to_abort, self.now)
+            self.core.check_integrity()
+        self._to_abort = None
 
     def run(self) -> None:
         while self.core.has_requests:

@@ -13,6 +13,7 @@ from engine.core.cache.index import Chunk
 from engine.core.fair_shares import FairShares
 from engine.core.plan import StepPlan
 from engine.core.request import Request, SamplingParams
+from engine.step_loop import LookAhead
 from tests.engine.core.random_load import Load, random_sizes
 
 
@@ -46,18 +47,18 @@ def gave_way(plan: StepPlan, driver) -> list[str]:
 
 
 @pytest.mark.parametrize("num_waiting", [0, 50])
-@pytest.mark.parametrize("look_ahead", ["none", "drafts", "runs"])
+@pytest.mark.parametrize("look_ahead", list(LookAhead))
 def test_who_has_all_places_gives_one_to_whoever_comes(make_core, answer, look_ahead, num_waiting):
     """64 long answers of one tenant, and more of them waiting. The other one's first token comes with the second step at the
     latest; if a step was made ahead, with the third."""
     driver = make_core(1000, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=64)
-    driver.plans_ahead, driver.runs_ahead = look_ahead == "drafts", look_ahead == "runs"
+    driver.loop.look_ahead = look_ahead
     for number in range(64 + num_waiting):
         driver.add(f"a{number}", [number] * 4, max_tokens=25, tenant="a")
     driver.run_steps(4)
     driver.add("b", range(5), max_tokens=3, tenant="b")
     driver.plans.clear()
-    assert steps_to_first_token(driver, "b") <= (3 if look_ahead == "runs" else 2)
+    assert steps_to_first_token(driver, "b") <= (3 if look_ahead is LookAhead.LAUNCH else 2)
     assert driver.requests["a63"].num_suspensions == 1, "the newest one"
     assert running_tenants(driver) == {"a": 63, "b": 1}
     check_all(driver, answer)
@@ -227,7 +228,7 @@ def test_whoever_has_nothing_running_gets_a_token_within_a_bound(make_core, answ
         decode_reserve=0.05,
         prefill_batch_tokens=rng.choice([None, 8]),
     )
-    driver.runs_ahead = rng.random() < 0.5
+    driver.loop.look_ahead = LookAhead.LAUNCH if rng.random() < 0.5 else LookAhead.DRAFT
     weights = {"a": 1.0, "b": rng.choice([0.1, 1.0, 3.0]), "c": 1.0}
     bound = 2 * -(-window // (budget - places + 1)) + places + 2 * len(weights)
     first_of_its_tenant: dict[str, float] = {}
@@ -262,8 +263,8 @@ def test_under_any_load_plans_with_drafts_and_answers_of_steps_ahead_are_the_sam
 ):
     num_blocks, options = random_sizes(random.Random(seed), num_cpu_blocks)
     drafting, plain, ahead = (make_core(num_blocks, **options) for _ in range(3))
-    plain.plans_ahead = False
-    ahead.runs_ahead = True
+    plain.loop.look_ahead = LookAhead.NOTHING
+    ahead.loop.look_ahead = LookAhead.LAUNCH
     for driver in (drafting, plain, ahead):
         Load(driver, seed, num_requests=80, tenants=TENANTS).run()
         for name, tokens in driver.tokens.items():

@@ -10,6 +10,7 @@ import pytest
 from engine.core.engine_core import EngineCore
 from engine.core.plan import BlockAppend, QuerySegment, StepPlan
 from engine.core.request import FinishReason
+from engine.step_loop import LookAhead
 from tests.engine.core.random_load import Load, random_sizes
 
 
@@ -193,7 +194,7 @@ def test_under_any_load_the_plans_are_the_same_with_drafts_and_without(make_core
     rng = random.Random(seed)
     num_blocks, options = random_sizes(rng, num_cpu_blocks)
     ahead, behind = make_core(num_blocks, **options), make_core(num_blocks, **options)
-    behind.plans_ahead = False
+    behind.loop.look_ahead = LookAhead.NOTHING
     for driver in (ahead, behind):
         Load(driver, seed).run()
     assert ahead.plans == behind.plans

@@ -7,6 +7,7 @@ import pytest
 
 from engine.core.plan import BlockAppend, QuerySegment
 from engine.core.request import FinishReason
+from engine.step_loop import LookAhead
 from tests.engine.core.random_load import Load, random_sizes
 
 
@@ -20,14 +21,14 @@ def make_runner(make_core):
 
     def make(num_gpu_blocks: int, **options: object):
         driver = make_core(num_gpu_blocks, **options)
-        driver.runs_ahead = True
+        driver.loop.look_ahead = LookAhead.LAUNCH
         return driver
 
     return make
 
 
 def num_in_flight(driver) -> int:
-    return len(driver.in_flight)
+    return len(driver.loop.in_flight)
 
 
 def test_decodes_and_the_rest_of_a_prompt_run_ahead_with_the_blocks_that_they_need(make_runner, answer):
@@ -197,7 +198,7 @@ def test_a_stopped_request_may_be_in_flight(make_runner, answer):
     assert num_in_flight(driver) == 1
     driver.core.stop("a", driver.now, num_kept_output_tokens=1)
     driver.core.check_integrity()
-    while driver.in_flight:
+    while driver.loop.in_flight:
         driver.step()
     turn = (*range(5), *answer(tuple(range(5)), 1), 70)
     driver.add("a2", turn, max_tokens=3, conversation_id="c")
@@ -237,7 +238,7 @@ def test_under_any_load_every_answer_is_right(make_runner, answer, seed, num_cpu
             tuple(driver.requests[name].token_ids[: driver.requests[name].num_prompt_tokens]), len(tokens)
         )
     assert driver.core.stats.num_steps_ahead > 20
-    assert not driver.in_flight
+    assert not driver.loop.in_flight
 
 
 def test_the_loads_above_have_everything_in_them(make_runner):

@@ -855,7 +855,7 @@ def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, se
         driver.executor.computation_fails = rng.random() < 0.02
         if num_cpu_blocks and rng.random() < 0.05:
             driver.executor.corrupted.add(rng.randrange(num_cpu_blocks))
-        driver.failed = []
+        driver.failed.clear()
         aborted = rng.choice([*conversations]) if conversations and rng.random() < 0.03 else None
         if driver.step(aborted) is None:
             continue

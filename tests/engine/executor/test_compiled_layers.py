@@ -17,6 +17,7 @@ from engine.executor.compiled_layers import compile_layers, find_layers
 from engine.executor.model_loader import _probe, load_model
 from engine.executor.packed_linear import JoinedLinear, PlainWeight
 from engine.executor.warm_up import warm_up
+from engine.step_loop import LookAhead
 
 TRACED = "aot_eager"  # torch's front end without its code generator, which takes half a minute a model
 
@@ -89,7 +90,7 @@ def test_conversations_over_two_tiny_tiers_equal_stateless_ones(family, tiny_mod
     kept = make_driver(tiny_model(family), num_gpu_blocks=20, num_cpu_blocks=24, compile_layers=True, **options)
     fresh = make_driver(tiny_model(family), num_gpu_blocks=64, mode="stateless", **options)
     assert are_compiled(kept.executor.loaded)
-    kept.runs_ahead = True
+    kept.loop.look_ahead = LookAhead.LAUNCH
     histories = {name: [10 + i, 50, 60, *range(70, 80 + i)] for i, name in enumerate("abcdef")}
     for turn in range(4):
         for name, history in histories.items():

@@ -27,6 +27,7 @@ from engine.errors import ConfigError, EngineError, EngineStoppedError, ModelLoa
 from engine.executor import group, model_runner, plan_channel
 from engine.executor.group import GroupExecutor, ProcessWorkers
 from engine.executor.local import LocalExecutor
+from engine.generation import Generation
 from engine.text.prompt import TextPrompt
 from tests.conftest import save_tiny_model
 
@@ -292,7 +293,7 @@ async def test_the_engine_ends_its_streams_and_says_which_rank(warm_workers, tin
     config = EngineConfig(model=str(tiny_model("llama")), async_scheduling=True, **options)
     engine = AsyncEngine(config, executor_of)
     try:
-        stream = engine.generate(TextPrompt("hello"), GREEDY, request_id="a")
+        stream = engine.generate(Generation("a", None, TextPrompt("hello"), GREEDY))
         await anext(stream)
         os.kill(groups[0].placements[1].pid, signal.SIGKILL)
         with pytest.raises(EngineStoppedError):

@@ -1,0 +1,39 @@
+"""What an engine is asked for: one turn, as one value. Plain data, so that it travels between processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.core.request import SamplingParams
+from engine.tenant import LOCAL_TENANT, Tenant
+from engine.text.prompt import AnswerBeginning, Prompt
+from engine.text.transcript import Transcript
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A prompt to answer.
+
+    request_id: unique among running requests.
+    session_id: of the tenant's; KV and tokens of its earlier turns are used again. None = no conversation.
+    prompt: what to answer or to continue.
+    sampling: how tokens are chosen, and when the answer ends.
+    return_prompt_token_ids: the first delta is to bring them.
+    tenant: two tenants share nothing.
+    history: what the conversation has said, for an engine that has not heard it.
+    beginning: an answer to go on from; counts of the deltas include it, their texts and tokens do not.
+    """
+
+    request_id: str
+    session_id: str | None
+    prompt: Prompt
+    sampling: SamplingParams
+    return_prompt_token_ids: bool = False
+    tenant: Tenant = LOCAL_TENANT
+    history: Transcript | None = None
+    beginning: AnswerBeginning | None = None
+
+    @property
+    def conversation_id(self) -> str | None:
+        """The session's name among all tenants'; None = no conversation."""
+        return None if self.session_id is None else f"{self.tenant.tenant_id}\n{self.session_id}"

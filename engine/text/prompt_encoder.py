@@ -1,0 +1,138 @@
+"""From a prompt to the token ids that the engine computes: within the window, and with the ids that a conversation knows.
+
+Owns where that happens: short prompts in the caller's event loop, long ones in a thread of the pool.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+from engine.errors import ContextLengthError, InvalidParameterError
+from engine.tenant import Tenant
+from engine.text.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
+from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer_pool import TokenizerPool
+from engine.text.transcript import NO_MATCH, ConversationTable, Transcript
+
+# Characters that are tokenised in the event loop itself, about a millisecond's worth.
+MAX_INLINE_CHARS = 4096
+
+
+class EncodedPrompt(NamedTuple):
+    """A prompt as the engine computes it. is_known: some ids come from earlier turns, and not from tokenising."""
+
+    transcript: Transcript
+    is_known: bool
+
+
+class PromptEncoder:
+    """Encodes the prompts of one engine. Call it from any event loop."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        conversations: ConversationTable,
+        *,
+        max_model_len: int,
+        vocab_size: int,
+        max_num_waiting: int,
+    ) -> None:
+        """Starts nothing yet.
+
+        conversations: what they have said here so far.
+        max_model_len: the window in tokens.
+        max_num_waiting: how many long prompts may wait to be tokenised.
+        """
+        self._tokenizer = tokenizer
+        self._conversations = conversations
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
+        self._pool = TokenizerPool(max_num_waiting)
+
+    async def encode(
+        self, prompt: Prompt, *, tenant: Tenant, conversation_id: str | None, history: Transcript | None, room: int
+    ) -> EncodedPrompt:
+        """The prompt as token ids, in a thread if it is long.
+
+        conversation_id: whose earlier turns are looked up; None = none.
+        history: what the conversation has said, for an engine that has not heard it.
+        room: how many tokens a prompt is to have that can be shortened.
+
+        Raises ContextLengthError if it does not fit the window, before anything is tokenised if that is clear;
+        InvalidParameterError; OverloadedError if too many long prompts wait.
+        """
+        if isinstance(prompt, TokenPrompt):
+            return self._take_token_ids(prompt)
+        encode = partial(self._encode_any, prompt, conversation_id, history, room)
+        if prompt.num_chars > MAX_INLINE_CHARS:  # it takes long, and meanwhile the loop has others to serve
+            return await self._pool.run(encode, tenant, prompt.num_chars)
+        return encode()
+
+    def check_vocabulary(self, token_ids: Sequence[int], param: str) -> None:
+        """Raise InvalidParameterError, about the parameter `param`, for an id that the model does not know."""
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidParameterError(
+                    f"token id {token_id} is outside the vocabulary (0 to {self._vocab_size - 1})", param=param
+                )
+
+    def shutdown(self) -> None:
+        """End what waits with EngineStoppedError; blocks until the work that runs is done."""
+        self._pool.shutdown()
+
+    def _take_token_ids(self, prompt: TokenPrompt) -> EncodedPrompt:
+        if len(prompt.token_ids) > self._max_model_len:
+            raise ContextLengthError(
+                f"the context window is {self._max_model_len} tokens, but the prompt has {len(prompt.token_ids)}; shorten it"
+            )
+        self.check_vocabulary(prompt.token_ids, "prompt")
+        return EncodedPrompt(Transcript(array("I", prompt.token_ids), ""), is_known=False)
+
+    def _encode_any(
+        self, prompt: ChatPrompt | TextPrompt, conversation_id: str | None, history: Transcript | None, room: int
+    ) -> EncodedPrompt:
+        """As `encode`. Any thread may call it."""
+        if isinstance(prompt, TextPrompt):
+            return self._encode(prompt.text, conversation_id, history, self._max_model_len, is_chat=False)
+        if not prompt.drops_oldest:
+            return self._encode_chat(prompt, conversation_id, history, self._max_model_len)
+        try:
+            return self._encode_chat(prompt, conversation_id, history, room)
+        except ContextLengthError:
+            shorter = prompt.shorter()
+        fitting, low, high = None, 0, len(shorter)  # the longest one that fits is among these
+        while low < high:
+            middle = (low + high) // 2
+            try:
+                fitting, high = self._encode_chat(shorter[middle], conversation_id, history, room), middle
+            except ContextLengthError:
+                low = middle + 1
+        return fitting or self._encode_chat((prompt, *shorter)[-1], conversation_id, history, self._max_model_len)
+
+    def _encode_chat(
+        self, prompt: ChatPrompt, conversation_id: str | None, history: Transcript | None, max_tokens: int
+    ) -> EncodedPrompt:
+        if len(prompt.messages) > max_tokens:  # each has a token at least
+            raise ContextLengthError(
+                f"the context window is {max_tokens} tokens, but the prompt has {len(prompt.messages)} messages; "
+                "leave some out"
+            )
+        text = self._tokenizer.render_chat(prompt.messages)
+        return self._encode(text, conversation_id, history, max_tokens, is_chat=True)
+
+    def _encode(
+        self, text: str, conversation_id: str | None, history: Transcript | None, max_tokens: int, *, is_chat: bool
+    ) -> EncodedPrompt:
+        tokenizer, known = self._tokenizer, NO_MATCH
+        fingerprint = tokenizer.fingerprint if is_chat else tokenizer.text_fingerprint
+        if conversation_id is not None:
+            known = self._conversations.match_text(conversation_id, text, fingerprint)
+        if history is not None and fingerprint and history.fingerprint == fingerprint:
+            told = history.match_text(text, tuple(tokenizer.cut_tokens.values()))
+            if told.num_chars > known.num_chars and max(told.token_ids) < self._vocab_size:
+                known = told
+        transcript = tokenizer.encode_prompt(text, known, is_chat=is_chat, max_tokens=max_tokens)
+        return EncodedPrompt(transcript, is_known=known.num_chars > 0)
