@@ -59,8 +59,6 @@ class EngineClient:
         self._loads: Refreshed[dict[int, int]] = Refreshed(
             self._ask_loads, {}, LOADS_PERIOD_S, (TimeoutError, *REPLICA_LOST)
         )
-        self.describe = self._presence.describe
-        self.model_card = self._presence.model_card
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
         """The items of the answer. Never raises on account of Ray.
@@ -95,6 +93,14 @@ class EngineClient:
                 except NoReplicaError as error:
                     yield ErrorItem.of(error)
                     return
+
+    async def describe(self) -> ModelCard:
+        """See Presence.describe."""
+        return await self._presence.describe()
+
+    async def model_card(self) -> ModelCard:
+        """See Presence.model_card."""
+        return await self._presence.model_card()
 
     def choose_session_id(self, candidates: Sequence[str]) -> str:
         """For a session that begins: of these ids, the one whose home is the least loaded as far as is known here.
