@@ -22,6 +22,7 @@ from deployments.generation import (
     ErrorItem,
     GenerationItem,
     GenerationRequest,
+    ModelCard,
     ReplicaCache,
     drain,
 )
