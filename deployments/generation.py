@@ -4,6 +4,7 @@ values, so that no exception class and no engine object has to survive pickling.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterable
 from dataclasses import KW_ONLY, dataclass
 
 from engine.cache_view import CacheView
@@ -61,6 +62,12 @@ class ErrorItem:
 
 
 GenerationItem = DeltaItem | ErrorItem
+
+
+async def drain(items: AsyncIterable[GenerationItem]) -> None:
+    """Reads to the end. Use it instead of closing when nothing more matters: closing cancels a call that is about to end."""
+    async for _ in items:
+        pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 
 from deployments.cache_map import add_cache_routes
 from deployments.cluster.coalesced import Coalesced
-from deployments.cluster.replica_count import ReplicaCount, count_replicas
+from deployments.cluster.replica_count import replica_count
 from deployments.completions.routes import add_completion_routes
 from deployments.generation import (
     CacheHold,
@@ -101,9 +101,7 @@ class Ingress:
     def __init__(self, handle: DeploymentHandle, config: IngressConfig) -> None:
         why = partial(why_absent, handle.app_name, handle.deployment_name)
         self._engine = EngineClient(handle, config.num_fallback_replicas, why, config.engine_wait_s)
-        self._num_engines = ReplicaCount(
-            partial(count_replicas, handle.app_name, handle.deployment_name), MANY_REPLICAS
-        )
+        self._num_engines = replica_count(handle.app_name, handle.deployment_name, MANY_REPLICAS)
         self._config = config
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -112,9 +110,7 @@ class Ingress:
             self._engine,
             self._config,
             ingress_id=context.replica_id.unique_id,
-            num_ingress_replicas=ReplicaCount(
-                partial(count_replicas, context.app_name, context.deployment), context.world_size or 1
-            ),
+            num_ingress_replicas=replica_count(context.app_name, context.deployment, context.world_size or 1),
             num_engine_replicas=self._num_engines,
             # HAProxy does not say for whom it asks.
             sees_clients=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",

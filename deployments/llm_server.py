@@ -7,10 +7,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ray import serve
 
@@ -103,45 +103,49 @@ class LLMServer:
         )
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
-        """The answer as DeltaItems, or what was got of it and an ErrorItem. Closing or cancelling aborts the
-        request."""
-        rank = self.replica_rank()
+        """The answer as DeltaItems, or what was got of it and an ErrorItem. Closing or cancelling aborts the request.
+
+        Pieces come fewer and larger than the engine makes them: in the pauses the engine merges what comes.
+        """
         if request.beginning is not None and request.begun_by != self._engine.identity:
             yield ErrorItem.of(ModelReplacedError("a deploy replaced the model during this answer; ask again"))
             return
         answer = self._engine.generate(request)
-        deltas = self._metrics.timed(answer, is_resumed=request.beginning is not None)
+        rank = self.replica_rank()
+        observe = self._metrics.observe_answer(is_resumed=request.beginning is not None)
+        parts: list[OutputDelta] = []  # of an answer that goes out whole
+        is_speaking = False
         try:
-            # aclosing: closed here, the engine has to hear of it now and not when garbage is collected.
-            async with aclosing(deltas):
-                if request.stream:
-                    async with aclosing(self._coalesced(deltas)) as coalesced:
-                        async for delta in coalesced:
-                            yield DeltaItem(_for_travel(delta, request), rank, self._engine.identity)
-                else:
-                    whole = merge_deltas([delta async for delta in deltas])
-                    whole = replace(whole, prompt_transcript=None)  # nothing of it will be resumed
-                    yield DeltaItem(_for_travel(whole, request), rank, self._engine.identity)
+            # aclosing: the engine has to hear of it now, and not when garbage is collected.
+            async with aclosing(cast(AsyncGenerator[OutputDelta, None], answer)) as deltas:
+                async for delta in deltas:
+                    observe(delta)
+                    if not request.stream:
+                        parts.append(delta)
+                        continue
+                    if not is_speaking:
+                        is_speaking = True
+                        self._num_speaking += 1
+                    yield self._item(delta, request, rank)
+                    if delta.finish_reason is None:
+                        await asyncio.sleep(max(self._stream_interval_s, self._num_speaking * MESSAGE_INTERVAL_S))
+            if parts:
+                whole = replace(merge_deltas(parts), prompt_transcript=None)  # nothing of it will be resumed
+                yield self._item(whole, request, rank)
         except PensieveError as error:
             yield ErrorItem.of(error)
         except Exception:
             # Never the prompt: logs are read by more people than conversations are.
             logger.exception("request %s failed", request.request_id)
             yield ErrorItem.of(InternalError(f"internal error while serving {request.request_id}"))
-
-    async def _coalesced(self, deltas: AsyncIterator[OutputDelta]) -> AsyncGenerator[OutputDelta, None]:
-        """Fewer and larger ones: in the pauses the engine puts together what comes; see AsyncEngine.generate."""
-        is_speaking = False
-        try:
-            async for delta in deltas:
-                if not is_speaking:
-                    is_speaking = True
-                    self._num_speaking += 1
-                yield delta
-                if delta.finish_reason is None:
-                    await asyncio.sleep(max(self._stream_interval_s, self._num_speaking * MESSAGE_INTERVAL_S))
         finally:
             self._num_speaking -= is_speaking
+
+    def _item(self, delta: OutputDelta, request: GenerationRequest, rank: int) -> DeltaItem:
+        """A piece as it travels. A transcript is as long as the conversation: it stays here unless the ingress keeps it."""
+        if delta.transcript is not None and not request.returns_transcript:
+            delta = replace(delta, transcript=None)
+        return DeltaItem(delta, rank, self._engine.identity)
 
     async def describe(self) -> ModelCard:
         """Also the sign of life that readiness asks for. Raises EngineStoppedError where the engine is dead."""
@@ -191,8 +195,3 @@ class LLMServer:
             return
         self._metrics.stop()
         await self._engine.shutdown()
-
-
-def _for_travel(delta: OutputDelta, request: GenerationRequest) -> OutputDelta:
-    """A transcript is as long as the conversation: it stays here unless somebody keeps it."""
-    return delta if delta.transcript is None or request.returns_transcript else replace(delta, transcript=None)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
@@ -185,23 +184,27 @@ class EngineMetrics:
         if self._task is not None:
             self._task.cancel()
 
-    async def timed(self, deltas: AsyncIterator[OutputDelta], *, is_resumed: bool) -> AsyncGenerator[OutputDelta, None]:
-        """Passes an answer on and observes when its pieces come. is_resumed: another replica began it, so its first token
-        and its whole time are not to be known here. Closing this closes `deltas`."""
+    def observe_answer(self, *, is_resumed: bool) -> Callable[[OutputDelta], None]:
+        """Observes the times of one answer that begins now; call what this returns with each piece as it comes.
+
+        is_resumed: another replica began it, so its first token and its whole time cannot be known here.
+        """
         start_s = last_s = time.monotonic()
         is_first = True
-        async with aclosing(cast(AsyncGenerator[OutputDelta, None], deltas)):
-            async for delta in deltas:
-                now = time.monotonic()
-                if not is_first:
-                    if delta.token_ids:
-                        self._metrics[INTER_TOKEN_LATENCY.name].observe((now - last_s) / len(delta.token_ids))
-                elif not is_resumed:
-                    self._metrics[TIME_TO_FIRST_TOKEN.name].observe(now - start_s)
-                if delta.finish_reason is not None and not is_resumed:
-                    self._metrics[E2E_REQUEST_LATENCY.name].observe(now - start_s)
-                is_first, last_s = False, now
-                yield delta
+
+        def observe(delta: OutputDelta) -> None:
+            nonlocal is_first, last_s
+            now = time.monotonic()
+            if not is_first:
+                if delta.token_ids:
+                    self._metrics[INTER_TOKEN_LATENCY.name].observe((now - last_s) / len(delta.token_ids))
+            elif not is_resumed:
+                self._metrics[TIME_TO_FIRST_TOKEN.name].observe(now - start_s)
+            if delta.finish_reason is not None and not is_resumed:
+                self._metrics[E2E_REQUEST_LATENCY.name].observe(now - start_s)
+            is_first, last_s = False, now
+
+        return observe
 
     def export(self) -> None:
         """Hand Ray what changed since the last time."""

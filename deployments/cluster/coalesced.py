@@ -24,13 +24,18 @@ class Coalesced(Generic[T]):
         self._asked_s = 0.0
 
     async def __call__(self) -> T:
+        """The outcome of the question, which is asked now, or is being asked, or was less than a period ago."""
+        return await asyncio.shield(self.start())
+
+    def start(self) -> asyncio.Future[T]:
+        """The same without waiting for it."""
         now = self._clock()
         is_old = now - self._asked_s >= self._period_s
         if self._asking is None or (self._asking.done() and is_old):
             self._asked_s = now
             self._asking = asyncio.ensure_future(self._question())
             self._asking.add_done_callback(_note)
-        return await asyncio.shield(self._asking)
+        return self._asking
 
 
 def _note(asked: asyncio.Future[T]) -> None:

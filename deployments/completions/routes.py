@@ -13,9 +13,9 @@ from fastapi.responses import JSONResponse, Response
 
 from deployments.completions.answers import AnswerFormat, ChatFormat, CompletionFormat
 from deployments.completions.requests import ChatCompletionBody, CompletionBody
-from deployments.generation import ErrorItem, GenerationRequest, ModelCard
+from deployments.generation import ErrorItem, GenerationRequest, ModelCard, drain
 from deployments.http.admission import Admission
-from deployments.http.answer_stream import answer_events, drain
+from deployments.http.answer_stream import answer_events
 from deployments.http.errors import error_response
 from deployments.http.event_stream import EventStream
 from deployments.http.gate import Gate

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Protocol
 
-from deployments.generation import DeltaItem, ErrorItem, GenerationItem
+from deployments.generation import DeltaItem, ErrorItem, GenerationItem, drain
 from engine.text.output import OutputDelta
 
 
@@ -47,9 +47,3 @@ async def answer_events(first: DeltaItem, rest: Items, form: EventFormat) -> Asy
         else:
             yield await form.error(item)
         await drain(rest)
-
-
-async def drain(items: Items) -> None:
-    """Read to the end. Use it instead of closing when nothing more matters: closing cancels a call that is about to end."""
-    async for _ in items:
-        pass

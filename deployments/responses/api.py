@@ -9,9 +9,9 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 
-from deployments.generation import ErrorItem, ModelCard
+from deployments.generation import ErrorItem, ModelCard, drain
 from deployments.http.admission import Admission
-from deployments.http.answer_stream import answer_events, drain
+from deployments.http.answer_stream import answer_events
 from deployments.http.errors import error_response
 from deployments.http.event_stream import EventStream
 from deployments.responses.answers import ResponseJson, ResponseObject, deleted_response

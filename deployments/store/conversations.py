@@ -4,61 +4,20 @@ added. Knows responses only as turns that may be running.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, and_, insert, literal_column, select, update
+from sqlalchemy import Row, and_, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from deployments.store.database import Database
-from deployments.store.errors import ConversationBusyError, NotFoundError
-from deployments.store.history import to_items
+from deployments.store.errors import NotFoundError
+from deployments.store.item_rows import find_item, insert_items, name_items, read_page, refuse_odd_id
+from deployments.store.leases import Leases
 from deployments.store.purge import purge_above, purge_conversations
-from deployments.store.tables import conversations, items, responses
+from deployments.store.tables import conversations, items
 from deployments.store.usage import Accounts, Freed, measure, remove
-from deployments.store.values import INTERRUPTED, NewItem, Order, Page, Status, StoredConversation, StoredItem
-from engine.errors import InvalidParameterError
-
-_MAX_ID_LEN = 256
-# A literal, so that SQLite recognises the condition of its partial index.
-IS_RUNNING = responses.c.status == literal_column(f"'{Status.IN_PROGRESS}'")
-
-
-class Leases:
-    """Which turns count as running: those with a lease that is not over, and those of this process, whatever the clock says.
-    alive: the ids of the latter, as of now."""
-
-    def __init__(self, alive: Callable[[], Collection[str]]) -> None:
-        self._alive = alive
-
-    def is_over(self, now: float) -> ColumnElement[bool]:
-        """Of a response that runs: no turn works on it any more."""
-        return and_(responses.c.lease_until < now, responses.c.id.not_in(list(self._alive())))
-
-    def is_alive(self, response_id: str) -> bool:
-        return response_id in self._alive()
-
-    async def refuse_if_busy(self, connection: AsyncConnection, conversation_id: str, now: float) -> None:
-        """Call with the conversation locked. Marks turns whose lease is over; raises ConversationBusyError for others."""
-        inside = responses.c.conversation_id == conversation_id
-        await interrupt(connection, and_(inside, self.is_over(now)), now)
-        running = await connection.scalar(select(responses.c.id).where(inside, IS_RUNNING).limit(1))
-        if running is not None:
-            raise ConversationBusyError(
-                f"the conversation {conversation_id!r} is locked: its response {running!r} is still in progress. Wait for it "
-                "or cancel it",
-                "conversation",
-            )
-
-
-async def interrupt(connection: AsyncConnection, which: ColumnElement[bool], now: float) -> int:
-    """Marks those of the running responses; returns how many there were."""
-    result = await connection.execute(
-        update(responses)
-        .where(IS_RUNNING, which)
-        .values(status=Status.INCOMPLETE, incomplete_reason=INTERRUPTED, completed_at=now)
-    )
-    return result.rowcount
+from deployments.store.values import NewItem, Order, Page, StoredConversation, StoredItem
 
 
 class Conversations:
@@ -171,7 +130,7 @@ class Conversations:
     async def get_item(self, tenant: str, conversation_id: str, item_id: str) -> StoredItem:
         async def work(connection: AsyncConnection) -> StoredItem:
             await find_conversation(connection, tenant, conversation_id)
-            return await _find_item(connection, conversation_id, item_id)
+            return await find_item(connection, conversation_id, item_id)
 
         return await self._database.read(work)
 
@@ -182,7 +141,7 @@ class Conversations:
         async def work(connection: AsyncConnection) -> StoredConversation:
             row = await find_conversation(connection, tenant, conversation_id, for_update=True)
             await self._leases.refuse_if_busy(connection, conversation_id, now)
-            await _find_item(connection, conversation_id, item_id)
+            await find_item(connection, conversation_id, item_id)
             this, freed = items.c.id == item_id, Freed()
             alone = and_(this, items.c.response_id.is_(None))
             await remove(connection, items, alone, items.c.conversation_id, {conversation_id: tenant}, freed)
@@ -197,17 +156,6 @@ class Conversations:
         return name_items(new_items, self._new_id)
 
 
-def name_items(new_items: Sequence[NewItem], new_id: Callable[[str], str]) -> tuple[StoredItem, ...]:
-    return tuple(StoredItem(item.id or new_id("msg"), item.role, dict(item.body)) for item in new_items)
-
-
-def refuse_odd_id(an_id: str, param: str | None = None) -> None:
-    """Ids come from URLs and bodies; what no id of ours can be is not asked for, and PostgreSQL would refuse some of it.
-    Raises NotFoundError."""
-    if not (0 < len(an_id) <= _MAX_ID_LEN and an_id.isascii() and an_id.isprintable()):
-        raise NotFoundError("there is nothing of such an id here", param)
-
-
 async def find_conversation(
     connection: AsyncConnection, tenant: str, conversation_id: str, *, for_update: bool = False
 ) -> Row[Any]:
@@ -220,65 +168,6 @@ async def find_conversation(
     if row is None:
         raise NotFoundError(f"there is no conversation {conversation_id!r} here", "conversation")
     return row
-
-
-async def insert_items(
-    connection: AsyncConnection,
-    named: Sequence[StoredItem],
-    *,
-    response_id: str | None = None,
-    is_output: bool = False,
-    conversation: tuple[str, int] | None = None,
-) -> None:
-    """conversation: (id, position of the first one in it)."""
-    conversation_id, start = conversation or (None, 0)
-    rows = [
-        {
-            "id": item.id,
-            "response_id": response_id,
-            "is_output": is_output,
-            "position": position,
-            "conversation_id": conversation_id,
-            "conversation_position": None if conversation_id is None else start + position,
-            "role": item.role,
-            "body": item.body,
-        }
-        for position, item in enumerate(named)
-    ]
-    if rows:
-        await connection.execute(insert(items), rows)
-
-
-async def read_page(
-    connection: AsyncConnection,
-    inside: ColumnElement[bool],
-    position: ColumnElement[int],
-    after: str | None,
-    limit: int,
-    order: Order,
-) -> Page:
-    """`limit` of the items `inside` that come after the item `after` in that order. Raises InvalidParameterError if that
-    is not one of them."""
-    descending = order == "desc"
-    query = select(items.c.id, items.c.role, items.c.body).where(inside)
-    if after is not None:
-        refuse_odd_id(after, "after")
-        start = await connection.scalar(select(position).where(inside, items.c.id == after))
-        if start is None:
-            raise InvalidParameterError(f"'after' names no item of this list: {after!r}", "after")
-        query = query.where(position < start if descending else position > start)
-    query = query.order_by(position.desc() if descending else position.asc()).limit(limit + 1)
-    found = to_items(await connection.execute(query))
-    return Page(found[:limit], len(found) > limit)
-
-
-async def _find_item(connection: AsyncConnection, conversation_id: str, item_id: str) -> StoredItem:
-    refuse_odd_id(item_id)
-    query = select(items).where(items.c.id == item_id, items.c.conversation_id == conversation_id)
-    row = (await connection.execute(query)).one_or_none()
-    if row is None:
-        raise NotFoundError(f"there is no item {item_id!r} in the conversation {conversation_id!r}")
-    return StoredItem(row.id, row.role, row.body)
 
 
 async def _change(connection: AsyncConnection, conversation_id: str, **values: Any) -> None:

@@ -25,6 +25,7 @@ from deployments.generation import DeltaItem, GenerationItem, GenerationRequest,
 from deployments.ingress import IngressConfig, create_app
 from engine.errors import EngineStoppedError
 from engine.text.output import OutputDelta
+from tests.deployments.local_ray import LocalServe
 
 MAX_BODY_BYTES = 4096
 USER_WITH_PASSWORD = "careful"  # of the PostgreSQL server; everybody else needs none
@@ -109,6 +110,19 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def local_serve() -> Iterator[LocalServe]:
+    """The Serve of this process; modules that need a Ray of their own stop it first."""
+    shared = LocalServe()
+    yield shared
+    shared.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a Serve run one after the other, at the end: each of the others would make it start again."""
+    items.sort(key=lambda item: getattr(item, "module", None) is not None and hasattr(item.module, "SHARED_SERVE"))
 
 
 class PostgresServer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import yaml
+
+from tests.deployments.local_ray import free_port
 
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 # Far longer than anything here takes; only a defect waits for it.
@@ -28,12 +29,6 @@ while True:
     except OSError:
         time.sleep(0.2)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class ServeProcess:

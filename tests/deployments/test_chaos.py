@@ -12,7 +12,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,19 +20,17 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-import ray
 import torch
 from ray import serve
 from transformers import AutoModelForCausalLM
 
 from deployments import app
-from deployments.run import DEFAULTS
 from deployments.schema import AppArgs
 from deployments.store.conversation_store import ConversationStore
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.executor.sampler import uniform
 from engine.tenant import LOCAL_TENANT
-from tests.deployments.local_ray import start_ray
+from tests.deployments.local_ray import AS_PENSIEVE_SERVE, LocalServe
 from tests.nightly import nightly
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -46,6 +43,7 @@ MIN_TOKENS = 60
 TEMPERATURE = 1.2
 # Batches of another shape round differently: where two tokens are closer than this (design.md), either may be said.
 TIE = 1e-4
+SHARED_SERVE = AS_PENSIEVE_SERVE  # test_restart and test_routing have Ray's own defaults
 APP = "chaos"
 KINDS = ("chat", "long chat", "previous", "conversation")
 FACTS = ("my cat is called Mia", "my dog is called Rex", "the code of my bike is 4711", "i live in Rome")
@@ -67,22 +65,15 @@ def store_url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def base_url(store_url: str) -> Iterator[str]:
+def base_url(local_serve: LocalServe, store_url: str) -> Iterator[str]:
+    url = local_serve.start(SHARED_SERVE)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in DEFAULTS.items():  # as pensieve-serve does; test_restart and test_routing have Ray's own
-            patch.setenv(name, value)
         # Serve gives a replica three of them; half a minute is long to wait for one that is known to hang.
         patch.setattr(app, "HEALTH_CHECK_TIMEOUT_S", 3.0)
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
-        start_ray()
-        try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(app.build(ARGS.model_copy(update={"store_url": store_url})), name=APP, route_prefix="/")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            ray.shutdown()
+        application = app.build(ARGS.model_copy(update={"store_url": store_url}))
+    serve.run(application, name=APP, route_prefix="/")
+    yield url
+    serve.delete(APP)
 
 
 @pytest.fixture

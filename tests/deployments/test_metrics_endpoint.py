@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from deployments.app import build
 from deployments.metrics import METRICS
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
+from tests.deployments.local_ray import LocalServe, free_port, start_ray
 
 pytestmark = pytest.mark.ray
 
@@ -48,31 +48,14 @@ DASHBOARD = Path(__file__).parents[2] / "cluster_configs" / "grafana" / "pensiev
 Sample = tuple[dict[str, str], float]
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for sock in sockets:
-        sock.bind(("127.0.0.1", 0))
-    ports = [int(sock.getsockname()[1]) for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
-def urls() -> Iterator[tuple[str, str]]:
+def urls(local_serve: LocalServe) -> Iterator[tuple[str, str]]:
     """Of the server, and of the node's metrics."""
-    http_port, metrics_port = free_ports(2)
+    local_serve.stop()
+    http_port, metrics_port = free_port(), free_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init(
-            "local",
-            num_cpus=4,
-            object_store_memory=150 * 2**20,
-            include_dashboard=False,
-            log_to_driver=False,
-            _metrics_export_port=metrics_port,
-            _system_config={"metrics_report_interval_ms": 1000},
-        )
+        start_ray(_metrics_export_port=metrics_port, _system_config={"metrics_report_interval_ms": 1000})
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": http_port})
             serve.run(build(ARGS), name="pensieve", route_prefix="/")

@@ -4,7 +4,6 @@ run, and turns that were under way are marked as interrupted and nowhere else to
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ from deployments.app import build
 from deployments.responses.store_upkeep import LEASE_S
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
-from tests.deployments.local_ray import start_ray
+from tests.deployments.local_ray import LocalServe, free_port, start_ray
 from tests.nightly import nightly
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -36,9 +35,7 @@ OPTIONS: dict[str, Any] = {"model": EMBEDDED_MODEL_NAME, "temperature": 0, "max_
 def served(store_url: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
+        port = free_port()
         args = AppArgs(
             engine={"model": "embedded", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 256},
             num_replicas=2,
@@ -103,7 +100,8 @@ async def begin_endless(url: str, before: Any, conversation: str | None) -> str:
 @pytest.mark.parametrize(
     "store_url", ["sqlite", pytest.param("postgresql", marks=nightly)], indirect=True
 )  # that a store survives is tested over both without a cluster
-async def test_conversations_go_on_after_everything_was_stopped(store_url: str) -> None:
+async def test_conversations_go_on_after_everything_was_stopped(local_serve: LocalServe, store_url: str) -> None:
+    local_serve.stop()
     numbers = range(NUM_CONVERSATIONS)
     with served(store_url) as url:
         client = client_of(url)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,15 +18,14 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.cluster.serve_start import start_serve
 from deployments.routing.rendezvous import rank_replicas
-from deployments.run import DEFAULTS
 from engine.embedded_model import EMBEDDED_MODEL_NAME
-from tests.deployments.local_ray import start_ray
+from tests.deployments.local_ray import AS_PENSIEVE_SERVE, LocalServe
 from tests.nightly import nightly
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+SHARED_SERVE = AS_PENSIEVE_SERVE
 APP = "rolling"
 NAMES = ("Mia", "Rex", "Tom", "Bella", "Max", "Luna")
 # Far longer than anything here takes; only a defect waits for it.
@@ -36,20 +34,9 @@ LOGGING = {"logging_config": {"enable_access_log": False}}
 
 
 @pytest.fixture(scope="module")
-def base_url() -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in DEFAULTS.items():  # as pensieve-serve does
-            patch.setenv(name, value)
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
-        start_ray()
-        try:
-            start_serve({"applications": [], **LOGGING, "http_options": {"host": "127.0.0.1", "port": port}})
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            serve.shutdown()
-            ray.shutdown()
+def base_url(local_serve: LocalServe) -> Iterator[str]:
+    yield local_serve.start(SHARED_SERVE)
+    serve.delete(APP)
 
 
 @pytest.fixture
@@ -169,7 +156,7 @@ async def follow(base_url: str, num_tokens: int) -> str:
 
 
 def logs(pattern: str) -> str:
-    """What Serve's processes of these names have logged so far."""
+    """What Serve's processes of these names have logged so far; of the replicas, those of this module."""
     folder = Path(ray.nodes()[0]["ObjectStoreSocketName"]).parents[1] / "logs" / "serve"
     return "".join(path.read_text() for path in folder.glob(f"{pattern}.log"))
 
@@ -199,11 +186,11 @@ async def test_a_change_of_args_under_traffic(
         await roll(config)
     assert await stream == "data: [DONE]"
     assert len(replicas("LLMServer")) == len(replicas("Ingress")) == num_replicas
-    assert f"{EMBEDDED_MODEL_NAME} is ready after" in logs("replica_*_LLMServer_*")
-    assert "torch.float32 on cpu" in logs("replica_*_LLMServer_*")  # a line of the engine's own
+    assert f"{EMBEDDED_MODEL_NAME} is ready after" in logs(f"replica_{APP}_LLMServer_*")
+    assert "torch.float32 on cpu" in logs(f"replica_{APP}_LLMServer_*")  # a line of the engine's own
     assert "Proxy" in logs("proxy_*")
     for access in ("/v1/chat/completions 200", "CALL generate"):
-        assert access not in logs("*")
+        assert access not in logs("proxy_*") + logs(f"replica_{APP}_*")
 
 
 @nightly
@@ -282,8 +269,8 @@ async def test_a_model_that_cannot_be_loaded_is_in_every_answer(
             assert "no-such-model" in error["message"]
             assert str(tmp_path) not in error["message"]
             assert "Traceback" not in error["message"]
-    assert "the engine cannot start" in logs("replica_*_LLMServer_*")
-    assert "Exception during graceful shutdown" not in logs("replica_*")
+    assert "the engine cannot start" in logs(f"replica_{APP}_LLMServer_*")
+    assert "Exception during graceful shutdown" not in logs(f"replica_{APP}_*")
 
 
 async def test_a_replica_that_no_node_has_room_for(base_url: str, config: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import json
 import random
-import socket
 import sqlite3
 import time
 from collections import defaultdict
@@ -25,15 +24,15 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.app import build
 from deployments.routing.rendezvous import rank_replicas
-from deployments.run import DEFAULTS
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 from engine.embedded_model.dialogues import generate_dialogue
-from tests.deployments.local_ray import start_ray
+from tests.deployments.local_ray import AS_PENSIEVE_SERVE, LocalServe
 from tests.nightly import IS_NIGHTLY
 
 pytestmark = pytest.mark.ray
 
+SHARED_SERVE = AS_PENSIEVE_SERVE  # test_restart and test_routing have Ray's own defaults
 APP = "pensieve"
 MAX_NUM_SEQS = 16
 MAX_NUM_QUEUED_REQS = 16
@@ -59,12 +58,6 @@ JSON = {"content-type": "application/json"}
 PATIENCE_S = 60.0
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of the conversation store."""
@@ -72,19 +65,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def base_url(store: Path) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in DEFAULTS.items():  # as pensieve-serve does; test_restart and test_routing have Ray's own
-            patch.setenv(name, value)
-        # Two Serve instances on one port share its connections silently.
-        port = free_port()
-        start_ray()
-        try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
-            serve.run(build(ARGS.model_copy(update={"store_url": f"sqlite:///{store}"})), name=APP, route_prefix="/")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            ray.shutdown()
+def base_url(local_serve: LocalServe, store: Path) -> Iterator[str]:
+    url = local_serve.start(SHARED_SERVE)
+    serve.run(build(ARGS.model_copy(update={"store_url": f"sqlite:///{store}"})), name=APP, route_prefix="/")
+    yield url
+    serve.delete(APP)
 
 
 @pytest.fixture

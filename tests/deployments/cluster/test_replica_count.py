@@ -1,50 +1,47 @@
-"""The number of replicas is asked for beside the requests, and what is not known changes nothing."""
+"""The number of replicas follows the deployment, and what is not known changes nothing."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray import serve
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ReplicaState
 
-from deployments.cluster import replica_count
-from deployments.cluster.replica_count import ReplicaCount
+from deployments.cluster import replica_count as module
+from deployments.cluster.replica_count import replica_count
 
 
-async def test_the_number_follows_the_deployment_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers: list[int | Exception] = [4, RayServeException("no controller"), KeyError("app"), 0]
-    asked = threading.Semaphore(0)
+def status(num_running: int) -> Any:
+    deployment = SimpleNamespace(replica_states={ReplicaState.RUNNING: num_running, ReplicaState.STARTING: 1})
+    return SimpleNamespace(applications={"app": SimpleNamespace(deployments={"LLMServer": deployment})})
 
-    def ask() -> int:
-        asked.acquire()
+
+async def test_the_number_follows_the_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Any] = [
+        status(4),
+        RayServeException("no controller"),
+        SimpleNamespace(applications={}),  # as it is being deleted
+        status(0),
+        status(3),
+    ]
+
+    def ask() -> Any:
         answer = answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    count = ReplicaCount(ask, 2)
-    monkeypatch.setattr(replica_count, "PERIOD_S", 0.0)
-    for before, after in [(2, 4), (4, 4), (4, 4), (4, 1)]:
-        assert [count(), count()] == [before, before]  # asked once, and not waited for
-        asked.release()
+    monkeypatch.setattr(serve, "status", ask)
+    monkeypatch.setattr(module, "PERIOD_S", 0.0)
+    count = replica_count("app", "LLMServer", 2)
+    said = []
+    for num_left in (4, 3, 2, 1, 0):
+        said.append(count())
         async with asyncio.timeout(10):
-            while count._asking is not None:
+            while len(answers) > num_left or len(asyncio.all_tasks()) > 1:
                 await asyncio.sleep(0.001)
-        assert count._num_replicas == after
-    assert answers == []
-
-
-async def test_it_is_not_asked_for_at_every_request() -> None:
-    num_asked = 0
-
-    def ask() -> int:
-        nonlocal num_asked
-        num_asked += 1
-        return 3
-
-    count = ReplicaCount(ask, 1)
-    for _ in range(10):
-        count()
-        await asyncio.sleep(0.01)
-    assert (count(), num_asked) == (3, 1)
+    assert said == [2, 4, 4, 4, 1]

@@ -10,7 +10,6 @@ import json
 import random
 import re
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -34,6 +33,7 @@ from engine.config import EngineConfig
 from engine.core.request import SamplingParams
 from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
+from tests.deployments.local_ray import LocalServe, free_port
 from tests.nightly import IS_NIGHTLY, nightly
 
 pytestmark = pytest.mark.ray
@@ -111,12 +111,6 @@ async def undisturbed(model: str, num_conversations: int) -> list[list[Turn]]:
 # -- the cluster -------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the processes of the cluster take for /tmp."""
@@ -124,8 +118,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(folder: Path) -> Iterator[str]:
+def cluster(local_serve: LocalServe, folder: Path) -> Iterator[str]:
     """URL of the proxy."""
+    local_serve.stop()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_TMPDIR", tempfile.gettempdir())  # of Ray's own: the paths of its sockets are long

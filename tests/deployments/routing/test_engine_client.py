@@ -20,7 +20,7 @@ from deployments.errors import (
     ReplicaNotPlacedError,
 )
 from deployments.generation import CacheHold, DeltaItem, ErrorItem, GenerationRequest, ModelCard, ReplicaCache
-from deployments.routing import engine_client
+from deployments.routing import engine_client, presence, resumption
 from deployments.routing.engine_client import EngineClient
 from deployments.routing.rendezvous import rank_replicas
 from engine.cache_view import CacheQuery, CacheView
@@ -143,7 +143,7 @@ async def test_no_replica_that_answers(answers: list[Any] | None) -> None:
 async def test_why_there_is_no_replica_is_said_and_logged_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_client, "LOOK_PERIOD_S", 0.0)
+    monkeypatch.setattr(presence, "LOOK_PERIOD_S", 0.0)
     waiting = EngineClient(FakeHandle(answers=[]), why_absent=lambda: ReplicaNotPlacedError("no room"))
     for _ in range(2):
         with pytest.raises(ReplicaNotPlacedError, match="no room") as info:
@@ -160,13 +160,13 @@ async def test_all_who_ask_at_once_share_one_look() -> None:
 
 
 async def test_the_model_card_is_known_without_replicas_and_follows_a_deploy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "LOOK_PERIOD_S", 0.0)
     handle = FakeHandle(answers=[CARD])
     client = EngineClient(handle)
     assert await client.model_card() == await client.model_card() == CARD
     assert handle.num_broadcasts == 1
     handle.answers = []
-    monkeypatch.setattr(engine_client, "LOOK_PERIOD_S", 0.0)
-    monkeypatch.setattr(engine_client, "CARD_PERIOD_S", 0.0)
+    monkeypatch.setattr(presence, "CARD_PERIOD_S", 0.0)
     assert await client.model_card() == CARD
     await asyncio.sleep(0.01)
     handle.answers = [replace(CARD, max_model_len=200)]
@@ -199,7 +199,7 @@ class Deploying(FakeHandle):
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_client, "LOOK_PERIOD_S", 0.001)
+    monkeypatch.setattr(presence, "LOOK_PERIOD_S", 0.001)
 
 
 @pytest.mark.usefixtures("soon")
@@ -254,7 +254,7 @@ async def test_a_lost_request_waits_for_the_replacement_and_is_told_why_none_com
     assert len(handle.requests) == 1
 
 
-async def test_new_sessions_go_where_less_is_going_on(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_new_sessions_go_where_less_is_going_on() -> None:
     handle = FakeHandle(answers=[(0, 0), ActorDiedError(), (1, 3)])
     client = EngineClient(handle)
     ids = [f"id-{i}" for i in range(200)]
@@ -264,12 +264,16 @@ async def test_new_sessions_go_where_less_is_going_on(monkeypatch: pytest.Monkey
     chosen = [home[client.choose_session_id(ids)] for _ in range(7)]
     assert (chosen.count(0), chosen.count(1)) == (5, 2)  # 3 more than the other had, then in turn
     assert handle.num_broadcasts == 1
+
+
+async def test_replicas_whose_load_is_not_known_are_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_client, "LOADS_PERIOD_S", 0.0)
-    handle.answers = None  # a timeout
-    client.choose_session_id(ids)
-    await asyncio.sleep(0.01)
-    assert handle.num_broadcasts == 2
-    client.choose_session_id(ids)
+    handle = FakeHandle(answers=None)  # a timeout
+    client = EngineClient(handle)
+    for num_broadcasts in (1, 2):
+        assert client.choose_session_id(["a", "b"]) == "a"
+        await asyncio.sleep(0.01)
+        assert handle.num_broadcasts == num_broadcasts
 
 
 # -- lost replicas -----------------------------------------------------------------------------------------------------
@@ -312,7 +316,7 @@ STOPPED = ErrorItem.of(EngineStoppedError("dead"))
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_client, "RESUME_BACKOFF_S", 0.0)
+    monkeypatch.setattr(resumption, "RESUME_BACKOFF_S", 0.0)
 
 
 async def answer(handle: FakeHandle, request: GenerationRequest = REQUEST) -> tuple[str, list[Any]]:
@@ -348,7 +352,7 @@ async def test_what_kills_every_replica_is_given_up() -> None:
     text, items = await answer(handle)
     assert text == "ab"
     assert items[-1].is_a(ReplicaLostError)
-    assert len(handle.requests) == 1 + engine_client.MAX_LOSSES_IN_A_ROW
+    assert len(handle.requests) == 1 + resumption.MAX_LOSSES_IN_A_ROW
 
 
 async def test_a_replica_lost_after_the_last_token_is_not_missed() -> None:
@@ -421,7 +425,7 @@ async def test_whoever_was_lost_is_patient_with_full_replicas() -> None:
 
 
 async def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_client, "RESUME_PATIENCE_S", 0.0)
+    monkeypatch.setattr(resumption, "RESUME_PATIENCE_S", 0.0)
     text, items = await answer(FakeReplicas([2, *[0] * 5], [ActorDiedError(), *[FULL] * 5]))
     assert (text, items[-1].kind) == ("ab", OverloadedError.__name__)
 

@@ -6,20 +6,18 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from engine.embedded_model import EMBEDDED_MODEL_NAME
-from tests.deployments.local_ray import start_ray
+from tests.deployments.local_ray import AS_RAY, LocalServe
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -28,7 +26,7 @@ APP = "routing"
 PATIENCE_S = 120.0
 
 
-def config(port: int, store_url: str, num_replicas: int) -> ServeDeploySchema:
+def config(store_url: str, num_replicas: int) -> ServeDeploySchema:
     """As a file says it: only so does a change of the scale leave running replicas alone."""
     args = {
         "engine": {"model": "embedded", "num_threads": 1, "num_gpu_blocks": 160},
@@ -38,7 +36,6 @@ def config(port: int, store_url: str, num_replicas: int) -> ServeDeploySchema:
     }
     return ServeDeploySchema.model_validate(
         {
-            "http_options": {"host": "127.0.0.1", "port": port},
             "applications": [
                 {
                     "name": APP,
@@ -58,14 +55,14 @@ def config(port: int, store_url: str, num_replicas: int) -> ServeDeploySchema:
 class Cluster:
     """A Serve application whose number of engine replicas can be changed."""
 
-    def __init__(self, port: int, store_url: str) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-        self._port, self._store_url = port, store_url
+    def __init__(self, url: str, store_url: str) -> None:
+        self.url = url
+        self._store_url = store_url
 
     async def scale(self, num_replicas: int) -> None:
         client = _get_global_client()
         assert client is not None
-        client.deploy_apps(config(self._port, self._store_url, num_replicas), _blocking=False)
+        client.deploy_apps(config(self._store_url, num_replicas), _blocking=False)
         await self.wait_for(num_replicas)
 
     async def wait_for(self, num_replicas: int) -> None:
@@ -84,19 +81,10 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
-        store_url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'conversations.db'}"
-        start_ray()
-        try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
-            yield Cluster(port, store_url)
-        finally:
-            ray.shutdown()
+def cluster(local_serve: LocalServe, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    store_url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'conversations.db'}"
+    local_serve.stop()
+    return Cluster(local_serve.start(AS_RAY), store_url)
 
 
 @pytest.fixture
