@@ -31,7 +31,7 @@ import torch
 from machine import RESULTS, write_result
 from tqdm import tqdm
 
-from engine.attention.interface import PagedAttention
+from engine.attention.transformers_door import PagedAttention
 from engine.config import EngineConfig
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore

@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
 from engine.attention import triton_paged, whole_prompts
-from engine.attention.backend import choose_backend
+from engine.attention.choice import choose_backend
 from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.errors import ConfigError

@@ -1,170 +1,123 @@
-"""Finds out which of several backends is the fastest for a model, on the device where it is to run: each computes a few
-ragged batches in the model's shapes, which have to come out as the first backend computes them, and is timed on these. Knows
-none of them by name.
-"""
+"""Chooses the attention backend of a model on this machine, and says in the log which one is active and why."""
 
 from __future__ import annotations
 
+import importlib
 import logging
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from engine.attention.device_clock import SecondsOf
+from engine.attention import reference, trial
+from engine.attention.device_clock import SecondsOf, seconds_on
 from engine.attention.device_health import check_device
-from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, LayerShape
+from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionLoader
+from engine.attention.registry import BACKENDS, BackendRow
+from engine.attention.self_check import find_fault
+from engine.errors import ConfigError, KernelBuildError
 
 logger = logging.getLogger(__name__)
 
-# (query_len, context_len) of each batch's segments: a prompt, new tokens at the end of a context, a prompt among decodes.
-# Most contexts end within a chunk, and so do these.
-BATCHES = (
-    ((2045, 2045),),
-    ((512, 4093),),
-    (*((1, 2045),) * 32, (253, 253)),
-)
-# K and V of a batch, in all: more than the caches of the device hold, little enough to find room beside the weights. Contexts
-# that need more share blocks.
-POOL_BYTES = 64 << 20
-# Of the output of a row and head, what error is still rounding, in relation to its length.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """What a backend has to serve, and on what."""
+
+    device: torch.device
+    dtype: torch.dtype
+    calls: Sequence[AttentionCall]
+    chunk_size: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LayerInputs:
-    """query: [num_heads, num_tokens, k_dim]; pools: as AttentionBackend has them."""
-
-    query: torch.Tensor
-    k_pool: torch.Tensor
-    v_pool: torch.Tensor
+class _Loaded:
+    row: BackendRow
+    backend: AttentionBackend
+    description: str
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """The attention of a step: its calls in order, and their inputs, the same for all of one shape."""
-
-    metadata: AttentionMetadata
-    calls: tuple[AttentionCall, ...]
-    inputs: Mapping[tuple[LayerShape, int], LayerInputs]
-
-    def run(self, backend: AttentionBackend) -> None:
-        """All layers, and what the backend does on the host for a step."""
-        for _ in self._outputs(backend, self.calls):
-            pass
-
-    def largest_error(self, backend: AttentionBackend, other: AttentionBackend) -> float:
-        """Between the two in a call of each kind, see TOLERANCE; NaN where an output holds NaN."""
-        calls = tuple({call.kind: call for call in self.calls}.values())
-        errors = [
-            (_lengths(actual - expected) / _lengths(expected)).max()
-            for actual, expected in zip(self._outputs(backend, calls), self._outputs(other, calls), strict=True)
-        ]
-        return torch.stack(errors).max().item()
-
-    def _outputs(self, backend: AttentionBackend, calls: tuple[AttentionCall, ...]) -> Iterator[torch.Tensor]:
-        metadata = replace(self.metadata, derived={})  # nothing is left from the step before
-        for call in calls:
-            inputs = self.inputs[call.shape, call.num_heads]
-            yield backend.attend(inputs.query, inputs.k_pool, inputs.v_pool, metadata, call.params)
-
-
-def _lengths(rows: torch.Tensor) -> torch.Tensor:
-    return rows.norm(dim=-1, dtype=torch.float32)
-
-
-@torch.inference_mode()
-def choose_fastest(
-    candidates: Mapping[str, AttentionBackend], trials: Iterable[Trial], seconds_of: SecondsOf, tolerance: float
-) -> str:
-    """The name of the candidate with the smallest geometric mean of its times in relation to the first one's. Others that
-    raise, or differ from the first, are left out; says in the log what was measured. Raises what the first one raises."""
-    first, *others = candidates
-    ratios: dict[str, list[float]] = {name: [] for name in others}
-    for trial in trials:
-        first_s = seconds_of(partial(trial.run, candidates[first]))
-        for name in list(ratios):
-            try:
-                error = trial.largest_error(candidates[name], candidates[first])
-                if error <= tolerance:
-                    ratios[name].append(seconds_of(partial(trial.run, candidates[name])) / first_s)
-                    continue
-                reason = f"its output differs from {first}'s by {error:.2g}, more than rounding ({tolerance})"
-            except Exception as exception:
-                check_device(trial.metadata.segments.device)
-                reason = f"it failed in its trial: {exception!r}"
-            logger.warning("attention: auto leaves out %s: %s", name, reason)
-            del ratios[name]
-        del trial  # its memory serves the next one
-    means = {first: 1.0} | {name: statistics.geometric_mean(values) for name, values in ratios.items()}
-    fastest = min(means, key=lambda name: means[name])
-    figures = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
-    logger.info("attention: auto measured %s (relative time); %s is used", figures, fastest)
-    return fastest
-
-
-def make_trials(
+def choose_backend(
+    option: str,
     device: torch.device,
     dtype: torch.dtype,
-    calls: Sequence[AttentionCall],
-    chunk_size: int,
-    batches: Sequence[Sequence[tuple[int, int]]] | None = None,
-) -> Iterator[Trial]:
-    """One for each of the batches (None = BATCHES), made when it is asked for."""
-    generator = torch.Generator(device).manual_seed(0)
-    for lengths in BATCHES if batches is None else batches:
-        yield _make_trial(generator, lengths, dtype, calls, chunk_size)
+    calls: Sequence[AttentionCall] = (),
+    chunk_size: int = 0,
+    seconds_of: SecondsOf | None = None,
+) -> AttentionBackend:
+    """Return the backend of the option `attention_backend`, checked against the reference for this model.
 
-
-def _make_trial(
-    generator: torch.Generator,
-    lengths: Sequence[tuple[int, int]],
-    dtype: torch.dtype,
-    calls: Sequence[AttentionCall],
-    chunk_size: int,
-) -> Trial:
-    """Every context in blocks at random, and its last one, which is partly filled, in a block of its own. What is not filled
-    holds NaN: it must not be read."""
-    device, shapes = generator.device, dict.fromkeys((call.shape, call.num_heads) for call in calls)
-    query_lens, context_lens = torch.tensor(lengths).T
-    num_blocks = -(-context_lens // chunk_size)
-    block_bytes = chunk_size * dtype.itemsize * sum(shape.numel_per_token for shape, _ in shapes)
-    num_shared = max(1, min(int(num_blocks.sum()), POOL_BYTES // block_bytes))
-    num_segments, numbers = len(lengths), torch.arange(len(lengths))
-    tables = torch.randint(
-        num_shared, (num_segments, int(num_blocks.max())), generator=generator, device=device, dtype=torch.int32
-    )
-    last_blocks = num_shared + numbers
-    tables[numbers, num_blocks - 1] = last_blocks.to(tables)
-    is_unfilled = torch.arange(chunk_size) >= (context_lens - (num_blocks - 1) * chunk_size)[:, None]
-
-    def random(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, device=device, dtype=dtype)
-
-    def make_pool(shape: LayerShape, dim: int) -> torch.Tensor:
-        pool = random(num_shared + num_segments, shape.num_kv_heads, chunk_size, dim)
-        pool[num_shared:].masked_fill_(is_unfilled[:, None, :, None].to(device), float("nan"))
-        return pool
-
-    num_tokens = int(query_lens.sum())
-    inputs = {
-        (shape, num_heads): LayerInputs(
-            # As most models hand it over: a transposed view.
-            random(num_tokens, num_heads, shape.k_dim).transpose(0, 1),
-            make_pool(shape, shape.k_dim),
-            make_pool(shape, shape.v_dim),
+    option: "auto" or a name of the registry.
+    calls: the model's attention calls; none = nothing is checked or measured.
+    chunk_size: tokens of a block.
+    seconds_of: times the trial of `auto`; None = by the clock.
+    Raises ConfigError if a backend that was asked for by name cannot run here, or computes something wrong.
+    """
+    place = _Place(device, dtype, calls, chunk_size)
+    rows = [row for row in BACKENDS if _is_candidate(row, option, device)]
+    try:
+        loaded = (
+            _load(rows[0], place) if rows else _Loaded(BACKENDS[-1], *reference.load(device, dtype, calls, chunk_size))
         )
-        for shape, num_heads in shapes
-    }
-    first_rows = query_lens.cumsum(0) - query_lens
-    segments = torch.stack([first_rows, query_lens, context_lens, numbers], dim=1).int()
-    metadata = AttentionMetadata(
-        torch.empty(0, dtype=torch.long, device=device),  # nothing is written
-        segments.to(device),
-        tables,
-        chunk_size,
-        host_segments=segments.numpy(),
-    )
-    return Trial(metadata, tuple(calls), inputs)
+        if len(rows) > 1 and calls:
+            loaded = _fastest(loaded, rows[1:], place, seconds_of)
+        if device.type in loaded.row.devices:  # not Triton's interpreter, which takes minutes
+            fault = find_fault(loaded.backend, device, dtype, calls, chunk_size)
+            if fault is not None:
+                raise KernelBuildError(f"{loaded.description}, is wrong here for this model in {dtype}: {fault}")
+    except KernelBuildError as error:
+        if option != "auto":
+            raise ConfigError(
+                f"attention_backend is {option!r}, but {error.message}", param="attention_backend"
+            ) from error
+        logger.warning("attention: torch's operations (reference), much slower than a kernel; %s", error)
+        return reference
+    logger.info("attention: %s", loaded.description)
+    return loaded.backend
+
+
+def _is_candidate(row: BackendRow, option: str, device: torch.device) -> bool:
+    if option == "auto":
+        return row.is_automatic and device.type in row.devices
+    return row.name == option
+
+
+def _load(row: BackendRow, place: _Place) -> _Loaded:
+    """Raises KernelBuildError if the backend cannot serve such a model here."""
+    try:
+        loader: AttentionLoader = importlib.import_module(row.module)
+    except ImportError as error:
+        raise KernelBuildError(
+            f"{row.name} cannot be imported ({error}); pip install 'pensieve-ray[gpu]', or use 'reference'"
+        ) from error
+    return _Loaded(row, *loader.load(place.device, place.dtype, place.calls, place.chunk_size))
+
+
+def _fastest(first: _Loaded, others: Sequence[BackendRow], place: _Place, seconds_of: SecondsOf | None) -> _Loaded:
+    """Return the fastest backend for the model; the first one if that cannot be measured.
+
+    Raises nothing but DeviceFailedError: the engine can do without any of the others.
+    """
+    candidates = {first.row.name: first}
+    for row in others:
+        try:
+            candidates[row.name] = _load(row, place)
+        except KernelBuildError as error:
+            logger.info("attention: auto does without %s: %s", row.name, error)
+        except Exception as error:
+            check_device(place.device)
+            logger.warning("attention: auto does without %s: %r", row.name, error)
+    if len(candidates) == 1:
+        logger.info("attention: auto had nothing to measure: %s is the only one for this model here", first.row.name)
+        return first
+    backends = {name: loaded.backend for name, loaded in candidates.items()}
+    trials = trial.make_trials(place.device, place.dtype, place.calls, place.chunk_size)
+    try:
+        seconds_of = seconds_of or seconds_on(place.device)
+        return candidates[trial.choose_fastest(backends, trials, seconds_of, trial.TOLERANCE[place.dtype])]
+    except Exception as error:
+        check_device(place.device)
+        logger.warning("attention: auto could not measure, and takes %s: %r", first.row.name, error)
+        return first
+    finally:
+        torch.cuda.empty_cache()  # what the trial took

@@ -13,12 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
-from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams
 from engine.errors import KernelBuildError
 from engine.paths import cache_folder, private_folder
 
@@ -37,6 +38,17 @@ _ISA_FLAGS = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_REPLAY_DECODES = True
 SKIPS_EMPTY_SEGMENTS = False
+
+
+def load(
+    device: torch.device, dtype: torch.dtype, calls: Sequence[AttentionCall], chunk_size: int
+) -> tuple[AttentionBackend, str]:
+    """See AttentionLoader."""
+    if device.type != "cpu":
+        raise KernelBuildError(f"the model is on {device}; use 'auto'")
+    if dtype not in DTYPES:
+        raise KernelBuildError(f"its kernel does not compute in {dtype}; use 'reference'")
+    return sys.modules[__name__], f"C++ kernel (cpu), {load_kernel()}"
 
 
 def load_kernel() -> str:

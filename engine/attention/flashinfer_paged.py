@@ -16,7 +16,7 @@ import torch
 
 from engine.attention import triton_paged
 from engine.attention.device_health import check_device
-from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, to_device
+from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, to_device
 from engine.errors import KernelBuildError
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -52,6 +52,14 @@ class _Batch:
     kv_indptr: torch.Tensor
     block_ids: torch.Tensor
     last_block_len: torch.Tensor
+
+
+def load(
+    device: torch.device, dtype: torch.dtype, calls: Sequence[AttentionCall], chunk_size: int
+) -> tuple[AttentionBackend, str]:
+    """See AttentionLoader. Needs Triton's kernel, too: it computes the decodes."""
+    triton_paged.load(device, dtype, calls, chunk_size)
+    return FlashInferAttention(), f"FlashInfer (flashinfer), {load_kernel(device, calls, chunk_size, dtype)}"
 
 
 def load_kernel(device: torch.device, calls: Sequence[AttentionCall], chunk_size: int, dtype: torch.dtype) -> str:

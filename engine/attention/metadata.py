@@ -4,6 +4,7 @@ Built once per step and shared by all layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -116,4 +117,19 @@ class AttentionBackend(Protocol):
     ) -> torch.Tensor:
         """Attention of every segment over its context, all of whose KV is in the pools. query: [num_heads, num_tokens,
         k_dim]. Returns [num_tokens, num_heads, v_dim]."""
+        ...
+
+
+class AttentionLoader(Protocol):
+    """A module of the registry."""
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype, calls: Sequence[AttentionCall], chunk_size: int
+    ) -> tuple[AttentionBackend, str]:
+        """Return the backend and what the log says of it.
+
+        calls: the model's attention calls; none = whatever comes.
+        chunk_size: tokens of a block.
+        Raises KernelBuildError, which names the remedy, if it cannot serve such a model here.
+        """
         ...

@@ -4,13 +4,23 @@ Clear before fast: K and V of a segment are gathered, then torch's own attention
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
-from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams
 
 CAN_REPLAY_DECODES = False
 SKIPS_EMPTY_SEGMENTS = False
+
+
+def load(
+    device: torch.device, dtype: torch.dtype, calls: Sequence[AttentionCall], chunk_size: int
+) -> tuple[AttentionBackend, str]:
+    """See AttentionLoader. Serves every model on every device."""
+    return sys.modules[__name__], "torch's operations (reference)"
 
 
 def write_kv(

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 
 from engine.attention import reference
-from engine.attention.choice import LayerInputs, Trial, make_trials
 from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata
+from engine.attention.trial import LayerInputs, Trial, make_trials
 
 # (query_len, context_len) of a batch's segments: prompts, prompts behind a context and decodes, of few rows and of many, side
 # by side; and one long context alone, which a backend may share out.

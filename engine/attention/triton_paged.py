@@ -9,6 +9,8 @@ wrong in bfloat16.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -17,7 +19,7 @@ import triton
 import triton.language as tl
 
 from engine.attention.device_health import check_device
-from engine.attention.metadata import AttentionMetadata, AttentionParams, to_device
+from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, to_device
 from engine.attention.tiling import MAX_SPLITS, SPLIT_STEP, Tiling, tile_decode_batch, tile_segments
 from engine.errors import KernelBuildError
 
@@ -45,6 +47,20 @@ _WRITE_TOKENS = 16
 _LOG2E = tl.constexpr(1.4426950408889634)
 # The running maximum starts here and not at -inf: -inf minus -inf would be NaN where a row sees no key of a tile.
 _LOWEST = tl.constexpr(-1e30)
+
+
+def load(
+    device: torch.device, dtype: torch.dtype, calls: Sequence[AttentionCall], chunk_size: int
+) -> tuple[AttentionBackend, str]:
+    """See AttentionLoader."""
+    if device.type != "cuda" and not IS_INTERPRETED:
+        raise KernelBuildError(
+            f"the model is on {device} and not on a CUDA device; use 'auto', or, to test the kernel at a thousandth of its "
+            "speed, set TRITON_INTERPRET=1 in the environment"
+        )
+    if dtype not in DTYPES:
+        raise KernelBuildError(f"its kernel does not compute in {dtype}; use 'reference'")
+    return sys.modules[__name__], f"Triton kernel (triton), {load_kernel(device)}"
 
 
 def load_kernel(device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """The decoder layers of a model, compiled by torch.compile: on a GPU the many small operations between the matrix
 multiplications become a few kernels. Layers of one kind share their code, which serves any number of rows; attention in it
-is a call (see engine/attention/interface.py). Knows no model family: what cannot be compiled whole stays as it is.
+is a call (see engine/attention/transformers_door.py). Knows no model family: what cannot be compiled whole stays as it is.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from engine.attention.backend import choose_backend
+from engine.attention.choice import choose_backend
 from engine.attention.metadata import AttentionBackend
 from engine.config import EngineConfig
 from engine.core.executor import PendingStep

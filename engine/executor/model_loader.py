@@ -19,8 +19,8 @@ from transformers.distributed import DistributedConfig
 
 from engine.attention.comparison import Comparison, NoOwnAttentionError, compared_by
 from engine.attention.device_health import check_device
-from engine.attention.interface import ATTENTION_NAME, ShapeProbe, attention_handled_by
 from engine.attention.metadata import AttentionCall, LayerShape
+from engine.attention.transformers_door import ATTENTION_NAME, ShapeProbe, attention_handled_by
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 from engine.attention.device_health import check_device
-from engine.attention.interface import PagedAttention, attention_handled_by
 from engine.attention.metadata import AttentionBackend, AttentionMetadata
+from engine.attention.transformers_door import PagedAttention, attention_handled_by
 from engine.core.executor import ComputationFailedError, SamplingFailedError
 from engine.core.plan import Logprobs, RequestStart, StepPlan, StepResult
 from engine.executor.compiled_layers import never_compiling

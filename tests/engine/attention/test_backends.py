@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.attention.backend import choose_backend
+from engine.attention.choice import choose_backend
 from engine.attention.metadata import AttentionMetadata, AttentionParams
 from engine.config import EngineConfig
 from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan

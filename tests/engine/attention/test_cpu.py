@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.attention import cpu, reference
-from engine.attention.backend import choose_backend
+from engine.attention.choice import choose_backend
 from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.attention.self_check import find_fault
 from engine.errors import ConfigError, KernelBuildError

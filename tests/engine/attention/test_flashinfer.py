@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.attention import backend, reference
-from engine.attention.backend import choose_backend
+from engine.attention import choice, reference
+from engine.attention.choice import choose_backend
 from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.errors import ConfigError
 from tests.engine.attention.test_cpu import make_batch
@@ -274,7 +274,7 @@ def test_it_writes_by_the_triton_kernel():
 def pretended_gpu(monkeypatch):
     """A device that everything loads on; the toys run here."""
     monkeypatch.setattr(triton_paged, "load_kernel", lambda device: "here")
-    monkeypatch.setattr(backend, "find_fault", lambda *_: None)  # see test_cpu.py
+    monkeypatch.setattr(choice, "find_fault", lambda *_: None)  # see test_cpu.py
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(__version__="0.7"))
     toy = flashinfer_paged._attend_over_toy

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="triton, which is optional, is not installe
 
 import engine.attention
 from engine.attention import reference, triton_paged
-from engine.attention.backend import choose_backend
+from engine.attention.choice import choose_backend
 from engine.attention.metadata import AttentionMetadata, AttentionParams
 from engine.attention.tiling import Tiling
 from engine.errors import ConfigError

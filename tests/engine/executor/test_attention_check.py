@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.attention import interface, reference
+from engine.attention import reference
+from engine.attention import transformers_door as interface
 from engine.config import EngineConfig
 from engine.embedded_model import embedded_model_path
 from engine.errors import UnsupportedModelError

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from engine.attention.interface import ShapeProbe
+from engine.attention.transformers_door import ShapeProbe
 from engine.config import EngineConfig
 from engine.executor import compiled_layers, model_loader
 from engine.executor.compiled_layers import compile_layers, find_layers

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.attention import cpu, whole_prompts
-from engine.attention.backend import choose_backend
+from engine.attention.choice import choose_backend
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executor import local, memory

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.attention import backend, choice, device_clock, reference, self_check
-from engine.attention.backend import choose_backend
+from engine.attention import choice, device_clock, reference, self_check
+from engine.attention import trial as trials
+from engine.attention.choice import choose_backend
 from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.registry import BackendRow
 from engine.errors import ConfigError, DeviceFailedError, KernelBuildError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -65,15 +67,15 @@ def seconds_of(call) -> float:
 
 @pytest.fixture(autouse=True)
 def tiny_batches(monkeypatch):
-    monkeypatch.setattr(choice, "BATCHES", (((9, 9),), ((3, 18),), (*((1, 7),) * 3, (5, 5))))
+    monkeypatch.setattr(trials, "BATCHES", (((9, 9),), ((3, 18),), (*((1, 7),) * 3, (5, 5))))
 
 
 def make_trials():
-    return choice.make_trials(CPU, torch.float32, CALLS, CHUNK_SIZE)
+    return trials.make_trials(CPU, torch.float32, CALLS, CHUNK_SIZE)
 
 
 def fastest(candidates) -> str:
-    return choice.choose_fastest(candidates, make_trials(), seconds_of, tolerance=1e-4)
+    return trials.choose_fastest(candidates, make_trials(), seconds_of, tolerance=1e-4)
 
 
 def test_the_smallest_mean_of_the_times_in_relation_to_the_first_is_chosen(caplog):
@@ -152,7 +154,7 @@ def test_each_step_has_all_layers_and_is_planned_anew():
 
 
 def test_trials_are_ragged_batches_in_the_shapes_of_the_layers():
-    for trial, lengths in zip(make_trials(), choice.BATCHES, strict=True):
+    for trial, lengths in zip(make_trials(), trials.BATCHES, strict=True):
         segments = trial.metadata.host_segments
         assert [tuple(each) for each in segments[:, 1:3]] == list(lengths)
         assert segments[:, 0].tolist() == (segments[:, 1].cumsum() - segments[:, 1]).tolist()
@@ -167,7 +169,7 @@ def test_trials_are_ragged_batches_in_the_shapes_of_the_layers():
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 5, 32])
 def test_what_the_contexts_do_not_fill_holds_nan_and_nothing_else_does(chunk_size):
-    for trial in choice.make_trials(CPU, torch.float32, CALLS[:1], chunk_size):
+    for trial in trials.make_trials(CPU, torch.float32, CALLS[:1], chunk_size):
         (inputs,) = trial.inputs.values()
         filled = torch.zeros(len(inputs.k_pool), chunk_size, dtype=torch.bool)
         for _, _, context_len, row in trial.metadata.segments.tolist():
@@ -182,9 +184,9 @@ def test_what_the_contexts_do_not_fill_holds_nan_and_nothing_else_does(chunk_siz
 
 
 def test_long_contexts_share_blocks(monkeypatch):
-    monkeypatch.setattr(choice, "BATCHES", (((1, 4000),) * 3,))
-    monkeypatch.setattr(choice, "POOL_BYTES", 100 * 2 * 2 * 16 * CHUNK_SIZE * 4)
-    (trial,) = choice.make_trials(CPU, torch.float32, CALLS[:1], CHUNK_SIZE)
+    monkeypatch.setattr(trials, "BATCHES", (((1, 4000),) * 3,))
+    monkeypatch.setattr(trials, "POOL_BYTES", 100 * 2 * 2 * 16 * CHUNK_SIZE * 4)
+    (trial,) = trials.make_trials(CPU, torch.float32, CALLS[:1], CHUNK_SIZE)
     assert len(trial.inputs[LAYERS[0], NUM_HEADS].k_pool) == 100 + 3
     assert trial.metadata.block_tables.shape == (3, 1000)
     assert trial.metadata.block_tables.max() == 102
@@ -196,19 +198,17 @@ def test_long_contexts_share_blocks(monkeypatch):
 @pytest.fixture
 def load(monkeypatch):
     """Say what each name loads: a backend, or an error that it raises."""
-    monkeypatch.setattr(choice, "make_trials", lambda _, *shapes, make=choice.make_trials: make(CPU, *shapes))
-    monkeypatch.setattr(backend, "find_fault", lambda *_: None)  # see test_cpu.py
+    monkeypatch.setattr(trials, "make_trials", lambda _, *shapes, make=trials.make_trials: make(CPU, *shapes))
+    monkeypatch.setattr(choice, "find_fault", lambda *_: None)  # see test_cpu.py
 
     def let(**loaded: Backend | Exception) -> None:
-        def loader(name: str):
-            def load(*_):
-                if isinstance(loaded[name], Exception):
-                    raise loaded[name]
-                return loaded[name], f"kernel of {name}"
+        def load(row, place):
+            if isinstance(loaded[row.name], Exception):
+                raise loaded[row.name]
+            return choice._Loaded(row, loaded[row.name], f"kernel of {row.name}")
 
-            return load
-
-        monkeypatch.setattr(backend, "_LOADERS", {name: loader(name) for name in loaded})
+        monkeypatch.setattr(choice, "BACKENDS", tuple(BackendRow(name, "", ("cuda",)) for name in loaded))
+        monkeypatch.setattr(choice, "_load", load)
 
     return let
 
@@ -237,7 +237,7 @@ def test_one_that_is_wrong_on_this_gpu_is_not_used(load, monkeypatch, caplog):
 
     triton = Backend(1.0, 1.0, 1.0)
     load(triton=triton, flashinfer=KernelBuildError("not installed"), other=KernelBuildError("pages of 256"))
-    monkeypatch.setattr(backend, "find_fault", find_fault)
+    monkeypatch.setattr(choice, "find_fault", find_fault)
     assert auto() is reference
     assert seen == [(triton, CUDA, torch.float32, CALLS, CHUNK_SIZE)]
     assert "kernel of triton, is wrong here for this model in torch.float32: its output differs" in caplog.text
@@ -293,7 +293,7 @@ def test_a_trial_that_cannot_be_held_leaves_triton(load, trial, monkeypatch, cap
         def run_out(*_):
             raise torch.OutOfMemoryError("of memory")
 
-        monkeypatch.setattr(choice, "_make_trial", run_out)
+        monkeypatch.setattr(trials, "_make_trial", run_out)
     assert auto() is triton
     assert "attention: auto could not measure, and takes triton: " in caplog.text
 
