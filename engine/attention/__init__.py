@@ -1,1 +1,4 @@
-"""Attention over a paged KV cache, for transformers' own model code. Knows nothing of requests or scheduling."""
+"""Attention over a paged KV cache, for transformers' own model code.
+
+Knows nothing of requests or scheduling.
+"""

@@ -1,4 +1,4 @@
-"""Chooses the attention backend of a model on this machine, and says in the log which one is active and why."""
+"""Chooses the attention backend of a model on this machine, and logs which one is active and why."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Whether the attention of a model's family is what reference.attend_dense computes. In one forward of the family's own code
-each call is made twice more, by that code and by ours, on the same random Q, K and V in float64; and its mask is asked what
-it shows at positions as far apart as the window. So neither weights nor tokens nor the dtype decide what is found.
+"""Checks that the attention of a model's family is what reference.attend_dense computes.
+
+In one forward of the family's own code each call is made twice more, by that code and by ours, on the same random Q,
+K and V in float64; and its mask is asked what it shows at positions as far apart as the window. So neither weights
+nor tokens nor the dtype decide what is found.
 """
 
 from __future__ import annotations
@@ -145,8 +147,11 @@ _lock = threading.Lock()
 
 @contextmanager
 def compared_by(comparison: Comparison) -> Iterator[None]:
-    """Forwards inside, of models under OWN_NAME, are compared. Their attention is computed in a wider dtype than the model's
-    (interface.WIDER), and its result is rounded. A forward raises NoOwnAttentionError if it cannot be compared."""
+    """Compare the forwards inside, of models under OWN_NAME.
+
+    Their attention is computed in a wider dtype than the model's (transformers_door.WIDER), and its result is
+    rounded. A forward raises NoOwnAttentionError if it cannot be compared.
+    """
     with _lock:
         ALL_ATTENTION_FUNCTIONS[OWN_NAME] = _compared_attention
         ALL_MASK_ATTENTION_FUNCTIONS[OWN_NAME] = _compared_mask

@@ -1,5 +1,7 @@
-"""Paged attention by the C++ kernel of paged_cpu.cpp. Builds it once per machine, where there is a compiler, and keeps it in
-the cache folder; `python -m engine.attention.cpu` does so ahead of time. Its oracle is reference.py.
+"""Paged attention by the C++ kernel of paged_cpu.cpp.
+
+Builds it once per machine, if there is a compiler, and keeps it in the cache folder; `python -m engine.attention.cpu` does so
+ahead of time. Its oracle is reference.py.
 """
 
 from __future__ import annotations
@@ -52,8 +54,10 @@ def load(
 
 
 def load_kernel() -> str:
-    """Make the kernel callable, building it where that has not been done. Returns the instruction set that it was built
-    for. Raises KernelBuildError where it cannot be built."""
+    """Make the kernel callable, and build it if that has not been done.
+
+    Returns the instruction set that it was built for. Raises KernelBuildError if it cannot be built.
+    """
     capability = torch.backends.cpu.get_cpu_capability()
     if not hasattr(torch.ops.pensieve, "paged_attention"):
         try:
@@ -97,8 +101,10 @@ def attend(
 
 
 def _build(capability: str) -> Path:
-    """The library for this source, torch, processor and compiler, built unless it is there; without a compiler, one that
-    another has built. Raises KernelBuildError or OSError."""
+    """Return the library for this source, torch, processor and compiler; build it unless it is there.
+
+    Without a compiler, one that another compiler has built. Raises KernelBuildError or OSError.
+    """
     torch_folder = Path(torch.__file__).parent
     flags = [
         "-O3",

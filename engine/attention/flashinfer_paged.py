@@ -1,8 +1,9 @@
-"""Paged attention by FlashInfer, which is optional, on a GPU. It plans each batch on the host, for all layers that differ in
-nothing but their KV. Batches of decodes, which CUDA graphs replay without a plan, and what it does not know (sinks) go to the
-Triton kernel, which also writes.
+"""Paged attention by FlashInfer, which is optional, on a GPU.
 
-A plan lives in the buffers of the wrapper it was made by. So this backend has state and is an object, one for each engine.
+It plans each batch on the host, for all layers that differ in nothing but their KV. Batches of decodes, which CUDA
+graphs replay without a plan, and features that it lacks (sinks) go to the Triton kernel, which also writes.
+
+A plan lives in the buffers of the wrapper that made it. So this backend has state and is an object, one for each engine.
 """
 
 from __future__ import annotations
@@ -44,9 +45,13 @@ class _PlanKey:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """A step as FlashInfer wants it, a request for each segment; shared by all layers. All int32. In host memory, because it
-    plans there: qo_indptr, kv_indptr [num_segments + 1], where the rows and the blocks of each begin, and last_block_len
-    [num_segments]. On the device: block_ids [kv_indptr[-1]]."""
+    """A step as FlashInfer takes it: a request for each segment; shared by all layers. All int32.
+
+    qo_indptr, kv_indptr: [num_segments + 1], where the rows and the blocks of each begin; in host memory, because it
+        plans there.
+    last_block_len: [num_segments], in host memory.
+    block_ids: [kv_indptr[-1]], on the device.
+    """
 
     qo_indptr: torch.Tensor
     kv_indptr: torch.Tensor
@@ -63,8 +68,10 @@ def load(
 
 
 def load_kernel(device: torch.device, calls: Sequence[AttentionCall], chunk_size: int, dtype: torch.dtype) -> str:
-    """Make sure that it can serve these calls, by a toy of each kind: this compiles kernels, which takes minutes once.
-    Returns what it is; raises KernelBuildError."""
+    """Check that it can serve these calls, by a toy of each kind; return what it is.
+
+    This compiles kernels, which takes minutes once. Raises KernelBuildError.
+    """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         raise KernelBuildError(f"FlashInfer needs a CUDA device of compute capability 8.0 or more, not {device}")
     if dtype not in DTYPES:

@@ -1,5 +1,7 @@
-"""What attention has to know of a step: which rows of the ragged batch belong together, where their KV is written and read.
-Built once per step and shared by all layers.
+"""What attention needs of a step, and the protocol of its backends.
+
+Which rows of the ragged batch belong together, and where their KV is written and read: built once per step, shared by
+all layers.
 """
 
 from __future__ import annotations
@@ -27,17 +29,17 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """One ragged batch of query segments. All tensors lie on the device.
+    """One ragged batch of query segments. All tensors are on the device.
 
     slot_mapping: int64 [num_tokens], the slot (block_id * chunk_size + offset) that each row's K and V are written to.
     segments: int32 [num_segments, 4]: first row, query_len, context_len, row of `block_tables`. Rows [row, row +
-    query_len) are consecutive positions, the last of which attends to `context_len` tokens. block_tables: int32
-    [num_tables, capacity]; of a table the first ceil(context_len / chunk_size) block ids count.
-
+        query_len) are consecutive positions, the last of which attends to `context_len` tokens.
+    block_tables: int32 [num_tables, capacity]; of a table the first ceil(context_len / chunk_size) block ids count.
     host_segments: `segments` in host memory; without it a backend that plans on the host waits for the device to copy them.
-    is_decode_batch: every segment is one row, or none where it pads the batch (its slot is then -1), now and whenever the
-    tensors are refilled: what a backend launches depends on their shapes alone, so that a CUDA graph of it may be replayed
-    on new contents. For backends with CAN_REPLAY_DECODES. derived: what a backend made of the above, for all layers.
+    is_decode_batch: every segment is one row, or no row if it pads the batch (its slot is then -1), now and whenever
+        the tensors are refilled. What a backend launches then depends on their shapes alone, so that a CUDA graph of
+        it may be replayed on new contents. For backends with CAN_REPLAY_DECODES.
+    derived: what a backend made of the above, for all layers.
     """
 
     slot_mapping: torch.Tensor
@@ -55,8 +57,12 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """What a model hands over with each call. sliding_window: tokens seen, itself included; None = all. softcap: logits are
-    squeezed into (-softcap, softcap). sinks: [num_heads] logits of a virtual key without value."""
+    """What a model passes with each call.
+
+    sliding_window: tokens seen, itself included; None = all.
+    softcap: logits are squeezed into (-softcap, softcap).
+    sinks: [num_heads] logits of a virtual key without value.
+    """
 
     scaling: float
     sliding_window: int | None = None
@@ -66,7 +72,11 @@ class AttentionParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionCall:
-    """What a model's attention call is like. shape: of K and V; num_heads: query heads (those of this rank)."""
+    """What a model's attention call is like.
+
+    shape: of K and V.
+    num_heads: query heads (those of this rank).
+    """
 
     shape: LayerShape
     num_heads: int
@@ -86,10 +96,11 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class AttentionBackend(Protocol):
-    """One implementation of paged attention: a module, or an object if it keeps something between steps.
+    """One implementation of paged attention: a module, or an object if it keeps state between steps.
 
-    CAN_REPLAY_DECODES: see AttentionMetadata.is_decode_batch. SKIPS_EMPTY_SEGMENTS: a segment that has no rows in
-    `host_segments` gets no work, whatever `segments` says, and its rows may be written by others; see whole_prompts.
+    CAN_REPLAY_DECODES: see AttentionMetadata.is_decode_batch.
+    SKIPS_EMPTY_SEGMENTS: a segment that has no rows in `host_segments` gets no work, whatever `segments` says, and
+        its rows may be written by others; see whole_prompts.
     """
 
     CAN_REPLAY_DECODES: bool
@@ -103,8 +114,11 @@ class AttentionBackend(Protocol):
         value: torch.Tensor,
         metadata: AttentionMetadata,
     ) -> None:
-        """Write this step's K and V. pools: [num_blocks, num_kv_heads, chunk_size, dim]; key, value: [num_kv_heads,
-        num_tokens, dim]."""
+        """Write this step's K and V.
+
+        k_pool, v_pool: [num_blocks, num_kv_heads, chunk_size, dim].
+        key, value: [num_kv_heads, num_tokens, dim].
+        """
         ...
 
     def attend(
@@ -115,8 +129,11 @@ class AttentionBackend(Protocol):
         metadata: AttentionMetadata,
         params: AttentionParams,
     ) -> torch.Tensor:
-        """Attention of every segment over its context, all of whose KV is in the pools. query: [num_heads, num_tokens,
-        k_dim]. Returns [num_tokens, num_heads, v_dim]."""
+        """Compute the attention of every segment over its context, all of whose KV is in the pools.
+
+        query: [num_heads, num_tokens, k_dim].
+        Returns [num_tokens, num_heads, v_dim].
+        """
         ...
 
 

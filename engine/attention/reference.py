@@ -1,5 +1,6 @@
-"""Paged attention in plain torch operations: the CPU path where no compiler is, and the oracle of every other backend.
-Clear before fast: K and V of a segment are gathered, then torch's own attention runs on them.
+"""Paged attention in plain torch operations, the oracle of every other backend.
+
+It also runs if no kernel can be built. Clear before fast: K and V of a segment are gathered, then torch's own attention runs.
 """
 
 from __future__ import annotations
@@ -70,8 +71,12 @@ def _gather(pool: torch.Tensor, block_ids: torch.Tensor, length: int) -> torch.T
 
 
 def attend_dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, params: AttentionParams) -> torch.Tensor:
-    """q: [num_heads, query_len, k_dim], the last query_len positions of k's: [num_kv_heads, kv_len, k_dim]. Returns
-    [num_heads, query_len, v_dim]."""
+    """Attention of the last query_len positions of a sequence over all of it.
+
+    q: [num_heads, query_len, k_dim].
+    k, v: [num_kv_heads, kv_len, dim].
+    Returns [num_heads, query_len, v_dim].
+    """
     num_heads, query_len, _ = q.shape
     num_kv_heads, kv_len, _ = k.shape
     mask = None

@@ -1,6 +1,6 @@
-"""The attention backends by name: one row for each. A new backend is a file with `load` and a row here.
+"""The attention backends by name, one row for each.
 
-Imports no backend, and not torch: the configuration reads the names.
+A new backend is a file with `load` and a row here. Imports no backend, and not torch: the configuration reads the names.
 """
 
 from __future__ import annotations

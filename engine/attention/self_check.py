@@ -1,5 +1,6 @@
-"""Whether a backend computes on this machine, in the shapes of a model, what reference.py computes: a processor or a driver
-may do what none did on which the backend was tested. Knows no backend by name.
+"""Checks that a backend computes, on this machine and in a model's shapes, what reference.py computes.
+
+A processor or a driver may behave like none on which the backend was tested. Knows no backend by name.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ def find_fault(
     calls: Sequence[AttentionCall],
     chunk_size: int,
 ) -> str | None:
-    """What the backend does not compute as reference.py does in float32, in words; None if it is right. Takes a moment.
+    """Say what the backend computes differently from reference.py in float32; None if nothing.
 
-    calls: of the model; of calls that are alike one is tried, of none nothing. chunk_size: of the pools, in tokens. Raises
-    DeviceFailedError if the device is broken: the next backend would find it so, too.
+    calls: of the model; of calls that are alike one is tried, of none nothing.
+    chunk_size: of the pools, in tokens.
+    Raises DeviceFailedError if the device is broken: the next backend would find it broken, too.
     """
     tried = tuple(_at_test_size(call) for call in {(c.kind, c.params.sinks is None): c for c in calls}.values())
     if not tried:

@@ -1,5 +1,6 @@
-"""Cuts a step's query segments into tiles of rows, and long contexts into splits, for a kernel that runs one program for each
-split of a tile. Plain arithmetic on the host; knows no kernel and no layer.
+"""Cuts a step's query segments into tiles of rows, and long contexts into splits.
+
+For a kernel that runs one program for each split of a tile. Plain arithmetic on the host; knows no kernel and no layer.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ MAX_SPLITS = 32
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The programs of one attention call, those with the most keys first: the largest should not be what all wait for.
+    """The programs of one attention call, those with the most keys first, because the last one decides.
 
-    work: int32 [num_work, 4]: segment, first row of the tile counted from the segment's first, split, number of splits of
-    the tile. combinations: int32 [num_combinations, 4]: the same of each tile that is split, but for the split the index in
-    `work` of its first. num_partials: the first so many of `work` belong to tiles that are split. tile_tokens: rows of a
-    tile. Which keys a split covers follows from context_len, on the device; it may be none.
+    work: int32 [num_work, 4]: segment, first row of the tile counted from the segment's first, split, number of
+        splits of the tile.
+    combinations: int32 [num_combinations, 4]: the same of each tile that is split, but for the split the index in
+        `work` of its first.
+    num_partials: so many entries at the beginning of `work` belong to tiles that are split.
+    tile_tokens: rows of a tile.
+    Which keys a split covers follows from context_len, on the device; there may be none.
     """
 
     work: torch.Tensor
@@ -34,9 +38,14 @@ class Tiling:
 def tile_segments(
     segments: np.ndarray, tile_tokens: int, programs_per_split: int, num_programs: int, min_split: int = SPLIT_STEP
 ) -> Tiling:
-    """For a batch known on the host: contexts are split so that no program has many more keys than if all the keys were
-    shared out evenly among `num_programs`, nor fewer than min_split. programs_per_split: how many programs (heads) an entry
-    of `work` stands for. segments: as AttentionMetadata has them. The tensors are in host memory."""
+    """Tile a batch known on the host.
+
+    Contexts are split so that no program has many more keys than if all keys were spread evenly over `num_programs`,
+    nor fewer than min_split. The tensors are in host memory.
+
+    segments: as AttentionMetadata has them.
+    programs_per_split: how many programs (heads) an entry of `work` stands for.
+    """
     query_lens, context_lens = segments[:, 1].astype(np.int64), segments[:, 2].astype(np.int64)
     num_tiles = -(-query_lens // tile_tokens)
     segment = np.repeat(np.arange(len(segments)), num_tiles)
@@ -50,8 +59,10 @@ def tile_segments(
 
 
 def tile_decode_batch(num_segments: int, programs_per_split: int, num_programs: int) -> Tiling:
-    """For any batch of so many segments of one row or none: all have as many splits as fill `num_programs`. Depends on the
-    arguments alone. The tensors are in host memory."""
+    """Tile any batch of so many segments of one row or none; depends on the arguments alone.
+
+    All segments have as many splits as fill `num_programs`. The tensors are in host memory.
+    """
     num_splits = min(MAX_SPLITS, -(-num_programs // max(1, num_segments * programs_per_split)))
     segment = np.arange(num_segments)
     return _list_work(segment, np.zeros_like(segment), np.full_like(segment, num_splits), tile_tokens=1)

@@ -1,8 +1,8 @@
-"""The door between transformers' model code and paged attention: one function in its attention registry, which hands each
-call to whatever the engine has put in charge of the forward under way.
+"""Connects transformers' model code with paged attention: one function in its attention registry.
 
-A ContextVar carries that, because some families drop keyword arguments on the way to attention. Layers are told apart by
-the order of their calls, which every forward repeats.
+It passes each call to the handler that the engine has set for the current forward. A ContextVar carries that, because some
+families drop keyword arguments on the way to attention. Layers are told apart by the order of their calls, which
+every forward repeats.
 """
 
 from __future__ import annotations
@@ -22,15 +22,22 @@ ATTENTION_NAME = "pensieve_paged"
 
 
 class AttentionHandler(Protocol):
-    """In charge of the attention calls of one forward. num_compiled_calls: those that compiled layers made, counted here."""
+    """Handles the attention calls of one forward.
+
+    num_compiled_calls: calls that compiled layers made, counted here.
+    """
 
     num_compiled_calls: int
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
     ) -> torch.Tensor:
-        """query: [num_heads, num_tokens, k_dim]; key, value: [num_kv_heads, num_tokens, dim]. Returns [num_tokens,
-        num_heads, v_dim]."""
+        """Compute one call.
+
+        query: [num_heads, num_tokens, k_dim].
+        key, value: [num_kv_heads, num_tokens, dim].
+        Returns [num_tokens, num_heads, v_dim].
+        """
         ...
 
 
@@ -58,8 +65,12 @@ def paged_attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' signature: query [1, num_heads, num_tokens, dim] -> [1, num_tokens, num_heads, v_dim]. The mask is
-    not used: causality comes from the positions of the segments."""
+    """Attention with transformers' signature.
+
+    query: [1, num_heads, num_tokens, dim].
+    attention_mask: not used; causality comes from the positions of the segments.
+    Returns [1, num_tokens, num_heads, v_dim].
+    """
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     # Compiled code has to call an operator: it must not look inside.
@@ -103,8 +114,11 @@ AttentionInterface.register(ATTENTION_NAME, paged_attention)
 
 
 class PagedAttention:
-    """Serves one forward from the pools by `backend`. layer_pools: (k_pool, v_pool) for each layer, in order of the calls.
-    wait_for_layer: called before a layer touches its pools, where some of its KV is still on its way there."""
+    """Serves one forward from the pools by `backend`.
+
+    layer_pools: (k_pool, v_pool) for each layer, in order of the calls.
+    wait_for_layer: called before a layer touches its pools, if some of its KV is still being copied there.
+    """
 
     def __init__(
         self,
@@ -137,7 +151,7 @@ WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.floa
 
 
 class ShapeProbe:
-    """Serves one forward of a single sequence without a pool, and notes in `calls` what each call is like, in order."""
+    """Serves one forward of a single sequence without a pool, and notes each call in `calls`, in order."""
 
     def __init__(self, *, is_wide: bool = False) -> None:
         """is_wide: compute in a wider dtype, and round the result."""

@@ -1,6 +1,7 @@
-"""Finds out which of several backends is the fastest for a model, on the device where it is to run: each computes a few
-ragged batches in the model's shapes, which have to come out as the first backend computes them, and is timed on these. Knows
-none of them by name.
+"""Measures which of several backends is the fastest for a model, on the device that it will run on.
+
+Each computes a few ragged batches in the model's shapes, which must equal what the first backend computes, and is
+timed on these. Knows no backend by name.
 """
 
 from __future__ import annotations
@@ -79,8 +80,10 @@ def _lengths(rows: torch.Tensor) -> torch.Tensor:
 def choose_fastest(
     candidates: Mapping[str, AttentionBackend], trials: Iterable[Trial], seconds_of: SecondsOf, tolerance: float
 ) -> str:
-    """The name of the candidate with the smallest geometric mean of its times in relation to the first one's. Others that
-    raise, or differ from the first, are left out; says in the log what was measured. Raises what the first one raises."""
+    """Return the name of the candidate with the smallest geometric mean of times relative to the first.
+
+    Candidates that raise, or differ from the first, are left out. Logs what was measured. Raises what the first one raises.
+    """
     first, *others = candidates
     ratios: dict[str, list[float]] = {name: [] for name in others}
     for trial in trials:
@@ -125,8 +128,10 @@ def _make_trial(
     calls: Sequence[AttentionCall],
     chunk_size: int,
 ) -> Trial:
-    """Every context in blocks at random, and its last one, which is partly filled, in a block of its own. What is not filled
-    holds NaN: it must not be read."""
+    """Make a trial: contexts in random blocks, their last, partly filled ones in blocks of their own.
+
+    What is not filled holds NaN: it must not be read.
+    """
     device, shapes = generator.device, dict.fromkeys((call.shape, call.num_heads) for call in calls)
     query_lens, context_lens = torch.tensor(lengths).T
     num_blocks = -(-context_lens // chunk_size)

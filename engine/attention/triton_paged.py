@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs
 # The arguments of kernels have no types that Python knows.
-"""Multi-token paged attention on a GPU, in Triton (paper section 4.4.1): one launch serves a ragged batch of prefills and
-decodes, a second small one combines the parts of contexts that were split. Its oracle is reference.py.
+"""Multi-token paged attention on a GPU, in Triton (paper section 4.4.1).
 
-With TRITON_INTERPRET=1 in the environment before triton is imported it runs on a CPU, for tests: correct and very slow, and
-wrong in bfloat16.
+One launch serves a ragged batch of prefills and decodes, a second small one combines the parts of contexts that were
+split. Its oracle is reference.py. With TRITON_INTERPRET=1 in the environment before triton is imported it runs on a
+CPU, for tests: correct and very slow, and wrong in bfloat16.
 """
 
 from __future__ import annotations
@@ -64,8 +64,10 @@ def load(
 
 
 def load_kernel(device: torch.device) -> str:
-    """Launch everything once on a toy, which compiles it. Returns what runs it. Raises KernelBuildError where that fails: no
-    C compiler for triton's launcher, a device that triton does not know."""
+    """Launch everything once on a toy, which compiles it; return what runs it.
+
+    Raises KernelBuildError if that fails: no C compiler for triton's launcher, a device that triton does not know.
+    """
     dtype = torch.float32
     pools = [torch.zeros(5, 1, SPLIT_STEP, 16, dtype=dtype, device=device) for _ in range(2)]
     tables = torch.arange(5, dtype=torch.int32, device=device)[None]
@@ -197,8 +199,11 @@ def attend(
 
 
 def _tiling(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: int) -> Tiling:
-    """Made at the first layer of a step; layers with the same heads share it. On the device, or on its way there in the
-    current stream: waiting for it would be waiting for all that comes before it, such as KV that is swapped in."""
+    """Return the tiling, made at the first layer of a step; layers with the same heads share it.
+
+    It is on the device, or being copied there in the current stream: waiting for it would be waiting for everything
+    before it in that stream, such as KV that is swapped in.
+    """
     key = (max_tile_tokens, num_head_tiles)
     tiling: Tiling | None = metadata.derived.get(key)
     if tiling is None:
@@ -325,8 +330,11 @@ def _write_kernel(
 
 @triton.jit
 def _locate_tile(tile, segments, num_splits, TILE_TOKENS: tl.constexpr, WINDOW: tl.constexpr, SPLIT_STEP: tl.constexpr):
-    """Of an entry of the tiling: (first row, rows, table row, position of the first row, first key, end of keys, keys of
-    a split). Splits beyond the end are empty."""
+    """Look up an entry of the tiling.
+
+    Returns (first row, rows, table row, position of the first row, first key, end of keys, keys of a split). Splits
+    beyond the end are empty.
+    """
     segment = segments + tl.load(tile) * 4
     first_token = tl.load(tile + 1)
     query_len = tl.load(segment + 1)
@@ -342,7 +350,7 @@ def _locate_tile(tile, segments, num_splits, TILE_TOKENS: tl.constexpr, WINDOW: 
 
 @triton.jit
 def _locate_head(head_tile, r, GROUP: tl.constexpr, SHARERS: tl.constexpr, TILE_HEADS: tl.constexpr):
-    """(KV head, query head) of row r. Behind the last of the KV head's query heads there is none of this tile."""
+    """Return (KV head, query head) of row r; rows after the KV head's last query head have none."""
     kv_head = head_tile // SHARERS
     return kv_head, kv_head * GROUP + head_tile % SHARERS * TILE_HEADS + r % TILE_HEADS
 
@@ -382,8 +390,11 @@ def _attend_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A program: TILE_HEADS query heads of TILE_TOKENS rows of one segment, over one split of their context. Row r of the
-    tile is head r % TILE_HEADS of token r // TILE_HEADS, so that K and V are read once for all heads that share them."""
+    """Compute TILE_HEADS query heads of TILE_TOKENS rows of one segment, over one split of their context.
+
+    Row r of the tile is head r % TILE_HEADS of token r // TILE_HEADS, so that K and V are read once for all heads
+    that share them.
+    """
     index, head_tile = tl.program_id(0), tl.program_id(1)
     split, num_splits = tl.load(work + index * 4 + 2), tl.load(work + index * 4 + 3)
     first_row, num_tokens, table_row, position, begin, end, split_len = _locate_tile(
@@ -479,7 +490,7 @@ def _combine_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A program combines one row of a tile from its splits, if the tile has more than one that is not empty."""
+    """Combine one row of a tile from its splits, if more than one of them is not empty."""
     tile = combinations + tl.program_id(0) * 4
     r, head_tile = tl.program_id(1), tl.program_id(2)
     first_work, num_splits = tl.load(tile + 2), tl.load(tile + 3)

@@ -20,7 +20,11 @@ MIN_PROMPT_LEN = 512
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """rows: of each first prompt, in the step. rest: the batch, in which the first prompts have no rows on the host."""
+    """A batch without its first prompts.
+
+    rows: of each first prompt, in the step.
+    rest: the batch, in which the first prompts have no rows on the host.
+    """
 
     rows: tuple[slice, ...]
     rest: AttentionMetadata
