@@ -1,5 +1,6 @@
-"""What `serve_config.yaml` may say: AppArgs, the `args` of our application, and a check of the whole file
-against Ray's own schema, because Ray takes unknown keys in silence. Starts nothing.
+"""The arguments of our application, AppArgs, and a check of a whole Serve config file. Starts nothing.
+
+The file is checked against Ray's own schema, too, because Ray ignores keys that it does not know.
 
     python -m deployments.schema serve_config.yaml
 """
@@ -88,13 +89,13 @@ def read_serve_config(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name a Serve config file, such as serve_config.yaml") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is no text in UTF-8: {error.reason} at byte {error.start}") from error
+        raise ConfigError(f"{path}: is not text in UTF-8: {error.reason} at byte {error.start}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-        raise ConfigError(f"{path}: {place}is no YAML: {error.problem or error.context}") from error
+        raise ConfigError(f"{path}: {place}is not YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is no YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         found = "is empty" if config is None else f"is {type(config).__name__!r} and not a mapping"
         raise ConfigError(f"{path}: {found}; a Serve config file has the keys applications, http_options and more")
@@ -102,8 +103,11 @@ def read_serve_config(path: str | Path) -> dict[str, Any]:
 
 
 def check_serve_config(path: str | Path) -> list[str]:
-    """What is wrong with a Serve config file, one line each: unknown keys at any level, what Ray's schema
-    refuses, and arguments of our application that AppArgs refuses. Raises ConfigError where it is no such file at all."""
+    """What is wrong with a Serve config file, one line each.
+
+    Unknown keys at any level, values that Ray's schema rejects, and arguments of our application that AppArgs rejects. Raises
+    ConfigError if it is not such a file at all.
+    """
     config = read_serve_config(path)
     problems = list(_unknown_keys(config, ServeDeploySchema, ""))
     try:
@@ -120,7 +124,10 @@ def check_serve_config(path: str | Path) -> list[str]:
 
 
 def _problems(error: ValidationError, prefix: str, known: Iterable[str] = ()) -> list[str]:
-    """One line for each. known: the keys of the model, to name those that were perhaps meant."""
+    """One line for each error.
+
+    known: the keys of the model, to suggest those that may have been meant.
+    """
     return [
         _unknown_key(f"{prefix}{detail['loc'][0]}", str(detail["loc"][0]), known)
         if detail["type"] == "extra_forbidden"
@@ -138,7 +145,7 @@ def _unknown_key(place: str, key: str, known: Iterable[str]) -> str:
 
 
 def _unknown_keys(value: Any, kind: Any, where: str) -> Iterator[str]:
-    """Walks value and type side by side, into pydantic models only; a plain dict may hold any key."""
+    """Walk value and type side by side, into pydantic models only; a plain dict may hold any key."""
     model = _model_in(kind)
     if model is None:
         return
