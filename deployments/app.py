@@ -1,5 +1,6 @@
-"""The application that `serve run` builds: ingress replicas in front of engine replicas. Wiring only; what
-the numbers mean is written in `schema.AppArgs`.
+"""The application that `serve run` builds: ingress replicas in front of engine replicas.
+
+Wiring only; what the options mean is written in `deployments/options.py`.
 """
 
 # No `from __future__ import annotations`: Serve reads the annotation of `build` to make AppArgs of a plain dict.
@@ -14,10 +15,10 @@ from ray.serve.deployment import Application
 from deployments.cluster.placement import group_bundles
 from deployments.ingress import Ingress, IngressConfig
 from deployments.llm_server import LLMServer
+from deployments.options import IngressOptions
 from deployments.routing.session_router import SessionRouter
 from deployments.schema import AppArgs
 from deployments.store.url import is_file
-from deployments.store.values import Quota, StoreLimits
 from deployments.tenants import environment_tenants, load_tenants
 from engine.config import EngineConfig
 from engine.model_files import choose_model
@@ -88,37 +89,24 @@ def build(args: AppArgs) -> Application:
         max_surge_percent=100,
     )
     config = IngressConfig(
-        max_body_bytes=args.max_body_bytes,
-        max_header_bytes=args.max_header_bytes,
+        **args.model_dump(include=set(IngressOptions.model_fields)),
         tenants=load_tenants(args.tenants_file, os.environ),
-        tenants_file=args.tenants_file,
         environment_tenants=environment_tenants(os.environ),
-        request_timeout_s=args.request_timeout_s,
-        store_url=args.store_url,
-        store_password_file=args.store_password_file,
-        retention_days=args.retention_days,
-        store_limits=StoreLimits(
-            Quota(args.max_stored_rows, args.max_stored_bytes),
-            args.store_requests_per_minute,
-            args.store_bytes_per_minute,
-        ),
-        store_min_free_bytes=args.store_min_free_bytes,
-        num_fallback_replicas=args.num_fallback_replicas,
-        engine_wait_s=args.engine_wait_s,
-        page=args.page,
-        demo=args.demo,
     )
     return ingress.bind(engine.bind(engine_config, args.stream_interval_s), config)
 
 
 def _surge_percent(args: AppArgs) -> int:
-    """A second model beside the first one needs its room: CPUs are shared, GPUs are not."""
+    """By default a deploy starts a second model only on CPUs: they can be shared, GPUs cannot."""
     if args.max_surge_percent is not None:
         return args.max_surge_percent
     return 0 if args.num_gpus else SURGE_PERCENT
 
 
 def _engine_limit(config: EngineConfig) -> int:
-    """More than an engine lets run and wait: so it is the engine that refuses, exactly and by fairness between tenants, and
-    not Serve, whose queues know no tenants and let who waits for a full replica stand in the way of all others."""
+    """More requests than an engine lets run and wait, so that the engine rejects requests and not Serve.
+
+    The engine is exact and fair between tenants. Serve's queues know no tenants, and a request that waits for a full replica
+    blocks all behind it.
+    """
     return config.max_num_seqs + config.max_num_queued_reqs + IN_TRANSIT

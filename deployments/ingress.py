@@ -9,7 +9,6 @@ import os
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -37,6 +36,7 @@ from deployments.http.gate import Gate
 from deployments.http.request_limits import RequestLimits
 from deployments.http.status import add_model_routes, add_status_routes
 from deployments.openapi import openapi_document
+from deployments.options import IngressOptions
 from deployments.page import add_page
 from deployments.responses.api import ResponsesApi
 from deployments.responses.conversations import ConversationsApi
@@ -46,7 +46,6 @@ from deployments.routing.absence import why_absent
 from deployments.routing.engine_client import EngineClient
 from deployments.store.conversation_store import ConversationStore
 from deployments.store.url import read_password
-from deployments.store.values import NO_STORE_LIMITS, StoreLimits
 from deployments.tenants import TenantConfig, WatchedTenants
 from engine.cache_view import CacheQuery
 from engine.paths import data_folder, private_folder
@@ -73,26 +72,15 @@ class Engine(Protocol):
     async def hold_back(self, hold: CacheHold) -> list[int]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class IngressConfig:
-    """What one ingress replica goes by; see AppArgs and TenantConfig. tenants: all, as of when the application was built.
-    tenants_file, environment_tenants: where they are from, for the file may change."""
+class IngressConfig(IngressOptions):
+    """What one ingress replica goes by: the application's options that it reads, and the tenants.
 
-    max_body_bytes: int = 4 * 2**20
-    max_header_bytes: int = 32 * 2**10
+    tenants: all of them, as of when the application was built; `tenants_file` may have changed since.
+    environment_tenants: those of them that are not from the file.
+    """
+
     tenants: tuple[TenantConfig, ...] = ()
-    tenants_file: str | None = None
     environment_tenants: tuple[TenantConfig, ...] = ()
-    request_timeout_s: float | None = None
-    store_url: str | None = None
-    store_password_file: str | None = None
-    retention_days: float | None = None
-    store_limits: StoreLimits = NO_STORE_LIMITS  # of a tenant whose own entry does not say otherwise
-    store_min_free_bytes: int = 0
-    num_fallback_replicas: int = 1
-    engine_wait_s: float = 60.0
-    page: bool = True
-    demo: bool = False
 
 
 class Ingress:

@@ -48,21 +48,47 @@ WATCH_PERIOD_S = 2.0
 
 
 class TenantConfig(BaseModel):
-    """One tenant and its limits; for those of the store, None = the application's. operator: its keys see the cache of all
-    tenants, though not what was said."""
+    """One tenant and its limits."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-    api_keys_sha256: Annotated[tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...], Field(min_length=1)]
-    weight: float = Field(default=1.0, gt=0, le=1000)
-    max_concurrent_requests: int | None = Field(default=None, ge=1)
-    tokens_per_minute: int | None = Field(default=None, ge=1)
-    max_stored_bytes: int | None = Field(default=None, ge=0)
-    max_stored_rows: int | None = Field(default=None, ge=0)
-    store_requests_per_minute: int | None = Field(default=None, ge=1)
-    store_bytes_per_minute: int | None = Field(default=None, ge=1)
-    operator: bool = False
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="The tenant's name in logs and metrics.")]
+    api_keys_sha256: Annotated[
+        tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...],
+        Field(
+            min_length=1,
+            description="SHA-256 hashes of its keys, in hex; `python -m deployments.tenants new` makes one.",
+        ),
+    ]
+    weight: float = Field(
+        default=1.0, gt=0, le=1000, description="Its share of an engine, when several tenants want more than there is."
+    )
+    max_concurrent_requests: int | None = Field(
+        default=None, ge=1, description="Most requests at once in the whole application. None: any number."
+    )
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="Most tokens a minute in the whole application. None: any number."
+    )
+    max_stored_bytes: int | None = Field(
+        default=None, ge=0, description="Most bytes in the conversation store. None: the application's limit."
+    )
+    max_stored_rows: int | None = Field(
+        default=None, ge=0, description="Most rows in the conversation store. None: the application's limit."
+    )
+    store_requests_per_minute: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most requests a minute to the paths that only store. None: the application's limit.",
+    )
+    store_bytes_per_minute: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most bytes a minute to the paths that only store. None: the application's limit.",
+    )
+    operator: bool = Field(
+        default=False,
+        description="Its keys may see where the chunks of all tenants' conversations lie, though not what was said.",
+    )
 
     @field_validator("api_keys_sha256")
     @classmethod

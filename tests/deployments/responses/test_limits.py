@@ -26,7 +26,6 @@ from deployments.responses.store_upkeep import StoreUpkeep
 from deployments.store.conversation_store import ConversationStore
 from deployments.store.errors import ConversationBusyError
 from deployments.store.usage import Usage
-from deployments.store.values import Quota, StoreLimits
 from deployments.tenants import TenantConfig, hash_key
 from engine.errors import ContextLengthError
 from engine.tenant import LOCAL_TENANT
@@ -70,9 +69,8 @@ def error_of(answer: httpx.Response) -> tuple[int, str]:
 
 
 async def test_a_tenant_keeps_no_more_than_its_quota(engine: ScriptedEngine, url: str) -> None:
-    limits = StoreLimits(Quota(max_rows=10**6, max_bytes=20_000))
     own = TenantConfig(id="a", api_keys_sha256=(hash_key("sk-a"),), max_stored_rows=6)
-    async with served(engine, url, store_limits=limits, tenants=(own,)) as http:
+    async with served(engine, url, max_stored_rows=10**6, max_stored_bytes=20_000, tenants=(own,)) as http:
         first = await http.post("/v1/responses", json=BODY | {"input": "x" * 15_000}, headers=KEY)
         assert first.status_code == 200
         for path, body in (
@@ -100,7 +98,7 @@ async def test_a_tenant_above_its_tokens_stores_nothing(engine: ScriptedEngine, 
 
 
 async def test_what_only_stores_has_a_rate(engine: ScriptedEngine, url: str) -> None:
-    async with served(engine, url, store_limits=StoreLimits(Quota(), 3, 10_000)) as http:
+    async with served(engine, url, store_requests_per_minute=3, store_bytes_per_minute=10_000) as http:
         talk = (await http.post("/v1/conversations")).json()["id"]
         items = {"items": [{"role": "user", "content": "x" * 20_000}]}
         assert (await http.post(f"/v1/conversations/{talk}/items", json=items)).status_code == 200
@@ -180,7 +178,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 async def test_ready_knows_a_full_disk(
     engine: ScriptedEngine, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with served(engine, f"sqlite:///{small_disk / 'conversations.db'}") as http:
+    async with served(engine, f"sqlite:///{small_disk / 'conversations.db'}", store_min_free_bytes=0) as http:
         stored = (await http.post("/v1/responses", json=BODY)).json()
         assert (await http.get("/ready")).status_code == 200
         with pytest.raises(OSError, match="No space left"):
