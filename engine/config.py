@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from engine.attention.registry import BACKEND_NAMES
 from engine.core.config import CacheOptions, SchedulingOptions
 from engine.errors import ConfigError
 from engine.option_names import unknown_option
 from engine.options import Option, check_values, options_of
 
-ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "cpu", "reference")
+ATTENTION_BACKENDS = ("auto", *BACKEND_NAMES)
 LOAD_FORMATS = ("auto", "dummy")
 SWAP_COPIES = ("auto", "dma", "kernel")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
