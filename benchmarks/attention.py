@@ -1,5 +1,6 @@
-"""The C++ paged attention kernel against torch's scaled_dot_product_attention on contiguous K and V of the same shape, and,
-for decoding, against reading as many bytes once. All in one process, measured in turns.
+"""The C++ paged attention kernel against torch's attention on contiguous K and V of the same shape.
+
+Decoding is also compared with reading as many bytes once. All in one process, measured alternately.
 
     python benchmarks/attention.py                      2 threads where there are two cores
     python benchmarks/attention.py --num-threads 1 --repeats 40

@@ -1,5 +1,6 @@
-"""Microseconds per victim of the retention-value search, by number of chunks. Target: under 20 us at a million chunks, and no
-growth with their number.
+"""Microseconds per victim of the retention-value search, by number of chunks.
+
+Target: under 20 us at a million chunks, and no growth with their number.
 
     python benchmarks/eviction.py
 """

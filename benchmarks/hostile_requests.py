@@ -1,4 +1,4 @@
-"""What one tenant's hostile requests do to another tenant's stream: its largest gap between two pieces of text.
+"""What one tenant's hostile requests do to another tenant's stream: its largest gap.
 
     python benchmarks/hostile_requests.py
     python benchmarks/hostile_requests.py --model PATH_OR_HUB_ID --repeats 5
@@ -50,7 +50,10 @@ def chat(messages: list[dict[str, str]], **options: Any) -> bytes:
 
 
 def make_attacks(max_stop: int, max_stop_chars: int, num_tokens: int) -> dict[str, bytes | None]:
-    """The body of each kind of request; None sends nothing. max_stop, max_stop_chars: what the server accepts."""
+    """The body of each kind of request; None sends nothing.
+
+    max_stop, max_stop_chars: what the server accepts.
+    """
     question = [{"role": "user", "content": "tell me a story"}]
     answer = {"max_tokens": num_tokens, "ignore_eos": True}
     return {

@@ -1,5 +1,7 @@
-"""Real agent sessions with think time over a working set three times the GPU tier: stateless, GPU tier only, and both tiers
-under each eviction policy, in one run. Throughput, time to first token, and where prompt tokens came from.
+"""Real agent sessions with think time over a working set three times the GPU tier.
+
+Stateless, GPU tier only, and both tiers under each eviction policy, in one run: throughput, time to first token, and
+where prompt tokens came from.
 
     python benchmarks/multi_turn.py
 
@@ -40,7 +42,11 @@ CHUNK_SIZE = 32
 
 @dataclass(frozen=True)
 class Session:
-    """new_tokens: what each turn adds to the context before the model speaks. num_output_tokens: of each answer."""
+    """One agent session.
+
+    new_tokens: what each turn adds to the context before the model answers.
+    num_output_tokens: of each answer.
+    """
 
     name: str
     new_tokens: tuple[tuple[int, ...], ...]
@@ -80,7 +86,7 @@ def build_model(folder: Path, texts: list[str], arguments: argparse.Namespace) -
 
 
 def build_sessions(tokenizer: Any, arguments: argparse.Namespace) -> list[Session]:
-    """Each assistant message of the data becomes a turn; what stands between two of them is the turn's new text."""
+    """Make a turn of each assistant message; the text between two of them is the new text of the turn."""
     sessions = []
     for number, messages in enumerate(json.loads(DATA.read_text())[: arguments.num_sessions]):
         new, turns, outputs = "", [], []

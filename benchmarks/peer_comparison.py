@@ -1,5 +1,6 @@
-"""This engine and other ones on the same conversations, side by side in one run: output tokens/s, time to first token and
-time per token by turn, and whether the answers are the same.
+"""This engine and other ones on the same conversations, side by side in one run.
+
+Output tokens/s, time to first token and time per token by turn, and whether the answers are the same.
 
     benchmarks/peers/setup.sh                       once; needs a compiler and about 4 GB
     python benchmarks/peer_comparison.py
@@ -49,8 +50,12 @@ WORKLOADS = {
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """python, script, arguments: how its runner starts. model: what it reads, made where it is missing by `make_model`, which
-    is told where. needs: what setup.sh leaves; without it the system is left out."""
+    """One system of the comparison.
+
+    python, script, arguments: how its runner starts.
+    model: what it reads; `make_model`, which gets its path, makes it if it is missing.
+    needs: what setup.sh leaves; without it the system is left out.
+    """
 
     name: str
     python: Path
@@ -145,8 +150,10 @@ def summarise(runs: list[dict[str, Any]], num_turns: int) -> dict[str, Any]:
 
 
 def compare_answers(runs: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, float]:
-    """Shares of answers that are the same as the reference's, and of tokens before the first difference of their session:
-    after one, the histories differ, and so do all later answers."""
+    """Return the shares of equal answers, and of tokens before the first difference of their session.
+
+    After a difference the histories differ, and so do all later answers.
+    """
     expected = {(turn["session"], turn["turn"]): turn["token_ids"] for turn in reference["turns"]}
     num_answers = num_tokens = num_equal_answers = num_equal_tokens = 0
     for run in runs:

@@ -1,5 +1,6 @@
-"""What the way through Ray Serve costs: time to first token, time per later token and tokens/s of streams over HTTP (proxy,
-ingress, engine replica) beside the same engine asked directly in this process, by number of streams at once.
+"""What Ray Serve costs: streams over HTTP beside the same engine called directly in this process.
+
+Time to first token, time per later token and tokens/s, by number of concurrent streams.
 
     python benchmarks/serve_overhead.py
     python benchmarks/serve_overhead.py --fast-path    # also with HAProxy and Serve's throughput switches (needs haproxy)
@@ -57,7 +58,10 @@ Stream = Callable[[str], AsyncIterator[None]]
 
 @contextmanager
 def serve_app(engine: dict[str, Any], fast_path: bool, **args: Any) -> Iterator[str]:
-    """A Serve application of one ingress and one engine replica in processes of its own; its URL. args: further AppArgs."""
+    """A Serve application of one ingress and one engine replica in processes of its own; its URL.
+
+    args: further AppArgs.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))

@@ -1,5 +1,7 @@
-"""Where the time of a step goes: matrix multiplications, attention (writing KV included), the rest of the model, sampling,
-scheduling, and what else the executor does. One plot over decode steps of several sizes and a prefill step.
+"""Where the time of a step goes.
+
+Matrix multiplications, attention (writing KV included), the rest of the model, sampling, scheduling, and what else
+the executor does. One plot over decode steps of several sizes and a prefill step.
 
     python benchmarks/step_profile.py
     python benchmarks/step_profile.py --dtype bfloat16 --context-len 900 --name step_profile_bfloat16
@@ -48,7 +50,10 @@ NUM_STEPS = 20
 
 
 class Clock:
-    """Seconds by part of the step under way. Parts are nested: what an inner one takes is not the outer one's."""
+    """Seconds by part of the step under way.
+
+    Parts are nested: what an inner one takes is not the outer one's.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -94,8 +99,10 @@ def instrumented(executor: LocalExecutor, core: EngineCore, clock: Clock) -> Ite
 
 
 def profile_steps(executor: LocalExecutor, num_requests: int, context_len: int, num_new: int) -> dict[str, float]:
-    """Median seconds by part over steps of `num_requests` requests: decodes, or with `num_new` > 1 a prefill of so many
-    tokens after a cached context."""
+    """Return median seconds by part over steps of `num_requests` requests.
+
+    num_new: 1 = decodes; more = a prefill of so many tokens after a cached context.
+    """
     core = EngineCore(
         CacheConfig(num_gpu_blocks=executor.num_gpu_blocks),
         SchedulingConfig(

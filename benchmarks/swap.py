@@ -1,5 +1,6 @@
-"""How much of a swap-in is hidden behind computation, layer by layer: compute only, transfer only, one after the other, and
-pipelined, side by side in one run.
+"""How much of a swap-in is hidden behind computation, layer by layer.
+
+Compute only, transfer only, one after the other, and pipelined, side by side in one run.
 
     python benchmarks/swap.py
 """

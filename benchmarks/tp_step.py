@@ -1,6 +1,7 @@
-"""What a tensor-parallel step costs beside computing: from the engine thread's plan on rank 0 to the same plan in a worker's
-hands, over the connection that serves; and what rank 0 itself spends more than an executor without a group. No collective is
-in it: these depend on the devices.
+"""What a tensor-parallel step costs besides computing.
+
+From the engine thread's plan on rank 0 until a worker has the same plan, over the connection that serves; and what
+rank 0 itself spends more than an executor without a group. No collective is included: these depend on the devices.
 
     python benchmarks/tp_step.py
 """
@@ -38,7 +39,10 @@ def decode_plan_of(step_id: int, num_requests: int) -> StepPlan:
 
 
 def receive_all(member: GroupMember, results: Connection) -> None:
-    """A worker that only notes when each plan is in its hands. The clock is the machine's, the same in all processes."""
+    """A worker that only notes when each plan is in its hands.
+
+    The clock is the machine's, the same in all processes.
+    """
     receiver = PlanReceiver(member)
     times = []
     while receiver.receive() is not None:

@@ -1,4 +1,4 @@
-"""Time to first token by turn, pensieve and stateless side by side in one run: ten turns that fill the model's window.
+"""Time to first token by turn, pensieve and stateless in one run: ten turns that fill the window.
 
     python benchmarks/turn_latency.py
     python benchmarks/turn_latency.py --model PATH --num-turns 10 --repeats 5 --max-model-len 2048
@@ -26,7 +26,10 @@ NUM_OUTPUT_TOKENS = 16
 
 
 def user_messages(tokenizer, num_turns: int, tokens_per_turn: int, seed: int) -> list[str]:
-    """Messages of about `tokens_per_turn` tokens each; different for each seed, so that no cache serves two repeats."""
+    """Return messages of about `tokens_per_turn` tokens each.
+
+    They differ for each seed, so that no cache serves two repeats.
+    """
     rng, vocabulary = random.Random(seed), WORDS.split()
     messages = []
     for _ in range(num_turns):

@@ -1,4 +1,6 @@
-"""What has to hold on a GPU before anything is worth measuring there. Each check returns a line of what it saw, or raises.
+"""What has to hold on a GPU before anything is worth measuring there.
+
+Each check returns a line of what it saw, or raises.
 
 Checks of one model share its executor. Under `for_smoke` the same code runs on a CPU, with stand-ins for streams and graphs.
 """
@@ -49,9 +51,15 @@ ALTERNATIVES = 10
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """max_num_seqs: of the recorded sizes, too. num_conversations, num_turns, prompt_len (the longest), output_len: of the
-    conversations. gpu_blocks, cpu_blocks: of their tiers. num_swapped: blocks in each copy of the round trip. kept_tokens: of
-    an engine's prompt."""
+    """Sizes of the checks.
+
+    max_num_seqs: of the recorded sizes, too.
+    num_conversations, num_turns, output_len: of the conversations.
+    prompt_len: the longest.
+    gpu_blocks, cpu_blocks: of their tiers.
+    num_swapped: blocks in each copy of the round trip.
+    kept_tokens: of an engine's prompt.
+    """
 
     max_num_seqs: int
     num_conversations: int
@@ -134,7 +142,10 @@ class Subject:
 
 
 def all_checks(setting: Setting, folder: Path) -> Iterator[tuple[str, Check]]:
-    """(name, check) in order. The next one is made when it is asked for, so that what a check leaves may be freed first."""
+    """(name, check) in order.
+
+    The next one is made when it is asked for, so that what a check leaves may be freed first.
+    """
     shapes = {
         "tiny Llama": Shape("llama", {**TINY_LLAMA.values, INIT["llama"]: INIT_STD}),
         "tiny OPT": Shape("opt", {**TINY_OPT.values, INIT["opt"]: INIT_STD}),
@@ -180,8 +191,10 @@ def all_checks(setting: Setting, folder: Path) -> Iterator[tuple[str, Check]]:
 
 
 def check_graphs(subject: Subject) -> str:
-    """Recorded decode steps of all sizes, full and with a row of padding, against eager ones; before that, freed memory is
-    overwritten: a graph that reads what nothing keeps alive would read that."""
+    """Compare recorded decode steps of all sizes, full and with a padding row, with eager ones.
+
+    Freed memory is overwritten before: a graph that reads memory that nothing keeps alive would read that.
+    """
     executor = subject.executor
     assert len(executor._runner._graphs._sizes) == len(bucket_sizes(subject.sizes.max_num_seqs)), "sizes are missing"
     overwritten = overwrite_freed_memory(subject.setting.device)
@@ -201,14 +214,17 @@ def check_graphs(subject: Subject) -> str:
 
 
 def overwrite_freed_memory(device: torch.device) -> list[torch.Tensor]:
-    """Fill what the allocator has cached, by pieces of all sizes up to a mebibyte; it stays so while the result is kept."""
+    """Fill what the allocator has cached, by pieces of all sizes up to a mebibyte.
+
+    It stays so while the result is kept.
+    """
     return [
         torch.full((1 << power,), -1, dtype=torch.int32, device=device) for power in range(5, 19) for _ in range(32)
     ]
 
 
 def check_swaps(subject: Subject) -> str:
-    """Every kind of copy of a step, by both copiers, with whole blocks and in groups of layers: byte for byte."""
+    """Compare every kind of copy of a step byte for byte, by both copiers, whole blocks and groups of layers."""
     executor, n = subject.executor, subject.sizes.num_swapped
     num_steps = 0
     for by, swapper in swappers(subject.setting, executor):
@@ -261,8 +277,10 @@ def _check_copies(subject: Subject, rng: random.Random, n: int, by: str, *, has_
 
 
 def check_conversations(subject: Subject) -> str:
-    """Conversations over two tiers that are too small for them, by graphs, steps running ahead, against each turn computed
-    alone from nothing without graphs."""
+    """Compare conversations over two tiers that are too small for them with each turn computed alone.
+
+    The former by graphs and steps running ahead; the latter from nothing, without graphs.
+    """
     sizes, executor = subject.sizes, subject.executor
     with torch.inference_mode():
         executor.gpu_store.storage.fill_(float("nan"))  # nothing is to be read before it is written
@@ -341,7 +359,7 @@ def _answer(
 
 
 def _is_tie(actual: Sequence[RequestOutput], expected: Sequence[RequestOutput], dtype: torch.dtype, where: str) -> bool:
-    """Whether two answers part at a place where rounding decides; raises AssertionError if they part elsewhere."""
+    """Say whether two answers differ where rounding decides; raise AssertionError if they differ elsewhere."""
     assert len(actual) == len(expected), f"{where}: {len(actual)} tokens instead of {len(expected)}"
     for number, (one, other) in enumerate(zip(actual, expected, strict=True)):
         if one.token_id == other.token_id:
@@ -357,8 +375,10 @@ def _is_tie(actual: Sequence[RequestOutput], expected: Sequence[RequestOutput], 
 
 
 def check_restarts(subject: Subject) -> str:
-    """The engine started, used and shut down three times in one process, and an executor that is dropped between: each gives
-    its host memory back, pinned as it is."""
+    """Start, use and shut down the engine three times in one process, and drop an executor in between.
+
+    Each gives its pinned host memory back.
+    """
     options = {"num_gpu_blocks": 32, "num_cpu_blocks": 32}
     answers = []
     for _ in range(3):
@@ -390,8 +410,10 @@ async def _use(engine: AsyncEngine, num_tokens: int) -> list[int]:
 
 
 def check_compiled(subject: Subject) -> str:
-    """Compiled layers run what was compiled for them in steps of every kind: here a guard that fails raises, and does not
-    fall back to the layer as it was written."""
+    """Run compiled layers in steps of every kind.
+
+    Here a guard that fails raises, and does not fall back to the layer as it was written.
+    """
     compiler = (
         "aot_eager" if subject.setting.is_smoke else compiled_layers.COMPILER
     )  # half a minute, and a C++ compiler
@@ -417,7 +439,7 @@ def check_compiled(subject: Subject) -> str:
 
 
 def check_sized_from_memory(subject: Subject) -> str:
-    """Without `num_gpu_blocks` the tier takes what the largest step and the graphs leave; that step still fits then."""
+    """Size the tier from memory, without `num_gpu_blocks`; the largest step must still fit then."""
     config = subject.config(num_cpu_blocks=0, max_num_batched_tokens=subject.setting.max_num_batched_tokens)
     executor = LocalExecutor(config)
     try:

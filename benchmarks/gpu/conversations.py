@@ -1,5 +1,8 @@
-"""Multi-turn conversations whose working set is three times the GPU tier: this engine without a cache, with one tier, with
-two; and transformers' continuous batching with prefix sharing and offloading. The workload is the one of benchmarks/peers."""
+"""Multi-turn conversations whose working set is three times the GPU tier.
+
+This engine without a cache, with one tier, with two; and transformers' continuous batching with prefix sharing and
+offloading. The workload is the one of benchmarks/peers.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +126,9 @@ async def _run(setting: Setting, name: str, active: int, generate: Generate) -> 
 
 
 def measure_peer(setting: Setting, folder: str, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """transformers' continuous batching with as many blocks of the same size, after each run; offloading needs a GPU.
+    """Measure transformers' continuous batching with as many blocks of the same size, after each run.
+
+    Offloading needs a GPU.
 
     rows: of the engine's configurations, to compare with.
     """
@@ -162,8 +167,11 @@ def measure_peer(setting: Setting, folder: str, rows: list[dict[str, Any]]) -> I
 
 
 def compare(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Throughput of two tiers over each of the others, at the same p90 time to first token: of the other's runs, the fastest
-    whose p90 is no longer than that of the two tiers' fastest run; where none is, the one with the shortest."""
+    """Compare the throughput of two tiers with each of the others, at the same p90 time to first token.
+
+    Of the other's runs, the fastest whose p90 is no longer than that of the two tiers' fastest run counts; if there
+    is none, the one with the shortest p90.
+    """
     by_name: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["configuration"], []).append(row)

@@ -1,5 +1,6 @@
-"""Recorded decode steps against the same steps launched one operation after the other: a graph that reads the wrong memory is
-as fast as a right one.
+"""Recorded decode steps against the same steps launched one operation after the other.
+
+A graph that reads the wrong memory is as fast as a right one.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.float16: (2e-2, 1e-1), torch.bf
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Between the logits of graphs and of eager steps, in relation to the largest logit of a row. num_other_tokens: rows in
-    which rounding made another token the largest."""
+    """Between the logits of graphs and of eager steps, relative to the largest logit of a row.
+
+    num_other_tokens: rows in which rounding made another token the largest.
+    """
 
     num_rows: int
     num_other_tokens: int

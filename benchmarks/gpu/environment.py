@@ -1,7 +1,8 @@
-"""What a process of this folder needs before torch and triton are imported; imported first by everything that is started.
+"""What a process of this folder needs before torch and triton are imported.
 
-The repository does not have to be installed: its root and the folders of the benchmarks come first on the path. Nothing is
-downloaded, and what compilers keep lies in a folder of this checkout, so that the processes of one run share it.
+Imported first by everything that is started. The repository does not have to be installed: its root and the folders of the
+benchmarks come first on the path. Nothing is downloaded, and what compilers keep is in a folder of this checkout, so that the
+processes of one run share it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether the GPU path computes what it should, in about a minute and a half, before anything is measured.
+"""Checks in about a minute and a half whether the GPU path computes what it should.
 
     python benchmarks/gpu/gate.py             on a GPU
     python benchmarks/gpu/gate.py --smoke     does the code run? on a CPU, with stand-ins for streams and graphs
@@ -54,7 +54,10 @@ def run_check(name: str, check: Check) -> Result:
 
 
 def run_checks(checks: Iterable[tuple[str, Check]], device: torch.device, out: Path | None) -> tuple[list[Result], str]:
-    """(results, what broke the device, or nothing): a line for each check as it ends, and all so far in the file `out`."""
+    """Return the results, and what broke the device, if anything.
+
+    Prints a line for each check as it ends, and writes all so far to the file `out`.
+    """
     results: list[Result] = []
     broken = ""
     for name, check in checks:

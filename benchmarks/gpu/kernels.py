@@ -1,4 +1,4 @@
-"""The machine's roofs, and attention under them: against contiguous attention of the same shape, and Figure 12."""
+"""The machine's roofs, and attention below them: against contiguous attention, and Figure 12."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ CHECKED_ROWS = 256
 
 
 def measure_roofs(setting: Setting) -> dict[str, Any]:
-    """Bytes/s of a copy on the device (read and written), of copies from and to pinned memory, alone and both at once, and
-    the rate of a matrix multiplication."""
+    """Measure bytes/s of copies and the rate of a matrix multiplication.
+
+    Copies on the device (read and written), and from and to pinned memory, alone and both at once.
+    """
     device, dtype, n = setting.device, setting.dtype, setting.matrix_size
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(setting.copy_bytes, dtype=torch.uint8, device=device)
@@ -77,8 +79,10 @@ def measure_roofs(setting: Setting) -> dict[str, Any]:
 
 
 class Batch:
-    """`batch` requests with `query_len` new tokens each, at the end of contexts of `context_len`: contiguous, and in blocks
-    that lie in random order in a pool twice as large."""
+    """`batch` requests with `query_len` new tokens each, at the end of contexts of `context_len`.
+
+    Contiguous, and in blocks in random order in a pool twice as large.
+    """
 
     def __init__(
         self,
@@ -200,7 +204,9 @@ class Batch:
         return self._sdpa(SDPBackend.MATH, self.keys, self.values, self._num_checked).float()
 
     def check(self, call: Callable[[], torch.Tensor] | None = None) -> float:
-        """Largest difference between paged and contiguous attention; raises AssertionError where it is not rounding.
+        """Return the largest difference between paged and contiguous attention.
+
+        Raises AssertionError if it is not rounding.
 
         call: gives [tokens, heads, dim]; None = `paged()`.
         """
@@ -244,7 +250,10 @@ def load_others(setting: Setting, shape: Shape) -> dict[str, AttentionBackend]:
 
 
 def measure_other(setting: Setting, batch: Batch) -> dict[str, Any]:
-    """The time of the kernels; what they are planned by on the host is not in it. One that is wrong has none."""
+    """The time of the kernels; what they are planned by on the host is not in it.
+
+    One that is wrong has none.
+    """
     try:
         error = batch.check() if batch.can_check else None
     except (AssertionError, RuntimeError) as failure:

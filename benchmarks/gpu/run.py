@@ -1,4 +1,6 @@
-"""Everything that is measured on a GPU, within a time budget: one process for each group of sections, in order of importance.
+"""Everything that is measured on a GPU, within a time budget.
+
+One process for each group of sections, in order of importance.
 
     python benchmarks/gpu/run.py --budget 470 --pack results.tgz     all of it, to benchmarks/results/gpu_*.json
     python benchmarks/gpu/run.py --groups llama tiles
@@ -57,7 +59,10 @@ GROUPS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """outcome: "complete", "failed" (a section, or a part of one), "device failed", "ended at its limit", "skipped"."""
+    """How a group of sections ended.
+
+    outcome: "complete", "failed" (a section, or a part of one), "device failed", "ended at its limit", "skipped".
+    """
 
     name: str
     outcome: str

@@ -1,5 +1,7 @@
-"""Groups of sections of the benchmark, in this process: models in the shape of Llama-3.1-8B and OPT-13B with random weights,
-nothing downloaded, no Ray. Started by run.py, which gives each group a process and a time limit; by hand:
+"""Groups of sections of the benchmark, in this process.
+
+Models in the shape of Llama-3.1-8B and OPT-13B with random weights, nothing downloaded, no Ray. Started by run.py,
+which gives each group a process and a time limit; by hand:
 
     python benchmarks/gpu/sections.py llama --out FOLDER
 

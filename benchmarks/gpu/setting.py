@@ -1,4 +1,4 @@
-"""What is measured: the models' shapes and the sizes of everything, for a GPU, or tiny, to see whether the code runs."""
+"""What is measured: the models' shapes and all sizes, for a GPU or, tiny, for a smoke run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class Shape:
         return int(self.values["num_hidden_layers"])
 
     def save(self, folder: Path) -> str:
-        """Config and tokenizer, but no weights: the engine makes random ones on the device (load_format: dummy)."""
+        """Save config and tokenizer, but no weights.
+
+        The engine makes random ones on the device (load_format: dummy).
+        """
         config = transformers.AutoConfig.for_model(self.family, **self.values)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, None if name != "pad_token_id" else 0)

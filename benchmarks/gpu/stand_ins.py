@@ -1,5 +1,7 @@
-"""In place of CUDA's streams and graphs, for smoke runs on a machine without a GPU: what is put in is done at once, and a
-replay calls the recorded function again. They show that the code around them runs, and nothing about CUDA.
+"""Stand-ins for CUDA's streams and graphs, for smoke runs on a machine without a GPU.
+
+Queued work is done at once, and a replay calls the recorded function again. They show that the code around them runs,
+and nothing about CUDA.
 """
 
 from __future__ import annotations

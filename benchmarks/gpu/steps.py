@@ -1,5 +1,8 @@
-"""Whole steps of the real executor: decodes against memory bandwidth, prefill against the matrix rate, swaps against pinned
-copies, what of a swap-in is hidden, what a step takes outside the model, and the accuracy of bf16."""
+"""Whole steps of the real executor.
+
+Decodes against memory bandwidth, prefill against the matrix rate, swaps against pinned copies, what of a swap-in is
+hidden, what a step takes outside the model, and the accuracy of bf16.
+"""
 
 from __future__ import annotations
 
@@ -153,8 +156,10 @@ def _ended(num_requests: int) -> StepPlan:
 def _measure_decodes(
     setting: Setting, executor: LocalExecutor, roofs: dict[str, float]
 ) -> Iterator[list[dict[str, Any]]]:
-    """The time of a step by batch size, in turn and on the device alone, and how often the least that reading the weights and
-    the KV takes goes into it."""
+    """Measure steps by batch size, sequentially and on the device alone.
+
+    Also how often the least time, that of reading weights and KV, fits into it.
+    """
     context = setting.decode_context
     blocks_each = -(-(context + setting.decode_steps + 1) // CHUNK_SIZE)
     weights = sum(p.nbytes for p in executor.loaded.model.parameters())
@@ -195,7 +200,7 @@ def _measure_decodes(
 
 
 def _replay_seconds(setting: Setting, executor: LocalExecutor, batch: int) -> float | None:
-    """Seconds of the device for the recorded step of so many requests, over what its inputs hold; None if there is none."""
+    """Return seconds of the device for the recorded step of so many requests; None if there is none."""
     graphs = executor._runner._graphs
     size = graphs.size_for(batch)
     if size is None:
@@ -214,7 +219,7 @@ def _compare_graphs(setting: Setting, executor: LocalExecutor) -> Iterator[list[
 
 
 def _profile(setting: Setting, executor: LocalExecutor) -> Iterator[dict[str, Any]]:
-    """The kernels that one recorded step of the smallest and of the largest batch, and one prompt, take their time in."""
+    """List the kernels that take the time of recorded steps (smallest and largest batch) and of one prompt."""
     profiles: dict[str, Any] = {}
     context = setting.decode_context
     blocks_each = -(-(context + 1) // CHUNK_SIZE)
@@ -384,8 +389,10 @@ def _measure_hidden(setting: Setting, executor: LocalExecutor) -> Iterator[list[
 
 
 def _measure_overhead(setting: Setting, executor: LocalExecutor) -> Iterator[dict[str, Any]]:
-    """Decode steps driven by the core, as the engine does it: each put behind the one before, and one after the other. What
-    of a step is not the model."""
+    """Measure what of a decode step is not the model.
+
+    Driven by the core, as the engine does it: each step queued after the one before, and sequentially.
+    """
     batch = setting.overhead_batch
     ahead_s, _ = _drive_decodes(setting, executor, is_ahead=True)
     in_turn_s, parts = _drive_decodes(setting, executor, is_ahead=False)
@@ -406,7 +413,7 @@ def _measure_overhead(setting: Setting, executor: LocalExecutor) -> Iterator[dic
 
 
 def _drive_decodes(setting: Setting, executor: LocalExecutor, *, is_ahead: bool) -> tuple[float, dict[str, float]]:
-    """(median seconds from one result to the next, medians of the host's parts) of steps in which all decode."""
+    """Return median seconds between results, and medians of the host's parts, of steps of decodes."""
     batch = setting.overhead_batch
     core = EngineCore(
         CacheConfig(num_gpu_blocks=executor.num_gpu_blocks, chunk_size=CHUNK_SIZE),
@@ -453,8 +460,10 @@ def _drive_decodes(setting: Setting, executor: LocalExecutor, *, is_ahead: bool)
 
 
 def measure_accuracy(setting: Setting, folder: str) -> Iterator[dict[str, Any]]:
-    """Logits of a prompt in the low precision, by this engine and by transformers' own attention, against float32 with the
-    same weights."""
+    """Compare a prompt's logits in low precision with float32 and the same weights.
+
+    By this engine, and by transformers' own attention.
+    """
     low = setting.dtype if not setting.is_smoke else torch.float16
     executor = LocalExecutor(
         make_config(

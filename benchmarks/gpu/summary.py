@@ -1,5 +1,6 @@
-"""The figures that decide, from the files of a run: each beside its target and what was predicted for an H100 before anything
-of this ran on one. Standard library only.
+"""The figures that decide, from the files of a run.
+
+Each beside its target and what was predicted for an H100 before anything of this ran on one. Standard library only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""A sweep of the attention kernel's tiles: keys, warps, stages and programs of decodes, rows too of prompts.
+"""A sweep of the attention kernel's tiles.
 
-Figures to choose the constants of engine/attention/triton_paged.py by; it changes none of them.
+Keys, warps, stages and programs of decodes, and rows of prompts, too. Figures to choose the constants of
+engine/attention/triton_paged.py by; it changes none of them.
 """
 
 from __future__ import annotations

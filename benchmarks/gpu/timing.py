@@ -1,4 +1,7 @@
-"""Seconds of what a GPU does, without the time to launch it where that can be recorded; in the smoke run, of a CPU."""
+"""Seconds of what a GPU does, without the time to launch it if that can be recorded.
+
+In the smoke run, of a CPU.
+"""
 
 from __future__ import annotations
 

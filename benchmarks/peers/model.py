@@ -1,5 +1,7 @@
-"""The model of the comparison, made without a download: a random Llama of 102M parameters with a byte-level tokenizer, and
-its conversions for the systems that do not read the Hugging Face format. What matters are shapes and equal weights.
+"""The model of the comparison, made without a download.
+
+A random Llama of 102M parameters with a byte-level tokenizer, and its conversions for the systems that do not read
+the Hugging Face format. What matters are shapes and equal weights.
 
     python benchmarks/peers/model.py FOLDER [--dtype float32]
 """
@@ -51,8 +53,10 @@ def save_model(folder: Path, dtype: str) -> None:
 
 
 def build_tokenizer():
-    """Byte-level, with one merge, since llama.cpp refuses none. Tokens that no text contains fill the vocabulary: the model
-    may generate any id."""
+    """Byte-level, with one merge, since llama.cpp refuses none.
+
+    Tokens that no text contains fill the vocabulary: the model may generate any id.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,8 +81,11 @@ def convert_to_openvino(model: Path, folder: Path, venvs: Path) -> None:
 
 
 def convert_to_gguf(model: Path, folder: Path, dtype: str, venvs: Path) -> None:
-    """With llama.cpp's own script. It knows tokenizers by a hash of how they split a text, and ours not: it is told gpt-2's
-    way, which is byte-level too. (No text is tokenised in this comparison.) The config is put beside it."""
+    """With llama.cpp's own script.
+
+    It knows tokenizers by a hash of how they split a text, and ours not: it is told gpt-2's way, which is byte-level
+    too. (No text is tokenised in this comparison.) The config is put beside it.
+    """
     source = venvs / "llama_cpp/vendor/llama.cpp"
     script = source / "convert_hf_to_gguf_byte_level.py"
     original = (source / "convert_hf_to_gguf.py").read_text()

@@ -96,7 +96,10 @@ async def wait_until_up(process: subprocess.Popen, port: int) -> None:
 
 
 async def post_events(port: int, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """POST on a connection of its own (kept-alive ones occupy the server's threads) and yield the server-sent events."""
+    """POST on a new connection and yield the server-sent events.
+
+    Kept-alive connections occupy the server's threads.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"

@@ -18,8 +18,11 @@ BLOCK_SIZE = 32  # of the CPU plugin; `details` of the result say what it came t
 
 
 def choose_precisions(dtype: str) -> dict[str, str]:
-    """Both are said, since their defaults differ from each other and by processor. Without bf16 instructions the plugin
-    computes in f32 whatever is hinted, and refuses a cache in bf16: f16 is then the cache of that size."""
+    """Both are said, since their defaults differ from each other and by processor.
+
+    Without bf16 instructions the plugin computes in f32 whatever is hinted, and refuses a cache in bf16: f16 is then
+    the cache of that size.
+    """
     if dtype == "float32":
         return {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     has_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -91,7 +94,10 @@ async def serve(options: Options, details: dict[str, Any]) -> AsyncIterator[Gene
 
 
 def describe_model(options: Options, properties: dict[str, Any]) -> dict[str, Any]:
-    """What the plugin makes of the precision hints on this processor: the pipeline does not say, a compiled model does."""
+    """Say what the plugin makes of the precision hints on this processor.
+
+    The pipeline does not tell, a compiled model does.
+    """
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(str(options.model / "openvino_model.xml")), "CPU", properties)
     return {

@@ -29,8 +29,11 @@ async def batching(
     cpu_offload_space: float = 0.0,
     timeout_s: float = 600.0,
 ) -> AsyncIterator[tuple[Generate, Any]]:
-    """transformers' continuous batching of `model`, and its manager. cpu_offload_space: in GiB; needs a GPU. timeout_s:
-    for each token, because a manager whose thread has died answers no more."""
+    """transformers' continuous batching of `model`, and its manager.
+
+    cpu_offload_space: in GiB; needs a GPU.
+    timeout_s: for each token, because a manager whose thread has died answers no more.
+    """
     # Older releases call it block_size and know nothing of flash.
     known = {field.name for field in fields(ContinuousBatchingConfig)}
     page = {"page_size" if "page_size" in known else "block_size": page_size}

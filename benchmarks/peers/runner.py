@@ -22,8 +22,12 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """first_tier_tokens: KV cache in tokens, before rounding to blocks. second_tier_tokens: behind it, where a system has
-    such a tier. bytes_per_token: of KV in `dtype`, for systems that count in bytes."""
+    """What each system gets.
+
+    first_tier_tokens: KV cache in tokens, before rounding to blocks.
+    second_tier_tokens: of the second tier, if a system has one.
+    bytes_per_token: of KV in `dtype`, for systems that count in bytes.
+    """
 
     workload: Workload
     model: Path
@@ -80,7 +84,10 @@ def run(
     packages: tuple[str, ...],
     details: dict[str, Any],
 ) -> None:
-    """Start the system, measure the workload, stop it, print the result. `details`: what `serving` puts there meanwhile."""
+    """Start the system, measure the workload, stop it, print the result.
+
+    `details`: what `serving` puts there meanwhile.
+    """
 
     async def measure() -> dict[str, Any]:
         num_turns = 0

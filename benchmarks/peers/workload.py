@@ -1,5 +1,6 @@
-"""The conversations that every system is given, and the client that measures them: the same code for all systems, and the
-standard library alone, since it runs in the environment of each. Knows no engine.
+"""The conversations that every system gets, and the client that measures them.
+
+The same code for all systems, and the standard library alone, because it runs in the environment of each. Knows no engine.
 
 Sessions are rows of turns. Each turn sends the whole history as token ids, the answers being those that this system
 generated, and `prompt_len` new ids. At most `num_active` turns run at once: a session that got its answer goes to the end of
@@ -68,7 +69,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class TurnRecord:
-    """What the client saw of one turn. ttft_s: from sending to the first token. s_per_token: from there, per later token."""
+    """What the client saw of one turn.
+
+    ttft_s: from sending to the first token.
+    s_per_token: from there, per later token.
+    """
 
     session: int
     turn: int
