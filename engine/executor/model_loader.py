@@ -22,6 +22,7 @@ from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionCall, LayerShape
 from engine.attention.transformers_door import ATTENTION_NAME, ShapeProbe, attention_handled_by
 from engine.config import EngineConfig
+from engine.core.executor import ModelFacts
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds
 from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fingerprint_weights
@@ -43,10 +44,17 @@ REFUSED_LAYER_TYPES = ("chunked_attention", "linear_attention", "mamba", "recurr
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, or one rank's shard of it. attention_calls: those of a forward, in order, layers: their KV
-    shapes, and num_weight_bytes: of this rank. num_attention_heads (query heads of a layer), num_parameters: of the whole.
-    max_model_len: the window by its config. fingerprint: identity of what makes its KV, see fingerprint_weights; the same on
-    all ranks of a group, another one for a group of another size."""
+    """A model ready to run, or one rank's shard of it.
+
+    layers: the KV shapes of this rank's layers.
+    attention_calls: the calls of attention in one forward, in order; of this rank.
+    num_attention_heads: query heads of a layer, of the whole model.
+    num_parameters: of the whole model.
+    num_weight_bytes: of this rank.
+    max_model_len: the window by the model's config, in tokens.
+    fingerprint: identity of what makes its KV, see fingerprint_weights. The same on all ranks of a group; a group of another
+        size has another one.
+    """
 
     model: Any
     device: torch.device
@@ -61,6 +69,21 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     fingerprint: str
     has_compiled_layers: bool = False
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What is the same on all ranks, as plain data."""
+        return ModelFacts(
+            fingerprint=self.fingerprint,
+            dtype=str(self.dtype).removeprefix("torch."),
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self.eos_token_ids,
+            num_parameters=self.num_parameters,
+            num_layers=len(self.layers),
+            num_attention_heads=self.num_attention_heads,
+            head_dim=self.layers[0].k_dim,
+        )
 
 
 def choose_device(option: str) -> torch.device:
