@@ -1,6 +1,8 @@
-"""Measures what the cost model needs: the time to compute one chunk by context length, and the time to move one block between
-the tiers (paper section 4.3.1, offline profiling). Keeps it in a small JSON file per model, dtype, device and tensor-parallel
-size, which says of what else it is: of weights, processor, attention backend, version of torch.
+"""Measures what the cost model needs, by running steps (paper section 4.3.1, offline profiling).
+
+That is the time to compute one chunk by context length, and the time to move one block between the tiers. Keeps it in a
+small JSON file per model, dtype, device and tensor-parallel size, which names what else it depends on: weights,
+processor, attention backend, version of torch.
 """
 
 from __future__ import annotations
@@ -38,8 +40,15 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True, slots=True)
 class ProfileIdentity:
-    """What a profile is of. device: with the number of threads, if it is a CPU. fingerprint: of the model, see LoadedModel.
-    processor: of the machine. attention: the active backend. pack_weights: the option. torch: its version."""
+    """What a profile was measured with.
+
+    device: with the number of threads, if it is a CPU.
+    fingerprint: of the model, see LoadedModel.
+    processor: of the machine.
+    attention: the backend in use.
+    pack_weights: the option.
+    torch: its version.
+    """
 
     model: str
     dtype: str
@@ -129,8 +138,10 @@ def profile_path(config: EngineConfig, model: str, dtype: str, device: str) -> P
 
 
 def load_cost_model(config: EngineConfig, facts: ExecutorFacts) -> CostModel:
-    """The measured cost model if there is a profile of just this, else one from the model's shape; the log says which. Raises
-    ConfigError if the option `profile` names a file that is no profile."""
+    """The measured cost model if there is a profile of just this, else one from the model's shape.
+
+    The log says which. Raises ConfigError if the option `profile` names a file that is no profile.
+    """
     model = facts.model
     profile = _find_profile(config, facts)
     if profile is not None:
@@ -225,7 +236,10 @@ def plot_profile(profile: Profile, path: Path) -> None:
 
 
 def _measure_chunks(executor: Executor, chunk_size: int, lengths: list[int], repeats: int) -> dict[int, float]:
-    """Median seconds of a step that computes one chunk at the end of a context; the first repeat is not counted."""
+    """Median seconds of a step that computes one chunk at the end of a context, by the context's length.
+
+    The first repeat is not counted.
+    """
     samples: dict[int, list[float]] = {length: [] for length in lengths}
     num_tokens = lengths[-1]
     vocab_size = executor.facts.model.vocab_size
@@ -246,7 +260,10 @@ def _measure_chunks(executor: Executor, chunk_size: int, lengths: list[int], rep
 
 
 def _measure_one_more_chunk(executor: Executor, chunk_size: int, repeats: int, slope: float) -> float:
-    """Seconds that a chunk adds to a step of several, without its attention to `slope` seconds per token of context."""
+    """Seconds that a chunk adds to a step of several, without attention.
+
+    slope: seconds of attention per token of context.
+    """
     num_chunks = NUM_CHUNKS_AT_ONCE
     vocab_size = executor.facts.model.vocab_size
     tokens = tuple(i % vocab_size for i in range(num_chunks * chunk_size))

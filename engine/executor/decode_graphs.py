@@ -1,6 +1,7 @@
-"""Steps of decodes alone, recorded once for each of a few batch sizes and replayed. A decode step launches many small
-kernels, and launching them one by one takes longer than they run. Knows the sizes and the graphs; the runner says what is
-recorded.
+"""Steps of decodes alone, recorded once for each of a few batch sizes and replayed.
+
+A decode step launches many small kernels, and launching them one by one takes longer than they run. Knows the sizes and
+the graphs; the runner says what is recorded.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Computes steps: plan to tensors, forward, logits of the last rows, sampling. Between steps it keeps what a worker must know
-of each started request (block table, last token, sampling state) and nothing else.
+"""Computes steps: plan to tensors, forward, logits of the last rows, sampling.
+
+Between steps it keeps what a worker must know of each started request (block table, last token, sampling state) and
+nothing else.
 """
 
 from __future__ import annotations
@@ -63,15 +65,16 @@ class _Step:
 
 
 class ModelRunner:
-    """One model (or one rank's shard of it) and its KV. Steps are launched and completed in order; a step may be launched
-    before the one in front of it is complete: the tokens that it goes on from are on the device.
+    """One model (or one rank's shard of it) and its KV. Steps are launched and completed in order.
+
+    A step may be launched before the one in front of it is complete: the tokens that it goes on from are on the device.
 
     num_forwards: of the model, what is replayed not counted.
-    num_eager_forwards: of a model with compiled layers, those in which torch took layers as they were written, because its
-        compiled code is not made for something about the step.
+    num_eager_forwards: of a model with compiled layers, those in which torch took layers as they were written, because
+        its compiled code is not made for something about the step.
     swapper, graphs: may be exchanged between two steps, for measurements.
-    see_logits: called with the logits of each step before it samples, [number of sampling segments, vocabulary], which the
-        next step may overwrite; None = nothing is called.
+    see_logits: called with the logits of each step before it samples, [number of sampling segments, vocabulary], which
+        the next step may overwrite; None = nothing is called.
     """
 
     def __init__(
