@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,13 @@ from tqdm import tqdm
 from engine.attention.transformers_door import PagedAttention
 from engine.config import EngineConfig
 from engine.core.config import CacheConfig, SchedulingConfig
-from engine.core.engine_core import EngineCore
+from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.request import Request, SamplingParams
+from engine.errors import EngineError
 from engine.executor.local import LocalExecutor
 from engine.executor.packed_linear import PackedLinear
 from engine.executor.sampler import Draw, SamplingBatch
+from engine.step_loop import LookAhead, StepLoop
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from model import VOCAB_SIZE, save_model
@@ -71,6 +73,17 @@ class Clock:
                 self._inner[-1] += total
 
         return call
+
+
+class Discarded:
+    """Takes the outputs of the steps; a step that fails raises."""
+
+    def add(self, outputs: Iterable[RequestOutput]) -> None: ...
+
+    def deliver(self) -> None: ...
+
+    def fail(self, request_ids: Iterable[str], error: EngineError) -> None:
+        raise error
 
 
 @contextmanager
@@ -111,6 +124,7 @@ def profile_steps(executor: LocalExecutor, num_requests: int, context_len: int, 
             max_num_batched_tokens=512,
         ),
     )
+    loop = StepLoop(core, executor, Discarded(), lambda: 0.0, LookAhead.NOTHING)
     rng = random.Random(0)
     clock = Clock()
     steps: list[dict[str, float]] = []
@@ -121,9 +135,7 @@ def profile_steps(executor: LocalExecutor, num_requests: int, context_len: int, 
 
     def step(*, is_counted: bool) -> None:
         clock.seconds.clear()
-        plan = core.schedule(0.0)
-        assert plan is not None
-        core.update(plan, executor.execute(plan), 0.0)
+        assert loop.step() is not None
         if is_counted:
             steps.append(dict(clock.seconds))
 
@@ -146,9 +158,8 @@ def profile_steps(executor: LocalExecutor, num_requests: int, context_len: int, 
                 step(is_counted=number >= 2)
     for request_id in [f"c{i}.0" for i in range(num_requests)]:
         core.abort(request_id, 0.0)
-    plan = core.schedule(0.0)
-    if plan is not None:
-        executor.execute(plan)
+    while loop.step() is not None:
+        pass
     return {part: statistics.median(step.get(part, 0.0) for step in steps) for part in PARTS}
 
 

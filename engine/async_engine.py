@@ -22,11 +22,11 @@ from typing import Any
 
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
+from engine.core.executor import Executor
 from engine.core.request import Request
 from engine.engine_thread import EngineThread
 from engine.errors import OverloadedError
 from engine.executor.group import make_executor
-from engine.executor.local import LocalExecutor
 from engine.generation import Generation
 from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
@@ -51,9 +51,7 @@ class AsyncEngine:
         same, and it is the same model, in whatever dtype and by whatever version of the code.
     """
 
-    def __init__(
-        self, config: EngineConfig, make_executor: Callable[[EngineConfig], LocalExecutor] = make_executor
-    ) -> None:
+    def __init__(self, config: EngineConfig, make_executor: Callable[[EngineConfig], Executor] = make_executor) -> None:
         """Load the model and start the engine thread; blocking.
 
         make_executor: starts the ranks that the config wants, by default on this machine.
@@ -68,10 +66,10 @@ class AsyncEngine:
         self._executor = executor
         self._tokenizer = Tokenizer(location)
         self.identity = f"{config.model} {self._tokenizer.fingerprint}"
-        loaded = executor.loaded
-        self._bytes_per_block = executor.bytes_per_block
+        facts = executor.facts
+        self._bytes_per_block = facts.bytes_per_block
         eos_token_id = self._tokenizer.eos_token_id
-        self._eos_token_ids = tuple({*loaded.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
+        self._eos_token_ids = tuple({*facts.model.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
         self._core = make_core(config, executor)
         self.max_model_len = self._core.scheduling_config.max_model_len
         self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens)
@@ -79,7 +77,7 @@ class AsyncEngine:
             self._tokenizer,
             self._conversations,
             max_model_len=self.max_model_len,
-            vocab_size=loaded.vocab_size,
+            vocab_size=facts.model.vocab_size,
             max_num_waiting=config.max_num_queued_reqs,
         )
         self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
@@ -220,11 +218,11 @@ class AsyncEngine:
         return await asyncio.wrap_future(self._thread.submit(function))
 
 
-def _choose_look_ahead(config: EngineConfig, executor: LocalExecutor) -> LookAhead:
+def _choose_look_ahead(config: EngineConfig, executor: Executor) -> LookAhead:
     """By the option `async_scheduling` and what the executor can do; a CPU computes alone by default."""
     is_overlapped = config.async_scheduling
     if is_overlapped is None:
-        is_overlapped = executor.loaded.device.type != "cpu"
+        is_overlapped = not executor.facts.is_on_cpu
     if not is_overlapped:
         return LookAhead.NOTHING
     return LookAhead.LAUNCH if executor.max_steps_in_flight > 1 else LookAhead.DRAFT

@@ -1,5 +1,6 @@
-"""What an engine shows to those who watch its cache: whose conversations, which chunks of them lie where, what left lately.
-Plain data, and the one who puts it together. Finds names for chunks beside the engine thread; in it only looks them up.
+"""What an engine shows of its cache: where the chunks of conversations are, and what was evicted.
+
+CacheWatch makes the names of chunks outside the engine thread; in that thread it only looks them up.
 """
 
 from __future__ import annotations
@@ -22,15 +23,23 @@ MAX_SEARCHED = 4096
 
 @dataclass(frozen=True, slots=True)
 class CacheQuery:
-    """Who watches: these tenants, and with sees_all somebody who may see all of them."""
+    """Who watches.
+
+    tenants: whose conversations are asked for.
+    sees_all: those of all tenants are shown, as far as there is room.
+    """
 
     tenants: tuple[str, ...] = ()
     sees_all: bool = False
 
 
 class ConversationView(NamedTuple):
-    """One row. status: "idle", "running", "waiting" or "suspended". num_chunks: of the whole context, of which `cells` may be
-    the first ones; none of a request that has not begun."""
+    """A conversation as a row of chunks.
+
+    status: "idle", "running", "waiting" or "suspended".
+    num_chunks: of the whole context.
+    cells: its first chunks, at most MAX_CHUNKS; none for a request that has not begun.
+    """
 
     tenant: str
     session_id: str
@@ -40,8 +49,12 @@ class ConversationView(NamedTuple):
 
 
 class EvictionView(NamedTuple):
-    """A chunk that left a tier. number: counts up in this engine. source, target: tiers, or "dropped". tenant, session_id:
-    of a conversation that it is part of; None when that is not among those shown."""
+    """A chunk that left a tier.
+
+    number: counts up in this engine.
+    source, target: tiers, or "dropped".
+    tenant, session_id: of a conversation that it is part of; None if that is not among those shown.
+    """
 
     number: int
     ago_s: float
@@ -57,7 +70,10 @@ class EvictionView(NamedTuple):
 
 
 class TierView(NamedTuple):
-    """Blocks of a tier. num_held: of those in use, how many are held back for a demonstration."""
+    """Blocks of a tier.
+
+    num_held: how many of those in use are held back for a demonstration.
+    """
 
     name: str
     num_blocks: int
@@ -67,8 +83,11 @@ class TierView(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CacheView:
-    """hit_rates: the part of all prompt tokens since the start that was found in "gpu", in "cpu" (loaded) and "not_loaded",
-    that had been "dropped", and that was "new"; empty before the first one."""
+    """Everything that is shown at one time.
+
+    hit_rates: the part of all prompt tokens since the start that was found in "gpu", in "cpu" (loaded) and "not_loaded",
+        that had been "dropped", and that was "new"; empty before the first prompt.
+    """
 
     chunk_size: int
     tiers: tuple[TierView, ...]
@@ -84,7 +103,7 @@ class Call(Protocol):
 
 
 class CacheWatch:
-    """Looks at one engine's cache. The names of chunks are remembered for those conversations that were shown last."""
+    """Looks at one engine's cache. Remembers the names of chunks of the conversations shown last."""
 
     def __init__(
         self, core: EngineCore, conversations: ConversationTable, call: Call, clock: Callable[[], float]
@@ -95,16 +114,24 @@ class CacheWatch:
         self._clock = clock
         self._named: dict[str, tuple[Transcript, ContextKeys]] = {}
 
-    async def look(self, query: CacheQuery, hash_beside: Callable[..., Awaitable[Any]]) -> CacheView:
-        """The view for those who watch. hash_beside: runs a function in another thread. Two short commands in the engine
-        thread, whatever the number of conversations and their length."""
+    async def look(self, query: CacheQuery, run_aside: Callable[..., Awaitable[Any]]) -> CacheView:
+        """The view for those who watch. Runs two short commands in the engine thread.
+
+        How long these take depends neither on the number of conversations nor on their length.
+
+        run_aside: runs a function in another thread.
+        """
         chosen: dict[str, tuple[str, Transcript | None]] = await self._call(lambda: dict(self._choose(query)))
         known = self._named
-        self._named = await hash_beside(self._name, chosen, known)
-        return await self._call(lambda: self._view(chosen))
+        self._named = await run_aside(self._name, chosen, known)
+        view: CacheView = await self._call(lambda: self._view(chosen))
+        return view
 
     def _choose(self, query: CacheQuery) -> Iterator[tuple[str, tuple[str, Transcript | None]]]:
-        """Conversation id, tenant and latest branch of what is to be shown: those with a request first, then by last use."""
+        """(conversation id, (tenant, latest branch)) of what is to be shown.
+
+        Conversations with a request come first, then the others by last use.
+        """
         wanted = dict.fromkeys(query.tenants, MAX_TENANT_CONVERSATIONS)
         num_any = MAX_TENANT_CONVERSATIONS if query.sees_all else 0
         branches = dict(self._conversations.latest(MAX_SEARCHED))

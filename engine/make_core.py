@@ -7,8 +7,8 @@ import logging
 from engine.config import EngineConfig
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
+from engine.core.executor import Executor
 from engine.errors import ConfigError
-from engine.executor.local import LocalExecutor
 from engine.profile import load_cost_model
 
 logger = logging.getLogger(__name__)
@@ -17,23 +17,22 @@ logger = logging.getLogger(__name__)
 CPU_PREFILL_BATCH_TOKENS = 128
 
 
-def make_core(config: EngineConfig, executor: LocalExecutor) -> EngineCore:
+def make_core(config: EngineConfig, executor: Executor) -> EngineCore:
     """The core that plans for this executor. Raises ConfigError for a window that model or GPU tier do not have."""
-    loaded = executor.loaded
+    facts = executor.facts
     return EngineCore(
         CacheConfig.of(
             config,
-            num_gpu_blocks=executor.num_gpu_blocks,
-            num_cpu_blocks=executor.num_cpu_blocks,
+            num_gpu_blocks=facts.num_gpu_blocks,
+            num_cpu_blocks=facts.num_cpu_blocks,
             keep=config.mode == "pensieve",
-            model=loaded.fingerprint,
-            cost_model=load_cost_model(config, executor),
+            model=facts.model.fingerprint,
+            cost_model=load_cost_model(config, facts),
         ),
         SchedulingConfig.of(
             config,
-            max_model_len=_resolve_max_model_len(config, loaded.max_model_len, executor.num_gpu_blocks),
-            prefill_batch_tokens=config.prefill_batch_tokens
-            or (CPU_PREFILL_BATCH_TOKENS if loaded.device.type == "cpu" else None),
+            max_model_len=_resolve_max_model_len(config, facts.model.max_model_len, facts.num_gpu_blocks),
+            prefill_batch_tokens=config.prefill_batch_tokens or (CPU_PREFILL_BATCH_TOKENS if facts.is_on_cpu else None),
         ),
     )
 

@@ -1,6 +1,8 @@
-"""Measures what the cost model needs: the time to compute one chunk by context length, and the time to move one block between
-the tiers (paper section 4.3.1, offline profiling). Keeps it in a small JSON file per model, dtype, device and tensor-parallel
-size, which says of what else it is: of weights, processor, attention backend, version of torch.
+"""Measures what the cost model needs, by running steps (paper section 4.3.1, offline profiling).
+
+That is the time to compute one chunk by context length, and the time to move one block between the tiers. Keeps it in a
+small JSON file per model, dtype, device and tensor-parallel size, which names what else it depends on: weights,
+processor, attention backend, version of torch.
 """
 
 from __future__ import annotations
@@ -21,12 +23,11 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig
 from engine.core.cache.cost_model import CostModel
+from engine.core.executor import Executor, ExecutorFacts
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError
 from engine.executor.group import make_executor
-from engine.executor.local import LocalExecutor
-from engine.executor.model_loader import LoadedModel
 from engine.paths import cache_folder, private_folder, write_private_file
 
 logger = logging.getLogger(__name__)
@@ -39,8 +40,15 @@ CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True, slots=True)
 class ProfileIdentity:
-    """What a profile is of. device: with the number of threads, if it is a CPU. fingerprint: of the model, see LoadedModel.
-    processor: of the machine. attention: the active backend. pack_weights: the option. torch: its version."""
+    """What a profile was measured with.
+
+    device: with the number of threads, if it is a CPU.
+    fingerprint: of the model, see LoadedModel.
+    processor: of the machine.
+    attention: the backend in use.
+    pack_weights: the option.
+    torch: its version.
+    """
 
     model: str
     dtype: str
@@ -129,26 +137,28 @@ def profile_path(config: EngineConfig, model: str, dtype: str, device: str) -> P
     return cache_folder() / "profiles" / (re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(parts)).strip("-") + ".json")
 
 
-def load_cost_model(config: EngineConfig, executor: LocalExecutor) -> CostModel:
-    """The measured cost model if there is a profile of just this, else one from the model's shape; the log says which. Raises
-    ConfigError if the option `profile` names a file that is no profile."""
-    loaded = executor.loaded
-    profile = _find_profile(config, executor)
+def load_cost_model(config: EngineConfig, facts: ExecutorFacts) -> CostModel:
+    """The measured cost model if there is a profile of just this, else one from the model's shape.
+
+    The log says which. Raises ConfigError if the option `profile` names a file that is no profile.
+    """
+    model = facts.model
+    profile = _find_profile(config, facts)
     if profile is not None:
         return profile.cost_model(config.chunk_size)
     logger.info("cost model: analytic, from the model's shape; `pensieve profile` measures it")
     return CostModel.from_model_shape(
-        num_parameters=loaded.num_parameters,
-        num_layers=len(loaded.layers),
-        num_heads=loaded.num_attention_heads,
-        head_dim=loaded.layers[0].k_dim,
+        num_parameters=model.num_parameters,
+        num_layers=model.num_layers,
+        num_heads=model.num_attention_heads,
+        head_dim=model.head_dim,
         chunk_size=config.chunk_size,
     )
 
 
-def _find_profile(config: EngineConfig, executor: LocalExecutor) -> Profile | None:
+def _find_profile(config: EngineConfig, facts: ExecutorFacts) -> Profile | None:
     """None if there is none, or one of something else."""
-    wanted = _identify(config, executor)
+    wanted = _identify(config, facts)
     path = profile_path(config, wanted.model, wanted.dtype, wanted.device)
     if config.profile is None and not path.exists():
         return None
@@ -171,7 +181,8 @@ def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
     """Load the model and measure; minutes for a large one. Uses tiers of its own, just large enough."""
     probe = replace(config, num_gpu_blocks=1, num_cpu_blocks=0, mode="pensieve", profile=None, enforce_eager=True)
     executor = make_executor(probe)
-    window = min(executor.loaded.max_model_len, config.max_model_len or executor.loaded.max_model_len)
+    window = executor.facts.model.max_model_len
+    window = min(window, config.max_model_len or window)
     executor.shutdown()
     num_blocks = max(-(-window // config.chunk_size), NUM_SWAPPED_BLOCKS)
     executor = make_executor(replace(probe, num_gpu_blocks=num_blocks, num_cpu_blocks=NUM_SWAPPED_BLOCKS))
@@ -186,9 +197,9 @@ def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
         swap_out_s = _measure_swaps(executor, repeats, is_in=False)
         swap_in_s = _measure_swaps(executor, repeats, is_in=True)
         return Profile(
-            identity=_identify(config, executor),
+            identity=_identify(config, executor.facts),
             chunk_size=config.chunk_size,
-            bytes_per_block=executor.bytes_per_block,
+            bytes_per_block=executor.facts.bytes_per_block,
             chunk_s=chunk_s,
             constant_s=constant,
             per_context_token_s=slope,
@@ -224,11 +235,14 @@ def plot_profile(profile: Profile, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _measure_chunks(executor: LocalExecutor, chunk_size: int, lengths: list[int], repeats: int) -> dict[int, float]:
-    """Median seconds of a step that computes one chunk at the end of a context; the first repeat is not counted."""
+def _measure_chunks(executor: Executor, chunk_size: int, lengths: list[int], repeats: int) -> dict[int, float]:
+    """Median seconds of a step that computes one chunk at the end of a context, by the context's length.
+
+    The first repeat is not counted.
+    """
     samples: dict[int, list[float]] = {length: [] for length in lengths}
     num_tokens = lengths[-1]
-    vocab_size = executor.loaded.vocab_size
+    vocab_size = executor.facts.model.vocab_size
     tokens = tuple(i % vocab_size for i in range(num_tokens))
     table = tuple(range(-(-num_tokens // chunk_size)))
     start = RequestStart("profile", num_tokens, num_tokens, SamplingParams(temperature=0.0), (), table)
@@ -245,10 +259,13 @@ def _measure_chunks(executor: LocalExecutor, chunk_size: int, lengths: list[int]
     return {length: statistics.median(values) for length, values in samples.items()}
 
 
-def _measure_one_more_chunk(executor: LocalExecutor, chunk_size: int, repeats: int, slope: float) -> float:
-    """Seconds that a chunk adds to a step of several, without its attention to `slope` seconds per token of context."""
+def _measure_one_more_chunk(executor: Executor, chunk_size: int, repeats: int, slope: float) -> float:
+    """Seconds that a chunk adds to a step of several, without attention.
+
+    slope: seconds of attention per token of context.
+    """
     num_chunks = NUM_CHUNKS_AT_ONCE
-    vocab_size = executor.loaded.vocab_size
+    vocab_size = executor.facts.model.vocab_size
     tokens = tuple(i % vocab_size for i in range(num_chunks * chunk_size))
     plans = [StepPlan(0, (QuerySegment("profile", 0, tokens[: n * chunk_size]),)) for n in (1, num_chunks)]
     seconds = [[_timed(executor, plan) for plan in plans] for _ in range(2 * repeats + 1)][1:]
@@ -257,7 +274,7 @@ def _measure_one_more_chunk(executor: LocalExecutor, chunk_size: int, repeats: i
     return max((many - one) / (num_chunks - 1) - slope * mean_context_len, 1e-9)
 
 
-def _measure_swaps(executor: LocalExecutor, repeats: int, *, is_in: bool) -> float:
+def _measure_swaps(executor: Executor, repeats: int, *, is_in: bool) -> float:
     """Median seconds per block."""
     copies = tuple(BlockCopy(i, i) for i in range(NUM_SWAPPED_BLOCKS))
     plan = StepPlan(0, (), swap_ins=copies) if is_in else StepPlan(0, (), swap_outs=copies)
@@ -265,24 +282,23 @@ def _measure_swaps(executor: LocalExecutor, repeats: int, *, is_in: bool) -> flo
     return statistics.median(seconds) / NUM_SWAPPED_BLOCKS
 
 
-def _timed(executor: LocalExecutor, plan: StepPlan) -> float:
+def _timed(executor: Executor, plan: StepPlan) -> float:
     start = time.perf_counter()
     executor.execute(plan)
-    if executor.loaded.device.type == "cuda":
-        torch.cuda.synchronize(executor.loaded.device)
+    if not executor.facts.is_on_cpu:
+        torch.cuda.synchronize(executor.facts.device)
     return time.perf_counter() - start
 
 
-def _identify(config: EngineConfig, executor: LocalExecutor) -> ProfileIdentity:
-    loaded, backend = executor.loaded, executor.attention_backend
+def _identify(config: EngineConfig, facts: ExecutorFacts) -> ProfileIdentity:
     return ProfileIdentity(
         model=config.model,
-        dtype=_dtype_name(loaded),
-        device=_device_name(loaded),
+        dtype=facts.model.dtype,
+        device=_device_name(facts),
         tensor_parallel_size=config.tensor_parallel_size,
-        fingerprint=loaded.fingerprint,
+        fingerprint=facts.model.fingerprint,
         processor=_processor_name(),
-        attention=getattr(backend, "__name__", type(backend).__name__).rpartition(".")[2],
+        attention=facts.attention_backend,
         pack_weights=config.pack_weights,
         torch=torch.__version__,
     )
@@ -297,13 +313,9 @@ def _processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def _dtype_name(loaded: LoadedModel) -> str:
-    return str(loaded.dtype).removeprefix("torch.")
-
-
-def _device_name(loaded: LoadedModel) -> str:
-    if loaded.device.type == "cuda":
-        return torch.cuda.get_device_name(loaded.device)
+def _device_name(facts: ExecutorFacts) -> str:
+    if not facts.is_on_cpu:
+        return torch.cuda.get_device_name(facts.device)
     return f"cpu-{platform.machine()}-{torch.get_num_threads()}-threads"
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Tenants share no chunk, no conversation and no id. weight: of the engine where several tenants want more of it than
-    there is."""
+    """A user of the engine. Tenants share no chunk, no conversation and no id.
+
+    weight: its share of the engine, relative to others', when tenants want more than there is.
+    """
 
     tenant_id: str
     weight: float = 1.0

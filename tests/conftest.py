@@ -139,7 +139,7 @@ class Answers:
 class Driver:
     """Drives one core with one executor by the engine's own loop, in the test's thread. Time is the number of the step."""
 
-    def __init__(self, executor: LocalExecutor, core: EngineCore) -> None:
+    def __init__(self, executor: LocalExecutor | GroupExecutor, core: EngineCore) -> None:
         self.executor = executor
         self.core = core
         self.now = 0.0
@@ -211,7 +211,7 @@ def make_driver(request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver
         config = EngineConfig.from_options({**defaults, **options})
         if config.tensor_parallel_size > 1:
             groups.append(GroupExecutor(config, request.getfixturevalue("warm_workers").starter()))
-            executor: LocalExecutor = groups[-1]
+            executor: LocalExecutor | GroupExecutor = groups[-1]
         else:
             executor = LocalExecutor(config)
         return Driver(executor, make_core(config, executor))

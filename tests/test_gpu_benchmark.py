@@ -146,8 +146,8 @@ def test_a_graph_that_gives_what_it_gave_before_fails_the_gate(module, subject, 
 
 
 def test_a_size_that_was_not_recorded_fails_the_gate(module, subject):
-    graphs = subject.executor._runner._graphs
-    graphs._sizes = graphs._sizes[:-1]
+    graphs = subject.executor.runner.graphs
+    graphs.sizes = graphs.sizes[:-1]
     with pytest.raises(AssertionError, match="sizes are missing"):
         module("checks").check_graphs(subject)
 
@@ -164,7 +164,7 @@ def test_a_copy_that_is_left_out_fails_the_gate(module, subject, monkeypatch):
 
 def test_a_cache_that_holds_something_else_fails_the_gate(module, subject, monkeypatch):
     """Blocks that come back from the CPU tier are another conversation's."""
-    swapper = subject.executor._swapper
+    swapper = subject.executor.runner.swapper
     begin = swapper.begin
 
     def begin_and_mix(plan):

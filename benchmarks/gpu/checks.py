@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -20,6 +19,7 @@ from unittest.mock import patch
 
 import stand_ins
 import torch
+from answers import Answers
 from eager import GREEDY, compare_with_eager, without_graphs
 from setting import CHUNK_SIZE, LLAMA_8B, TINY_LLAMA, TINY_OPT, Setting, Shape
 from steps import make_config, swappers, swapping_by
@@ -28,7 +28,6 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore, RequestOutput
-from engine.core.executor import PendingStep
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, SamplingParams
 from engine.executor import compiled_layers, model_runner
@@ -37,6 +36,7 @@ from engine.executor.local import LocalExecutor
 from engine.executor.memory import COSTLY_SAMPLING, largest_steps
 from engine.executor.warm_up import end_of
 from engine.generation import Generation
+from engine.step_loop import LookAhead, StepLoop
 from engine.text.prompt import TokenPrompt
 
 Check = Callable[[], str]
@@ -196,7 +196,7 @@ def check_graphs(subject: Subject) -> str:
     Freed memory is overwritten before: a graph that reads memory that nothing keeps alive would read that.
     """
     executor = subject.executor
-    assert len(executor._runner._graphs._sizes) == len(bucket_sizes(subject.sizes.max_num_seqs)), "sizes are missing"
+    assert len(executor.runner.graphs.sizes) == len(bucket_sizes(subject.sizes.max_num_seqs)), "sizes are missing"
     overwritten = overwrite_freed_memory(subject.setting.device)
     differences = []
     for size in bucket_sizes(subject.sizes.max_num_seqs):
@@ -306,7 +306,7 @@ def check_conversations(subject: Subject) -> str:
     statistics = kept.get_statistics()
     for name in ("num_swap_ins", "num_gpu_cached_tokens", "num_steps_ahead"):
         assert statistics[name] > 0, f"{name} is 0: the tiers were not small enough, or steps did not run ahead"
-    num_eager = executor._runner.num_eager_forwards
+    num_eager = executor.runner.num_eager_forwards
     assert num_eager == 0, f"{num_eager} forwards ran without the compiled code of the layers"
     return (
         f"{len(turns)} answers, {num_ties} of them with a tie; {statistics['num_swap_ins']} blocks swapped in, "
@@ -338,24 +338,14 @@ def _answer(
     sampling = SamplingParams(temperature=0.0, max_tokens=output_len, logprobs=ALTERNATIVES, ignore_eos=True)
     for name, context in contexts.items():
         core.add_request(Request(f"{prefix}.{name}", list(context), sampling, conversation_id=name), 0.0)
-    outputs: dict[str, list[RequestOutput]] = {f"{prefix}.{name}": [] for name in contexts}
-    in_flight: deque[tuple[StepPlan, PendingStep]] = deque()
-    while core.has_requests or in_flight:
-        plan = None if in_flight else core.schedule(0.0)
-        if plan is not None:
-            in_flight.append((plan, executor.submit(plan)))
-        ahead = core.schedule_ahead(0.0) if is_ahead and in_flight else None
-        if ahead is not None:
-            in_flight.append((ahead, executor.submit(ahead)))
-        if in_flight:
-            plan, step = in_flight.popleft()
-            result = step.result()
-            assert not result.failed_swap_ins, "a swap-in brought something else than was swapped out"
-            for output in core.update(plan, result, 0.0):
-                outputs[output.request_id].append(output)
+    answers = Answers()
+    loop = StepLoop(core, executor, answers, lambda: 0.0, LookAhead.LAUNCH if is_ahead else LookAhead.DRAFT)
+    while core.has_requests or loop.in_flight:
+        loop.step()
+        assert not core.stats.num_corrupted_swaps, "a swap-in brought something else than was swapped out"
     # The core tells it with its next step.
-    executor.execute(StepPlan(0, (), ended=tuple(outputs)))
-    return {name: outputs[f"{prefix}.{name}"] for name in contexts}
+    executor.execute(StepPlan(0, (), ended=tuple(answers.outputs)))
+    return {name: answers.outputs[f"{prefix}.{name}"] for name in contexts}
 
 
 def _is_tie(actual: Sequence[RequestOutput], expected: Sequence[RequestOutput], dtype: torch.dtype, where: str) -> bool:

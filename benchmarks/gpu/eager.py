@@ -9,7 +9,6 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from setting import CHUNK_SIZE
@@ -40,30 +39,24 @@ class Difference:
 
 @contextmanager
 def without_graphs(executor: LocalExecutor) -> Iterator[None]:
-    runner = executor._runner
-    graphs, runner._graphs = runner._graphs, DecodeGraphs()
+    runner = executor.runner
+    graphs, runner.graphs = runner.graphs, DecodeGraphs()
     try:
         yield
     finally:
-        runner._graphs = graphs
+        runner.graphs = graphs
 
 
 @contextmanager
 def logits_kept(executor: LocalExecutor) -> Iterator[list[torch.Tensor]]:
     """Of each step: [number of sampling segments, vocabulary]."""
     kept: list[torch.Tensor] = []
-    runner = executor._runner
-    original = runner._sample
-
-    def sample(logits: torch.Tensor, *arguments: Any) -> Any:
-        kept.append(logits.clone())  # the next replay writes to the same place
-        return original(logits, *arguments)
-
-    runner._sample = sample  # type: ignore[method-assign]
+    # A copy, because the next replay writes to the same place.
+    executor.runner.see_logits = lambda logits: kept.append(logits.clone())
     try:
         yield kept
     finally:
-        runner._sample = original  # type: ignore[method-assign]
+        executor.runner.see_logits = None
 
 
 def compare_with_eager(executor: LocalExecutor, context_lens: Sequence[int], num_steps: int) -> Difference:
@@ -74,7 +67,7 @@ def compare_with_eager(executor: LocalExecutor, context_lens: Sequence[int], num
     more than rounding.
     """
     n = len(context_lens)
-    assert executor._runner._graphs.size_for(n) is not None, f"no graph is recorded for {n} requests"
+    assert executor.runner.graphs.size_for(n) is not None, f"no graph is recorded for {n} requests"
     with torch.inference_mode():
         executor.gpu_store.storage.normal_()
     blocks_each = -(-(max(context_lens) + num_steps) // CHUNK_SIZE)

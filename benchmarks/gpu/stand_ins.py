@@ -82,5 +82,5 @@ def give_graphs(executor: LocalExecutor, max_num_seqs: int, max_num_batched_toke
     backend = executor.attention_backend
     if not backend.CAN_REPLAY_DECODES:
         backend = SkippingPadding(backend)
-    executor._runner = ModelRunner(executor.loaded, executor.gpu_store, executor._swapper, backend, limits)
-    executor._runner.capture_graphs(RerunMaker(), bucket_sizes(max_num_seqs))
+    executor.runner = ModelRunner(executor.loaded, executor.gpu_store, executor.runner.swapper, backend, limits)
+    executor.runner.capture_graphs(RerunMaker(), bucket_sizes(max_num_seqs))

@@ -19,25 +19,25 @@ from typing import Any
 
 import stand_ins
 import torch
-from eager import GREEDY, compare_with_eager
+from answers import Answers
+from eager import GREEDY, compare_with_eager, logits_kept
 from setting import CHUNK_SIZE, Setting, Shape
-from timing import timed, wall
+from timing import seconds_of, timed, wall
 from tqdm import tqdm
 
 from engine.attention.device_health import check_device
 from engine.config import EngineConfig
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
-from engine.core.executor import PendingStep
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, SamplingParams
-from engine.executor.compiled_layers import find_layers
 from engine.executor.local import LocalExecutor
 from engine.executor.packed_linear import unpack_linears
 from engine.executor.tiers.block_copy import BlockCopier, DmaCopier
 from engine.executor.tiers.cuda_copies import load_cuda_copies
 from engine.executor.tiers.streams import cuda_streams
 from engine.executor.tiers.swapper import StreamSwapper
+from engine.step_loop import LookAhead, StepLoop
 
 # Kernels of a profile that are written down, those that take longest.
 PROFILED_KERNELS = 25
@@ -95,9 +95,9 @@ def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, flo
     failures: dict[str, str] = {}
     figures: dict[str, Any] = {
         "load_and_capture_s": load_s,
-        "attention_backend": _backend_name(executor),
-        "has_compiled_layers": _has_compiled_layers(executor),
-        "num_recorded_sizes": len(executor._runner._graphs._sizes),
+        "attention_backend": executor.facts.attention_backend,
+        "has_compiled_layers": executor.loaded.has_compiled_layers,
+        "num_recorded_sizes": len(executor.runner.graphs.sizes),
         "num_parameters": executor.loaded.num_parameters,
         "bytes_per_block": executor.bytes_per_block,
         "failures": failures,
@@ -113,24 +113,12 @@ def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, flo
                 yield figures
                 check_device(setting.device)
             figures[f"{part}_s"] = time.perf_counter() - begin
-            figures["num_eager_forwards"] = executor._runner.num_eager_forwards
+            figures["num_eager_forwards"] = executor.runner.num_eager_forwards
         yield figures
     finally:
         executor.shutdown()
     if failures:
         raise RuntimeError(f"failed: {', '.join(failures)}\n" + "\n".join(failures.values()))
-
-
-def _backend_name(executor: LocalExecutor) -> str:
-    """Which was measured to be the fastest; see the log."""
-    backend = executor.attention_backend
-    return str(getattr(backend, "__name__", type(backend).__name__))
-
-
-def _has_compiled_layers(executor: LocalExecutor) -> bool:
-    """Whether that was measured to pay; see the log."""
-    layers = find_layers(executor.loaded.model, len(executor.loaded.layers))
-    return any(layer._compiled_call_impl is not None for layer in layers)
 
 
 def _that_fit(setting: Setting, shape: Shape, num_blocks: int) -> int:
@@ -201,7 +189,7 @@ def _measure_decodes(
 
 def _replay_seconds(setting: Setting, executor: LocalExecutor, batch: int) -> float | None:
     """Return seconds of the device for the recorded step of so many requests; None if there is none."""
-    graphs = executor._runner._graphs
+    graphs = executor.runner.graphs
     size = graphs.size_for(batch)
     if size is None:
         return None
@@ -228,7 +216,7 @@ def _profile(setting: Setting, executor: LocalExecutor) -> Iterator[dict[str, An
             continue
         segments = tuple(QuerySegment(str(i), context - 1, (7,), True) for i in range(batch))
         executor.execute(StepPlan(0, segments, _starts(batch, context, blocks_each)))
-        graphs = executor._runner._graphs
+        graphs = executor.runner.graphs
         size = graphs.size_for(batch)
         if size is not None:
             profiles[f"decode of {batch}"] = _kernels_of(setting, partial(graphs.replay, size))
@@ -305,12 +293,12 @@ def swappers(setting: Setting, executor: LocalExecutor) -> Iterator[tuple[str, S
 
 @contextmanager
 def swapping_by(executor: LocalExecutor, swapper: StreamSwapper) -> Iterator[None]:
-    runner = executor._runner
-    original, runner._swapper = runner._swapper, swapper
+    runner = executor.runner
+    original, runner.swapper = runner.swapper, swapper
     try:
         yield
     finally:
-        runner._swapper = original
+        runner.swapper = original
 
 
 def _measure_swaps(
@@ -427,36 +415,26 @@ def _drive_decodes(setting: Setting, executor: LocalExecutor, *, is_ahead: bool)
     for i in range(batch):
         tokens = [(i + j) % 1000 + 8 for j in range(CHUNK_SIZE)]
         core.add_request(Request(f"o{i}", tokens, sampling), 0.0)
-    in_flight: list[tuple[StepPlan, PendingStep]] = []
-    ends: list[float] = []
-    parts: dict[str, list[float]] = {"schedule": [], "submit_and_wait": [], "update": []}
-    for _ in range(setting.overhead_steps):
-        times = [time.perf_counter()]
-        plan = None if in_flight else core.schedule(0.0)
-        if plan is not None:
-            in_flight.append((plan, executor.submit(plan)))
-        if is_ahead:
-            ahead = core.schedule_ahead(0.0)
-            if ahead is not None:
-                in_flight.append((ahead, executor.submit(ahead)))
-        times.append(time.perf_counter())
-        plan, step = in_flight.pop(0)
-        result = step.result()
-        times.append(time.perf_counter())
-        core.update(plan, result, 0.0)
-        times.append(time.perf_counter())
-        if plan.num_tokens == batch:
-            ends.append(times[-1])
-            for values, begin, end in zip(parts.values(), times, times[1:], strict=False):
-                values.append(end - begin)
+    loop = StepLoop(core, executor, Answers(), lambda: 0.0, LookAhead.LAUNCH if is_ahead else LookAhead.NOTHING)
+    ends: list[tuple[float, bool]] = []  # of steps, and whether all decoded
+    with seconds_of(core, "schedule", "update") as of_core, seconds_of(executor, "execute") as of_executor:
+        for _ in range(setting.overhead_steps):
+            plan = loop.step()
+            assert plan is not None
+            ends.append((time.perf_counter(), plan.num_tokens == batch))
     for i in range(batch):
         core.abort(f"o{i}", 0.0)
-    for plan, step in in_flight:
-        core.update(plan, step.result(), 0.0)
+    while loop.in_flight:
+        loop.step()
     # The core tells it with its next step, and there is none.
     executor.execute(StepPlan(0, (), ended=tuple(f"o{i}" for i in range(batch))))
-    step_s = statistics.median(end - begin for begin, end in pairwise(ends))
-    return step_s, {name: statistics.median(values) for name, values in parts.items()}
+    step_s = statistics.median(end - begin for begin, end in pairwise(end for end, is_decode in ends if is_decode))
+    if is_ahead:
+        return step_s, {}
+    return step_s, {
+        name: statistics.median(s for s, (_, is_decode) in zip(seconds, ends, strict=True) if is_decode)
+        for name, seconds in {**of_core, **of_executor}.items()
+    }
 
 
 def measure_accuracy(setting: Setting, folder: str) -> Iterator[dict[str, Any]]:
@@ -478,18 +456,16 @@ def measure_accuracy(setting: Setting, folder: str) -> Iterator[dict[str, Any]]:
     model = executor.loaded.model
     tokens = torch.arange(setting.accuracy_len, device=setting.device) * 37 % 1999 + 8
     # The engine gives logits of sampling rows: so each of the last tokens is a segment of its own.
-    num_rows = min(8, setting.accuracy_len - 1, executor._runner._tables.array.shape[0])
+    num_rows = min(8, setting.accuracy_len - 1)
     start = setting.accuracy_len - num_rows
     table = tuple(range(-(-setting.accuracy_len // CHUNK_SIZE)))
     ids = tokens.tolist()
-    kept: list[torch.Tensor] = []
-    forward = executor._runner._forward
-    executor._runner._forward = lambda *args: (kept.append(forward(*args)), kept[-1])[1]  # type: ignore[method-assign]
     try:
         begin = RequestStart("0", setting.accuracy_len, setting.accuracy_len, GREEDY, (), table)
         segments = [QuerySegment("0", 0, tuple(ids[:start]))]
         segments += [QuerySegment("0", position, (ids[position],), True) for position in range(start, len(ids))]
-        executor.execute(StepPlan(0, tuple(segments), (begin,)))
+        with logits_kept(executor) as kept:
+            executor.execute(StepPlan(0, tuple(segments), (begin,)))
         ours = kept[0].float()
         with torch.inference_mode():
             model.set_attn_implementation("sdpa")

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -60,6 +63,28 @@ def wall(call: Call, repeats: int) -> float:
         call()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
+
+
+@contextmanager
+def seconds_of(owner: object, *names: str) -> Iterator[dict[str, list[float]]]:
+    """Seconds of each call of these methods of `owner`, by name, as long as the context lasts."""
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    def timed_call(name: str) -> Callable[..., Any]:
+        method = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            result = method(*args, **kwargs)
+            seconds[name].append(time.perf_counter() - begin)
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(patch.object(owner, name, timed_call(name)))
+        yield seconds
 
 
 def _recorded(call: Call) -> tuple[Call, int]:

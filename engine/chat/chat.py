@@ -1,5 +1,6 @@
-"""`pensieve chat`: conversations and commands. Knows what answers by `Partner` and where people are by `Screen`: no engine,
-network or terminal.
+"""`pensieve chat`: conversations and commands.
+
+Knows a `Partner`, which answers, and a `Screen`, where people are: no engine, network or terminal.
 """
 
 from __future__ import annotations
@@ -68,7 +69,12 @@ class Partner(Protocol):
     def answer(
         self, session_id: str, messages: list[Message], sampling: SamplingParams, on_text: Callable[[str], None]
     ) -> Turn:
-        """Blocking; on_text gets each new piece. Raises PensieveError, and KeyboardInterrupt, which stops the answer."""
+        """Answer a message; blocking.
+
+        on_text: gets each new piece.
+
+        Raises PensieveError, and KeyboardInterrupt, which stops the answer.
+        """
 
     def take_model(self, model: str) -> None:
         """Answer by another model from now on. Raises PensieveError, and then the old one answers."""

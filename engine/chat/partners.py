@@ -166,7 +166,7 @@ class ServerPartner:
         self.max_model_len: int = models[self.model_name]
 
     def _stream(self, body: dict[str, Any], session_id: str) -> Iterator[dict[str, Any]]:
-        """The chunks of an answer. Leaving it, by Ctrl-C too, closes the connection, which stops the server's work."""
+        """The chunks of an answer. Leaving it, also by Ctrl-C, closes the connection, which ends the work."""
         try:
             with self._http.stream(
                 "POST", "/chat/completions", json=body, headers={"x-session-id": session_id}

@@ -1,4 +1,7 @@
-"""Where a chat is held: a terminal (prompt_toolkit reads, rich shows), or a pipe, whose standard output has answers only."""
+"""Where a chat is held: a terminal, or a pipe.
+
+prompt_toolkit reads from the terminal and rich writes to it. A pipe's standard output has answers only.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ _FENCE = re.compile(r" {0,3}(```|~~~)")
 
 
 class PipeScreen:
-    """Standard input, line by line; answers and what commands ask for to standard output, all else to standard error."""
+    """Standard input, line by line.
+
+    Answers and what commands ask for go to standard output, everything else to standard error.
+    """
 
     is_terminal = False
 
@@ -62,7 +68,10 @@ class PipeScreen:
 
 
 class TerminalScreen:
-    """A terminal: editing, history, several lines; answers as markdown while they come; the last turn's account below."""
+    """A terminal: editing, history, several lines; answers as markdown while they come.
+
+    The account of the last turn is below.
+    """
 
     is_terminal = True
 
@@ -113,9 +122,10 @@ class TerminalScreen:
 
 
 class MarkdownAnswer:
-    """An answer that grows. Its finished blocks are printed once; the last one is drawn again and again while it grows.
+    """An answer that grows. Pieces may come in any one thread.
 
-    Pieces may come in any one thread."""
+    Its finished blocks are printed once; the last one is drawn again and again while it grows.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -147,9 +157,10 @@ class MarkdownAnswer:
 
 
 def end_of_blocks(text: str) -> int:
-    """How many characters of a growing markdown text are blocks that what comes can no longer change; 0 if none are.
+    """How many characters of a growing markdown text are blocks that can no longer change; 0 if none are.
 
-    A block ends at an empty line outside fences, if the next line is there and not indented (it could belong to a list)."""
+    A block ends at an empty line outside fences, if the next line is there and not indented (it could belong to a list).
+    """
     end, position, fence, is_after_blank = 0, 0, None, False
     for line in text.splitlines(keepends=True):
         mark = _FENCE.match(line)

@@ -1,9 +1,8 @@
-"""The protocol between the core's driver and whatever computes a step: a model in this process, a group of workers, or
-a cost model in a simulation.
-"""
+"""The protocol between the core's driver and what computes a step: a model in this process, or a group of ranks."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from engine.core.plan import StepPlan, StepResult
@@ -17,6 +16,49 @@ class SamplingFailedError(ComputationFailedError):
     """The logits were there, on all ranks that compute them together; only choosing tokens failed."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a loaded model says of itself; of the whole model, if it is sharded.
+
+    fingerprint: identity of what makes its KV.
+    max_model_len: the window by its config, in tokens.
+    head_dim: of a key, in the first layer.
+    """
+
+    fingerprint: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+    num_layers: int
+    num_attention_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorFacts:
+    """What an executor has, once it has loaded its model.
+
+    device: as torch names it, "cpu" or "cuda:0"; of rank 0.
+    attention_backend: the one in use.
+    num_gpu_blocks, num_cpu_blocks: sizes of the tiers, in blocks.
+    bytes_per_block: in one tier, of all ranks together.
+    """
+
+    model: ModelFacts
+    device: str
+    attention_backend: str
+    num_gpu_blocks: int
+    num_cpu_blocks: int
+    bytes_per_block: int
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the GPU tier is a pool in host memory."""
+        return self.device.startswith("cpu")
+
+
 class PendingStep(Protocol):
     """A step that was submitted; a concurrent.futures.Future of its result is one."""
 
@@ -26,22 +68,33 @@ class PendingStep(Protocol):
 
 
 class Executor(Protocol):
-    """max_steps_in_flight: how many steps may be submitted that have not been waited for. Where it is more than one, a step
-    begins without knowing what the one before it sampled."""
+    """Computes plans, in order.
+
+    max_steps_in_flight: how many steps may be submitted that have not been waited for. If it is more than one, a step
+        begins without knowing what the one before it sampled.
+    """
 
     max_steps_in_flight: int
 
+    @property
+    def facts(self) -> ExecutorFacts:
+        """What it has; never changes."""
+        ...
+
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute one step. On any exception the driver fails the requests of the plan and goes on with the next; unless it
-        is ComputationFailedError, it takes every copy of the plan for lost."""
+        """Compute one step in the caller's thread, or wait for it.
+
+        On any exception the driver fails the requests of the plan and goes on with the next one. It assumes that none of the
+        plan's copies completed, unless the exception is ComputationFailedError.
+        """
         ...
 
     def submit(self, plan: StepPlan) -> PendingStep:
-        """`execute` elsewhere; returns at once. Steps are computed in order."""
+        """`execute` elsewhere; returns at once."""
         ...
 
     def check_health(self) -> None:
-        """Raises EngineStoppedError where no step can be computed any more."""
+        """Raise EngineStoppedError if no step can be computed any more."""
         ...
 
     def shutdown(self) -> None:

@@ -1,6 +1,8 @@
-"""The decoder layers of a model, compiled by torch.compile: on a GPU the many small operations between the matrix
-multiplications become a few kernels. Layers of one kind share their code, which serves any number of rows; attention in it
-is a call (see engine/attention/transformers_door.py). Knows no model family: what cannot be compiled whole stays as it is.
+"""The decoder layers of a model, compiled by torch.compile.
+
+On a GPU the many small operations between the matrix multiplications become a few kernels. Layers of one kind share their
+code, which serves any number of rows; attention in it is a call (see engine/attention/transformers_door.py). Knows no model
+family: what cannot be compiled whole stays as it is.
 """
 
 from __future__ import annotations
@@ -32,18 +34,21 @@ MAX_REASON_CHARS = 200
 
 
 def find_layers(model: nn.Module, num_layers: int) -> list[nn.Module]:
-    """The decoder layers: of the lists of modules that are as long as the model is deep, the one with the most parameters.
-    Empty where there is none."""
+    """The decoder layers: of the module lists as long as the model is deep, the one with most parameters.
+
+    Empty if there is none.
+    """
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == num_layers]
     return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=()))
 
 
 def logits_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference in a row of logits in relation to the largest logit, as the median over the rows.
+    """The largest difference in a row of logits, relative to its largest logit; the median over the rows.
 
-    actual, expected: [..., vocabulary]. Single rows may differ by any amount and say nothing: a router on a tie, an id that
-    the model was never trained on. Rows that are not finite in `expected` do not count; NaN if there is no other one, or if
-    `actual` holds NaN.
+    actual, expected: [..., vocabulary].
+
+    Single rows may differ by any amount and say nothing: a router on a tie, an id that the model was never trained on.
+    Rows that are not finite in `expected` do not count; NaN if there is no other one, or if `actual` holds NaN.
     """
     rows, others = expected.float().flatten(0, -2), actual.float().flatten(0, -2)
     is_finite = rows.isfinite().all(dim=-1)
@@ -61,12 +66,16 @@ def compile_layers(
     tolerance: float,
     seconds_of: SecondsOf | None,
 ) -> bool:
-    """Compile them in place, and look whether the model computes the same; else, and where it does not get faster, leave them
-    as they were. Takes half a minute, the first time.
+    """Compile layers in place, unless the model then computes something else or gets no faster.
 
-    name: of the model, for the log. forward: number of rows -> logits of the whole model. tolerance: of `logits_difference`.
-    seconds_of: times a forward of one row; None = keep it whether or not it is faster. Returns whether they are compiled,
-    and their code is what runs; raises only what `forward` raises before.
+    Takes half a minute, the first time. Layers that are not kept compiled are left as they were.
+
+    name: of the model, for the log.
+    forward: number of rows -> logits of the whole model.
+    tolerance: of `logits_difference`.
+    seconds_of: times a forward of one row; None = keep the compiled layers whether or not they are faster.
+
+    Returns whether the layers are compiled, and their code is what runs. Raises only what `forward` raises before.
     """
     import torch._dynamo  # not above: it takes a second
 
@@ -108,7 +117,7 @@ def compile_layers(
 
 
 def never_compiling() -> AbstractContextManager[object]:
-    """While it serves: what the compiled code does not provide for runs as it was written; nobody waits for a compiler."""
+    """Run as written what the compiled code is not made for, so that no request waits for a compiler."""
     return torch.compiler.set_stance("eager_on_recompile")
 
 

@@ -1,6 +1,7 @@
-"""Steps of decodes alone, recorded once for each of a few batch sizes and replayed: a decode step launches many small
-kernels, and launching them one by one takes longer than they do. Knows the sizes and the graphs; what is recorded is the
-runner's.
+"""Steps of decodes alone, recorded once for each of a few batch sizes and replayed.
+
+A decode step launches many small kernels, and launching them one by one takes longer than they run. Knows the sizes and
+the graphs; the runner says what is recorded.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ class Graph(Protocol):
 
     output: torch.Tensor
 
-    def replay(self) -> None: ...
+    def replay(self) -> None:
+        """Do it again, over what its inputs hold now."""
+        ...
 
 
 class GraphMaker(Protocol):
+    """Records work of a device."""
+
     def capture(self, run: Callable[[], torch.Tensor]) -> Graph:
         """Record what `run` does on the device.
 
@@ -41,8 +46,8 @@ class GraphMaker(Protocol):
 class CudaGraph:
     """A CUDA graph, and all that it reads.
 
-    run: the recorded function. CUDA knows addresses only: whatever `run` holds outside the graphs' pool (the tiling of the
-    attention, the places of the inputs) has to live as long as the graph does.
+    run: the recorded function. CUDA knows addresses only: what `run` holds outside the graphs' pool (the tiling of the
+        attention, the places of the inputs) has to live as long as the graph does.
     """
 
     def __init__(self, graph: torch.cuda.CUDAGraph, output: torch.Tensor, run: Callable[[], torch.Tensor]) -> None:
@@ -80,24 +85,30 @@ class CudaGraphMaker:
 
 
 def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """The batch sizes that are recorded: powers of two up to 16, then every 16th, so that padding stays little, and the
-    largest."""
+    """The batch sizes to record: powers of two up to 16, then every 16th for little padding, and the largest."""
     sizes = [size for size in (1, 2, 4, 8) if size < max_num_seqs]
     return (*sizes, *range(16, max_num_seqs, 16), max_num_seqs)
 
 
 class DecodeGraphs:
-    """One graph for each batch size."""
+    """One graph for each batch size.
+
+    sizes: the recorded ones, ascending.
+    """
 
     def __init__(self) -> None:
         self._graphs: dict[int, Graph] = {}
-        self._sizes: list[int] = []
+        self.sizes: list[int] = []
 
     def capture(
         self, maker: GraphMaker, sizes: Iterable[int], make_run: Callable[[int], Callable[[], torch.Tensor]]
     ) -> None:
-        """make_run: batch size -> the function to record. Raises ConfigError where memory runs out. Where the model does what
-        cannot be recorded, says so in the log and records nothing: decodes run as other steps do."""
+        """Record a graph for each size. Raises ConfigError if memory runs out.
+
+        make_run: batch size -> the function to record.
+
+        If the model does what cannot be recorded, the log says so and nothing is recorded: decodes run as other steps do.
+        """
         # The largest first: the others fit into the memory that it took.
         progress = tqdm(sorted(sizes, reverse=True), desc="capturing CUDA graphs", unit="size", disable=None)
         try:
@@ -118,12 +129,12 @@ class DecodeGraphs:
             )
         finally:
             progress.close()
-        self._sizes = sorted(self._graphs)
+        self.sizes = sorted(self._graphs)
 
     def size_for(self, num_rows: int) -> int | None:
-        """The smallest recorded size that so many rows fit into; None where there is none."""
-        index = bisect_left(self._sizes, num_rows)
-        return self._sizes[index] if index < len(self._sizes) else None
+        """The smallest recorded size that so many rows fit into; None if there is none."""
+        index = bisect_left(self.sizes, num_rows)
+        return self.sizes[index] if index < len(self.sizes) else None
 
     def replay(self, size: int) -> torch.Tensor:
         """What the recorded function returned, over what its inputs hold now; valid until the next replay of any size."""

@@ -1,5 +1,6 @@
-"""The identity of what makes KV: weights, the model's configuration, dtype and the version of the code. Data that is kept or
-shared under another identity is not this model's.
+"""The identity of what makes KV: weights, the model's configuration, dtype and code version.
+
+Data that is kept or shared under another identity is not this model's.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ NOT_OF_THE_MODEL = (
 
 
 def fingerprint_weights(hf_config: Any, weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256, in hex, of every byte of the weights, their names, shapes and dtypes, and the configuration.
+    """SHA-256, in hex, of all weights (bytes, names, shapes, dtypes) and of the configuration.
 
-    weights: as loaded, under the names of the checkpoint's modules; on a rank of a group, its own parts. The same on each
-    machine, device and start, wherever the files lie and however they are cut; another one if a single weight, a value of
-    the configuration or the version of transformers, whose code computes with them, is another. Reads all of them once: some
-    seconds for 16 GB on a few cores.
+    weights: as loaded, under the names of the checkpoint's modules; on a rank of a group, its own parts.
+
+    The same on each machine, device and start, wherever the files are and however they are cut. Another one if a single
+    weight, a value of the configuration or the version of transformers, whose code computes with them, is another. Reads
+    all of them once: some seconds for 16 GB on a few cores.
     """
     names = sorted(weights)
     with ThreadPoolExecutor(max(1, torch.get_num_threads()), "fingerprint") as threads:

@@ -1,6 +1,6 @@
-"""The executor for a model that is sharded over several devices: rank 0, in this process, which tells the others its plans.
+"""The executor for a model that is sharded over several devices: rank 0, in this process, which sends the others its plans.
 
-Who starts the others is a WorkerStarter's business: processes of this machine here, Ray actors in the deployments.
+A WorkerStarter starts the others: processes of this machine here, Ray actors in the deployments.
 
     engine thread         executor's thread              "workers" thread
     submit(plan) -------> plan and last tokens to all    heartbeats of all
@@ -30,21 +30,22 @@ import torch.distributed as dist
 
 import engine
 from engine.config import EngineConfig
-from engine.core.executor import SamplingFailedError
+from engine.core.executor import ExecutorFacts, SamplingFailedError
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError, EngineError, EngineStoppedError
-from engine.executor.local import LocalExecutor, available_cores
+from engine.executor.host import available_cores
+from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import check_can_be_sharded
 from engine.executor.plan_channel import PlanSender
 from engine.executor.process_group import GroupMember, ProcessGroup, check_no_group, serve_store
 
 logger = logging.getLogger(__name__)
 
-# Until all workers have connected: an interpreter starts and imports torch; where actors start, a machine may have to come.
+# Seconds until all workers have connected: an interpreter starts and imports torch; a machine may have to start for actors.
 CONNECT_TIMEOUT_S = 300.0
-# A step that takes longer hangs.
+# A step that takes longer hangs, in seconds.
 STEP_TIMEOUT_S = 300.0
-# How long the workers may take to free what they have when they are told to stop, or until they say why a step failed.
+# How many seconds the workers may take to free what they have when they are told to stop, or to report why a step failed.
 LEAVE_TIMEOUT_S = 10.0
 BLAME_TIMEOUT_S = 2.0
 MAX_FOLDER_LEN = 80
@@ -53,7 +54,8 @@ MAX_FOLDER_LEN = 80
 class WorkerStarter(Protocol):
     """Starts ranks 1 to n-1, each with `run_worker(config, member)`.
 
-    host: how they reach rank 0's machine over the network; None where all are on it."""
+    host: how they reach rank 0's machine over the network; None if all are on it.
+    """
 
     host: str | None
 
@@ -62,7 +64,7 @@ class WorkerStarter(Protocol):
         ...
 
     def check(self) -> None:
-        """Raises EngineError where a worker has ended. Called while rank 0 waits for the workers to come."""
+        """Raise EngineError if a worker has ended. Called while rank 0 waits for the workers to connect."""
         ...
 
     def shutdown(self) -> None:
@@ -113,13 +115,22 @@ class ProcessWorkers:
             process.wait()
 
 
-class GroupExecutor(LocalExecutor):
-    """Rank 0. broken: done, with the error, once the group cannot compute any more, whatever rank is to blame; cancelled by
-    a regular shutdown. Its callbacks run in a thread of the group's, and must not wait for the group."""
+class GroupExecutor:
+    """The executor of rank 0: computes its shard, and has the other ranks follow its plans.
+
+    local: what computes rank 0's shard.
+    placements: what each rank has, and on which device, by rank.
+    broken: done, with the error, once the group cannot compute any more, whichever rank is to blame; cancelled by a regular
+        shutdown. Its callbacks run in a thread of the group's, and must not wait for the group.
+    """
+
+    max_steps_in_flight = 1  # the other ranks are told with a step what was sampled in the one before
 
     def __init__(self, config: EngineConfig, starter: WorkerStarter | None = None) -> None:
-        """starter: None = processes of this machine, which share its cores. Blocks until all ranks have loaded; raises what
-        any of them raised."""
+        """Start the ranks and wait until all have loaded. Raises what any of them raised.
+
+        starter: None = processes of this machine, which share its cores.
+        """
         check_no_group()
         check_can_be_sharded(config)
         self.broken: Future[EngineStoppedError] = Future()
@@ -128,7 +139,7 @@ class GroupExecutor(LocalExecutor):
         self._step: Future[None] = Future()
         self._step.set_result(None)
         self._sampled: tuple[int, ...] = ()
-        self._group = None
+        self._group: ProcessGroup | None = None
         self._verifies = config.verify_swaps
         self._size = config.tensor_parallel_size
         if starter is None:
@@ -153,11 +164,10 @@ class GroupExecutor(LocalExecutor):
             ]
             starter.start(config, members[1:])
             self._channel.accept(starter.check, CONNECT_TIMEOUT_S)
-            self._load(config, members[0], store)
-            self.max_steps_in_flight = 1  # the other ranks are told with a step what was sampled in the one before
-            self.placements = (self.placement, *self._channel.wait_until_ready())
+            self.local = self._load(config, members[0], store)
+            self.placements = (self.local.placement, *self._channel.wait_until_ready())
             self.check_health()
-            if self.loaded.device.type == "cpu":
+            if self.facts.is_on_cpu:
                 # All have met; killed from now on, rank 0 leaves nothing behind. (NCCL's watchdog reads the store in there as
                 # long as the group lives, and would wait half an hour for a file that is gone.)
                 shutil.rmtree(self._folder, ignore_errors=True)
@@ -170,62 +180,67 @@ class GroupExecutor(LocalExecutor):
         for placement in self.placements:
             logger.info("%s", placement)
 
-    def _load(self, config: EngineConfig, member: GroupMember, store: dist.TCPStore | None) -> None:
-        """What an executor without a group does in its constructor; in a thread, because it waits for ever for a rank that
-        ended on its way into the group."""
-        loaded: Future[None] = Future()
+    def _load(self, config: EngineConfig, member: GroupMember, store: dist.TCPStore | None) -> LocalExecutor:
+        """Join the group and load rank 0's shard, in a thread: joining blocks for ever if a rank died while joining."""
+        loaded: Future[LocalExecutor] = Future()
 
         def load() -> None:
             try:
-                super(GroupExecutor, self).__init__(config, ProcessGroup(member, config.device, store))
+                self._group = ProcessGroup(member, config.device, store)
+                loaded.set_result(LocalExecutor(config, self._group))
             except BaseException as error:
                 loaded.set_exception(error)
-            else:
-                loaded.set_result(None)
 
         threading.Thread(target=load, name="load", daemon=True).start()
         if not self._has_ended(loaded):
             raise self.broken.result()
-        loaded.result()
+        return loaded.result()
+
+    @property
+    def facts(self) -> ExecutorFacts:
+        """What the group has; see ExecutorFacts."""
+        return self.local.facts
 
     def execute(self, plan: StepPlan) -> StepResult:
+        """Compute one step on all ranks."""
         return self.submit(plan).result()
 
     def submit(self, plan: StepPlan) -> Future[StepResult]:
-        """The result is there, as an error, even where the step hangs."""
+        """Begin one step on all ranks. If it hangs, the future has an error as its result."""
         outcome: Future[StepResult] = Future()
         self._outcome = outcome
         if self.broken.done():
             _settle(outcome, self.broken.result())
         else:
-            self._step = self._thread.submit(self._run, plan, outcome)
+            self._step = self.local.steps_thread.submit(self._run, plan, outcome)
         return outcome
 
     def check_health(self) -> None:
-        """Raises EngineStoppedError, which names the rank, where the group is broken."""
+        """Raise EngineStoppedError, which names the rank, if the group is broken."""
         if self.is_broken:
             raise self.broken.result()
 
     @property
     def is_broken(self) -> bool:
+        """Whether no step can be computed any more; False after a regular shutdown."""
         return self.broken.done() and not self.broken.cancelled()
 
     def shutdown(self) -> None:
-        """Frees the model and the KV stores of all ranks, after the step that runs."""
+        """Free the model and the KV stores of all ranks, after the step that runs."""
         has_ended = self._has_ended(self._step)
         self.broken.cancel()
         self._end()
         if has_ended:
-            super().shutdown()
+            self.local.shutdown()
         else:
             logger.error("a collective does not return; what rank 0 has is freed with the process")
 
     def _run(self, plan: StepPlan, outcome: Future[StepResult]) -> None:
-        """A step, in the executor's thread."""
+        """Compute one step, in the local executor's thread."""
         try:
             self._channel.send(self._sampled, plan, STEP_TIMEOUT_S)
             self._sampled = ()
-            result = super().execute(plan)
+            result = self.local.execute(plan)
             self._sampled = result.token_ids
             if self._verifies and plan.swap_ins:
                 failed = {*result.failed_swap_ins, *self._channel.take_failed_swap_ins()}
@@ -240,15 +255,15 @@ class GroupExecutor(LocalExecutor):
         finally:
             self._channel.end_step()
 
-    def _has_ended(self, work: Future[None]) -> bool:
-        """Waits for work with collectives in it, which are to end soon once the group is broken. False where they do not."""
+    def _has_ended(self, work: Future[Any]) -> bool:
+        """Wait for work with collectives in it, which are to end soon once the group is broken; False if they do not."""
         futures: list[Future[Any]] = [work, self.broken]
         wait(futures, return_when=FIRST_COMPLETED)
         wait([work], LEAVE_TIMEOUT_S)
         return work.done()
 
     def _find_blamed(self, error: BaseException) -> BaseException:
-        """What broke the group, where rank 0 got `error`: another rank's failure shows here as a lost connection."""
+        """What broke the group, if rank 0 got `error`: another rank's failure shows here as a lost connection."""
         try:
             blamed: BaseException = self.broken.result(BLAME_TIMEOUT_S)
         except TimeoutError:
@@ -258,7 +273,7 @@ class GroupExecutor(LocalExecutor):
         return failure.error if failure is not None and failure.error is not None else blamed
 
     def _break(self, rank: int, why: str) -> None:
-        """From any thread: no step is computed from here on, and the workers end."""
+        """Compute no further step, and end the workers. From any thread."""
         error = EngineStoppedError(f"the tensor-parallel group is broken: rank {rank} of {self._size}: {why}")
         try:
             self.broken.set_result(error)
@@ -271,7 +286,7 @@ class GroupExecutor(LocalExecutor):
             self._group.abort()
 
     def _end(self) -> None:
-        """Give back workers, connections, files."""
+        """Give back workers, connections and files."""
         self._channel.close(0.0 if self.is_broken else LEAVE_TIMEOUT_S)
         self._starter.shutdown()
         if self._group is not None:
@@ -280,17 +295,17 @@ class GroupExecutor(LocalExecutor):
 
 
 def _make_folder() -> str:
-    """For a socket and what torch.distributed meets in; the path of a socket must be short."""
+    """Make a folder for the socket and for torch.distributed's rendezvous; the path of a socket must be short."""
     is_long = len(tempfile.gettempdir()) > MAX_FOLDER_LEN and os.path.isdir("/tmp")
     return tempfile.mkdtemp(prefix="pensieve-", dir="/tmp" if is_long else None)
 
 
 def _settle(outcome: Future[StepResult], error: BaseException) -> None:
-    """Where nobody else has, in another thread."""
+    """End a step with an error, unless another thread has ended it."""
     with suppress(InvalidStateError):
         outcome.set_exception(error)
 
 
-def make_executor(config: EngineConfig) -> LocalExecutor:
-    """For that many ranks as the config wants, all on this machine. Raises ModelLoadError or ConfigError."""
+def make_executor(config: EngineConfig) -> LocalExecutor | GroupExecutor:
+    """The executor of as many ranks as the config wants, all on this machine. Raises ModelLoadError or ConfigError."""
     return LocalExecutor(config) if config.tensor_parallel_size == 1 else GroupExecutor(config)

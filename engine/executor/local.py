@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from engine.attention.choice import choose_backend
 from engine.attention.metadata import AttentionBackend
 from engine.config import EngineConfig
-from engine.core.executor import PendingStep
+from engine.core.executor import ExecutorFacts, PendingStep
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError, DeviceFailedError, EngineStoppedError
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
+from engine.executor.host import available_cores, end_openmp_team, keep_freed_memory
 from engine.executor.memory import bytes_left_for_blocks, check_host_memory, out_of_memory_means, step_limits
 from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
@@ -32,59 +31,33 @@ from engine.executor.warm_up import warm_up
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-# Options of glibc's mallopt(3); it takes no larger threshold for mmap than 32 MiB.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
-OMP_PAUSE_SOFT = 1  # of omp.h
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 DEFAULT_CPU_DEVICE_GIB = 1.0
 
 
-def available_cores() -> int:
-    """Cores that this process was given: by OMP_NUM_THREADS, which Ray sets to a replica's num_cpus, or else by the
-    scheduler's affinity and the control group's quota."""
-    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
-        return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if CPU_QUOTA.exists():
-        limit, period = CPU_QUOTA.read_text().split()
-        if limit != "max":
-            num_cores = min(num_cores, max(1, int(limit) // int(period)))
-    return num_cores
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed for the next step instead of giving it back: each step allocates its activations
-    anew, and fetching their pages from the system costs more than many of the operations on them. For the whole process,
-    from now on; one arena, because the heaps of the others are too small for activations. No effect elsewhere."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    for option, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 2 * GIB - 1)):
-        libc.mallopt(option, value)
-
-
-def end_openmp_team() -> None:
-    """End the OpenMP threads that loading has started for the calling thread. Steps run in another thread, with threads of
-    its own, and once there are more in all than cores, GNU's OpenMP sleeps at every barrier. No effect elsewhere."""
-    try:
-        ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(OMP_PAUSE_SOFT)
-    except (OSError, AttributeError):
-        logger.debug("torch does not use GNU's OpenMP here")
-
-
 class LocalExecutor:
-    """One model, or one rank's shard of it; one KV store. Steps in whichever thread, if one after the other; those that are
-    submitted, in a thread of its own."""
+    """One model, or one rank's shard of it, and its KV stores.
+
+    `execute` runs in the caller's thread, one call after the other; `submit` in a thread of the executor.
+
+    loaded: the model, or the shard.
+    gpu_store, cpu_store: the memory of the two tiers.
+    runner: computes the steps; benchmarks and tests may exchange it between two steps.
+    steps_thread: where submitted steps run. One thread for all, because torch's worker threads belong to the thread that
+        started them.
+    """
 
     def __init__(self, config: EngineConfig, group: ProcessGroup | None = None) -> None:
-        """Loads and allocates; blocking. group: of this rank, where the model is sharded. Raises ModelLoadError or
-        ConfigError."""
+        """Load and allocate; blocking.
+
+        group: of this rank, if the model is sharded.
+
+        Raises ModelLoadError or ConfigError.
+        """
         self._group = group
         self._device_failure: DeviceFailedError | None = None
         num_threads = config.num_threads or available_cores()
         torch.set_num_threads(num_threads)
-        # One thread for all steps, because torch's worker threads belong to the thread that started them.
-        self._thread = ThreadPoolExecutor(1, "executor", torch.set_num_threads, (num_threads,))
+        self.steps_thread = ThreadPoolExecutor(1, "executor", torch.set_num_threads, (num_threads,))
         with out_of_memory_means(
             f"the weights of {config.model!r} do not fit the device; take a smaller model", "model"
         ):
@@ -129,15 +102,13 @@ class LocalExecutor:
         if device.type == "cpu":
             keep_freed_memory()  # not before: what loading leaves free goes back
             end_openmp_team()
-        self._swapper = make_swapper(
-            self.gpu_store, self.cpu_store, verify=config.verify_swaps, copies=config.swap_copies
-        )
+        swapper = make_swapper(self.gpu_store, self.cpu_store, verify=config.verify_swaps, copies=config.swap_copies)
         limits = step_limits(config, self.loaded, self.num_gpu_blocks) if device.type == "cuda" else None
         samples = group is None or group.rank == 0
         self.attention_backend = backend
-        self._runner = ModelRunner(self.loaded, self.gpu_store, self._swapper, backend, limits, samples=samples)
+        self.runner = ModelRunner(self.loaded, self.gpu_store, swapper, backend, limits, samples=samples)
         if device.type == "cuda" and backend.CAN_REPLAY_DECODES and not config.enforce_eager:
-            self._runner.capture_graphs(CudaGraphMaker(device), bucket_sizes(config.max_num_seqs))
+            self.runner.capture_graphs(CudaGraphMaker(device), bucket_sizes(config.max_num_seqs))
         if device.type == "cuda":
             with out_of_memory_means(
                 "the first steps do not fit the device beside the model and its blocks; lower gpu_memory_utilization (or "
@@ -145,7 +116,7 @@ class LocalExecutor:
                 "gpu_memory_utilization",
             ):
                 # In the thread of the steps to come: compiled code depends on the state of torch there.
-                self._thread.submit(warm_up, config, self.loaded, self.gpu_store, self._runner).result()
+                self.steps_thread.submit(warm_up, config, self.loaded, self.gpu_store, self.runner).result()
         logger.info(
             "%s: %.1fM parameters, %s on %s; blocks of %d tokens, GPU tier %d (%.2f GiB), CPU tier %d (%.2f GiB)",
             config.model,
@@ -161,24 +132,24 @@ class LocalExecutor:
 
     def execute(self, plan: StepPlan) -> StepResult:
         with self._noting_failed_devices():
-            return self._runner.execute(plan)
+            return self.runner.execute(plan)
 
     def submit(self, plan: StepPlan) -> PendingStep:
-        self._thread.submit(self._runner.launch, plan)
-        return _SubmittedStep(self._thread, self._complete)
+        self.steps_thread.submit(self.runner.launch, plan)
+        return _SubmittedStep(self.steps_thread, self._complete)
 
     def note_sampled(self, token_ids: Sequence[int]) -> None:
-        """On a rank that does not sample: what was sampled in the last step, before the next one."""
-        self._runner.note_sampled(token_ids)
+        """Take in what rank 0 sampled in the last step, before the next one; on the other ranks."""
+        self.runner.note_sampled(token_ids)
 
     def check_health(self) -> None:
-        """Raise EngineStoppedError if a step has found the device broken; after any other failure the next may go well."""
+        """Raise EngineStoppedError if a step has found the device broken; other failures concern one step."""
         if self._device_failure is not None:
             raise EngineStoppedError(self._device_failure.message) from self._device_failure
 
     def _complete(self) -> StepResult:
         with self._noting_failed_devices():
-            return self._runner.complete()
+            return self.runner.complete()
 
     @contextmanager
     def _noting_failed_devices(self) -> Iterator[None]:
@@ -189,8 +160,20 @@ class LocalExecutor:
             raise
 
     @property
+    def facts(self) -> ExecutorFacts:
+        """What was loaded, and the sizes of the tiers."""
+        return ExecutorFacts(
+            model=self.loaded.facts,
+            device=str(self.loaded.device),
+            attention_backend=backend_name(self.attention_backend),
+            num_gpu_blocks=self.num_gpu_blocks,
+            num_cpu_blocks=self.num_cpu_blocks,
+            bytes_per_block=self.bytes_per_block,
+        )
+
+    @property
     def placement(self) -> Placement:
-        """What this rank has, where."""
+        """What this rank has, and on which device."""
         return Placement(
             rank=0 if self._group is None else self._group.rank,
             host=platform.node(),
@@ -202,14 +185,14 @@ class LocalExecutor:
         )
 
     def shutdown(self) -> None:
-        """Frees the model and the KV stores, after the step that runs."""
-        self._thread.shutdown()
+        """Free the model and the KV stores, after the step that runs."""
+        self.steps_thread.shutdown()
         try:
-            self._swapper.shutdown()
+            self.runner.swapper.shutdown()
         finally:
             self.cpu_store.unpin()
-            self._runner.drop_graphs()
-            del self._runner, self._swapper, self.gpu_store, self.cpu_store, self.loaded
+            self.runner.drop_graphs()
+            del self.runner, self.gpu_store, self.cpu_store, self.loaded
 
     @staticmethod
     def _num_cpu_blocks(config: EngineConfig, bytes_per_block: int) -> int:
@@ -237,14 +220,22 @@ class LocalExecutor:
 
 
 class _SubmittedStep:
-    """The thread waits for it when its result is asked for: behind the launch of whatever was submitted meanwhile."""
+    """A launched step, completed in the thread when its result is asked for.
+
+    That comes behind the launch of what was submitted since.
+    """
 
     def __init__(self, thread: ThreadPoolExecutor, complete: Callable[[], StepResult]) -> None:
-        self._thread = thread
+        self.steps_thread = thread
         self._complete = complete
 
     def result(self, timeout: float | None = None) -> StepResult:
-        return self._thread.submit(self._complete).result(timeout)
+        return self.steps_thread.submit(self._complete).result(timeout)
+
+
+def backend_name(backend: AttentionBackend) -> str:
+    """The name of an attention backend: of its module, or of its class."""
+    return str(getattr(backend, "__name__", type(backend).__name__)).rpartition(".")[2]
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,6 +1,7 @@
-"""What of a GPU's memory is left for blocks: measured, by running the largest step and recording decode graphs over a toy of
-a GPU tier; and whether host memory can hold the tiers. Says what to lower if memory runs out at the start, so that it does
-not later.
+"""What of a GPU's memory is left for blocks, and whether host memory can hold the tiers.
+
+The first is measured: by running the largest step and recording decode graphs over a toy of a GPU tier. If memory runs
+out at the start, the error says what to lower, so that it does not run out later.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ def host_memory() -> HostMemory | None:
 
 
 def check_host_memory(config: EngineConfig, num_gpu_tier_bytes: int, num_cpu_tier_bytes: int) -> None:
-    """Raises ConfigError if the tiers that lie in host memory are larger than it; warns if they are larger than what is free.
+    """Raise ConfigError if the tiers in host memory are larger than it; warn if larger than what is free.
 
-    Their memory is taken as they fill: without this, the system would end the process weeks after the start.
+    Their memory is taken as they fill: without this check, the system would end the process weeks after the start.
     """
     memory, num_bytes = host_memory(), num_gpu_tier_bytes + num_cpu_tier_bytes
     if memory is None or num_bytes <= memory.available:
@@ -114,8 +115,10 @@ def step_limits(config: EngineConfig, loaded: LoadedModel, num_gpu_blocks: int |
 
 
 def bytes_left_for_blocks(config: EngineConfig, loaded: LoadedModel, backend: AttentionBackend) -> float:
-    """Of the share of the device that is ours, what weights, the largest step and the graphs leave. Raises ConfigError where
-    memory runs out."""
+    """What weights, the largest step and the graphs leave of our share of the device.
+
+    Raises ConfigError if memory runs out.
+    """
     device = loaded.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,5 +1,6 @@
-"""Brings a model from a local folder or the hub into memory, with transformers' own code and our attention in it, and makes
-sure that the two agree. Refuses what cannot work.
+"""Brings a model from a local folder or the hub into memory, and checks that it computes right.
+
+The model is transformers' own code with our attention in it; both have to agree. Rejects what cannot work.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionCall, LayerShape
 from engine.attention.transformers_door import ATTENTION_NAME, ShapeProbe, attention_handled_by
 from engine.config import EngineConfig
+from engine.core.executor import ModelFacts
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds
 from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fingerprint_weights
@@ -43,10 +45,17 @@ REFUSED_LAYER_TYPES = ("chunked_attention", "linear_attention", "mamba", "recurr
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, or one rank's shard of it. attention_calls: those of a forward, in order, layers: their KV
-    shapes, and num_weight_bytes: of this rank. num_attention_heads (query heads of a layer), num_parameters: of the whole.
-    max_model_len: the window by its config. fingerprint: identity of what makes its KV, see fingerprint_weights; the same on
-    all ranks of a group, another one for a group of another size."""
+    """A model ready to run, or one rank's shard of it.
+
+    layers: the KV shapes of this rank's layers.
+    attention_calls: the calls of attention in one forward, in order; of this rank.
+    num_attention_heads: query heads of a layer, of the whole model.
+    num_parameters: of the whole model.
+    num_weight_bytes: of this rank.
+    max_model_len: the window by the model's config, in tokens.
+    fingerprint: identity of what makes its KV, see fingerprint_weights. The same on all ranks of a group; a group of another
+        size has another one.
+    """
 
     model: Any
     device: torch.device
@@ -61,6 +70,21 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     fingerprint: str
     has_compiled_layers: bool = False
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What is the same on all ranks, as plain data."""
+        return ModelFacts(
+            fingerprint=self.fingerprint,
+            dtype=str(self.dtype).removeprefix("torch."),
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self.eos_token_ids,
+            num_parameters=self.num_parameters,
+            num_layers=len(self.layers),
+            num_attention_heads=self.num_attention_heads,
+            head_dim=self.layers[0].k_dim,
+        )
 
 
 def choose_device(option: str) -> torch.device:
@@ -78,9 +102,15 @@ def choose_device(option: str) -> torch.device:
 
 
 def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> LoadedModel:
-    """Load, check, and put in place. Weights go straight to the device, one file at a time, into a model that was built
-    empty: peak memory stays near the size of the weights. group: whose shard of it this rank loads; None = all of it. Raises
-    ModelLoadError or UnsupportedModelError."""
+    """Load a model, check it, and put its layers in place.
+
+    Weights go straight to the device, one file at a time, into a model that was built empty: peak memory stays near the
+    size of the weights.
+
+    group: whose shard of it this rank loads; None = all of it.
+
+    Raises ModelLoadError or UnsupportedModelError.
+    """
     location = model_location(config.model)
     device = choose_device(config.device) if group is None else group.device
     if not sys.stderr.isatty():  # a progress bar in a log file is noise
@@ -184,7 +214,7 @@ def _read_model(
 
 
 def _make_random_model(hf_config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Made where it is to be: weights of this size would take long to bring there. The same ones each time."""
+    """A model of random weights, the same ones each time, made on its device to save the way there."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation="eager")
@@ -226,7 +256,7 @@ def _choose_dtype(option: str, text_config: Any, device: torch.device) -> torch.
 
 
 def _has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself; elsewhere it is slower than float32 there, not faster."""
+    """Whether this processor multiplies bfloat16 itself; others do that slower than float32."""
     return any(
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
@@ -258,8 +288,11 @@ def _refuse_unsupported(model: str, text_config: Any, max_model_len: int | None)
 
 @torch.inference_mode()
 def _probe(model: Any, text_config: Any, handler: ShapeProbe, num_tokens: int = PROBE_LEN) -> torch.Tensor:
-    """Logits [1, num_tokens, vocabulary]; attention goes to `handler` once the model is told so. The ids are spread over the
-    vocabulary but for its ends, which special tokens and what no tokenizer knows take up."""
+    """Logits [1, num_tokens, vocabulary] of a forward whose attention goes to `handler`.
+
+    The model has to be told before to use our attention. The ids are spread over the vocabulary except its ends, where
+    special tokens are, and ids that no tokenizer knows.
+    """
     vocab_size = text_config.vocab_size
     stride = max(1, vocab_size * 8 // 10 // num_tokens)
     input_ids = (vocab_size // 10 + stride * torch.arange(num_tokens, device=model.device)[None]) % vocab_size
@@ -275,7 +308,7 @@ def _tolerance(rounded: torch.Tensor, otherwise: torch.Tensor, dtype: torch.dtyp
 
 
 def _pack(name: str, model: Any, text_config: Any, tolerance: float, packing: type[PackedWeight]) -> bool:
-    """Pack the model's linear layers. False where it does not compute the same any more, and is useless then."""
+    """Pack the model's linear layers. False if it does not compute the same any more, and is useless then."""
     expected = _probe(model, text_config, ShapeProbe())
     try:
         num_packed = pack_linears(model, lambda: _probe(model, text_config, ShapeProbe()), packing)
@@ -298,7 +331,7 @@ def _wants_compiled_layers(config: EngineConfig, device: torch.device) -> bool:
 
 
 def _compile(config: EngineConfig, model: Any, text_config: Any, tolerance: float, device: torch.device) -> bool:
-    """Compile the model's layers, where that works and, unless it is asked for, pays; returns whether it did."""
+    """Compile the model's layers if that works and, unless it is asked for, pays; returns whether it did."""
     logger.info("%s: compiling its layers; takes half a minute, the first time", config.model)
     return compile_layers(
         config.model,
@@ -312,7 +345,10 @@ def _compile(config: EngineConfig, model: Any, text_config: Any, tolerance: floa
 def _localize(
     name: str, model: Any, text_config: Any, dtype: torch.dtype, plan: dict[str, str], group: ProcessGroup
 ) -> None:
-    """Put local layers in place of transformers' distributed ones; refuse the model where they do not compute the same."""
+    """Put local layers in place of transformers' distributed ones.
+
+    Raises UnsupportedModelError if they do not compute the same.
+    """
     expected = None if is_own(plan, text_config) else _probe(model, text_config, ShapeProbe())
     localize(model, plan, group)
     if expected is None:
@@ -334,11 +370,12 @@ def _localize(
 def _check_attention(
     config: EngineConfig, model: Any, text_config: Any, dtype: torch.dtype
 ) -> tuple[ShapeProbe, float]:
-    """Refuse the model if transformers' own attention and ours differ: call by call, and in the logits that they make.
+    """Reject the model if transformers' own attention and ours differ, call by call or in the logits.
 
-    Both compute in a wider dtype than the model's, because its own code rounds the scores to that, and may be far from what
-    it means. A family that does not use the attention registry would accept ours and be silently wrong. Leaves ours in
-    charge. Returns what saw the calls, and the tolerance of later comparisons of logits.
+    Both compute in a wider dtype than the model's, because its own code rounds the scores to that, and may be far from
+    what it means. A family that does not use the attention registry would accept ours and be silently wrong.
+
+    Leaves ours in charge. Returns what saw the calls, and the tolerance of later comparisons of logits.
     """
     name, family = config.model, text_config.model_type
     window = _model_window(text_config)

@@ -1,5 +1,7 @@
-"""Computes steps: plan to tensors, forward, logits of the last rows, sampling. Keeps what a worker must know of each
-started request (block table, last token, sampling state) and nothing else between steps.
+"""Computes steps: plan to tensors, forward, logits of the last rows, sampling.
+
+Between steps it keeps what a worker must know of each started request (block table, last token, sampling state) and
+nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +32,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _RequestState:
-    """table_row: of the request's block table, and of its last token. sampling: None on a rank that does not sample."""
+    """What is kept of a started request.
+
+    table_row: of the request's block table, and of its last token.
+    sampling: None on a rank that does not sample.
+    """
 
     table_row: int
     sampling: SamplingState | None
@@ -38,9 +44,13 @@ class _RequestState:
 
 @dataclass(slots=True)
 class _Step:
-    """A step that was launched. error: of its computation; copy_error: of anything before that, or of its copies.
-    failed_swap_ins: None as long as its copies may be under way. sampled: token ids and log-probabilities, as StepResult has
-    them, once it is settled."""
+    """A step that was launched.
+
+    error: of its computation.
+    copy_error: of anything before that, or of its copies.
+    failed_swap_ins: None as long as its copies may be in flight.
+    sampled: token ids and log-probabilities, as StepResult has them, once it is settled.
+    """
 
     plan: StepPlan
     arrays: StepArrays | None = None
@@ -55,11 +65,16 @@ class _Step:
 
 
 class ModelRunner:
-    """One model (or one rank's shard of it) and its KV. Steps are launched and completed in order; a step may be launched
-    before the one in front of it is complete: the tokens that it goes on from are on the device.
+    """One model (or one rank's shard of it) and its KV. Steps are launched and completed in order.
 
-    num_forwards: of the model, what is replayed not counted. num_eager_forwards: of a model with compiled layers, those in
-    which torch took layers as they were written, because its compiled code is not made for something about the step.
+    A step may be launched before the one in front of it is complete: the tokens that it goes on from are on the device.
+
+    num_forwards: of the model, what is replayed not counted.
+    num_eager_forwards: of a model with compiled layers, those in which torch took layers as they were written, because
+        its compiled code is not made for something about the step.
+    swapper, graphs: may be exchanged between two steps, for measurements.
+    see_logits: called with the logits of each step before it samples, [number of sampling segments, vocabulary], which
+        the next step may overwrite; None = nothing is called.
     """
 
     def __init__(
@@ -72,9 +87,12 @@ class ModelRunner:
         *,
         samples: bool = True,
     ) -> None:
-        """limits: with them, all that a step reads has its place on the device from the start, and reaches it in one copy;
-        without, as on a CPU, tensors are made as they are needed. samples: False on the ranks that are told what rank 0
-        sampled."""
+        """Computes nothing yet.
+
+        limits: with them, all that a step reads has its place on the device from the start, and reaches it in one copy;
+            without, as on a CPU, tensors are made as they are needed.
+        samples: False on the ranks that are told what rank 0 sampled.
+        """
         self._loaded = loaded
         self._samples = samples
         # Not complete yet, oldest first.
@@ -83,7 +101,7 @@ class ModelRunner:
         self._sampled_rows: list[int] = []
         self._backend = backend
         self._kv_store = kv_store
-        self._swapper = swapper
+        self.swapper = swapper
         self._requests: dict[str, _RequestState] = {}
         if limits is None:
             self._tables = BlockTables()
@@ -92,18 +110,21 @@ class ModelRunner:
         # The token that each request sampled last, by table row. It stays on the device: the next step need not wait for it.
         self._last_tokens = torch.zeros(len(self._tables.array), dtype=torch.long, device=loaded.device)
         self._staging = Staging(loaded.device, limits)
-        self._graphs = DecodeGraphs()
+        self.graphs = DecodeGraphs()
+        self.see_logits: Callable[[torch.Tensor], None] | None = None
         self.num_forwards = self.num_eager_forwards = 0
 
     def capture_graphs(self, maker: GraphMaker, sizes: Sequence[int]) -> None:
-        """Record decode steps of these sizes; needs limits, which no size may exceed. Raises ConfigError where memory runs
-        out."""
+        """Record decode steps of these sizes; needs limits, which no size may exceed.
+
+        Raises ConfigError if memory runs out.
+        """
         with torch.inference_mode():
-            self._graphs.capture(maker, sizes, self._decode_step)
+            self.graphs.capture(maker, sizes, self._decode_step)
 
     def drop_graphs(self) -> None:
         """Free what was recorded; the graphs hold the runner, and so all that it uses."""
-        self._graphs = DecodeGraphs()
+        self.graphs = DecodeGraphs()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """One step; raises what `complete` raises."""
@@ -111,8 +132,10 @@ class ModelRunner:
         return self.complete()
 
     def launch(self, plan: StepPlan) -> None:
-        """Begin a step, behind those that were launched before: its work goes into the queues of the device, which is not
-        waited for (where there are no queues it is done on the way). What fails shows in `complete`."""
+        """Begin a step, behind those that were launched before. What fails shows in `complete`.
+
+        Its work goes into the queues of the device, which is not waited for; a device without queues does it now.
+        """
         if self._launched:
             self._finish_copies(self._launched[-1])  # the swapper knows one step at a time
         step = _Step(plan)
@@ -120,7 +143,7 @@ class ModelRunner:
         wait_for_layer = None
         try:
             self._follow(plan)
-            wait_for_layer = self._swapper.begin(plan)
+            wait_for_layer = self.swapper.begin(plan)
         except Exception as error:
             step.copy_error = error
             return
@@ -155,7 +178,7 @@ class ModelRunner:
         return StepResult(step.plan.step_id, *step.sampled, step.failed_swap_ins or ())
 
     def note_sampled(self, token_ids: Sequence[int]) -> None:
-        """What rank 0 sampled in the last step, in the order of its segments; nothing where that failed."""
+        """Take in what rank 0 sampled in the last step, in the order of its segments; empty if that failed."""
         if token_ids:
             assert len(token_ids) == len(self._sampled_rows)
             tensor = torch.tensor([self._sampled_rows, token_ids], device=self._last_tokens.device)
@@ -178,7 +201,7 @@ class ModelRunner:
             self._last_tokens = torch.cat([self._last_tokens, self._last_tokens.new_zeros(missing)])
 
     def _prepare(self, step: _Step) -> None:
-        """What a step reads, in host memory."""
+        """Make what a step reads, in host memory."""
         states = [self._requests[segment.request_id] for segment in step.plan.segments]
         samplers = [
             state.sampling
@@ -203,14 +226,14 @@ class ModelRunner:
         # A graph cannot wait for layers whose KV is on its way, and its layers would not be beside the copies.
         size = None
         if arrays.is_decode_batch and wait_for_layer is None:
-            size = self._graphs.size_for(arrays.num_tokens)
+            size = self.graphs.size_for(arrays.num_tokens)
         if size is not None:
             arrays = arrays.padded(size)
         sampled = {"sampled": arrays.sampled, "sampled_rows": arrays.sampled_rows}
         tensors = self._staging.send({**arrays.batch(), **sampled, **self._tables.changes(), **batch.arrays})
         self._tables.apply(tensors)
         if size is not None:
-            logits = self._graphs.replay(size)[tensors["sampled"]]
+            logits = self.graphs.replay(size)[tensors["sampled"]]
         else:
             logits = self._forward(arrays, tensors, wait_for_layer)
         step.has_logits = True
@@ -219,23 +242,24 @@ class ModelRunner:
 
     def _sample(self, logits: torch.Tensor, batch: SamplingBatch, tensors: Mapping[str, torch.Tensor]) -> Draw:
         """Choose the next tokens, and keep them for the step behind."""
+        if self.see_logits is not None:
+            self.see_logits(logits)
         draw = batch.draw(logits, tensors)
         self._last_tokens.index_copy_(0, tensors["sampled_rows"], draw.token_ids)
         return draw
 
     def _finish_copies(self, step: _Step) -> None:
-        """Of the step that was launched last."""
+        """Finish the copies of the step that was launched last."""
         if step.failed_swap_ins is None:
             step.failed_swap_ins = ()
             try:
-                step.failed_swap_ins = self._swapper.finish()
+                step.failed_swap_ins = self.swapper.finish()
             except Exception as error:
                 step.copy_error = step.copy_error or error
 
     @torch.inference_mode()
     def _settle(self, step: _Step) -> None:
-        """Wait for a step; raises nothing. All that were launched before it are settled. This is where the host waits for the
-        device."""
+        """Wait for a step, of which all predecessors are settled; raises nothing. Here the host waits for the device."""
         if step.is_settled:
             return
         step.is_settled = True
@@ -250,8 +274,10 @@ class ModelRunner:
             step.error = error
 
     def _correct(self, step: _Step) -> None:
-        """Its tokens are others than those that the steps behind it began with: compute these again. It writes the same KV to
-        the same places, but for what came of the wrong tokens."""
+        """Compute the steps behind this one again, because they began with other tokens than it has after all.
+
+        They write the same KV to the same places, but for what came of the wrong tokens.
+        """
         assert step.draw is not None
         assert step.arrays is not None
         rows = torch.from_numpy(step.arrays.sampled_rows).to(self._last_tokens.device)
@@ -282,7 +308,7 @@ class ModelRunner:
         return self._run_model(token_ids, tensors, metadata, wait_for_layer, logits_to_keep=tensors["sampled"])
 
     def _decode_step(self, size: int) -> Callable[[], torch.Tensor]:
-        """A function of what lies in the places of a decode batch of `size` rows then: logits [size, vocabulary]."""
+        """A function that computes the decode batch of `size` rows in the inputs' places: logits [size, vocabulary]."""
         arrays = StepArrays.padding(size)
         tensors = self._staging.send(arrays.batch())
         metadata = AttentionMetadata(
@@ -298,7 +324,7 @@ class ModelRunner:
         return self._run_model(self._token_ids(tensors), tensors, metadata, None)
 
     def _token_ids(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The tokens of the batch, those among them that were sampled before."""
+        """The token ids of the batch, including those that were sampled in the step before."""
         token_ids = tensors["token_ids"]
         return torch.where(token_ids < 0, self._last_tokens[tensors["table_rows"]], token_ids)
 

@@ -1,8 +1,10 @@
-"""Linear layers that get the same input, joined to one multiplication (Q, K and V; gate and up); and, for a CPU, weights laid
-out once for its matrix kernels. Knows no model family: which layers share their input is seen in a forward.
+"""Linear layers that get the same input, joined to one multiplication (Q, K and V; gate and up).
+
+For a CPU, their weights are also laid out once for its matrix kernels. Knows no model family: which layers share their
+input is seen in a forward.
 
 On a CPU torch packs a weight anew at every call; with few rows, as in decoding, that costs more than the multiplication.
-oneDNN's packing operations are those that torch's own compiler uses, but private, FBGEMM's those of its quantization: where
+oneDNN's packing operations are those that torch's own compiler uses, but private, FBGEMM's those of its quantization: if
 they are missing or fail, nothing is packed.
 """
 
@@ -29,8 +31,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 class PackedWeight(Protocol):
-    """A weight [out_features, in_features] and a bias in a kernel's own layout. PACKS_SINGLE_LAYERS: whether a layer that is
-    joined to no other one gains by it too."""
+    """A weight [out_features, in_features] and a bias in a kernel's own layout.
+
+    PACKS_SINGLE_LAYERS: whether a layer that is joined to no other one gains by it too.
+    """
 
     PACKS_SINGLE_LAYERS: bool
 
@@ -46,7 +50,7 @@ class PackedWeight(Protocol):
 
 
 class OneDnnWeight:
-    """Computes in the dtype of the weight: float32, and bfloat16 where the processor has instructions for it."""
+    """Computes in the dtype of the weight: float32, or bfloat16 if the processor has instructions for it."""
 
     PACKS_SINGLE_LAYERS = True
 
@@ -67,8 +71,11 @@ class OneDnnWeight:
 
 
 class FbgemmWeight:
-    """For half-precision weights where the processor cannot compute in them: kept as float16, multiplied in float32. Every
-    bfloat16 between 2**-14 and 65504 is a float16 too; smaller ones lose bits that never matter beside the others."""
+    """A half-precision weight for a processor that cannot compute in its dtype.
+
+    It is kept as float16 and multiplied in float32. Every bfloat16 between 2**-14 and 65504 is a float16 too; smaller
+    ones lose bits that never matter beside the others.
+    """
 
     PACKS_SINGLE_LAYERS = True
 
@@ -121,8 +128,10 @@ def choose_packing(dtype: torch.dtype, device: torch.device) -> type[PackedWeigh
 
 
 def _is_right(packing: type[PackedWeight], dtype: torch.dtype) -> bool:
-    """Whether it multiplies, and gives back what it packed. The elements differ from their neighbours, so that another order
-    shows, and every sum of them is exact in the dtype."""
+    """Whether a kind of weight multiplies correctly, and gives back what it packed.
+
+    The elements differ from their neighbours, so that another order shows, and every sum of them is exact in the dtype.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def integers(limit: int, *size: int) -> torch.Tensor:
@@ -141,7 +150,10 @@ def _is_right(packing: type[PackedWeight], dtype: torch.dtype) -> bool:
 
 
 class PackedLinear(nn.Module):
-    """One or several linear layers on the same input, as one multiplication. weight: [out_features of all, in_features]."""
+    """One or several linear layers on the same input, as one multiplication.
+
+    weight: [out_features of all, in_features].
+    """
 
     def __init__(self, layers: list[nn.Linear], packing: type[PackedWeight]) -> None:
         super().__init__()
@@ -167,8 +179,11 @@ class PackedLinear(nn.Module):
 
 
 class _JoinedInput:
-    """Multiplies for all members of a group when the first of them is called, and keeps the results until the last one has
-    taken its own. An input that is not the kept one starts anew, so any order of calls is right, only slower."""
+    """Multiplies for all members of a group at once.
+
+    It does so when the first of them is called, and keeps the results until the last one has taken its own. An input
+    that is not the kept one starts anew, so any order of calls is right, only slower.
+    """
 
     def __init__(self, linear: PackedLinear) -> None:
         self.linear = linear
@@ -213,12 +228,13 @@ class JoinedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module, forward: Callable[[], Any], packing: type[PackedWeight]) -> int:
-    """Replace the linear layers of `model`, one group after the other, so that at no time more than one group is there twice.
-    forward: runs the model on a few tokens, in the order that every step repeats. Returns the number of layers packed;
-    those that the forward did not call stay as they are. Raises ValueError, and leaves the model half packed, if a layer does
-    not compute the same any more.
+    """Replace the linear layers of `model`, group by group, so that only one group is in memory twice.
 
-    A weight that another module uses too (a tied embedding) stays there beside its packed copy.
+    forward: runs the model on a few tokens, in the order that every step repeats. Layers that it does not call stay as
+        they are.
+
+    Returns the number of layers packed. Raises ValueError, and leaves the model half packed, if a layer does not compute
+    the same any more. A weight that another module uses too (a tied embedding) stays there beside its packed copy.
     """
     groups = _find_groups(model, forward)
     places = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
@@ -255,7 +271,7 @@ def unpack_linears(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def _check_same(layers: Sequence[nn.Linear], replacements: Sequence[nn.Module]) -> None:
-    """Raises ValueError if they do not compute the same on random rows, whatever the model's own would show."""
+    """Raise ValueError if two layers differ on random rows, which show more than a model's own inputs."""
     weight = layers[0].weight
     generator = torch.Generator(weight.device).manual_seed(0)
     size = (max(NUMS_OF_TRIED_ROWS), layers[0].in_features)
@@ -267,8 +283,10 @@ def _check_same(layers: Sequence[nn.Linear], replacements: Sequence[nn.Module]) 
 
 
 def _find_groups(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.Linear]]:
-    """The linear layers that `forward` calls, those together that are children of one module and were given the very same
-    tensor, in the order of their calls."""
+    """The linear layers that `forward` calls, in the order of their calls, in groups.
+
+    A group is the children of one module that were given the very same tensor.
+    """
     parent_of = {child: parent for parent in model.modules() for child in parent.children()}
     groups: dict[tuple[int, int], list[nn.Linear]] = {}
     called: dict[nn.Linear, int] = {}

@@ -1,8 +1,10 @@
-"""How plans go from rank 0 to the other ranks of a tensor-parallel group, and what comes back: that a worker lives, what it
-has, what went wrong. One connection per worker, over a Unix socket or TCP; knows no model.
+"""How plans go from rank 0 to the other ranks of a tensor-parallel group, and what comes back.
+
+A worker reports that it lives, what it has, and what went wrong. One connection per worker, over a Unix socket or TCP;
+knows no model.
 
     rank 0 -> worker   a step: encode_plan(...); or STOP
-    worker -> rank 0   Beat every second; Placement once; SwapsDone where swaps are verified; Failure, its last word
+    worker -> rank 0   Beat every second; Placement once; SwapsDone if swaps are verified; Failure, its last word
 """
 
 from __future__ import annotations
@@ -115,11 +117,17 @@ def decode_plan(message: bytes) -> tuple[tuple[int, ...], StepPlan]:
 
 
 class PlanSender:
-    """Rank 0's side. A thread listens to the workers and calls `on_lost(rank, why)`, once, when one of them is lost."""
+    """Rank 0's side.
+
+    A thread listens to the workers and calls `on_lost(rank, why)`, once, when one of them is lost.
+    """
 
     def __init__(self, size: int, *, host: str | None, path: str, on_lost: Callable[[int, str], None]) -> None:
-        """host: this machine's, where workers come from others; None = listen on the Unix socket `path`, in a folder that is
-        the group's alone."""
+        """Listen for workers.
+
+        host: this machine's name, if workers connect from others; None = listen on a Unix socket.
+        path: of that socket, in a folder that is the group's alone.
+        """
         self._size = size
         self.authkey = os.urandom(32)
         self._listener = socket.socket(socket.AF_UNIX if host is None else socket.AF_INET)
@@ -139,7 +147,10 @@ class PlanSender:
         self._thread = threading.Thread(target=self._listen, name="workers", daemon=True)
 
     def accept(self, check: Callable[[], None], timeout_s: float) -> None:
-        """Wait until every worker has connected. check: called again and again meanwhile, raises where it is of no use."""
+        """Wait until every worker has connected.
+
+        check: called again and again meanwhile; raises if waiting is of no use.
+        """
         deadline = time.monotonic() + timeout_s
         while len(self._connections) < self._size - 1:
             check()
@@ -258,7 +269,10 @@ class PlanSender:
 
 
 class PlanReceiver:
-    """A worker's side. A thread sends heartbeats; when rank 0 is gone, it ends the process should that not end by itself."""
+    """A worker's side.
+
+    A thread sends heartbeats. When rank 0 is gone, it ends the process should that not end by itself.
+    """
 
     def __init__(self, member: GroupMember) -> None:
         self._path = member.plan_address if isinstance(member.plan_address, str) else None
@@ -275,8 +289,10 @@ class PlanReceiver:
         self._thread.start()
 
     def receive(self) -> tuple[tuple[int, ...], StepPlan] | None:
-        """The next plan, with the tokens that rank 0 sampled in the step before; None = stop. Raises EOFError where rank 0 is
-        gone."""
+        """The next plan, with the tokens that rank 0 sampled in the step before; None = stop.
+
+        Raises EOFError if rank 0 is gone.
+        """
         try:
             message = self._connection.recv_bytes()
         except (EOFError, OSError) as error:
@@ -339,7 +355,8 @@ def _hang_up(connection: Connection[Any, Any]) -> None:
 def _limit_receiving(connection: socket.socket, timeout_s: int) -> None:
     """Let reading fail with an OSError after so long a silence; 0 = never.
 
-    Unlike a timeout of Python's sockets, it goes with the file descriptor."""
+    Unlike a timeout of Python's sockets, it goes with the file descriptor.
+    """
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", timeout_s, 0))
 
 

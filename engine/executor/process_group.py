@@ -24,7 +24,8 @@ class GroupMember:
     """One rank's way into its group; plain data, for whoever starts the rank.
 
     rendezvous: torch.distributed's init_method. plan_address: where rank 0 listens for the others, a path (Unix socket)
-    where all are on one machine, else (host, port). authkey: what both sides of that connection prove to know."""
+    where all are on one machine, else (host, port). authkey: what both sides of that connection prove to know.
+    """
 
     rank: int
     size: int
@@ -37,7 +38,11 @@ class ProcessGroup:
     """This process's membership; torch.distributed keeps one per process. rank 0 schedules and samples."""
 
     def __init__(self, member: GroupMember, device: str, store: dist.TCPStore | None = None) -> None:
-        """Blocks until all ranks are there. device: the option. store: where this process holds what `rendezvous` names."""
+        """Join the group; blocks until all ranks have.
+
+        device: the option.
+        store: the one that `rendezvous` names, if this process holds it.
+        """
         self.rank, self.size = member.rank, member.size
         self.device = _choose_device(device, member.rank)
         is_cuda = self.device.type == "cuda"
@@ -76,7 +81,7 @@ class ProcessGroup:
             yield
 
     def abort(self) -> None:
-        """End the collectives that wait for ranks which are gone. gloo's end by themselves, with the connections."""
+        """End the collectives that wait for ranks which are gone; gloo ends its own with the connections."""
         if self.device.type == "cuda" and dist.group.WORLD is not None:
             dist.group.WORLD.abort()
 
@@ -88,7 +93,8 @@ class ProcessGroup:
 def serve_store(host: str) -> dist.TCPStore:
     """What the ranks of several machines meet in, held by this process.
 
-    host: this machine's address; it listens there and nowhere else. Torch asks for no key there."""
+    host: this machine's address; it listens there and nowhere else. Torch asks for no key there.
+    """
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
     return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())

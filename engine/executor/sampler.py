@@ -1,8 +1,8 @@
-"""From logits to the next tokens, for a batch of requests with different parameters. Owns no model and no batch state; each
-request brings its SamplingState.
+"""From logits to the next tokens, for a batch of requests with different parameters.
 
-Randomness is one uniform number per (seed, position) and inverse transform sampling, so that a resumed request, or the
-same one in another batch, draws the same tokens.
+Owns no model and no batch state; each request brings its SamplingState. Randomness is one uniform number per (seed,
+position) and inverse transform sampling, so that a resumed request, or the same one in another batch, draws the same
+tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class SamplingState:
-    """What sampling has to remember of a request. num_tokens: of its context, those included that are being sampled.
-    output_counts: of the answer's known tokens, for the penalties; prompt_ids: distinct ids of the prompt."""
+    """What sampling has to remember of a request.
+
+    num_tokens: of its context, including those that are being sampled.
+    output_counts: how often each of the answer's known tokens occurs, for the penalties.
+    prompt_ids: distinct ids of the prompt.
+    """
 
     def __init__(
         self,
@@ -58,11 +62,11 @@ class SamplingState:
         return self.num_tokens - self.num_prompt_tokens
 
     def expect_token(self) -> None:
-        """The next one is being sampled."""
+        """Note that the next token is being sampled."""
         self.num_tokens += 1
 
     def note_token(self, token_id: int) -> None:
-        """What it turned out to be."""
+        """Note which token was sampled."""
         if self.params.has_penalties:
             self.output_counts[token_id] += 1
 
@@ -76,8 +80,12 @@ def uniform(seed: int, position: int) -> float:
 def sample(
     logits: torch.Tensor, states: Sequence[SamplingState]
 ) -> tuple[tuple[int, ...], tuple[Logprobs | None, ...]]:
-    """The next token of each request, appended to its state, and their log-probabilities as StepResult has them: the model's
-    own, before penalties and temperature. logits: [len(states), vocabulary], any float dtype, not kept."""
+    """The next token of each request, appended to its state, and log-probabilities as StepResult has them.
+
+    Log-probabilities are the model's own, before penalties and temperature.
+
+    logits: [len(states), vocabulary], any float dtype, not kept.
+    """
     batch = SamplingBatch(states, logits.shape[-1])
     for state in states:
         state.expect_token()
@@ -85,12 +93,15 @@ def sample(
 
 
 class SamplingBatch:
-    """What sampling has to know of the requests of a step, as arrays, made before the logits are there: on a GPU they travel
-    with the step's other arrays, and nothing waits.
+    """What sampling has to know of the requests of a step, as arrays, made before the logits are there.
 
-    Of the arrays there are only those that these requests need. `*_rows`: rows of the logits. `barred`, `seen`, `said`:
-    places in the flattened logits; seen_penalty and said_amount belong to them. temperature, uniform: of the rows that are
-    drawn, first those without a filter (`plain_rows`), then the others (`filtered_rows`, with top_k, top_p and min_p).
+    On a GPU they travel with the step's other arrays, and nothing waits. There are only those arrays that these requests
+    need.
+
+    *_rows: rows of the logits.
+    barred, seen, said: places in the flattened logits; seen_penalty and said_amount belong to them.
+    temperature, uniform: of the rows that are drawn, first those without a filter (`plain_rows`), then the others
+        (`filtered_rows`, with top_k, top_p and min_p).
     """
 
     def __init__(self, states: Sequence[SamplingState], vocab_size: int) -> None:
@@ -124,9 +135,12 @@ class SamplingBatch:
     def draw(
         self, logits: torch.Tensor, arrays: Mapping[str, torch.Tensor], *, looks_later: bool | None = None
     ) -> Draw:
-        """Start to choose the next tokens; waits for nothing. arrays: `self.arrays` as tensors on the device of the logits.
-        looks_later: guess how many tokens a filter keeps, and look with the result whether that was enough, instead of
-        looking at once. None = where looking would wait for the device. The tokens are the same."""
+        """Start to choose the next tokens; waits for nothing.
+
+        arrays: `self.arrays` as tensors on the device of the logits.
+        looks_later: sort a fixed number of candidates, and verify with the result that they were enough, instead of
+            waiting for the device now. None: on GPUs only. The tokens are the same.
+        """
         if looks_later is None:
             looks_later = logits.device.type != "cpu"
         # The largest of half-precision logits needs no float32 copy of them, which takes a GPU as long as the search. A CPU
@@ -167,8 +181,11 @@ class SamplingBatch:
 
 
 class Draw:
-    """The tokens of one step, on their way to host memory. token_ids: int64 [rows], on the device. was_corrected: those that
-    were there at first turned out to be wrong in `finish`."""
+    """The tokens of one step, on their way to host memory.
+
+    token_ids: int64 [rows], on the device.
+    was_corrected: the first choice of tokens turned out to be wrong in `finish`.
+    """
 
     def __init__(
         self, batch: SamplingBatch, logits: torch.Tensor, arrays: Mapping[str, torch.Tensor], looks_later: bool
@@ -198,8 +215,10 @@ class Draw:
         self._copy = _HostCopy(self._pack())
 
     def finish(self) -> tuple[tuple[int, ...], tuple[Logprobs | None, ...]]:
-        """Wait for the tokens, not for what the device was given behind them, and note them in the states of the requests.
-        Returns what `sample` returns. Call it once."""
+        """Wait for the tokens and note them in the states of the requests. Returns what `sample` returns.
+
+        Does not wait for what the device was given behind them. Call it once.
+        """
         states = self._batch.states
         if not states:
             return (), ()
@@ -274,14 +293,14 @@ class _HostCopy:
             self._arrival = torch.cuda.current_stream(tensor.device).record_event()
 
     def wait(self) -> np.ndarray:
-        """Not for what the stream was given since."""
+        """Wait for the copy, but not for what the stream was given since."""
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._on_host.numpy()
 
 
 def _penalised(logits: torch.Tensor, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The logits with what bars and penalises tokens; the same tensor where nothing does."""
+    """The logits with bars and penalties applied; the same tensor if there are none."""
     if not arrays.keys() & {"barred", "seen", "said"}:
         return logits
     logits = logits.clone(memory_format=torch.contiguous_format)
@@ -313,13 +332,14 @@ def _num_candidates(params: Sequence[SamplingParams], at_least: int) -> int:
 
 
 def _filter(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top-k, then top-p, then min-p, for each row of `scaled` [rows, vocabulary], whose maximum is 0. Returns probabilities
-    (not normalised, 0 for what is left out, at least one above) and token ids, both [rows, candidates], most probable
-    first, equal ones by id. Waits for the device.
+    """Top-k, then top-p, then min-p, for each row of `scaled` [rows, vocabulary], whose maximum is 0.
+
+    Returns probabilities (not normalised, 0 for what is left out, at least one above) and token ids, both [rows,
+    candidates], most probable first, equal ones by id. Waits for the device.
 
     All three keep a beginning of the sorted vocabulary, and nearly always a short one: so only some candidates are
-    sorted, and more where a row turns out to keep them all. What a row keeps does not depend on their number, and so not
-    on its neighbours.
+    sorted, and more if a row turns out to keep them all. What a row keeps does not depend on their number, and so not on
+    its neighbours.
     """
     filters = [torch.from_numpy(array).to(scaled.device)[:, None] for array in _filters(params, scaled.shape[-1])]
     num_candidates = _num_candidates(params, MIN_CANDIDATES)
@@ -333,8 +353,10 @@ def _filter(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> tuple[tor
 def _filter_candidates(
     scaled: torch.Tensor, filters: Sequence[torch.Tensor], num_candidates: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`_filter` with so many candidates, and for each row whether it needs no more. filters: top_k, top_p and min_p, all
-    [rows, 1]."""
+    """`_filter` with so many candidates, and for each row whether it needs no more.
+
+    filters: top_k, top_p and min_p, all [rows, 1].
+    """
     top_k, top_p, min_p = filters
     vocabulary = scaled.shape[-1]
     num_candidates = min(num_candidates, vocabulary)

@@ -1,7 +1,8 @@
-"""Which rank of a tensor-parallel group holds which part of the weights, and the layers that compute with such a part.
+"""Which rank of a tensor-parallel group holds which part of the weights, and layers for such parts.
 
-Names and parts are those of transformers' tensor-parallel plans, with which its loader reads on each rank that rank's part
-alone; families without one have a plan here. What it leaves as distributed tensors with hooks is then put into plain local
+Names and parts are those of transformers' tensor-parallel plans, with which its loader reads on each rank that rank's
+part alone; families without one have a plan here. What it leaves as distributed tensors with hooks is then put into
+plain local
 layers with one explicit collective each: the same arithmetic at less cost a step, and layers that can be packed.
 
     style                    part of a rank                   becomes
@@ -82,8 +83,10 @@ ALL_PARALLEL_STYLES.register(CONV_ROWWISE, ConvPart({"weight": Shard(0)}))
 
 
 def make_plan(name: str, hf_config: Any, size: int) -> dict[str, str]:
-    """Module or parameter (`*` for the number of a layer) -> style. Raises UnsupportedModelError where the model cannot be
-    sharded so many ways."""
+    """The style of each module or parameter, with `*` for the number of a layer.
+
+    Raises UnsupportedModelError if the model cannot be sharded so many ways.
+    """
     text_config = hf_config.get_text_config()
     family = text_config.model_type
     with torch.device("meta"):
@@ -171,8 +174,10 @@ class SummedLinear(nn.Module):
 
 
 class GatheredLinear(nn.Module):
-    """`part` gives this rank's slice of the output features; all ranks get all of them, or rank 0 alone, and then the others
-    go on with their own."""
+    """A linear layer of which each rank has a slice of the output features, `part`.
+
+    All ranks get all of them; or rank 0 alone does, and the others go on with their own.
+    """
 
     def __init__(self, part: nn.Module, out_features: int, group: ProcessGroup, *, to_all: bool) -> None:
         super().__init__()
@@ -197,7 +202,10 @@ class GatheredLinear(nn.Module):
 
 
 class SummedEmbedding(nn.Module):
-    """The rows from `first_row` on; a token that is on another rank is 0 here, and the lookups of all ranks are added."""
+    """The rows of an embedding from `first_row` on.
+
+    A token that is on another rank is 0 here, and the lookups of all ranks are added.
+    """
 
     def __init__(self, weight: torch.Tensor, first_row: int) -> None:
         super().__init__()

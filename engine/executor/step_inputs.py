@@ -1,4 +1,4 @@
-"""From the segments of a plan to the arrays of a ragged batch, and their way to the device: one copy a step."""
+"""From the segments of a plan to the arrays of a ragged batch, and these to the device in one copy."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ SAMPLED_BEFORE = -1
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """The most that a step may bring. Known, everything lies in one place from the start, as CUDA graphs want it.
-    num_blocks: of a block table."""
+    """The most that a step may bring.
+
+    With limits, everything a step reads lies in one place from the start, as CUDA graphs want it.
+
+    num_blocks: of one block table.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -117,8 +121,11 @@ def _token_ids(segments: Sequence[QuerySegment]) -> Iterator[int]:
 
 
 class BlockTables:
-    """The block tables of all started requests: `array` is int32 [rows, capacity], a row a request; what lies behind a row's
-    blocks means nothing. Both dimensions grow by doubling, unless a copy is kept on a device, which stays where it is."""
+    """The block tables of all started requests.
+
+    array: int32 [rows, capacity], a row for each request; what lies behind a row's blocks means nothing. Both dimensions
+        grow by doubling, unless a copy is kept on a device, which stays where it is.
+    """
 
     def __init__(self, num_rows: int = 8, capacity: int = 8, device: torch.device | None = None) -> None:
         """device: of the copy; None = there is none."""
@@ -154,15 +161,17 @@ class BlockTables:
         self._free_rows.append(row)
 
     def changes(self) -> dict[str, np.ndarray]:
-        """What the copy lacks until `apply`: `changed_places` of the flattened tables, and `changed_blocks`, what is there.
-        Empty where nothing is lacking."""
+        """What the copy on the device lacks until `apply`; empty if it lacks nothing.
+
+        `changed_places` of the flattened tables, and `changed_blocks`, their contents.
+        """
         if not self._changed:
             return {}
         places = np.fromiter(self._changed, dtype=np.int64)
         return {"changed_places": places, "changed_blocks": self.array.reshape(-1)[places]}
 
     def apply(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Bring the copy up to date with `changes`, which have been sent to the device. No table was changed meanwhile."""
+        """Bring the copy up to date with `changes` that were sent to the device; no table has changed since."""
         if self._on_device is not None and "changed_places" in tensors:
             self._on_device.view(-1).index_copy_(0, tensors["changed_places"], tensors["changed_blocks"])
             self._changed = {}
@@ -184,8 +193,11 @@ class Staging:
     """Brings the arrays of a step to the device in one copy. On a CPU nothing has to be brought."""
 
     def __init__(self, device: torch.device, limits: StepLimits | None) -> None:
-        """limits: None = the arrays are used where they are; else they come to lie in one buffer, always the same, which is
-        large enough for any batch within the limits."""
+        """Allocate the buffer.
+
+        limits: None = the arrays are used where they are. Else they come to lie in one buffer, always the same, which is
+            large enough for any batch within the limits.
+        """
         self._device = device
         self._host: torch.Tensor | None = None
         self._copied: torch.cuda.Event | None = None
@@ -197,8 +209,10 @@ class Staging:
             self._buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
 
     def send(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """The arrays as tensors on the device, in the current stream; valid until the next call. Arrays of the same sizes, in
-        the same order, come to lie in the same places, whatever follows them."""
+        """The arrays as tensors on the device, in the current stream; valid until the next call.
+
+        Arrays of the same sizes, in the same order, come to lie in the same places, whatever follows them.
+        """
         if self._host is None:
             return {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self._copied is not None:
@@ -225,7 +239,7 @@ def _lay_out(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, int], int]:
 
 
 def _copy(arrays: Mapping[str, np.ndarray], host: torch.Tensor, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-    """By way of `host`, which may be written again when the copy is done, to `buffer`; the tensors are parts of that."""
+    """Copy to `buffer`, which holds the tensors, through `host`, which is free again when that is done."""
     places, end = _lay_out(arrays)
     flat = host.numpy()
     for name, array in arrays.items():

@@ -1,5 +1,7 @@
-"""The first steps of an executor, one of each kind that launches other kernels than the rest: no request has to wait for what
-is compiled, or loaded, when it is launched for the first time. Knows kinds of steps and no kernel.
+"""The first steps of an executor, one of each kind that launches other kernels than the rest.
+
+So no request has to wait for what is compiled, or loaded, when it is launched for the first time. Knows kinds of steps
+and no kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ PROMPT_LEN = 128
 
 
 def step_of(segments: list[tuple[int, int]], sampling: SamplingParams, chunk_size: int) -> StepPlan:
-    """A step that starts a request for each segment, (query_len, context_len), and samples for all. All in block 0."""
+    """A step that starts a request for each segment, (query_len, context_len), all in block 0; all sample."""
     starts, queries = [], []
     for number, (query_len, context_len) in enumerate(segments):
         table = (0,) * -(-context_len // chunk_size)
@@ -45,7 +47,10 @@ def longest_context(config: EngineConfig, loaded: LoadedModel) -> int:
 
 
 def kinds_of_steps(config: EngineConfig, longest: int) -> dict[str, list[tuple[int, int]]]:
-    """(query_len, context_len) of the segments of a step, for each kind of it. longest: the longest context, in tokens."""
+    """(query_len, context_len) of the segments of a step, for each kind of step.
+
+    longest: the longest context, in tokens.
+    """
     prompt_len = min(config.max_num_batched_tokens - 1, longest - 1, PROMPT_LEN)
     first_len = min(config.max_num_batched_tokens, longest, MIN_PROMPT_LEN)
     kinds = {"decodes": [(1, longest)], "first prompts": [(first_len, first_len)]}

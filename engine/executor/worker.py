@@ -1,6 +1,7 @@
-"""Ranks 1 to n-1 of a tensor-parallel group: each follows the plans that rank 0 sends, on its shard of the model.
+"""Ranks 1 to n-1 of a tensor-parallel group, each on its shard of the model; they follow rank 0.
 
-`python -m engine.executor.worker` is one such process: it reads (EngineConfig, GroupMember), pickled, from standard input.
+`python -m engine.executor.worker` is one such process: it reads (EngineConfig, GroupMember), pickled, from standard
+input.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 def run_worker(config: EngineConfig, member: GroupMember) -> None:
-    """Join the group, load this rank's shard, follow plans until rank 0 says stop or is gone; blocking. What goes wrong here
-    is told to rank 0 and raised: the group is broken then."""
+    """Join the group, load this rank's shard, follow plans until rank 0 says stop or is gone; blocking.
+
+    What goes wrong here is reported to rank 0 and raised: the group is broken then.
+    """
     receiver = PlanReceiver(member)
     group: ProcessGroup | None = None
     try:

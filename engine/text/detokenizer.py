@@ -18,8 +18,10 @@ BYTE_FALLBACK_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_of_char() -> dict[str, int]:
-    """The alphabet of byte-level tokenizers (that of GPT-2): printable bytes stand for themselves, the others follow from
-    U+0100 on."""
+    """The alphabet of byte-level tokenizers, GPT-2's: the byte that each character stands for.
+
+    Printable bytes stand for themselves, the others follow from U+0100 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -29,10 +31,13 @@ BYTE_OF_CHAR = _byte_of_char()
 
 
 class TokenBytes(dict[int, bytes]):
-    """The bytes that each token id adds to a text, computed when first asked for; none for ids beyond the vocabulary.
+    """The bytes that each token id adds to a text, computed when first asked for.
 
-    A special token counts as its content. Which bytes a token stands for is for the tokenizer's decoder to say, asked for
-    the token between two letters; only a token that is part of a character has to be looked at itself."""
+    Ids beyond the vocabulary have none, and a special token counts as its content. The tokenizer's own decoder says
+    which bytes a
+    token stands for: it is asked for the token between two letters. Only a token that is part of a character is looked
+        at itself.
+    """
 
     def __init__(self, backend: Any) -> None:
         """`backend`: a tokenizers.Tokenizer."""
@@ -68,7 +73,8 @@ class StopStrings:
     """Finds the first of several strings in a text that comes in pieces.
 
     The automaton of Aho and Corasick (1975): a state is the longest end of the text that begins one of the strings. A
-    character costs amortised O(1), however many and long the strings are; building it costs their total length."""
+    character costs amortised O(1), however many and long the strings are; building it costs their total length.
+    """
 
     def __init__(self, strings: Sequence[str]) -> None:
         """`strings`: not empty ones."""
@@ -109,9 +115,11 @@ class StopStrings:
         return self._num_open[self._state]
 
     def find(self, piece: str) -> tuple[int, int] | None:
-        """Go on with `piece`, up to the first string that ends in it: [start, end) of that, counted from the beginning
-        of `piece`; start may be negative. Of several that end in the same place, the longest. None: it was read to its
-        end."""
+        """Go on with `piece`, up to the first string that ends in it.
+
+        Returns [start, end) of that string, counted from the beginning of `piece`; start may be negative. Of several
+        that end in the same place, the longest. None: `piece` was read to its end.
+        """
         for index, char in enumerate(piece, start=1):
             self._state = self._step(self._state, char)
             if length := self._match_len[self._state]:
@@ -140,7 +148,8 @@ class Detokenizer:
 
     A character is text once all its bytes are there; bytes that cannot become one are U+FFFD at once. Special tokens are
     no text. num_chars: length of `text`. is_stopped: a stop string is complete; `text` ends before it, and no more tokens
-    may come."""
+    may come.
+    """
 
     def __init__(self, token_bytes: Mapping[int, bytes], special_ids: Collection[int], stop: Sequence[str]) -> None:
         self._token_bytes = token_bytes
@@ -216,8 +225,10 @@ class Detokenizer:
         return text
 
     def num_whole_tokens(self) -> int:
-        """How many tokens, from the first on, have all their text in `text`: the last ones may be part of a character
-        that was never complete, or reach into the stop string."""
+        """How many tokens, from the first on, have all their text in `text`.
+
+        The last ones may be part of a character that was never completed, or reach into the stop string.
+        """
         num_tokens = len(self._num_chars_after)
         while num_tokens:
             num_chars = self._num_chars_after[num_tokens - 1]

@@ -1,4 +1,4 @@
-"""What the engine streams to whoever asked: text as it becomes complete, with its tokens. Plain data."""
+"""What the engine streams: text as it becomes complete, with its tokens. Plain data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from engine.text.transcript import Transcript
 
 
 class TokenLogprob(NamedTuple):
-    """A token with its natural-log probability. (A tuple, as up to 21 are made per token and travel between processes.)
+    """A token with its natural-log probability.
 
     token_bytes: what it adds to the text, maybe a part of a character; None for a special token, which is no text.
     text: these bytes, those that are no UTF-8 as \\xNN; of a special token, its name.
     text_offset: characters of the answer before the one that it begins in.
     top: the most probable tokens in its place, best first, without alternatives of their own.
+
+    It is a tuple, because up to 21 are made per token and travel between processes.
     """
 
     token_id: int
@@ -29,12 +31,17 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OutputDelta:
-    """What is new of one answer. Concatenated `text` and `token_ids` of all deltas are the answer; the counts are totals.
+    """What is new of one answer; concatenated, the deltas' `text` and `token_ids` are the answer.
 
-    text may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is held
-    back. finish_reason ("stop", "length") ends the stream; `stats` come with it, and in a conversation the
-    `transcript`: all that was said in it, as it was computed. Only in the first delta: prompt_token_ids, and
-    prompt_transcript, where the conversation knew tokens of the prompt which tokenising its text may not give.
+    text: may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is
+        held back.
+    num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
+    finish_reason: "stop" or "length"; it ends the stream.
+    stats: the account of the request, with the finish_reason.
+    transcript: with the finish_reason, if there is a conversation: all that was said in it, as it was computed.
+    prompt_token_ids: in the first delta, if they were asked for.
+    prompt_transcript: in the first delta, if the conversation knew tokens of the prompt that tokenising its text may not
+        give.
     """
 
     text: str = ""
@@ -51,7 +58,7 @@ class OutputDelta:
 
 
 def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
-    """One delta that says what several consecutive ones said. At least one is needed."""
+    """Several consecutive deltas, at least one, as a single one."""
     if len(deltas) == 1:
         return deltas[0]
     last = deltas[-1]

@@ -1,8 +1,8 @@
-"""From sampled tokens to text, and to the event loops that wait for it. Owns the streams of the requests; only the engine
-thread calls it. Knows no scheduler and no device.
+"""From sampled tokens to text, and to the event loops that wait for it.
 
-Text is made by `deliver`, while the next step is computed. Requests with stop strings are the exception: their text decides
-whether the next step computes them.
+Owns the streams of the requests; only the engine thread calls it. Knows no scheduler and no device. Text is made by
+`deliver`, while the next step is computed. Requests with stop strings are the exception: their text decides whether the
+next step computes them.
 """
 
 from __future__ import annotations

@@ -77,8 +77,10 @@ class Tokenizer:
         return token_id in self._special_ids
 
     def render_chat(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The text that stands for (role, content) messages, up to where the assistant is to speak. Raises
-        InvalidParameterError if the model's template refuses them, or fails with them."""
+        """The text of (role, content) messages, up to where the assistant is to answer.
+
+        Raises InvalidParameterError if the model's template rejects them, or fails with them.
+        """
         chat = [{"role": role, "content": content} for role, content in messages]
         try:
             text: str = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
@@ -93,11 +95,16 @@ class Tokenizer:
         return text
 
     def encode_prompt(self, text: str, known: TranscriptMatch, *, is_chat: bool, max_tokens: int) -> Transcript:
-        """The token ids of `text`, of which the beginning is `known`; only the rest is tokenised. Safe in any thread.
+        """The token ids of `text`, of which the beginning is `known`; only the rest is tokenised.
 
-        is_chat: the template has put the tokens into the text with which the tokenizer begins (and ends) other texts. Raises
-        ContextLengthError if there are more than `max_tokens` (the window), as soon as that is known: before anything is
-        tokenised if the text is too long for any such row of tokens."""
+        Safe in any thread.
+
+        is_chat: the template has put the tokens into the text with which the tokenizer begins (and ends) other texts.
+        max_tokens: the window.
+
+        Raises ContextLengthError if there are more than `max_tokens`, as soon as that is known: before anything is
+        tokenised if the text is too long for any row of that many tokens.
+        """
         token_ids = known.token_ids[:]
         if not known.num_chars and not is_chat:
             token_ids.extend(self._text_prefix)

@@ -1,8 +1,9 @@
-"""Threads for what takes too long for an event loop: tokenising long prompts. Owns their order: fair between tenants, and
-bounded. Knows no tokenizer; it runs what it is given.
+"""Threads for work that is too long for an event loop: tokenising long prompts.
 
-Fairness is start-time fair queueing, as in core/waiting_queue: a tenant's virtual time is the characters that were taken in
-for it, over its weight; the tenant with the smallest is next.
+Owns the order of that work: fair between tenants, and bounded. Knows no tokenizer; it runs what it is given.
+
+Fairness is start-time fair queueing, as in core/waiting_queue: a tenant's virtual time is the characters that were taken
+in for it, over its weight; the tenant with the smallest is next.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ class TokenizerPool:
         self._long = _Lane("tokenizer-long", max_num_waiting)
 
     async def run(self, work: Callable[[], ResultT], tenant: Tenant, num_chars: int) -> ResultT:
-        """What `work` returns or raises. It is not begun if the caller is cancelled before its turn. Raises OverloadedError
-        when too many wait, EngineStoppedError after the shutdown."""
+        """What `work` returns or raises. It is not begun if the caller is cancelled before.
+
+        Raises OverloadedError if too many wait, EngineStoppedError after the shutdown.
+        """
         lane = self._long if num_chars > LONG_CHARS else self._short
         job = _Job(work, tenant, num_chars)
         lane.submit(job)
@@ -79,7 +82,7 @@ class _Lane:
                 if victim is None:
                     raise OverloadedError(f"{len(self._waiting)} prompts wait to be tokenised; try again later")
                 del self._waiting[victim]
-                message = "others wait for their share of the queue, of which this tenant had more; try again later"
+                message = "dropped from the queue: this tenant exceeds its share of it; try again later"
                 _fail(victim, OverloadedError(message))
             tenant_id = job.tenant.tenant_id
             if not any(other.tenant.tenant_id == tenant_id for other in self._waiting):  # idling earns no credit
@@ -104,7 +107,7 @@ class _Lane:
             self._thread.join()
 
     def _find_victim(self, newcomer: _Job) -> _Job | None:
-        """The newest job of the tenant that waits with the most for its weight; None if that would be the newcomer's."""
+        """The newest job of the tenant that waits with the most for its weight; None if it is the newcomer's."""
         loads = {newcomer.tenant.tenant_id: 1 / newcomer.tenant.weight}
         newest = {newcomer.tenant.tenant_id: newcomer}
         for job in self._waiting:

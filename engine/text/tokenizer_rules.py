@@ -1,8 +1,10 @@
-"""What can be relied on of a tokenizer, whatever the text: read from its tokenizer.json. Tokenises nothing itself.
+"""What holds for a tokenizer whatever the text: read from its tokenizer.json.
 
-- *Where texts may be cut.* A tokenizer looks for its added tokens (`<|im_end|>`) first, and handles what lies between them
-  piece by piece. So tokenising the two sides of an added token apart gives the tokens of the whole, if that token is found
-  wherever its text stands. `find_cut_tokens` says which ones are.
+Tokenises nothing itself.
+
+- *Where texts may be cut.* A tokenizer looks for its added tokens (`<|im_end|>`) first, and handles what lies between
+  them piece by piece. So tokenising the two sides of an added token apart gives the tokens of the whole, if that token is
+  found wherever its text stands. `find_cut_tokens` says which ones are.
 - *How few tokens a text can have.* `find_token_bound` bounds the characters that one token stands for.
 """
 
@@ -30,7 +32,8 @@ def find_cut_tokens(rules: Rules) -> dict[int, str]:
 
     Not among them: tokens that take in the spaces before them (lstrip), depend on what is beside them (single_word), or are
     looked for in the normalised text only; and tokens that another one can cover or lengthen. A token that takes in the
-    spaces behind it (rstrip) is one: the text may be cut before it, though not behind it."""
+    spaces behind it (rstrip) is one: the text may be cut before it, though not behind it.
+    """
     added = rules["added_tokens"]
     texts = {token["content"] for token in added if token["content"]}
     beginnings = {text[:end] for text in texts for end in range(1, len(text) + 1)}
@@ -60,7 +63,7 @@ def find_cut_tokens(rules: Rules) -> dict[int, str]:
 
 @dataclass(frozen=True, slots=True)
 class TokenBound:
-    """How few tokens a text can have: one for each `chars_per_token` of its characters, the uncounted ones aside."""
+    """How few tokens a text can have: one for each `chars_per_token` of its counted characters."""
 
     chars_per_token: int
     uncounted: str
@@ -72,7 +75,10 @@ class TokenBound:
 
 
 def find_token_bound(rules: Rules) -> TokenBound | None:
-    """None = there is no bound: the tokenizer may leave out any characters, or make one token of any number of them."""
+    """How few tokens a text can have, by the tokenizer's rules; None if there is no bound.
+
+    There is none if the tokenizer may leave out any characters, or make one token of any number of them.
+    """
     normalizers = _steps(rules["normalizer"], "normalizers")
     pre_tokenizers = _steps(rules["pre_tokenizer"], "pretokenizers")
     shortening = 1.0

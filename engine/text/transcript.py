@@ -1,15 +1,17 @@
-"""What was said in a conversation: its token ids and the text they stand for. A client that sends its history again sends
-text; comparing text with text finds the ids that were computed. Knows no tokenizer and no KV.
+"""What was said in a conversation: its token ids and the text they stand for.
+
+A client that sends its history again sends text; comparing text with text finds the ids that were computed. Knows no
+tokenizer and no KV.
 
 Which ids a prompt has depends on its text and on which parts of it the model generated, and on nothing else:
 
-- *Text that a client wrote* has the ids that tokenising the whole prompt afresh gives it. The ids of an earlier turn are used
-  up to a cut: a place before a token that the tokenizer finds wherever its text stands ("<|im_end|>"), on both sides of
+- *Text that a client wrote* has the ids that tokenising the whole prompt afresh gives it. The ids of an earlier turn are
+  used up to a cut: a place before a token that the tokenizer finds wherever its text stands ("<|im_end|>"), on both sides of
   which it works apart. From the cut on the prompt is tokenised again.
-- *An answer* keeps the ids that the model generated if the prompt goes on with all of its text, right behind the very text
-  that it answered, and then with such a token. Anything else is text that a client wrote: an answer that was edited or cut
-  short, and the text of a completion that is typed further. If one text is remembered both ways, written by a client and
-  given by the model, the longest remembered beginning of the prompt decides.
+- *An answer* keeps the ids that the model generated if the prompt goes on with all of its text, right behind the very
+  text that it answered, and then with such a token. Anything else is text that a client wrote: an answer that was edited or
+  cut short, and the text of a completion that is typed further. If one text is remembered both ways, written by a client
+  and given by the model, the longest remembered beginning of the prompt decides.
 """
 
 from __future__ import annotations
@@ -51,8 +53,10 @@ class Transcript:
         return BRANCH_BYTES + rows + ANCHOR_BYTES * len(self.anchors)
 
     def continues(self, old: Transcript, cut_tokens: Mapping[int, str]) -> bool:
-        """Whether whatever goes on from `old` is found here, too: also the end of its answer, which is not a place to go on
-        from where a longer answer has the same beginning."""
+        """Whether everything that goes on from `old` is found here, too.
+
+        That includes the end of its answer, which is no place to go on from if a longer answer has the same beginning.
+        """
         is_ended = (
             bool(old.anchors) and old.anchors[-1][0] == len(old.token_ids) - 1 and old.token_ids[-1] in cut_tokens
         )
@@ -61,7 +65,7 @@ class Transcript:
         return answer_end in ends and self.token_ids[: len(old.token_ids)] == old.token_ids
 
     def match_text(self, text: str, cut_texts: tuple[str, ...]) -> TranscriptMatch:
-        """What of `text` is known up to the last place that both have, if `text` goes on there with one of `cut_texts`."""
+        """What is known of `text`, up to the last place that both have in front of one of `cut_texts`."""
         same = common_prefix_len(self.text, text)
         ends = (*self.anchors, (len(self.token_ids), len(self.text)))
         for index in reversed(range(bisect_right(ends, same, key=lambda end: end[1]))):
@@ -73,7 +77,10 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True)
 class TranscriptMatch:
-    """The first `num_chars` characters of a prompt are known to be `token_ids`; `anchors` are the cuts before that one."""
+    """A beginning of a prompt that is known: its first `num_chars` characters are `token_ids`.
+
+    anchors: the cuts before the last one.
+    """
 
     token_ids: array[int]
     num_chars: int
@@ -96,9 +103,11 @@ def common_prefix_len(a: str | array[int], b: str | array[int]) -> int:
 
 
 class Conversation:
-    """The branches of one conversation, the latest last. A turn that continues a branch replaces it; a turn that
-    departs from all of them (an edited message, a second answer to one question) starts a new one, and of more than
-    `MAX_BRANCHES` the oldest is forgotten. One thread may record a turn while others match."""
+    """The branches of one conversation, the latest last. One thread may record a turn while others match.
+
+    A turn that continues a branch replaces it. A turn that departs from all of them (an edited message, a second answer
+    to one question) starts a new one; of more than `MAX_BRANCHES` the oldest is forgotten.
+    """
 
     def __init__(self, conversation_id: str) -> None:
         self.conversation_id = conversation_id
@@ -111,8 +120,10 @@ class Conversation:
         return CONVERSATION_BYTES + id_bytes + sum(branch.num_bytes for branch in self.branches)
 
     def match_text(self, text: str, fingerprint: str, cut_texts: tuple[str, ...]) -> TranscriptMatch:
-        """The longest known beginning of `text` in ids of that fingerprint; of equal ones the latest. See
-        Transcript.match_text."""
+        """The longest known beginning of `text` in ids of that fingerprint; of equal ones the latest.
+
+        See Transcript.match_text.
+        """
         matches = [
             branch.match_text(text, cut_texts)
             for branch in reversed(self.branches)
@@ -123,8 +134,11 @@ class Conversation:
     def record_turn(
         self, prompt: Transcript, output_token_ids: Sequence[int], output_text: str, cut_tokens: Mapping[int, str]
     ) -> Transcript:
-        """Remember a turn: the prompt, then what was generated. cut_tokens: the text of each token before which text may be
-        cut; one that ended the answer is not part of what has to be sent again. Returns the branch that it made."""
+        """Remember a turn: the prompt, then what was generated. Returns the branch that it made.
+
+        cut_tokens: the text of each token before which text may be cut. One of these at the end of the answer is not
+            part of what a client has to send again.
+        """
         token_ids, text = prompt.token_ids + array("I", output_token_ids), prompt.text + output_text
         anchors = prompt.anchors
         end = cut_tokens.get(output_token_ids[-1]) if output_token_ids else None
@@ -139,8 +153,11 @@ class Conversation:
 
 
 class ConversationTable:
-    """The conversations of an engine. Once they take more than `max_bytes` of memory, the least recently used ones are
-    forgotten; that costs a client that sends its history only the tokenising of it. One thread records turns; any may ask."""
+    """The conversations of an engine. One thread records turns; any may ask.
+
+    Once they take more than `max_bytes` of memory, the least recently used ones are forgotten. That costs a client that
+    sends its history only the tokenising of it.
+    """
 
     def __init__(self, max_bytes: int, cut_tokens: Mapping[int, str]) -> None:
         """cut_tokens: see Conversation.record_turn."""
@@ -154,20 +171,25 @@ class ConversationTable:
         return len(self._conversations)
 
     def latest(self, max_num: int) -> Iterator[tuple[str, Transcript]]:
-        """(conversation id, its latest branch), the last used conversation first; at most so many. Not while a turn is being
-        recorded."""
+        """(conversation id, its latest branch), the last used conversation first; at most so many.
+
+        Not while a turn is being recorded.
+        """
         for conversation in islice(reversed(self._conversations.values()), max_num):
             yield conversation.conversation_id, conversation.branches[-1]
 
     def match_text(self, conversation_id: str, text: str, fingerprint: str) -> TranscriptMatch:
-        """See Conversation.match_text."""
+        """The longest known beginning of `text` in ids of that fingerprint; of equal ones the latest.
+
+        See Transcript.match_text.
+        """
         conversation = self._conversations.get(conversation_id)
         return NO_MATCH if conversation is None else conversation.match_text(text, fingerprint, self._cut_texts)
 
     def record_turn(
         self, conversation_id: str, prompt: Transcript, output_token_ids: Sequence[int], output_text: str
     ) -> Transcript:
-        """See Conversation.record_turn. What alone takes more than there is room for is not remembered."""
+        """See Conversation.record_turn. A turn that alone takes more than there is room for is not kept."""
         conversation = self._conversations.get(conversation_id)
         if conversation is None:
             conversation = self._conversations[conversation_id] = Conversation(conversation_id)

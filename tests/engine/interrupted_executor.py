@@ -19,7 +19,7 @@ class InterruptedExecutor(LocalExecutor):
         return super().execute(plan)
 
     def submit(self, plan: StepPlan) -> PendingStep:
-        interruption = self._thread.submit(self.interrupt, plan)
+        interruption = self.steps_thread.submit(self.interrupt, plan)
         return _InterruptedStep(interruption, super().submit(plan))
 
 

@@ -61,12 +61,12 @@ def test_the_cost_model_scales_with_the_chunk(profile):
 
 
 def test_the_engine_finds_the_profile_that_the_command_wrote(executor, capsys):
-    analytic = load_cost_model(EngineConfig.from_options(OPTIONS), executor)
+    analytic = load_cost_model(EngineConfig.from_options(OPTIONS), executor.facts)
     assert analytic.swap_in_cost == 0
     options = ["--model", "embedded", "--num-threads", "1", "--chunk-size", "16", "--max-model-len", "256"]
     assert cli.main(["profile", *options]) == 0
     assert "GB/s" in capsys.readouterr().out
-    measured = load_cost_model(EngineConfig.from_options(OPTIONS), executor)
+    measured = load_cost_model(EngineConfig.from_options(OPTIONS), executor.facts)
     assert measured.swap_in_cost > 0
 
 
@@ -90,7 +90,7 @@ def test_a_profile_of_something_else_is_a_miss_and_said(what, is_named, profile,
     path = profile_path(config, profile.model, profile.dtype, profile.device)
     identity = profile.identity if what is None else replace(profile.identity, **{what: OTHERS[what]})
     replace(profile, identity=identity).save(path)
-    cost_model = load_cost_model(config, executor)
+    cost_model = load_cost_model(config, executor.facts)
     if what is None:
         assert cost_model.swap_in_cost > 0
         assert [record for record in caplog.records if record.levelname == "WARNING"] == []
@@ -104,12 +104,12 @@ def test_a_named_file_that_is_no_profile_is_refused_and_one_in_the_cache_is_a_mi
         if content is not None:
             (tmp_path / name).write_text(content)
         with pytest.raises(ConfigError, match=name):
-            load_cost_model(EngineConfig.from_options({**OPTIONS, "profile": str(tmp_path / name)}), executor)
+            load_cost_model(EngineConfig.from_options({**OPTIONS, "profile": str(tmp_path / name)}), executor.facts)
     config = EngineConfig.from_options(OPTIONS)
     path = profile_path(config, profile.model, profile.dtype, profile.device)
     profile.save(path)
     path.write_text('{"model": "embedded"}')
-    assert load_cost_model(config, executor).swap_in_cost == 0
+    assert load_cost_model(config, executor.facts).swap_in_cost == 0
     assert "is not a profile" in caplog.text
 
 

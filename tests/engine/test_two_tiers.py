@@ -202,7 +202,7 @@ def test_a_failed_computation_loses_no_other_conversation_its_cache(tiny_model, 
     assert plan is not None
     assert plan.evictions
     with monkeypatch.context() as patch:
-        patch.setattr(kept.executor._runner, "_forward", explode)
+        patch.setattr(kept.executor.runner, "_forward", explode)
         with pytest.raises(ComputationFailedError, match="injected fault"):
             kept.executor.execute(plan)
     assert kept.core.fail_step(plan, kept.now, are_copies_made=True) == ["poison"]

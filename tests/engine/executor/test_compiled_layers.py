@@ -110,7 +110,7 @@ def test_what_is_not_compiled_yet_is_computed_without_a_compiler_while_it_serves
 ):
     """Another number of threads is enough for torch to compile anew. That it is slower shows in the log, once."""
     driver = make_driver(tiny_model("llama"), num_gpu_blocks=8, chunk_size=8, compile_layers=True)
-    runner = driver.executor._runner
+    runner = driver.executor.runner
     expected = driver.generate("a", [5, 6, 7])
     assert runner.num_forwards > 0
     assert runner.num_eager_forwards == 0
@@ -133,7 +133,7 @@ def test_the_log_says_how_many_of_the_first_steps_ran_compiled(num_threads, tiny
     executor = make_driver(tiny_model("llama"), num_gpu_blocks=8, chunk_size=8, compile_layers=True).executor
     torch.set_num_threads(num_threads)
     try:
-        warm_up(EngineConfig(), executor.loaded, executor.gpu_store, executor._runner)
+        warm_up(EngineConfig(), executor.loaded, executor.gpu_store, executor.runner)
     finally:
         torch.set_num_threads(1)
     (record,) = [record for record in caplog.records if "before the first request" in record.message]

@@ -95,9 +95,9 @@ def record(executor, max_num_seqs: int, backend: str = "cpu") -> RecordingMaker:
     """Give the executor a runner with everything in one place and recorded decode steps, as on a GPU."""
     limits = StepLimits(max_num_seqs, 512, executor.num_gpu_blocks)
     chosen = choose_backend(backend, torch.device("cpu"), torch.float32)
-    executor._runner = ModelRunner(executor.loaded, executor.gpu_store, executor._swapper, chosen, limits)
+    executor.runner = ModelRunner(executor.loaded, executor.gpu_store, executor.runner.swapper, chosen, limits)
     maker = RerunningMaker() if backend == "triton" else RecordingMaker()
-    executor._runner.capture_graphs(maker, bucket_sizes(max_num_seqs))
+    executor.runner.capture_graphs(maker, bucket_sizes(max_num_seqs))
     return maker
 
 
@@ -118,7 +118,7 @@ def test_a_graph_keeps_alive_all_that_was_recorded(tiny_model, make_driver, opti
     """CUDA replays addresses: the memory of a tensor that only the recorded function held would be given to others."""
     executor = make_driver(tiny_model("llama"), **options).executor
     chosen = choose_backend("triton", torch.device("cpu"), torch.float32)
-    runner = ModelRunner(executor.loaded, executor.gpu_store, executor._swapper, chosen, StepLimits(4, 512, 60))
+    runner = ModelRunner(executor.loaded, executor.gpu_store, executor.runner.swapper, chosen, StepLimits(4, 512, 60))
     maker = CudaGraphMaker(torch.device("cpu"))
     read: list[weakref.ref[torch.Tensor]] = []
 
@@ -139,10 +139,10 @@ def test_an_executor_that_is_shut_down_frees_its_memory_at_once(tiny_model, make
     """Graphs and the runner hold each other; the next engine of the process would find the device full."""
     executor = make_driver(tiny_model("llama"), **options).executor
     chosen = choose_backend("cpu", torch.device("cpu"), torch.float32)
-    executor._runner = ModelRunner(
-        executor.loaded, executor.gpu_store, executor._swapper, chosen, StepLimits(4, 512, 60)
+    executor.runner = ModelRunner(
+        executor.loaded, executor.gpu_store, executor.runner.swapper, chosen, StepLimits(4, 512, 60)
     )
-    executor._runner.capture_graphs(CudaGraphMaker(torch.device("cpu")), (1, 2, 4))
+    executor.runner.capture_graphs(CudaGraphMaker(torch.device("cpu")), (1, 2, 4))
     pool = weakref.ref(executor.gpu_store)
     gc.collect()
     gc.disable()
@@ -193,10 +193,10 @@ if find_spec("triton") is not None and not torch.cuda.is_available():  # in its 
 def test_replayed_decodes_equal_eager_ones(family, backend, tiny_model, make_driver, options):
     """Random batches of requests that are at different places in their contexts: logits, and KV down to the last slot."""
     executor = make_driver(tiny_model(family), **options).executor
-    eager = executor._runner
+    eager = executor.runner
     maker = record(executor, 6, backend)
     assert len(maker.graphs) == len(bucket_sizes(6)), "the model does what cannot be recorded"
-    recorded = executor._runner
+    recorded = executor.runner
     rng = random.Random(0)
     blocks = list(range(60))
     rng.shuffle(blocks)

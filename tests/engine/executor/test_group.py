@@ -127,14 +127,14 @@ def test_each_rank_has_its_share_of_weights_and_kv(family, size, tmp_path, make_
         assert placement.num_gpu_tier_bytes == whole.placement.num_gpu_tier_bytes / size
         assert placement.num_cpu_tier_bytes == whole.placement.num_cpu_tier_bytes / size
         assert placement.num_weight_bytes - replicated == pytest.approx(share, rel=0.05)
-    assert executor.bytes_per_block == whole.bytes_per_block
+    assert executor.facts.bytes_per_block == whole.bytes_per_block
     whole.shutdown()
 
 
 def test_a_kv_head_may_be_on_several_ranks(make_group):
     """Two KV heads, four ranks: each pool holds one."""
     executor = make_group(tensor_parallel_size=4)
-    assert {layer.num_kv_heads for layer in executor.loaded.layers} == {1}
+    assert {layer.num_kv_heads for layer in executor.local.loaded.layers} == {1}
     assert len({placement.num_gpu_tier_bytes for placement in executor.placements}) == 1
 
 
@@ -142,7 +142,7 @@ def test_the_size_of_the_cpu_tier_is_of_all_ranks_together(make_group):
     options = {"num_cpu_blocks": None, "kv_offloading_size": 1 / 1024}
     executor = make_group(**options)
     total = sum(placement.num_cpu_tier_bytes for placement in executor.placements)
-    assert 0 <= (1 << 20) - total < executor.bytes_per_block
+    assert 0 <= (1 << 20) - total < executor.facts.bytes_per_block
 
 
 def test_a_block_that_one_worker_finds_damaged_is_told(make_group, tiny_model):
@@ -206,7 +206,7 @@ def test_a_failure_of_rank_0_amid_its_computation_breaks_the_group(make_group, m
     def explode(*_: object) -> None:
         raise RuntimeError("injected fault")
 
-    monkeypatch.setattr(executor._runner, "_forward", explode)
+    monkeypatch.setattr(executor.local.runner, "_forward", explode)
     assert_broken(executor, executor.submit(decode(1)), r"rank 0 of 2: .*injected fault")
     wait_until(lambda: not is_alive(pid))
 

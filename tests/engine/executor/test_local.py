@@ -11,8 +11,8 @@ import torch
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import DeviceFailedError, EngineStoppedError
-from engine.executor import local, model_runner
-from engine.executor.local import available_cores
+from engine.executor import host, model_runner
+from engine.executor.host import available_cores
 from tests.engine.interrupted_executor import InterruptedExecutor
 
 
@@ -59,7 +59,7 @@ def test_pinned_pages_are_given_back_even_if_the_swapper_cannot_end(executor, mo
         calls.append("swapper")
         raise RuntimeError("a copy failed")
 
-    swapper = executor._swapper
+    swapper = executor.runner.swapper
     with monkeypatch.context() as patch:
         patch.setattr(swapper, "shutdown", fail)
         patch.setattr(executor.cpu_store, "unpin", lambda: calls.append("unpin"))
@@ -81,7 +81,7 @@ def test_a_submitted_step_that_fails_says_so_and_the_next_one_runs(executor):
 
 def test_the_cores_are_those_of_omp_num_threads_or_else_of_affinity_and_quota(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(local, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(host, "CPU_QUOTA", tmp_path / "cpu.max")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert available_cores() == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -99,7 +99,7 @@ def run_in_a_process_of_its_own(script: str) -> list[int]:
 
 OPENMP = """
 import os, torch
-from engine.executor.local import end_openmp_team
+from engine.executor.host import end_openmp_team
 num_tasks = lambda: len(os.listdir("/proc/self/task"))
 torch.set_num_threads(3)
 before = num_tasks()
@@ -111,7 +111,7 @@ print(before, during, num_tasks(), int(torch.ones(1 << 20).add(1).sum()))
 
 MEMORY = """
 import resource, torch
-from engine.executor.local import keep_freed_memory
+from engine.executor.host import keep_freed_memory
 num_faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.set_num_threads(1)
 keep_freed_memory()
@@ -148,7 +148,7 @@ def test_a_step_that_breaks_the_device_is_the_last_one(executor, monkeypatch):
 
     executor.check_health()
     monkeypatch.setattr(model_runner, "check_device", fail)
-    monkeypatch.setattr(executor._runner._swapper, "begin", lambda plan: 1 / 0)
+    monkeypatch.setattr(executor.runner.swapper, "begin", lambda plan: 1 / 0)
     with pytest.raises(DeviceFailedError):
         executor.submit(StepPlan(1, ())).result(60)
     with pytest.raises(EngineStoppedError, match=r"cuda:0 failed; restart"):

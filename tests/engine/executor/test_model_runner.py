@@ -22,7 +22,7 @@ FLAT = SamplingParams(temperature=20.0, top_p=0.99, seed=3)
 def make_runner(tiny_model, make_driver) -> Callable:
     def make(**options):
         driver = make_driver(tiny_model("llama"), num_gpu_blocks=32, chunk_size=8, max_model_len=128, **options)
-        return driver.executor._runner
+        return driver.executor.runner
 
     return make
 
@@ -148,9 +148,9 @@ def test_a_step_behind_one_that_could_not_begin_fails_by_itself(make_runner, mon
 def test_copies_of_a_step_end_before_those_of_the_next_one_begin(make_runner, monkeypatch):
     runner = make_runner(num_cpu_blocks=4)
     events = []
-    begin, finish = runner._swapper.begin, runner._swapper.finish
-    monkeypatch.setattr(runner._swapper, "begin", lambda plan: (events.append(f"begin {plan.step_id}"), begin(plan))[1])
-    monkeypatch.setattr(runner._swapper, "finish", lambda: (events.append("finish"), finish())[1])
+    begin, finish = runner.swapper.begin, runner.swapper.finish
+    monkeypatch.setattr(runner.swapper, "begin", lambda plan: (events.append(f"begin {plan.step_id}"), begin(plan))[1])
+    monkeypatch.setattr(runner.swapper, "finish", lambda: (events.append("finish"), finish())[1])
     runner._kv_store.storage[3] = 7.0
     runner.launch(StepPlan(1, (), swap_outs=(BlockCopy(3, 1),)))
     runner.launch(StepPlan(2, (), swap_ins=(BlockCopy(1, 5),)))
@@ -162,7 +162,7 @@ def test_copies_of_a_step_end_before_those_of_the_next_one_begin(make_runner, mo
 
 def test_copies_that_fail_are_their_own_steps_too(make_runner, monkeypatch):
     runner = make_runner(num_cpu_blocks=4)
-    finish, num_calls = runner._swapper.finish, 0
+    finish, num_calls = runner.swapper.finish, 0
 
     def fails_once():
         nonlocal num_calls
@@ -172,7 +172,7 @@ def test_copies_that_fail_are_their_own_steps_too(make_runner, monkeypatch):
             raise OSError("a copy failed")
         return ()
 
-    monkeypatch.setattr(runner._swapper, "finish", fails_once)
+    monkeypatch.setattr(runner.swapper, "finish", fails_once)
     a = ("a", [5, 6, 7], GREEDY)
     runner.launch(first_step(a))
     runner.launch(decodes(2, a=3))

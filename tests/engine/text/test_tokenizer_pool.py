@@ -105,7 +105,7 @@ async def test_a_full_queue_gives_way_to_a_tenant_with_less_than_its_share(pool)
     work = Work()
     tasks = await begin(pool, work, "a0", "a1", "a2", "a3", "a4", "a5", "a6", "a7")
     tasks += await begin(pool, work, "b1")
-    with pytest.raises(OverloadedError, match="others wait for their share"):
+    with pytest.raises(OverloadedError, match="this tenant exceeds its share"):
         await tasks[7]
     work.go.set()
     await asyncio.gather(*tasks[:7], tasks[8])
