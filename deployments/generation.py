@@ -1,5 +1,6 @@
-"""What travels between the ingress and an engine replica: one request there, a stream of items back. Plain
-values, so that no exception class and no engine object has to survive pickling. Knows neither HTTP nor Ray.
+"""What travels between the ingress and an engine replica: one request there, a stream of items back.
+
+Plain values, so that no exception class and no engine object has to survive pickling. Knows neither HTTP nor Ray.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""The engine replica: one AsyncEngine behind a Serve deployment. Turns its output into few, plain items and
-its errors into values. Knows no HTTP; decides nothing about scheduling or caching.
+"""The engine replica: one AsyncEngine behind a Serve deployment.
+
+Turns its output into few, plain items and its errors into values. Knows no HTTP; decides nothing about scheduling or
+caching.
 """
 
 from __future__ import annotations

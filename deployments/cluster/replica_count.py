@@ -1,5 +1,6 @@
-"""How many replicas a deployment has now. What Serve tells a replica of its deployment's size is as of the replica's start:
-scaling the deployment changes nothing in it.
+"""How many replicas a deployment has now.
+
+What Serve tells a replica of its deployment's size is as of the replica's start; scaling does not change it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The bodies of OpenAI's requests as this server takes them. `parse_request` gives a valid one or says what
-is wrong with which parameter; nothing is accepted and then not done. Knows no HTTP library, no engine, no
-Ray.
+"""The bodies of OpenAI's chat and completions requests as this server takes them.
+
+Everything in a body is done, or rejected with the name of the parameter. Knows no HTTP library, no engine and no Ray.
 
     implemented      model, messages | prompt, max_tokens, max_completion_tokens, temperature, top_p, seed, stop,
                      stream, stream_options (include_usage, continuous_usage_stats), presence_penalty,

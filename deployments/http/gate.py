@@ -1,5 +1,6 @@
-"""What every request passes before its endpoint acts: who asks, a body within bounds, a model that is served, and a place
-among the requests that the engines can take.
+"""What every request passes before its endpoint acts.
+
+Who asks, a body within bounds, a model that is served, and a place among the requests that the engines can take.
 """
 
 from __future__ import annotations

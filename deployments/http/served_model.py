@@ -1,5 +1,6 @@
-"""Whether the model that is served can do what a request asks, as far as that shows before the engine sees it. Raises, and
-changes nothing.
+"""Whether the served model can do what a request asks, as far as that shows before the engine sees it.
+
+Raises, and changes nothing.
 """
 
 from __future__ import annotations

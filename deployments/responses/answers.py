@@ -1,6 +1,8 @@
-"""The objects of OpenAI's Responses and Conversations API: a response, whole or as a stream of events, and what is
-said of stored ones. Plain dicts, JSON as they are: the store may keep a response as whole() words it and give it
-back unchanged. Knows no HTTP, no store, no engine, no clock, no Ray.
+"""The objects of OpenAI's Responses and Conversations API: a response, whole or as a stream of events.
+
+Plain dicts, JSON as they are: the store may keep a response as whole() words it and give it back unchanged. Knows no
+HTTP, no
+store, no engine, no clock, no Ray.
 
     in_progress(response) --> completed | incomplete ("length", or interrupted) | cancelled | failed
 

@@ -1,6 +1,8 @@
-"""The bodies and query strings of OpenAI's Responses and Conversations API as this server takes them, and the
-message items that its state is made of. By the rules of completions/requests.py: a valid one or the first thing that is
-wrong with it; nothing is accepted and then not done. Knows no HTTP library, no store, no engine, no Ray.
+"""The bodies and query strings of OpenAI's Responses and Conversations API as this server takes them.
+
+And the message items that its state is made of. As in completions/requests.py, everything in a body is done, or
+rejected
+with the name of the parameter. Knows no HTTP library, no store, no engine, no Ray.
 
     implemented      model, input, previous_response_id, conversation, store, instructions, metadata, stream,
                      max_output_tokens, temperature, top_p, truncation

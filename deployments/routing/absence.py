@@ -1,5 +1,6 @@
-"""Why no engine replica answers: what Serve and Ray know of a deployment that has none, as an error for clients. Starts and
-changes nothing.
+"""Why no engine replica answers: what Serve and Ray know of a deployment without one, as an error.
+
+Starts and changes nothing.
 """
 
 from __future__ import annotations

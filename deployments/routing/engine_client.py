@@ -1,5 +1,8 @@
-"""The ingress's side of the Serve handle to the engine replicas: routes by session, resumes what a lost replica began, turns
-everything that Ray and Serve may raise into ErrorItems, and cancels what is read no more. Knows no HTTP.
+"""The ingress's side of the Serve handle to the engine replicas.
+
+Routes by session, resumes what a lost replica began, turns everything that Ray and Serve may raise into ErrorItems,
+and cancels
+what is read no more. Knows no HTTP.
 """
 
 from __future__ import annotations

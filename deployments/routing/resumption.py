@@ -1,5 +1,7 @@
-"""How a request outlives the replicas that compute it: what of its answer has come, and when another replica is to go on from
-there. Decides only; time is an argument. Knows no Ray.
+"""How a request outlives the replicas that compute it.
+
+What of its answer has come, and when another replica is to go on from there. Decides only; time is an argument. Knows
+no Ray.
 """
 
 from __future__ import annotations

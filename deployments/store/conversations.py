@@ -1,5 +1,6 @@
-"""The conversations of the store and their items: what `/v1/conversations` needs, and the lock under which turns are
-added. Knows responses only as turns that may be running.
+"""The conversations of the store: what `/v1/conversations` needs, and the lock under which turns are added.
+
+Knows responses only as turns that may be running.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from deployments.store.values import NewItem, Order, Page, StoredConversation, S
 
 
 class Conversations:
-    """new_id: prefix -> an id that was never used. What grows raises StoredTooMuchError above the tenant's quota, and
-    StoreFullError where the disk is nearly full."""
+    """The conversations of all tenants.
+
+    What grows raises StoredTooMuchError above the tenant's quota, and StoreFullError if the disk is nearly full.
+
+    new_id: prefix -> an id that was never used.
+    """
 
     def __init__(self, database: Database, accounts: Accounts, leases: Leases, new_id: Callable[[str], str]) -> None:
         self._database = database
@@ -135,8 +140,10 @@ class Conversations:
         return await self._database.read(work)
 
     async def delete_item(self, tenant: str, conversation_id: str, item_id: str, now: float) -> StoredConversation:
-        """Takes it out of the conversation; a response that it belongs to keeps it. Raises ConversationBusyError while a
-        turn is running."""
+        """Takes the item out of the conversation; a response that it belongs to keeps it.
+
+        Raises ConversationBusyError while a turn is running.
+        """
 
         async def work(connection: AsyncConnection) -> StoredConversation:
             row = await find_conversation(connection, tenant, conversation_id, for_update=True)

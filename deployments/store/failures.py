@@ -1,5 +1,6 @@
-"""What a failure of the database means: one of the store's errors, and a short cause for the log. Never a driver's own words,
-which may quote a row, a path or a host.
+"""What a failure of the database means: one of the store's errors, and a short cause for the log.
+
+Never a driver's own words, which may quote a row, a path or a host.
 """
 
 from __future__ import annotations

@@ -21,8 +21,10 @@ def name_items(new_items: Sequence[NewItem], new_id: Callable[[str], str]) -> tu
 
 
 def refuse_odd_id(an_id: str, param: str | None = None) -> None:
-    """Ids come from URLs and bodies; what no id of ours can be is not asked for, and PostgreSQL would refuse some of it.
-    Raises NotFoundError."""
+    """Raises NotFoundError for what cannot be an id of ours.
+
+    Ids come from URLs and bodies, and PostgreSQL rejects some characters.
+    """
     if not (0 < len(an_id) <= _MAX_ID_LEN and an_id.isascii() and an_id.isprintable()):
         raise NotFoundError("there is nothing of such an id here", param)
 
@@ -62,8 +64,10 @@ async def read_page(
     limit: int,
     order: Order,
 ) -> Page:
-    """`limit` of the items `inside` that come after the item `after` in that order. Raises InvalidParameterError if that
-    is not one of them."""
+    """Up to `limit` of the items `inside`, those after the item `after` in that order.
+
+    Raises InvalidParameterError if `after` is not one of them.
+    """
     descending = order == "desc"
     query = select(items.c.id, items.c.role, items.c.body).where(inside)
     if after is not None:
