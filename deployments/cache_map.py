@@ -93,7 +93,7 @@ class CacheWatchers:
         """Let one more watch; returns how to leave. Raises OverloadedError when as many watch as may."""
         tenant_id = tenant.tenant_id
         if not self._places.try_take(tenant_id, 1, MAX_WATCHERS):
-            raise OverloadedError("as many watch the cache as may; close another page or try again later")
+            raise OverloadedError("the cache has too many watchers; close another page or try again later")
         self._tenants[tenant_id] += 1
         self._num_operators += is_operator
 
@@ -247,7 +247,7 @@ def add_cache_routes(
     @app.post("/v1/cache/demo")
     async def hold_back(request: Request) -> dict[str, Any]:
         if not gate.is_operator(gate.tenant_of(request)):
-            raise NotAnOperatorError("that changes the cache of all tenants; only an operator's key may do it")
+            raise NotAnOperatorError("this changes the cache of all tenants, so it needs an operator's key")
         _, body, _ = await gate.read(HoldBody, request, default=b"{}")
         return {
             "object": "cache.demo",

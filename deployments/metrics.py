@@ -127,7 +127,10 @@ def read_counters(statistics: Statistics) -> dict[Series, int]:
 
 
 def read_gauges(statistics: Statistics) -> dict[Series, int]:
-    """The state at one snapshot. A tier's free, used (holding KV that nobody needs now) and pinned blocks are all of it."""
+    """The state at one snapshot.
+
+    A tier's free, used (holding KV that no request needs now) and pinned blocks add up to all of it.
+    """
     idle = statistics["num_idle_chunks"]
     gauges = {
         Series("pensieve_num_requests_running"): statistics["num_requests_running"],

@@ -187,7 +187,7 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
 
 
 def openapi_document(routes: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
-    """The document of these routes (method, path as FastAPI writes it, name). KeyError: one that nobody described."""
+    """The document of these routes (method, path as FastAPI writes it, name). KeyError: one that has no description."""
     kinds = [body for operation in _OPERATIONS.values() if (body := operation.body) is not None]
     _, definitions = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template=_SCHEMAS + "{model}", schema_generator=_Untitled

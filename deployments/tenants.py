@@ -164,7 +164,7 @@ class WatchedTenants:
         self._state: tuple[int, int, int] | None = (0, 0, 0)  # no file's
 
     def read_if_changed(self) -> tuple[TenantConfig, ...] | None:
-        """All tenants; None where nothing is new. Blocking."""
+        """All tenants; None if nothing is new. Blocking."""
         try:
             status = Path(self._path).stat()
             state = (status.st_mtime_ns, status.st_size, status.st_ino)

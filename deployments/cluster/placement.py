@@ -28,7 +28,7 @@ PLACING_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a living node has, and what of it nobody has taken."""
+    """What a living node has, and what of it is free."""
 
     total: Resources
     free: Resources
@@ -77,7 +77,7 @@ def explain(bundles: Sequence[Resources], strategy: str, nodes: Sequence[Node], 
     return (
         f"an engine replica waits for its tensor-parallel group to be placed: {len(bundles)} bundles of "
         f"{_amounts(asked, names)}, {WHERE.get(strategy, strategy)} ({strategy}); {_room(names, nodes)}. "
-        + ("Not even all of it would do" if is_hopeless else "It starts when that is free")
+        + ("The cluster is too small even when idle" if is_hopeless else "It starts when that is free")
         + ": add nodes, or lower tensor_parallel_size, num_cpus or num_gpus"
     )
 

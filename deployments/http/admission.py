@@ -28,7 +28,7 @@ from deployments.store.values import NO_STORE_LIMITS, Quota, StoreLimits
 from deployments.tenants import TenantConfig
 from engine.text.prompt import TokenPrompt
 
-# When to come back where nobody can know, in seconds.
+# When to come back if it cannot be known, in seconds.
 RETRY_AFTER_S = 1.0
 # What is set aside for a request until its tokens are counted: characters of a token, and an answer without max_tokens.
 CHARS_PER_TOKEN = 4
@@ -152,7 +152,7 @@ class Admission:
                     except StopAsyncIteration:
                         return
                     except TimeoutError:
-                        message = f"the answer was not complete after {timeout_s:g} seconds; raise timeout"
+                        message = f"the answer was not complete after {timeout_s:g} seconds; give a larger timeout"
                         yield ErrorItem.of(AnswerTimeoutError(message, "timeout"))
                         return
                     if isinstance(item, DeltaItem):
@@ -164,7 +164,7 @@ class Admission:
             account.num_running -= 1
 
     def refusal(self, tenant_id: str) -> ErrorItem | None:
-        """Why a request of this tenant would be refused now. Takes nothing."""
+        """Why a request of this tenant would be rejected now. Takes nothing."""
         limits = self._limits.get(tenant_id)
         if limits is None:
             return None
@@ -173,7 +173,7 @@ class Admission:
             part = math.ceil(limits.max_concurrent_requests / num_replicas)
             if account.num_running >= part:
                 message = (
-                    f"{limits.max_concurrent_requests} requests of this tenant may run at once; wait for one to end"
+                    f"this tenant may run {limits.max_concurrent_requests} requests at once; wait for one to finish"
                 )
                 return ErrorItem.of(TooManyRequestsError(message))
         if limits.tokens_per_minute is not None:
@@ -182,7 +182,7 @@ class Admission:
             if account.tokens.is_empty():
                 message = (
                     f"this tenant may use {limits.tokens_per_minute} tokens a minute, and running requests count with their "
-                    "max_tokens; wait"
+                    "max_tokens; try again later"
                 )
                 settled = account.tokens.level + account.num_reserved
                 wait_s = RETRY_AFTER_S if settled > 0 else _wait_s(settled, per_minute)
@@ -203,7 +203,7 @@ class Admission:
             bucket.refill(self._clock(), per_minute)
             if bucket.is_empty():
                 raise kind(
-                    f"this tenant may send {limit} {what} a minute to what only stores; wait",
+                    f"this tenant may send {limit} {what} a minute to endpoints that only store; try again later",
                     retry_after_s=_wait_s(bucket.level, per_minute),
                 )
         for bucket, _, amount, _, _ in buckets:

@@ -51,7 +51,7 @@ class RequestBodies:
                     continue
                 self._check_size(size + len(chunk))
                 if not self._in_flight.try_take(tenant.tenant_id, len(chunk), self._max_bytes_in_flight):
-                    raise OverloadedError("too many large requests are arriving at once; send it again in a moment")
+                    raise OverloadedError("too many large requests are arriving at once; try again in a moment")
                 size += len(chunk)
                 chunks.append(chunk)
             raw = b"".join(chunks) or default

@@ -39,7 +39,7 @@ class Gate:
     ) -> None:
         """Nothing is asked yet.
 
-        tenants: who may ask; none = whoever is on this machine.
+        tenants: who may ask; none = every program on this machine.
         model_card: what the engines serve.
         num_engine_replicas: how many engine replicas share what is let in here.
         sees_clients: whether the address that a request comes from is its client's.

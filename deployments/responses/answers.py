@@ -202,7 +202,7 @@ def cancelled(response: ResponseJson) -> ResponseJson:
 
 
 def interrupted(response: ResponseJson) -> ResponseJson:
-    """A response in progress that nobody works on any more; OpenAI's API has no reason of that name."""
+    """A response in progress that is computed no more; OpenAI's API has no reason of that name."""
     return _closed(response, "incomplete", _error("server_error", INTERRUPTED_MESSAGE, "server_error", None))
 
 
@@ -237,6 +237,6 @@ def deleted_conversation(conversation_id: str) -> dict[str, Any]:
 
 
 def list_object(items: Sequence[ItemJson], *, has_more: bool) -> dict[str, Any]:
-    """Items in the order that was asked for. The ids are texts also where there is none."""
+    """Items in the order that was asked for. first_id and last_id are strings also if there are none."""
     first_id, last_id = (items[0]["id"], items[-1]["id"]) if items else ("", "")
     return {"object": "list", "data": list(items), "first_id": first_id, "last_id": last_id, "has_more": has_more}

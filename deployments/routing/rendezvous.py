@@ -21,7 +21,7 @@ def rank_replicas(session_id: str, ranks: Sequence[int]) -> list[int]:
 
 
 def routing_name(session_id: str, num_refusals: int) -> str:
-    """What the router is told of a session whose first `num_refusals` choices have refused the request."""
+    """What the router is told of a session whose first `num_refusals` choices have rejected the request."""
     return f"{num_refusals}|{session_id}"
 
 

@@ -233,7 +233,7 @@ class ConversationStore:
         )
 
     async def interrupt_response(self, tenant: str, response_id: str, now: float) -> bool:
-        """Nobody waits for it any more. Whether it was in progress until now."""
+        """Its client is gone. Whether it was in progress until now."""
         return await self._database.write(
             lambda connection: finish(
                 connection,

@@ -166,14 +166,17 @@ class Conversations:
 async def find_conversation(
     connection: AsyncConnection, tenant: str, conversation_id: str, *, for_update: bool = False
 ) -> Row[Any]:
-    """for_update: nobody else changes it, or begins or ends a turn of it, until the transaction ends."""
+    """The conversation's row. Raises NotFoundError.
+
+    for_update: until the transaction ends, no other one changes it or begins or ends a turn of it.
+    """
     refuse_odd_id(conversation_id, "conversation")
     query = select(conversations).where(
         conversations.c.id == conversation_id, conversations.c.tenant == tenant, ~conversations.c.deleted
     )
     row = (await connection.execute(query.with_for_update() if for_update else query)).one_or_none()
     if row is None:
-        raise NotFoundError(f"there is no conversation {conversation_id!r} here", "conversation")
+        raise NotFoundError(f"no conversation has the id {conversation_id!r}", "conversation")
     return row
 
 

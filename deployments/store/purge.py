@@ -16,7 +16,7 @@ from deployments.store.tables import conversations, items, responses, transcript
 from deployments.store.usage import Accounts, Freed, remove
 
 _BATCH = 500  # ids in one statement; drivers limit its parameters
-_MAX_LEVELS = 64  # of a chain in one transaction, so that nobody waits long for it
+_MAX_LEVELS = 64  # of a chain in one transaction, so that no other waits long for it
 
 
 async def purge_above(connection: AsyncConnection, accounts: Accounts, response_ids: Collection[str]) -> list[str]:

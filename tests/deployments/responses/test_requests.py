@@ -348,7 +348,7 @@ def test_refusals(changes: dict[str, Any], param: str, code: str) -> None:
 
 
 def test_what_is_included_is_named() -> None:
-    with pytest.raises(RequestError, match=r"'message\.output_text\.logprobs' is not implemented"):
+    with pytest.raises(RequestError, match=r"'message\.output_text\.logprobs' is not supported"):
         parse(include=["message.output_text.logprobs"])
 
 
