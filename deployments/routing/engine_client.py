@@ -137,9 +137,10 @@ class EngineClient:
     async def _ask_all(self, method: str, argument: CacheQuery | CacheHold) -> list[Any]:
         """What each replica answers, or raises."""
         try:
-            return await self._handle.broadcast(method, argument).results_async(
+            answers: list[Any] = await self._handle.broadcast(method, argument).results_async(
                 timeout_s=DESCRIBE_TIMEOUT_S, return_exceptions=True
             )
+            return answers
         except (TimeoutError, *REPLICA_LOST) as error:
             logger.debug("no engine replica answers %s: %r", method, error)
             return []

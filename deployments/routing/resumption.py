@@ -91,7 +91,7 @@ class Retries:
             if self._num_losses > MAX_LOSSES_IN_A_ROW:
                 return None
             # Routers and health checks need a moment to see what is dead.
-            return RESUME_BACKOFF_S * (2 ** (self._num_losses - 1) - 1)
+            return RESUME_BACKOFF_S * ((1 << (self._num_losses - 1)) - 1)
         if not error.is_a(OverloadedError):
             return None
         if self.num_refusals < self._num_fallback_replicas:

@@ -1,5 +1,8 @@
-"""What a request to the Responses and Conversations API may say: every refusal names its parameter, every neutral
-value of a parameter passes, and what goes out as an item is taken back as one."""
+"""What a request to the Responses and Conversations API may say.
+
+Every rejection names its parameter, every neutral value of a parameter passes, and what goes out as an item is taken
+back as one.
+"""
 
 import itertools
 import json
