@@ -1,3 +1,4 @@
-"""Pensieve on Ray Serve: an OpenAI-compatible ingress, engine replicas, and a router that keeps a session
-where its cache is. No scheduling and no caching happens here.
+"""Pensieve on Ray Serve: an OpenAI-compatible ingress, a router and engine replicas.
+
+The router keeps a session on the replica that holds its cache. No scheduling and no caching happens here.
 """

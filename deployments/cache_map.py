@@ -1,5 +1,6 @@
-"""GET /v1/cache/map and POST /v1/cache/demo: where the chunks of conversations lie, as server-sent events, to those who may
-know. Asks the engines only while somebody watches, once for all who do. Knows no engine and no Ray.
+"""GET /v1/cache/map and POST /v1/cache/demo: where the chunks of conversations are, as server-sent events.
+
+Asks the engines only while somebody watches, once for all watchers. Knows no engine and no Ray.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ MAX_WATCHERS = 64
 
 
 class MapQuery(Query):
-    """GET /v1/cache/map. interval: seconds between two events. num_events: how many; without it they end when the client
-    leaves."""
+    """The query of GET /v1/cache/map.
+
+    interval: seconds between two events.
+    num_events: how many; without it they end when the client leaves.
+    """
 
     interval: Annotated[float, Field(ge=MIN_INTERVAL_S, le=MAX_INTERVAL_S)] = DEFAULT_INTERVAL_S
     num_events: Annotated[int, Field(ge=1)] | None = None
@@ -63,8 +67,10 @@ class CacheEngine(Protocol):
 
 
 class CacheWatchers:
-    """Those who watch through this ingress replica. However many they are, the engines are asked once a moment; without any,
-    not at all."""
+    """All watchers of this ingress replica.
+
+    However many there are, the engines are asked once per moment; without any, not at all.
+    """
 
     def __init__(
         self, engine: CacheEngine, *, can_hold_back: bool, clock: Callable[[], float] = time.monotonic
@@ -87,7 +93,7 @@ class CacheWatchers:
         """Let one more watch; returns how to leave. Raises OverloadedError when as many watch as may."""
         tenant_id = tenant.tenant_id
         if not self._places.try_take(tenant_id, 1, MAX_WATCHERS):
-            raise OverloadedError("as many watch the cache as may; close another page or try again later")
+            raise OverloadedError("the cache has too many watchers; close another page or try again later")
         self._tenants[tenant_id] += 1
         self._num_operators += is_operator
 
@@ -99,8 +105,13 @@ class CacheWatchers:
         return leave
 
     async def events(self, tenant: Tenant, query: MapQuery, sees_all: Callable[[], bool]) -> AsyncGenerator[str, None]:
-        """One event per interval, at the same moments for all of one interval. Between `enter` and leaving. sees_all: asked
-        each time; raises RequestError when the watcher may see nothing any more, which ends the stream."""
+        """One event per interval, at the same moments for all watchers of that interval.
+
+        Call it between `enter` and leaving.
+
+        sees_all: called each time; raises RequestError when the watcher may see nothing any more, which ends
+        the stream.
+        """
         num_left = query.num_events
         while True:
             asked, replicas = await self._look()
@@ -236,7 +247,7 @@ def add_cache_routes(
     @app.post("/v1/cache/demo")
     async def hold_back(request: Request) -> dict[str, Any]:
         if not gate.is_operator(gate.tenant_of(request)):
-            raise NotAnOperatorError("that changes the cache of all tenants; only an operator's key may do it")
+            raise NotAnOperatorError("this changes the cache of all tenants, so it needs an operator's key")
         _, body, _ = await gate.read(HoldBody, request, default=b"{}")
         return {
             "object": "cache.demo",

@@ -1,5 +1,8 @@
-"""The engine's log lines in a replica: it logs by Python's own `engine.*` loggers, which Serve leaves alone, so that nothing
-of them would be in any file. Here they go where the replica's lines go, with its level and its format.
+"""The engine's log lines in a replica's log.
+
+The engine logs by Python's own `engine.*` loggers, which Serve leaves alone, so nothing of them would be in any file.
+Here they
+go to the replica's log, with its level and its format.
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ class _ToServe(logging.Handler):
 
 
 def log_engine_with_serve(level: int | None = None) -> None:
-    """From now on, in this process; may be called again. level: in a worker of a tensor-parallel group, its replica's; there,
-    Serve has no file, and the lines go to the worker's standard error."""
+    """Sends the engine's lines of this process to the replica's log from now on; may be called again.
+
+    level: the replica's, in a worker of a tensor-parallel group. Serve has no file there: the lines go to
+    standard error.
+    """
     if level is not None:
         SERVE_LOGGER.setLevel(level)
     ENGINE_LOGGER.handlers = [_ToServe()]

@@ -1,5 +1,6 @@
-"""Everything that the deployments raise on purpose, besides the engine's errors and the store's (store/errors.py). What each
-of them is in HTTP says one table, in http/errors.py.
+"""Everything that the deployments raise on purpose, besides the errors of the engine and the store.
+
+The store's are in store/errors.py. http/errors.py has the table of what each of them is in HTTP.
 
 RequestError
 |-- MalformedBodyError            the body is no JSON object

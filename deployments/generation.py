@@ -1,5 +1,6 @@
-"""What travels between the ingress and an engine replica: one request there, a stream of items back. Plain
-values, so that no exception class and no engine object has to survive pickling. Knows neither HTTP nor Ray.
+"""What travels between the ingress and an engine replica: one request there, a stream of items back.
+
+Plain values, so that no exception class and no engine object has to survive pickling. Knows neither HTTP nor Ray.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class ModelCard:
     """What an engine replica serves, and how much of it.
 
     model_name: what clients ask for. max_model_len: the window in tokens, prompt and answer. max_num_requests: as many
-    may run and wait in one replica; it refuses the next one.
+    may run and wait in one replica; it rejects the next one.
     """
 
     model_name: str

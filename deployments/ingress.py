@@ -1,5 +1,8 @@
-"""The HTTP application: OpenAI's endpoints over an EngineClient. Wiring only; each endpoint is in its own package. Nothing in
-them knows a token, a cache or a replica beyond the number that it reports.
+"""The HTTP application: OpenAI's endpoints over an EngineClient.
+
+Wiring only; each endpoint is in its own package. Nothing in them knows a token, a cache or a replica beyond the
+number that
+it reports.
 """
 
 from __future__ import annotations

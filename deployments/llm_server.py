@@ -1,5 +1,7 @@
-"""The engine replica: one AsyncEngine behind a Serve deployment. Turns its output into few, plain items and
-its errors into values. Knows no HTTP; decides nothing about scheduling or caching.
+"""The engine replica: one AsyncEngine behind a Serve deployment.
+
+Turns its output into few, plain items and its errors into values. Knows no HTTP; decides nothing about scheduling or
+caching.
 """
 
 from __future__ import annotations
@@ -148,7 +150,7 @@ class LLMServer:
         return DeltaItem(delta, rank, self._engine.identity)
 
     async def describe(self) -> ModelCard:
-        """Also the sign of life that readiness asks for. Raises EngineStoppedError where the engine is dead."""
+        """Also the sign of life that readiness asks for. Raises EngineStoppedError if the engine is dead."""
         self._engine.check_health()
         max_num_requests = self._config.max_num_seqs + self._config.max_num_queued_reqs
         return ModelCard(self._engine.model_name, self._engine.max_model_len, max_num_requests)
@@ -162,7 +164,7 @@ class LLMServer:
         return self.replica_rank(), statistics["num_requests_running"] + statistics["num_requests_waiting"]
 
     async def map_cache(self, query: CacheQuery) -> ReplicaCache:
-        """What is where for those who watch. Raises EngineStoppedError."""
+        """Where the chunks are, for watchers. Raises EngineStoppedError."""
         return ReplicaCache(self.replica_rank(), await self._engine.map_cache(query))
 
     async def hold_back(self, hold: CacheHold) -> int:
@@ -171,7 +173,7 @@ class LLMServer:
         return self.replica_rank()
 
     async def check_integrity(self) -> None:
-        """Raises AssertionError where the books of the cache do not balance."""
+        """Raises AssertionError if an invariant of the cache does not hold."""
         await self._engine.check_integrity()
 
     def replica_rank(self) -> int:

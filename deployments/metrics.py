@@ -1,6 +1,8 @@
-"""What is measured of an engine replica, as Ray metrics: the definitions, the way from the engine's statistics to them, and
-the times of each request. Ray adds application, deployment and replica as labels and `ray_` to the names. No label is
-ever a session or a tenant: the number of series is bounded. Decides nothing.
+"""What is measured of an engine replica, as Ray metrics, and how the engine's statistics become them.
+
+Ray adds application, deployment and replica as labels and `ray_` to the names. No label is ever a session or a
+tenant, so the
+number of series is bounded. Decides nothing.
 """
 
 from __future__ import annotations
@@ -125,7 +127,10 @@ def read_counters(statistics: Statistics) -> dict[Series, int]:
 
 
 def read_gauges(statistics: Statistics) -> dict[Series, int]:
-    """The state at one snapshot. A tier's free, used (holding KV that nobody needs now) and pinned blocks are all of it."""
+    """The state at one snapshot.
+
+    A tier's free, used (holding KV that no request needs now) and pinned blocks add up to all of it.
+    """
     idle = statistics["num_idle_chunks"]
     gauges = {
         Series("pensieve_num_requests_running"): statistics["num_requests_running"],
@@ -163,8 +168,10 @@ def make_metric(definition: MetricDefinition) -> Any:
 
 
 class EngineMetrics:
-    """The metrics of one engine replica. Counters and gauges follow the statistics every EXPORT_INTERVAL_S; times are
-    observed as they happen."""
+    """The metrics of one engine replica.
+
+    Counters and gauges follow the statistics every EXPORT_INTERVAL_S; times are observed as they happen.
+    """
 
     def __init__(self, get_statistics: Callable[[], Statistics]) -> None:
         self._get_statistics = get_statistics

@@ -1,6 +1,8 @@
-"""The OpenAPI document that /openapi.json serves, made from the classes that parse the requests, so that it says what
-they take. The answers are OpenAI's and drawn loosely: what each is, and what is always in it. Plain data in and out;
-knows no HTTP library.
+"""The OpenAPI document that /openapi.json serves, made from the classes that parse the requests.
+
+So it says what they take. The answers are OpenAI's and described loosely: what each is, and what is always in it.
+Plain data
+in and out; knows no HTTP library.
 """
 
 from __future__ import annotations
@@ -82,8 +84,11 @@ def _fields(*required: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Operation:
-    """What one route takes and gives. errors: statuses besides those that every route of its kind has. links: to the
-    operation of that name, with the answer's id as that parameter."""
+    """What one route takes and gives.
+
+    errors: statuses besides those that every route of its kind has.
+    links: to the operation of that name, with the answer's id as that parameter.
+    """
 
     summary: str
     answer: Mapping[str, Any]
@@ -182,7 +187,7 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
 
 
 def openapi_document(routes: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
-    """The document of these routes (method, path as FastAPI writes it, name). KeyError: one that nobody described."""
+    """The document of these routes (method, path as FastAPI writes it, name). KeyError: one that has no description."""
     kinds = [body for operation in _OPERATIONS.values() if (body := operation.body) is not None]
     _, definitions = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template=_SCHEMAS + "{model}", schema_generator=_Untitled

@@ -197,7 +197,8 @@ def _port_problems(config: dict[str, Any]) -> Iterator[str]:
 def _prepare_models(config: str) -> bool:
     """Convert the models that have to be, before replicas wait for it; False after a line that says what is wrong with one.
 
-    In a process of its own, because that takes memory which this one would keep."""
+    In a process of its own, because that takes memory which this one would keep.
+    """
     models = {application["args"].get("engine", {}).get("model", "embedded") for application in _own(config)}
     return all(
         subprocess.run([sys.executable, "-m", "engine.model_files", model], check=False).returncode == 0
@@ -254,7 +255,8 @@ def _run(config: str) -> int:
     """Run `serve_run` in a process and a session of its own, pass signals on, and return the exit status.
 
     A process, because Ray installs a handler for SIGTERM that drains nothing. A session, because Ctrl-C in a terminal goes to
-    all processes of one, Ray's daemons included; and so that what is left of it at the end can be found."""
+    all processes of one, Ray's daemons included; and so that what is left of it at the end can be found.
+    """
     command = "import sys; from deployments.run import serve_run; serve_run(sys.argv[1])"
     serve = subprocess.Popen([sys.executable, "-c", command, config], start_new_session=True)
 
@@ -277,7 +279,8 @@ def _end_session(session: int) -> None:
     """Kill what is left of a session whose leader has ended.
 
     That is nothing after a regular end. When Ray's daemons have died, it is proxies that accept connections and never answer,
-    replicas, agents."""
+    replicas, agents.
+    """
     import psutil
 
     def is_left(process: psutil.Process) -> bool:
@@ -300,7 +303,8 @@ def serve_run(config: str) -> None:
 
     Serve's own answer to SIGINT ends the HTTP proxies first, and with them all streams; so the applications are deleted
     before, whose replicas let their requests end. A Ray of its own is not told that Serve is shut down, because it ends with
-    this process; Serve in another cluster is."""
+    this process; Serve in another cluster is.
+    """
     is_own = not names_cluster(os.environ)
     if is_own:
         os.environ.pop("RAY_ADDRESS", None)  # "local" would be another Ray to `serve run` than the one below
@@ -363,7 +367,8 @@ def _drain(config: str) -> None:
 class _DaemonWatch:
     """Ends this process when one of Ray's daemons, its children, ends; drains when its parent is gone.
 
-    Ray does not: without a raylet its proxies accept connections and never answer, and its driver waits for ever."""
+    Ray does not: without a raylet its proxies accept connections and never answer, and its driver waits for ever.
+    """
 
     def __init__(self) -> None:
         import psutil
@@ -408,7 +413,7 @@ def _is_alive(process: psutil.Process) -> bool:
     import psutil
 
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

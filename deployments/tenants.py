@@ -1,5 +1,6 @@
-"""Who may ask, and for how much: API keys, each of which stands for a tenant. Keeps hashes of keys only; knows no HTTP
-library and no engine.
+"""Who may ask, and for how much: API keys, each of which stands for a tenant.
+
+Keeps hashes of keys only; knows no HTTP library and no engine.
 
     python -m deployments.tenants new acme     # a new key, and the lines for the file; the key itself is kept nowhere
 
@@ -11,7 +12,7 @@ The file (YAML), named by the application's argument `tenants_file`:
       weight: 2.0                  # share of an engine where several tenants want more than there is; 1 if left out
       max_concurrent_requests: 64  # these limits are for the whole application; none if left out
       tokens_per_minute: 200000
-      max_stored_bytes: 2147483648 # of the conversation store; the application's own (deployments/schema.py) if left out
+max_stored_bytes: 2147483648 # of the conversation store; the application's own (deployments/schema.py) if left out
       max_stored_rows: 1000000
       store_requests_per_minute: 600
       store_bytes_per_minute: 16777216
@@ -151,8 +152,10 @@ def _joined(of_file: tuple[TenantConfig, ...], of_environment: tuple[TenantConfi
 
 
 class WatchedTenants:
-    """The tenants of a file as it is now. A file that is not there or not right changes nothing: those that were in force
-    stay, and the log says so once."""
+    """The tenants of a file as it is now.
+
+    A file that is missing or wrong changes nothing: the tenants that were in force stay, and the log says so once.
+    """
 
     def __init__(self, path: str, of_environment: tuple[TenantConfig, ...]) -> None:
         """of_environment: those that are there besides, whatever the file says."""
@@ -161,7 +164,7 @@ class WatchedTenants:
         self._state: tuple[int, int, int] | None = (0, 0, 0)  # no file's
 
     def read_if_changed(self) -> tuple[TenantConfig, ...] | None:
-        """All tenants; None where nothing is new. Blocking."""
+        """All tenants; None if nothing is new. Blocking."""
         try:
             status = Path(self._path).stat()
             state = (status.st_mtime_ns, status.st_size, status.st_ino)

@@ -11,8 +11,7 @@ T = TypeVar("T")
 
 
 class Coalesced(Generic[T]):
-    """Asks `question` at most once a period, and gives everybody its outcome, be it an exception: however many ask, what is
-    behind it is asked no more often."""
+    """Asks `question` at most once per period, and gives every caller its outcome, also if that is an exception."""
 
     def __init__(
         self, question: Callable[[], Awaitable[T]], period_s: float, clock: Callable[[], float] = time.monotonic

@@ -1,4 +1,5 @@
-"""Room for replicas: the resources that a replica, or its tensor-parallel group, asks Ray for, and why it has not got them.
+"""The resources that a replica, or its tensor-parallel group, asks Ray for, and why it has not got them.
+
 Starts nothing and reserves nothing.
 """
 
@@ -27,7 +28,7 @@ PLACING_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """What a living node has, and what of it nobody has taken."""
+    """What a living node has, and what of it is free."""
 
     total: Resources
     free: Resources
@@ -40,8 +41,10 @@ def group_bundles(num_ranks: int, num_cpus: float, num_gpus: float) -> list[dict
 
 
 def why_not_placed(app_name: str, deployment_name: str) -> str | None:
-    """What the first of the deployment's replicas that has no place asks for, and what the nodes have; None when all have
-    one. Blocking: asks Ray's control store."""
+    """What a replica without a place asks for, and what the nodes have; None if all replicas have a place.
+
+    If several have none, the first one. Blocking: asks Ray's control store.
+    """
     for group in ray.util.placement_group_table().values():
         if group["state"] in UNPLACED_STATES and _is_of(group["name"], app_name, deployment_name):
             is_hopeless = group["stats"]["scheduling_state"] == "INFEASIBLE"
@@ -74,7 +77,7 @@ def explain(bundles: Sequence[Resources], strategy: str, nodes: Sequence[Node], 
     return (
         f"an engine replica waits for its tensor-parallel group to be placed: {len(bundles)} bundles of "
         f"{_amounts(asked, names)}, {WHERE.get(strategy, strategy)} ({strategy}); {_room(names, nodes)}. "
-        + ("Not even all of it would do" if is_hopeless else "It starts when that is free")
+        + ("The cluster is too small even when idle" if is_hopeless else "It starts when that is free")
         + ": add nodes, or lower tensor_parallel_size, num_cpus or num_gpus"
     )
 

@@ -1,5 +1,6 @@
-"""How many replicas a deployment has now. What Serve tells a replica of its deployment's size is as of the replica's start:
-scaling the deployment changes nothing in it.
+"""How many replicas a deployment has now.
+
+What Serve tells a replica of its deployment's size is as of the replica's start; scaling does not change it.
 """
 
 from __future__ import annotations
@@ -35,4 +36,4 @@ def replica_count(app_name: str, deployment_name: str, initial: int) -> Callable
 def count_replicas(app_name: str, deployment_name: str) -> int:
     """The replicas that run. Blocking: asks Serve's controller. Raises what FAILURES lists."""
     deployment = serve.status().applications[app_name].deployments[deployment_name]
-    return deployment.replica_states.get(ReplicaState.RUNNING, 0)
+    return int(deployment.replica_states.get(ReplicaState.RUNNING, 0))

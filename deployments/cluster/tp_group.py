@@ -1,5 +1,7 @@
-"""A tensor-parallel group on Ray: rank 0 is the engine in the replica, in bundle 0 of its placement group; ranks 1 to n-1 are
-actors in the other bundles. Nothing here knows a plan.
+"""A tensor-parallel group on Ray.
+
+Rank 0 is the engine in the replica, in bundle 0 of its placement group; ranks 1 to n-1 are actors in the other bundles.
+Nothing here knows a plan.
 
     placement group   bundle 0: replica (LLMServer, rank 0)   bundle 1: TensorParallelWorker, rank 1   ...
     replica ends   -> Ray ends its workers, Serve gives the placement group back
@@ -55,8 +57,10 @@ class TensorParallelWorker:
 
 
 class RayWorkers:
-    """Starts ranks 1 to n-1 in the bundles of this process's placement group; the engine's WorkerStarter. name: of the
-    replica; its workers are called after it."""
+    """Starts ranks 1 to n-1 in the bundles of this process's placement group; the engine's WorkerStarter.
+
+    name: the replica's, after which its workers are called.
+    """
 
     def __init__(self, name: str, size: int) -> None:
         group = ray.util.get_current_placement_group()
@@ -109,8 +113,10 @@ class RayWorkers:
 
 
 def start_group(config: EngineConfig) -> GroupExecutor:
-    """The executor of a replica whose model is sharded; blocks until all ranks have loaded. When the group breaks later, this
-    process ends: Serve replaces the replica as a whole."""
+    """The executor of a replica whose model is sharded; blocks until all ranks have loaded.
+
+    When the group breaks later, this process ends, and Serve replaces the replica as a whole.
+    """
     from engine.executor.group import GroupExecutor
 
     replica = serve.get_replica_context().replica_id
@@ -141,8 +147,10 @@ def start_group(config: EngineConfig) -> GroupExecutor:
 
 
 def _end_replica(executor: GroupExecutor, why: EngineStoppedError) -> None:
-    """Now, and not when health checks have failed often enough: as long as this process lives, Serve keeps the placement
-    group, and there may be no room for a second one."""
+    """Ends this process now, without waiting for failed health checks.
+
+    As long as it lives, Serve keeps the placement group, and there may be no room for a second one.
+    """
     logger.error("%s; this replica ends", why)
     tidying = threading.Thread(target=executor.shutdown, daemon=True)
     tidying.start()

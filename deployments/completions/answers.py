@@ -1,6 +1,8 @@
-"""The answers of OpenAI's chat and completions endpoints, made from OutputDeltas: whole, or as events. One object formats one
-answer; it keeps what one chunk must know of those before. Plain dicts: they are built once a chunk. Knows no engine and no
-Ray.
+"""The answers of OpenAI's chat and completions endpoints, made from OutputDeltas: whole, or as events.
+
+One object formats one answer; it remembers what later chunks need to know of earlier ones. Plain dicts, because one
+is built
+for each chunk. Knows no engine and no Ray.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The bodies of OpenAI's requests as this server takes them. `parse_request` gives a valid one or says what
-is wrong with which parameter; nothing is accepted and then not done. Knows no HTTP library, no engine, no
-Ray.
+"""The bodies of OpenAI's chat and completions requests as this server takes them.
+
+Everything in a body is done, or rejected with the name of the parameter. Knows no HTTP library, no engine and no Ray.
 
     implemented      model, messages | prompt, max_tokens, max_completion_tokens, temperature, top_p, seed, stop,
                      stream, stream_options (include_usage, continuous_usage_stats), presence_penalty,
@@ -8,10 +8,10 @@ Ray.
     beyond OpenAI    top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids,
                      return_token_ids; timeout (seconds for the whole answer); prompt as token ids;
                      session_id, conversation and prompt_cache_key name the session
-    refused, unless  *_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass
+    rejected, unless *_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass
     ignored          IGNORED below: they ask for nothing of the answer (labels, obfuscation) or concern only what
-                     is refused anyway (parallel_tool_calls without tools)
-    anything else    refused as unknown
+                     is rejected anyway (parallel_tool_calls without tools)
+    anything else    rejected as unknown
 
 null is the same as absent everywhere. Roles: system, developer (the same), user, assistant.
 """
@@ -77,7 +77,7 @@ def _joined_text(content: Any) -> Any:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise PydanticCustomError(
                 "unsupported_parameter",
-                'only {"type": "text", "text": ...} parts are implemented here',
+                'only {"type": "text", "text": ...} parts are supported',
                 {"param": index},
             )
         texts.append(part["text"])
@@ -89,12 +89,12 @@ def _one_prompt(prompt: Any) -> Any:
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
         if len(prompt) > 1:
             raise PydanticCustomError(
-                "unsupported_parameter", "several prompts in one request are not implemented here"
+                "unsupported_parameter", "several prompts in one request are not supported; send one request for each"
             )
         prompt = prompt[0]
     if isinstance(prompt, str) or (isinstance(prompt, list) and all(type(i) is int and i >= 0 for i in prompt)):
         return prompt
-    raise PydanticCustomError("invalid", "must be a text or a list of token ids (integers of at least 0)")
+    raise PydanticCustomError("invalid", "must be a string or a list of token ids (integers of at least 0)")
 
 
 class ChatTextPart(BaseModel):  # for the served document; _joined_text takes these apart
@@ -126,7 +126,7 @@ class ChatCompletionBody(GenerationBody):
             raise PydanticCustomError("invalid", "only allowed when logprobs is true", {"param": "top_logprobs"})
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise PydanticCustomError(
-                "invalid", "max_completion_tokens says otherwise; give one of them", {"param": "max_tokens"}
+                "invalid", "conflicts with max_completion_tokens; give only one of them", {"param": "max_tokens"}
             )
         return self
 

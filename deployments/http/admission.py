@@ -1,6 +1,8 @@
-"""What stands before the engine and the store for every request, whichever endpoint it came through: the limits of its
-tenant, and its deadline. Knows no HTTP and no Ray; the limits of a replica are its engine's own, and that a tenant keeps no
-more than it may is seen to by the store.
+"""The limits of a tenant, and the deadline of a request, before the engine or the store sees it.
+
+The same for every endpoint. A replica's limits are enforced by its engine, the quota of what a tenant keeps by the
+store.
+Knows no HTTP and no Ray.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from deployments.store.values import NO_STORE_LIMITS, Quota, StoreLimits
 from deployments.tenants import TenantConfig
 from engine.text.prompt import TokenPrompt
 
-# When to come back where nobody can know, in seconds.
+# When to come back if it cannot be known, in seconds.
 RETRY_AFTER_S = 1.0
 # What is set aside for a request until its tokens are counted: characters of a token, and an answer without max_tokens.
 CHARS_PER_TOKEN = 4
@@ -39,8 +41,11 @@ class Generates(Protocol):
 
 @dataclass(slots=True)
 class _Bucket:
-    """So much of something that may be used now, as of `refilled_s`; infinite until it is first asked for. Below 0, the rest
-    of it is owed: who has anything may take all that one request needs, so that no request is too large for ever."""
+    """How much of something may be used now, as of `refilled_s`; infinite until it is first asked for.
+
+    Below 0, the rest is owed: if there is anything, a request may take all that it needs, so that none is too
+    large for ever.
+    """
 
     level: float = math.inf
     refilled_s: float = 0.0
@@ -61,8 +66,10 @@ def _wait_s(level: float, per_minute: float) -> float:
 
 @dataclass(slots=True)
 class _Account:
-    """One tenant: how many of its requests run, what it may use, and what of the tokens taken is only set aside for answers
-    that are not there yet."""
+    """One tenant: how many of its requests run, and what it may use.
+
+    num_reserved: of the tokens taken, those set aside for answers that are not there yet.
+    """
 
     num_running: int = 0
     tokens: _Bucket = field(default_factory=_Bucket)
@@ -87,8 +94,12 @@ class _Charge:
 
 
 class Admission:
-    """Limits per tenant, of one of `num_ingress_replicas()` ingress replicas: each holds its part of a limit, so that none
-    has to ask the others. store_limits: of tenants whose own say nothing of it."""
+    """The limits of each tenant in one of `num_ingress_replicas()` ingress replicas.
+
+    Each replica has its part of a limit, so that none has to ask the others.
+
+    store_limits: for tenants whose own entries do not say otherwise.
+    """
 
     def __init__(
         self,
@@ -115,8 +126,12 @@ class Admission:
     async def generate(
         self, request: GenerationRequest, timeout_s: float | None = None
     ) -> AsyncGenerator[GenerationItem, None]:
-        """As the engine's; a refusal is an ErrorItem (429), and so is the end of the time (504). Its tokens are taken from
-        the tenant's account at once, the answer's by max_tokens; what was not used comes back at the end."""
+        """The engine's items; a rejection is an ErrorItem, and so is the end of the time.
+
+        The request's tokens are taken from the tenant's account at once, the answer's by max_tokens; unused
+        ones come back at the
+        end.
+        """
         refusal = self.refusal(request.tenant.tenant_id)
         if refusal is not None:
             yield refusal
@@ -137,7 +152,7 @@ class Admission:
                     except StopAsyncIteration:
                         return
                     except TimeoutError:
-                        message = f"the answer was not complete after {timeout_s:g} seconds; raise timeout"
+                        message = f"the answer was not complete after {timeout_s:g} seconds; give a larger timeout"
                         yield ErrorItem.of(AnswerTimeoutError(message, "timeout"))
                         return
                     if isinstance(item, DeltaItem):
@@ -149,7 +164,7 @@ class Admission:
             account.num_running -= 1
 
     def refusal(self, tenant_id: str) -> ErrorItem | None:
-        """Why a request of this tenant would be refused now. Takes nothing."""
+        """Why a request of this tenant would be rejected now. Takes nothing."""
         limits = self._limits.get(tenant_id)
         if limits is None:
             return None
@@ -158,7 +173,7 @@ class Admission:
             part = math.ceil(limits.max_concurrent_requests / num_replicas)
             if account.num_running >= part:
                 message = (
-                    f"{limits.max_concurrent_requests} requests of this tenant may run at once; wait for one to end"
+                    f"this tenant may run {limits.max_concurrent_requests} requests at once; wait for one to finish"
                 )
                 return ErrorItem.of(TooManyRequestsError(message))
         if limits.tokens_per_minute is not None:
@@ -167,7 +182,7 @@ class Admission:
             if account.tokens.is_empty():
                 message = (
                     f"this tenant may use {limits.tokens_per_minute} tokens a minute, and running requests count with their "
-                    "max_tokens; wait"
+                    "max_tokens; try again later"
                 )
                 settled = account.tokens.level + account.num_reserved
                 wait_s = RETRY_AFTER_S if settled > 0 else _wait_s(settled, per_minute)
@@ -188,7 +203,7 @@ class Admission:
             bucket.refill(self._clock(), per_minute)
             if bucket.is_empty():
                 raise kind(
-                    f"this tenant may send {limit} {what} a minute to what only stores; wait",
+                    f"this tenant may send {limit} {what} a minute to endpoints that only store; try again later",
                     retry_after_s=_wait_s(bucket.level, per_minute),
                 )
         for bucket, _, amount, _, _ in buckets:

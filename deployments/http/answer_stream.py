@@ -1,5 +1,6 @@
-"""From the items of an answer to the events of its stream, in the same way for every endpoint. How an event is worded is the
-endpoint's own; see AnswerFormat and TurnEvents.
+"""From the items of an answer to the events of its stream, in the same way for every endpoint.
+
+How an event is worded is the endpoint's own; see AnswerFormat and TurnEvents.
 """
 
 from __future__ import annotations

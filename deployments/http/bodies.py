@@ -1,5 +1,6 @@
-"""The bodies of requests: read and parsed within bounds. Who asks is known by then, so that bodies of strangers are never
-read. Knows no routes and no kind of body.
+"""The bodies of requests: read and parsed within bounds.
+
+The tenant is known by then, so that bodies of strangers are never read. Knows no routes and no kind of body.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ class RequestBodies:
     async def parse(
         self, kind: type[BodyT], request: Request, tenant: Tenant, *, default: bytes = b""
     ) -> tuple[BodyT, dict[str, Any]]:
-        """As parse_request. default: what an empty body stands for. Raises BodyTooLargeError, OverloadedError where the
-        bodies under way take too much memory, and BadRequestError."""
+        """Reads the body, and parses it as parse_request does.
+
+        default: what an empty body stands for. Raises BodyTooLargeError, RequestError, and OverloadedError if
+        the bodies under
+        way take too much memory.
+        """
         self._check_size(int(length) if (length := request.headers.get("content-length", "")).isdecimal() else 0)
         chunks: list[bytes] = []
         size = 0
@@ -46,7 +51,7 @@ class RequestBodies:
                     continue
                 self._check_size(size + len(chunk))
                 if not self._in_flight.try_take(tenant.tenant_id, len(chunk), self._max_bytes_in_flight):
-                    raise OverloadedError("too many large requests are arriving at once; send it again in a moment")
+                    raise OverloadedError("too many large requests are arriving at once; try again in a moment")
                 size += len(chunk)
                 chunks.append(chunk)
             raw = b"".join(chunks) or default

@@ -1,5 +1,6 @@
-"""Errors in HTTP: one table from each error class to its status, and to type and code as OpenAI words them. Everything that
-sends an error, whole or as an event, looks here.
+"""Errors in HTTP: one table from each error class to its status, and to type and code as OpenAI words them.
+
+Everything that sends an error, whole or as an event, looks here.
 """
 
 from __future__ import annotations

@@ -19,10 +19,14 @@ def sse_event(data: dict[str, Any], name: str | None = None) -> str:
 
 
 class EventStream(StreamingResponse):
-    """`end` is called once the response is over, and may have nothing left to do. If the client leaves early enough, the
-    first of `events` is never asked for: then no `finally` in there runs, and only `end` hears of it.
+    """A response of server-sent events that calls `end` once it is over, however it ends.
 
-    A client that speaks HTTP/1.0 gets all events at once, when the last one is there."""
+    If the client leaves early enough, the first of `events` is never asked for: then no `finally` in there runs,
+    and only `end`
+    is called. Otherwise it may have nothing left to do.
+
+    A client that speaks HTTP/1.0 gets all events at once, when the last one is there.
+    """
 
     def __init__(
         self, events: AsyncGenerator[str, None], end: Callable[[], Awaitable[None]], headers: Mapping[str, str]
@@ -49,8 +53,10 @@ class EventStream(StreamingResponse):
 
 
 def _at_once(send: Send) -> Send:
-    """Sends a response when it is complete, with its length. HTTP/1.0 knows no chunks, and uvicorn (with httptools)
-    sends in chunks what comes without a length."""
+    """Sends a response when it is complete, with its length.
+
+    HTTP/1.0 knows no chunks, and uvicorn (with httptools) sends what comes without a length in chunks.
+    """
     start: Message = {}
     parts: list[bytes] = []
 

@@ -1,5 +1,6 @@
-"""What every request passes before its endpoint acts: who asks, a body within bounds, a model that is served, and a place
-among the requests that the engines can take.
+"""What every request passes before its endpoint acts.
+
+Who asks, a body within bounds, a model that is served, and a place among the requests that the engines can take.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Gate:
     ) -> None:
         """Nothing is asked yet.
 
-        tenants: who may ask; none = whoever is on this machine.
+        tenants: who may ask; none = every program on this machine.
         model_card: what the engines serve.
         num_engine_replicas: how many engine replicas share what is let in here.
         sees_clients: whether the address that a request comes from is its client's.

@@ -1,4 +1,5 @@
-"""What the bodies of all endpoints that generate have in common, and the one way from a body to a request for the engine.
+"""What the bodies of all endpoints that generate have in common, and the one way to a request for the engine.
+
 Each endpoint adds its prompt and names a few parameters in its own words. Knows no HTTP library and no Ray.
 """
 

@@ -1,5 +1,7 @@
-"""What a server without API keys serves: programs on this machine. Not other machines, not a proxy that passes their requests
-on, and not web pages, which any browser on this machine would let send requests. Looks at plain data; knows no tenants.
+"""What a server without API keys serves: programs on this machine only.
+
+Not other machines, not a proxy that passes their requests on, and not web pages, for which any browser on this machine
+would send requests. Looks at plain data; knows no tenants.
 """
 
 from __future__ import annotations
@@ -31,10 +33,14 @@ REMEDY = (
 
 
 def check_is_local(headers: Iterable[tuple[str, str]], client_host: str | None, *, sees_clients: bool = True) -> None:
-    """Raises what refuses the request. headers: with names in small letters. client_host: the address that the request came
-    from; None where that is no network address. sees_clients: that address is its client's."""
+    """Raises the RequestError that rejects a request which is not local.
+
+    headers: with names in small letters.
+    client_host: the address that the request came from; None if that is no network address.
+    sees_clients: whether that address is its client's.
+    """
     if not sees_clients:
-        raise RemoteWithoutKeysError(f"behind HAProxy every client looks like this machine, and {REMEDY}")
+        raise RemoteWithoutKeysError(f"HAProxy hides the client's address, and {REMEDY}")
     if client_host is not None and not is_loopback(client_host):
         raise RemoteWithoutKeysError(REMEDY)
     by_name: dict[str, str] = {}
@@ -73,9 +79,7 @@ def _check_origin(headers: Mapping[str, str]) -> None:
     origin = headers.get("origin")
     is_foreign = headers.get("sec-fetch-site") == "cross-site" if origin is None else not _is_loopback_authority(origin)
     if is_foreign:
-        raise CrossOriginError(
-            "a server without API keys serves no web pages from other hosts; configure keys, and send one"
-        )
+        raise CrossOriginError("web pages of other hosts are only served with API keys; configure keys, and send one")
 
 
 def _check_content_type(headers: Mapping[str, str]) -> None:

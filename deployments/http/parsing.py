@@ -1,4 +1,5 @@
-"""From the bytes of a body, or the pairs of a query string, to a checked model, or to an error that names the parameter.
+"""From a body's bytes, or a query string, to a checked model, or to an error that names the parameter.
+
 Nothing is accepted and then ignored silently. Knows no endpoint.
 
     Body     strict, closed, immutable; null is the same as absent everywhere

@@ -13,8 +13,10 @@ MAX_HEADER_VALUE_BYTES = 8 * 2**10
 
 
 class RequestLimits:
-    """Too many headers, too long ones, or too many bytes of all names and values: the answer is 431, and the application
-    never hears of the request."""
+    """Answers 431 to too many headers, too long ones, or too many bytes of all names and values.
+
+    The application does not see such a request.
+    """
 
     def __init__(self, app: ASGIApp, max_header_bytes: int) -> None:
         self._app = app

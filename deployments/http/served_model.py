@@ -1,5 +1,6 @@
-"""Whether the model that is served can do what a request asks, as far as that shows before the engine sees it. Raises, and
-changes nothing.
+"""Whether the served model can do what a request asks, as far as that shows before the engine sees it.
+
+Raises, and changes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from engine.text.prompt import ChatPrompt, Prompt, TokenPrompt
 def check_model(name: str, card: ModelCard) -> None:
     """Raises UnknownModelError if another model is served."""
     if name != card.model_name:
-        raise UnknownModelError(f"no model {name[:MAX_NAME_CHARS]!r} here; there is {card.model_name!r}", param="model")
+        raise UnknownModelError(
+            f"the model {name[:MAX_NAME_CHARS]!r} is not served; use {card.model_name!r}", param="model"
+        )
 
 
 def check_body(body: GenerationBody, card: ModelCard) -> None:
@@ -22,7 +25,7 @@ def check_body(body: GenerationBody, card: ModelCard) -> None:
     check_model(body.model, card)
     if body.min_tokens > card.max_model_len:
         raise InvalidParameterError(
-            f"min_tokens must be at most {card.max_model_len}, the context window", param="min_tokens"
+            f"min_tokens must be at most {card.max_model_len}, the size of the context window", param="min_tokens"
         )
 
 

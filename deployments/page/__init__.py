@@ -1,5 +1,7 @@
-"""The page at `/`: files that are sent as they are. No build step, nothing from elsewhere; what it shows, it asks of the same
-API as every other client, with a key if keys are configured.
+"""The page at `/`: files that are sent as they are.
+
+No build step, and nothing from elsewhere. The page asks the same API as every other client, with a key if keys are
+configured.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The objects of OpenAI's Responses and Conversations API: a response, whole or as a stream of events, and what is
-said of stored ones. Plain dicts, JSON as they are: the store may keep a response as whole() words it and give it
-back unchanged. Knows no HTTP, no store, no engine, no clock, no Ray.
+"""The objects of OpenAI's Responses and Conversations API: a response, whole or as a stream of events.
+
+Plain dicts, JSON as they are: the store may keep a response as whole() words it and give it back unchanged. Knows no
+HTTP, no
+store, no engine, no clock, no Ray.
 
     in_progress(response) --> completed | incomplete ("length", or interrupted) | cancelled | failed
 
@@ -200,7 +202,7 @@ def cancelled(response: ResponseJson) -> ResponseJson:
 
 
 def interrupted(response: ResponseJson) -> ResponseJson:
-    """A response in progress that nobody works on any more; OpenAI's API has no reason of that name."""
+    """A response in progress that is computed no more; OpenAI's API has no reason of that name."""
     return _closed(response, "incomplete", _error("server_error", INTERRUPTED_MESSAGE, "server_error", None))
 
 
@@ -235,6 +237,6 @@ def deleted_conversation(conversation_id: str) -> dict[str, Any]:
 
 
 def list_object(items: Sequence[ItemJson], *, has_more: bool) -> dict[str, Any]:
-    """Items in the order that was asked for. The ids are texts also where there is none."""
+    """Items in the order that was asked for. first_id and last_id are strings also if there are none."""
     first_id, last_id = (items[0]["id"], items[-1]["id"]) if items else ("", "")
     return {"object": "list", "data": list(items), "first_id": first_id, "last_id": last_id, "has_more": has_more}

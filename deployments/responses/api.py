@@ -1,5 +1,6 @@
-"""/v1/responses: turns whose history the server keeps. Puts together what the store, the formats and the engine each know; a
-turn's own life is in turn.py.
+"""/v1/responses: turns whose history the server keeps.
+
+Puts together what the store, the formats and the engine each know; a turn's own life is in turn.py.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""The bodies and query strings of OpenAI's Responses and Conversations API as this server takes them, and the
-message items that its state is made of. By the rules of completions/requests.py: a valid one or the first thing that is
-wrong with it; nothing is accepted and then not done. Knows no HTTP library, no store, no engine, no Ray.
+"""The bodies and query strings of OpenAI's Responses and Conversations API as this server takes them.
+
+And the message items that its state is made of. As in completions/requests.py, everything in a body is done, or
+rejected
+with the name of the parameter. Knows no HTTP library, no store, no engine, no Ray.
 
     implemented      model, input, previous_response_id, conversation, store, instructions, metadata, stream,
                      max_output_tokens, temperature, top_p, truncation
     beyond OpenAI    what chat has: top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed,
                      stop, stop_token_ids, min_tokens, ignore_eos, session_id; prompt_cache_key names the
                      session
-    refused, unless  RESPONSE_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass;
+    rejected, unless RESPONSE_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass;
                      tool_choice, include, text and reasoning are looked into
     ignored          RESPONSE_IGNORED below; parallel_tool_calls is only repeated in the answer
 
@@ -92,14 +94,14 @@ def _only(*passing: str) -> BeforeValidator:
         if isinstance(value, str) and value in passing:
             return value
         name = repr(value)[:MAX_NAME_CHARS]
-        raise _unsupported(f"{name} is not implemented here; what is: {', '.join(map(repr, passing))}")
+        raise _unsupported(f"{name} is not supported; supported: {', '.join(map(repr, passing))}")
 
     return BeforeValidator(check)
 
 
 def _nothing_included(include: Any) -> Any:
     if isinstance(include, list) and include:
-        raise _unsupported(f"{repr(include[0])[:MAX_NAME_CHARS]} is not implemented here; [] passes", param=0)
+        raise _unsupported(f"{repr(include[0])[:MAX_NAME_CHARS]} is not supported; omit it, or give []", param=0)
     return include
 
 
@@ -130,7 +132,7 @@ def _as_items(items: Any) -> Any:
     if isinstance(items, str):
         return [{"role": "user", "content": items}]
     if not isinstance(items, list):
-        raise PydanticCustomError("invalid", "must be a text or a list of items")
+        raise PydanticCustomError("invalid", "must be a string or a list of items")
     return [
         {"type": "item_reference"} | item if isinstance(item, dict) and set(item) == {"id"} else item for item in items
     ]
@@ -250,7 +252,7 @@ class ResponseBody(GenerationBody):
         if self.previous_response_id is not None and self.conversation is not None:
             raise PydanticCustomError(
                 "mutually_exclusive_parameters",
-                "says what came before, and so does conversation; give one of them",
+                "cannot be combined with conversation; give only one of them",
                 {"param": "previous_response_id"},
             )
         return self

@@ -1,5 +1,7 @@
-"""One turn of the Responses API, from its record in the store to its end there. Whatever happens to the client, the engine or
-the store, the record ends exactly once: complete, failed, interrupted, or gone.
+"""One turn of the Responses API, from its record in the store to its end there.
+
+Whatever happens to the client, the engine or the store, the record ends exactly once: complete, failed, interrupted,
+or gone.
 
     begin --> start --> items ... --> complete       the store has the answer before the client hears the end
       |         |         |-------> give_up          failed, or interrupted
@@ -252,8 +254,12 @@ class Turn:
                 await store.fail_response(self._tenant.tenant_id, self.response_id, error, now)
 
     async def forget(self, why: ErrorItem | BaseException) -> None:
-        """The turn ends before its answer began. Its client gets an error without the response's id, and could not delete
-        what is stored of it; so it is deleted here, unless a client knows the id and cancelled it, or hung up."""
+        """The turn ends before its answer began, and is deleted.
+
+        Its client gets an error without the response's id, and could not delete what is stored of it. If a
+        client cancelled it, and so
+        knows the id, or hung up, it is interrupted instead.
+        """
         if why == CANCELLED or isinstance(why, asyncio.CancelledError):
             await self.give_up(None)
         elif self._leave():

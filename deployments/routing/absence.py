@@ -1,5 +1,6 @@
-"""Why no engine replica answers: what Serve and Ray know of a deployment that has none, as an error for clients. Starts and
-changes nothing.
+"""Why no engine replica answers: what Serve and Ray know of a deployment without one, as an error.
+
+Starts and changes nothing.
 """
 
 from __future__ import annotations
@@ -22,9 +23,7 @@ def why_absent(app_name: str, deployment_name: str) -> NoReplicaError:
             return ServerStoppingError("the server is shutting down", is_final=True)
         deployment = application.deployments.get(deployment_name)
         if deployment is not None and "failed to start" in deployment.message:
-            reason = (
-                read_start_error(deployment.message) or "its process ended; its log, and the controller's, say more"
-            )
+            reason = read_start_error(deployment.message) or "its process ended; see its log and the controller's"
             is_final = deployment.status.value == "DEPLOY_FAILED"
             outlook = "it is not tried again until the next deploy" if is_final else "it is tried again"
             return ModelNotLoadedError(f"the model cannot be loaded, and {outlook}: {reason}", is_final=is_final)

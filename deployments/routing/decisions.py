@@ -1,5 +1,6 @@
-"""What a router did with a session's requests, in one word each; for counting only, routing looks at nothing of this.
-Knows no Ray.
+"""What a router did with a session's requests, in one word each.
+
+For counting only; routing does not read it. Knows no Ray.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""The ingress's side of the Serve handle to the engine replicas: routes by session, resumes what a lost replica began, turns
-everything that Ray and Serve may raise into ErrorItems, and cancels what is read no more. Knows no HTTP.
+"""The ingress's side of the Serve handle to the engine replicas.
+
+Routes by session, resumes what a lost replica began, turns everything that Ray and Serve may raise into ErrorItems,
+and cancels
+what is read no more. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -134,9 +137,10 @@ class EngineClient:
     async def _ask_all(self, method: str, argument: CacheQuery | CacheHold) -> list[Any]:
         """What each replica answers, or raises."""
         try:
-            return await self._handle.broadcast(method, argument).results_async(
+            answers: list[Any] = await self._handle.broadcast(method, argument).results_async(
                 timeout_s=DESCRIBE_TIMEOUT_S, return_exceptions=True
             )
+            return answers
         except (TimeoutError, *REPLICA_LOST) as error:
             logger.debug("no engine replica answers %s: %r", method, error)
             return []

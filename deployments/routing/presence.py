@@ -1,5 +1,6 @@
-"""Whether engine replicas are there, and what they serve. Asks all of them at once, because a call that is routed waits
-behind the requests: busy is not dead.
+"""Whether engine replicas are there, and what they serve.
+
+Asks all of them at once, because a call that is routed waits behind the requests: busy is not dead.
 """
 
 from __future__ import annotations

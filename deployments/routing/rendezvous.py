@@ -1,5 +1,6 @@
-"""Rendezvous (highest random weight) hashing: which replica a session belongs to. A pure function, so that
-every ingress replica decides alike without talking to the others. Knows no Ray.
+"""Rendezvous (highest random weight) hashing: which replica a session belongs to.
+
+A pure function, so that every ingress replica decides alike without talking to the others. Knows no Ray.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def rank_replicas(session_id: str, ranks: Sequence[int]) -> list[int]:
 
 
 def routing_name(session_id: str, num_refusals: int) -> str:
-    """What the router is told of a session whose first `num_refusals` choices have refused the request."""
+    """What the router is told of a session whose first `num_refusals` choices have rejected the request."""
     return f"{num_refusals}|{session_id}"
 
 
@@ -31,9 +32,14 @@ def read_routing_name(name: str) -> tuple[str, int]:
 
 
 def choose_session_id(candidates: Sequence[str], loads: Mapping[int, int]) -> str:
-    """Of ids that a new session may be given, the one whose home has the smallest load (by rank); the first of equals, and
-    the first where no load is known. So a new session goes to the less loaded of two replicas, and everybody finds it there
-    by its id alone."""
+    """Of ids that a new session may be given, the one whose home has the smallest load.
+
+    The first of equals, and the first if no load is known. So a new session goes to the less loaded of two
+    replicas, and every
+    ingress finds it there by its id alone.
+
+    loads: by rank.
+    """
     ranks = sorted(loads)
     if not ranks:
         return candidates[0]

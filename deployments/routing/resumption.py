@@ -1,5 +1,7 @@
-"""How a request outlives the replicas that compute it: what of its answer has come, and when another replica is to go on from
-there. Decides only; time is an argument. Knows no Ray.
+"""How a request outlives the replicas that compute it.
+
+What of its answer has come, and when another replica is to go on from there. Decides only; time is an argument. Knows
+no Ray.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ class Retries:
             if self._num_losses > MAX_LOSSES_IN_A_ROW:
                 return None
             # Routers and health checks need a moment to see what is dead.
-            return RESUME_BACKOFF_S * (2 ** (self._num_losses - 1) - 1)
+            return RESUME_BACKOFF_S * ((1 << (self._num_losses - 1)) - 1)
         if not error.is_a(OverloadedError):
             return None
         if self.num_refusals < self._num_fallback_replicas:

@@ -1,5 +1,7 @@
-"""Serve's request router for engine replicas: rendezvous hashing on the replica's rank. A replacement takes
-the rank of the replica that died, so the other sessions stay where they are. Sees no request body; what it
+"""Serve's request router for engine replicas: rendezvous hashing on the replica's rank.
+
+A replacement takes the rank of the replica that died, so the other sessions stay where they are. Sees no request
+body; what it
 remembers is for counting its decisions, and decides nothing. Session ids come as `rendezvous.routing_name` writes them.
 """
 
@@ -15,8 +17,12 @@ RANK = "rank"
 
 
 class SessionRouter(RequestRouter):
-    """Prefers the session's home. The next one of the order has its turn when that engine has refused the request, which is
-    what it does when as many run and wait as may; or when Serve finds the replica at `max_ongoing_requests`."""
+    """Prefers the session's home.
+
+    The next replica in the session's order is asked when the engine of the one before has rejected the request
+    because its queue
+    is full, or when Serve finds that replica at `max_ongoing_requests`.
+    """
 
     # How long to wait for a replica's word on its queue, in seconds. Serve's 0.1 is missed by a replica that
     # is busy computing, and then the session would move away from its cache. A dead replica fails at once,

@@ -1,5 +1,6 @@
-"""The end of a turn that has an answer: its items, its usage, its transcript and the end of its conversation, in one
-transaction. Works inside transactions of the caller's.
+"""The end of a turn that has an answer, in one transaction.
+
+Its items, its usage, its transcript and the end of its conversation. Works inside transactions of the caller's.
 """
 
 from __future__ import annotations

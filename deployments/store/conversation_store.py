@@ -1,6 +1,8 @@
-"""Keeps conversations, responses and the token ids behind them, so that a turn continues after a restart of everything,
-from any ingress. Owns the life of a response: in progress under a lease, then whole, or marked as what it is. Knows
-neither HTTP nor an engine; time is an argument.
+"""Keeps responses and the token ids behind them, so that a turn continues after a restart, from any ingress.
+
+Owns the life of a response: in progress under a lease, then whole, or marked as what it is. Knows neither HTTP nor an
+engine;
+time is an argument.
 
     begin_response --> complete_response     one transaction: items, usage, transcript, the conversation's end
                   |--> fail_response, cancel_response
@@ -53,15 +55,20 @@ def random_id(prefix: str) -> str:
 
 
 class ConversationStore:
-    """One per process, used in one event loop; any number of processes may share a database. Every method raises
-    StoreUnavailableError while the database does not answer, and works again by itself once it does; StoreCorruptedError
-    where it is damaged.
+    """One per process, used in one event loop; any number of processes may share a database.
 
-    url: sqlite:///path/to/file or postgresql://user@host/database; password: for the latter. timeout_s bounds connecting,
-    each statement and each wait for a lock; a whole call takes at most twice that. new_id: prefix -> an id that was never
-    used. quota_of: tenant -> what it may keep. min_free_bytes: what new turns leave of a SQLite file's disk.
+    Every method raises StoreUnavailableError while the database does not answer, and works again by itself once
+    it does; and
+    StoreCorruptedError if it is damaged.
 
-    alive: ids of the responses that this process is working on, kept by the turns that work: no clock interrupts them.
+    url: sqlite:///path/to/file or postgresql://user@host/database.
+    password: for the latter.
+    timeout_s: bounds connecting, each statement and each wait for a lock; a whole call takes at most twice that.
+    new_id: prefix -> an id that was never used.
+    quota_of: tenant -> what it may keep.
+    min_free_bytes: what new turns leave of a SQLite file's disk.
+
+    alive: ids of the responses that this process is working on, kept by the turns that work; no clock interrupts them.
     """
 
     def __init__(
@@ -83,8 +90,12 @@ class ConversationStore:
         self.conversations = Conversations(self._database, self._accounts, self._leases, new_id)
 
     async def open(self, now: float) -> None:
-        """Brings the schema up to date, marks turns whose lease is over. Several processes may do so at once; after a
-        failure it can be called again. Raises StoreVersionError, and StoreConfigError for another program's file."""
+        """Brings the schema up to date and marks turns whose lease is over.
+
+        Several processes may do so at once; after a failure it can be called again. Raises StoreVersionError,
+        and StoreConfigError for
+        another program's file.
+        """
         await self._database.open()
         await self.mark_interrupted(now)
 
@@ -116,9 +127,13 @@ class ConversationStore:
     # The life of a response
 
     async def begin_response(self, tenant: str, new: NewResponse, now: float) -> StoredResponse:
-        """Raises NotFoundError for the previous response or the conversation, PreviousResponseError if that is not
-        whole, ConversationBusyError if another turn of the conversation is running, StoredTooMuchError above the tenant's
-        quota, StoreFullError."""
+        """Records a turn that begins; what it continues cannot be deleted meanwhile.
+
+        Raises NotFoundError for the previous response or the conversation, PreviousResponseError if that is not whole,
+        ConversationBusyError if another turn of the conversation is running, StoredTooMuchError above the
+        tenant's quota, and
+        StoreFullError.
+        """
         if new.previous_response_id is not None and new.conversation_id is not None:
             raise InvalidParameterError(
                 "give either 'previous_response_id' or 'conversation': a conversation knows what came before",
@@ -172,8 +187,12 @@ class ConversationStore:
         return new.id, None
 
     async def renew_leases(self, owner: str, now: float, lease_s: float, running: Collection[str]) -> frozenset[str]:
-        """running: the responses that this owner is really working on; a row whose turn died must not be kept alive.
-        Returns those that are still in progress: the others were cancelled or deleted elsewhere, or interrupted."""
+        """Renews the leases of running turns; returns those that are still in progress.
+
+        The others were cancelled or deleted elsewhere, or interrupted.
+
+        running: the responses that this owner is really working on; a row whose turn died must not be kept alive.
+        """
         if not running:
             return frozenset()
 
@@ -214,7 +233,7 @@ class ConversationStore:
         )
 
     async def interrupt_response(self, tenant: str, response_id: str, now: float) -> bool:
-        """Nobody waits for it any more. Whether it was in progress until now."""
+        """Its client is gone. Whether it was in progress until now."""
         return await self._database.write(
             lambda connection: finish(
                 connection,
@@ -227,8 +246,10 @@ class ConversationStore:
         )
 
     async def cancel_response(self, tenant: str, response_id: str, now: float) -> bool:
-        """Whether it was in progress until now. The ingress that runs it learns of it from `renew_leases` and
-        `complete_response`. Raises NotFoundError."""
+        """Whether it was in progress until now. Raises NotFoundError.
+
+        The ingress that runs it learns of it from `renew_leases` and `complete_response`.
+        """
 
         async def work(connection: AsyncConnection) -> bool:
             await find_response(connection, tenant, response_id)
@@ -276,9 +297,14 @@ class ConversationStore:
         conversation_id: str | None = None,
         max_bytes: int = 2**62,
     ) -> History:
-        """Exactly one of the two. Of a conversation, ask after `begin_response`, which keeps others out of it. max_bytes: of
-        items as JSON; the newest ones that come to that, and no transcript where there are more. A constant number of
-        queries. Raises NotFoundError, PreviousResponseError."""
+        """What was said before a turn that continues a response or a conversation; exactly one of the two.
+
+        For a conversation, ask after `begin_response`, which keeps other turns out of it. A constant number
+        of queries. Raises
+        NotFoundError, PreviousResponseError.
+
+        max_bytes: of items as JSON; the newest ones within that, and no transcript if there are more.
+        """
         if (previous_response_id is None) == (conversation_id is None):
             raise ValueError("give either previous_response_id or conversation_id")
 
@@ -298,8 +324,10 @@ class ConversationStore:
     # Forgetting
 
     async def delete_response(self, tenant: str, response_id: str, now: float) -> None:
-        """Gone for whoever asks, cancelled if it was in progress. Its content goes once nothing that lives depends on
-        it: no later response, no conversation. Raises NotFoundError."""
+        """Hides the response at once, and cancels it if it was in progress. Raises NotFoundError.
+
+        Its content is removed once nothing that lives depends on it: no later response, no conversation.
+        """
 
         async def mark(connection: AsyncConnection) -> None:
             await find_response(connection, tenant, response_id)
@@ -310,9 +338,14 @@ class ConversationStore:
         await self._purge([response_id])
 
     async def delete_older_than(self, cutoff: float) -> int:
-        """Deletes responses created and conversations last used before that (unix seconds), those in progress excepted,
-        and removes what earlier deletions left. What a newer response continues stays readable to it alone. Returns how
-        many were deleted."""
+        """Deletes responses created and conversations last used before `cutoff`; returns how many.
+
+        Those in progress excepted. Also removes what earlier deletions left. What a newer response continues
+        stays readable to it
+        alone.
+
+        cutoff: in Unix seconds.
+        """
 
         async def mark(connection: AsyncConnection) -> int:
             old = await connection.execute(

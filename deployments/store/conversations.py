@@ -1,5 +1,6 @@
-"""The conversations of the store and their items: what `/v1/conversations` needs, and the lock under which turns are
-added. Knows responses only as turns that may be running.
+"""The conversations of the store: what `/v1/conversations` needs, and the lock under which turns are added.
+
+Knows responses only as turns that may be running.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ from deployments.store.values import NewItem, Order, Page, StoredConversation, S
 
 
 class Conversations:
-    """new_id: prefix -> an id that was never used. What grows raises StoredTooMuchError above the tenant's quota, and
-    StoreFullError where the disk is nearly full."""
+    """The conversations of all tenants.
+
+    What grows raises StoredTooMuchError above the tenant's quota, and StoreFullError if the disk is nearly full.
+
+    new_id: prefix -> an id that was never used.
+    """
 
     def __init__(self, database: Database, accounts: Accounts, leases: Leases, new_id: Callable[[str], str]) -> None:
         self._database = database
@@ -135,8 +140,10 @@ class Conversations:
         return await self._database.read(work)
 
     async def delete_item(self, tenant: str, conversation_id: str, item_id: str, now: float) -> StoredConversation:
-        """Takes it out of the conversation; a response that it belongs to keeps it. Raises ConversationBusyError while a
-        turn is running."""
+        """Takes the item out of the conversation; a response that it belongs to keeps it.
+
+        Raises ConversationBusyError while a turn is running.
+        """
 
         async def work(connection: AsyncConnection) -> StoredConversation:
             row = await find_conversation(connection, tenant, conversation_id, for_update=True)
@@ -159,14 +166,17 @@ class Conversations:
 async def find_conversation(
     connection: AsyncConnection, tenant: str, conversation_id: str, *, for_update: bool = False
 ) -> Row[Any]:
-    """for_update: nobody else changes it, or begins or ends a turn of it, until the transaction ends."""
+    """The conversation's row. Raises NotFoundError.
+
+    for_update: until the transaction ends, no other one changes it or begins or ends a turn of it.
+    """
     refuse_odd_id(conversation_id, "conversation")
     query = select(conversations).where(
         conversations.c.id == conversation_id, conversations.c.tenant == tenant, ~conversations.c.deleted
     )
     row = (await connection.execute(query.with_for_update() if for_update else query)).one_or_none()
     if row is None:
-        raise NotFoundError(f"there is no conversation {conversation_id!r} here", "conversation")
+        raise NotFoundError(f"no conversation has the id {conversation_id!r}", "conversation")
     return row
 
 

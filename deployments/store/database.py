@@ -1,6 +1,8 @@
-"""The connection to the conversation store's database: URL and drivers, transactions that end in bounded time and fail
-with one typed error, the schema brought up to date. Knows SQLite and PostgreSQL apart, so that nobody else has to;
-knows nothing of what the tables mean.
+"""The connection to the conversation store's database.
+
+URL and drivers, transactions that end in bounded time and fail with one typed error, the schema brought up to date.
+SQLite and
+PostgreSQL are told apart here and nowhere else. Knows nothing of what the tables mean.
 """
 
 from __future__ import annotations
@@ -47,9 +49,12 @@ _OPEN_TIMEOUT_S = 60.0  # migrations move data, and other processes wait for the
 
 
 class Database:
-    """Opens and closes connections, runs transactions. timeout_s bounds each of: connecting, waiting for a lock, one
-    statement; a whole transaction gets twice that. password: instead of the URL's. min_free_bytes: of the disk that a
-    SQLite file is on; what grows is refused where less is left."""
+    """Opens and closes connections, runs transactions.
+
+    timeout_s: bounds connecting, waiting for a lock, and one statement; a whole transaction gets twice that.
+    password: instead of the URL's.
+    min_free_bytes: of the disk that a SQLite file is on; what grows is rejected if less is left.
+    """
 
     def __init__(self, url: str, timeout_s: float, password: str | None = None, min_free_bytes: int = 0) -> None:
         """Touches no database. Raises StoreConfigError, in which no password is quoted."""
@@ -99,8 +104,11 @@ class Database:
         return f"PostgreSQL database {self._url.database or ''} at {host}:{self._url.port or 5432}"
 
     async def open(self) -> None:
-        """Makes the SQLite file or looks at it, brings the schema up to date; any number of processes may do so at once.
-        Raises StoreError, StoreVersionError, and StoreConfigError for another program's file."""
+        """Makes the SQLite file or looks at it, and brings the schema up to date.
+
+        Any number of processes may do so at once. Raises StoreError, StoreVersionError, and StoreConfigError
+        for another program's file.
+        """
         if self._path is not None:
             try:
                 await asyncio.to_thread(sqlite.prepare_file, self._path, _OPEN_TIMEOUT_S)
@@ -123,8 +131,12 @@ class Database:
         return await self._run(self._reader, work, None, 2 * self._timeout_s)
 
     async def write(self, work: Work[_T]) -> _T:
-        """The same, and commits, unless `work` raises. If the caller is cancelled, the transaction still comes to its
-        end: breaking off in the middle would cost a connection each time that a client hangs up."""
+        """What `work` returns, in a transaction that is committed unless `work` raises. Raises StoreError.
+
+        If the caller is cancelled, the transaction still comes to its end: breaking off in the middle would
+        cost a connection each
+        time that a client hangs up.
+        """
         return await self._run(self._engine, work, self._write_turn, 2 * self._timeout_s)
 
     async def _run(self, engine: AsyncEngine, work: Work[_T], turn: asyncio.Lock | None, limit_s: float) -> _T:

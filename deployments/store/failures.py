@@ -1,5 +1,6 @@
-"""What a failure of the database means: one of the store's errors, and a short cause for the log. Never a driver's own words,
-which may quote a row, a path or a host.
+"""What a failure of the database means: one of the store's errors, and a short cause for the log.
+
+Never a driver's own words, which may quote a row, a path or a host.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def classify(error: BaseException) -> Failure:
 
 
 def _name(error: BaseException) -> str:
-    """A code where there is one: SQLite's, SQL's, the system's; else the name of the exception."""
+    """A code if there is one: SQLite's, SQL's, the system's; else the name of the exception."""
     if isinstance(error, sqlite3.Error):
         if code := getattr(error, "sqlite_errorname", None):
             return str(code)

@@ -1,6 +1,6 @@
-"""Reads what a turn continues from: the items along a chain of responses, the newest so many bytes of them, and the
-transcript put together again. Each is one recursive query, however long the chain. Works inside a transaction of the
-caller's and changes nothing.
+"""Reads what a turn continues from: the newest items along a chain of responses, and the transcript.
+
+Each is one recursive query, however long the chain. Works inside a transaction of the caller's and changes nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ class Said:
 
 
 async def chain_items(connection: AsyncConnection, latest: Row[Any], max_bytes: int) -> Said:
-    """Input and output of the chain's responses up to this one. A chain that begins inside a conversation begins with what
-    that conversation holds before it. max_bytes: of bodies; the newest ones are read, up to the one that reaches it."""
+    """Input and output of the chain's responses up to this one.
+
+    A chain that begins inside a conversation begins with what that conversation holds before it.
+
+    max_bytes: of bodies; the newest ones are read, up to the one that reaches it.
+    """
     chain = (
         select(responses.c.id, responses.c.previous_response_id, literal(0, Integer).label("depth"))
         .where(responses.c.id == latest.id)

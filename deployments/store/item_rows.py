@@ -21,10 +21,12 @@ def name_items(new_items: Sequence[NewItem], new_id: Callable[[str], str]) -> tu
 
 
 def refuse_odd_id(an_id: str, param: str | None = None) -> None:
-    """Ids come from URLs and bodies; what no id of ours can be is not asked for, and PostgreSQL would refuse some of it.
-    Raises NotFoundError."""
+    """Raises NotFoundError for what cannot be an id of ours.
+
+    Ids come from URLs and bodies, and PostgreSQL rejects some characters.
+    """
     if not (0 < len(an_id) <= _MAX_ID_LEN and an_id.isascii() and an_id.isprintable()):
-        raise NotFoundError("there is nothing of such an id here", param)
+        raise NotFoundError("no object has this id", param)
 
 
 async def insert_items(
@@ -62,15 +64,17 @@ async def read_page(
     limit: int,
     order: Order,
 ) -> Page:
-    """`limit` of the items `inside` that come after the item `after` in that order. Raises InvalidParameterError if that
-    is not one of them."""
+    """Up to `limit` of the items `inside`, those after the item `after` in that order.
+
+    Raises InvalidParameterError if `after` is not one of them.
+    """
     descending = order == "desc"
     query = select(items.c.id, items.c.role, items.c.body).where(inside)
     if after is not None:
         refuse_odd_id(after, "after")
         start = await connection.scalar(select(position).where(inside, items.c.id == after))
         if start is None:
-            raise InvalidParameterError(f"'after' names no item of this list: {after!r}", "after")
+            raise InvalidParameterError(f"'after' must be the id of an item in this list, not {after!r}", "after")
         query = query.where(position < start if descending else position > start)
     query = query.order_by(position.desc() if descending else position.asc()).limit(limit + 1)
     found = to_items(await connection.execute(query))
@@ -82,5 +86,5 @@ async def find_item(connection: AsyncConnection, conversation_id: str, item_id: 
     query = select(items).where(items.c.id == item_id, items.c.conversation_id == conversation_id)
     row = (await connection.execute(query)).one_or_none()
     if row is None:
-        raise NotFoundError(f"there is no item {item_id!r} in the conversation {conversation_id!r}")
+        raise NotFoundError(f"the conversation {conversation_id!r} has no item {item_id!r}")
     return StoredItem(row.id, row.role, row.body)

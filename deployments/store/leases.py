@@ -16,8 +16,10 @@ IS_RUNNING = responses.c.status == literal_column(f"'{Status.IN_PROGRESS}'")
 
 
 class Leases:
-    """Which turns count as running: those with a lease that is not over, and those of this process, whatever the clock says.
-    alive: the ids of the latter, as of now."""
+    """Which turns count as running: those with a lease that is not over, and those of this process.
+
+    alive: the ids of the latter, as of now, whatever the clock says.
+    """
 
     def __init__(self, alive: Callable[[], Collection[str]]) -> None:
         self._alive = alive

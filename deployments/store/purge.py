@@ -1,5 +1,8 @@
-"""Removes what was deleted once nothing that lives depends on it. A deleted response is hidden at once, but its rows stay
-while a later response continues it, or a conversation's next turn would. Works inside a transaction of the caller's.
+"""Removes what was deleted once nothing that lives depends on it.
+
+A deleted response is hidden at once, but its rows stay while a later response, or a conversation's next turn, would
+continue
+it. Works inside a transaction of the caller's.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ from deployments.store.tables import conversations, items, responses, transcript
 from deployments.store.usage import Accounts, Freed, remove
 
 _BATCH = 500  # ids in one statement; drivers limit its parameters
-_MAX_LEVELS = 64  # of a chain in one transaction, so that nobody waits long for it
+_MAX_LEVELS = 64  # of a chain in one transaction, so that no other waits long for it
 
 
 async def purge_above(connection: AsyncConnection, accounts: Accounts, response_ids: Collection[str]) -> list[str]:
-    """Removes those of these responses that can go, then what they continued, and so on. Returns where to go on in
-    another transaction; empty = done."""
+    """Removes those of these responses that can go, then what they continued, and so on.
+
+    Returns where to go on in another transaction; empty = done.
+    """
     candidates, freed = list(response_ids), Freed()
     for _ in range(_MAX_LEVELS):
         if not candidates:

@@ -55,7 +55,7 @@ async def find_response(connection: AsyncConnection, tenant: str, response_id: s
     query = select(responses).where(responses.c.id == response_id, responses.c.tenant == tenant, ~responses.c.deleted)
     row = (await connection.execute(query.with_for_update(read=True) if lock else query)).one_or_none()
     if row is None:
-        raise NotFoundError(f"there is no response {response_id!r} here")
+        raise NotFoundError(f"no response has the id {response_id!r}")
     return row
 
 

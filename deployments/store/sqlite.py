@@ -1,5 +1,6 @@
-"""The file of a conversation store in SQLite: made and kept for its owner's eyes alone, looked at before it is used, and what
-SQLite needs said on every connection. Knows nothing of what the tables mean.
+"""The file of a conversation store in SQLite, which only its owner can read.
+
+Checked before it is used; and what SQLite needs said on every connection. Knows nothing of what the tables mean.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 def prepare_file(path: Path, timeout_s: float) -> None:
-    """Makes the file where there is none; else sees that it is a store and not damaged, as far as QUICK_CHECK_S goes, and
-    that nobody else can read it. Blocking. Raises StoreCorruptedError, StoreConfigError, sqlite3.Error, OSError."""
+    """Makes the file if there is none; else checks that it is a store, undamaged, and private.
+
+    It is searched for damage for at most QUICK_CHECK_S. Blocking. Raises StoreCorruptedError, StoreConfigError,
+    sqlite3.Error,
+    OSError.
+    """
     if not path.parent.is_dir():  # FileLock would make it, and a volume that is not mounted would go unnoticed
         raise FileNotFoundError(2, "no such folder")
     # Only one process at a time makes the file, or changes it to WAL, which needs it for itself, without SQLite's patience.

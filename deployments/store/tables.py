@@ -1,5 +1,8 @@
-"""The tables of the conversation store, the same in SQLite and PostgreSQL. Owns names, keys and indexes; a change here
-needs a migration beside the others (`deployments/store/migrations/versions`), and a test compares the two.
+"""The tables of the conversation store, the same in SQLite and PostgreSQL.
+
+Owns names, keys and indexes; a change here needs a migration (`deployments/store/migrations/versions`), and a test
+compares the
+two.
 
     conversations <- items -> responses <- transcripts          tenant_usage, write_probe
           ^---------------------'
@@ -43,8 +46,12 @@ metadata = MetaData(
 
 
 class JsonText(TypeDecorator[Any]):
-    """JSON in a text column, in ASCII: PostgreSQL's own JSON and text types refuse characters that clients and models
-    do send (NUL, lone surrogates), and nothing is ever looked up inside."""
+    """JSON in a text column, in ASCII.
+
+    PostgreSQL's own JSON and text types reject characters that clients and models do send (NUL, lone surrogates),
+    and nothing is
+    ever looked up inside.
+    """
 
     impl = Text
     cache_ok = True

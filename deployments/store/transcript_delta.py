@@ -1,5 +1,6 @@
-"""A transcript as the difference to the transcript of the turn before, and back, so that a conversation of n turns takes
-room for n turns and not for their sum. Pure functions on values; knows no database.
+"""A transcript as the difference to the transcript of the turn before, and back.
+
+So a conversation of n turns takes room for n turns and not for their sum. Pure functions on values; knows no database.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ _SliceableT = TypeVar("_SliceableT", "array[int]", str)
 
 @dataclass(frozen=True, slots=True)
 class TranscriptDelta:
-    """Keep so much of the parent's, then add this. Token ids and anchors (number of tokens, number of characters, and so
-    on) are little-endian uint32; the text is UTF-8 in which a lone surrogate may stand."""
+    """How much of the parent's to keep, and what to add.
+
+    token_ids, anchors: little-endian uint32; an anchor is a number of tokens and a number of characters.
+    text: UTF-8 in which a lone surrogate may stand.
+    """
 
     num_kept_tokens: int
     num_kept_chars: int
@@ -48,8 +52,12 @@ def make_delta(parent: Transcript | None, transcript: Transcript) -> TranscriptD
 
 
 def apply_deltas(deltas: Sequence[TranscriptDelta], fingerprint: str = "") -> Transcript:
-    """deltas: the wanted transcript's first, then its parent's, and so on to one that keeps nothing. Linear in what is
-    read: each delta gives only the part that the ones after it kept. Raises ValueError for bytes that are none of ours."""
+    """The transcript at the end of a chain of deltas. Raises ValueError for bytes that are none of ours.
+
+    Linear in what is read: each delta gives only the part that the ones after it kept.
+
+    deltas: the wanted transcript's first, then its parent's, and so on to one that keeps nothing.
+    """
     token_ids, anchors = array("I"), array("I")
     for part in _parts((delta.num_kept_tokens, _from_bytes(delta.token_ids)) for delta in deltas):
         token_ids.extend(part)

@@ -1,7 +1,9 @@
-"""Where the conversation store is: its URL, as the configuration gives it, and the password, which that never holds. Opens
-nothing.
+"""Where the conversation store is: its URL, as configured, and the password, which a URL never holds.
 
-A URL in the configuration is shown by Serve: in its dashboard, in its logs, on its standard output. So a password in one is
+Opens nothing.
+
+A URL in the configuration is shown by Serve: in its dashboard, in its logs, on its standard output. So a password in
+one is
 refused there; it comes from PENSIEVE_STORE_PASSWORD or a file (`store_password_file`) where the ingress runs, or, as
 libpq does it, from PGPASSWORD, PGPASSFILE or ~/.pgpass.
 """

@@ -1,7 +1,11 @@
-"""How much each tenant keeps in the store, and that it is no more than it may. Each tenant has an account, a row that changes
-in the transaction that changes what it counts: exact, however many processes write.
+"""How much each tenant keeps in the store, and that it is no more than its quota.
 
-Rows of conversations, responses, items and transcripts count, each with its long columns and ROW_BYTES for the rest: keys,
+Each tenant has an account, a row that changes in the transaction that changes what it counts: exact, however many
+processes
+write.
+
+Rows of conversations, responses, items and transcripts count, each with its long columns and ROW_BYTES for the rest:
+keys,
 indexes, and the short columns that are filled in later. Works inside a transaction of the caller's, at its end, because
 the account is locked from then on.
 """
@@ -59,8 +63,12 @@ async def remove(
     tenant_of: Mapping[str, str],
     freed: Freed,
 ) -> None:
-    """Deletes these rows, and notes in `freed` what they took; of those that another process deletes at the same time,
-    nothing. owner: the column with the id that `tenant_of` knows."""
+    """Deletes these rows, and notes in `freed` what they took.
+
+    Rows that another process deletes at the same time are not counted.
+
+    owner: the column with the id that `tenant_of` knows.
+    """
     gone = await connection.execute(delete(table).where(inside).returning(owner, _num_bytes(table)))
     for owner_id, num_bytes in gone:
         tenant = tenant_of[owner_id]
@@ -75,8 +83,12 @@ class Accounts:
         self._quota_of = quota_of
 
     async def add(self, connection: AsyncConnection, tenant: str, change: Usage, *, is_refusable: bool = True) -> None:
-        """Book a change. Of growth that is refusable, raises StoredTooMuchError, or StoreFullError where the disk is nearly
-        full; the caller's transaction is undone then. The end of a turn is not: its answer is there, and was paid for."""
+        """Books a change; one that may be rejected raises StoredTooMuchError above the quota.
+
+        Or StoreFullError if the disk is nearly full; the caller's transaction is undone then. The end of a
+        turn is not rejected: its
+        answer is there, and was paid for.
+        """
         total = await _book(connection, tenant, change)
         if is_refusable and (change.num_rows > 0 or change.num_bytes > 0):
             _refuse_if_above(self._quota_of(tenant), total)

@@ -48,8 +48,11 @@ NO_STORE_LIMITS = StoreLimits()
 
 @dataclass(frozen=True, slots=True)
 class NewItem:
-    """An item to keep. body: the OpenAI item object as given. id: None = the store makes one. An id that a client
-    chose must not be passed on: ids are unique over all tenants."""
+    """An item to keep.
+
+    body: the OpenAI item object as given.
+    id: None = the store makes one. An id that a client chose must not be passed on: ids are unique over all tenants.
+    """
 
     role: str | None
     body: Mapping[str, Any]
@@ -92,8 +95,10 @@ class NewResponse:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A turn that ended with an answer, whole or cut at max_output_tokens. transcript: what the engine computed, the
-    history included; None = unknown, and the next turn tokenises its history."""
+    """A turn that ended with an answer, whole or cut at max_output_tokens.
+
+    transcript: what the engine computed, the history included; None = unknown, and the next turn tokenises its history.
+    """
 
     output: Sequence[NewItem]
     usage: Mapping[str, Any]
@@ -136,9 +141,13 @@ class StoredConversation:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What was said before a turn, oldest first, without instructions. transcript: what the engine computed for the
-    latest turn of it; items added or removed by hand since are in `items` alone, so match it as text. is_whole: no older
-    items were left out."""
+    """What was said before a turn, oldest first, without instructions.
+
+    transcript: what the engine computed for the latest turn of it. Items added or removed by hand since are in
+    `items` alone, so
+    match it as text.
+    is_whole: whether no older items were left out.
+    """
 
     items: tuple[StoredItem, ...]
     transcript: Transcript | None

@@ -1,5 +1,6 @@
-"""Fixtures of the deployments' tests: a scripted engine behind the HTTP application, in this process and without Ray; and
-databases for the conversation store.
+"""Fixtures of the deployments' tests: an application over a scripted engine, a Serve, and databases.
+
+The application runs in this process and without Ray.
 """
 
 from __future__ import annotations
@@ -43,8 +44,12 @@ class NoMetric:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_metrics_of_the_tests_own_process() -> Iterator[None]:
-    """Ray keeps a process's metrics and exports them from whichever cluster the process starts next: an engine replica made
-    here would be seen among those of a real application."""
+    """Keeps metrics of this process out of the clusters that it starts.
+
+    Ray keeps a process's metrics and exports them from whichever cluster the process starts next: an engine
+    replica made here would
+    be seen among those of a real application.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "make_metric", lambda definition: NoMetric())
         yield
@@ -166,8 +171,10 @@ class PostgresServer:
             self.process = None
 
     def empty_database(self, *statements: str) -> str:
-        """URL of the one database, with nothing in it but what the statements put there. A new one each time would be 8 MB
-        each time."""
+        """URL of the one database, with nothing in it but what the statements put there.
+
+        A new one each time would be 8 MB each time.
+        """
         statements = ("DROP SCHEMA public CASCADE", "CREATE SCHEMA public", *statements)
         commands = [argument for statement in statements for argument in ("--command", statement)]
         self._run("psql", "--host", str(self.folder), "--username=postgres", "--quiet", *commands)

@@ -32,8 +32,12 @@ while True:
 
 
 class ServeProcess:
-    """Running from the constructor on, and serving when `wait_until_ready` returns. enter: a command that runs another one in
-    its arguments, elsewhere. Ray's token is none that the test knows."""
+    """A pensieve-serve that runs from the constructor on, and serves when `wait_until_ready` returns.
+
+    Ray's token is none that the test knows.
+
+    enter: a command that runs another one in its arguments, elsewhere.
+    """
 
     def __init__(self, folder: Path, enter: Sequence[str] = ()) -> None:
         self._enter = enter

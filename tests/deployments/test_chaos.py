@@ -1,6 +1,8 @@
-"""Engine replicas are killed, again and again, under conversations: every one of them ends with exactly the answers of an
-undisturbed run (or, where two tokens were as good as equal, with the other one), and no client sees an error.
-PENSIEVE_CHAOS_S=120: for two minutes.
+"""Engine replicas are killed, again and again, under conversations, and no client sees an error.
+
+Every conversation ends with exactly the answers of an undisturbed run (or, where two tokens were as good as equal,
+with the other
+one). PENSIEVE_CHAOS_S=120: for two minutes.
 """
 
 from __future__ import annotations
@@ -102,10 +104,14 @@ def is_sampled(number: int) -> bool:
 
 
 async def hold_conversation(http: httpx.AsyncClient, number: int, name: str) -> list[Spoken]:
-    """The answers of all turns. A quarter each: chat that goes on from its answers; chat with long answers, to be cut in the
-    middle, that goes on from another text, because bytes that are no UTF-8 do not survive the way through the
-    client; responses, long and sampled, by previous response, where the server knows the tokens; and the same in a
-    conversation. Every third one does not stream."""
+    """The answers of all turns; every third conversation does not stream.
+
+    A quarter each: chat that goes on from its answers; chat with long answers, to be cut in the middle, that goes
+    on from another
+    text, because bytes that are no UTF-8 do not survive the way through the client; responses, long and sampled,
+    by previous
+    response, for which the server knows the tokens; and the same in a conversation.
+    """
     kind = KINDS[number % 4]
     headers = {"x-session-id": f"{name}-{number}"} if "chat" in kind else {}
     context: dict[str, Any] = {}
@@ -178,8 +184,12 @@ class PlainModel:
         self.eos_token_id: int = self._model.generation_config.eos_token_id
 
     def distance_of(self, token_ids: Sequence[int], place: int, num_prompt_tokens: int, number: int) -> float:
-        """How far the token at `place` (one after the last = the end of the answer) is from being what follows those before
-        it in conversation `number`: in logits from the best, or (sampled) in probability from where the number drawn lies."""
+        """How far the token at `place` is from being what follows those before it in conversation `number`.
+
+        In logits from the best, or (sampled) in probability from where the number drawn lies.
+
+        place: one after the last token = the end of the answer.
+        """
         token_id = token_ids[place] if place < len(token_ids) else self.eos_token_id
         with torch.no_grad():
             logits = self._model(torch.tensor([list(token_ids[:place])])).logits[0, -1].double()

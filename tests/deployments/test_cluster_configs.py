@@ -1,5 +1,6 @@
-"""The examples in cluster_configs say how much memory a rank needs: the same figures, computed from the models' own code (on
-the meta device) and from the plans that shard them.
+"""The examples in cluster_configs say how much memory a rank needs: the same figures, computed.
+
+From the models' own code (on the meta device) and from the plans that shard them.
 """
 
 from __future__ import annotations

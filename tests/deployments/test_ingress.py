@@ -239,8 +239,10 @@ async def test_liveness_readiness_version(client: httpx.AsyncClient, engine: Any
 
 
 class Connection:
-    """One POST of a client that may leave, as an ASGI server gives it to the application. refuses: whatever is sent to it is
-    an error, as where it has left."""
+    """One POST of a client that may leave, as an ASGI server gives it to the application.
+
+    refuses: whatever is sent to it is an error, as when it has left.
+    """
 
     def __init__(
         self, app: FastAPI, body: dict[str, Any], spec_version: str, path: str = CHAT_URL, *, refuses: bool = False

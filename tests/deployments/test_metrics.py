@@ -1,5 +1,7 @@
-"""From the engine's statistics to increments and states, and the times of an answer. Ray's metrics are replaced by a
-notebook; test_metrics_endpoint.py has the real ones."""
+"""From the engine's statistics to increments and states, and the times of an answer.
+
+Ray's metrics are replaced by a notebook; test_metrics_endpoint.py has the real ones.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,11 @@
-"""The served OpenAPI document: it is valid, covers every route, and tells the truth. schemathesis makes requests from it,
-right and wrong ones, for the application in this process over the embedded model's engine and a SQLite store.
+"""The served OpenAPI document: it is valid, covers every route, and tells the truth.
 
-PENSIEVE_FUZZ_CASES: how many, spread over the operations. From 2000 on schemathesis' coverage phase is added: about as many
+schemathesis makes requests from it, right and wrong ones, for the application in this process over the embedded
+model's engine
+and a SQLite store.
+
+PENSIEVE_FUZZ_CASES: how many, spread over the operations. From 2000 on schemathesis' coverage phase is added: about
+as many
 again, with each value at and beyond each limit of the document.
 """
 
@@ -96,14 +100,14 @@ LEFT_OUT = {
 REFUSALS = re.compile(
     r"^stream_options: only allowed when stream is true$"
     r"|^top_logprobs: only allowed when logprobs is true$"
-    r"|^max_tokens: max_completion_tokens says otherwise"
-    r"|^previous_response_id: says what came before"
-    r"|^min_tokens must be at most (max_tokens|\d+, the context window)"
+    r"|^max_tokens: conflicts with max_completion_tokens"
+    r"|^previous_response_id: cannot be combined with conversation"
+    r"|^min_tokens must be at most (max_tokens|\d+, the size of the context window)"
     r"|^the context window is \d+ tokens"
     r"|^token id \d+ is outside the vocabulary"
     # 1.0 is an integer for JSON Schema, and a mistake here.
     r"|Input should be a valid integer$"
-    r"|^prompt: must be a text or a list of token ids"
+    r"|^prompt: must be a string or a list of token ids"
 )
 
 

@@ -1,5 +1,9 @@
-"""Everything is stopped in the middle of traffic and started again: conversations go on with the answers of an undisturbed
-run, and turns that were under way are marked as interrupted and nowhere else to be seen."""
+"""Everything is stopped in the middle of traffic and started again.
+
+Conversations go on with the answers of an undisturbed run, and turns that were under way are marked as interrupted
+and nowhere
+else to be seen.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Deploys under steady traffic: whatever changes, no request fails and none is answered wrongly; what cannot be served says
-why, in every answer; and the log is what was asked for."""
+"""Deploys under steady traffic: whatever changes, no request fails and none is answered wrongly.
+
+What cannot be served says why, in every answer; and the log is what was asked for.
+"""
 
 from __future__ import annotations
 
@@ -93,8 +95,10 @@ async def roll(config: dict[str, Any]) -> None:
 
 
 class Traffic:
-    """Sessions that tell a name and ask for it, again and again, every other one in streams. Any failure is raised by
-    `stop`."""
+    """Sessions that tell a name and ask for it, again and again, every other one in streams.
+
+    Any failure is raised by `stop`.
+    """
 
     def __init__(self, base_url: str) -> None:
         self._http = httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S)
@@ -195,8 +199,11 @@ async def test_a_change_of_args_under_traffic(
 
 @nightly
 async def test_autoscaling_under_traffic(base_url: str, config: dict[str, Any]) -> None:
-    """The switch to it rolls, because Ray counts it as another version of the code; a change of its bounds leaves the
-    replicas alone, and sessions their homes, but for those that a new replica takes over."""
+    """The switch to it rolls, because Ray counts it as another version of the code.
+
+    A change of its bounds leaves the replicas alone, and sessions their homes, but for those that a new replica
+    takes over.
+    """
     deploy(config)
     await until(is_running)
     async with traffic(base_url) as running:

@@ -1,5 +1,6 @@
-"""The real thing: Ray Serve on this machine with the embedded model, two ingress and three engine replicas, and clients
-that come over HTTP. One application for the whole module; the test that kills a replica comes last.
+"""The real thing: Ray Serve on this machine with the embedded model, and clients that come over HTTP.
+
+Two ingress and three engine replicas, one application for the whole module; the test that kills a replica comes last.
 """
 
 from __future__ import annotations
@@ -226,8 +227,10 @@ def test_every_turn_of_a_conversation_computes_its_new_tokens_only(client: opena
 async def test_what_left_the_gpu_tier_comes_back_from_the_cpu_tier(
     client: openai.OpenAI, engines: DeploymentHandle
 ) -> None:
-    """Twelve long conversations in turn, on three replicas of which each holds one or two on the GPU: nothing is
-    computed twice, and nobody is given another one's facts."""
+    """Twelve long conversations in turn, on three replicas of which each holds one or two on the GPU.
+
+    Nothing is computed twice, and no conversation is given another one's facts.
+    """
     filler = "it is raining today. we went for a long walk. " * 60
     messages: list[Any] = [
         [{"role": "user", "content": f"{4000 + i}. {filler} the code of my bike is {4000 + i}"}] for i in range(12)
@@ -399,8 +402,10 @@ async def test_client_that_leaves_frees_what_its_request_held(
 async def test_clients_that_leave_leave_nothing_behind(
     base_url: str, http: httpx.AsyncClient, engines: DeploymentHandle, store: Path
 ) -> None:
-    """At every moment of a request: on its way in, while it waits, in its prompt, in its answer; streams and not, chats and
-    responses, in a few sessions, so that replicas are busy when they come."""
+    """At every moment of a request: on its way in, while it waits, in its prompt, in its answer.
+
+    Streams and not, chats and responses, in a few sessions, so that replicas are busy when they come.
+    """
     rng = random.Random(0)
 
     async def hasty(number: int) -> None:
@@ -483,8 +488,10 @@ class Follower:
 async def test_a_full_replica_spills_to_one_other_and_then_requests_are_refused(
     http: httpx.AsyncClient, engines: DeploymentHandle
 ) -> None:
-    """One session with far more requests than its home and one other can hold; a session of the third replica does not
-    notice."""
+    """One session with far more requests than its home and one other can hold.
+
+    A session of the third replica does not notice.
+    """
     home, fallback, third = rank_replicas("crowd", [0, 1, 2])
     crowd = [Follower(http, "crowd", max_tokens=3500) for _ in range(3 * (MAX_NUM_SEQS + MAX_NUM_QUEUED_REQS))]
     num_places = 2 * (MAX_NUM_SEQS + MAX_NUM_QUEUED_REQS)

@@ -1,5 +1,6 @@
-"""Runs migrations on the connection that `deployments.store.database` hands over, inside its transaction. There is no
-ini file and no offline mode.
+"""Runs migrations on the connection that `deployments.store.database` hands over, in its transaction.
+
+There is no ini file and no offline mode.
 """
 
 from alembic import context

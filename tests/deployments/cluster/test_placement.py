@@ -23,7 +23,7 @@ def test_what_is_asked_and_what_is_there() -> None:
     )
     hopeless = explain(bundles, "PACK", nodes, is_hopeless=True)
     assert "on as few nodes as possible (PACK)" in hopeless
-    assert "Not even all of it would do" in hopeless
+    assert "The cluster is too small even when idle" in hopeless
 
 
 def test_many_nodes_are_not_all_named() -> None:

@@ -1,5 +1,7 @@
-"""Tensor-parallel groups on a real Ray cluster of two nodes, on this machine, over gloo. One application of two replicas of
-two ranks, for most of the module; the test that takes it down comes after those that use it.
+"""Tensor-parallel groups on a real Ray cluster of two nodes, on this machine, over gloo.
+
+One application of two replicas of two ranks, for most of the module; the test that takes it down comes after those
+that use it.
 """
 
 from __future__ import annotations
@@ -297,7 +299,7 @@ async def test_a_group_without_a_place_says_why(base_url: str, folder: Path) -> 
             assert "2 bundles of 2 CPU, all on one node (STRICT_PACK)" in message
             assert "free on the 2 nodes: " in message
             assert "of 3 CPU" in message
-            assert "Not even all of it would do" in message
+            assert "The cluster is too small even when idle" in message
             assert (await http.get("/ready")).status_code == 200
     finally:
         serve.delete("large")

@@ -1,5 +1,7 @@
-"""The objects and events of the Responses and Conversations API: exactly, by the types of OpenAI's client, through
-its own accumulator of streams, and under the agents SDK."""
+"""The objects and events of the Responses and Conversations API, exactly.
+
+By the types of OpenAI's client, through its own accumulator of streams, and under the agents SDK.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The stateful API over HTTP, with the embedded model's engine and a real store behind it and without Ray: conversations by
-id, forks, restarts, cancellations, failures of engine and store."""
+"""The stateful API over HTTP, with the embedded model's engine and a real store behind it and without Ray.
+
+Conversations by id, forks, restarts, cancellations, failures of engine and store.
+"""
 
 from __future__ import annotations
 
@@ -136,8 +138,10 @@ async def ask(client: AsyncOpenAI, text: str, *, stream: bool = False, **options
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_conversation_by_previous_response_id(client: AsyncOpenAI, stream: bool) -> None:
-    """Only the new input travels, each turn computes its new tokens only, and the answers are those of a client that sends
-    its history."""
+    """Only the new input travels, and each turn computes its new tokens only.
+
+    The answers are those of a client that sends its history.
+    """
     messages: list[Any] = []
     previous, known = None, 0
     for text in TURNS:
@@ -589,8 +593,10 @@ async def test_a_turn_whose_process_is_gone_is_interrupted(client: AsyncOpenAI, 
 
 
 async def test_conversations_survive_a_restart_of_everything(url: str) -> None:
-    """Answers are as undisturbed ones: the token ids come from the store. Text, here with bytes that are no UTF-8, would not
-    do."""
+    """Answers are as undisturbed ones, because the token ids come from the store.
+
+    Text, here with bytes that are no UTF-8, would not do.
+    """
     odd: dict[str, Any] = {"temperature": 2.0, "max_output_tokens": 60}
     questions = [TURNS[2], TURNS[3]]
     async with AsyncExitStack() as stack:

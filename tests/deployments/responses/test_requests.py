@@ -1,5 +1,8 @@
-"""What a request to the Responses and Conversations API may say: every refusal names its parameter, every neutral
-value of a parameter passes, and what goes out as an item is taken back as one."""
+"""What a request to the Responses and Conversations API may say.
+
+Every rejection names its parameter, every neutral value of a parameter passes, and what goes out as an item is taken
+back as one.
+"""
 
 import itertools
 import json
@@ -348,7 +351,7 @@ def test_refusals(changes: dict[str, Any], param: str, code: str) -> None:
 
 
 def test_what_is_included_is_named() -> None:
-    with pytest.raises(RequestError, match=r"'message\.output_text\.logprobs' is not implemented"):
+    with pytest.raises(RequestError, match=r"'message\.output_text\.logprobs' is not supported"):
         parse(include=["message.output_text.logprobs"])
 
 

@@ -36,8 +36,10 @@ CARD = ModelCard("tiny", 100, 128)
 
 
 class FakeHandle:
-    """A DeploymentHandle as far as EngineClient uses it, and the response generator in one. Raises `error` after ITEM; or
-    waits for ever."""
+    """A DeploymentHandle as far as EngineClient uses it, and the response generator in one.
+
+    Raises `error` after ITEM; or waits for ever.
+    """
 
     def __init__(
         self, error: Exception | None = None, *, hangs: bool = False, answers: list[Any] | None = None
@@ -280,8 +282,10 @@ async def test_replicas_whose_load_is_not_known_are_asked_again(monkeypatch: pyt
 
 
 class FakeReplicas(FakeHandle):
-    """Replicas that say "abcdef", a token a letter, from where they are told to begin. An attempt ends after its number of
-    `cuts` tokens by its one of `errors`; the last one by itself."""
+    """Replicas that say "abcdef", a token a letter, from where they are told to begin.
+
+    An attempt ends after its number of `cuts` tokens by its one of `errors`; the last one by itself.
+    """
 
     def __init__(self, cuts: list[int], errors: list[Exception | ErrorItem]) -> None:
         super().__init__()
