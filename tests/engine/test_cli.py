@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import socket
 import subprocess
@@ -26,9 +27,10 @@ from engine.chat import chat
 from engine.chat.partners import EnginePartner
 from engine.chat.screens import MarkdownAnswer, PipeScreen, end_of_blocks
 from engine.compare import compare_modes
-from engine.config import EngineConfig
+from engine.config import GROUPS, EngineConfig
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, ContextLengthError, ModelLoadError
+from engine.options import options_of
 from engine.server import Answer, Server
 
 SMALL = ["--model", "embedded", "--num-threads", "1", "--num-gpu-blocks", "200", "--chunk-size", "16"]
@@ -92,6 +94,27 @@ def test_a_mistake_is_told_by_name_before_a_model_is_loaded(no_model, arguments,
     assert captured.err.startswith("pensieve: ")
     assert message in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+def test_a_plot_without_matplotlib_names_the_extra_that_brings_it(no_model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for command in ("compare", "profile"):
+        assert cli.main([command, "--plot", str(tmp_path / "x.png")]) == 1
+        assert "--plot needs matplotlib: pip install 'pensieve-ray[plot]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["chat", "generate", "compare", "profile"])
+def test_help_has_every_option_of_the_engine_in_its_group(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    titles = [*(f"{title} options" for title, _ in GROUPS), "tuning options"]
+    sections = re.split("|".join(rf"^({title}):$" for title in titles), capsys.readouterr().out, flags=re.MULTILINE)
+    text_of = {part: sections[sections.index(part) + len(titles) - titles.index(part)] for part in titles}
+    for title, group in GROUPS:
+        for entry in options_of(group):
+            section = text_of["tuning options" if entry.option.is_tuning else f"{title} options"]
+            assert f"\n  --{entry.name.replace('_', '-')}" in section
+            assert " ".join(entry.option.help.replace("`", "").split()[:3]) in " ".join(section.split())
 
 
 def test_trying_an_output_file_leaves_no_trace(no_model, tmp_path, capsys):

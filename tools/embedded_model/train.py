@@ -1,6 +1,6 @@
 """Trains the embedded model from nothing on generated dialogues, on one CPU core, and measures its recall.
 
-Owns the tokenizer, the model's shape and the curriculum. After `python -m engine.embedded_model.train
+Owns the tokenizer, the model's shape and the curriculum. After `python -m tools.embedded_model.train
 --minutes 36 --out DIR`, DIR/weights is what `embedded_model_path()` ships and DIR/recall.json holds the
 figures. The curriculum follows the clock, so two runs of one seed differ a little.
 """
@@ -22,7 +22,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.embedded_model.dialogues import (
+from tools.embedded_model.dialogues import (
     Dialogue,
     Turn,
     draw_filler_words,
