@@ -138,10 +138,16 @@ def _problems(error: ValidationError, prefix: str, known: Iterable[str] = ()) ->
 
 def _unknown_key(place: str, key: str, known: Iterable[str]) -> str:
     known = set(known)
-    engine_options = {entry.name for entry in options_of(EngineConfig)}
-    if "engine" in known and (key in engine_options or RENAMED.get(key) in engine_options):
-        return f"{place}: unknown key; it belongs under engine, as {RENAMED.get(key, key)}"
-    return f"{place}: unknown key; {unknown_option(key, known, str)}"
+    engine_options = {entry.name for entry in options_of(EngineConfig)} if "engine" in known else set()
+    meant = RENAMED.get(key, key)
+    if meant in engine_options:
+        return f"{place}: unknown key; it belongs under engine, as {meant}"
+
+    def spell(name: str) -> str:
+        return f"{name}, under engine" if name in engine_options else name
+
+    all_of_them = f"known are {', '.join(sorted(known))}"
+    return f"{place}: unknown key; {unknown_option(key, known | engine_options, spell, all_of_them)}"
 
 
 def _unknown_keys(value: Any, kind: Any, where: str) -> Iterator[str]:

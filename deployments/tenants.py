@@ -12,7 +12,7 @@ The file (YAML), named by the application's argument `tenants_file`:
       weight: 2.0                  # share of an engine where several tenants want more than there is; 1 if left out
       max_concurrent_requests: 64  # these limits are for the whole application; none if left out
       tokens_per_minute: 200000
-max_stored_bytes: 2147483648 # of the conversation store; the application's own (deployments/schema.py) if left out
+      max_stored_bytes: 2147483648 # of the conversation store; the application's own (deployments/options.py) if left out
       max_stored_rows: 1000000
       store_requests_per_minute: 600
       store_bytes_per_minute: 16777216

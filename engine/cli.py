@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -238,6 +239,8 @@ def _sampling(arguments: dict[str, Any]) -> SamplingParams:
 
 def _check_output_file(option: str, path: Path) -> None:
     """Raises ConfigError if a file that is to be written at the end cannot be written."""
+    if option == "plot" and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'pensieve-ray[plot]'", param=option)
     if option == "plot" and path.suffix.lower() not in PLOT_SUFFIXES:
         raise ConfigError(f"--plot {path}: the name has to end with one of {', '.join(PLOT_SUFFIXES)}", param=option)
     is_there = path.exists()

@@ -43,6 +43,15 @@ class CacheOptions:
             is_tuning=True,
         ),
     ] = 0.25
+    max_swap_outs: Annotated[
+        int,
+        Option(
+            "Most blocks that one step copies to the CPU tier ahead of time.",
+            "A quarter of it in a step that also loads blocks, because the two directions slow each other down.",
+            at_least=1,
+            is_tuning=True,
+        ),
+    ] = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +103,6 @@ class CacheConfig(CacheOptions):
     keep: False is the stateless mode: nothing outlives its request, nothing is shared, and the CPU tier is not used.
     model: fingerprint of the model, part of each chunk's key.
     cost_model: what computing and loading a chunk costs; None = CostModel's defaults for this chunk size.
-    max_swap_outs: most blocks that one step swaps out ahead of time.
     """
 
     num_gpu_blocks: int
@@ -102,7 +110,6 @@ class CacheConfig(CacheOptions):
     keep: bool = True
     model: str = ""
     cost_model: CostModel | None = None
-    max_swap_outs: int = 16
 
     @classmethod
     def of(cls, options: CacheOptions, **resolved: Any) -> Self:

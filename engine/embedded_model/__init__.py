@@ -1,7 +1,7 @@
 """The model a newcomer runs first: a small Llama that ships inside the package, so nothing is downloaded.
 
 It recalls facts told earlier in a conversation, which makes a broken cache visible as a wrong answer. This
-module only says where the files are; `dialogues` generates what it was trained on and `train` trains it.
+module only says where the files are; `tools/embedded_model` of the repository generated and trained it.
 """
 
 from pathlib import Path

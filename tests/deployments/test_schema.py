@@ -13,6 +13,13 @@ from engine.config import EngineConfig
 from engine.option_names import ABSENT, RENAMED
 from engine.options import options_of
 
+KEYS = """
+    engine num_replicas num_cpus num_gpus placement_group_strategy num_ingress_replicas ingress_num_cpus
+    max_ongoing_requests num_fallback_replicas max_queued_requests max_body_bytes max_header_bytes request_timeout_s
+    tenants_file store_url store_password_file retention_days max_stored_bytes max_stored_rows store_requests_per_minute
+    store_bytes_per_minute store_min_free_bytes page demo stream_interval_s graceful_shutdown_timeout_s engine_wait_s
+    max_surge_percent
+"""
 SERVE_CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 
 
@@ -70,6 +77,8 @@ def test_a_bad_engine_option_is_found_before_anything_starts(config: dict, tmp_p
         ("args", {"data_parallel_size": 2}, "args.data_parallel_size: unknown key; it is called num_replicas here"),
         ("args", {"max_num_seqs": 2}, "args.max_num_seqs: unknown key; it belongs under engine, as max_num_seqs"),
         ("args", {"block_size": 2}, "args.block_size: unknown key; it belongs under engine, as chunk_size"),
+        ("args", {"max-num-seq": 2}, "args.max-num-seq: unknown key; did you mean max_num_seqs, under engine?"),
+        ("args", {"colour": 2}, "args.colour: unknown key; known are demo, engine, engine_wait_s,"),
         ("args", {"port": 80}, "args.port: unknown key; give it in the Serve config file, under http_options"),
         ("engine", {"num_gpus": 1}, "args.engine: num_gpus is an option of the application; write it beside engine"),
         ("engine", {"block_size": 16}, "args.engine: unknown option 'block_size'; it is called 'chunk_size' here"),
@@ -83,6 +92,14 @@ def test_an_unknown_or_misplaced_key_leads_to_the_right_one(
     (args if place == "args" else args["engine"]).update(options)
     (found,) = problems(config, tmp_path)
     assert found.startswith(f"applications[0].{problem}")
+
+
+def test_the_keys_of_the_application_are_what_they_were() -> None:
+    """A literal list: no configuration file may break."""
+    keys = KEYS.split()
+    assert set(keys) <= set(AppArgs.model_fields)
+    defaults = AppArgs()
+    assert AppArgs.model_validate({key: getattr(defaults, key) for key in keys}) == defaults
 
 
 def test_other_servers_names_lead_to_options_that_exist_and_are_none_themselves() -> None:

@@ -27,9 +27,9 @@ from deployments.app import build
 from deployments.routing.rendezvous import rank_replicas
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
-from engine.embedded_model.dialogues import generate_dialogue
 from tests.deployments.local_ray import AS_PENSIEVE_SERVE, LocalServe
 from tests.nightly import IS_NIGHTLY
+from tools.embedded_model.dialogues import generate_dialogue
 
 pytestmark = pytest.mark.ray
 

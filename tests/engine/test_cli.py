@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import socket
 import subprocess
@@ -26,13 +27,22 @@ from engine.chat import chat
 from engine.chat.partners import EnginePartner
 from engine.chat.screens import MarkdownAnswer, PipeScreen, end_of_blocks
 from engine.compare import compare_modes
-from engine.config import EngineConfig
+from engine.config import GROUPS, EngineConfig
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, ContextLengthError, ModelLoadError
+from engine.options import options_of
 from engine.server import Answer, Server
 
 SMALL = ["--model", "embedded", "--num-threads", "1", "--num-gpu-blocks", "200", "--chunk-size", "16"]
 WAIT_S = 120
+FLAGS = """
+    --model m --served-model-name s --mode vllm --dtype bfloat16 --device cuda:1 --max-model-len 64 --load-format auto
+    --chunk-size 16 --num-gpu-blocks 8 --num-cpu-blocks 0 --gpu-memory-gib 2 --gpu-memory-utilization 0.5
+    --kv-offloading-size 3 --eviction-policy lru --max-num-seqs 4 --max-num-batched-tokens 128 --prefill-batch-tokens 32
+    --max-num-queued-reqs 5 --max-num-queued-tokens 99 --decode-reserve 0.2 --swap-out-watermark 0.3 --write-through
+    --verify-swaps --profile p.json --num-threads 2 --attention-backend cpu --enforce-eager --swap-copies dma
+    --no-pack-weights --no-compile-layers --no-async-scheduling --tensor-parallel-size 2
+"""
 SLOW_TO_IMPORT = {"torch", "transformers", "tokenizers", "numpy", "matplotlib", "tqdm", "asyncio"} | {
     *("rich", "prompt_toolkit", "httpx")
 }
@@ -92,6 +102,69 @@ def test_a_mistake_is_told_by_name_before_a_model_is_loaded(no_model, arguments,
     assert captured.err.startswith("pensieve: ")
     assert message in captured.err
     assert len(captured.err.splitlines()) == 1
+
+
+def test_a_plot_without_matplotlib_names_the_extra_that_brings_it(no_model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for command in ("compare", "profile"):
+        assert cli.main([command, "--plot", str(tmp_path / "x.png")]) == 1
+        assert "--plot needs matplotlib: pip install 'pensieve-ray[plot]'" in capsys.readouterr().err
+
+
+def test_the_flags_are_what_they_were_and_mean_the_same_as_in_yaml():
+    """A literal list: nobody's script or configuration file may break."""
+    flags = FLAGS.split()
+    values = vars(cli.build_parser()[0].parse_args(["chat", *flags]))
+    given = {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags if flag.startswith("--")}
+    config = EngineConfig.from_options({name: values[name] for name in given})
+    assert config == EngineConfig(
+        model="m",
+        served_model_name="s",
+        mode="stateless",
+        dtype="bfloat16",
+        device="cuda:1",
+        max_model_len=64,
+        load_format="auto",
+        chunk_size=16,
+        num_gpu_blocks=8,
+        num_cpu_blocks=0,
+        gpu_memory_gib=2.0,
+        gpu_memory_utilization=0.5,
+        kv_offloading_size=3.0,
+        eviction_policy="lru",
+        max_num_seqs=4,
+        max_num_batched_tokens=128,
+        prefill_batch_tokens=32,
+        max_num_queued_reqs=5,
+        max_num_queued_tokens=99,
+        decode_reserve=0.2,
+        swap_out_watermark=0.3,
+        write_through=True,
+        verify_swaps=True,
+        profile="p.json",
+        num_threads=2,
+        attention_backend="cpu",
+        enforce_eager=True,
+        swap_copies="dma",
+        pack_weights=False,
+        compile_layers=False,
+        async_scheduling=False,
+        tensor_parallel_size=2,
+    )
+
+
+@pytest.mark.parametrize("command", ["chat", "generate", "compare", "profile"])
+def test_help_has_every_option_of_the_engine_in_its_group(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    titles = [*(f"{title} options" for title, _ in GROUPS), "tuning options"]
+    sections = re.split("|".join(rf"^({title}):$" for title in titles), capsys.readouterr().out, flags=re.MULTILINE)
+    text_of = {part: sections[sections.index(part) + len(titles) - titles.index(part)] for part in titles}
+    for title, group in GROUPS:
+        for entry in options_of(group):
+            section = text_of["tuning options" if entry.option.is_tuning else f"{title} options"]
+            assert f"\n  --{entry.name.replace('_', '-')}" in section
+            assert " ".join(entry.option.help.replace("`", "").split()[:3]) in " ".join(section.split())
 
 
 def test_trying_an_output_file_leaves_no_trace(no_model, tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Trains the embedded model from nothing on generated dialogues, on one CPU core, and measures its recall.
 
-Owns the tokenizer, the model's shape and the curriculum. After `python -m engine.embedded_model.train
+Owns the tokenizer, the model's shape and the curriculum. After `python -m tools.embedded_model.train
 --minutes 36 --out DIR`, DIR/weights is what `embedded_model_path()` ships and DIR/recall.json holds the
 figures. The curriculum follows the clock, so two runs of one seed differ a little.
 """
@@ -22,7 +22,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.embedded_model.dialogues import (
+from tools.embedded_model.dialogues import (
     Dialogue,
     Turn,
     draw_filler_words,
@@ -137,13 +137,13 @@ def build_model(eos_token_id: int, pad_token_id: int) -> LlamaForCausalLM:
         initializer_range=0.5 * hidden_size**-0.5,
     )
     model = LlamaForCausalLM._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    init_positional_heads(model)
+    with torch.no_grad():
+        init_positional_heads(model)
     return model
 
 
-@torch.no_grad()
 def init_positional_heads(model: LlamaForCausalLM) -> None:
-    """Makes head h of layer 0 look h + 1 tokens back whatever the tokens are.
+    """Make head h of layer 0 look h + 1 tokens back whatever the tokens are; to be called without gradients.
 
     A constant query and key score c² Σ cos(θ_i (distance - offset)) under RoPE once the query's bias is
     turned by the offset. Recalling by matching the last few tokens then needs only the layers above; left to
@@ -234,7 +234,8 @@ class SampleSource:
         return token_ids[:num_tokens]
 
     def _encode(self, text: str) -> list[int]:
-        return self._encoder.encode(text, add_special_tokens=False).ids
+        token_ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
+        return token_ids
 
     def _stretched(self, token_ids: list[int]) -> list[int]:
         """Positions with gaps before some of the turns, as if more had been said there."""
@@ -328,7 +329,6 @@ class Answer:
     is_exact: bool
 
 
-@torch.no_grad()
 def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dialogue: Dialogue) -> Iterator[Answer]:
     """Answers every turn that fits the window, each after a history that was answered rightly.
 
@@ -348,7 +348,8 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dialogu
             break
         token_ids += question + answer
         spans.append((turn, begin, begin + len(answer)))
-    predicted = model(input_ids=torch.tensor([token_ids])).logits[0].argmax(-1).tolist()  # [i] predicts i + 1
+    with torch.no_grad():
+        predicted = model(input_ids=torch.tensor([token_ids])).logits[0].argmax(-1).tolist()  # [i] predicts i + 1
     last_said: dict[str, int] = {}
     for turn, begin, end in spans:
         said_at = last_said.get(turn.assistant.removeprefix("ok, "), begin)
