@@ -1,8 +1,7 @@
 """The HTTP application: OpenAI's endpoints over an EngineClient.
 
-Wiring only; each endpoint is in its own package. Nothing in them knows a token, a cache or a replica beyond the
-number that
-it reports.
+Wiring only; each endpoint is in its own package. Nothing in them knows a token, a cache or a replica beyond the number
+that it reports.
 """
 
 from __future__ import annotations
