@@ -45,7 +45,7 @@ USUAL_BYTES_PER_TOKEN = 64
 
 
 class Turn:
-    """Give it to `answer_events` or `drain` for its items; one reader. `stop` may be called by anybody, at any time."""
+    """The items of one answer, for one reader, and the record of them in the store. `stop` may be called at any time."""
 
     def __init__(
         self,
