@@ -109,8 +109,8 @@ class CacheWatchers:
 
         Call it between `enter` and leaving.
 
-        sees_all: called each time; raises RequestError when the watcher may see nothing any more, which ends
-        the stream.
+        sees_all: called each time; raises RequestError when the watcher may see nothing any more, which ends the
+        stream.
         """
         num_left = query.num_events
         while True:

@@ -1,8 +1,7 @@
 """The engine's log lines in a replica's log.
 
 The engine logs by Python's own `engine.*` loggers, which Serve leaves alone, so nothing of them would be in any file.
-Here they
-go to the replica's log, with its level and its format.
+Here they go to the replica's log, with its level and its format.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ class _ToServe(logging.Handler):
 def log_engine_with_serve(level: int | None = None) -> None:
     """Sends the engine's lines of this process to the replica's log from now on; may be called again.
 
-    level: the replica's, in a worker of a tensor-parallel group. Serve has no file there: the lines go to
-    standard error.
+    level: the replica's, in a worker of a tensor-parallel group. Serve has no file there: the lines go to standard
+    error.
     """
     if level is not None:
         SERVE_LOGGER.setLevel(level)

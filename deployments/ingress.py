@@ -1,8 +1,7 @@
 """The HTTP application: OpenAI's endpoints over an EngineClient.
 
-Wiring only; each endpoint is in its own package. Nothing in them knows a token, a cache or a replica beyond the
-number that
-it reports.
+Wiring only; each endpoint is in its own package. Nothing in them knows a token, a cache or a replica beyond the number
+that it reports.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ class Ingress:
             ingress_id=context.replica_id.unique_id,
             num_ingress_replicas=replica_count(context.app_name, context.deployment, context.world_size or 1),
             num_engine_replicas=self._num_engines,
-            # HAProxy does not say for whom it asks.
+            # HAProxy hides the client's address.
             sees_clients=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
             ready_period_s=READY_PERIOD_S,
         )
@@ -121,9 +120,11 @@ def create_app(
 ) -> FastAPI:
     """The application.
 
-    ingress_id: goes out in a header, for experiments with routing. num_engine_replicas: as many share what is let in here.
-    sees_clients: the address that a request comes from is its client's. ready_period_s: how old an answer about readiness
-    may be, in seconds.
+    ingress_id: sent in a header, for experiments with routing.
+    num_ingress_replicas: how many ingress replicas share the tenants' limits.
+    num_engine_replicas: how many engine replicas share what is let in here.
+    sees_clients: whether the address that a request comes from is its client's.
+    ready_period_s: how old an answer about readiness may be, in seconds.
     """
     tenants = config.tenants
     watched = None

@@ -1,8 +1,7 @@
 """What is measured of an engine replica, as Ray metrics, and how the engine's statistics become them.
 
-Ray adds application, deployment and replica as labels and `ray_` to the names. No label is ever a session or a
-tenant, so the
-number of series is bounded. Decides nothing.
+Ray adds application, deployment and replica as labels and `ray_` to the names. No label is ever a session or a tenant,
+so the number of series is bounded. Decides nothing.
 """
 
 from __future__ import annotations

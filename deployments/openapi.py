@@ -1,8 +1,7 @@
 """The OpenAPI document that /openapi.json serves, made from the classes that parse the requests.
 
-So it says what they take. The answers are OpenAI's and described loosely: what each is, and what is always in it.
-Plain data
-in and out; knows no HTTP library.
+So it says what they take. The answers are OpenAI's and described loosely: what each is, and what is always in it. Plain
+data in and out; knows no HTTP library.
 """
 
 from __future__ import annotations

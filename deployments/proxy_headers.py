@@ -1,8 +1,7 @@
 """What happens to a client's headers before Ray Serve's HTTP proxy reads them.
 
 `pensieve-serve` has Serve call `middlewares` in each proxy (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH). Knows nothing
-of what
-is served.
+of what is served.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ def middlewares() -> list[Middleware]:
 class ClientHeaders:
     """Makes headers that Serve's proxy can read, and takes out those that would steer Serve.
 
-    The proxy decodes some headers as UTF-8, and answers 500 if they are not: values in Latin-1, as many clients
-    send them, become
-    UTF-8 here.
+    The proxy decodes some headers as UTF-8, and answers 500 if they are not: values in Latin-1, as many clients send
+    them, become UTF-8 here.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,8 +1,7 @@
 """How an engine replica that cannot start says why.
 
 Serve keeps the text of the exception that ends a replica's constructor, traceback and all, in the status of its
-deployment.
-Here that text is written, and the reason found again in it. Knows no Ray.
+deployment. Here that text is written, and the reason found again in it. Knows no Ray.
 """
 
 from __future__ import annotations

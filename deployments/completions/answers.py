@@ -1,8 +1,7 @@
 """The answers of OpenAI's chat and completions endpoints, made from OutputDeltas: whole, or as events.
 
-One object formats one answer; it remembers what later chunks need to know of earlier ones. Plain dicts, because one
-is built
-for each chunk. Knows no engine and no Ray.
+One object formats one answer; it remembers what later chunks need to know of earlier ones. Plain dicts, because one is
+built for each chunk. Knows no engine and no Ray.
 """
 
 from __future__ import annotations

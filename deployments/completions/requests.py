@@ -9,8 +9,8 @@ Everything in a body is done, or rejected with the name of the parameter. Knows 
                      return_token_ids; timeout (seconds for the whole answer); prompt as token ids;
                      session_id, conversation and prompt_cache_key name the session
     rejected, unless *_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass
-    ignored          IGNORED below: they ask for nothing of the answer (labels, obfuscation) or concern only what
-                     is rejected anyway (parallel_tool_calls without tools)
+    ignored          IGNORED in http/generation_body.py: they ask for nothing of the answer (labels, obfuscation) or
+                     concern only what is rejected anyway (parallel_tool_calls without tools)
     anything else    rejected as unknown
 
 null is the same as absent everywhere. Roles: system, developer (the same), user, assistant.

@@ -1,8 +1,7 @@
 """The limits of a tenant, and the deadline of a request, before the engine or the store sees it.
 
 The same for every endpoint. A replica's limits are enforced by its engine, the quota of what a tenant keeps by the
-store.
-Knows no HTTP and no Ray.
+store. Knows no HTTP and no Ray.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ class Generates(Protocol):
 class _Bucket:
     """How much of something may be used now, as of `refilled_s`; infinite until it is first asked for.
 
-    Below 0, the rest is owed: if there is anything, a request may take all that it needs, so that none is too
-    large for ever.
+    Below 0, the rest is owed: if there is anything, a request may take all that it needs, so that none is too large for
+    ever.
     """
 
     level: float = math.inf
@@ -128,9 +127,8 @@ class Admission:
     ) -> AsyncGenerator[GenerationItem, None]:
         """The engine's items; a rejection is an ErrorItem, and so is the end of the time.
 
-        The request's tokens are taken from the tenant's account at once, the answer's by max_tokens; unused
-        ones come back at the
-        end.
+        The request's tokens are taken from the tenant's account at once, the answer's by max_tokens; unused ones come
+        back at the end.
         """
         refusal = self.refusal(request.tenant.tenant_id)
         if refusal is not None:

@@ -38,9 +38,8 @@ class RequestBodies:
     ) -> tuple[BodyT, dict[str, Any]]:
         """Reads the body, and parses it as parse_request does.
 
-        default: what an empty body stands for. Raises BodyTooLargeError, RequestError, and OverloadedError if
-        the bodies under
-        way take too much memory.
+        default: what an empty body stands for. Raises BodyTooLargeError, RequestError, and OverloadedError if the
+        bodies under way take too much memory.
         """
         self._check_size(int(length) if (length := request.headers.get("content-length", "")).isdecimal() else 0)
         chunks: list[bytes] = []

@@ -21,9 +21,8 @@ def sse_event(data: dict[str, Any], name: str | None = None) -> str:
 class EventStream(StreamingResponse):
     """A response of server-sent events that calls `end` once it is over, however it ends.
 
-    If the client leaves early enough, the first of `events` is never asked for: then no `finally` in there runs,
-    and only `end`
-    is called. Otherwise it may have nothing left to do.
+    If the client leaves early enough, the first of `events` is never asked for: then no `finally` in there runs, and
+    only `end` is called. Otherwise it may have nothing left to do.
 
     A client that speaks HTTP/1.0 gets all events at once, when the last one is there.
     """

@@ -1,13 +1,12 @@
 """The objects of OpenAI's Responses and Conversations API: a response, whole or as a stream of events.
 
 Plain dicts, JSON as they are: the store may keep a response as whole() words it and give it back unchanged. Knows no
-HTTP, no
-store, no engine, no clock, no Ray.
+HTTP, no store, no engine, no clock, no Ray.
 
     in_progress(response) --> completed | incomplete ("length", or interrupted) | cancelled | failed
 
-A stream opens with response.created and response.in_progress, then says the one message with its one part, and
-ends with response.completed, response.incomplete or response.failed. There is no [DONE] in this API.
+A stream opens with response.created and response.in_progress, then says the one message with its one part, and ends
+with response.completed, response.incomplete or response.failed. There is no [DONE] in this API.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The bodies and query strings of OpenAI's Responses and Conversations API as this server takes them.
 
 And the message items that its state is made of. As in completions/requests.py, everything in a body is done, or
-rejected
-with the name of the parameter. Knows no HTTP library, no store, no engine, no Ray.
+rejected with the name of the parameter. Knows no HTTP library, no store, no engine, no Ray.
 
     implemented      model, input, previous_response_id, conversation, store, instructions, metadata, stream,
                      max_output_tokens, temperature, top_p, truncation
@@ -13,8 +12,8 @@ with the name of the parameter. Knows no HTTP library, no store, no engine, no R
                      tool_choice, include, text and reasoning are looked into
     ignored          RESPONSE_IGNORED below; parallel_tool_calls is only repeated in the answer
 
-An item is a dict as OpenAI's API shows it: {"type": "message", "id", "status", "role", "content": parts}. What
-comes in gets a new id; its parts are input_text, or output_text in an assistant message.
+An item is a dict as OpenAI's API shows it: {"type": "message", "id", "status", "role", "content": parts}. What comes in
+gets a new id; its parts are input_text, or output_text in an assistant message.
 """
 
 from __future__ import annotations

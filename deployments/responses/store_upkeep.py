@@ -1,8 +1,7 @@
 """The conversation store as the endpoints use it: opened at its first use, and kept in order.
 
-Leases are renewed, the disk is watched, and what is older than the retention is deleted. Knows turns only as
-something that
-can be stopped.
+Leases are renewed, the disk is watched, and what is older than the retention is deleted. Knows turns only as something
+that can be stopped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One turn of the Responses API, from its record in the store to its end there.
 
-Whatever happens to the client, the engine or the store, the record ends exactly once: complete, failed, interrupted,
-or gone.
+Whatever happens to the client, the engine or the store, the record ends exactly once: complete, failed, interrupted, or
+gone.
 
     begin --> start --> items ... --> complete       the store has the answer before the client hears the end
       |         |         |-------> give_up          failed, or interrupted
@@ -45,7 +45,7 @@ USUAL_BYTES_PER_TOKEN = 64
 
 
 class Turn:
-    """Give it to `answer_events` or `drain` for its items; one reader. `stop` may be called by anybody, at any time."""
+    """The items of one answer, for one reader, and the record of them in the store. `stop` may be called at any time."""
 
     def __init__(
         self,
@@ -256,9 +256,8 @@ class Turn:
     async def forget(self, why: ErrorItem | BaseException) -> None:
         """The turn ends before its answer began, and is deleted.
 
-        Its client gets an error without the response's id, and could not delete what is stored of it. If a
-        client cancelled it, and so
-        knows the id, or hung up, it is interrupted instead.
+        Its client gets an error without the response's id, and could not delete what is stored of it. If a client
+        cancelled it, and so knows the id, or hung up, it is interrupted instead.
         """
         if why == CANCELLED or isinstance(why, asyncio.CancelledError):
             await self.give_up(None)

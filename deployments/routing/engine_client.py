@@ -1,8 +1,7 @@
 """The ingress's side of the Serve handle to the engine replicas.
 
-Routes by session, resumes what a lost replica began, turns everything that Ray and Serve may raise into ErrorItems,
-and cancels
-what is read no more. Knows no HTTP.
+Routes by session, resumes what a lost replica began, turns everything that Ray and Serve may raise into ErrorItems, and
+cancels what is read no more. Knows no HTTP.
 """
 
 from __future__ import annotations

@@ -34,9 +34,8 @@ def read_routing_name(name: str) -> tuple[str, int]:
 def choose_session_id(candidates: Sequence[str], loads: Mapping[int, int]) -> str:
     """Of ids that a new session may be given, the one whose home has the smallest load.
 
-    The first of equals, and the first if no load is known. So a new session goes to the less loaded of two
-    replicas, and every
-    ingress finds it there by its id alone.
+    The first of equals, and the first if no load is known. So a new session goes to the less loaded of two replicas,
+    and every ingress finds it there by its id alone.
 
     loads: by rank.
     """

@@ -23,16 +23,13 @@ MAX_KEY_CHARS = 64
 def session_key(headers: Iterable[tuple[str, str]], body: Mapping[str, Any]) -> str:
     """The name of the request's session, or a hash of its beginning.
 
-    The first that is there and not empty: header x-session-id, header x-correlation-id, then session_id,
-    conversation (an id, or an
-    object with one) and prompt_cache_key of the body; else a hash of the first system message (or the
-    instructions) and the first
-    user message, or of the beginning of the prompt.
+    The first that is there and not empty: header x-session-id, header x-correlation-id, then session_id, conversation
+    (an id, or an object with one) and prompt_cache_key of the body; else a hash of the first system message (or the
+    instructions) and the first user message, or of the beginning of the prompt.
 
-    Header names are matched without regard to case, and `_` counts as `-`; a name is the same whichever way it
-    comes, and
-    one of more than MAX_KEY_CHARS is hashed. A completions client that continues a prompt shorter than PROMPT_BEGINNING
-    should name its session: there the hash changes with the prompt.
+    Header names are matched without regard to case, and `_` counts as `-`; a name is the same whichever way it comes,
+    and one of more than MAX_KEY_CHARS is hashed. A completions client that continues a prompt shorter than
+    PROMPT_BEGINNING should name its session: there the hash changes with the prompt.
     """
     by_name: dict[str, str] = {}
     for name, value in headers:

@@ -1,8 +1,8 @@
 """Serve's request router for engine replicas: rendezvous hashing on the replica's rank.
 
-A replacement takes the rank of the replica that died, so the other sessions stay where they are. Sees no request
-body; what it
-remembers is for counting its decisions, and decides nothing. Session ids come as `rendezvous.routing_name` writes them.
+A replacement takes the rank of the replica that died, so the other sessions stay where they are. Sees no request body;
+what it remembers is for counting its decisions, and decides nothing. Session ids come as `rendezvous.routing_name`
+writes them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ RANK = "rank"
 class SessionRouter(RequestRouter):
     """Prefers the session's home.
 
-    The next replica in the session's order is asked when the engine of the one before has rejected the request
-    because its queue
-    is full, or when Serve finds that replica at `max_ongoing_requests`.
+    The next replica in the session's order is asked when the engine of the one before has rejected the request because
+    its queue is full, or when Serve finds that replica at `max_ongoing_requests`.
     """
 
     # How long to wait for a replica's word on its queue, in seconds. Serve's 0.1 is missed by a replica that

@@ -1,8 +1,7 @@
 """Keeps responses and the token ids behind them, so that a turn continues after a restart, from any ingress.
 
 Owns the life of a response: in progress under a lease, then whole, or marked as what it is. Knows neither HTTP nor an
-engine;
-time is an argument.
+engine; time is an argument.
 
     begin_response --> complete_response     one transaction: items, usage, transcript, the conversation's end
                   |--> fail_response, cancel_response
@@ -15,7 +14,7 @@ import secrets
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from sqlalchemy import and_, select, update
+from sqlalchemy import and_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from deployments.store.completion import complete, find_place
@@ -24,7 +23,7 @@ from deployments.store.database import Database
 from deployments.store.history import chain_items, conversation_items, load_transcript
 from deployments.store.item_rows import insert_items, name_items, read_page, refuse_odd_id
 from deployments.store.leases import IS_RUNNING, Leases, interrupt
-from deployments.store.purge import find_purgeable, purge_above, purge_conversations
+from deployments.store.purge import find_purgeable, hide_old, purge_above, purge_conversations
 from deployments.store.response_rows import (
     find_previous,
     find_response,
@@ -57,9 +56,8 @@ def random_id(prefix: str) -> str:
 class ConversationStore:
     """One per process, used in one event loop; any number of processes may share a database.
 
-    Every method raises StoreUnavailableError while the database does not answer, and works again by itself once
-    it does; and
-    StoreCorruptedError if it is damaged.
+    Every method raises StoreUnavailableError while the database does not answer, and works again by itself once it
+    does; and StoreCorruptedError if it is damaged.
 
     url: sqlite:///path/to/file or postgresql://user@host/database.
     password: for the latter.
@@ -92,9 +90,8 @@ class ConversationStore:
     async def open(self, now: float) -> None:
         """Brings the schema up to date and marks turns whose lease is over.
 
-        Several processes may do so at once; after a failure it can be called again. Raises StoreVersionError,
-        and StoreConfigError for
-        another program's file.
+        Several processes may do so at once; after a failure it can be called again. Raises StoreVersionError, and
+        StoreConfigError for another program's file.
         """
         await self._database.open()
         await self.mark_interrupted(now)
@@ -130,9 +127,8 @@ class ConversationStore:
         """Records a turn that begins; what it continues cannot be deleted meanwhile.
 
         Raises NotFoundError for the previous response or the conversation, PreviousResponseError if that is not whole,
-        ConversationBusyError if another turn of the conversation is running, StoredTooMuchError above the
-        tenant's quota, and
-        StoreFullError.
+        ConversationBusyError if another turn of the conversation is running, StoredTooMuchError above the tenant's
+        quota, and StoreFullError.
         """
         if new.previous_response_id is not None and new.conversation_id is not None:
             raise InvalidParameterError(
@@ -299,9 +295,8 @@ class ConversationStore:
     ) -> History:
         """What was said before a turn that continues a response or a conversation; exactly one of the two.
 
-        For a conversation, ask after `begin_response`, which keeps other turns out of it. A constant number
-        of queries. Raises
-        NotFoundError, PreviousResponseError.
+        For a conversation, ask after `begin_response`, which keeps other turns out of it. A constant number of queries.
+        Raises NotFoundError, PreviousResponseError.
 
         max_bytes: of items as JSON; the newest ones within that, and no transcript if there are more.
         """
@@ -340,28 +335,12 @@ class ConversationStore:
     async def delete_older_than(self, cutoff: float) -> int:
         """Deletes responses created and conversations last used before `cutoff`; returns how many.
 
-        Those in progress excepted. Also removes what earlier deletions left. What a newer response continues
-        stays readable to it
-        alone.
+        Those in progress excepted. Also removes what earlier deletions left. What a newer response continues stays
+        readable to it alone.
 
         cutoff: in Unix seconds.
         """
-
-        async def mark(connection: AsyncConnection) -> int:
-            old = await connection.execute(
-                update(responses)
-                .where(responses.c.created_at < cutoff, ~responses.c.deleted, ~IS_RUNNING)
-                .values(deleted=True)
-            )
-            busy = select(responses.c.id).where(responses.c.conversation_id == conversations.c.id, IS_RUNNING).exists()
-            unused = await connection.execute(
-                update(conversations)
-                .where(conversations.c.used_at < cutoff, ~conversations.c.deleted, ~busy)
-                .values(deleted=True, tip_response_id=None)
-            )
-            return old.rowcount + unused.rowcount
-
-        num_deleted = await self._database.write(mark)
+        num_deleted = await self._database.write(lambda connection: hide_old(connection, cutoff))
         while purgeable := await self._database.read(find_purgeable):
             await self._purge(purgeable)
         while await self._database.write(lambda connection: purge_conversations(connection, self._accounts)):

@@ -1,8 +1,7 @@
 """The connection to the conversation store's database.
 
 URL and drivers, transactions that end in bounded time and fail with one typed error, the schema brought up to date.
-SQLite and
-PostgreSQL are told apart here and nowhere else. Knows nothing of what the tables mean.
+SQLite and PostgreSQL are told apart here and nowhere else. Knows nothing of what the tables mean.
 """
 
 from __future__ import annotations
@@ -106,8 +105,8 @@ class Database:
     async def open(self) -> None:
         """Makes the SQLite file or looks at it, and brings the schema up to date.
 
-        Any number of processes may do so at once. Raises StoreError, StoreVersionError, and StoreConfigError
-        for another program's file.
+        Any number of processes may do so at once. Raises StoreError, StoreVersionError, and StoreConfigError for
+        another program's file.
         """
         if self._path is not None:
             try:
@@ -133,9 +132,8 @@ class Database:
     async def write(self, work: Work[_T]) -> _T:
         """What `work` returns, in a transaction that is committed unless `work` raises. Raises StoreError.
 
-        If the caller is cancelled, the transaction still comes to its end: breaking off in the middle would
-        cost a connection each
-        time that a client hangs up.
+        If the caller is cancelled, the transaction still comes to its end: breaking off in the middle would cost a
+        connection each time that a client hangs up.
         """
         return await self._run(self._engine, work, self._write_turn, 2 * self._timeout_s)
 

@@ -1,8 +1,7 @@
 """Removes what was deleted once nothing that lives depends on it.
 
 A deleted response is hidden at once, but its rows stay while a later response, or a conversation's next turn, would
-continue
-it. Works inside a transaction of the caller's.
+continue it. Works inside a transaction of the caller's.
 """
 
 from __future__ import annotations
@@ -12,11 +11,29 @@ from collections.abc import Collection
 from sqlalchemy import ColumnElement, and_, exists, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from deployments.store.leases import IS_RUNNING
 from deployments.store.tables import conversations, items, responses, transcripts
 from deployments.store.usage import Accounts, Freed, remove
 
 _BATCH = 500  # ids in one statement; drivers limit its parameters
 _MAX_LEVELS = 64  # of a chain in one transaction, so that no other waits long for it
+
+
+async def hide_old(connection: AsyncConnection, cutoff: float) -> int:
+    """Hides responses created and conversations last used before `cutoff`, unless they run; returns how many.
+
+    cutoff: in Unix seconds.
+    """
+    old = await connection.execute(
+        update(responses).where(responses.c.created_at < cutoff, ~responses.c.deleted, ~IS_RUNNING).values(deleted=True)
+    )
+    busy = select(responses.c.id).where(responses.c.conversation_id == conversations.c.id, IS_RUNNING).exists()
+    unused = await connection.execute(
+        update(conversations)
+        .where(conversations.c.used_at < cutoff, ~conversations.c.deleted, ~busy)
+        .values(deleted=True, tip_response_id=None)
+    )
+    return old.rowcount + unused.rowcount
 
 
 async def purge_above(connection: AsyncConnection, accounts: Accounts, response_ids: Collection[str]) -> list[str]:

@@ -34,8 +34,7 @@ def prepare_file(path: Path, timeout_s: float) -> None:
     """Makes the file if there is none; else checks that it is a store, undamaged, and private.
 
     It is searched for damage for at most QUICK_CHECK_S. Blocking. Raises StoreCorruptedError, StoreConfigError,
-    sqlite3.Error,
-    OSError.
+    sqlite3.Error, OSError.
     """
     if not path.parent.is_dir():  # FileLock would make it, and a volume that is not mounted would go unnoticed
         raise FileNotFoundError(2, "no such folder")

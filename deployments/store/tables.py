@@ -1,14 +1,13 @@
 """The tables of the conversation store, the same in SQLite and PostgreSQL.
 
 Owns names, keys and indexes; a change here needs a migration (`deployments/store/migrations/versions`), and a test
-compares the
-two.
+compares the two.
 
     conversations <- items -> responses <- transcripts          tenant_usage, write_probe
           ^---------------------'
 
-An item can be in a response (input or output), in a conversation, or in both: a turn of a conversation adds its
-items to it, and taking one out of the conversation leaves the response as it was.
+An item can be in a response (input or output), in a conversation, or in both: a turn of a conversation adds its items
+to it, and taking one out of the conversation leaves the response as it was.
 """
 
 from __future__ import annotations
@@ -48,9 +47,8 @@ metadata = MetaData(
 class JsonText(TypeDecorator[Any]):
     """JSON in a text column, in ASCII.
 
-    PostgreSQL's own JSON and text types reject characters that clients and models do send (NUL, lone surrogates),
-    and nothing is
-    ever looked up inside.
+    PostgreSQL's own JSON and text types reject characters that clients and models do send (NUL, lone surrogates), and
+    nothing is ever looked up inside.
     """
 
     impl = Text

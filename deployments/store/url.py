@@ -3,9 +3,8 @@
 Opens nothing.
 
 A URL in the configuration is shown by Serve: in its dashboard, in its logs, on its standard output. So a password in
-one is
-refused there; it comes from PENSIEVE_STORE_PASSWORD or a file (`store_password_file`) where the ingress runs, or, as
-libpq does it, from PGPASSWORD, PGPASSFILE or ~/.pgpass.
+one is refused there; it comes from PENSIEVE_STORE_PASSWORD or a file (`store_password_file`) where the ingress runs,
+or, as libpq does it, from PGPASSWORD, PGPASSFILE or ~/.pgpass.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """How much each tenant keeps in the store, and that it is no more than its quota.
 
 Each tenant has an account, a row that changes in the transaction that changes what it counts: exact, however many
-processes
-write.
+processes write.
 
 Rows of conversations, responses, items and transcripts count, each with its long columns and ROW_BYTES for the rest:
-keys,
-indexes, and the short columns that are filled in later. Works inside a transaction of the caller's, at its end, because
-the account is locked from then on.
+keys, indexes, and the short columns that are filled in later. Works inside a transaction of the caller's, at its end,
+because the account is locked from then on.
 """
 
 from __future__ import annotations
@@ -85,9 +83,8 @@ class Accounts:
     async def add(self, connection: AsyncConnection, tenant: str, change: Usage, *, is_refusable: bool = True) -> None:
         """Books a change; one that may be rejected raises StoredTooMuchError above the quota.
 
-        Or StoreFullError if the disk is nearly full; the caller's transaction is undone then. The end of a
-        turn is not rejected: its
-        answer is there, and was paid for.
+        Or StoreFullError if the disk is nearly full; the caller's transaction is undone then. The end of a turn is not
+        rejected: its answer is there, and was paid for.
         """
         total = await _book(connection, tenant, change)
         if is_refusable and (change.num_rows > 0 or change.num_bytes > 0):

@@ -143,9 +143,8 @@ class StoredConversation:
 class History:
     """What was said before a turn, oldest first, without instructions.
 
-    transcript: what the engine computed for the latest turn of it. Items added or removed by hand since are in
-    `items` alone, so
-    match it as text.
+    transcript: what the engine computed for the latest turn of it. Items added or removed by hand since are in `items`
+    alone, so match it as text.
     is_whole: whether no older items were left out.
     """
 

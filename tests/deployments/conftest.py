@@ -46,9 +46,8 @@ class NoMetric:
 def no_metrics_of_the_tests_own_process() -> Iterator[None]:
     """Keeps metrics of this process out of the clusters that it starts.
 
-    Ray keeps a process's metrics and exports them from whichever cluster the process starts next: an engine
-    replica made here would
-    be seen among those of a real application.
+    Ray keeps a process's metrics and exports them from whichever cluster the process starts next: an engine replica
+    made here would be seen among those of a real application.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "make_metric", lambda definition: NoMetric())

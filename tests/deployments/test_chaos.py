@@ -1,8 +1,7 @@
 """Engine replicas are killed, again and again, under conversations, and no client sees an error.
 
-Every conversation ends with exactly the answers of an undisturbed run (or, where two tokens were as good as equal,
-with the other
-one). PENSIEVE_CHAOS_S=120: for two minutes.
+Every conversation ends with exactly the answers of an undisturbed run (or, where two tokens were as good as equal, with
+the other one). PENSIEVE_CHAOS_S=120: for two minutes.
 """
 
 from __future__ import annotations
@@ -106,11 +105,9 @@ def is_sampled(number: int) -> bool:
 async def hold_conversation(http: httpx.AsyncClient, number: int, name: str) -> list[Spoken]:
     """The answers of all turns; every third conversation does not stream.
 
-    A quarter each: chat that goes on from its answers; chat with long answers, to be cut in the middle, that goes
-    on from another
-    text, because bytes that are no UTF-8 do not survive the way through the client; responses, long and sampled,
-    by previous
-    response, for which the server knows the tokens; and the same in a conversation.
+    A quarter each: chat that goes on from its answers; chat with long answers, to be cut in the middle, that goes on
+    from another text, because bytes that are no UTF-8 do not survive the way through the client; responses, long and
+    sampled, by previous response, for which the server knows the tokens; and the same in a conversation.
     """
     kind = KINDS[number % 4]
     headers = {"x-session-id": f"{name}-{number}"} if "chat" in kind else {}

@@ -1,12 +1,10 @@
 """The served OpenAPI document: it is valid, covers every route, and tells the truth.
 
-schemathesis makes requests from it, right and wrong ones, for the application in this process over the embedded
-model's engine
-and a SQLite store.
+schemathesis makes requests from it, right and wrong ones, for the application in this process over the embedded model's
+engine and a SQLite store.
 
-PENSIEVE_FUZZ_CASES: how many, spread over the operations. From 2000 on schemathesis' coverage phase is added: about
-as many
-again, with each value at and beyond each limit of the document.
+PENSIEVE_FUZZ_CASES: how many, spread over the operations. From 2000 on schemathesis' coverage phase is added: about as
+many again, with each value at and beyond each limit of the document.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Everything is stopped in the middle of traffic and started again.
 
-Conversations go on with the answers of an undisturbed run, and turns that were under way are marked as interrupted
-and nowhere
-else to be seen.
+Conversations go on with the answers of an undisturbed run, and turns that were under way are marked as interrupted and
+nowhere else to be seen.
 """
 
 from __future__ import annotations

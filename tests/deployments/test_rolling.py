@@ -201,8 +201,8 @@ async def test_a_change_of_args_under_traffic(
 async def test_autoscaling_under_traffic(base_url: str, config: dict[str, Any]) -> None:
     """The switch to it rolls, because Ray counts it as another version of the code.
 
-    A change of its bounds leaves the replicas alone, and sessions their homes, but for those that a new replica
-    takes over.
+    A change of its bounds leaves the replicas alone, and sessions their homes, but for those that a new replica takes
+    over.
     """
     deploy(config)
     await until(is_running)

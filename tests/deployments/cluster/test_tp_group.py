@@ -1,7 +1,7 @@
 """Tensor-parallel groups on a real Ray cluster of two nodes, on this machine, over gloo.
 
-One application of two replicas of two ranks, for most of the module; the test that takes it down comes after those
-that use it.
+One application of two replicas of two ranks, for most of the module; the test that takes it down comes after those that
+use it.
 """
 
 from __future__ import annotations

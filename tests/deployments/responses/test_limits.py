@@ -1,8 +1,7 @@
 """What the stateful API keeps and rejects, over a scripted engine and a real store.
 
 Quotas, rates, a full disk, histories longer than any window, clocks that jump. And that what a client is told is what
-the store
-has.
+the store has.
 """
 
 from __future__ import annotations

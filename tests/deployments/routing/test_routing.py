@@ -1,8 +1,7 @@
 """Where sessions go on a real Serve, through two ingress replicas.
 
 Home, whatever the ingress, at moderate load; most of them still after a replica was added; and back again with the
-replacement
-of one that was lost.
+replacement of one that was lost.
 """
 
 from __future__ import annotations
