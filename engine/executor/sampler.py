@@ -280,7 +280,7 @@ class Draw:
         """Log-probabilities of a row, besides the chosen token's."""
         assert self._logprobs is not None
         most = max(self._batch.states[row].params.logprobs or 0 for row in self._batch.logprob_rows)
-        return min(most, self._logprobs.shape[-1])
+        return min(most, int(self._logprobs.shape[-1]))
 
 
 class _HostCopy:
@@ -296,7 +296,8 @@ class _HostCopy:
         """Wait for the copy, but not for what the stream was given since."""
         if self._arrival is not None:
             self._arrival.synchronize()
-        return self._on_host.numpy()
+        array: np.ndarray = self._on_host.numpy()
+        return array
 
 
 def _penalised(logits: torch.Tensor, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:

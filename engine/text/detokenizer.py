@@ -57,7 +57,7 @@ class TokenBytes(dict[int, bytes]):
         if REPLACEMENT not in text:
             return text.encode()
         if token_id in self._added:
-            return self._added[token_id].encode()
+            return str(self._added[token_id]).encode()
         if match := BYTE_FALLBACK_TOKEN.fullmatch(token):
             return bytes.fromhex(match[1])
         if all(char in BYTE_OF_CHAR for char in token):

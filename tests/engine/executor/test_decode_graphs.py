@@ -1,5 +1,8 @@
-"""Recorded decode steps. The stand-in for CUDA graphs records every operation of torch, and replays it on the same tensors:
-whatever Python decided while it was recorded stays decided. As CUDA does, it refuses what would wait for the device."""
+"""Recorded decode steps.
+
+The stand-in for CUDA graphs records every operation of torch, and replays it on the same tensors: what Python decided
+while it was recorded stays decided. As CUDA does, it rejects what would wait for the device.
+"""
 
 from __future__ import annotations
 
