@@ -117,7 +117,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: Path) -> Profile:
-        """Raises ConfigError where the file is not a profile."""
+        """Read a profile. Raises ConfigError if the file is not one."""
         try:
             data = json.loads(path.read_text())
             data["identity"] = ProfileIdentity(**data["identity"])
@@ -130,7 +130,7 @@ class Profile:
 
 
 def profile_path(config: EngineConfig, model: str, dtype: str, device: str) -> Path:
-    """Where the profile of this model on this device is kept unless the option `profile` names a file."""
+    """The file of this model's profile on this device, unless the option `profile` names another."""
     if config.profile is not None:
         return Path(config.profile)
     parts = (model, dtype, device, f"tp{config.tensor_parallel_size}")

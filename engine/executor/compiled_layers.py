@@ -123,7 +123,7 @@ def never_compiling() -> AbstractContextManager[object]:
 
 
 def recorded_seconds(device: torch.device) -> SecondsOf:
-    """Times what a CUDA device does, without the time to launch it; with that where it cannot be recorded."""
+    """Time what a CUDA device does; the time to launch it counts only if it cannot be recorded."""
 
     def seconds_of(call: Callable[[], torch.Tensor]) -> float:
         try:
