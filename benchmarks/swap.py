@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 import transformers
 from machine import write_result
+from random_llama import save_random_llama
 from tqdm import tqdm
 
 from engine.config import EngineConfig
@@ -24,21 +24,6 @@ from engine.core.request import SamplingParams
 from engine.executor.local import LocalExecutor
 
 CHUNK_SIZE = 32
-
-
-def save_random_llama(folder: Path, *, hidden: int, layers: int) -> None:
-    """A Llama with random weights: only shapes matter here."""
-    config = transformers.LlamaConfig(
-        vocab_size=2048,
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        max_position_embeddings=8192,
-    )
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import transformers
 from machine import write_result
-from swap import save_random_llama
+from random_llama import save_random_llama
 from tqdm import tqdm
 
 from engine.config import EngineConfig

@@ -1,4 +1,6 @@
-"""The engine as a server uses it: an asyncio facade over the thread that steps. Knows no HTTP and no Ray.
+"""The engine as a server uses it: an asyncio facade over the thread that steps.
+
+Knows no HTTP and no Ray.
 
 event loop                                   engine thread                     executor's thread    device
 generate() -- tokenise, queue a command -->  core.add_request                                       step n
@@ -135,7 +137,7 @@ class AsyncEngine:
         }
 
     async def map_cache(self, query: CacheQuery) -> CacheView:
-        """Where the chunks of the watchers' conversations lie now, and what was evicted since they began to watch.
+        """Where the chunks of the watchers' conversations are now, and what was evicted since they watch.
 
         Each call runs two short commands between steps; nothing runs between calls. Raises EngineStoppedError.
         """

@@ -1,4 +1,7 @@
-"""The thread that steps an engine, and runs commands of other threads between two steps. Knows no asyncio and no model."""
+"""The thread that steps an engine, and runs commands of other threads between two steps.
+
+Knows no asyncio and no model.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,10 @@ class EngineThread:
         return self._commands.qsize()
 
     def put(self, command: Callable[[], None]) -> None:
-        """Run `command` between two steps. An exception of it ends the thread; never run after the thread's end."""
+        """Run `command` between two steps, unless the thread has ended.
+
+        An exception of it ends the thread.
+        """
         self._commands.put(command)
 
     def submit(self, function: Callable[[], Any]) -> Future[Any]:

@@ -1,4 +1,4 @@
-"""What an engine is asked for: one turn, as one value. Plain data, so that it travels between processes."""
+"""What an engine is asked for: one turn, as one value of plain data that travels between processes."""
 
 from __future__ import annotations
 

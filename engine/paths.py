@@ -42,7 +42,10 @@ def private_folder(path: Path) -> Path:
 
 
 def write_private_file(path: Path, text: str) -> None:
-    """Write a file that its owner alone can read, in an existing folder; a reader sees the old one or all of the new one."""
+    """Write a file that only its owner can read, in an existing folder.
+
+    A concurrent reader sees the old content or all of the new one.
+    """
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # with mode 0600
     try:
         with open(descriptor, "w", encoding="utf-8") as file:

@@ -117,7 +117,7 @@ class Profile:
 
     @classmethod
     def load(cls, path: Path) -> Profile:
-        """Raises ConfigError where the file is not a profile."""
+        """Read a profile. Raises ConfigError if the file is not one."""
         try:
             data = json.loads(path.read_text())
             data["identity"] = ProfileIdentity(**data["identity"])
@@ -130,7 +130,7 @@ class Profile:
 
 
 def profile_path(config: EngineConfig, model: str, dtype: str, device: str) -> Path:
-    """Where the profile of this model on this device is kept unless the option `profile` names a file."""
+    """The file of this model's profile on this device, unless the option `profile` names another."""
     if config.profile is not None:
         return Path(config.profile)
     parts = (model, dtype, device, f"tp{config.tensor_parallel_size}")
@@ -181,8 +181,7 @@ def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
     """Load the model and measure; minutes for a large one. Uses tiers of its own, just large enough."""
     probe = replace(config, num_gpu_blocks=1, num_cpu_blocks=0, mode="pensieve", profile=None, enforce_eager=True)
     executor = make_executor(probe)
-    window = executor.facts.model.max_model_len
-    window = min(window, config.max_model_len or window)
+    window = executor.facts.model.window(config.max_model_len)
     executor.shutdown()
     num_blocks = max(-(-window // config.chunk_size), NUM_SWAPPED_BLOCKS)
     executor = make_executor(replace(probe, num_gpu_blocks=num_blocks, num_cpu_blocks=NUM_SWAPPED_BLOCKS))
@@ -271,7 +270,7 @@ def _measure_one_more_chunk(executor: Executor, chunk_size: int, repeats: int, s
     seconds = [[_timed(executor, plan) for plan in plans] for _ in range(2 * repeats + 1)][1:]
     one, many = (statistics.median(column) for column in zip(*seconds, strict=True))
     mean_context_len = (num_chunks + 2) / 2 * chunk_size  # of the 2nd to the last chunk
-    return max((many - one) / (num_chunks - 1) - slope * mean_context_len, 1e-9)
+    return max(float(many - one) / (num_chunks - 1) - slope * mean_context_len, 1e-9)
 
 
 def _measure_swaps(executor: Executor, repeats: int, *, is_in: bool) -> float:
@@ -315,7 +314,7 @@ def _processor_name() -> str:
 
 def _device_name(facts: ExecutorFacts) -> str:
     if not facts.is_on_cpu:
-        return torch.cuda.get_device_name(facts.device)
+        return str(torch.cuda.get_device_name(facts.device))
     return f"cpu-{platform.machine()}-{torch.get_num_threads()}-threads"
 
 

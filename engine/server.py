@@ -1,4 +1,4 @@
-"""Serves scripts and notebooks in-process: blocking calls, conversations by session id; no network (see deployments/).
+"""Serves scripts and notebooks in-process: blocking calls, conversations by session id; no network.
 
 server = create_server(mode="pensieve", model="gpt2")
 server.process_request("session_1", "Hello, how are you?")
@@ -52,7 +52,7 @@ class Answer:
 
 
 class Server:
-    """An in-process server for scripts and notebooks: an AsyncEngine with an event loop of its own in a thread.
+    """Serves scripts and notebooks in-process: an AsyncEngine with an event loop in a thread of its own.
 
     Thread-safe; calls from several threads run concurrently.
     """
@@ -86,7 +86,9 @@ class Server:
         on_text: Callable[[str], None] | None = None,
         tenant: Tenant = LOCAL_TENANT,
     ) -> Answer:
-        """As `process_request`, with the account of the turn. A turn that fails or is interrupted changes no session.
+        """As `process_request`, with the account of the turn.
+
+        A turn that fails or is interrupted leaves the session as it was.
 
         tenant: whose KV may be shared; a session must always have the same one.
         """

@@ -1,4 +1,6 @@
-"""The engine's loop: one core and one executor, a step at a time. Knows no thread, no asyncio and no clock.
+"""The engine's loop: one core and one executor, a step at a time.
+
+Knows no thread, no asyncio and no clock.
 
     step()   schedule    core.schedule                     what to compute
              launch      executor.submit                   the device begins

@@ -1,5 +1,7 @@
-"""Fixtures that several test folders share: tiny random models of many families, and a driver that steps an engine core
-in the test's own thread."""
+"""Fixtures that several test folders share.
+
+Tiny random models of many families, and a driver that steps an engine core in the test's own thread.
+"""
 
 from __future__ import annotations
 

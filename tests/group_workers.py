@@ -1,5 +1,7 @@
-"""Workers of tensor-parallel groups, for tests: processes that outlive a group, because an interpreter with torch starts
-slowly, and faults to give them."""
+"""Workers of tensor-parallel groups, and faults to give them.
+
+They are processes that outlive a group, because an interpreter with torch starts slowly.
+"""
 
 from __future__ import annotations
 

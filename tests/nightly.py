@@ -1,5 +1,7 @@
-"""What a run of all tests leaves out because it takes long, and something quicker looks at nearly the same.
-HYPOTHESIS_PROFILE=nightly runs it too."""
+"""What a run of all tests leaves out because it takes long and something quicker shows nearly the same.
+
+HYPOTHESIS_PROFILE=nightly runs it too.
+"""
 
 import os
 

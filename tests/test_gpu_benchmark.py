@@ -1,5 +1,7 @@
-"""The benchmark and the gate for GPUs run once, where there is one, for a few minutes: so all of their code is run here,
-tiny, from a copy of the repository that is not installed."""
+"""All code of the benchmark and of the gate for GPUs, tiny, on a CPU.
+
+On a GPU they run rarely, for a few minutes. Here they run from a copy of the repository that is not installed.
+"""
 
 from __future__ import annotations
 

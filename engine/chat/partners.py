@@ -1,4 +1,4 @@
-"""What a chat talks to: an engine in this process, or a server with OpenAI's API, Pensieve's or another one."""
+"""What a chat talks to: an engine in this process, or any server with OpenAI's API."""
 
 from __future__ import annotations
 

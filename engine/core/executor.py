@@ -35,6 +35,10 @@ class ModelFacts:
     num_attention_heads: int
     head_dim: int
 
+    def window(self, limit: int | None) -> int:
+        """The longest context in tokens: the model's, or fewer if there is a lower limit; None = no limit."""
+        return min(self.max_model_len, limit or self.max_model_len)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorFacts:

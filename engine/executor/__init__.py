@@ -1,1 +1,1 @@
-"""Computes steps: model, KV pools, sampling. Follows plans; decides nothing about scheduling or caching."""
+"""Computes steps: model, KV pools, sampling. Follows plans; decides nothing."""

@@ -56,7 +56,7 @@ def logits_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     if not len(rows):
         return float("nan")
     largest = rows.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return ((others - rows).abs().amax(dim=-1) / largest).median().item()
+    return float(((others - rows).abs().amax(dim=-1) / largest).median())
 
 
 def compile_layers(
@@ -118,11 +118,12 @@ def compile_layers(
 
 def never_compiling() -> AbstractContextManager[object]:
     """Run as written what the compiled code is not made for, so that no request waits for a compiler."""
-    return torch.compiler.set_stance("eager_on_recompile")
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("eager_on_recompile")
+    return stance
 
 
 def recorded_seconds(device: torch.device) -> SecondsOf:
-    """Times what a CUDA device does, without the time to launch it; with that where it cannot be recorded."""
+    """Time what a CUDA device does; the time to launch it counts only if it cannot be recorded."""
 
     def seconds_of(call: Callable[[], torch.Tensor]) -> float:
         try:

@@ -60,7 +60,10 @@ class CudaGraph:
 
 
 class CudaGraphMaker:
-    """Graphs that share their memory: no two are replayed at the same time, and what one leaves is used before the next."""
+    """Makes graphs that share their memory.
+
+    No two are replayed at the same time, and what one leaves is used before the next replay.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -85,7 +88,10 @@ class CudaGraphMaker:
 
 
 def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """The batch sizes to record: powers of two up to 16, then every 16th for little padding, and the largest."""
+    """The batch sizes to record: powers of two up to 16, then every 16th, and the largest.
+
+    So padding stays little.
+    """
     sizes = [size for size in (1, 2, 4, 8) if size < max_num_seqs]
     return (*sizes, *range(16, max_num_seqs, 16), max_num_seqs)
 
@@ -137,7 +143,10 @@ class DecodeGraphs:
         return self.sizes[index] if index < len(self.sizes) else None
 
     def replay(self, size: int) -> torch.Tensor:
-        """What the recorded function returned, over what its inputs hold now; valid until the next replay of any size."""
+        """What the recorded function returns over what its inputs hold now.
+
+        Valid until the next replay of any size.
+        """
         graph = self._graphs[size]
         graph.replay()
         return graph.output

@@ -16,7 +16,7 @@ import transformers
 
 # Bytes that are brought from a device at once.
 NUM_BYTES_AT_ONCE = 64 << 20
-# What a configuration says of where it came from, and not of the model; the dtype is that of the weights.
+# Keys that say where a configuration came from, and nothing of the model; the dtype is that of the weights.
 NOT_OF_THE_MODEL = (
     "_name_or_path",
     "_commit_hash",

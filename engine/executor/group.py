@@ -1,4 +1,6 @@
-"""The executor for a model that is sharded over several devices: rank 0, in this process, which sends the others its plans.
+"""The executor for a model that is sharded over several devices: rank 0, in this process.
+
+It sends the other ranks its plans.
 
 A WorkerStarter starts the others: processes of this machine here, Ray actors in the deployments.
 
@@ -68,7 +70,7 @@ class WorkerStarter(Protocol):
         ...
 
     def shutdown(self) -> None:
-        """End at once (kill) the workers that have not ended by themselves. From any thread; may be called again."""
+        """Kill the workers that have not ended by themselves. From any thread; may be called again."""
         ...
 
 
@@ -124,7 +126,7 @@ class GroupExecutor:
         shutdown. Its callbacks run in a thread of the group's, and must not wait for the group.
     """
 
-    max_steps_in_flight = 1  # the other ranks are told with a step what was sampled in the one before
+    max_steps_in_flight = 1  # a step brings the other ranks what was sampled in the one before
 
     def __init__(self, config: EngineConfig, starter: WorkerStarter | None = None) -> None:
         """Start the ranks and wait until all have loaded. Raises what any of them raised.
@@ -181,7 +183,10 @@ class GroupExecutor:
             logger.info("%s", placement)
 
     def _load(self, config: EngineConfig, member: GroupMember, store: dist.TCPStore | None) -> LocalExecutor:
-        """Join the group and load rank 0's shard, in a thread: joining blocks for ever if a rank died while joining."""
+        """Join the group and load rank 0's shard.
+
+        That is done in a thread, because joining blocks for ever if a rank died while joining.
+        """
         loaded: Future[LocalExecutor] = Future()
 
         def load() -> None:
@@ -256,7 +261,7 @@ class GroupExecutor:
             self._channel.end_step()
 
     def _has_ended(self, work: Future[Any]) -> bool:
-        """Wait for work with collectives in it, which are to end soon once the group is broken; False if they do not."""
+        """Wait for work with collectives in it; False if it does not end soon after the group broke."""
         futures: list[Future[Any]] = [work, self.broken]
         wait(futures, return_when=FIRST_COMPLETED)
         wait([work], LEAVE_TIMEOUT_S)
@@ -295,7 +300,7 @@ class GroupExecutor:
 
 
 def _make_folder() -> str:
-    """Make a folder for the socket and for torch.distributed's rendezvous; the path of a socket must be short."""
+    """Make a folder for the socket, whose path must be short, and for torch.distributed's rendezvous."""
     is_long = len(tempfile.gettempdir()) > MAX_FOLDER_LEN and os.path.isdir("/tmp")
     return tempfile.mkdtemp(prefix="pensieve-", dir="/tmp" if is_long else None)
 
@@ -307,5 +312,8 @@ def _settle(outcome: Future[StepResult], error: BaseException) -> None:
 
 
 def make_executor(config: EngineConfig) -> LocalExecutor | GroupExecutor:
-    """The executor of as many ranks as the config wants, all on this machine. Raises ModelLoadError or ConfigError."""
+    """The executor of as many ranks as the config wants, all on this machine.
+
+    Raises ModelLoadError or ConfigError.
+    """
     return LocalExecutor(config) if config.tensor_parallel_size == 1 else GroupExecutor(config)

@@ -34,10 +34,11 @@ def available_cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed for the next step instead of giving it back; no effect on other systems.
+    """Tell glibc to keep freed memory for the next step; no effect on other systems.
 
-    Each step allocates its activations anew, and fetching their pages from the system costs more than many of the operations
-    on them. For the whole process, from now on; one arena, because the heaps of the others are too small for activations.
+    Each step allocates its activations anew, and fetching their pages from the system costs more than many of the
+    operations on them. For the whole process, from now on; one arena, because the heaps of the others are too small for
+    activations.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -51,10 +52,12 @@ def keep_freed_memory() -> None:
 
 
 def end_openmp_team() -> None:
-    """End the OpenMP threads that loading has started for the calling thread; no effect without GNU's OpenMP.
+    """End the OpenMP threads that loading has started for the calling thread.
 
-    Steps run in another thread, with OpenMP threads of its own. Once there are more in all than cores, GNU's OpenMP sleeps at
-    every barrier.
+    No effect without GNU's OpenMP.
+
+    Steps run in another thread, with OpenMP threads of its own. Once there are more in all than cores, GNU's OpenMP
+    sleeps at every barrier.
     """
     try:
         ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(OMP_PAUSE_SOFT)

@@ -1,4 +1,4 @@
-"""The executor for a model that fits one device, in this process: loads it, sizes and allocates its GPU tier, runs it."""
+"""The executor for a model on one device, in this process: loads it, allocates its tiers, runs it."""
 
 from __future__ import annotations
 

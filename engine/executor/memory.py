@@ -107,7 +107,7 @@ def out_of_memory_means(remedy: str, param: str) -> Iterator[None]:
 
 def step_limits(config: EngineConfig, loaded: LoadedModel, num_gpu_blocks: int | None) -> StepLimits:
     """num_gpu_blocks: None = not known yet."""
-    window = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
+    window = loaded.facts.window(config.max_model_len)
     num_blocks = -(-window // config.chunk_size) + 1
     if num_gpu_blocks is not None:
         num_blocks = min(num_blocks, num_gpu_blocks + 1)
@@ -148,7 +148,7 @@ def bytes_left_for_blocks(config: EngineConfig, loaded: LoadedModel, backend: At
         "GPU memory of %d MiB: weights and largest step %d, CUDA graphs %d, others %d",
         *(num_bytes // MIB for num_bytes in (total, step_bytes, graph_bytes, other_bytes)),
     )
-    return total * config.gpu_memory_utilization - step_bytes - graph_bytes - other_bytes
+    return float(total * config.gpu_memory_utilization - step_bytes - graph_bytes - other_bytes)
 
 
 def make_toy_runner(config: EngineConfig, loaded: LoadedModel, backend: AttentionBackend) -> ModelRunner:

@@ -88,7 +88,7 @@ class LoadedModel:
 
 
 def choose_device(option: str) -> torch.device:
-    """The device of the option `device`; raises ConfigError where it is not there."""
+    """The device of the option `device`; raises ConfigError if there is none such."""
     if option == "auto":
         option = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(option)
@@ -164,7 +164,10 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
 
 
 def check_can_be_sharded(config: EngineConfig) -> None:
-    """Raises ModelLoadError or UnsupportedModelError where that shows without reading weights."""
+    """Read a model's configuration and raise what shows without its weights.
+
+    Raises ModelLoadError or UnsupportedModelError.
+    """
     hf_config = _read_config(config)
     try:
         make_plan(config.model, hf_config, config.tensor_parallel_size)
@@ -290,7 +293,7 @@ def _refuse_unsupported(model: str, text_config: Any, max_model_len: int | None)
 def _probe(model: Any, text_config: Any, handler: ShapeProbe, num_tokens: int = PROBE_LEN) -> torch.Tensor:
     """Logits [1, num_tokens, vocabulary] of a forward whose attention goes to `handler`.
 
-    The model has to be told before to use our attention. The ids are spread over the vocabulary except its ends, where
+    The model has to use our attention already. The ids are spread over the vocabulary except its ends, where
     special tokens are, and ids that no tokenizer knows.
     """
     vocab_size = text_config.vocab_size
@@ -439,7 +442,7 @@ def _num_sliding_layers(text_config: Any) -> int:
 
 
 def _eos_token_ids(location: str, text_config: Any) -> tuple[int, ...]:
-    """End-of-sequence ids: generation_config.json's where there is one, else the config's."""
+    """End-of-sequence ids: generation_config.json's if there is one, else the config's."""
     try:
         eos = GenerationConfig.from_pretrained(location).eos_token_id
     except OSError:

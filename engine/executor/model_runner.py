@@ -91,7 +91,7 @@ class ModelRunner:
 
         limits: with them, all that a step reads has its place on the device from the start, and reaches it in one copy;
             without, as on a CPU, tensors are made as they are needed.
-        samples: False on the ranks that are told what rank 0 sampled.
+        samples: False on the ranks that get their tokens from rank 0.
         """
         self._loaded = loaded
         self._samples = samples
@@ -259,7 +259,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _settle(self, step: _Step) -> None:
-        """Wait for a step, of which all predecessors are settled; raises nothing. Here the host waits for the device."""
+        """Wait for a step whose predecessors are all settled; raises nothing.
+
+        This is where the host waits for the device.
+        """
         if step.is_settled:
             return
         step.is_settled = True
@@ -308,7 +311,10 @@ class ModelRunner:
         return self._run_model(token_ids, tensors, metadata, wait_for_layer, logits_to_keep=tensors["sampled"])
 
     def _decode_step(self, size: int) -> Callable[[], torch.Tensor]:
-        """A function that computes the decode batch of `size` rows in the inputs' places: logits [size, vocabulary]."""
+        """A function that computes a decode batch of `size` rows: logits [size, vocabulary].
+
+        It reads the inputs from where they lie at each call.
+        """
         arrays = StepArrays.padding(size)
         tensors = self._staging.send(arrays.batch())
         metadata = AttentionMetadata(

@@ -174,7 +174,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """Unpacked; a copy, for whoever looks at its dtype or values."""
+        """The weight, unpacked: a copy, for code that looks at its dtype or values."""
         return self._packed.unpack().to(self.dtype)
 
 

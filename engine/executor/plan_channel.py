@@ -85,7 +85,10 @@ class SwapsDone:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why the worker ends. error: where it is one that the engine raises on purpose."""
+    """Why the worker ends.
+
+    error: if it is one that the engine raises on purpose.
+    """
 
     text: str
     error: PensieveError | None = None
@@ -202,7 +205,7 @@ class PlanSender:
             return tuple(self._placements[rank] for rank in sorted(self._placements))
 
     def take_failed_swap_ins(self) -> set[int]:
-        """Of all workers, after a step with swap-ins where these are verified; blocks until all have told."""
+        """The failed swap-ins of all workers, after a step with verified ones; blocks until all have reported."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._swaps_done) == self._size - 1 or self.failure is not None)
             done, self._swaps_done = self._swaps_done, {}
@@ -219,7 +222,7 @@ class PlanSender:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
             for connection in self._connections.values():
-                _hang_up(connection)  # ends the thread where a worker has not
+                _hang_up(connection)  # ends the thread if a worker has not
             self._thread.join()
         self._listener.close()
         for connection in self._connections.values():
@@ -342,7 +345,7 @@ class PlanReceiver:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """An error as rank 0 is told of it."""
+    """An error as it is reported to rank 0."""
     return Failure(str(error) or repr(error), error if isinstance(error, PensieveError) else None)
 
 

@@ -21,7 +21,7 @@ LOOPBACK_INTERFACE = "lo"
 
 @dataclass(frozen=True, slots=True)
 class GroupMember:
-    """One rank's way into its group; plain data, for whoever starts the rank.
+    """One rank's way into its group; plain data, for the starter of that rank.
 
     rendezvous: torch.distributed's init_method. plan_address: where rank 0 listens for the others, a path (Unix socket)
     where all are on one machine, else (host, port). authkey: what both sides of that connection prove to know.
@@ -110,11 +110,11 @@ def check_no_group() -> None:
 
 
 def _choose_device(option: str, rank: int) -> torch.device:
-    """The CUDA device of this rank; raises ConfigError where the option `device` is against it."""
+    """The CUDA device of this rank; raises ConfigError if the option `device` names another one."""
     num_devices = torch.cuda.device_count()
     if option.startswith("cuda:") or (option == "cpu" and num_devices) or (option == "cuda" and not num_devices):
         raise ConfigError(
-            f"device is {option!r}, but each rank of a tensor-parallel group takes a CUDA device of its own where there are "
+            f"device is {option!r}, but each rank of a tensor-parallel group takes a CUDA device of its own if there are "
             f"any, and this process sees {num_devices}; use 'auto' (and CUDA_VISIBLE_DEVICES to choose among them)",
             param="device",
         )

@@ -18,7 +18,7 @@ import torch
 from engine.core.plan import Logprobs
 from engine.core.request import SamplingParams
 
-# Tokens that are sorted at first where a filter is on; and where more would be looked at only when the step is over.
+# Tokens that are sorted at first if a filter is on; and if more would be sorted only when the step is over.
 MIN_CANDIDATES = 64
 MIN_CANDIDATES_UNSEEN = 1024
 # Of what is more than 0, and of what is finite, in the float32 that is sampled in.
@@ -42,7 +42,10 @@ class SamplingState:
         stop_token_ids: Sequence[int],
         token_ids: Sequence[int] = (),
     ) -> None:
-        """token_ids: all `num_tokens` of the context; needed where there are penalties."""
+        """Start with a context.
+
+        token_ids: all `num_tokens` of the context; needed only for penalties.
+        """
         self.params = params
         self.num_tokens = num_tokens
         self.num_prompt_tokens = num_prompt_tokens
@@ -235,7 +238,10 @@ class Draw:
         return chosen, logprobs
 
     def _scaled(self, logits: torch.Tensor, rows: torch.Tensor, drawn: slice) -> torch.Tensor:
-        """Those rows, over their temperatures. Subtracting the maximum first keeps a tiny temperature from overflowing."""
+        """Those rows, over their temperatures.
+
+        Subtracting the maximum first keeps a tiny temperature from overflowing.
+        """
         chosen = logits[rows]
         return (chosen - chosen.max(-1, keepdim=True).values) / self._arrays["temperature"][drawn, None]
 
@@ -245,7 +251,7 @@ class Draw:
         self.token_ids[self._arrays["filtered_rows"]] = ids.gather(-1, chosen[:, None])[:, 0]
 
     def _pack(self) -> torch.Tensor:
-        """Token ids, whether no filter kept more than was looked at, and log-probabilities: one tensor of int64."""
+        """Token ids, whether enough candidates were sorted, and log-probabilities, in one tensor of int64."""
         parts = [self.token_ids]
         if self._is_sure is not None:
             parts.append(self._is_sure.all()[None].long())
@@ -257,7 +263,7 @@ class Draw:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _unpack(self, numbers: np.ndarray) -> tuple[bool, tuple[int, ...], tuple[Logprobs | None, ...]]:
-        """(whether no filter kept more than was looked at, token ids, log-probabilities) of what `_pack` packed."""
+        """(whether enough candidates were sorted, token ids, log-probabilities) of what `_pack` packed."""
         states, rows = self._batch.states, self._batch.logprob_rows
         chosen = tuple(numbers[: len(states)].tolist())
         numbers = numbers[len(states) :]
@@ -280,14 +286,14 @@ class Draw:
         """Log-probabilities of a row, besides the chosen token's."""
         assert self._logprobs is not None
         most = max(self._batch.states[row].params.logprobs or 0 for row in self._batch.logprob_rows)
-        return min(most, self._logprobs.shape[-1])
+        return min(most, int(self._logprobs.shape[-1]))
 
 
 class _HostCopy:
     """A tensor on its way to host memory, behind what the current stream was given until now."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._on_host = tensor.to("cpu", non_blocking=True)  # pinned memory, where it comes from a GPU
+        self._on_host = tensor.to("cpu", non_blocking=True)  # pinned memory, if it comes from a GPU
         self._arrival = None
         if tensor.device.type == "cuda":
             self._arrival = torch.cuda.current_stream(tensor.device).record_event()
@@ -296,7 +302,8 @@ class _HostCopy:
         """Wait for the copy, but not for what the stream was given since."""
         if self._arrival is not None:
             self._arrival.synchronize()
-        return self._on_host.numpy()
+        array: np.ndarray = self._on_host.numpy()
+        return array
 
 
 def _penalised(logits: torch.Tensor, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -380,7 +387,10 @@ def _sorted_candidates(scaled: torch.Tensor, num_candidates: int) -> tuple[torch
 
 
 def _invert_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Index of each row [rows, n] at which its cumulative probability passes uniform * total; probability 0 never wins."""
+    """The index in each row [rows, n] where its cumulative probability passes uniform * total.
+
+    Probability 0 never wins.
+    """
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     # uniform * total may round up to total itself, which nothing passes.

@@ -162,7 +162,10 @@ class SummedLinear(nn.Module):
     """`part` multiplies this rank's slice of the input; the products of all ranks are added."""
 
     def __init__(self, part: nn.Module, features: slice = slice(None)) -> None:
-        """features: of the input, where it comes whole."""
+        """Wrap a rank's part of a layer.
+
+        features: of the input, if it comes whole.
+        """
         super().__init__()
         self.part = part
         self._features = features

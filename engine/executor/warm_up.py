@@ -42,8 +42,7 @@ def end_of(step: StepPlan) -> StepPlan:
 
 def longest_context(config: EngineConfig, loaded: LoadedModel) -> int:
     """Of any step here, in tokens: as the window allows, and enough for a prompt that fills the budget."""
-    window = min(config.max_model_len or loaded.max_model_len, loaded.max_model_len)
-    return min(window, max(MAX_CONTEXT_LEN, config.max_num_batched_tokens))
+    return min(loaded.facts.window(config.max_model_len), max(MAX_CONTEXT_LEN, config.max_num_batched_tokens))
 
 
 def kinds_of_steps(config: EngineConfig, longest: int) -> dict[str, list[tuple[int, int]]]:

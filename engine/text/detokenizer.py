@@ -1,4 +1,4 @@
-"""From tokens to text: the bytes of each token, the text of an answer as its tokens come, and its end at a stop string.
+"""From tokens to text: the text of an answer as its tokens come, and its end at a stop string.
 
 Tokens are taken as bytes and joined before they are read as UTF-8, so what a token costs depends neither on the tokens
 before it nor on what they are: no list of tokens is ever decoded again. Knows no prompt and no conversation.
@@ -57,7 +57,7 @@ class TokenBytes(dict[int, bytes]):
         if REPLACEMENT not in text:
             return text.encode()
         if token_id in self._added:
-            return self._added[token_id].encode()
+            return str(self._added[token_id]).encode()
         if match := BYTE_FALLBACK_TOKEN.fullmatch(token):
             return bytes.fromhex(match[1])
         if all(char in BYTE_OF_CHAR for char in token):
@@ -144,7 +144,7 @@ def _begins_a_character(data: bytes) -> bool:
 
 
 class Detokenizer:
-    """The text of one answer as its tokens come, and the end of it where a stop string appears.
+    """The text of one answer as its tokens come, which ends at a stop string.
 
     A character is text once all its bytes are there; bytes that cannot become one are U+FFFD at once. Special tokens are
     no text. num_chars: length of `text`. is_stopped: a stop string is complete; `text` ends before it, and no more tokens

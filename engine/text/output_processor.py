@@ -40,7 +40,10 @@ class Stream:
     items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
 
     async def read(self) -> OutputDelta:
-        """Wait for output; all that has piled up comes as one delta. Raises the error that ended the stream, if any."""
+        """Wait for output; all that has piled up comes as one delta.
+
+        Raises the error that ended the stream, if any.
+        """
         items = [await self.items.get()]
         while not self.items.empty():
             items.append(self.items.get_nowait())
@@ -53,7 +56,9 @@ class Stream:
 
 
 class OutputProcessor:
-    """Holds what a step gave until `deliver`. Each stream gets all of its output, in order, before any error.
+    """Holds what a step gave until `deliver`.
+
+    Each stream gets all of its output, in order, before any error.
 
     streams: by the id of the request that runs or waits.
     """
@@ -110,7 +115,7 @@ class OutputProcessor:
             self._remember(stream)
 
     def _process(self, stream: Stream, output: RequestOutput) -> Item:
-        """As `_render`, but an answer that has no text (by a fault of the tokenizer, say) ends alone, with an error."""
+        """As `_render`, but an answer that cannot be put into text ends alone, with an error."""
         try:
             return self._render(stream, output)
         except Exception as error:

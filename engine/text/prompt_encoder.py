@@ -1,6 +1,6 @@
-"""From a prompt to the token ids that the engine computes: within the window, and with the ids that a conversation knows.
+"""From a prompt to the token ids to compute, with those ids that its conversation knows.
 
-Owns where that happens: short prompts in the caller's event loop, long ones in a thread of the pool.
+Short prompts are encoded in the caller's event loop, long ones in a thread of the pool.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ MAX_INLINE_CHARS = 4096
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt as the engine computes it. is_known: some ids come from earlier turns, and not from tokenising."""
+    """A prompt as the engine computes it.
+
+    is_known: some ids come from earlier turns, and not from tokenising.
+    """
 
     transcript: Transcript
     is_known: bool
@@ -131,8 +134,8 @@ class PromptEncoder:
         if conversation_id is not None:
             known = self._conversations.match_text(conversation_id, text, fingerprint)
         if history is not None and fingerprint and history.fingerprint == fingerprint:
-            told = history.match_text(text, tuple(tokenizer.cut_tokens.values()))
-            if told.num_chars > known.num_chars and max(told.token_ids) < self._vocab_size:
-                known = told
+            by_history = history.match_text(text, tuple(tokenizer.cut_tokens.values()))
+            if by_history.num_chars > known.num_chars and max(by_history.token_ids) < self._vocab_size:
+                known = by_history
         transcript = tokenizer.encode_prompt(text, known, is_chat=is_chat, max_tokens=max_tokens)
         return EncodedPrompt(transcript, is_known=known.num_chars > 0)

@@ -112,7 +112,7 @@ class Tokenizer:
         if self._token_bound is not None:
             _check_length(len(token_ids) + self._token_bound.min_tokens(text[start:]), max_tokens, is_exact=False)
         while start < len(text):
-            # A piece is tokenised as it would be in the whole text, and a long one lets nobody wait for all of it.
+            # Each piece is tokenised as it would be in the whole text; other threads run between two pieces of a long one.
             cut = self._cut_pattern.search(text, start + PIECE_CHARS)
             end = len(text) if cut is None else cut.start()
             piece = self._encode(text[start:end])

@@ -1,5 +1,6 @@
-"""The thesis in bfloat16: greedy output over tiny tiers equals stateless output, but for ties. Batch shapes change rounding,
-and what is a tie is not for us to say: transformers' own forward of the same context does.
+"""The thesis in bfloat16: greedy output over tiny tiers equals stateless output, except for ties.
+
+Batch shapes change rounding. What is a tie is decided by transformers' own forward of the same context.
 """
 
 from __future__ import annotations
@@ -60,8 +61,12 @@ def compare_conversations(
     num_conversations: int,
     max_tokens: int,
 ) -> tuple[int, int]:
-    """Conversations side by side over the tiers of `kept`, each turn again by `fresh`. turn: numbers of new tokens of the
-    turns. Returns the numbers of answers and of those with a tie."""
+    """Conversations side by side over the tiers of `kept`, each turn again by `fresh`.
+
+    turns: numbers of new tokens.
+
+    Returns the numbers of answers and of those with a tie.
+    """
     vocab_size = kept.executor.loaded.vocab_size
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     histories: dict[str, list[int]] = {f"c{i}": [] for i in range(num_conversations)}

@@ -1,5 +1,7 @@
-"""Greedy fp32 output is the same by every path of the CPU executor: torch's attention or the C++ kernel, plain or packed
-weights, the next step drafted ahead or not."""
+"""Greedy fp32 output is the same by every path of the CPU executor.
+
+Torch's attention or the C++ kernel, plain or packed weights, the next step drafted or not.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ PATHS = [
 
 
 def run_conversations(driver, answers) -> None:
-    """Six conversations of three turns at once, over a GPU tier for about two of them and a CPU tier for the rest. They go on
-    from the answers of the driver `answers`."""
+    """Six conversations of three turns at once; the GPU tier holds two of them, the CPU tier the rest.
+
+    They go on from the answers of the driver `answers`.
+    """
     rng = random.Random(0)
     sampling = SamplingParams(temperature=0.0, max_tokens=9, logprobs=2, ignore_eos=True)
     histories = {f"c{i}": rng.choices(range(3, 250), k=11) for i in range(6)}

@@ -1,5 +1,6 @@
-"""Requests that give way to another tenant's go on later with the very answers that they would have given undisturbed: with
-one tier and two, planned step by step and ahead, in one process and in a group of ranks.
+"""Requests that give way to another tenant's go on later with the answers of an undisturbed run.
+
+With one tier and two, planned step by step and ahead, in one process and in a group of ranks.
 """
 
 from __future__ import annotations

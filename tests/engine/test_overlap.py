@@ -170,8 +170,10 @@ async def test_overlapped_or_in_turn_plans_answers_and_memories_are_the_same(mak
 
 
 async def test_with_steps_put_behind_each_other_the_answers_and_memories_are_the_same(make_engine, monkeypatch):
-    """Ends by token, by string and by length, seeds, penalties. Whoever ends against expectation is computed once more, and
-    nobody sees it."""
+    """Ends by token, by string and by length, seeds, penalties.
+
+    A request that ends unexpectedly is computed once more, and the result is dropped.
+    """
     monkeypatch.setitem(globals(), "ABANDONED", {})
     ahead, in_turn = make_engine(True, AheadExecutor), make_engine(False)
     ours, theirs = [[given["answer"] for given in await converse(engine)] for engine in (ahead, in_turn)]
@@ -221,8 +223,10 @@ async def test_what_an_abandoned_request_said_is_remembered_up_to_its_last_token
 
 
 async def test_the_text_of_a_step_is_made_and_delivered_while_the_next_one_runs(make_engine, monkeypatch):
-    """Neither waits for the other in vain: the text of step n for step n+1 to have begun, step n+1 for that text to have
-    arrived."""
+    """The text of step n is not made before step n+1 has begun, and step n+1 waits for that text.
+
+    Neither waits in vain.
+    """
     engine = make_engine(True)
     num_tokens = 6
     begun = [threading.Event() for _ in range(num_tokens + 2)]

@@ -1,5 +1,7 @@
-"""An answer that one engine began and another one ends is the answer of one engine: tokens, text and log-probabilities,
-greedy and sampled, wherever it was cut."""
+"""An answer that one engine began and another one ends is the answer of one engine.
+
+Tokens, text and log-probabilities, greedy and sampled, wherever it was cut.
+"""
 
 from __future__ import annotations
 

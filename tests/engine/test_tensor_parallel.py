@@ -1,5 +1,7 @@
-"""The thesis for a sharded model: ranks that follow the same plans give the answers of one process, whatever was evicted,
-swapped or recomputed on all of them."""
+"""The thesis for a sharded model: ranks that follow the same plans give the answers of one process.
+
+That holds whatever was evicted, swapped or recomputed on all of them.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The thesis with both tiers tiny: whatever was swapped, dropped, loaded, copied, suspended or aborted on the way, greedy
-output is that of the stateless mode."""
+"""The thesis with both tiers tiny: greedy output is that of the stateless mode.
+
+That holds whatever was swapped, dropped, loaded, copied, preempted or aborted on the way.
+"""
 
 from __future__ import annotations
 
@@ -153,8 +155,10 @@ def test_restored_kv_and_logits_equal_recomputed_ones_per_layer(family, tiny_mod
 
 
 def test_no_request_waits_for_ever_when_both_tiers_are_full(tiny_model, make_driver):
-    """Twelve contexts, three of which fill both tiers, all at once: suspensions, and yet each ends within the steps that the
-    work takes one by one."""
+    """Twelve contexts at once, three of which fill both tiers.
+
+    There are preemptions, and yet each request ends within the steps that the work takes one by one.
+    """
     driver = make_driver(
         tiny_model("llama"),
         chunk_size=8,

@@ -1,6 +1,8 @@
-"""Compiles the kernels for GPUs on a machine without one: the host's code runs on CPU tensors, and instead of launching, each
-launch is compiled with the types and constants that it came with. Run by test_triton.py in a process of its own, in which
-Triton does not interpret."""
+"""Compiles the kernels for GPUs on a machine without one.
+
+The host's code runs on CPU tensors, and instead of launching, each launch is compiled with the types and constants that
+it came with. Run by test_triton.py in a process of its own, in which Triton does not interpret.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Every attention backend, the oracle of the others too: against attention by its formula, and, in whole models, against a
-plain transformers forward. Storage that was never written holds NaN, so that reading it shows."""
+"""Every attention backend, including the one that is the oracle of the others.
+
+They are compared with attention by its formula, and, in whole models, with a plain transformers forward. Storage that
+was never written holds NaN, so that reading it shows.
+"""
 
 import random
 from importlib.util import find_spec

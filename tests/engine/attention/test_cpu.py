@@ -1,5 +1,8 @@
-"""The C++ kernel against the torch reference over random ragged batches: guard blocks and whatever the segments do not cover
-hold NaN, and so does fresh memory, so that reading too much or writing too little shows."""
+"""The C++ kernel against the torch reference over random ragged batches.
+
+Guard blocks, what the segments do not cover, and fresh memory hold NaN, so that reading too much or writing too little
+shows.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The FlashInfer backend: what it hands over, by a stand-in that does what FlashInfer's documentation and source say (there
-is no FlashInfer for CPUs); when it plans; what it leaves to the Triton kernel, and what it refuses."""
+"""The FlashInfer backend: what it hands over, when it plans, what it leaves to the Triton kernel.
+
+There is no FlashInfer for CPUs: a stand-in does what its documentation and source say. Also what the backend rejects.
+"""
 
 from __future__ import annotations
 
@@ -120,8 +122,10 @@ def stand_in(monkeypatch):
 def make_strided_batch(
     heads: tuple[int, int], dtype: torch.dtype = torch.float32, dim: int = 16
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata]:
-    """Pools as KVStore lays them out, the blocks of three layers side by side; one request has two segments, with a hole
-    between them. NaN wherever no context lies."""
+    """Pools as KVStore lays them out, the blocks of three layers side by side.
+
+    One request has two segments, with a hole between them. NaN wherever no context lies.
+    """
     query, k_pool, v_pool, metadata = make_batch(1, SEGMENTS, heads, dim, dim, 4, dtype)
     storage = torch.full((len(k_pool), 3, 2, *k_pool.shape[1:]), float("nan"), dtype=dtype)
     for index, pool in enumerate((k_pool, v_pool)):

@@ -1,6 +1,8 @@
-"""The backends beside the Triton kernel on a GPU, each where it loads: against the torch reference, step after step without
-waiting for the device, because the next step is planned while kernels of the last one may still run. FlashInfer compiles each
-kind of kernel once, for minutes."""
+"""The other backends than the Triton kernel on a GPU, each if it loads, against the torch reference.
+
+They run step after step without waiting for the device, because the next step is planned while kernels of the last one
+may still run. FlashInfer compiles each kind of kernel once, for minutes.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""What `auto` takes on a GPU: the fastest of the backends that load and are right, by injected times. The trials are tiny
-here, and run on a CPU."""
+"""What `auto` takes on a GPU: the fastest of the backends that load and are right, by injected times.
+
+The trials are tiny here, and run on a CPU.
+"""
 
 from __future__ import annotations
 

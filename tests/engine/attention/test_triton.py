@@ -1,6 +1,9 @@
-"""The Triton kernel against the torch reference over random ragged batches. Where there is no GPU it runs in Triton's
-interpreter, which is slow (tiny sizes) and wrong in bfloat16; another test compiles it for GPUs, and those marked `gpu` run
-it on one. Whatever the segments do not cover holds NaN, and so does fresh memory. Whole models: test_backends.py."""
+"""The Triton kernel against the torch reference over random ragged batches.
+
+Without a GPU it runs in Triton's interpreter, which is slow (tiny sizes) and wrong in bfloat16; another test compiles it
+for GPUs, and those marked `gpu` run it on one. What the segments do not cover holds NaN, and so does fresh memory. Whole
+models: test_backends.py.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""A model that is right is loaded, in every dtype and whatever its ids are; one whose attention the paged cache does not know
-is refused, in every dtype."""
+"""Which models load: those that are right, in every dtype and whatever their ids are.
+
+One whose attention the paged cache does not know is rejected, in every dtype.
+"""
 
 from __future__ import annotations
 

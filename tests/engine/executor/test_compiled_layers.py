@@ -1,5 +1,8 @@
-"""Compiled decoder layers: the same logits, from one piece of code for all layers of a kind and any number of rows; and
-whatever is in the way, a model that is served as it was."""
+"""Compiled decoder layers compute the same logits.
+
+One piece of code serves all layers of a kind and any number of rows. Whatever prevents compiling, the model is served as
+it was.
+"""
 
 from __future__ import annotations
 
@@ -110,6 +113,7 @@ def test_what_is_not_compiled_yet_is_computed_without_a_compiler_while_it_serves
 ):
     """Another number of threads is enough for torch to compile anew. That it is slower shows in the log, once."""
     driver = make_driver(tiny_model("llama"), num_gpu_blocks=8, chunk_size=8, compile_layers=True)
+    driver.loop.look_ahead = LookAhead.NOTHING  # the steps run in this thread
     runner = driver.executor.runner
     expected = driver.generate("a", [5, 6, 7])
     assert runner.num_forwards > 0
@@ -174,8 +178,10 @@ class AsksForANumber(Layer):
 
 
 class AsksForItsRows(Layer):
-    """One piece of code does not serve all numbers of rows: torch would compile another one, or, while serving, run it as it
-    is written."""
+    """A layer of which one piece of code does not serve all numbers of rows.
+
+    Torch would compile another one, or, while serving, run it as it is written.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + (1 if len(x) == 16 else 2)

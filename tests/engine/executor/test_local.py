@@ -134,8 +134,10 @@ def test_the_loading_thread_gives_its_openmp_threads_back():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP and C library")
 def test_freed_activations_are_used_again():
-    """16 MiB are 4096 pages, which 20 rounds would fetch 20 times. Small allocations of the first two or three rounds may
-    split the block that they free; from then on it has its place."""
+    """16 MiB are 4096 pages, which 20 rounds would fetch 20 times.
+
+    Small allocations of the first two or three rounds may split the block that they free; from then on it has its place.
+    """
     (num_faults,) = run_in_a_process_of_its_own(MEMORY)
     assert num_faults < 4096
 

@@ -89,8 +89,10 @@ class Replaying:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_left_is_the_share_without_the_steps_the_graphs_and_the_others(config, dtype, monkeypatch, cuda_calls):
-    """The largest steps really run, with another one behind each, and graphs are recorded; what the device says of its memory
-    is made up."""
+    """The largest steps really run, each with another one behind it, and graphs are recorded.
+
+    What the device says of its memory is made up.
+    """
     config = replace(config, dtype=dtype, max_num_batched_tokens=600, max_model_len=None)
     loaded = load_model(config)
     calls = []

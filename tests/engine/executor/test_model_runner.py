@@ -1,5 +1,7 @@
-"""Steps that are launched before the one in front of them is complete, with a real model: tokens that stay on the device,
-tokens that turn out to be others, failures that are not the next step's."""
+"""Steps that are launched before the one in front of them is complete, with a real model.
+
+Tokens that stay on the device, tokens that turn out to be others, failures that are not the next step's.
+"""
 
 from __future__ import annotations
 

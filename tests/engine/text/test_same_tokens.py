@@ -1,5 +1,6 @@
-"""The same prompt has the same tokens: what a client wrote those of a fresh session, what the model generated its own;
-whatever the session, or another client that shares it, sent before. With tokenizers of five kinds.
+"""The same prompt has the same tokens, whatever the session or another client sent before.
+
+What a client wrote has those of a fresh session, what the model generated its own. With tokenizers of five kinds.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Sessions:
 
     An answer is kept as the beginning of a prompt that goes on from it, with the ids that this beginning has. A prompt's ids
     are those of the longest one that it goes on from, with a token behind it that the tokenizer always finds, and then those
-    of the rest tokenised as it stands; of the whole prompt if there is none."""
+    of the rest tokenised as it stands; of the whole prompt if there is none.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -288,8 +290,10 @@ def test_an_answer_that_the_client_edited_has_the_tokens_of_a_fresh_session(toke
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_turns_of_a_chat_have_the_tokens_of_its_text_if_the_model_gives_the_tokenizers_own(tokenizers, kind):
-    """Five turns; with end tokens that take in the line end behind them, too. From the second turn on only what is new is
-    tokenised."""
+    """Five turns; also with end tokens that take in the line end behind them.
+
+    From the second turn on only what is new is tokenised.
+    """
     tokenizer = tokenizers[kind]
     end, end_text = next(item for item in tokenizer.cut_tokens.items() if item[0] == tokenizer.eos_token_id)
     table = ConversationTable(1 << 20, tokenizer.cut_tokens)

@@ -1,5 +1,7 @@
-"""Text is matched against text, so that the ids of answers are found again; and text that a client wrote is cut only where a
-tokenizer cuts it."""
+"""Text is matched against text, so that the ids of answers are found again.
+
+Text that a client wrote is cut only where a tokenizer cuts it.
+"""
 
 import tracemalloc
 from array import array

@@ -1,5 +1,8 @@
-"""The order of copies and computation on a device that runs the queued work of each stream in any order that the events
-allow: a copy that has not arrived is never read, and a block is never reused before its copy is complete."""
+"""The order of copies and computation on a device with several streams.
+
+The device of these tests runs the queued work of each stream in any order that the events allow: a copy that has not
+arrived is never read, and a block is never reused before its copy is complete.
+"""
 
 from __future__ import annotations
 
@@ -110,8 +113,10 @@ def make_stores() -> tuple[KVStore, KVStore]:
 
 
 def random_plan(rng: random.Random, step_id: int, swapped_out: set[int]) -> tuple[StepPlan, list[int]]:
-    """A plan as the core may make it, and the blocks that its computation writes. swapped_out: CPU blocks with contents,
-    which it adds to."""
+    """A plan as the core may make it, and the blocks that its computation writes.
+
+    swapped_out: CPU blocks with contents, which it adds to.
+    """
     gpu, cpu = list(range(NUM_GPU_BLOCKS)), list(range(NUM_CPU_BLOCKS))
     rng.shuffle(gpu)
     rng.shuffle(cpu)
