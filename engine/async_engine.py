@@ -20,28 +20,37 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
 from engine.core.executor import Executor
+from engine.core.grammar import GrammarSpec
 from engine.core.request import Request
 from engine.engine_thread import EngineThread
 from engine.errors import OverloadedError
 from engine.executor.group import make_executor
 from engine.generation import Generation
+from engine.grammar.interface import CompiledGrammar
+from engine.grammar.store import GrammarStore
+from engine.grammar.trial import TriedCompiler
 from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
 from engine.statistics_log import StatisticsLog
 from engine.step_loop import LookAhead, StepLoop
+from engine.tenant import Tenant
 from engine.text.output import OutputDelta
 from engine.text.output_processor import OutputProcessor, Stream
 from engine.text.prompt_encoder import PromptEncoder
 from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer_pool import TokenizerPool
 from engine.text.transcript import ConversationTable
 
 # Memory for what conversations have said, their texts and token ids; about.
 MAX_CONVERSATION_BYTES = 1 << 28
+# Compiling a character of a grammar takes about as long as tokenising so many of a prompt.
+CHARS_PER_GRAMMAR_CHAR = 8
 
 
 class AsyncEngine:
@@ -82,6 +91,12 @@ class AsyncEngine:
             vocab_size=facts.model.vocab_size,
             max_num_waiting=config.max_num_queued_reqs,
         )
+        self._grammars = GrammarStore(
+            lambda: TriedCompiler(self._tokenizer.vocabulary(facts.model.vocab_size, self._eos_token_ids))
+        )
+        # Of its own, so that no prompt waits for a grammar.
+        self._grammar_pool = TokenizerPool(config.max_num_queued_reqs, "grammar", "grammars wait to be compiled")
+        executor.use_grammars(self._grammars)
         self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
         loop = StepLoop(self._core, executor, self._outputs, time.monotonic, _choose_look_ahead(config, executor))
         log = StatisticsLog(self.get_statistics)
@@ -172,6 +187,8 @@ class AsyncEngine:
         """End all requests with EngineStoppedError, stop the thread, free the model. May be called again."""
         await asyncio.to_thread(self._thread.stop)
         await asyncio.to_thread(self._prompts.shutdown)
+        await asyncio.to_thread(self._grammar_pool.shutdown)
+        await asyncio.to_thread(self._grammars.close)
         if not self._is_shut_down:
             self._is_shut_down = True
             self._executor.shutdown()
@@ -190,6 +207,7 @@ class AsyncEngine:
         self._prompts.check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
         if beginning is not None:
             self._prompts.check_vocabulary(beginning.token_ids, "beginning")
+        grammar = None if sampling.grammar is None else await self._compile(sampling.grammar, generation.tenant)
         if sampling.seed is None and not sampling.is_greedy:
             sampling = replace(sampling, seed=secrets.randbits(62))
         request = Request(
@@ -205,7 +223,19 @@ class AsyncEngine:
         detokenizer = self._tokenizer.detokenizer(sampling.stop)
         if beginning is not None:
             detokenizer.resume(beginning.token_ids, beginning.num_chars)
-        return Stream(request, prompt.transcript, detokenizer, asyncio.get_running_loop()), prompt.is_known
+        stream = Stream(request, prompt.transcript, detokenizer, asyncio.get_running_loop(), grammar)
+        return stream, prompt.is_known
+
+    async def _compile(self, spec: GrammarSpec, tenant: Tenant) -> CompiledGrammar:
+        """A grammar, which the executor finds from then on, as long as it is held.
+
+        Raises InvalidParameterError, which says why it cannot be used; OverloadedError if too many wait.
+        """
+        grammar = self._grammars.find(spec)
+        if grammar is not None:
+            return grammar
+        work = partial(self._grammars.compile, spec)
+        return await self._grammar_pool.run(work, tenant, CHARS_PER_GRAMMAR_CHAR * len(spec.text))
 
     def _add(self, stream: Stream) -> None:
         """Queue the request of a stream; in the engine thread."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from engine import __version__
 from engine.chat import chat
 from engine.config import GROUPS, EngineConfig
+from engine.core.grammar import GrammarSpec
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, PensieveError
 from engine.option_names import unknown_option
@@ -86,6 +87,11 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
             command.add_argument(
                 "--raw", action="store_true", help="Continue the prompt as it is, without the model's chat template"
             )
+            form = command.add_mutually_exclusive_group()
+            form.add_argument(
+                "--json-schema", type=Path, metavar="FILE", help="The answer is JSON that is valid under this schema"
+            )
+            form.add_argument("--regex", metavar="EXPRESSION", help="The whole answer matches this regular expression")
         if name == "compare":
             command.add_argument(
                 "--conversation",
@@ -234,7 +240,18 @@ def _add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int, *, g
 def _sampling(arguments: dict[str, Any]) -> SamplingParams:
     names = ("max_tokens", "ignore_eos", "temperature", "top_k", "top_p", "seed")
     given = {name: arguments[name] for name in names if name in arguments}
-    return SamplingParams(**{"temperature": 0.0, **given}, stop=tuple(arguments.get("stop", ())))
+    grammar = _grammar(arguments.get("json_schema"), arguments.get("regex"))
+    return SamplingParams(**{"temperature": 0.0, **given}, stop=tuple(arguments.get("stop", ())), grammar=grammar)
+
+
+def _grammar(schema_file: Path | None, regex: str | None) -> GrammarSpec | None:
+    """What the answer has to match. Raises ConfigError if the file cannot be read."""
+    if schema_file is None:
+        return None if regex is None else GrammarSpec("regex", regex)
+    try:
+        return GrammarSpec.json_schema(json.loads(schema_file.read_text()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read a JSON schema from {schema_file}: {error}", param="json_schema") from error
 
 
 def _check_output_file(option: str, path: Path) -> None:

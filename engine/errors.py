@@ -12,6 +12,7 @@ PensieveError
 `-- EngineError                  the engine is at fault
     |-- OverloadedError          the queue is full
     |-- ExecutorError            the step that computed this request failed; the engine goes on
+    |-- GrammarFailedError       an answer cannot go on within its grammar; the engine goes on
     |-- DeviceFailedError        the device reports an error after which no further operation works
     `-- EngineStoppedError       the engine is shut down
 """
@@ -83,6 +84,10 @@ class OverloadedError(EngineError):
 
 class ExecutorError(EngineError):
     """The step that computed this request failed. Its requests end; the engine goes on."""
+
+
+class GrammarFailedError(EngineError):
+    """An answer cannot go on within its grammar, which is too complex from here on; only this request ends."""
 
 
 class DeviceFailedError(EngineError):

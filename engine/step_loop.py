@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.executor import ComputationFailedError, Executor
 from engine.core.plan import StepPlan, StepResult
-from engine.errors import EngineError, EngineStoppedError, ExecutorError
+from engine.errors import EngineError, EngineStoppedError, ExecutorError, GrammarFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,12 @@ class StepLoop:
             self._fail(launched.plan, error)
             return
         num_computed = self._core.stats.num_computed_tokens
+        for request_id, _ in result.failed_requests:
+            self._core.abort(request_id, self._now())
         self._outputs.add(self._core.update(launched.plan, result, self._now()))
+        for request_id, reason in result.failed_requests:
+            message = f"the answer cannot go on within its grammar: {reason}; simplify the grammar"
+            self._outputs.fail([request_id], GrammarFailedError(message, param="grammar"))
         if (
             self._core.stats.num_computed_tokens > num_computed
         ):  # else its requests had ended, behind a step that failed

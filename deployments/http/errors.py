@@ -41,6 +41,7 @@ _INTERNAL = Wire(500, SERVER, None)
 ERRORS: Mapping[type[PensieveError], Wire] = {
     engine.RequestError: Wire(400, INVALID, None),
     engine.InvalidParameterError: Wire(400, INVALID, "invalid_value"),
+    engine.GrammarFailedError: Wire(400, INVALID, "grammar_failed"),
     engine.ContextLengthError: Wire(400, INVALID, "context_length_exceeded"),
     ours.MalformedBodyError: Wire(400, INVALID, None),
     ours.MissingParameterError: Wire(400, INVALID, "missing_required_parameter"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from engine.core.grammar import GrammarSpec
 from engine.core.plan import StepPlan, StepResult
 
 
@@ -63,6 +65,14 @@ class ExecutorFacts:
         return self.device.startswith("cpu")
 
 
+class Grammars(Protocol):
+    """Where an executor finds the grammars of the requests that it starts; see engine/grammar."""
+
+    def matcher(self, spec: GrammarSpec, token_ids: Iterable[int]) -> Any:
+        """A Matcher that has accepted `token_ids`, the beginning of an answer. Raises InvalidParameterError."""
+        ...
+
+
 class PendingStep(Protocol):
     """A step that was submitted; a concurrent.futures.Future of its result is one."""
 
@@ -83,6 +93,10 @@ class Executor(Protocol):
     @property
     def facts(self) -> ExecutorFacts:
         """What it has; never changes."""
+        ...
+
+    def use_grammars(self, grammars: Grammars) -> None:
+        """Tell it where the grammars of requests are found, before the first step; else no request may have one."""
         ...
 
     def execute(self, plan: StepPlan) -> StepResult:

@@ -46,8 +46,8 @@ class QuerySegment:
 @dataclass(frozen=True, slots=True)
 class RequestStart:
     """A request that the worker is to know from this step on. `num_tokens`: of its context, the first `num_prompt_tokens` of
-    them the prompt. `block_table`: GPU block ids in order of position. `token_ids`: the whole context where sampling needs
-    it, for penalties; else empty."""
+    them the prompt. `block_table`: GPU block ids in order of position. `token_ids`: the whole context if sampling needs it,
+    for penalties or a grammar; else empty."""
 
     request_id: str
     num_tokens: int
@@ -118,3 +118,4 @@ class StepResult:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[Logprobs | None, ...] = ()
     failed_swap_ins: tuple[int, ...] = ()
+    failed_requests: tuple[tuple[str, str], ...] = ()

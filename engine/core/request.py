@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.core.cache.index import Chunk
+from engine.core.grammar import GrammarSpec
 from engine.errors import InvalidParameterError
 
 MAX_LOGPROBS = 20
@@ -44,7 +45,8 @@ class SamplingParams:
     filters off. seed: makes sampling repeatable, per position, so that a resumed request repeats itself; None = the
     engine draws one. logprobs: how many alternatives to report for each token; 0 = only the chosen one's, None = none.
     stop: at most MAX_STOP_STRINGS strings of at most MAX_STOP_CHARS characters that end the answer (not part of it).
-    stop_token_ids: at most MAX_STOP_TOKEN_IDS. min_tokens: end-of-sequence and stop ids are barred before.
+    stop_token_ids: at most MAX_STOP_TOKEN_IDS. min_tokens: end-of-sequence and stop ids are barred before. grammar: what
+    a complete answer has to match; it ends as soon as it can only end, so min_tokens and ignore_eos contradict it.
     """
 
     max_tokens: int | None = None
@@ -61,6 +63,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, must: str) -> None:
@@ -96,6 +99,10 @@ class SamplingParams:
         check(all(self.stop), "stop", "non-empty strings")
         check_len(len(self.stop_token_ids), MAX_STOP_TOKEN_IDS, "stop_token_ids", "token ids")
         check(all(i >= 0 for i in self.stop_token_ids), "stop_token_ids", "token ids (at least 0)")
+        check(self.grammar is None or self.min_tokens == 0, "min_tokens", "0 with a grammar, which says where to end")
+        check(
+            self.grammar is None or not self.ignore_eos, "ignore_eos", "false with a grammar, which says where to end"
+        )
         check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}")
 
     @property
@@ -105,6 +112,11 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def needs_token_ids(self) -> bool:
+        """Whether choosing a token takes the ones before it."""
+        return self.has_penalties or self.grammar is not None
 
 
 class ContextAccount(NamedTuple):

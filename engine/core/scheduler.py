@@ -251,7 +251,7 @@ class Scheduler:
                     request.sampling,
                     tuple(sorted(request.stop_token_ids)),
                     tuple(chunk.gpu_block for chunk in request.chunks if chunk.gpu_block is not None),
-                    tuple(request.token_ids) if request.sampling.has_penalties else (),
+                    tuple(request.token_ids) if request.sampling.needs_token_ids else (),
                 )
             )
             self._add_prompt(draft, request, request.pending)

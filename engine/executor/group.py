@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 import engine
 from engine.config import EngineConfig
-from engine.core.executor import ExecutorFacts, SamplingFailedError
+from engine.core.executor import ExecutorFacts, Grammars, SamplingFailedError
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError, EngineError, EngineStoppedError
 from engine.executor.host import available_cores
@@ -219,6 +219,10 @@ class GroupExecutor:
         else:
             self._step = self.local.steps_thread.submit(self._run, plan, outcome)
         return outcome
+
+    def use_grammars(self, grammars: Grammars) -> None:
+        """Tell rank 0, which samples for all, where the grammars of requests are found."""
+        self.local.use_grammars(grammars)
 
     def check_health(self) -> None:
         """Raise EngineStoppedError, which names the rank, if the group is broken."""

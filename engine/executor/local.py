@@ -14,7 +14,7 @@ import torch
 from engine.attention.choice import choose_backend
 from engine.attention.metadata import AttentionBackend
 from engine.config import EngineConfig
-from engine.core.executor import ExecutorFacts, PendingStep
+from engine.core.executor import ExecutorFacts, Grammars, PendingStep
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError, DeviceFailedError, EngineStoppedError
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
@@ -137,6 +137,10 @@ class LocalExecutor:
     def submit(self, plan: StepPlan) -> PendingStep:
         self.steps_thread.submit(self.runner.launch, plan)
         return _SubmittedStep(self.steps_thread, self._complete)
+
+    def use_grammars(self, grammars: Grammars) -> None:
+        """Tell it where the grammars of requests are found, before the first step; else no request may have one."""
+        self.runner.grammars = grammars
 
     def note_sampled(self, token_ids: Sequence[int]) -> None:
         """Take in what rank 0 sampled in the last step, before the next one; on the other ranks."""

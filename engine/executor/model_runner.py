@@ -17,8 +17,9 @@ import torch
 from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionBackend, AttentionMetadata
 from engine.attention.transformers_door import PagedAttention, attention_handled_by
-from engine.core.executor import ComputationFailedError, SamplingFailedError
+from engine.core.executor import ComputationFailedError, Grammars, SamplingFailedError
 from engine.core.plan import Logprobs, RequestStart, StepPlan, StepResult
+from engine.errors import InvalidParameterError
 from engine.executor.compiled_layers import never_compiling
 from engine.executor.decode_graphs import DecodeGraphs, GraphMaker
 from engine.executor.model_loader import LoadedModel
@@ -26,6 +27,7 @@ from engine.executor.sampler import Draw, SamplingBatch, SamplingState
 from engine.executor.step_inputs import BlockTables, Staging, StepArrays, StepLimits
 from engine.executor.tiers.kv_store import KVStore
 from engine.executor.tiers.swapper import Swapper
+from engine.grammar.interface import BrokenMatcher, Matcher
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class _Step:
     copy_error: of anything before that, or of its copies.
     failed_swap_ins: None as long as its copies may be in flight.
     sampled: token ids and log-probabilities, as StepResult has them, once it is settled.
+    failed_requests: as StepResult has them.
     """
 
     plan: StepPlan
@@ -62,6 +65,7 @@ class _Step:
     copy_error: Exception | None = None
     is_settled: bool = False
     sampled: tuple[tuple[int, ...], tuple[Logprobs | None, ...]] = ((), ())
+    failed_requests: tuple[tuple[str, str], ...] = ()
 
 
 class ModelRunner:
@@ -75,6 +79,7 @@ class ModelRunner:
     swapper, graphs: may be exchanged between two steps, for measurements.
     see_logits: called with the logits of each step before it samples, [number of sampling segments, vocabulary], which
         the next step may overwrite; None = nothing is called.
+    grammars: where those of requests are found; None = no request may have one.
     """
 
     def __init__(
@@ -113,6 +118,7 @@ class ModelRunner:
         self.graphs = DecodeGraphs()
         self.see_logits: Callable[[torch.Tensor], None] | None = None
         self.num_forwards = self.num_eager_forwards = 0
+        self.grammars: Grammars | None = None
 
     def capture_graphs(self, maker: GraphMaker, sizes: Sequence[int]) -> None:
         """Record decode steps of these sizes; needs limits, which no size may exceed.
@@ -175,7 +181,7 @@ class ModelRunner:
             raise kind(repr(step.error)) from step.error
         if step.error is not None:
             raise step.error
-        return StepResult(step.plan.step_id, *step.sampled, step.failed_swap_ins or ())
+        return StepResult(step.plan.step_id, *step.sampled, step.failed_swap_ins or (), step.failed_requests)
 
     def note_sampled(self, token_ids: Sequence[int]) -> None:
         """Take in what rank 0 sampled in the last step, in the order of its segments; empty if that failed."""
@@ -192,13 +198,34 @@ class ModelRunner:
         for start in plan.starts:
             self._requests[start.request_id] = _RequestState(
                 self._tables.add(start.block_table),
-                _sampling_state(start) if self._samples else None,
+                self._sampling_state(start) if self._samples else None,
             )
         for append in plan.appends:
             self._tables.append(self._requests[append.request_id].table_row, append.block_id)
         missing = len(self._tables.array) - len(self._last_tokens)
         if missing > 0:
             self._last_tokens = torch.cat([self._last_tokens, self._last_tokens.new_zeros(missing)])
+
+    def _sampling_state(self, start: RequestStart) -> SamplingState:
+        return SamplingState(
+            start.sampling,
+            start.num_tokens,
+            start.num_prompt_tokens,
+            start.stop_token_ids,
+            start.token_ids,
+            self._matcher(start),
+        )
+
+    def _matcher(self, start: RequestStart) -> Matcher | None:
+        """Behind what there is of the answer. A grammar that cannot be used is the fault of its own request alone."""
+        if start.sampling.grammar is None:
+            return None
+        if self.grammars is None:
+            return BrokenMatcher("this executor was given no grammars")
+        try:
+            return self.grammars.matcher(start.sampling.grammar, start.token_ids[start.num_prompt_tokens :])
+        except InvalidParameterError as error:
+            return BrokenMatcher(error.message)
 
     def _prepare(self, step: _Step) -> None:
         """Make what a step reads, in host memory."""
@@ -208,7 +235,7 @@ class ModelRunner:
             for state, segment in zip(states, step.plan.segments, strict=True)
             if segment.samples and state.sampling is not None
         ]
-        if any(sampler.params.has_penalties for sampler in samplers):
+        if any(sampler.params.needs_token_ids for sampler in samplers):
             for earlier in self._launched[:-1]:
                 self._settle(earlier)  # which tokens were sampled has to be known
         table_rows = [state.table_row for state in states]
@@ -271,10 +298,22 @@ class ModelRunner:
             return
         try:
             step.sampled = step.draw.finish()
+            step.failed_requests = self._failed_requests(step)
             if step.draw.was_corrected:
                 self._correct(step)
         except Exception as error:
             step.error = error
+
+    def _failed_requests(self, step: _Step) -> tuple[tuple[str, str], ...]:
+        assert step.batch is not None
+        if "masks" not in step.batch.arrays:
+            return ()
+        sampled = (segment.request_id for segment in step.plan.segments if segment.samples)
+        return tuple(
+            (request_id, state.matcher.error)
+            for request_id, state in zip(sampled, step.batch.states, strict=True)
+            if state.matcher is not None and state.matcher.error is not None
+        )
 
     def _correct(self, step: _Step) -> None:
         """Compute the steps behind this one again, because they began with other tokens than it has after all.
@@ -361,9 +400,3 @@ class ModelRunner:
                     attention.num_calls,
                 )
         return logits
-
-
-def _sampling_state(start: RequestStart) -> SamplingState:
-    return SamplingState(
-        start.sampling, start.num_tokens, start.num_prompt_tokens, start.stop_token_ids, start.token_ids
-    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 
 from engine.core.plan import Logprobs
 from engine.core.request import SamplingParams
+from engine.grammar.interface import Matcher
 
 # Tokens that are sorted at first if a filter is on; and if more would be sorted only when the step is over.
 MIN_CANDIDATES = 64
@@ -24,6 +26,8 @@ MIN_CANDIDATES_UNSEEN = 1024
 # Of what is more than 0, and of what is finite, in the float32 that is sampled in.
 SMALLEST = torch.finfo(torch.float32).tiny
 LARGEST = torch.finfo(torch.float32).max
+# Rows whose masks are spread out at the same time: as float32 over the vocabulary they take 32 times their room.
+MASKED_ROWS = 16
 
 
 class SamplingState:
@@ -32,6 +36,7 @@ class SamplingState:
     num_tokens: of its context, including those that are being sampled.
     output_counts: how often each of the answer's known tokens occurs, for the penalties.
     prompt_ids: distinct ids of the prompt.
+    matcher: which tokens the request's grammar allows behind the known ones; None = it has no grammar.
     """
 
     def __init__(
@@ -41,18 +46,25 @@ class SamplingState:
         num_prompt_tokens: int,
         stop_token_ids: Sequence[int],
         token_ids: Sequence[int] = (),
+        matcher: Matcher | None = None,
     ) -> None:
         """Start with a context.
 
         token_ids: all `num_tokens` of the context; needed only for penalties.
+        matcher: one that has accepted those of the answer; needed only for a grammar.
         """
         self.params = params
+        self.matcher = matcher
         self.num_tokens = num_tokens
         self.num_prompt_tokens = num_prompt_tokens
         self.stop_token_ids = list(stop_token_ids)
         # Nothing to know of the request but its logits.
         self.takes_maximum = (
-            params.is_greedy and not params.has_penalties and params.min_tokens == 0 and params.logprobs is None
+            params.is_greedy
+            and not params.needs_token_ids
+            and params.min_tokens == 0
+            and params.logprobs is None
+            and matcher is None
         )
         self.prompt_ids: set[int] = set()
         self.output_counts: Counter[int] = Counter()
@@ -72,6 +84,8 @@ class SamplingState:
         """Note which token was sampled."""
         if self.params.has_penalties:
             self.output_counts[token_id] += 1
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -105,6 +119,7 @@ class SamplingBatch:
     barred, seen, said: places in the flattened logits; seen_penalty and said_amount belong to them.
     temperature, uniform: of the rows that are drawn, first those without a filter (`plain_rows`), then the others
         (`filtered_rows`, with top_k, top_p and min_p).
+    masks: uint8 [masked_rows, bytes], a bit a token, the lowest first: those that grammars allow.
     """
 
     def __init__(self, states: Sequence[SamplingState], vocab_size: int) -> None:
@@ -134,6 +149,7 @@ class SamplingBatch:
                 self.arrays[name] = array
         self.logprob_rows = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         self._add("logprob_rows", self.logprob_rows, np.int64)
+        self._add_masks(vocab_size)  # the largest last: see Staging
 
     def draw(
         self, logits: torch.Tensor, arrays: Mapping[str, torch.Tensor], *, looks_later: bool | None = None
@@ -181,6 +197,16 @@ class SamplingBatch:
         self._add("seen_penalty", seen_penalty, np.float32)
         self._add("said", said, np.int64)
         self._add("said_amount", said_amount, np.float32)
+
+    def _add_masks(self, vocab_size: int) -> None:
+        rows = [(row, state.matcher) for row, state in enumerate(self.states) if state.matcher is not None]
+        if not rows:
+            return
+        masks = np.empty((len(rows), 4 * -(-vocab_size // 32)), np.uint8)
+        for mask, (_, matcher) in zip(masks, rows, strict=True):
+            matcher.fill(mask)
+        self._add("masked_rows", [row for row, _ in rows], np.int64)
+        self.arrays["masks"] = masks
 
 
 class Draw:
@@ -308,7 +334,7 @@ class _HostCopy:
 
 def _penalised(logits: torch.Tensor, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The logits with bars and penalties applied; the same tensor if there are none."""
-    if not arrays.keys() & {"barred", "seen", "said"}:
+    if not arrays.keys() & {"barred", "seen", "said", "masks"}:
         return logits
     logits = logits.clone(memory_format=torch.contiguous_format)
     flat = logits.view(-1)
@@ -319,7 +345,21 @@ def _penalised(logits: torch.Tensor, arrays: Mapping[str, torch.Tensor]) -> torc
         flat[arrays["seen"]] = torch.where(values > 0, values / penalty, values * penalty).clamp(max=LARGEST)
     if "said" in arrays:
         flat[arrays["said"]] -= arrays["said_amount"]
+    if "masks" in arrays:
+        table = _bits_to_add(logits.device)
+        for rows, masks in zip(
+            arrays["masked_rows"].split(MASKED_ROWS), arrays["masks"].split(MASKED_ROWS), strict=True
+        ):
+            amounts = table.index_select(0, masks.flatten().int()).view(len(rows), -1)
+            logits.index_add_(0, rows, amounts[:, : logits.shape[-1]])
     return logits
+
+
+@cache
+def _bits_to_add(device: torch.device) -> torch.Tensor:
+    """For each byte of a mask, what is added to its eight logits: 0 where a bit is set, else minus infinity; [256, 8]."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return torch.from_numpy(np.where(bits, np.float32(0), np.float32("-inf"))).to(device)
 
 
 def _is_filtered(params: SamplingParams) -> bool:
@@ -372,7 +412,8 @@ def _filter_candidates(
     weights = values.exp() * (ranks < top_k)
     whole = scaled.exp().sum(-1, keepdim=True)
     probs = weights / torch.where(top_k < vocabulary, weights.sum(-1, keepdim=True), whole)
-    kept = (ranks < top_k) & (probs.cumsum(-1) - probs < top_p) & (probs >= min_p * probs[:, :1])
+    # What has no probability is not kept: of a row with few tokens that may be chosen, the rest need not be sorted.
+    kept = (weights > 0) & (probs.cumsum(-1) - probs < top_p) & (probs >= min_p * probs[:, :1])
     smallest_kept = values.masked_fill(~kept, float("inf")).amin(-1)
     # Strictly below: of equal values around the end, all have to be seen for the ids to decide.
     is_sure = (values[:, -1] < smallest_kept) | (num_candidates == vocabulary)

@@ -29,7 +29,7 @@ def step_of(segments: list[tuple[int, int]], sampling: SamplingParams, chunk_siz
     starts, queries = [], []
     for number, (query_len, context_len) in enumerate(segments):
         table = (0,) * -(-context_len // chunk_size)
-        token_ids = (0,) * context_len if sampling.has_penalties else ()
+        token_ids = (0,) * context_len if sampling.needs_token_ids else ()
         starts.append(RequestStart(str(number), context_len, 1, sampling, (), table, token_ids))
         queries.append(QuerySegment(str(number), context_len - query_len, (0,) * query_len, True))
     return StepPlan(0, tuple(queries), tuple(starts))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.request import FinishReason, Request
 from engine.errors import EngineError
+from engine.grammar.interface import CompiledGrammar
 from engine.text.detokenizer import Detokenizer
 from engine.text.output import OutputDelta, TokenLogprob, merge_deltas
 from engine.text.tokenizer import Tokenizer
@@ -31,12 +32,16 @@ Item = OutputDelta | EngineError
 
 @dataclass(slots=True)
 class Stream:
-    """The way of one request's output, from the engine thread to the event loop that waits for it."""
+    """The way of one request's output, from the engine thread to the event loop that waits for it.
+
+    grammar: of its answer; held here, so that the executor finds it as long as the request lives.
+    """
 
     request: Request
     prompt: Transcript
     detokenizer: Detokenizer
     loop: asyncio.AbstractEventLoop
+    grammar: CompiledGrammar | None = None
     items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
 
     async def read(self) -> OutputDelta:

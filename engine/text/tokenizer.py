@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from engine.errors import ContextLengthError, InvalidParameterError, ModelLoadError
+from engine.grammar.interface import Vocabulary
 from engine.text.detokenizer import Detokenizer, TokenBytes
 from engine.text.tokenizer_rules import find_cut_tokens, find_token_bound
 from engine.text.transcript import Transcript, TranscriptMatch
@@ -75,6 +76,14 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
+
+    def vocabulary(self, num_ids: int, eos_token_ids: Collection[int]) -> Vocabulary:
+        """What the tokens of a model say that can choose among `num_ids`; ids that this tokenizer lacks say nothing."""
+        return Vocabulary(
+            tuple(self.token_bytes[token_id] for token_id in range(num_ids)),
+            frozenset(token_id for token_id in self._special_ids if token_id < num_ids),
+            tuple(sorted(token_id for token_id in eos_token_ids if token_id < num_ids)),
+        )
 
     def render_chat(self, messages: Sequence[tuple[str, str]]) -> str:
         """The text of (role, content) messages, up to where the assistant is to answer.

@@ -1,4 +1,4 @@
-"""Threads for work that is too long for an event loop: tokenising long prompts.
+"""Threads for work that is too long for an event loop: tokenising long prompts, compiling grammars.
 
 Owns the order of that work: fair between tenants, and bounded. Knows no tokenizer; it runs what it is given.
 
@@ -37,10 +37,17 @@ class _Job:
 class TokenizerPool:
     """Two threads, one for long work and one for the rest. Call it from any event loop."""
 
-    def __init__(self, max_num_waiting: int) -> None:
-        """max_num_waiting: for each thread."""
-        self._short = _Lane("tokenizer", max_num_waiting)
-        self._long = _Lane("tokenizer-long", max_num_waiting)
+    def __init__(
+        self, max_num_waiting: int, name: str = "tokenizer", work: str = "prompts wait to be tokenised"
+    ) -> None:
+        """Starts nothing yet.
+
+        max_num_waiting: for each thread.
+        name: of the threads.
+        work: what an error says of what waits.
+        """
+        self._short = _Lane(name, max_num_waiting, work)
+        self._long = _Lane(f"{name}-long", max_num_waiting, work)
 
     async def run(self, work: Callable[[], ResultT], tenant: Tenant, num_chars: int) -> ResultT:
         """What `work` returns or raises. It is not begun if the caller is cancelled before.
@@ -64,8 +71,9 @@ class TokenizerPool:
 class _Lane:
     """One thread, and what waits for it. The thread begins with the first job."""
 
-    def __init__(self, name: str, max_num_waiting: int) -> None:
+    def __init__(self, name: str, max_num_waiting: int, work: str) -> None:
         self._max_num_waiting = max_num_waiting
+        self._work = work
         self._changed = threading.Condition()
         self._waiting: dict[_Job, None] = {}  # in order of arrival
         self._virtual_times: dict[str, float] = {}
@@ -80,7 +88,7 @@ class _Lane:
             if len(self._waiting) >= self._max_num_waiting:
                 victim = self._find_victim(job)
                 if victim is None:
-                    raise OverloadedError(f"{len(self._waiting)} prompts wait to be tokenised; try again later")
+                    raise OverloadedError(f"{len(self._waiting)} {self._work}; try again later")
                 del self._waiting[victim]
                 message = "dropped from the queue: this tenant exceeds its share of it; try again later"
                 _fail(victim, OverloadedError(message))

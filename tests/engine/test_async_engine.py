@@ -1,21 +1,35 @@
 """The asyncio facade over the engine thread, with the embedded model: streams, ends, faults, and conversations by text."""
 
 import asyncio
+import gc
+import json
+import pickle
+import re
 import threading
 from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
+import llguidance
 import pytest
 
 from engine import engine_thread
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
+from engine.core.grammar import GrammarSpec
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
-from engine.errors import ContextLengthError, EngineError, EngineStoppedError, ExecutorError, InvalidParameterError
+from engine.errors import (
+    ContextLengthError,
+    EngineError,
+    EngineStoppedError,
+    ExecutorError,
+    GrammarFailedError,
+    InvalidParameterError,
+)
 from engine.generation import Generation
+from engine.grammar import guidance
 from engine.step_loop import MAX_FAILURES_IN_A_ROW
 from engine.text.detokenizer import Detokenizer
 from engine.text.output import OutputDelta, TokenLogprob
@@ -821,3 +835,153 @@ async def test_an_answer_that_cannot_be_put_into_text_ends_alone(engine, monkeyp
     assert isinstance(bad, EngineError)
     await engine.check_integrity()
     engine.check_health()
+
+
+# -- grammars ----------------------------------------------------------------------------------------------------------
+
+PET = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["cat", "dog"]}, "name": {"type": "string", "maxLength": 6}},
+    "required": ["kind", "name"],
+    "additionalProperties": False,
+}
+
+
+def held_to(grammar: GrammarSpec, **options: object) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 60, "grammar": grammar, **options})
+
+
+async def test_an_answer_is_what_the_schema_says_and_the_conversation_goes_on(engine):
+    answer = await ask(engine, CAT, held_to(GrammarSpec.json_schema(PET)), "s")
+    pet = json.loads(answer.text)
+    assert list(pet) == ["kind", "name"]
+    assert pet["kind"] in ("cat", "dog")
+    assert len(pet["name"]) <= 6
+    assert answer.last.finish_reason == "stop"
+    assert answer.token_ids[-1] in engine._eos_token_ids
+    following = await ask(engine, (*CAT, ("assistant", answer.text), QUESTION), GREEDY, "s")
+    assert following.last.num_cached_tokens >= answer.last.num_prompt_tokens + len(answer.token_ids) - 1
+    await assert_all_free(engine)
+
+
+async def test_requests_with_and_without_a_grammar_run_together_as_alone(make_engine):
+    engine = make_engine(dtype="float32")
+    grammars = [None, GrammarSpec.json_schema(PET), GrammarSpec.choice(["yes", "no"]), GrammarSpec("regex", "[a-f]{9}")]
+    samplings = [
+        SamplingParams(temperature=1.5, seed=seed, max_tokens=24, top_k=seed % 3 * 20, grammar=grammars[seed % 4])
+        for seed in range(8)
+    ]
+    alone = [await ask(engine, CAT, sampling) for sampling in samplings]
+    together = await asyncio.gather(*(ask(engine, CAT, sampling) for sampling in samplings))
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in alone]
+    assert {alone[number].text for number in range(2, 8, 4)} <= {"yes", "no"}
+    assert all(re.fullmatch("[a-f]{9}", alone[number].text) for number in range(3, 8, 4))
+    await assert_all_free(engine)
+
+
+async def test_a_schema_that_cannot_be_used_never_reaches_the_engine(engine, monkeypatch):
+    threads = []
+    compile_ = engine._grammars.compile
+    monkeypatch.setattr(
+        engine._grammars, "compile", lambda spec: threads.append(threading.current_thread().name) or compile_(spec)
+    )
+    with pytest.raises(
+        InvalidParameterError, match=r'the grammar cannot be used: Unimplemented keys: \["not"\]'
+    ) as caught:
+        await ask(engine, CAT, held_to(GrammarSpec.json_schema({"not": {}})))
+    assert caught.value.param == "grammar"
+    assert engine.get_statistics()["num_requests"] == 0
+    assert threads == ["grammar"]
+    await assert_all_free(engine)
+
+
+async def test_a_grammar_is_compiled_once_and_the_executor_finds_it(engine):
+    grammar = GrammarSpec.choice(["yes", "no"])
+    await ask(engine, CAT, held_to(grammar))
+    compiler, compiled = engine._grammars._compiler, []
+    compile_ = compiler.compile
+    compiler.compile = lambda spec: compiled.append(spec) or compile_(spec)
+    await asyncio.gather(*(ask(engine, CAT, held_to(grammar)) for _ in range(5)))
+    assert not compiled
+    engine._grammars._kept.clear()  # as if many others had come since
+    gc.collect()
+    await asyncio.gather(*(ask(engine, CAT, held_to(grammar)) for _ in range(5)))
+    assert len(compiled) <= 5  # by those who ask; never by the executor, which finds what they hold
+    assert set(compiled) <= {grammar}
+
+
+async def test_an_answer_whose_grammar_grows_too_complex_ends_with_an_error_alone(engine, monkeypatch):
+    """What was said until then is told; the others, and the next ones, go on."""
+    complex_ = GrammarSpec("regex", "(a|b)*a(a|b){20}")
+    monkeypatch.setattr(guidance, "LIMITS", llguidance.LLParserLimits(max_lexer_states=45, verbose_errors=False))
+    deltas: list[OutputDelta] = []
+
+    async def fail() -> None:
+        sampling = SamplingParams(temperature=5.0, seed=1, max_tokens=200, grammar=complex_)
+        generation = Generation(request_id="fails", session_id="s", prompt=ChatPrompt(CAT), sampling=sampling)
+        async for delta in engine.generate(generation):
+            deltas.append(delta)
+
+    others = [asyncio.create_task(ask(engine, CAT, GREEDY)) for _ in range(2)]
+    with pytest.raises(
+        GrammarFailedError, match=r"cannot go on within its grammar: .*too many states.*simplify"
+    ) as caught:
+        await fail()
+    assert caught.value.param == "grammar"
+    said = "".join(delta.text for delta in deltas)
+    assert re.fullmatch("[ab]{5,}", said)
+    assert deltas[-1].finish_reason is None
+    expected = await ask(engine, CAT, GREEDY)
+    assert [(await other).token_ids for other in others] == [expected.token_ids] * 2
+    assert (await ask(engine, CAT, held_to(GrammarSpec.choice(["yes"])), "s")).text == "yes"
+    await assert_all_free(engine)
+
+
+async def test_wherever_another_engine_left_off_the_grammar_goes_on(make_engine):
+    engine = make_engine(dtype="float32")
+    sampling = held_to(GrammarSpec.json_schema(PET), temperature=2.0, seed=4, max_tokens=30)
+    whole = await ask(engine, CAT, sampling)
+    prompt_ids = (await ask(engine, CAT, sampling, return_prompt_token_ids=True)).deltas[0].prompt_token_ids
+    for cut in (1, 4, 11, 23):
+        begun = engine._tokenizer.decode(whole.token_ids[:cut])
+        beginning = AnswerBeginning(whole.token_ids[:cut], len(begun))
+        rest = await ask(engine, TokenPrompt(prompt_ids), sampling, beginning=beginning)
+        assert whole.token_ids[:cut] + rest.token_ids == whole.token_ids
+        assert begun + rest.text == whole.text
+
+
+async def test_a_beginning_that_the_grammar_does_not_allow_is_an_error(engine):
+    wrong = engine._tokenizer._encode("my").ids
+    with pytest.raises(GrammarFailedError, match="doesn't satisfy the grammar"):
+        await ask(engine, CAT, held_to(GrammarSpec.json_object()), beginning=AnswerBeginning(tuple(wrong), 0))
+    await assert_all_free(engine)
+
+
+async def test_a_stop_string_may_end_an_answer_within_its_grammar(engine):
+    answer = await ask(engine, CAT, held_to(GrammarSpec.json_schema(PET), stop=('"name"',)))
+    assert answer.last.finish_reason == "stop"
+    assert answer.text.startswith("{")
+    assert "name" not in answer.text
+
+
+async def test_an_answer_that_is_cut_ends_by_its_length(engine):
+    answer = await ask(engine, CAT, held_to(GrammarSpec.json_schema(PET), max_tokens=4))
+    assert answer.last.finish_reason == "length"
+    assert answer.text.startswith("{")
+    await assert_all_free(engine)
+
+
+@pytest.mark.parametrize(("name", "value"), [("min_tokens", 1), ("ignore_eos", True)])
+def test_parameters_that_contradict_a_grammar(name, value):
+    with pytest.raises(InvalidParameterError, match=f"{name} must be .* with a grammar") as caught:
+        held_to(GrammarSpec.json_object(), **{name: value})
+    assert caught.value.param == name
+
+
+def test_sampling_with_a_grammar_travels_and_compares():
+    sampling = held_to(GrammarSpec.json_schema(PET, begins_behind="</think>"))
+    assert pickle.loads(pickle.dumps(sampling)) == sampling
+    assert hash(sampling.grammar) == hash(GrammarSpec.json_schema(dict(PET), begins_behind="</think>"))
+    assert sampling.grammar != GrammarSpec.json_schema(PET)
+    assert sampling.needs_token_ids
+    assert not sampling.has_penalties

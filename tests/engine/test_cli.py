@@ -87,6 +87,9 @@ def test_help_imports_nothing_that_is_slow(arguments):
         (["chat", *["--stop", "x"] * 17], "stop must be at most 16 strings"),
         (["generate", "x", "--top-p", "2"], "top_p must be above 0 and at most 1"),
         (["generate", ""], "the prompt is empty"),
+        (["generate", "x", "--json-schema", "/no/such/file"], "cannot read a JSON schema from /no/such/file"),
+        (["generate", "x", "--regex", "a", "--ignore-eos"], "ignore_eos must be false with a grammar"),
+        (["generate", "x", "--regex", ""], "a grammar of kind 'regex' needs a text"),
         (["compare", "--conversation", "/no/such/file"], "cannot read"),
         (["compare", "--rounds", "0"], "--rounds must be at least 1"),
         (["compare", "--plot", "/nonexistent/x.png"], "--plot /nonexistent/x.png cannot be written: No such file"),
@@ -197,6 +200,7 @@ def test_trying_an_output_file_leaves_no_trace(no_model, tmp_path, capsys):
         (["chat", "hello"], "unexpected arguments: hello"),
         (["chat", "--chunk-size", "x"], "argument --chunk-size: invalid int value: 'x'"),
         (["chatt"], "invalid choice: 'chatt'"),
+        (["generate", "x", "--regex", "a", "--json-schema", "b"], "not allowed with argument"),
     ],
 )
 def test_usage_errors_suggest_what_may_have_been_meant(no_model, arguments, message, capsys):
@@ -231,6 +235,19 @@ def test_generate_continues_the_text_if_the_model_has_no_chat_template(tiny_mode
     plain = capsys.readouterr().out
     assert cli.main(["generate", "--raw", "some text", *options]) == 0
     assert capsys.readouterr().out == plain
+
+
+def test_generate_answers_in_the_form_that_is_asked_for(tmp_path, capsys):
+    schema = tmp_path / "schema.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}}, "required": ["name"]}'
+    )
+    assert cli.main(["generate", "my cat is called Mia", "--json-schema", str(schema), *SMALL]) == 0
+    assert "name" in json.loads(capsys.readouterr().out)
+    assert cli.main(["generate", "my cat is called Mia", "--regex", "[0-9]{3}", *SMALL]) == 0
+    assert len(capsys.readouterr().out.strip()) == 3
+    assert cli.main(["generate", "my cat is called Mia", "--regex", "(", *SMALL]) == 1
+    assert "the grammar cannot be used: unclosed group" in capsys.readouterr().err
 
 
 # -- chat --------------------------------------------------------------------------------------------------------------

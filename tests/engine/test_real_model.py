@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from engine.core.grammar import GrammarSpec
 from engine.core.request import SamplingParams
 from engine.model_files import has_smollm2, model_location
+from engine.server import create_server
+from engine.text.prompt import ChatPrompt
 from tests.nightly import IS_NIGHTLY
 
 CONVERSATIONS = json.loads((Path(__file__).parents[1] / "data" / "oasst_conversations.json").read_text())
@@ -88,3 +92,33 @@ def test_real_conversations_have_the_same_perplexity_through_the_cache(smollm2, 
         ours = torch.tensor([found[position] for position in positions])
         assert math.exp(-ours.mean()) == pytest.approx(math.exp(-expected.mean()), rel=1e-4)
         assert (ours - expected).abs().max() < 1e-3
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}, "is_large": {"type": "boolean"}},
+    "required": ["city", "is_large"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.slow
+def test_a_real_model_answers_in_the_form_that_it_is_held_to(smollm2):
+    """In SmolLM2's own words, with the end of the turn as the model ends it; also behind words that come before the form."""
+    france = ChatPrompt((("user", "What is the capital of France?"),))
+    greedy = SamplingParams(temperature=0.0, max_tokens=60)
+    with create_server(model=str(smollm2), num_threads=1, num_gpu_blocks=64, max_model_len=512) as server:
+        free = server.complete(france, greedy).text
+        assert "." in free
+        for begins_behind in ("", "."):
+            grammar = GrammarSpec.json_schema(CITY, begins_behind=begins_behind)
+            answer = server.complete(france, replace(greedy, grammar=grammar))
+            assert answer.finish_reason == "stop"
+            before = free[: free.index(".") + 1] if begins_behind else ""
+            assert answer.text.startswith(before)
+            value = json.loads(answer.text.removeprefix(before))
+            assert list(value) == ["city", "is_large"]
+            assert value["city"] == "Paris"
+        grammar = GrammarSpec.choice(["red", "yes", "no"])
+        sky = ChatPrompt((("user", "Is the sky blue?"),))
+        assert server.complete(sky, replace(greedy, grammar=grammar)).text in ("yes", "no")

@@ -100,7 +100,7 @@ class ContextExecutor:
             assert start.request_id not in self.token_ids, "started twice, never told that it ended"
             known = self.context_of(start.request_id)
             assert start.num_tokens == len(known)
-            assert start.token_ids == (tuple(known) if start.sampling.has_penalties else ())
+            assert start.token_ids == (tuple(known) if start.sampling.needs_token_ids else ())
             self.token_ids[start.request_id] = list(known)
             self.lost.discard(start.request_id)
             self.num_known[start.request_id] = len(known)

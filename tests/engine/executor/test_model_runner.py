@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from engine.core.executor import ComputationFailedError, SamplingFailedError
+from engine.core.grammar import GrammarSpec
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
+from engine.errors import InvalidParameterError
 from engine.executor import sampler
 from engine.executor.sampler import Draw, SamplingBatch
 
@@ -31,7 +34,7 @@ def make_runner(tiny_model, make_driver) -> Callable:
 
 def start(name: str, prompt: list[int], first_block: int, sampling: SamplingParams) -> RequestStart:
     table = tuple(range(first_block, first_block + 8))
-    token_ids = tuple(prompt) if sampling.has_penalties else ()
+    token_ids = tuple(prompt) if sampling.needs_token_ids else ()
     return RequestStart(name, len(prompt), len(prompt), sampling, (), table, token_ids)
 
 
@@ -181,3 +184,92 @@ def test_copies_that_fail_are_their_own_steps_too(make_runner, monkeypatch):
     with pytest.raises(OSError, match="a copy failed"):
         runner.complete()
     assert len(runner.complete().token_ids) == 1
+
+
+class Countdown:
+    """A matcher that allows one token after the other, and has an error at the end of them."""
+
+    def __init__(self, token_ids: list[int], error: str | None = None) -> None:
+        self._left = list(token_ids)
+        self._error_at_the_end = error
+        self.error: str | None = None
+
+    def fill(self, mask: np.ndarray) -> None:
+        mask[:] = 0
+        if not self._left:
+            self.error = self._error_at_the_end
+            mask[:] = 0xFF
+        else:
+            mask[self._left[0] // 8] = 1 << self._left[0] % 8
+
+    def accept(self, token_id: int) -> None:
+        assert self.error is not None or self._left.pop(0) == token_id
+
+
+class Countdowns:
+    """As a GrammarStore, for grammars that name their tokens."""
+
+    def matcher(self, spec: GrammarSpec, token_ids) -> Countdown:
+        if spec.text == "[]":
+            raise InvalidParameterError("refused", param="grammar")
+        matcher = Countdown([int(number) for number in spec.text.split(",")], "no more numbers")
+        for token_id in token_ids:
+            matcher.accept(token_id)
+        return matcher
+
+
+def counting(*token_ids: int) -> SamplingParams:
+    return SamplingParams(temperature=0.0, grammar=GrammarSpec("regex", ",".join(map(str, token_ids)) or "[]"))
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_mask_is_made_of_what_the_step_before_sampled(ahead, make_runner):
+    """Also where that step is still under way; and of what was sampled before the request was started again."""
+    runner = make_runner()
+    runner.grammars = Countdowns()
+    sampling = counting(100, 101, 102, 103, 104, 105)
+    resumed = RequestStart("c", 5, 3, sampling, (), tuple(range(16, 24)), (1, 2, 3, 100, 101))
+    first = first_step(("a", [5, 6, 7, 8, 9], sampling), ("b", [40, 41, 42], GREEDY))
+    plans = [
+        StepPlan(1, (*first.segments, QuerySegment("c", 0, (1, 2, 3, 100, 101), True)), (*first.starts, resumed)),
+        *(decodes(2 + i, a=5 + i, b=3 + i, c=5 + i) for i in range(3)),
+    ]
+    tokens = run(runner, plans, ahead=ahead)
+    assert [step[0] for step in tokens] == [100, 101, 102, 103]
+    assert [step[2] for step in tokens] == [102, 103, 104, 105]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_request_whose_grammar_ends_in_an_error_fails_alone(ahead, make_runner):
+    runner = make_runner()
+    runner.grammars = Countdowns()
+    others = [("b", [40, 41, 42], GREEDY), ("c", [50, 51], counting(100, 101, 102, 103))]
+    plans = [
+        first_step(("a", [5, 6, 7], counting(100, 101)), *others),
+        *(decodes(2 + i, a=3 + i, b=3 + i, c=2 + i) for i in range(3)),
+    ]
+    results = []
+    if ahead:
+        runner.launch(plans[0])
+    for number in range(len(plans)):
+        if not ahead:
+            results.append(runner.execute(plans[number]))
+            continue
+        if number + 1 < len(plans):
+            runner.launch(plans[number + 1])
+        results.append(runner.complete())
+    assert [result.failed_requests for result in results[:2]] == [(), ()]
+    assert [result.failed_requests for result in results[2:]] == [(("a", "no more numbers"),)] * 2
+    assert [result.token_ids[2] for result in results] == [100, 101, 102, 103]
+    runner = make_runner()
+    alone = [first_step(("b", [40, 41, 42], GREEDY)), *(decodes(2 + i, b=3 + i) for i in range(3))]
+    assert [result.token_ids[1] for result in results] == [step[0] for step in run(runner, alone, ahead=False)]
+
+
+@pytest.mark.parametrize("has_grammars", [False, True])
+def test_a_grammar_that_cannot_be_used_here_is_its_own_requests_fault(has_grammars, make_runner):
+    runner = make_runner()
+    runner.grammars = Countdowns() if has_grammars else None
+    result = runner.execute(first_step(("a", [5, 6, 7], counting()), ("b", [40, 41, 42], GREEDY)))
+    assert result.failed_requests == (("a", "refused" if has_grammars else "this executor was given no grammars"),)
+    assert len(result.token_ids) == 2

@@ -1,8 +1,10 @@
 """Sampling against transformers' own logits processors, and its promise that a draw depends on seed and position alone."""
 
 import math
+import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -14,9 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from engine.core.grammar import GrammarSpec
 from engine.core.request import SamplingParams
 from engine.executor import sampler
-from engine.executor.sampler import SamplingState, sample, uniform
+from engine.executor.sampler import SamplingBatch, SamplingState, sample, uniform
 
 VOCABULARY = 40
 
@@ -414,3 +417,91 @@ def test_the_largest_of_half_precision_logits_is_that_of_their_floats():
     assert batch.arrays == {}
     draws = [batch.draw(values, {}, looks_later=True) for values in (logits, logits.float())]
     assert torch.equal(draws[0].token_ids, draws[1].token_ids)
+
+
+# -- grammars ----------------------------------------------------------------------------------------------------------
+
+
+class AllowList:
+    """A matcher that allows the same tokens at every place."""
+
+    error = None
+
+    def __init__(self, allowed) -> None:
+        self.allowed = sorted(allowed)
+        self.accepted: list[int] = []
+
+    def fill(self, mask: np.ndarray) -> None:
+        assert mask.nbytes % 4 == 0
+        bits = np.zeros(8 * len(mask), np.uint8)
+        bits[self.allowed] = 1
+        mask[:] = np.packbits(bits, bitorder="little")
+
+    def accept(self, token_id: int) -> None:
+        self.accepted.append(token_id)
+
+
+def held(allowed, token_ids=(1, 2, 3), **params) -> SamplingState:
+    params = {"temperature": 1.0, "seed": 0, **params}
+    grammar = GrammarSpec("regex", "x")
+    sampling = SamplingParams(grammar=grammar, **params)
+    return SamplingState(sampling, len(token_ids), len(token_ids), (), token_ids, AllowList(allowed))
+
+
+@pytest.mark.parametrize("params", FILTERS, ids=str)
+def test_a_grammar_leaves_the_probabilities_of_what_it_allows(params, monkeypatch):
+    """As if the model had never heard of the other tokens: top_k counts, and top_p adds up, what is allowed."""
+    for seed in range(10):
+        logits = make_logits(1, seed)
+        allowed = list(range(seed % 3, VOCABULARY, 1 + seed))
+        small = torch.full_like(logits, float("-inf"))
+        small[0, allowed] = logits[0, allowed]
+        expected = distribution(small, state((1, 2, 3), **params), monkeypatch)
+        assert set(expected.nonzero().flatten().tolist()) <= set(allowed)
+        assert torch.equal(distribution(logits.clone(), held(allowed, **params), monkeypatch), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("looks_later", [False, True])
+def test_rows_with_and_without_a_grammar_do_not_touch_each_other(dtype, looks_later):
+    vocabulary, rows = 1003, 40
+    logits = make_logits(rows, vocabulary=vocabulary).to(dtype)
+    rng = random.Random(0)
+    lists = {row: rng.sample(range(vocabulary), rng.choice([1, 2, 40, 900])) for row in range(0, rows, 2)}
+    ways = [{"temperature": 0.0}, {}, {"top_k": 7}, {"top_p": 0.8}, {"repetition_penalty": 1.5}, {"logprobs": 3}]
+
+    def states():
+        chosen = [{**ways[row % len(ways)], "seed": row} for row in range(rows)]
+        return [held(lists[r], **p) if r in lists else state(**p) for r, p in enumerate(chosen)]
+
+    whole = states()
+    batch = SamplingBatch(whole, vocabulary)
+    arrays = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+    tokens, logprobs = batch.draw(logits.clone(), arrays, looks_later=looks_later).finish()
+    alone = [sample(logits[row : row + 1].clone(), [each]) for row, each in enumerate(states())]
+    assert list(tokens) == [result[0][0] for result in alone]
+    assert all(tokens[row] in allowed for row, allowed in lists.items())
+    assert all(whole[row].matcher.accepted == [tokens[row]] for row in lists)
+    for row in range(rows):
+        if whole[row].params.logprobs is not None:  # the model's own, of tokens that are not allowed too
+            own = logits[row].float().log_softmax(-1)
+            assert logprobs[row].chosen == pytest.approx(own[tokens[row]].item(), abs=1e-5)
+            assert [i for i, _ in logprobs[row].top] == own.topk(3).indices.tolist()
+
+
+def test_a_filter_that_finds_few_tokens_allowed_sorts_no_more(monkeypatch):
+    """On a GPU, looking again would compute the steps behind once more."""
+    vocabulary = 4000
+    states = [held([5, 9, 77], top_k=50), held([5], top_p=0.9), held([5, 9], top_k=3, min_p=0.01)]
+    batch = SamplingBatch(states, vocabulary)
+    arrays = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+    draw = batch.draw(make_logits(3, vocabulary=vocabulary), arrays, looks_later=True)
+    tokens, _ = draw.finish()
+    assert not draw.was_corrected
+    assert tokens[0] in (5, 9, 77)
+    assert tokens[1] == 5
+
+
+def test_without_a_grammar_nothing_is_masked():
+    assert "masks" not in SamplingBatch([state(), state(temperature=0.0)], VOCABULARY).arrays
+    assert not SamplingBatch([state(temperature=0.0)], VOCABULARY).arrays
