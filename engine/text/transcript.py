@@ -68,6 +68,7 @@ class Transcript:
         is_ended = (
             bool(old.anchors) and old.anchors[-1][0] == len(old.token_ids) - 1 and old.token_ids[-1] in cut_tokens
         )
+        # By tokens only: equal ids stand for equal texts, or for an answer in the template's words.
         answer_end = old.anchors[-1][0] if is_ended else len(old.token_ids)
         ends = (*(num_tokens for num_tokens, _ in self.anchors), len(self.token_ids))
         return answer_end in ends and self.token_ids[: len(old.token_ids)] == old.token_ids
