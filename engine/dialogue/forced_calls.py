@@ -295,7 +295,7 @@ def _python_call(rules: _Rules, tool: Tool) -> str:
 
 
 def _gemma_call(rules: _Rules, tool: Tool) -> str:
-    """From behind the opening on: call:f{a:<|"|>x<|"|>,b:1} and the closing. Texts have quotation marks of their own."""
+    """A call from behind its opening on: call:f{a:<|"|>x<|"|>,b:1} and the closing."""
     parts: list[tuple[str, bool]] = []
     for name, schema, is_required in _parameters(tool):
         values = schema.get("enum")
@@ -320,7 +320,10 @@ def _parameters(tool: Tool) -> list[tuple[str, Mapping[str, Any], bool]]:
 
 
 def _listed(rules: _Rules, parts: Sequence[tuple[str, bool]], separator: str) -> str:
-    """The rule of a list of (rule of a part, whether it is required), in this order, with a separator between."""
+    """The rule of a list of parts in this order, with a separator between.
+
+    parts: (rule, whether it is required).
+    """
     # For what may follow each part there are two rules: with a separator before it, and without.
     later = first = '""'
     for one, is_required in reversed(parts):

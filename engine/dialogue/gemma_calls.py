@@ -1,6 +1,6 @@
-"""Calls in the notation of Gemma 4: call:f{city:<|"|>Bern<|"|>,days:3}, JSON with bare keys and quotation marks of its own.
+"""Calls in the notation of Gemma 4: call:f{city:<|"|>Bern<|"|>,days:3}.
 
-The arguments are told as JSON once a call is complete.
+That is JSON with bare keys and quotation marks of its own. The arguments are told as JSON once a call is complete.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def _parse_calls(text: str) -> list[tuple[str, str]]:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that stand outside of brackets and strings; the last one if it is not blank."""
+    """The parts between commas outside of brackets and strings; the last one if it is not blank."""
     parts: list[str] = []
     start = depth = 0
     for match in SEPARATORS.finditer(text):
