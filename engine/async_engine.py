@@ -42,7 +42,7 @@ from engine.step_loop import LookAhead, StepLoop
 from engine.tenant import Tenant
 from engine.text.output import OutputDelta
 from engine.text.output_processor import OutputProcessor, Stream
-from engine.text.prompt_encoder import PromptEncoder
+from engine.text.prompt_encoder import EncodedPrompt, PromptEncoder
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_pool import TokenizerPool
 from engine.text.transcript import ConversationTable
@@ -111,7 +111,7 @@ class AsyncEngine:
         at fault, OverloadedError before it if too many requests wait, EngineError at any time if the engine is at fault.
         """
         self.check_health()
-        stream, is_known = await self._open(generation)
+        stream, prompt = await self._open(generation)
         is_first, is_finished = True, False
         try:
             await self._call(lambda: self._add(stream))
@@ -119,7 +119,9 @@ class AsyncEngine:
                 delta = await stream.read()
                 if is_first and generation.return_prompt_token_ids:
                     delta = replace(delta, prompt_token_ids=tuple(stream.prompt.token_ids))
-                if is_first and is_known:
+                if is_first and generation.return_answer_format:
+                    delta = replace(delta, answer_format=prompt.answer_format)
+                if is_first and prompt.is_known:
                     delta = replace(delta, prompt_transcript=stream.prompt)
                 is_first = False
                 is_finished = delta.finish_reason is not None
@@ -193,8 +195,8 @@ class AsyncEngine:
             self._is_shut_down = True
             self._executor.shutdown()
 
-    async def _open(self, generation: Generation) -> tuple[Stream, bool]:
-        """A stream for the answer, and whether the conversation knew tokens of the prompt."""
+    async def _open(self, generation: Generation) -> tuple[Stream, EncodedPrompt]:
+        """A stream for the answer, and the prompt."""
         sampling, beginning = generation.sampling, generation.beginning
         prompt = await self._prompts.encode(
             generation.prompt,
@@ -220,11 +222,12 @@ class AsyncEngine:
             eos_token_ids=self._eos_token_ids,
             output_token_ids=() if beginning is None else beginning.token_ids,
         )
-        detokenizer = self._tokenizer.detokenizer(sampling.stop)
+        keeps_markers = generation.return_answer_format and prompt.answer_format is not None
+        detokenizer = self._tokenizer.detokenizer(sampling.stop, keeps_markers=keeps_markers)
         if beginning is not None:
             detokenizer.resume(beginning.token_ids, beginning.num_chars)
         stream = Stream(request, prompt.transcript, detokenizer, asyncio.get_running_loop(), grammar)
-        return stream, prompt.is_known
+        return stream, prompt
 
     async def _compile(self, spec: GrammarSpec, tenant: Tenant) -> CompiledGrammar:
         """A grammar, which the executor finds from then on, as long as it is held.

@@ -27,6 +27,7 @@ from engine.chat import chat
 from engine.config import GROUPS, EngineConfig
 from engine.core.grammar import GrammarSpec
 from engine.core.request import SamplingParams
+from engine.dialogue.messages import Message
 from engine.errors import ConfigError, PensieveError
 from engine.option_names import unknown_option
 from engine.options import OptionField, options_of
@@ -333,7 +334,7 @@ def _generate(config: EngineConfig, text: str, sampling: SamplingParams, *, is_r
                 sampling, max_tokens=min(MAX_TOKENS["generate"], max(1, server.engine.max_model_len // 4))
             )
         is_chat = server.engine.has_chat_template and not is_raw
-        prompt = ChatPrompt((("user", text),)) if is_chat else TextPrompt(text)
+        prompt = ChatPrompt((Message("user", text),)) if is_chat else TextPrompt(text)
         answer = server.complete(prompt, sampling, on_text=lambda piece: print(piece, end="", flush=True))
     print()
     if answer.finish_reason == "length" and sys.stderr.isatty():

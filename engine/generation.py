@@ -19,6 +19,8 @@ class Generation:
     prompt: what to answer or to continue.
     sampling: how tokens are chosen, and when the answer ends.
     return_prompt_token_ids: the first delta is to bring them.
+    return_answer_format: the first delta of an answer in a chat is to bring it; special tokens that mean something in it are
+        in the text then, for its parser to take out.
     tenant: two tenants share nothing.
     history: what the conversation has said, for an engine that has not heard it.
     beginning: an answer to go on from; counts of the deltas include it, their texts and tokens do not.
@@ -29,6 +31,7 @@ class Generation:
     prompt: Prompt
     sampling: SamplingParams
     return_prompt_token_ids: bool = False
+    return_answer_format: bool = False
     tenant: Tenant = LOCAL_TENANT
     history: Transcript | None = None
     beginning: AnswerBeginning | None = None

@@ -21,6 +21,7 @@ from typing import Any
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
+from engine.dialogue.messages import Dialogue
 from engine.generation import Generation
 from engine.tenant import LOCAL_TENANT, Tenant
 from engine.text.output import OutputDelta
@@ -93,7 +94,7 @@ class Server:
         tenant: whose KV may be shared; a session must always have the same one.
         """
         messages = [*self._messages.get(session_id, ()), ("user", text)]
-        answer = self.complete(ChatPrompt(tuple(messages)), sampling, session_id, on_text, tenant)
+        answer = self.complete(ChatPrompt(Dialogue.of(messages).messages), sampling, session_id, on_text, tenant)
         self._messages[session_id] = [*messages, ("assistant", answer.text)]
         return answer
 

@@ -27,6 +27,7 @@ from pydantic_core import PydanticCustomError
 from deployments.http.generation_body import MAX_MESSAGES, GenerationBody, TokenId
 from deployments.http.parsing import Body
 from engine.core.request import MAX_LOGPROBS, SamplingParams
+from engine.dialogue.messages import Dialogue
 from engine.text.prompt import ChatPrompt, TextPrompt, TokenPrompt
 
 NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
@@ -132,7 +133,7 @@ class ChatCompletionBody(GenerationBody):
 
     def prompt_value(self) -> ChatPrompt:
         role_of = {"developer": "system"}
-        return ChatPrompt(tuple((role_of.get(m.role, m.role), m.content) for m in self.messages))
+        return ChatPrompt(Dialogue.of([(role_of.get(m.role, m.role), m.content) for m in self.messages]).messages)
 
     def sampling_params(self) -> SamplingParams:
         max_tokens = self.max_completion_tokens if self.max_tokens is None else self.max_tokens

@@ -26,6 +26,7 @@ from deployments.responses.store_upkeep import StoreUpkeep
 from deployments.responses.stored import new_items, response_of
 from deployments.store.errors import NotFoundError, StoreUnavailableError
 from deployments.store.values import NewResponse, Outcome, StoredResponse
+from engine.dialogue.messages import Dialogue
 from engine.errors import ContextLengthError, PensieveError
 from engine.tenant import Tenant
 from engine.text.output import OutputDelta
@@ -151,7 +152,7 @@ class Turn:
         messages = messages_of([*self._history, *self._input_items], self._body.instructions)
         try:
             request = self._body.generation_request(
-                ChatPrompt(messages, drops_oldest=self._body.truncation == "auto"),
+                ChatPrompt(Dialogue.of(messages).messages, drops_oldest=self._body.truncation == "auto"),
                 request_id=self.response_id,
                 session_id=self._session_key,
                 tenant=self._tenant,

@@ -13,6 +13,7 @@ import httpx
 from engine.chat.chat import Message, Turn
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
+from engine.dialogue.messages import Dialogue
 from engine.errors import ConfigError, ContextLengthError, EngineError, PensieveError
 from engine.text.prompt import ChatPrompt
 
@@ -43,7 +44,7 @@ class EnginePartner:
     def answer(
         self, session_id: str, messages: list[Message], sampling: SamplingParams, on_text: Callable[[str], None]
     ) -> Turn:
-        answer = self._server.complete(ChatPrompt(tuple(messages)), sampling, session_id, on_text)
+        answer = self._server.complete(ChatPrompt(Dialogue.of(messages).messages), sampling, session_id, on_text)
         return Turn(
             answer.text,
             answer.finish_reason,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.core.stats import RequestStats
+from engine.dialogue.formats import AnswerFormat
 from engine.text.transcript import Transcript
 
 
@@ -42,6 +43,7 @@ class OutputDelta:
     prompt_token_ids: in the first delta, if they were asked for.
     prompt_transcript: in the first delta, if the conversation knew tokens of the prompt that tokenising its text may not
         give.
+    answer_format: in the first delta, if it was asked for and the prompt is a chat: how the text is to be read.
     """
 
     text: str = ""
@@ -55,6 +57,7 @@ class OutputDelta:
     stats: RequestStats | None = None
     transcript: Transcript | None = None
     prompt_transcript: Transcript | None = None
+    answer_format: AnswerFormat | None = None
 
 
 def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
@@ -74,4 +77,5 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         stats=last.stats,
         transcript=last.transcript,
         prompt_transcript=deltas[0].prompt_transcript,
+        answer_format=deltas[0].answer_format,
     )

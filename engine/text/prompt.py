@@ -2,45 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-# What a chat template adds to a message, about, in characters.
-TEMPLATE_CHARS = 32
+from engine.dialogue.messages import Dialogue, Message
+from engine.dialogue.tools import Tool
 
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages, which the model's chat template turns into one text.
+    """Messages and tools, which the model's chat template turns into one text.
 
-    messages: (role, content), the oldest first.
+    messages: the oldest first; a pair (role, content) is taken for a plain message.
     drops_oldest: leave out the oldest ones if there are more than the window holds.
+    tools, template_kwargs, continues: see Dialogue.
     """
 
-    messages: tuple[tuple[str, str], ...]
+    messages: tuple[Message, ...]
     drops_oldest: bool = False
+    tools: tuple[Tool, ...] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    continues: bool = False
+
+    def __post_init__(self) -> None:
+        messages = tuple(m if isinstance(m, Message) else Message(*m) for m in self.messages)
+        object.__setattr__(self, "messages", messages)
 
     @property
     def num_chars(self) -> int:
         """About the length of that text."""
-        return sum(len(role) + len(content) + TEMPLATE_CHARS for role, content in self.messages)
+        return sum(message.num_chars for message in self.messages) + sum(tool.num_chars for tool in self.tools)
+
+    @property
+    def dialogue(self) -> Dialogue:
+        """What the chat template is given."""
+        return Dialogue(self.messages, self.tools, self.template_kwargs, self.continues)
 
     def shorter(self) -> list[ChatPrompt]:
         """Ever shorter prompts, in each of which more of the oldest messages are left out.
 
         A tenth of the rest goes at a time, so that a conversation that grows is cut at the same place for some turns. System
-        messages and the last message stay, and no answer is the first message without its question.
+        messages and the last message stay; the first other message is neither an answer without its question nor a tool's
+        result without its call.
         """
-        system = tuple(message for message in self.messages if message[0] == "system")
-        others = [message for message in self.messages if message[0] != "system"]
+        system = tuple(message for message in self.messages if message.role == "system")
+        others = [message for message in self.messages if message.role != "system"]
         prompts: list[ChatPrompt] = []
         start = 0
         while True:
             start += max(1, (len(others) - start) // 10)
-            while start < len(others) and others[start][0] == "assistant":
+            while start < len(others) and others[start].role in ("assistant", "tool"):
                 start += 1
             if start >= len(others):
                 return prompts
-            prompts.append(ChatPrompt((*system, *others[start:])))
+            prompts.append(replace(self, messages=(*system, *others[start:]), drops_oldest=False))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
+from engine.dialogue.formats import AnswerFormat
 from engine.errors import ContextLengthError, InvalidParameterError
 from engine.tenant import Tenant
 from engine.text.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
@@ -25,10 +26,12 @@ class EncodedPrompt(NamedTuple):
     """A prompt as the engine computes it.
 
     is_known: some ids come from earlier turns, and not from tokenising.
+    answer_format: how the answer is to be read, in a chat.
     """
 
     transcript: Transcript
     is_known: bool
+    answer_format: AnswerFormat | None = None
 
 
 class PromptEncoder:
@@ -123,7 +126,7 @@ class PromptEncoder:
                 f"the context window is {max_tokens} tokens, but the prompt has {len(prompt.messages)} messages; "
                 "leave some out"
             )
-        text = self._tokenizer.render_chat(prompt.messages)
+        text = self._tokenizer.render_chat(prompt.dialogue)
         return self._encode(text, conversation_id, history, max_tokens, is_chat=True)
 
     def _encode(
@@ -132,10 +135,12 @@ class PromptEncoder:
         tokenizer, known = self._tokenizer, NO_MATCH
         fingerprint = tokenizer.fingerprint if is_chat else tokenizer.text_fingerprint
         if conversation_id is not None:
-            known = self._conversations.match_text(conversation_id, text, fingerprint)
+            is_same = tokenizer.chat.is_same_answer if is_chat else None
+            known = self._conversations.match_text(conversation_id, text, fingerprint, is_same)
         if history is not None and fingerprint and history.fingerprint == fingerprint:
             by_history = history.match_text(text, tuple(tokenizer.cut_tokens.values()))
             if by_history.num_chars > known.num_chars and max(by_history.token_ids) < self._vocab_size:
                 known = by_history
         transcript = tokenizer.encode_prompt(text, known, is_chat=is_chat, max_tokens=max_tokens)
-        return EncodedPrompt(transcript, is_known=known.num_chars > 0)
+        answer_format = tokenizer.chat.answer_format(text) if is_chat else None
+        return EncodedPrompt(transcript, known.num_chars > 0, answer_format)

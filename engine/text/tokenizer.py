@@ -13,10 +13,11 @@ from collections.abc import Collection, Sequence
 from itertools import takewhile
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from engine.errors import ContextLengthError, InvalidParameterError, ModelLoadError
+from engine.dialogue.chat_template import ChatTemplate
+from engine.dialogue.messages import Dialogue
+from engine.errors import ContextLengthError, ModelLoadError
 from engine.grammar.interface import Vocabulary
 from engine.text.detokenizer import Detokenizer, TokenBytes
 from engine.text.tokenizer_rules import find_cut_tokens, find_token_bound
@@ -36,8 +37,14 @@ PIECE_CHARS = 1 << 16
 class Tokenizer:
     """A fast tokenizer (the kind that knows where in the text each token lies)."""
 
-    def __init__(self, location: str) -> None:
-        """`location`: a folder or a hub id. Raises ModelLoadError."""
+    def __init__(self, location: str, *, tool_call_parser: str = "auto", reasoning_parser: str = "auto") -> None:
+        """Load a tokenizer and find out what its chat template does.
+
+        location: a folder or a hub id.
+        tool_call_parser, reasoning_parser: see ChatTemplate.
+
+        Raises ModelLoadError, and ConfigError for an unknown parser.
+        """
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(location)
         except Exception as error:  # a malformed tokenizer.json raises anything, bare Exception included
@@ -49,6 +56,7 @@ class Tokenizer:
         if not self.has_chat_template:
             logger.warning("%s has no chat template; messages are rendered as 'role: content' lines", location)
             self._tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        self.chat = ChatTemplate(self._tokenizer, tool_call_parser=tool_call_parser, reasoning_parser=reasoning_parser)
         self._backend: Any = self._tokenizer.backend_tokenizer
         identity = json.dumps([self._backend.to_str(), self._tokenizer.chat_template])
         # Equal for two tokenizers that give equal ids for equal messages.
@@ -68,6 +76,8 @@ class Tokenizer:
             token_id for token_id, token in self._tokenizer.added_tokens_decoder.items() if token.special
         )
         self.token_bytes = TokenBytes(self._tokenizer.backend_tokenizer)
+        # The special tokens in which calls and thinking are written, by their texts.
+        self.marker_ids = self._find_markers()
 
     @property
     def eos_token_id(self) -> int | None:
@@ -85,23 +95,14 @@ class Tokenizer:
             tuple(sorted(token_id for token_id in eos_token_ids if token_id < num_ids)),
         )
 
-    def render_chat(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The text of (role, content) messages, up to where the assistant is to answer.
+    def render_chat(self, chat: Dialogue | Sequence[tuple[str, str]]) -> str:
+        """The text of a chat, up to where the assistant is to answer.
+
+        chat: (role, content) messages, or messages with all that belongs to them.
 
         Raises InvalidParameterError if the model's template rejects them, or fails with them.
         """
-        chat = [{"role": role, "content": content} for role, content in messages]
-        try:
-            text: str = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            message = f"the model's chat template refuses these messages: {error}"
-            raise InvalidParameterError(message, param="prompt") from error
-        except Exception as error:  # a template is a program: it may do with some messages what fails
-            message = (
-                f"the model's chat template fails with these messages ({type(error).__name__}: {error}); change them"
-            )
-            raise InvalidParameterError(message, param="prompt") from error
-        return text
+        return self.chat.render(chat if isinstance(chat, Dialogue) else Dialogue.of(chat))
 
     def encode_prompt(self, text: str, known: TranscriptMatch, *, is_chat: bool, max_tokens: int) -> Transcript:
         """The token ids of `text`, of which the beginning is `known`; only the rest is tokenised.
@@ -149,6 +150,18 @@ class Tokenizer:
         start = len(list(takewhile(bool, whole.special_tokens_mask)))
         return whole.ids[:start], whole.ids[start + len(self._encode("x")) :]
 
+    def _find_markers(self) -> dict[str, int]:
+        """Ids by text of the special tokens that are markers of calls and thinking, or parts of one."""
+        markers = self.chat.markers
+        texts = {
+            self.token_bytes[token_id].decode(errors="replace"): token_id for token_id in sorted(self._special_ids)
+        }
+        return {
+            text: token_id
+            for text, token_id in texts.items()
+            if text and (markers is None or any(text in marker for marker in markers))
+        }
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of these tokens, special ones included."""
         text: str = self._tokenizer.decode(
@@ -156,8 +169,13 @@ class Tokenizer:
         )
         return text
 
-    def detokenizer(self, stop: Sequence[str]) -> Detokenizer:
-        return Detokenizer(self.token_bytes, self._special_ids, stop)
+    def detokenizer(self, stop: Sequence[str], *, keeps_markers: bool = False) -> Detokenizer:
+        """A detokenizer of one answer.
+
+        keeps_markers: special tokens that mean something to the parser of answers are text.
+        """
+        hidden_ids = self._special_ids.difference(self.marker_ids.values()) if keeps_markers else self._special_ids
+        return Detokenizer(self.token_bytes, hidden_ids, stop)
 
 
 def _check_length(num_tokens: int, max_tokens: int, *, is_exact: bool) -> None:

@@ -12,6 +12,9 @@ Which ids a prompt has depends on its text and on which parts of it the model ge
   text that it answered, and then with such a token. Anything else is text that a client wrote: an answer that was edited or
   cut short, and the text of a completion that is typed further. If one text is remembered both ways, written by a client
   and given by the model, the longest remembered beginning of the prompt decides.
+- *A message that the template writes in other words* than the model did (a call of a tool that the client sent back with
+  other spaces, say) keeps the generated ids, too, if it says the same: see Transcript.match_answer. The ids then stand for
+  what the template wrote.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ import sys
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 MAX_BRANCHES = 8
+# Whether the two last of three texts say the same behind the first one: (prompt, as generated, as written) -> bool.
+SameAnswer = Callable[[str, str, str], bool]
 # What one anchor takes: a pair, its two numbers, and the place in the row.
 ANCHOR_BYTES = 120
 # What a branch and a conversation take besides their rows and texts.
@@ -39,12 +44,15 @@ class Transcript:
     anchors: (number of tokens, number of characters) of the cuts: the places before tokens that the tokenizer finds wherever
     their text stands. None lies inside an answer; its end is one. Ascending, without the beginning and the end of the text.
     fingerprint: what made the ids (Tokenizer.fingerprint). Empty = not known: only the text counts.
+    answer_start: where the last answer begins, as an anchor; None = not known. It decides nothing but whether that answer is
+    recognised in other words.
     """
 
     token_ids: array[int]
     text: str
     anchors: tuple[tuple[int, int], ...] = ()
     fingerprint: str = ""
+    answer_start: tuple[int, int] | None = field(default=None, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -60,8 +68,9 @@ class Transcript:
         is_ended = (
             bool(old.anchors) and old.anchors[-1][0] == len(old.token_ids) - 1 and old.token_ids[-1] in cut_tokens
         )
-        answer_end = old.anchors[-1] if is_ended else (len(old.token_ids), len(old.text))
-        ends = (*self.anchors, (len(self.token_ids), len(self.text)))
+        # By tokens only: equal ids stand for equal texts, or for an answer in the template's words.
+        answer_end = old.anchors[-1][0] if is_ended else len(old.token_ids)
+        ends = (*(num_tokens for num_tokens, _ in self.anchors), len(self.token_ids))
         return answer_end in ends and self.token_ids[: len(old.token_ids)] == old.token_ids
 
     def match_text(self, text: str, cut_texts: tuple[str, ...]) -> TranscriptMatch:
@@ -73,6 +82,23 @@ class Transcript:
             if text.startswith(cut_texts, num_chars):
                 return TranscriptMatch(self.token_ids[:num_tokens], num_chars, ends[:index])
         return NO_MATCH
+
+    def match_answer(self, text: str, is_same: SameAnswer) -> TranscriptMatch:
+        """What of `text` is known up to the end of the last answer, if it begins with what that answered and says the same.
+
+        is_same: whether two texts behind a prompt are the same message; asked at most once.
+        """
+        if self.answer_start is None or not self.anchors:
+            return NO_MATCH
+        start, (num_tokens, num_chars) = self.answer_start[1], self.anchors[-1]
+        end_text = self.text[num_chars:]
+        if num_tokens != len(self.token_ids) - 1 or num_chars < start:  # it did not end with a token that can be found
+            return NO_MATCH
+        end = text.find(end_text, start)
+        prompt = self.text[:start]
+        if end < 0 or not text.startswith(prompt) or not is_same(prompt, self.text[start:num_chars], text[start:end]):
+            return NO_MATCH
+        return TranscriptMatch(self.token_ids[:num_tokens], end, self.anchors[:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +145,21 @@ class Conversation:
         id_bytes = sys.getsizeof(self.conversation_id)
         return CONVERSATION_BYTES + id_bytes + sum(branch.num_bytes for branch in self.branches)
 
-    def match_text(self, text: str, fingerprint: str, cut_texts: tuple[str, ...]) -> TranscriptMatch:
+    def match_text(
+        self, text: str, fingerprint: str, cut_texts: tuple[str, ...], is_same: SameAnswer | None = None
+    ) -> TranscriptMatch:
         """The longest known beginning of `text` in ids of that fingerprint; of equal ones the latest.
 
-        See Transcript.match_text.
+        is_same: see Transcript.match_answer; None = answers are compared as texts only. See also Transcript.match_text.
         """
-        matches = [
-            branch.match_text(text, cut_texts)
-            for branch in reversed(self.branches)
-            if fingerprint and branch.fingerprint == fingerprint
-        ]
-        return max(matches, key=lambda match: match.num_chars, default=NO_MATCH)
+        branches = [branch for branch in reversed(self.branches) if fingerprint and branch.fingerprint == fingerprint]
+        matches = [branch.match_text(text, cut_texts) for branch in branches]
+        best = max(matches, key=lambda match: match.num_chars, default=NO_MATCH)
+        for branch in branches:
+            # An answer is compared as a message if the text departs from it somewhere within.
+            if is_same is not None and branch.answer_start is not None and best.num_chars <= branch.answer_start[1]:
+                best = max(best, branch.match_answer(text, is_same), key=lambda match: match.num_chars)
+        return best
 
     def record_turn(
         self, prompt: Transcript, output_token_ids: Sequence[int], output_text: str, cut_tokens: Mapping[int, str]
@@ -146,7 +176,8 @@ class Conversation:
             anchors = (*anchors, (len(token_ids) - 1, len(text) - len(end)))
         elif end is not None:  # it is in no text: the client could not send it again
             token_ids.pop()
-        branch = Transcript(token_ids, text, anchors, prompt.fingerprint)
+        answer_start = (len(prompt.token_ids), len(prompt.text))
+        branch = Transcript(token_ids, text, anchors, prompt.fingerprint, answer_start)
         kept = [old for old in self.branches if not branch.continues(old, cut_tokens)]
         self.branches = (*kept, branch)[-MAX_BRANCHES:]
         return branch
@@ -178,13 +209,17 @@ class ConversationTable:
         for conversation in islice(reversed(self._conversations.values()), max_num):
             yield conversation.conversation_id, conversation.branches[-1]
 
-    def match_text(self, conversation_id: str, text: str, fingerprint: str) -> TranscriptMatch:
+    def match_text(
+        self, conversation_id: str, text: str, fingerprint: str, is_same: SameAnswer | None = None
+    ) -> TranscriptMatch:
         """The longest known beginning of `text` in ids of that fingerprint; of equal ones the latest.
 
-        See Transcript.match_text.
+        See Conversation.match_text.
         """
         conversation = self._conversations.get(conversation_id)
-        return NO_MATCH if conversation is None else conversation.match_text(text, fingerprint, self._cut_texts)
+        return (
+            NO_MATCH if conversation is None else conversation.match_text(text, fingerprint, self._cut_texts, is_same)
+        )
 
     def record_turn(
         self, conversation_id: str, prompt: Transcript, output_token_ids: Sequence[int], output_text: str

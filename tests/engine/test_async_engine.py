@@ -20,6 +20,9 @@ from engine.config import EngineConfig
 from engine.core.grammar import GrammarSpec
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
+from engine.dialogue.events import parse_answer
+from engine.dialogue.messages import Message
+from engine.dialogue.tools import Tool
 from engine.errors import (
     ContextLengthError,
     EngineError,
@@ -538,12 +541,28 @@ async def test_an_id_in_use_is_refused_and_its_owner_is_not_disturbed(engine):
     assert (await owner).token_ids == expected.token_ids
 
 
+async def test_the_first_delta_says_how_an_answer_is_to_be_read(engine):
+    plain, told = await ask(engine, CAT), await ask(engine, CAT, return_answer_format=True)
+    assert {delta.answer_format for delta in plain.deltas} == {None}
+    first, *others = told.deltas
+    assert {delta.answer_format for delta in others} <= {None}
+    assert parse_answer(first.answer_format.parser(), told.text).content == plain.text == told.text
+    text = await ask(engine, TextPrompt("my cat"), return_answer_format=True)
+    assert text.deltas[0].answer_format is None
+
+
+async def test_tools_reach_a_model_whose_template_knows_none(engine):
+    tools = (Tool("weather", "Tells the weather."),)
+    answer = await ask(engine, ChatPrompt((QUESTION,), tools=tools), return_prompt_token_ids=True)
+    assert '"name": "weather"' in engine._tokenizer.decode(answer.deltas[0].prompt_token_ids)
+
+
 async def test_what_cannot_fit_is_refused_before_it_is_tokenised(engine, monkeypatch):
     """Megabytes of text, and 130,000 messages, which are not even rendered."""
     tokenizer = engine._tokenizer
     tokenised, rendered, encode, render = [], [], tokenizer._encode, tokenizer.render_chat
     monkeypatch.setattr(tokenizer, "_encode", lambda text: tokenised.append(text) or encode(text))
-    monkeypatch.setattr(tokenizer, "render_chat", lambda messages: rendered.append(messages) or render(messages))
+    monkeypatch.setattr(tokenizer, "render_chat", lambda chat: rendered.append(chat) or render(chat))
     for prompt in (
         TextPrompt("a b " * 900_000),
         ChatPrompt((("user", "a b " * 900_000),)),
@@ -552,7 +571,7 @@ async def test_what_cannot_fit_is_refused_before_it_is_tokenised(engine, monkeyp
         with pytest.raises(ContextLengthError, match="the context window is 512 tokens, but the prompt has"):
             await ask(engine, prompt)
     assert tokenised == []
-    assert [len(messages) for messages in rendered] == [1]
+    assert [len(chat.messages) for chat in rendered] == [1]
     assert ChatPrompt((("user", ""),) * 130_000).num_chars > 130_000, "messages count though they are empty"
 
 
@@ -572,9 +591,7 @@ async def test_long_prompts_are_tokenised_in_threads_of_their_own(engine, monkey
 async def test_the_oldest_messages_are_left_out_of_a_prompt_that_may_be_shortened(engine, monkeypatch):
     """As few tenths as will do, so that the answer fits, too; found by halves; the same place for some turns."""
     render, rendered = engine._tokenizer.render_chat, []
-    monkeypatch.setattr(
-        engine._tokenizer, "render_chat", lambda messages: rendered.append(messages) or render(messages)
-    )
+    monkeypatch.setattr(engine._tokenizer, "render_chat", lambda chat: rendered.append(chat) or render(chat))
     system = ("system", "my dog is called Rex.")
     turns = [message for number in range(100) for message in (("user", f"fact {number}"), ("assistant", "ok."))]
     sampling = SamplingParams(temperature=0.0, max_tokens=100)
@@ -582,13 +599,13 @@ async def test_the_oldest_messages_are_left_out_of_a_prompt_that_may_be_shortene
     answer = await ask(engine, prompt, sampling, return_prompt_token_ids=True)
     assert len(rendered) <= 8
     sent = engine._tokenizer.decode(answer.deltas[0].prompt_token_ids)
-    kept = next(shorter for shorter in prompt.shorter() if render(shorter.messages) == sent)
-    assert kept.messages[0] == system
-    assert kept.messages[1][0] == "user"
-    assert kept.messages[1:] == (*turns, QUESTION)[-len(kept.messages) + 1 :]
+    kept = next(shorter for shorter in prompt.shorter() if render(shorter.dialogue) == sent)
+    assert kept.messages[0] == Message(*system)
+    assert kept.messages[1].role == "user"
+    assert kept.messages[1:] == prompt.messages[-len(kept.messages) + 1 :]
     assert answer.last.num_prompt_tokens + 100 <= 512
     longer = prompt.shorter()[prompt.shorter().index(kept) - 1]
-    assert len(engine._tokenizer._tokenizer(render(longer.messages)).input_ids) + 100 > 512
+    assert len(engine._tokenizer._tokenizer(render(longer.dialogue)).input_ids) + 100 > 512
     whole = await ask(
         engine, ChatPrompt((system, *turns[:4], QUESTION), drops_oldest=True), return_prompt_token_ids=True
     )

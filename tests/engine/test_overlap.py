@@ -213,7 +213,7 @@ async def test_what_an_abandoned_request_said_is_remembered_up_to_its_last_token
         await ask(engine, CAT, sampling, "a", "s")
     whole = await ask(engine, CAT, sampling, "b")
     (branch,) = engine._conversations._conversations["local\ns"].branches
-    prompt = engine._tokenizer.render_chat(CAT.messages)
+    prompt = engine._tokenizer.render_chat(CAT.dialogue)
     num_prompt_tokens = whole.num_prompt_tokens
     assert tuple(branch.token_ids[num_prompt_tokens:]) == whole.token_ids[:5]
     assert branch.text == prompt + engine._tokenizer.decode(whole.token_ids[:5])

@@ -29,6 +29,7 @@ from deployments.store.values import NewItem, NewResponse
 from deployments.tenants import TenantConfig, hash_key
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
+from engine.dialogue.messages import Message
 from engine.errors import ExecutorError, PensieveError
 from tests.conftest import save_tiny_model
 
@@ -234,9 +235,9 @@ async def test_instructions_do_not_carry_over(client: AsyncOpenAI, engine: Engin
     await ask(client, TURNS[2], previous_response_id=root.id)
     await ask(client, TURNS[2], previous_response_id=root.id, instructions="be long")
     prompts = [request.prompt.messages for request in engine.requests]
-    assert prompts[0][0] == ("system", "be brief")
-    assert [role for role, _ in prompts[1]] == ["user", "assistant", "user"]
-    assert prompts[2] == (("system", "be long"), *prompts[1])
+    assert prompts[0][0] == Message("system", "be brief")
+    assert [message.role for message in prompts[1]] == ["user", "assistant", "user"]
+    assert prompts[2] == (Message("system", "be long"), *prompts[1])
 
 
 async def test_nothing_is_kept_with_store_false(client: AsyncOpenAI) -> None:

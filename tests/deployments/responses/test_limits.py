@@ -29,6 +29,7 @@ from deployments.store.conversation_store import ConversationStore
 from deployments.store.errors import ConversationBusyError
 from deployments.store.usage import Usage
 from deployments.tenants import TenantConfig, hash_key
+from engine.dialogue.messages import Message
 from engine.errors import ContextLengthError
 from engine.tenant import LOCAL_TENANT
 from engine.text.output import OutputDelta
@@ -257,8 +258,8 @@ async def test_of_a_history_that_is_cut_the_end_is_read(engine: ScriptedEngine, 
         answer = await http.post("/v1/responses", json=BODY | {"conversation": talk, "truncation": "auto"})
         assert answer.status_code == 200
         messages = engine.requests[0].prompt.messages  # type: ignore[union-attr]
-        assert (messages[0][0], messages[-1]) == ("user", ("user", "hi"))
-        assert 4000 < sum(len(text) for _, text in messages) < 8000
+        assert (messages[0].role, messages[-1]) == ("user", Message("user", "hi"))
+        assert 4000 < sum(len(message.content) for message in messages) < 8000
         assert messages[-2][1].startswith("19 ")
 
 

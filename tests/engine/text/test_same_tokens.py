@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+import zlib
 from array import array
 from pathlib import Path
 
@@ -85,8 +86,11 @@ class Sessions:
         return prompt
 
     def answer(self, session: str, prompt: Transcript, text: str, *, is_chat: bool, ends: bool) -> None:
-        """The model says `text`, in ids that no tokenizer would give it, the same ones whenever it says that here."""
+        """The model says `text`, in ids that no tokenizer would give it, the same ones whenever it says that here.
+
+        Equal ids stand for equal texts, as those of a tokenizer do."""
         ids = [ord(character) % 7 + 3 for character in prompt.text[-3:] + text]
+        ids += [part + 3 for part in divmod(zlib.crc32(text.encode()) % 250_000, 500)]
         said = prompt.text + text
         self._answers.setdefault((session, self.fingerprint(is_chat=is_chat)), {})[said] = [*prompt.token_ids, *ids]
         if ends:

@@ -8,6 +8,7 @@ from engine.embedded_model import embedded_model_path
 from engine.errors import InvalidParameterError, ModelLoadError
 from engine.text.tokenizer import Tokenizer
 from engine.text.transcript import NO_MATCH, Transcript, TranscriptMatch
+from tests.engine.text.trained_tokenizers import save_tokenizer
 
 CHAT = [("user", "My cat is called Mia."), ("assistant", "ok."), ("user", "what is my cat called?")]
 
@@ -99,3 +100,18 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
     with pytest.raises(ModelLoadError, match="cannot load a tokenizer from") as error:
         Tokenizer(str(tmp_path))
     assert str(tmp_path) in str(error.value)
+
+
+def test_special_tokens_that_mean_something_to_a_parser_can_be_text(tmp_path):
+    tokenizer = Tokenizer(str(save_tokenizer("byte_level", tmp_path)))
+    tokenizer._tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]", "<|other|>"]})
+    tokenizer._tokenizer.save_pretrained(tmp_path)
+    tokenizer = Tokenizer(str(tmp_path), tool_call_parser="mistral")
+    text = "a[TOOL_CALLS]b<|other|>c"
+    token_ids = tokenizer._encode(text).ids
+    assert tokenizer.marker_ids == {"[TOOL_CALLS]": token_ids[1]}
+    for keeps_markers, told in ((True, "a[TOOL_CALLS]bc"), (False, "abc")):
+        detokenizer = tokenizer.detokenizer((), keeps_markers=keeps_markers)
+        for token_id in token_ids:
+            detokenizer.append(token_id)
+        assert detokenizer.text == told

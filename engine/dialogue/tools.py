@@ -1,0 +1,146 @@
+"""Tools that a model may call, and which of them a request asks for. Plain values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import InvalidParameterError
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the client offers.
+
+    parameters: JSON Schema of an object; empty = any object.
+    strict: calls have to match the schema.
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    strict: bool = False
+
+    @property
+    def num_chars(self) -> int:
+        """The length of its definition, about."""
+        return len(json.dumps(self.definition()))
+
+    def definition(self) -> dict[str, Any]:
+        """As chat templates read it; some fail without a description."""
+        parameters = dict(self.parameters) or {"type": "object", "properties": {}}
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether the answer has to call something.
+
+    mode: "auto" (as the model likes), "none", "required" (at least one call) or "named" (a call of `name`).
+    """
+
+    mode: str = "auto"
+    name: str = ""
+
+    @property
+    def is_forced(self) -> bool:
+        return self.mode in ("required", "named")
+
+    def check(self, tools: Sequence[Tool]) -> None:
+        """Raises InvalidParameterError if the choice cannot be met with these tools."""
+        if self.mode not in ("auto", "none", "required", "named"):
+            raise InvalidParameterError(
+                f"tool_choice {self.mode!r} is none of auto, none, required and named", param="tool_choice"
+            )
+        if self.is_forced and not tools:
+            raise InvalidParameterError("tool_choice asks for a call, but there are no tools", param="tool_choice")
+        if self.mode == "named" and self.name not in {tool.name for tool in tools}:
+            raise InvalidParameterError(
+                f"tool_choice names {self.name!r}, but no tool has that name", param="tool_choice"
+            )
+
+    def offered(self, tools: Sequence[Tool]) -> tuple[Tool, ...]:
+        """The tools that the answer may call."""
+        if self.mode == "none":
+            return ()
+        return tuple(tool for tool in tools if self.mode != "named" or tool.name == self.name)
+
+
+# Names of JSON Schema's types for Python's values.
+TYPE_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+
+
+def parameter_schema(tool: Tool, name: str) -> Mapping[str, Any] | None:
+    """The schema of one parameter; None if the tool has no such parameter."""
+    properties = tool.parameters.get("properties")
+    schema = properties.get(name) if isinstance(properties, Mapping) else None
+    return schema if isinstance(schema, Mapping) else None
+
+
+def schema_types(schema: Mapping[str, Any], root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
+    """The JSON types that a schema allows; empty if it does not say.
+
+    root: the whole schema, into which local references point.
+    """
+    if depth > 16:
+        return frozenset()
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        target: Any = root
+        for part in reference[2:].split("/"):
+            target = target.get(part) if isinstance(target, Mapping) else None
+        return schema_types(target, root, depth + 1) if isinstance(target, Mapping) else frozenset()
+    stated = schema.get("type")
+    if isinstance(stated, str):
+        return frozenset([stated])
+    if isinstance(stated, Sequence):
+        return frozenset(name for name in stated if isinstance(name, str))
+    values = (
+        schema["enum"] if isinstance(schema.get("enum"), Sequence) else [schema["const"]] if "const" in schema else []
+    )
+    if values:
+        return frozenset("null" if value is None else TYPE_NAMES.get(type(value), "") for value in values)
+    found: set[str] = set()
+    for key in ("anyOf", "oneOf"):
+        for part in schema[key] if isinstance(schema.get(key), Sequence) else ():
+            types = schema_types(part, root, depth + 1) if isinstance(part, Mapping) else frozenset()
+            if not types:
+                return frozenset()
+            found |= types
+    return frozenset(found)
+
+
+# What templates write for these values with Jinja's `string` filter.
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+def value_text(text: str, types: frozenset[str]) -> str:
+    """The JSON text of a parameter's value that the model wrote without quotation marks.
+
+    types: what its schema allows; empty = anything. What is of none of these types stays a string.
+    """
+    if types != {"string"}:
+        candidate = PYTHON_WORDS.get(text.strip(), text.strip())
+        try:
+            kinds = _kinds(json.loads(candidate, parse_constant=_refuse))
+        except (ValueError, RecursionError):
+            kinds = frozenset(["string"])
+        if "string" not in kinds and (not types or kinds & types):
+            return candidate
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _kinds(value: Any) -> frozenset[str]:
+    """The JSON types that a value is of."""
+    if value is None:
+        return frozenset(["null"])
+    kind = TYPE_NAMES[type(value)]
+    is_integer = kind == "integer" or (kind == "number" and value.is_integer())
+    return frozenset(["integer", "number"] if is_integer else [kind])
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")

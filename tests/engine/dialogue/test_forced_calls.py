@@ -1,0 +1,200 @@
+"""Grammars of calls: whatever a model says under one is read as exactly the calls that were asked for."""
+
+import json
+import random
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.dialogue.events import parse_answer
+from engine.dialogue.forced_calls import call_grammar
+from engine.dialogue.formats import CALL_FORMATS, AnswerParser
+from engine.dialogue.reasoning import THINK
+from engine.dialogue.tools import Tool, ToolChoice
+from engine.errors import InvalidParameterError
+from tests.engine.dialogue.walks import Walker
+
+WEATHER = Tool(
+    "a_b",
+    parameters={
+        "type": "object",
+        "properties": {
+            "c": {"type": "string", "maxLength": 6},
+            "u": {"enum": ["ab", "cd"]},
+            "n": {"type": "integer", "minimum": 0, "maximum": 99},
+            "o": {"type": "object", "properties": {"b": {"type": "boolean"}}, "additionalProperties": False},
+        },
+        "required": ["c", "n"],
+    },
+)
+PING = Tool("ping")
+TOOLS = (WEATHER, PING)
+STRICT = (Tool(WEATHER.name, parameters=WEATHER.parameters, strict=True), PING)
+# (form, whether its markers are special tokens); harmony's always are, as its thinking would end anywhere else.
+FORMS = [
+    pytest.param(form, are_special, id=f"{name}{index}-{'special' if are_special else 'texts'}")
+    for name, forms in CALL_FORMATS.items()
+    for index, form in enumerate(forms)
+    for are_special in ((True,) if form.frames_answers else (True, False))
+]
+NUM_WALKS = 8
+
+
+@cache
+def walker_of(form, *, are_special):
+    return Walker((*form.markers, *THINK.markers), are_special=are_special)
+
+
+def check_calls(calls):
+    """Each is complete, and its arguments are those of its tool."""
+    for call in calls:
+        assert call.is_complete
+        arguments = json.loads(call.arguments)
+        if call.name == "ping":
+            assert arguments == {}
+        else:
+            assert call.name == "a_b"
+            assert {"c", "n"} <= set(arguments) <= {"c", "u", "n", "o"}
+            assert isinstance(arguments["c"], str)
+            assert 0 <= arguments["n"] <= 99
+            assert arguments.get("u", "ab") in ("ab", "cd")
+            assert isinstance(arguments.get("o", {}).get("b", True), bool)
+
+
+@pytest.mark.parametrize(("form", "are_special"), FORMS)
+def test_a_forced_answer_is_the_calls_that_were_asked_for(form, are_special):
+    rng = random.Random(1)
+    walker = walker_of(form, are_special=are_special)
+    num_complete, numbers = 0, set()
+    for choice in (ToolChoice("required"), ToolChoice("named", "a_b")):
+        for is_parallel in (True, False):
+            grammar = call_grammar(form, TOOLS, choice, is_parallel=is_parallel, special_ids=walker.special_ids)
+            for _ in range(NUM_WALKS):
+                answer = walker.walk(grammar.text, rng)
+                if answer is None:
+                    continue
+                parsed = parse_answer(form.parser(TOOLS), answer)
+                assert parsed.content == "", (answer, parsed)
+                assert parsed.calls
+                assert is_parallel or len(parsed.calls) == 1, answer
+                check_calls(parsed.calls)
+                if choice.mode == "named":
+                    assert {call.name for call in parsed.calls} == {"a_b"}
+                num_complete += 1
+                numbers.add(len(parsed.calls))
+    assert num_complete >= NUM_WALKS
+    assert 1 in numbers
+
+
+@pytest.mark.parametrize(("form", "are_special"), FORMS)
+def test_strict_tools_leave_the_model_free_until_it_calls(form, are_special):
+    rng = random.Random(2)
+    walker = walker_of(form, are_special=are_special)
+    grammar = call_grammar(form, STRICT, ToolChoice(), special_ids=walker.special_ids)
+    section = getattr(form, "section", ("",))[0]
+    begins = (section or form.opening,) if form.signature and not form.frames_answers else ()
+    num_calls, num_free = 0, 0
+    for _ in range(8 * NUM_WALKS):
+        answer = walker.walk(grammar.text, rng, max_tokens=300)
+        if answer is not None:
+            parsed = parse_answer(form.parser(STRICT), answer)
+            check_calls(parsed.calls)
+            # What begins a call has to be one: none of it is left as text.
+            assert not any(mark and mark in parsed.content for mark in begins)
+            num_calls += len(parsed.calls)
+            num_free += not parsed.calls
+    assert num_free
+    assert num_calls
+
+
+def test_without_strict_tools_an_answer_is_free():
+    form = CALL_FORMATS["hermes"][0]
+    assert call_grammar(form, TOOLS, ToolChoice()) is None
+    assert call_grammar(form, STRICT, ToolChoice("none")) is None
+    assert call_grammar(form, STRICT, ToolChoice()) is not None
+
+
+@pytest.mark.parametrize("choice", [ToolChoice("named", "other"), ToolChoice("any")])
+def test_an_impossible_choice_is_named(choice):
+    with pytest.raises(InvalidParameterError, match="tool_choice"):
+        call_grammar(CALL_FORMATS["hermes"][0], TOOLS, choice)
+
+
+def test_a_choice_that_needs_tools_is_refused_without():
+    with pytest.raises(InvalidParameterError, match="no tools"):
+        call_grammar(CALL_FORMATS["hermes"][0], (), ToolChoice("required"))
+
+
+@pytest.mark.parametrize("are_special", [False, True], ids=["texts", "special"])
+def test_a_model_that_may_think_may_think_before_a_forced_call(are_special):
+    form = CALL_FORMATS["hermes"][0]
+    rng = random.Random(3)
+    walker = walker_of(form, are_special=are_special)
+    grammar = call_grammar(
+        form, TOOLS, ToolChoice("required"), reasoning=THINK, thinking_state="", special_ids=walker.special_ids
+    )
+    assert grammar.begins_behind == ""
+    thoughts = set()
+    for _ in range(4 * NUM_WALKS):
+        answer = walker.walk(grammar.text, rng)
+        if answer is not None:
+            parsed = parse_answer(AnswerParser(THINK.parser(""), form.parser(TOOLS)), answer)
+            assert parsed.calls
+            assert parsed.content == ""
+            check_calls(parsed.calls)
+            thoughts.add(bool(parsed.reasoning))
+    assert thoughts == {False, True}
+
+
+def test_a_grammar_begins_behind_thinking_that_the_prompt_opened():
+    form = CALL_FORMATS["hermes"][0]
+    forced = {
+        state: call_grammar(form, TOOLS, ToolChoice("required"), reasoning=THINK, thinking_state=state)
+        for state in ("open", "closed")
+    }
+    assert forced["open"].begins_behind == "</think>"
+    assert forced["closed"].begins_behind == ""
+    assert forced["open"].text == forced["closed"].text
+
+
+def test_what_a_schema_says_to_readers_is_not_in_the_grammar():
+    inner = {"type": "string", "description": "A note.", "enum": ["description"]}
+    parameters = {
+        "type": "object",
+        "title": "A note.",
+        "properties": {"description": inner, "list": {"type": "array", "items": inner}, "any": {"anyOf": [inner]}},
+        "required": ["description"],
+    }
+    tool = Tool("f", parameters=parameters)
+    text = call_grammar(CALL_FORMATS["hermes"][0], [tool], ToolChoice("required")).text
+    assert "A note." not in text
+    walker = Walker((), are_special=False)
+    call = parse_answer(CALL_FORMATS["hermes"][0].parser([tool]), walker.walk(text, random.Random(0))).calls[0]
+    assert json.loads(call.arguments)["description"] == "description"
+
+
+def test_equal_schemas_are_written_once():
+    tools = [Tool(f"f{number}", parameters=WEATHER.parameters) for number in range(40)]
+    for form in (CALL_FORMATS["qwen3_coder"][0], CALL_FORMATS["hermes"][0]):
+        text = call_grammar(form, tools, ToolChoice("required")).text
+        assert text.count("%json") <= 2
+
+
+NAMES = st.from_regex(r"[a-zA-Z0-9_-]{1,12}", fullmatch=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(NAMES, st.dictionaries(NAMES, st.sampled_from(["string", "integer", "boolean", "array"]), max_size=4), st.data())
+def test_a_grammar_is_valid_for_any_names(name, types, data):
+    form = data.draw(st.sampled_from([form for forms in CALL_FORMATS.values() for form in forms]))
+    required = sorted(data.draw(st.sets(st.sampled_from(sorted(types))))) if types else []
+    properties = {key: {"type": kind, **({"maxItems": 1} if kind == "array" else {})} for key, kind in types.items()}
+    tool = Tool(name, parameters={"type": "object", "properties": properties, "required": required})
+    walker = walker_of(form, are_special=form.frames_answers)
+    grammar = call_grammar(form, [tool], ToolChoice("required"), special_ids=walker.special_ids)
+    answer = walker.walk(grammar.text, random.Random(0))
+    if answer is not None:
+        parsed = parse_answer(form.parser([tool]), answer)
+        assert {call.name for call in parsed.calls} == {name}
