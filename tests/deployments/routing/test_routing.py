@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -84,10 +84,10 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(local_serve: LocalServe, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+def cluster(local_serve: LocalServe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     store_url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'conversations.db'}"
+    yield Cluster(local_serve.start(AS_RAY), store_url)
     local_serve.stop()
-    return Cluster(local_serve.start(AS_RAY), store_url)
 
 
 @pytest.fixture
