@@ -11,6 +11,7 @@ import torch
 from engine.attention import cpu, whole_prompts
 from engine.attention.choice import choose_backend
 from engine.config import EngineConfig
+from engine.core.executor import ModelFacts
 from engine.errors import ConfigError
 from engine.executor import local, memory
 from engine.executor.local import LocalExecutor
@@ -49,6 +50,13 @@ def test_the_largest_step_fills_the_budget_and_samples_for_everybody_at_full_cos
     assert max(sizes) == loaded.vocab_size
 
 
+def model_with_window(max_model_len: int) -> SimpleNamespace:
+    """A loaded model of which nothing but its facts is there."""
+    counts = dict.fromkeys(("vocab_size", "num_parameters", "num_layers", "num_attention_heads", "head_dim"), 1)
+    facts = ModelFacts(fingerprint="", dtype="float32", max_model_len=max_model_len, eos_token_ids=(), **counts)
+    return SimpleNamespace(facts=facts)
+
+
 @pytest.mark.parametrize(
     ("options", "resumed", "first"),
     [
@@ -66,7 +74,7 @@ def test_the_largest_step_fills_the_budget_and_samples_for_everybody_at_full_cos
 def test_largest_steps_have_prompts_that_fill_the_budget_behind_a_context_and_without(config, options, resumed, first):
     """Attention of the one and of the other may be different kernels."""
     config = replace(config, **options)
-    loaded = SimpleNamespace(max_model_len=512)
+    loaded = model_with_window(512)
     steps = largest_steps(config, loaded, COSTLY_SAMPLING[0])
     lengths = [[(segment.query_len, segment.context_len) for segment in step.segments] for step in steps]
     assert lengths == [resumed, first]
@@ -74,7 +82,7 @@ def test_largest_steps_have_prompts_that_fill_the_budget_behind_a_context_and_wi
 
 def test_a_budget_beyond_the_contexts_that_are_looked_at_is_filled(config):
     config = replace(config, max_num_batched_tokens=40_000, max_model_len=100_000)
-    for step in largest_steps(config, SimpleNamespace(max_model_len=131_072), COSTLY_SAMPLING[1]):
+    for step in largest_steps(config, model_with_window(131_072), COSTLY_SAMPLING[1]):
         assert step.num_tokens == 40_000
 
 
