@@ -52,7 +52,7 @@ class EngineCore:
             )
         self.cache_config = cache
         self.scheduling_config = scheduling
-        self.stats = EngineStats()
+        self.stats = EngineStats([tier.name for tier in cache.tiers])
         self._cache = CacheManager(cache, self.stats)
         self._scheduler = Scheduler(scheduling, self._cache, self.stats)
         self._requests: dict[str, Request] = {}
@@ -138,7 +138,7 @@ class EngineCore:
         assert plan.step_id == result.step_id, (plan.step_id, result.step_id)
         self.stats.num_steps += 1
         self._restart_corrupted(plan, result, now)
-        self._cache.complete_transfers()
+        self._cache.transfers.complete()
         sampled = zip(result.token_ids, result.logprobs or repeat(None), strict=False)
         num_step_tokens = 0
         outputs = []
@@ -164,9 +164,9 @@ class EngineCore:
         chunks whose only copy was on its way are dropped. Returns the ids of the requests that ended."""
         self._scheduler.forget_step(plan)
         if are_copies_made:
-            self._cache.complete_transfers()
+            self._cache.transfers.complete()
         else:
-            self._cache.abort_transfers()
+            self._cache.transfers.abort()
         request_ids = dict.fromkeys(segment.request_id for segment in plan.segments)
         failed = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
         for request in failed:
@@ -200,20 +200,21 @@ class EngineCore:
 
     def get_statistics(self) -> dict[str, Any]:
         """Counters since the start, and the state now (requests by status, blocks by use)."""
-        pool = self._cache.gpu_pool
-        return {
+        cache = self._cache
+        statistics = {
             **self.stats.as_dict(),
             "num_requests_running": len(self._scheduler.running),
             "num_requests_waiting": len(self._scheduler.waiting),
             "num_tokens_waiting": self._scheduler.waiting.num_tokens,
-            "num_gpu_blocks": pool.num_blocks,
-            "num_gpu_blocks_free": pool.num_free,
-            "num_gpu_blocks_pinned": pool.num_blocks - self._cache.num_available_blocks,
-            "num_cpu_blocks": self._cache.cpu_pool.num_blocks,
-            "num_cpu_blocks_free": self._cache.cpu_pool.num_free,
-            "num_chunks": len(self._cache.index),
-            "num_idle_chunks": self._cache.count_idle_chunks(),
+            "num_chunks": len(cache.index),
+            "num_idle_chunks": cache.count_idle_chunks(),
         }
+        for tier in cache.tiers:
+            statistics[f"num_{tier.name}_blocks"] = tier.pool.num_blocks
+            statistics[f"num_{tier.name}_blocks_free"] = tier.pool.num_free
+        primary = cache.tiers.primary
+        statistics[f"num_{primary.name}_blocks_pinned"] = primary.pool.num_blocks - primary.num_available
+        return statistics
 
     # -- for those who watch -------------------------------------------------------------------------------------------
 
@@ -233,7 +234,7 @@ class EngineCore:
             request = requests.get(conversation_id)
             status = "idle" if request is None else request.status.value
             if request is not None and request.chunks:
-                cells = self._cache.map_row(request, max_chunks, now)
+                cells = self._cache.map.map_row(request, max_chunks, now)
                 mapped[conversation_id] = MappedContext(
                     status,
                     self._cache.num_chunks(request.num_tokens),
@@ -242,7 +243,7 @@ class EngineCore:
                 )
             elif keys is not None:
                 names = (*keys.full, *(key for _, key in keys.tails))
-                cells = self._cache.map_context(keys, now)
+                cells = self._cache.map.map_context(keys, now)
                 mapped[conversation_id] = MappedContext(status, keys.num_chunks, tuple(cells), names)
             elif request is not None:
                 mapped[conversation_id] = MappedContext(status, self._cache.num_chunks(request.num_tokens), (), ())
@@ -252,9 +253,9 @@ class EngineCore:
         """Those that were noted, the newest first."""
         return self._cache.eviction_log.latest()
 
-    def hold_back(self, num_gpu_blocks: int, num_cpu_blocks: int, now: float) -> None:
-        """See CacheManager.hold_back."""
-        self._cache.hold_back(num_gpu_blocks, num_cpu_blocks, now)
+    def hold_back(self, num_blocks: Mapping[str, int], now: float) -> None:
+        """See Allocator.hold_back."""
+        self._cache.allocator.hold_back(num_blocks, now)
 
     def count_held_blocks(self) -> dict[str, int]:
         """See CacheManager.count_held_blocks."""
@@ -289,7 +290,7 @@ class EngineCore:
 
     def _restart_corrupted(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Requests that a failed swap-in has reached start again from what else is cached."""
-        failed = {self._cache.fail_swap_in(gpu_block) for gpu_block in result.failed_swap_ins}
+        failed = {self._cache.transfers.fail_swap_in(gpu_block) for gpu_block in result.failed_swap_ins}
         if failed:
             for request in list(reversed(self._scheduler.running)):  # the oldest comes to lie in front
                 if not failed.isdisjoint(request.chunks):
@@ -326,7 +327,7 @@ class EngineCore:
         return RequestStats(
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=request.num_cached_tokens,
-            num_cpu_cached_tokens=request.num_cpu_cached_tokens,
+            num_loaded_tokens=request.num_loaded_tokens,
             num_not_loaded_tokens=request.num_not_loaded_tokens,
             num_dropped_tokens=request.num_dropped_tokens,
             num_new_tokens=request.num_new_tokens,

@@ -68,21 +68,30 @@ class BlockAppend:
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """Copy block `source` to block `target`; which tiers, the field of the plan says that holds it."""
+    """Copy block `source` of one tier to block `target` of another one, or of the same.
 
+    source_tier, target_tier: names, see tier_table.
+    """
+
+    source_tier: str
     source: int
+    target_tier: str
     target: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. In this order: forget `ended`; start `starts` and append `appends`; `evictions` (GPU -> CPU, their GPU blocks
-    are written to later in the step); `gpu_copies` (every source is read before any target is written); `swap_ins` (CPU ->
-    GPU; a layer's KV has to be there when that layer attends); run `segments` as one ragged batch; sample. `swap_outs` (GPU
-    -> CPU, ahead of time) may run at any time beside that. All copies are finished when the step's result is given. A plan
-    without segments only copies.
+    """One step, in this order; a plan without segments only copies.
 
-    Segments of one request are in order of position, so that a dropped range is computed with or before what follows it.
+    1. Forget `ended`; start `starts` and append `appends`.
+    2. `evictions`: blocks that leave the tier that computes, to be written to later in this step.
+    3. `local_copies`, within the tier that computes: every source is read before any target is written.
+    4. `swap_ins`, to the tier that computes: a layer's KV has to be there when that layer attends.
+    5. Run `segments` as one ragged batch; sample. Those of one request are in order of position, so that a dropped range
+       is computed with or before what follows it.
+    `swap_outs`, from the tier that computes and ahead of time, may run at any time beside 4 and 5.
+
+    All of a plan's copies are between fast tiers, and finished when the step's result is given.
     """
 
     step_id: int
@@ -91,7 +100,7 @@ class StepPlan:
     appends: tuple[BlockAppend, ...] = ()
     ended: tuple[str, ...] = ()
     evictions: tuple[BlockCopy, ...] = ()
-    gpu_copies: tuple[BlockCopy, ...] = ()
+    local_copies: tuple[BlockCopy, ...] = ()
     swap_ins: tuple[BlockCopy, ...] = ()
     swap_outs: tuple[BlockCopy, ...] = ()
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -120,11 +120,14 @@ class SamplingParams:
 
 
 class ContextAccount(NamedTuple):
-    """Prompt tokens that an admission did not find in the GPU tier. num_swapped_in_tokens: loaded from the CPU tier.
-    num_not_loaded_tokens: there, too, but cheaper to compute again. num_dropped_tokens: in full chunks that were cached once
-    and are gone."""
+    """Prompt tokens that an admission did not find in the tier that computes.
 
-    num_swapped_in_tokens: int = 0
+    loaded_tokens: loaded from other tiers, by the tier's name.
+    num_not_loaded_tokens: there, too, but cheaper to compute again.
+    num_dropped_tokens: in full chunks that were cached once and are gone.
+    """
+
+    loaded_tokens: Mapping[str, int] = {}
     num_not_loaded_tokens: int = 0
     num_dropped_tokens: int = 0
 
@@ -149,9 +152,9 @@ class Request:
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
-        "num_cpu_cached_tokens",
         "num_dropped_tokens",
         "num_known_tokens",
+        "num_loaded_tokens",
         "num_not_loaded_tokens",
         "num_prompt_tokens",
         "num_suspensions",
@@ -197,7 +200,7 @@ class Request:
         self.chunk_keys: list[bytes] = []
         self.pending: list[tuple[int, int]] = []
         self.num_cached_tokens = 0
-        self.num_cpu_cached_tokens = 0
+        self.num_loaded_tokens = 0
         self.num_not_loaded_tokens = 0
         self.num_dropped_tokens = 0
         self.num_known_tokens = 0

@@ -47,13 +47,13 @@ class Scheduler:
         self.running: list[Request] = []
         self._config = config
         self._cache = cache
-        self._shares = FairShares(config.max_num_seqs, cache.gpu_pool.num_blocks)
+        self._shares = FairShares(config.max_num_seqs, cache.num_blocks)
         self._stats = stats
         # Beyond some size, step time grows in proportion to the tokens: a larger batch of prompts adds latency but no
         # throughput, and requests that start together also end together and collide again at their next turns.
         self._prefill_batch_tokens = config.prefill_batch_tokens or config.max_num_batched_tokens
-        self._reserve_blocks = math.ceil(config.decode_reserve * cache.gpu_pool.num_blocks)
-        self._watermark_blocks = math.ceil(cache.config.swap_out_watermark * cache.gpu_pool.num_blocks)
+        self._reserve_blocks = math.ceil(config.decode_reserve * cache.num_blocks)
+        self._watermark_blocks = math.ceil(cache.config.swap_out_watermark * cache.num_blocks)
         self._ended: list[str] = []
         self._step_id = 0
         self._ahead: _Draft | None = None
@@ -137,14 +137,14 @@ class Scheduler:
     ) -> StepPlan | None:
         """With the swap-outs that go beside it. None where there is nothing to do."""
         max_swap_outs = self._cache.config.max_swap_outs
-        if self._cache.num_planned_swap_ins:
+        if self._cache.transfers.planned.swap_ins:
             max_swap_outs //= 4  # the two directions slow each other down (paper section 5)
-        self._cache.plan_swap_outs(self._watermark_blocks, max_swap_outs, now)
-        if not draft.segments and not self._cache.has_transfers:
+        self._cache.allocator.plan_swap_outs(self._watermark_blocks, max_swap_outs, now)
+        if not draft.segments and not self._cache.transfers.planned:
             return None
         self._step_id += 1
         ended, self._ended = tuple(self._ended), []
-        transfers = self._cache.take_transfers()
+        transfers = self._cache.transfers.take()
         return StepPlan(
             self._step_id,
             tuple(draft.segments),
@@ -152,7 +152,7 @@ class Scheduler:
             tuple(appends),
             ended,
             tuple(copy for _, copy in transfers.evictions),
-            tuple(transfers.gpu_copies),
+            tuple(transfers.local_copies),
             tuple(copy for _, _, copy in transfers.swap_ins),
             tuple(copy for _, copy in transfers.swap_outs),
         )
@@ -234,7 +234,7 @@ class Scheduler:
                 break
             reserve = self._reserve_blocks if self.running else 0
             if not has_place or not self._cache.try_admit(request, reserve, now):
-                self._refused = request if has_place and not self._cache.has_transfers else None
+                self._refused = request if has_place and not self._cache.transfers.planned else None
                 if starts or not self._try_admit_instead(request, now):
                     break
                 draft, may_go_on = self._draft(), False
@@ -250,7 +250,7 @@ class Scheduler:
                     request.num_prompt_tokens,
                     request.sampling,
                     tuple(sorted(request.stop_token_ids)),
-                    tuple(chunk.gpu_block for chunk in request.chunks if chunk.gpu_block is not None),
+                    self._cache.block_table(request),
                     tuple(request.token_ids) if request.sampling.needs_token_ids else (),
                 )
             )
@@ -292,11 +292,13 @@ class Scheduler:
         num_prompt = request.num_prompt_tokens
         num_pending = sum(max(0, min(end, num_prompt) - start) for start, end in request.pending)
         request.num_cached_tokens = num_prompt - num_pending
-        request.num_cpu_cached_tokens, request.num_not_loaded_tokens, request.num_dropped_tokens = request.account
+        account = request.account
+        request.num_loaded_tokens = sum(account.loaded_tokens.values())
+        request.num_not_loaded_tokens = account.num_not_loaded_tokens
+        request.num_dropped_tokens = account.num_dropped_tokens
         stats.num_resumed_tokens += request.num_pending_tokens - num_pending
         stats.num_prompt_tokens += request.num_prompt_tokens
-        stats.num_cpu_cached_tokens += request.num_cpu_cached_tokens
-        stats.num_gpu_cached_tokens += request.num_cached_tokens - request.num_cpu_cached_tokens
+        stats.note_cached(request.num_cached_tokens, account.loaded_tokens)
         stats.num_not_loaded_tokens += request.num_not_loaded_tokens
         stats.num_dropped_tokens += request.num_dropped_tokens
         stats.num_new_tokens += request.num_new_tokens

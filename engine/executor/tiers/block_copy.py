@@ -20,6 +20,7 @@ import torch
 from engine.attention.device_clock import SecondsOf, seconds_on
 from engine.attention.device_health import check_device
 from engine.core.plan import BlockCopy
+from engine.core.tier_table import CPU, GPU
 from engine.errors import ConfigError, KernelBuildError
 from engine.executor.tiers.cuda_copies import CopyMany, load_cuda_copies
 from engine.executor.tiers.kv_store import KVStore
@@ -166,7 +167,7 @@ def choose_copiers(
 def _measure(copier: BlockCopier, gpu: KVStore, cpu: KVStore, seconds_of: SecondsOf) -> tuple[float, float]:
     """Seconds that it takes for some blocks: in, in the groups of layers that it would come in, and out."""
     num_blocks = _num_measured(gpu, cpu)
-    copies = [BlockCopy(num_blocks - 1 - i, i) for i in range(num_blocks)]  # no two follow each other
+    copies = [BlockCopy(CPU, num_blocks - 1 - i, GPU, i) for i in range(num_blocks)]  # no two follow each other
     num_layers = len(gpu.layer_slices)
     columns = [columns_of(gpu, group) for group in layer_groups(num_layers, max_group_layers(gpu, copier))]
 
@@ -201,8 +202,8 @@ def _load_kernel(gpu: KVStore, cpu: KVStore) -> type[BlockCopier]:
         # What an element is depends on where the columns begin and end.
         num_layers = len(gpu.layer_slices)
         for layers in (range(num_layers), *layer_groups(num_layers, max_group_layers(gpu, copier))):
-            copier.copy(cpu.storage, gpu.storage, [BlockCopy(0, 0)], columns_of(gpu, layers))
-            copier.copy(gpu.storage, cpu.storage, [BlockCopy(0, 0)], columns_of(gpu, layers))
+            copier.copy(cpu.storage, gpu.storage, [BlockCopy(GPU, 0, CPU, 0)], columns_of(gpu, layers))
+            copier.copy(gpu.storage, cpu.storage, [BlockCopy(CPU, 0, GPU, 0)], columns_of(gpu, layers))
         if gpu.storage.device.type == "cuda":
             torch.cuda.synchronize(gpu.storage.device)
     except Exception as error:  # whatever triton, the compilers behind it and the driver raise

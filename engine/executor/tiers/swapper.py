@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 
 from engine.core.plan import BlockCopy, StepPlan
+from engine.core.tier_table import CPU, GPU
 from engine.executor.tiers.block_copy import BlockCopier, choose_copiers, columns_of, layer_groups, max_group_layers
 from engine.executor.tiers.kv_store import KVStore
 from engine.executor.tiers.streams import Event, Streams, cuda_streams
@@ -98,7 +99,7 @@ class ThreadSwapper:
     def __init__(self, gpu: KVStore, cpu: KVStore, *, verify: bool) -> None:
         self._gpu, self._cpu = gpu, cpu
         # The same memory, by bytes: numpy knows no bfloat16.
-        self._gpu_bytes, self._cpu_bytes = (store.storage.view(torch.uint8).numpy() for store in (gpu, cpu))
+        self._bytes = {GPU: gpu.storage.view(torch.uint8).numpy(), CPU: cpu.storage.view(torch.uint8).numpy()}
         self._checksums = Checksums(cpu) if verify else None
         self._failed: tuple[int, ...] = ()
         self._pending: list[Future[None]] = []
@@ -110,7 +111,7 @@ class ThreadSwapper:
         self._failed = ()
         if plan.evictions:
             self._swap_out(plan.evictions)
-        self._gpu.copy_blocks(plan.gpu_copies)
+        self._gpu.copy_blocks(plan.local_copies)
         if plan.swap_outs:
             self._pending.append(self._out_thread.submit(self._swap_out, plan.swap_outs))
         if not plan.swap_ins:
@@ -134,7 +135,7 @@ class ThreadSwapper:
 
     def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
         for copy in copies:
-            self._cpu_bytes[copy.target] = self._gpu_bytes[copy.source]
+            self._bytes[copy.target_tier][copy.target] = self._bytes[copy.source_tier][copy.source]
         if self._checksums is not None:
             self._checksums.note(copies)
 
@@ -144,7 +145,7 @@ class ThreadSwapper:
             for layer, columns in enumerate(self._gpu.layer_slices):
                 part = slice(columns.start * size, columns.stop * size)
                 for copy in copies:
-                    self._gpu_bytes[copy.target, part] = self._cpu_bytes[copy.source, part]
+                    self._bytes[copy.target_tier][copy.target, part] = self._bytes[copy.source_tier][copy.source, part]
                 gates.open(layer)
         except BaseException as error:
             gates.fail(error)
@@ -189,8 +190,8 @@ class StreamSwapper:
             swap_out.wait(compute.record())  # earlier steps wrote what leaves
             swap_out.run(lambda: self._swap_out(plan.evictions))
             compute.wait(swap_out.record())  # this one overwrites it
-        if plan.gpu_copies:
-            compute.run(lambda: self._gpu.copy_blocks(plan.gpu_copies))
+        if plan.local_copies:
+            compute.run(lambda: self._gpu.copy_blocks(plan.local_copies))
         if not plan.swap_ins and not plan.swap_outs:
             return None
         # Behind it: what earlier steps wrote is there, nobody reads any more what swap-ins overwrite, and what was just

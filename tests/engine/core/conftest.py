@@ -108,15 +108,15 @@ class ContextExecutor:
         for append in plan.appends:
             self.block_tables[append.request_id].append(append.block_id)
         if self.fails:
-            for copy in (*plan.gpu_copies, *plan.swap_ins):
+            for copy in (*plan.local_copies, *plan.swap_ins):
                 self.slots[copy.target] = [()] * self.chunk_size
             for copy in (*plan.evictions, *plan.swap_outs):
                 self.cpu_slots[copy.target] = [()] * self.chunk_size
             self._spoil(plan.segments)
             raise RuntimeError("injected fault")
         self._swap_out(plan.evictions)
-        sources = [list(self.slots[copy.source]) for copy in plan.gpu_copies]
-        for copy, content in zip(plan.gpu_copies, sources, strict=True):
+        sources = [list(self.slots[copy.source]) for copy in plan.local_copies]
+        for copy, content in zip(plan.local_copies, sources, strict=True):
             self.slots[copy.target] = content
         if plan.step_id % 2 or self.computation_fails:
             self._swap_out(plan.swap_outs)

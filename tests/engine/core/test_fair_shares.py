@@ -294,11 +294,11 @@ def test_exchanges_come_to_an_end(data: st.DataObject) -> None:
     num_places, num_blocks = data.draw(st.integers(2, 9)), data.draw(st.integers(8, 60))
     shares = FairShares(num_places, num_blocks)
     weights = data.draw(st.lists(st.sampled_from([0.5, 1.0, 1.0, 2.0, 7.0]), min_size=2, max_size=4))
-    prefixes = [[Chunk(0, 0) for _ in range(data.draw(st.integers(0, 5)))] for _ in weights]
+    prefixes = [[Chunk(0, [0, None]) for _ in range(data.draw(st.integers(0, 5)))] for _ in weights]
 
     def make(tenant: int) -> Request:
         request = Request("r", [1], SamplingParams(), tenant=str(tenant), weight=weights[tenant])
-        request.chunks = [*prefixes[tenant], *(Chunk(0, 0) for _ in range(data.draw(st.integers(0, 9))))]
+        request.chunks = [*prefixes[tenant], *(Chunk(0, [0, None]) for _ in range(data.draw(st.integers(0, 9))))]
         return request
 
     def rank() -> tuple[int, list[tuple[float, float]]]:

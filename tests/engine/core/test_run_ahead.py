@@ -247,6 +247,6 @@ def test_the_loads_above_have_everything_in_them(make_runner):
     Load(driver, seed=1, num_requests=300).run()
     stats = driver.core.stats
     assert min(stats.num_suspensions, stats.num_aborted, stats.num_failed, stats.num_corrupted_swaps) > 0
-    assert min(stats.num_swap_ins, stats.num_gpu_copies, stats.num_steps_ahead) > 0
+    assert min(stats.num_swap_ins, stats.num_local_copies, stats.num_steps_ahead) > 0
     assert all(stats.evictions[reason] for reason in ("gpu_reclaimed", "gpu_swapped_out", "cpu_dropped"))
     assert {output.finish_reason for output in driver.finished.values()} == {FinishReason.STOP, FinishReason.LENGTH}

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.core.cache.cache_manager import CacheManager, Transfers
+from engine.core.cache.cache_manager import CacheManager
 from engine.core.cache.cost_model import CostModel
 from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.core.cache.index import Chunk, chunk_key, root_key
+from engine.core.cache.transfers import StepTransfers
 from engine.core.config import CacheConfig
 from engine.core.plan import BlockCopy
 from engine.core.request import ContextAccount, Request, SamplingParams
@@ -88,7 +89,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
     ) -> None:
         self.stats = EngineStats()
         self.keep = keep > 0  # one example in ten is stateless
-        self.costs = replace(COSTS, swap_in_cost=swap_in_cost)
+        self.costs = replace(COSTS, load_costs={"cpu": swap_in_cost})
         self.write_through = write_through
         num_cpu_blocks = num_cpu_blocks if self.keep else 0
         config = CacheConfig(
@@ -115,7 +116,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.tables: dict[str, list[int | None]] = {}  # block tables, as a worker was told them
         self.histories: list[tuple[str, str, tuple[int, ...]]] = []  # tenant, conversation, tokens of a finished turn
         self.starts: list[Request] = []  # admitted in the plan being made
-        self.num_copies = dict.fromkeys(("evictions", "gpu_copies", "swap_ins", "swap_outs"), 0)
+        self.num_copies = dict.fromkeys(("evictions", "local_copies", "swap_ins", "swap_outs"), 0)
         self.num_corrupted_swaps = 0
         for number, context in enumerate(contexts):
             self.add(TENANTS[0], f"c{number}", tuple(context))
@@ -166,7 +167,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
 
     @rule(num_gpu_blocks=st.sampled_from([0, 0, 1, 3, 10]), num_cpu_blocks=st.sampled_from([0, 0, 1, 7]))
     def blocks_are_held_back_or_given_back(self, num_gpu_blocks: int, num_cpu_blocks: int) -> None:
-        self.cache.hold_back(num_gpu_blocks, num_cpu_blocks, self.now)
+        self.cache.allocator.hold_back({"gpu": num_gpu_blocks, "cpu": num_cpu_blocks}, self.now)
         self.is_held_back = num_gpu_blocks + num_cpu_blocks > 0
 
     # -- the plan ------------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.waiting.pop(0)
         self.running.append(request)
         self.starts.append(request)
-        self.tables[request.request_id] = [chunk.gpu_block for chunk in request.chunks]
+        self.tables[request.request_id] = [chunk.blocks[0] for chunk in request.chunks]
 
     def note_cached(self, request: Request, start: int, end: int) -> None:
         """The full chunks that end in (start, end] have been computed, and can be found (in stateless mode: have been)."""
@@ -219,10 +220,10 @@ class CacheManagerMachine(RuleBasedStateMachine):
             self.cached_once.add((request.tenant, tuple(request.token_ids[: (position + 1) * CHUNK_SIZE])))
 
     def snapshot(self) -> tuple[object, ...]:
-        cache, planned = self.cache, self.cache._planned
+        cache, planned = self.cache, self.cache.transfers.planned
         return (
-            cache.gpu_pool.num_free,
-            cache.cpu_pool.num_free,
+            cache.tiers.primary.pool.num_free,
+            cache.tiers.secondary.pool.num_free,
             set(cache.index),
             cache.count_idle_chunks(),
             [len(getattr(planned, name)) for name in self.num_copies],
@@ -250,13 +251,13 @@ class CacheManagerMachine(RuleBasedStateMachine):
                     num_dropped += min(CHUNK_SIZE, request.num_tokens - 1 - start, num_prompt)
                 continue
             num_usable = min(chunk.num_tokens, request.num_tokens - 1 - start)
-            if chunk.gpu_block is None and num_usable:
-                if self.costs.swap_in_cost > self.costs.chunk_cost(position) * num_usable / CHUNK_SIZE:
+            if chunk.blocks[0] is None and num_usable:
+                if self.costs.load_costs["cpu"] > self.costs.chunk_cost(position) * num_usable / CHUNK_SIZE:
                     num_left_out += min(num_usable, num_prompt)
                     continue
                 num_loaded += min(num_usable, num_prompt)
             num_cached += num_usable
-        return num_cached, ContextAccount(num_loaded, num_left_out, num_dropped)
+        return num_cached, ContextAccount({"cpu": num_loaded} if num_loaded else {}, num_left_out, num_dropped)
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
@@ -339,7 +340,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
             self.a_step_fails(lengths, swap_outs, are_copies_made=outcome == "computation failed")
             return
         if outcome == "corrupted":
-            planned = self.cache._planned
+            planned = self.cache.transfers.planned
             on_its_way = {copy.target for _, copy in planned.evictions}
             for source in [copy.source for _, _, copy in planned.swap_ins if copy.source not in on_its_way][:2]:
                 self.corrupt(source)
@@ -348,13 +349,13 @@ class CacheManagerMachine(RuleBasedStateMachine):
     def find_history(self, where: str, number: int) -> tuple[str, str, tuple[int, ...]]:
         """A finished turn; if there is one, the context of a chunk that this very plan evicts or loads, or that is in the CPU
         tier only."""
-        planned = self.cache._planned
+        planned = self.cache.transfers.planned
         chunks = {
             "any": [],
             "evicted": [chunk for chunk, _ in planned.evictions],
             "loading": [target for _, target, _ in planned.swap_ins],
             "cpu": sorted(
-                (chunk for chunk in self.cache.index if chunk.gpu_block is None), key=lambda chunk: chunk.cpu_block
+                (chunk for chunk in self.cache.index if chunk.blocks[0] is None), key=lambda chunk: chunk.blocks[1]
             ),
         }[where]
         chunks = [chunk for chunk in chunks if chunk.key is not None]
@@ -369,22 +370,22 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.now += idle
         transfers = self.take_plan(swap_outs)
         assert not transfers.swap_ins
-        assert not transfers.gpu_copies
+        assert not transfers.local_copies
         if fails:
             self.fail(transfers, [], are_copies_made=False)
         else:
             self.execute(transfers, [], is_late=swap_outs[2])
 
-    def take_plan(self, swap_outs: tuple[int, int, bool]) -> Transfers:
+    def take_plan(self, swap_outs: tuple[int, int, bool]) -> StepTransfers:
         """Plan the ahead-of-time swap-outs, and take all transfers."""
         watermark, limit, _ = swap_outs
         cache = self.cache
-        idle = {chunk for chunk in cache.index if not chunk.pins and chunk.cpu_block is None}
-        num_wanted = watermark - cache.gpu_pool.num_free - cache.count_idle_chunks()["both"]
-        cache.plan_swap_outs(watermark, limit, self.now)
+        idle = {chunk for chunk in cache.index if not chunk.pins and chunk.blocks[1] is None}
+        num_wanted = watermark - cache.tiers.primary.pool.num_free - cache.count_idle_chunks()["both"]
+        cache.allocator.plan_swap_outs(watermark, limit, self.now)
         self.the_books_balance()
         self.chunks_hold_what_their_names_say()
-        transfers = cache.take_transfers()
+        transfers = cache.transfers.take()
         planned = [chunk for chunk, _ in transfers.swap_outs]
         assert len(planned) <= (limit if self.write_through else max(0, min(limit, num_wanted)))
         assert len(planned) == len(set(planned))
@@ -394,7 +395,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
             self.num_copies[name] += len(getattr(transfers, name))
         return transfers
 
-    def execute(self, transfers: Transfers, segments: list[Segment], *, is_late: bool) -> None:
+    def execute(self, transfers: StepTransfers, segments: list[Segment], *, is_late: bool) -> None:
         """The step as StepPlan orders it, then what EngineCore makes of its result."""
         move(self.slots, self.cpu_slots, self.corrupted, transfers, swap_outs=not is_late)
         failed = [copy.target for _, _, copy in transfers.swap_ins if copy.source in self.corrupted]
@@ -407,7 +408,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
                 self.write(request, position, GARBAGE if request in misled else label(request, position))
         if is_late:
             move_out(self.slots, self.cpu_slots, self.corrupted, transfers.swap_outs)
-        reached = [self.cache.fail_swap_in(gpu_block) for gpu_block in failed]
+        reached = [self.cache.transfers.fail_swap_in(gpu_block) for gpu_block in failed]
         self.num_corrupted_swaps += len(failed)
         for request in reversed(list(self.running)):
             if not set(reached).isdisjoint(request.chunks):
@@ -416,7 +417,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
                 self.cache.release(request, self.now, step_failed=True)
                 self.waiting.insert(0, request)
         assert not misled, "a request has read a corrupted block and goes on"
-        self.cache.complete_transfers()
+        self.cache.transfers.complete()
 
     def append_block(self, request: Request) -> None:
         """A decode that needs a block gets it, or is suspended for want of one."""
@@ -461,18 +462,18 @@ class CacheManagerMachine(RuleBasedStateMachine):
         for request in self.running:
             self.check_content(request)
 
-    def fail(self, transfers: Transfers, segments: list[Segment], *, are_copies_made: bool) -> None:
+    def fail(self, transfers: StepTransfers, segments: list[Segment], *, are_copies_made: bool) -> None:
         named, lost = set(self.cache.index), {chunk for chunk, _ in transfers.evictions}
         if are_copies_made and not any(copy.source in self.corrupted for _, _, copy in transfers.swap_ins):
             move(self.slots, self.cpu_slots, self.corrupted, transfers, swap_outs=True)
             lost = set()
-            self.cache.complete_transfers()
+            self.cache.transfers.complete()
         else:
-            for copy in (*transfers.gpu_copies, *(copy for _, _, copy in transfers.swap_ins)):
+            for copy in (*transfers.local_copies, *(copy for _, _, copy in transfers.swap_ins)):
                 self.slots[copy.target] = [GARBAGE] * CHUNK_SIZE
             for _, copy in (*transfers.evictions, *transfers.swap_outs):
                 self.cpu_slots[copy.target] = [GARBAGE] * CHUNK_SIZE
-            self.cache.abort_transfers()
+            self.cache.transfers.abort()
         for request, start, end in segments:
             for position in range(start, end):
                 self.write(request, position, GARBAGE)
@@ -483,11 +484,11 @@ class CacheManagerMachine(RuleBasedStateMachine):
         )
 
     @precondition(
-        lambda self: not self.cache.has_transfers and any(chunk.cpu_block is not None for chunk in self.cache.index)
+        lambda self: not self.cache.transfers.planned and any(chunk.blocks[1] is not None for chunk in self.cache.index)
     )
     @rule(data=st.data())
     def a_block_in_the_cpu_tier_is_corrupted(self, data: st.DataObject) -> None:
-        in_use = sorted(chunk.cpu_block for chunk in self.cache.index if chunk.cpu_block is not None)
+        in_use = sorted(chunk.blocks[1] for chunk in self.cache.index if chunk.blocks[1] is not None)
         block_id = data.draw(st.sampled_from(in_use))
         self.corrupt(block_id)
 
@@ -532,12 +533,12 @@ class CacheManagerMachine(RuleBasedStateMachine):
     @invariant()
     def workers_know_the_block_tables(self) -> None:
         for request in self.running:
-            assert self.tables[request.request_id] == [chunk.gpu_block for chunk in request.chunks]
+            assert self.tables[request.request_id] == [chunk.blocks[0] for chunk in request.chunks]
 
     @invariant()
     def chunks_hold_what_their_names_say(self) -> None:
         """In both tiers, now where nothing is on its way there, and after the transfers of the plan being made."""
-        planned = self.cache._planned
+        planned = self.cache.transfers.planned
         slots, cpu_slots, corrupted = (
             [row[:] for row in self.slots],
             [row[:] for row in self.cpu_slots],
@@ -551,25 +552,25 @@ class CacheManagerMachine(RuleBasedStateMachine):
             start, size = chunk.position * CHUNK_SIZE, chunk.num_tokens
             assert len(token_ids) == start + size
             expected = [(tenant, token_ids[: position + 1]) for position in range(start, start + size)]
-            if chunk.gpu_block is not None and swapped_in.get(chunk.gpu_block) not in corrupted:
-                assert slots[chunk.gpu_block][:size] == expected, chunk
-                if chunk.gpu_block not in swapped_in:
-                    assert self.slots[chunk.gpu_block][:size] == expected, chunk
-            if chunk.cpu_block is not None and chunk.cpu_block not in corrupted:
-                assert cpu_slots[chunk.cpu_block][:size] == expected, chunk
-                if chunk.cpu_block not in swapped_out:
-                    assert self.cpu_slots[chunk.cpu_block][:size] == expected, chunk
+            if chunk.blocks[0] is not None and swapped_in.get(chunk.blocks[0]) not in corrupted:
+                assert slots[chunk.blocks[0]][:size] == expected, chunk
+                if chunk.blocks[0] not in swapped_in:
+                    assert self.slots[chunk.blocks[0]][:size] == expected, chunk
+            if chunk.blocks[1] is not None and chunk.blocks[1] not in corrupted:
+                assert cpu_slots[chunk.blocks[1]][:size] == expected, chunk
+                if chunk.blocks[1] not in swapped_out:
+                    assert self.cpu_slots[chunk.blocks[1]][:size] == expected, chunk
 
     @invariant()
     def counts_conserve(self) -> None:
         num_copies, stats = self.num_copies, self.stats
         assert stats.num_swap_ins == num_copies["swap_ins"]
-        assert stats.num_gpu_copies == num_copies["gpu_copies"]
+        assert stats.num_local_copies == num_copies["local_copies"]
         assert stats.num_swap_outs == num_copies["evictions"] + num_copies["swap_outs"]
-        num_evictions = num_copies["evictions"] + len(self.cache._planned.evictions)
+        num_evictions = num_copies["evictions"] + len(self.cache.transfers.planned.evictions)
         assert stats.evictions["gpu_swapped_out"] == num_evictions
         assert stats.num_corrupted_swaps == self.num_corrupted_swaps
-        if not self.cache.cpu_pool.num_blocks:
+        if not self.cache.tiers.secondary.pool.num_blocks:
             assert sum(stats.evictions.values()) == stats.evictions["gpu_dropped"]
 
     @invariant()
@@ -577,9 +578,9 @@ class CacheManagerMachine(RuleBasedStateMachine):
         if self.keep:
             return
         assert not len(self.cache.index)
-        assert not self.cache.has_transfers
+        assert not self.cache.transfers.planned
         num_held = self.cache.count_held_blocks()["gpu"]
-        assert self.cache.gpu_pool.num_used == num_held + sum(len(request.chunks) for request in self.running)
+        assert self.cache.tiers.primary.pool.num_used == num_held + sum(len(request.chunks) for request in self.running)
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
@@ -588,23 +589,23 @@ class CacheManagerMachine(RuleBasedStateMachine):
             self.a_step_is_computed([9] * 8, [1] * 8, [True] * 8, (0, 0, False))
         for request in list(self.running):
             self.release(request)
-        if self.cache.has_transfers:
+        if self.cache.transfers.planned:
             self.blocks_move_while_nobody_runs((0, 0, False), fails=False, idle=0)
         self.cache.check_integrity([])
         self.chunks_hold_what_their_names_say()
         cache, idle = self.cache, self.cache.count_idle_chunks()
-        assert cache.num_available_blocks == cache.gpu_pool.num_blocks
+        assert cache.num_available_blocks == cache.tiers.primary.pool.num_blocks
         assert sum(idle.values()) == len(cache.index)
         held = cache.count_held_blocks()
-        assert cache.gpu_pool.num_used == idle["gpu"] + idle["both"] + held["gpu"]
-        assert cache.cpu_pool.num_used == idle["cpu"] + idle["both"] + held["cpu"]
+        assert cache.tiers.primary.pool.num_used == idle["gpu"] + idle["both"] + held["gpu"]
+        assert cache.tiers.secondary.pool.num_used == idle["cpu"] + idle["both"] + held["cpu"]
 
 
-def move(slots: Slots, cpu_slots: Slots, corrupted: set[int], transfers: Transfers, *, swap_outs: bool) -> None:
+def move(slots: Slots, cpu_slots: Slots, corrupted: set[int], transfers: StepTransfers, *, swap_outs: bool) -> None:
     """The copies of a step in the order of StepPlan. A corrupted block brings garbage."""
     move_out(slots, cpu_slots, corrupted, transfers.evictions)
-    contents = [slots[copy.source][:] for copy in transfers.gpu_copies]
-    for copy, content in zip(transfers.gpu_copies, contents, strict=True):
+    contents = [slots[copy.source][:] for copy in transfers.local_copies]
+    for copy, content in zip(transfers.local_copies, contents, strict=True):
         slots[copy.target] = content
     if swap_outs:
         move_out(slots, cpu_slots, corrupted, transfers.swap_outs)

@@ -14,7 +14,7 @@ COSTS = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4)
 
 
 def chunk(position: int, last_active: float) -> Chunk:
-    made = Chunk(position, gpu_block=0)
+    made = Chunk(position, [0, None])
     made.last_active = last_active
     return made
 
