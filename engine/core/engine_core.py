@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from engine.core.cache.cache_manager import CacheManager
 from engine.core.cache_map import ContextKeys, Eviction, MappedContext
 from engine.core.config import CacheConfig, SchedulingConfig
-from engine.core.plan import Logprobs, StepPlan, StepResult
+from engine.core.plan import Logprobs, SlowTransfer, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineStats, RequestStats
@@ -92,12 +92,13 @@ class EngineCore:
     def _make_room_to_wait(self, newcomer: Request, now: float) -> list[str]:
         """Throw out waiting requests, by fairness between tenants, until `newcomer` may wait too; returns their ids. Raises
         OverloadedError where the newcomer is the one to go, and nobody was thrown out."""
-        waiting = self._scheduler.waiting
+        scheduler = self._scheduler
+        waiting = scheduler.waiting
         max_tokens = self.scheduling_config.max_num_queued_tokens
         thrown_out: list[Request] = []
-        while waiting and (
-            len(waiting) >= self.scheduling_config.max_num_queued_reqs
-            or (max_tokens is not None and waiting.num_tokens + newcomer.num_tokens > max_tokens)
+        while scheduler.num_waiting and (
+            scheduler.num_waiting >= self.scheduling_config.max_num_queued_reqs
+            or (max_tokens is not None and scheduler.num_waiting_tokens + newcomer.num_tokens > max_tokens)
         ):
             victim = waiting.find_victim(newcomer)
             if victim is None:
@@ -175,6 +176,24 @@ class EngineCore:
         self._land(now)
         return [request.request_id for request in failed]
 
+    # -- slow tiers ----------------------------------------------------------------------------------------------------
+
+    def take_transfers(self) -> tuple[SlowTransfer, ...]:
+        """The transfers of slow tiers to start now, beside the steps; to be asked for after each `schedule`.
+
+        The end of each has to be told once, by `complete_transfer`; in whichever order, and between any two calls."""
+        return self._cache.slow_transfers.take()
+
+    def complete_transfer(self, transfer_id: int, *, ok: bool, now: float) -> None:
+        """A transfer of a slow tier has ended. Not ok: the target has not got, whole and right, what the source had."""
+        self._cache.slow_transfers.complete(transfer_id, ok=ok, now=now)
+        self._scheduler.end_transfer(transfer_id)
+
+    def next_deadline_s(self) -> float | None:
+        """When a request stops waiting for a slow tier, if nothing arrives before: a time at which to call `schedule`."""
+        deadlines = [request.load_deadline_s for request in self._scheduler.loading]
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
     def abort(self, request_id: str, now: float) -> None:
         """End a request early; what it computed stays in the cache. While a plan of it is being executed, it ends with
         that. An unknown id is no error: the request may just have ended."""
@@ -204,8 +223,8 @@ class EngineCore:
         statistics = {
             **self.stats.as_dict(),
             "num_requests_running": len(self._scheduler.running),
-            "num_requests_waiting": len(self._scheduler.waiting),
-            "num_tokens_waiting": self._scheduler.waiting.num_tokens,
+            "num_requests_waiting": self._scheduler.num_waiting,
+            "num_tokens_waiting": self._scheduler.num_waiting_tokens,
             "num_chunks": len(cache.index),
             "num_idle_chunks": cache.count_idle_chunks(),
         }
@@ -264,9 +283,11 @@ class EngineCore:
     def check_integrity(self) -> None:
         """Raises AssertionError where the books do not balance; see CacheManager.check_integrity."""
         scheduler = self._scheduler
-        assert {id(r) for r in self._requests.values()} == {id(r) for r in [*scheduler.running, *scheduler.waiting]}
+        live = [*scheduler.running, *scheduler.waiting, *scheduler.loading]
+        assert {id(r) for r in self._requests.values()} == {id(r) for r in live}
+        assert all(r.status is RequestStatus.LOADING for r in scheduler.loading)
         assert all(r.status is RequestStatus.RUNNING and r.chunks for r in scheduler.running)
-        assert not any(r.chunks for r in scheduler.waiting)
+        assert not any(r.chunks for r in (*scheduler.waiting, *scheduler.loading))
         self._cache.check_integrity(scheduler.running)
 
     def _note_in_flight(self, plan: StepPlan | None) -> StepPlan | None:

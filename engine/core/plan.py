@@ -79,6 +79,24 @@ class BlockCopy:
     target: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlowTransfer:
+    """Copy a block from or to a slow tier, beside the steps and for as long as it takes.
+
+    Until its end is told, neither of its blocks is given to anything else.
+
+    transfer_id: counts up; to tell its end by.
+    key: the chunk's name, which says all that the block has to hold; see index.chunk_key.
+    num_tokens: leading tokens of the block that are valid.
+    copy: from which block to which.
+    """
+
+    transfer_id: int
+    key: bytes
+    num_tokens: int
+    copy: BlockCopy
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step, in this order; a plan without segments only copies.

@@ -21,10 +21,13 @@ MAX_STOP_TOKEN_IDS = 128
 
 
 class RequestStatus(enum.Enum):
-    """WAITING -> RUNNING -> FINISHED; RUNNING -> SUSPENDED -> RUNNING when decodes run out of blocks, or when
-    a request gives way to one of another tenant."""
+    """WAITING -> RUNNING -> FINISHED, with two detours.
+
+    RUNNING -> SUSPENDED -> RUNNING: preempted, because decodes run out of blocks or another tenant's request is due.
+    WAITING or SUSPENDED -> LOADING -> the same again: its turn had come, and it waits for chunks from a slow tier."""
 
     WAITING = "waiting"
+    LOADING = "loading"
     RUNNING = "running"
     SUSPENDED = "suspended"
     FINISHED = "finished"
@@ -149,6 +152,8 @@ class Request:
         "chunks",
         "conversation_id",
         "first_token_s",
+        "load_deadline_s",
+        "loads",
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -207,6 +212,8 @@ class Request:
         self.num_computed_tokens = 0
         self.num_suspensions = 0
         self.account = ContextAccount()
+        self.loads: dict[bytes, str] = {}
+        self.load_deadline_s: float | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -18,6 +18,17 @@ from engine.core.waiting_queue import WaitingQueue
 
 
 @dataclass(slots=True)
+class _Loading:
+    """What a request waits for that is being loaded from slow tiers.
+
+    status: what it is again afterwards. transfer_ids: those that have not ended.
+    """
+
+    status: RequestStatus
+    transfer_ids: set[int]
+
+
+@dataclass(slots=True)
 class _Draft:
     """What running requests compute in a step. Holds as long as the running requests are exactly those of `running`.
 
@@ -45,6 +56,7 @@ class Scheduler:
     def __init__(self, config: SchedulingConfig, cache: CacheManager, stats: EngineStats) -> None:
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
+        self.loading: dict[Request, _Loading] = {}
         self._config = config
         self._cache = cache
         self._shares = FairShares(config.max_num_seqs, cache.num_blocks)
@@ -62,13 +74,15 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
-        self.waiting.append(request, {running.tenant for running in self.running})
+        self.waiting.append(request, {other.tenant for other in (*self.running, *self.loading)})
 
     def remove(self, request: Request, now: float, *, step_failed: bool = False) -> None:
         """Take a request out, wherever it is; its blocks go back to the cache."""
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
             self._end(request, now, step_failed)
+        elif request.status is RequestStatus.LOADING:
+            del self.loading[request]
         else:
             self.waiting.remove(request)
 
@@ -108,11 +122,58 @@ class Scheduler:
             return bool(self._choose_to_give_way(request))
         return True
 
+    # -- loading from slow tiers ---------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their turn, or for what is being loaded for them."""
+        return len(self.waiting) + len(self.loading)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """The tokens of these requests."""
+        return self.waiting.num_tokens + sum(request.num_tokens for request in self.loading)
+
+    def end_transfer(self, transfer_id: int) -> None:
+        """A slow transfer has ended: the requests that waited for nothing else are next again."""
+        for request, loading in list(self.loading.items()):
+            loading.transfer_ids.discard(transfer_id)
+            if not loading.transfer_ids:
+                self._end_loading(request)
+
+    def _end_late_loading(self, now: float) -> None:
+        for request in list(self.loading):
+            if request.load_deadline_s is None or now >= request.load_deadline_s:
+                self._end_loading(request)
+
+    def _end_loading(self, request: Request) -> None:
+        request.status = self.loading.pop(request).status
+        self.waiting.put_back_in_order(request)
+        self._refused = None
+
+    def _try_start_loading(self, request: Request, now: float) -> bool:
+        """Let the request whose turn it is wait for what slow tiers have of its context, outside of the queue."""
+        if request.load_deadline_s is None:
+            request.load_deadline_s = now + self._cache.max_load_wait_s
+        elif now >= request.load_deadline_s:
+            return False
+        transfer_ids = self._cache.start_loads(request, now)
+        if transfer_ids is None:
+            return False
+        self.waiting.remove(request)
+        self.loading[request] = _Loading(request.status, transfer_ids)
+        request.status = RequestStatus.LOADING
+        return True
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
     def schedule(self, now: float) -> StepPlan | None:
         """The next step, decodes first, then what prompts the budget still holds; None when there is nothing to do. The same
         whether it was drafted ahead or not."""
         # Whatever unforeseen happens to a running request (it ends, fails, is aborted or has to start again) takes it out of
         # the running ones. So where those are the foreseen ones, the step did for each what was foreseen.
+        if self.loading:
+            self._end_late_loading(now)
         ahead, self._ahead = self._ahead, None
         draft = ahead if ahead is not None and ahead.running == self.running else self._draft()
         appends = self._append_blocks(draft.growing, now)
@@ -140,6 +201,7 @@ class Scheduler:
         if self._cache.transfers.planned.swap_ins:
             max_swap_outs //= 4  # the two directions slow each other down (paper section 5)
         self._cache.allocator.plan_swap_outs(self._watermark_blocks, max_swap_outs, now)
+        self._cache.allocator.plan_stores(self._cache.config.swap_out_watermark, max_swap_outs, now)
         if not draft.segments and not self._cache.transfers.planned:
             return None
         self._step_id += 1
@@ -230,6 +292,8 @@ class Scheduler:
             request = self.waiting.peek()
             has_place = len(self.running) < self._config.max_num_seqs
             # Nothing is started without budget; but where decodes take all of it, each gives a token back with its place.
+            if request is not None and self._cache.tiers.slow and self._try_start_loading(request, now):
+                continue
             if request is None or (not draft.budget and (has_place or draft.num_prompt_tokens)):
                 break
             reserve = self._reserve_blocks if self.running else 0
@@ -241,6 +305,7 @@ class Scheduler:
             self.waiting.serve(request, request.num_pending_tokens)
             self._count_admission(request)
             request.status = RequestStatus.RUNNING
+            request.loads, request.load_deadline_s = {}, None
             request.num_known_tokens = request.num_tokens
             self.running.append(request)
             starts.append(

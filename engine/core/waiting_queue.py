@@ -22,7 +22,7 @@ class WaitingQueue:
     def __init__(self) -> None:
         self.num_tokens = 0
         self._by_tenant: dict[str, deque[Request]] = {}
-        self._suspended: set[Request] = set()  # the first ones of their tenants
+        self._had_turn: set[Request] = set()  # the first ones of their tenants
         self._virtual_times: dict[str, float] = {}
         self._virtual_now = 0.0
 
@@ -47,8 +47,17 @@ class WaitingQueue:
 
     def put_back(self, request: Request) -> None:
         """A request that was running is the next one of its tenant again."""
-        self._suspended.add(request)
-        self._by_tenant.setdefault(request.tenant, deque()).appendleft(request)
+        self._insert(0, request)
+
+    def put_back_in_order(self, request: Request) -> None:
+        """A request whose turn had come is the next one of its tenant again, behind those of them that arrived earlier."""
+        queue = self._by_tenant.get(request.tenant, ())
+        earlier = takewhile(lambda other: other in self._had_turn and other.arrival_s <= request.arrival_s, queue)
+        self._insert(sum(1 for _ in earlier), request)
+
+    def _insert(self, index: int, request: Request) -> None:
+        self._had_turn.add(request)
+        self._by_tenant.setdefault(request.tenant, deque()).insert(index, request)
         self._virtual_times.setdefault(request.tenant, self._virtual_now)
         self.num_tokens += request.num_tokens
 
@@ -66,7 +75,7 @@ class WaitingQueue:
         self.num_tokens -= request.num_tokens
         queue = self._by_tenant[request.tenant]
         queue.remove(request)
-        self._suspended.discard(request)
+        self._had_turn.discard(request)
         if not queue:
             del self._by_tenant[request.tenant]
 
@@ -100,4 +109,4 @@ class WaitingQueue:
 
     def _count_arrived(self, queue: deque[Request]) -> int:
         """Requests that have not been admitted yet; they are behind the suspended ones."""
-        return sum(1 for _ in takewhile(lambda request: request not in self._suspended, reversed(queue)))
+        return sum(1 for _ in takewhile(lambda request: request not in self._had_turn, reversed(queue)))

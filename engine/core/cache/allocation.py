@@ -6,9 +6,11 @@ or dropped if the secondary tier has no room for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from engine.core.cache.index import Chunk, ChunkIndex
+from engine.core.cache.slow_transfers import SlowTransfers
 from engine.core.cache.tier import Tier, Tiers
 from engine.core.cache.transfers import Transfers
 from engine.core.cache_map import EvictionLog
@@ -23,6 +25,7 @@ class Allocator:
         tiers: Tiers,
         index: ChunkIndex,
         transfers: Transfers,
+        slow: SlowTransfers,
         stats: EngineStats,
         eviction_log: EvictionLog,
         *,
@@ -33,6 +36,7 @@ class Allocator:
         self._primary, self._secondary = tiers.primary, tiers.secondary
         self._index = index
         self._transfers = transfers
+        self._slow = slow
         self._stats = stats
         self._eviction_log = eviction_log
         self._write_through = write_through and tiers.secondary.pool.num_blocks > 0
@@ -54,6 +58,16 @@ class Allocator:
         if not tier.pool.num_free and not self._try_drop_spare_copy(tier, now):
             victim = tier.choose_victim_before(chunk, now)
             if victim is None or (is_ahead_of_time and _is_in_faster_tier(victim, tier)):
+                return None
+            self._take_copy(tier, victim, now)
+        return tier.pool.try_allocate()
+
+    def try_block_for_load(self, now: float) -> int | None:
+        """A block of the secondary tier for a chunk that is about to be used: of whatever was not used just now."""
+        tier = self._secondary
+        if not tier.pool.num_free and not self._try_drop_spare_copy(tier, now):
+            victim = tier.choose_victim_idle_at(now)
+            if victim is None:
                 return None
             self._take_copy(tier, victim, now)
         return tier.pool.try_allocate()
@@ -81,6 +95,23 @@ class Allocator:
             victim = primary.sole.choose_victim(now)
             if victim is None or not self._try_swap_out(victim, now):
                 return
+
+    def plan_stores(self, watermark: float, max_blocks: int, now: float) -> None:
+        """Store ahead of time in the first slow tier, the smallest retention value first: at most `max_blocks` at a time,
+        until that share of the secondary tier's blocks is free or reclaimable."""
+        if not self._tiers.slow:
+            return
+        tier, secondary = self._tiers.slow[0], self._secondary
+        num_free = secondary.pool.num_free + len(secondary.copied) + self._slow.num_stores
+        num_wanted = math.ceil(watermark * secondary.pool.num_blocks) - num_free
+        for _ in range(min(num_wanted, max_blocks - self._slow.num_stores)):
+            victim = secondary.sole.choose_victim(now)
+            if victim is None or not self._slow.may_store(tier, now):
+                return
+            block_id = self.try_block(tier, victim, now, is_ahead_of_time=True)
+            if block_id is None:
+                return
+            self._slow.plan_store(victim, tier, block_id)
 
     def _try_swap_out(self, chunk: Chunk, now: float) -> bool:
         """Plan an ahead-of-time copy of an unpinned chunk to the secondary tier, if that has a block for it."""

@@ -12,7 +12,7 @@ The request's row holds all five, pinned. Full chunks are named in the index whe
 when the request ends. A chunk still without a name when its request ends is freed.
 
 The parts: `index` finds chunks by content, `matching` whole contexts; `tier` files chunks by where their blocks may be
-taken; `allocation` gives out blocks; `transfers` are the copies of steps.
+taken; `allocation` gives out blocks; `transfers` are the copies of steps, `slow_transfers` those that outlive steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from engine.core.cache.cost_model import CostModel
 from engine.core.cache.eviction import make_policy
 from engine.core.cache.index import Chunk, ChunkIndex, chunk_key
 from engine.core.cache.matching import ContextMatch, ContextMatcher
-from engine.core.cache.tier import Tiers
+from engine.core.cache.slow_transfers import SlowTransfers
+from engine.core.cache.tier import Tier, Tiers
 from engine.core.cache.transfers import Transfers
 from engine.core.cache_map import CacheMap, EvictionLog
 from engine.core.config import CacheConfig
@@ -39,7 +40,10 @@ class CacheManager:
 
     In the stateless mode (`keep` is False) nothing outlives its request and nothing is shared.
 
-    transfers: the copies of steps. allocator: makes copies ahead of time, and tiers smaller. map: what those see who watch.
+    transfers: the copies of steps.
+    slow_transfers: those from and to slow tiers.
+    allocator: makes copies ahead of time, and tiers smaller.
+    map: what an observer is shown.
     """
 
     def __init__(self, config: CacheConfig, stats: EngineStats) -> None:
@@ -53,8 +57,15 @@ class CacheManager:
         self.transfers = Transfers(self.tiers, self.index, stats)
         self.eviction_log = EvictionLog(self._cost_model)
         self.map = CacheMap(self.tiers, self.index, self._cost_model)
+        self.slow_transfers = SlowTransfers(self.tiers, self.index, stats)
         self.allocator = Allocator(
-            self.tiers, self.index, self.transfers, stats, self.eviction_log, write_through=config.write_through
+            self.tiers,
+            self.index,
+            self.transfers,
+            self.slow_transfers,
+            stats,
+            self.eviction_log,
+            write_through=config.write_through,
         )
         self._matcher = ContextMatcher(self.index, config.model)
         self.match_context = self._matcher.match
@@ -68,6 +79,11 @@ class CacheManager:
     def num_available_blocks(self) -> int:
         """Blocks that a request could get: free ones, those of chunks that are not pinned, and those held back."""
         return self._primary.num_available
+
+    @property
+    def max_load_wait_s(self) -> float:
+        """Longest time that a request waits for slow tiers, in seconds."""
+        return max((tier.spec.max_wait_s for tier in self.tiers.slow), default=0.0)
 
     def num_chunks(self, num_tokens: int) -> int:
         """Chunks (= blocks) that a context of `num_tokens` takes."""
@@ -115,6 +131,41 @@ class CacheManager:
         request.chunks = row
         request.pending = self._missing_ranges(row, match.full.keys(), request.num_tokens)
         return True
+
+    def start_loads(self, request: Request, now: float) -> set[int] | None:
+        """Plan to load what slow tiers have of the request's context, if that is cheaper than to compute it.
+
+        Returns the ids of the transfers that the request should wait for: those planned here, and those under way for
+        others. An empty set if it should wait until some of these are through; None if there is nothing to wait for.
+        Changes the request's `loads`, in which each chunk is tried once."""
+        match = self.match_context(request)
+        wanted: list[tuple[Chunk, Tier]] = []
+        for position, chunk, num_valid in match.outside_primary_tier():
+            tier = self.tiers.slow_tier_of(chunk)
+            if chunk.blocks[1] is not None or tier is None or chunk.key in request.loads:
+                continue
+            if self._cost_model.is_loaded(tier.name, position, num_valid):
+                wanted.append((chunk, tier))
+        if not wanted:
+            return None
+        for chunk in (*match.full.values(), *(chunk for chunk, _ in match.tails.values())):
+            self.tiers.touch(chunk, now)
+        transfer_ids: set[int] = set()
+        has_to_wait = False
+        for chunk, tier in reversed(wanted):  # the end of a context costs most to compute
+            transfer = self.slow_transfers.find(chunk)
+            if transfer is None:
+                if self.slow_transfers.num_loads >= max(1, self._secondary.pool.num_blocks // 2):
+                    has_to_wait = True  # more at once would evict each other
+                    break
+                block_id = self.allocator.try_block_for_load(now)
+                if block_id is not None:
+                    transfer = self.slow_transfers.plan_load(chunk, tier, block_id)
+            if chunk.key is not None:
+                request.loads[chunk.key] = tier.name
+            if transfer is not None and self.slow_transfers.is_load(transfer):
+                transfer_ids.add(transfer.transfer_id)
+        return transfer_ids if transfer_ids or has_to_wait else None
 
     def block_table(self, request: Request) -> tuple[int, ...]:
         """The blocks of an admitted request's row, front first."""
@@ -189,14 +240,14 @@ class CacheManager:
         return {tier.name: len(tier.held) for tier in self.tiers}
 
     def count_idle_chunks(self) -> dict[str, int]:
-        """Unpinned chunks: in the primary tier alone, in both fast tiers, in the secondary tier and not in the primary."""
+        """Unpinned chunks: those in the primary tier and not in the secondary one, those in both, those in the secondary
+        tier and not in the primary one; and all that lie in each slow tier."""
         num_both = len(self._primary.copied)
-        num_secondary = len(self._secondary.sole) + len(self._secondary.copied)
         return {
             self._primary.name: len(self._primary.sole),
             BOTH: num_both,
-            self._secondary.name: num_secondary - num_both,
-        }
+            self._secondary.name: self._secondary.count_idle_chunks() - num_both,
+        } | {tier.name: tier.count_idle_chunks() for tier in self.tiers.slow}
 
     # -- inside: matching ----------------------------------------------------------------------------------------------
 
@@ -205,8 +256,9 @@ class CacheManager:
 
         Returns their positions and how many tokens of each were valid. See CostModel.is_loaded for the rule."""
         not_loaded = {}
-        for position, _, num_valid in match.outside_primary_tier():
-            if not self._cost_model.is_loaded(self._secondary.name, position, num_valid):
+        for position, chunk, num_valid in match.outside_primary_tier():
+            is_near = chunk.blocks[1] is not None  # else it is in a slow tier, from which no step loads
+            if not is_near or not self._cost_model.is_loaded(self._secondary.name, position, num_valid):
                 not_loaded[position] = num_valid
                 match.leave_out(position)
         return not_loaded
@@ -231,10 +283,12 @@ class CacheManager:
             left = [min(num, request.num_prompt_tokens - p * self.chunk_size) for p, num in num_tokens.items()]
             return sum(num for num in left if num > 0)
 
-        loaded = {position: num_valid for position, _, num_valid in match.outside_primary_tier()}
-        num_loaded = count_prompt_tokens(loaded)
+        loaded: dict[str, dict[int, int]] = {}
+        for position, chunk, num_valid in match.outside_primary_tier():
+            tier = self._secondary.name if chunk.key is None else request.loads.get(chunk.key, self._secondary.name)
+            loaded.setdefault(tier, {})[position] = num_valid
         return ContextAccount(
-            loaded_tokens={self._secondary.name: num_loaded} if num_loaded else {},
+            loaded_tokens={tier: num for tier, tokens in loaded.items() if (num := count_prompt_tokens(tokens))},
             num_not_loaded_tokens=count_prompt_tokens(not_loaded),
             num_dropped_tokens=count_prompt_tokens(match.dropped),
         )
@@ -325,3 +379,4 @@ class CacheManager:
             assert 0 <= chunk.num_tokens <= self.chunk_size
             assert (chunk.key is not None) == (chunk in named)
         self.tiers.check_integrity(named, chunks)
+        self.slow_transfers.check_integrity()

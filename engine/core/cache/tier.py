@@ -64,6 +64,19 @@ class Tier:
                 return victim
         return None
 
+    def choose_victim_idle_at(self, now: float) -> Chunk | None:
+        """As `choose_victim`, but only one that was not used just now."""
+        for policy in (self.copied, self.sole):
+            victim = policy.choose_victim(now)
+            if victim is not None and victim.last_active < now:
+                return victim
+        return None
+
+    def count_idle_chunks(self) -> int:
+        """Unpinned chunks that have a block here, those included whose block is lent."""
+        lent = sum(chunk is not None and not chunk.pins for chunk in self.lent.values())
+        return len(self.sole) + len(self.copied) + lent
+
     def note_spare_copy(self, chunk: Chunk) -> None:
         """Let a pinned chunk in a faster tier lose its block here, if it has one that is not lent."""
         block_id = chunk.blocks[self.number]
@@ -150,6 +163,10 @@ class Tiers:
         is_in_secondary = chunk.blocks[1] is not None
         if chunk.blocks[0] is not None:
             (self.primary.copied if is_in_secondary else self.primary.sole).insert(chunk)
+        if not self.slow:
+            if is_in_secondary:
+                self.secondary.sole.insert(chunk)
+            return
         if is_in_secondary:
             self.secondary.file(chunk, is_copied=self.slow_tier_of(chunk) is not None)
         for tier in self.slow:
@@ -161,6 +178,10 @@ class Tiers:
         is_in_secondary = chunk.blocks[1] is not None
         if chunk.blocks[0] is not None:
             (self.primary.copied if is_in_secondary else self.primary.sole).remove(chunk)
+        if not self.slow:
+            if is_in_secondary:
+                self.secondary.sole.remove(chunk)
+            return
         if is_in_secondary:
             self.secondary.unfile(chunk, is_copied=self.slow_tier_of(chunk) is not None)
         for tier in self.slow:
@@ -177,9 +198,12 @@ class Tiers:
 
     def note_spare_copies(self, chunk: Chunk) -> None:
         """A pinned chunk in the primary tier can do without its other copies, unless a transfer is at it."""
-        if not chunk.pins or chunk.blocks[0] is None or chunk in self.primary.arriving:
+        is_in_secondary = chunk.blocks[1] is not None
+        if not chunk.pins or chunk.blocks[0] is None or not (is_in_secondary or self.slow):
             return
-        if chunk not in self.secondary.arriving:
+        if chunk in self.primary.arriving:
+            return
+        if is_in_secondary and chunk not in self.secondary.arriving:
             self.secondary.note_spare_copy(chunk)
         for tier in self.slow:
             tier.note_spare_copy(chunk)
