@@ -25,7 +25,7 @@ from typing import Any
 
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
-from engine.core.executor import Executor
+from engine.core.executor_protocol import Executor
 from engine.core.grammar import GrammarSpec
 from engine.core.request import Request
 from engine.core.tier_table import FAST_TIERS

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig
 from engine.core.cache.cost_model import CostModel
-from engine.core.executor import Executor, ExecutorFacts
+from engine.core.executor_protocol import Executor, ExecutorFacts
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.core.tier_table import CPU, GPU

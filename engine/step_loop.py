@@ -22,7 +22,7 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from engine.core.engine_core import EngineCore, RequestOutput
-from engine.core.executor import ComputationFailedError, Executor
+from engine.core.executor_protocol import ComputationFailedError, Executor
 from engine.core.plan import SlowTransfer, StepPlan, StepResult
 from engine.errors import EngineError, EngineStoppedError, ExecutorError, GrammarFailedError
 
@@ -152,7 +152,7 @@ class StepLoop:
         if self.look_ahead is LookAhead.LAUNCH:
             self._launch(self._core.schedule_ahead(self._now()))
         else:
-            self._core.plan_ahead(executing)
+            self._core.draft_ahead(executing)
 
     def _finish(self, launched: _Launched) -> None:
         """Wait for the result of a step and tell it to the core; or that it failed."""

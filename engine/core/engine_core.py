@@ -6,7 +6,7 @@ simulation; the driver owns the clock.
     outputs = core.update(plan, result, now)  # what came of it
 
 While the plan is being executed, `core.schedule_ahead(now)` gives the next one, to be executed behind it, where that does not
-depend on its result; else, or where an executor takes one plan at a time, `core.plan_ahead(plan)` drafts it. With drafts
+depend on its result; else, or where an executor takes one plan at a time, `core.draft_ahead(plan)` drafts it. With drafts
 and without, the plans are the same; with plans made ahead, the outputs are.
 """
 
@@ -129,10 +129,10 @@ class EngineCore:
         (executing,) = self._in_flight
         return self._note_in_flight(self._scheduler.schedule_ahead(executing, now))
 
-    def plan_ahead(self, plan: StepPlan) -> None:
+    def draft_ahead(self, plan: StepPlan) -> None:
         """Draft the step after `plan`, the one that is being executed, so that the next `schedule` has less to do. Changes
         no request and no block: a draft that something unforeseen overtakes is thrown away."""
-        self._scheduler.plan_ahead(plan)
+        self._scheduler.draft_ahead(plan)
 
     def update(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
         """Take in what a step gave, the oldest one in flight. Requests that ended meanwhile are passed over."""

@@ -90,7 +90,7 @@ class Scheduler:
         """The executor failed at `plan`: tell it again, next time, which requests have ended."""
         self._ended = [*plan.ended, *self._ended]
 
-    def plan_ahead(self, plan: StepPlan) -> None:
+    def draft_ahead(self, plan: StepPlan) -> None:
         """Draft the step after `plan`, which is being executed. Changes nothing else."""
         draft = self._draft(plan)
         self._ahead = draft if draft.running else None

@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from engine.core.executor import ComputationFailedError
+from engine.core.executor_protocol import ComputationFailedError
 from engine.core.request import SamplingParams
 from engine.step_loop import LookAhead
 from tests.nightly import IS_NIGHTLY

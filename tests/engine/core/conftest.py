@@ -15,7 +15,7 @@ import pytest
 from engine.core.cache.cost_model import CostModel
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore, RequestOutput
-from engine.core.executor import ComputationFailedError
+from engine.core.executor_protocol import ComputationFailedError
 from engine.core.plan import BlockCopy, QuerySegment, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, SamplingParams
 from engine.errors import EngineError

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.core.executor import ComputationFailedError
+from engine.core.executor_protocol import ComputationFailedError
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, EngineError, EngineStoppedError, ModelLoadError, UnsupportedModelError

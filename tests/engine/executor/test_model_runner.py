@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.core.executor import ComputationFailedError, SamplingFailedError
+from engine.core.executor_protocol import ComputationFailedError, SamplingFailedError
 from engine.core.grammar import GrammarSpec
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
