@@ -1,4 +1,5 @@
-"""What an observer of the cache is shown: where each chunk of a context lies, and which chunks left lately and why.
+"""What an observer of the cache is shown: where chunks lie, and which left lately and why.
+
 Changes nothing. Knows no conversation but by the keys of its chunks, and no clock.
 """
 
@@ -40,8 +41,12 @@ class Cell(NamedTuple):
 
 
 class Eviction(NamedTuple):
-    """A chunk that left a tier. number: counts up. key: of the chunk; empty if it has no name. The idle time and the
-    retention value are those of that moment, now_s on the driver's clock."""
+    """A chunk that left a tier.
+
+    number: counts up.
+    now_s: when it left, on the driver's clock; the idle time and the retention value are those of that moment.
+    key: of the chunk; empty if it has no name.
+    """
 
     number: int
     now_s: float
@@ -55,8 +60,11 @@ class Eviction(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ContextKeys:
-    """The names that the chunks of a context have if they are cached. tails: those that its last chunk may have, the longest
-    first, with their lengths. num_chunks: of the whole context, of which these may be the first ones."""
+    """The names that the chunks of a context have if they are cached.
+
+    tails: those that its last chunk may have, the longest first, with their lengths.
+    num_chunks: of the whole context, of which these may be the first ones.
+    """
 
     full: tuple[bytes, ...]
     tails: tuple[tuple[int, bytes], ...]
@@ -67,7 +75,8 @@ def context_keys(token_ids: Sequence[int], *, model: str, tenant: str, chunk_siz
     """Of at most `max_chunks` chunks in front. O(tokens); what it says holds for ever.
 
     The last token of a turn was sampled and perhaps never computed: a chunk that it would begin does not count, and the
-    one that it ends may be there without it."""
+    one that it ends may be there without it.
+    """
     num_chunks = -(-max(len(token_ids) - 1, min(len(token_ids), 1)) // chunk_size)
     key = root_key(model, "", tenant)
     full = []
@@ -80,8 +89,12 @@ def context_keys(token_ids: Sequence[int], *, model: str, tenant: str, chunk_siz
 
 
 class MappedContext(NamedTuple):
-    """A conversation's context as it is now. status: "idle", or that of its request. num_chunks: of the whole context, of
-    which `cells` may be the first ones. keys: the names of its chunks as far as they are known."""
+    """A conversation's context as it is now.
+
+    status: "idle", or that of its request.
+    num_chunks: of the whole context, of which `cells` may be the first ones.
+    keys: the names of its chunks as far as they are known.
+    """
 
     status: str
     num_chunks: int

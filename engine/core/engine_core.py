@@ -1,13 +1,17 @@
-"""The engine without a device: requests in, plans out, results in, outputs out. One instance serves live traffic or a
-simulation; the driver owns the clock.
+"""The engine without a device: requests in, plans out, results in, outputs out.
+
+One instance serves live traffic or a simulation; the driver owns the clock.
 
     plan = core.schedule(now)                 # what to compute
     result = executor.execute(plan)           # or an event at now + cost_model.step_time(plan)
     outputs = core.update(plan, result, now)  # what came of it
 
-While the plan is being executed, `core.schedule_ahead(now)` gives the next one, to be executed behind it, where that does not
-depend on its result; else, or where an executor takes one plan at a time, `core.draft_ahead(plan)` drafts it. With drafts
-and without, the plans are the same; with plans made ahead, the outputs are.
+While a plan is executed, `core.schedule_ahead(now)` gives the next one, to be executed behind it, if that does not depend on
+its result. Otherwise, or if the executor takes one plan at a time, `core.draft_ahead(plan)` drafts the next one. Plans
+are the same with drafts and without; outputs are the same with plans made ahead and without.
+
+With slow tiers, the driver also starts what `core.take_transfers()` gives after each plan, and tells the end of each transfer
+by `core.complete_transfer`.
 """
 
 from __future__ import annotations
@@ -27,8 +31,13 @@ from engine.errors import ConfigError, ContextLengthError, InvalidParameterError
 
 
 class RequestOutput(NamedTuple):
-    """What one step gave to one request: its next token. The counts are as of then. finish_reason None: more follows;
-    `stats` come with the end. (A tuple, as one is made per request and step while nothing else runs.)"""
+    """What one step gave to one request: its next token. The counts are as of then.
+
+    finish_reason: None = more follows.
+    stats: come with the end.
+
+    (A tuple, as one is made for each request and step while nothing else runs.)
+    """
 
     request_id: str
     token_id: int
@@ -66,9 +75,12 @@ class EngineCore:
         return bool(self._requests)
 
     def add_request(self, request: Request, now: float) -> list[str]:
-        """Queue a request. Raises ContextLengthError or InvalidParameterError, and nothing changed, for one that can
-        never run here; OverloadedError where as many wait as may. Returns the ids of waiting requests that were thrown out
-        for it: their tenants had more than their share of the queue."""
+        """Queue a request.
+
+        Returns the ids of waiting requests that were shed for it, because their tenants had more than their share of
+        the queue. Raises ContextLengthError or InvalidParameterError, and nothing changed, for a request that can
+        never run here; OverloadedError if the queue is full.
+        """
         num_prompt, window = request.num_prompt_tokens, self.scheduling_config.max_model_len
         if request.request_id in self._requests:
             raise InvalidParameterError(f"a request with id {request.request_id!r} is running", param="request_id")
@@ -90,8 +102,10 @@ class EngineCore:
         return thrown_out
 
     def _make_room_to_wait(self, newcomer: Request, now: float) -> list[str]:
-        """Throw out waiting requests, by fairness between tenants, until `newcomer` may wait too; returns their ids. Raises
-        OverloadedError where the newcomer is the one to go, and nobody was thrown out."""
+        """Shed waiting requests, by fairness between tenants, until `newcomer` may wait too; returns their ids.
+
+        Raises OverloadedError, and sheds none, if the newcomer is the one that has to go.
+        """
         scheduler = self._scheduler
         waiting = scheduler.waiting
         max_tokens = self.scheduling_config.max_num_queued_tokens
@@ -117,21 +131,29 @@ class EngineCore:
         return [request.request_id for request in thrown_out]
 
     def schedule(self, now: float) -> StepPlan | None:
-        """What to compute next; None when nothing is to do. A plan without segments moves blocks while nobody waits. Each
-        plan must be answered by `update` or `fail_step` before the next call."""
+        """What to compute next; None if there is nothing to do.
+
+        A plan without segments moves blocks while no request runs. Each plan must be answered by `update` or
+        `fail_step` before the next call.
+        """
         assert not self._in_flight, "a plan has no result yet"
         return self._note_in_flight(self._scheduler.schedule(now))
 
     def schedule_ahead(self, now: float) -> StepPlan | None:
-        """The step after the one in flight, to be executed behind it; None where its result decides what comes next (somebody
-        waits to be started, or no block is left), or nothing does. Results have to come in the order of the plans. Whom the
-        first result ends, against expectation, the second step computes in vain; nobody sees what came of it."""
+        """The step after the one in flight, to be executed behind it; results have to come in the order of the plans.
+
+        None if the result of the one in flight could admit a waiting request or force a preemption, or if there is
+        nothing to do. If that result unexpectedly ends a request, the second step's work for it is wasted and its
+        output is dropped.
+        """
         (executing,) = self._in_flight
         return self._note_in_flight(self._scheduler.schedule_ahead(executing, now))
 
     def draft_ahead(self, plan: StepPlan) -> None:
-        """Draft the step after `plan`, the one that is being executed, so that the next `schedule` has less to do. Changes
-        no request and no block: a draft that something unforeseen overtakes is thrown away."""
+        """Draft the step after `plan`, the one that is executed, so that the next `schedule` has less to do.
+
+        Changes no request and no block; a draft that something unforeseen overtakes is discarded.
+        """
         self._scheduler.draft_ahead(plan)
 
     def update(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
@@ -161,8 +183,11 @@ class EngineCore:
         return outputs
 
     def fail_step(self, plan: StepPlan, now: float, *, are_copies_made: bool = False) -> list[str]:
-        """The executor failed at `plan`: end its requests, keep everything else. Unless its copies were made all the same,
-        chunks whose only copy was on its way are dropped. Returns the ids of the requests that ended."""
+        """The executor failed at `plan`: end its requests, keep everything else.
+
+        are_copies_made: False = chunks whose only copy was on its way are dropped.
+        Returns the ids of the requests that ended.
+        """
         self._scheduler.forget_step(plan)
         if are_copies_made:
             self._cache.transfers.complete()
@@ -181,7 +206,8 @@ class EngineCore:
     def take_transfers(self) -> tuple[SlowTransfer, ...]:
         """The transfers of slow tiers to start now, beside the steps; to be asked for after each `schedule`.
 
-        The end of each has to be told once, by `complete_transfer`; in whichever order, and between any two calls."""
+        The end of each has to be told once, by `complete_transfer`; in whichever order, and between any two calls.
+        """
         return self._cache.slow_transfers.take()
 
     def complete_transfer(self, transfer_id: int, *, ok: bool, now: float) -> None:
@@ -195,8 +221,10 @@ class EngineCore:
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def abort(self, request_id: str, now: float) -> None:
-        """End a request early; what it computed stays in the cache. While a plan of it is being executed, it ends with
-        that. An unknown id is no error: the request may just have ended."""
+        """End a request early; what it computed stays in the cache.
+
+        If a plan of it is being executed, it ends with that. An unknown id is no error: the request may just have ended.
+        """
         executing = self._in_flight[0].segments if self._in_flight else ()
         if any(segment.request_id == request_id for segment in executing):
             self._to_abort.append(request_id)
@@ -204,9 +232,11 @@ class EngineCore:
             self._abort(request_id, now)
 
     def stop(self, request_id: str, now: float, *, num_kept_output_tokens: int | None = None) -> RequestStats | None:
-        """End a request whose answer is complete for a reason that the core does not see (a stop string). Of its output, the
-        first `num_kept_output_tokens` (None = all) are what the conversation goes on from. None where it does not run. It has
-        sampled, so no transfer of its own is in flight."""
+        """End a request whose answer is complete for a reason that the core does not see (a stop string).
+
+        num_kept_output_tokens: of its output, the first so many are what the conversation goes on from; None = all.
+        Returns None if it does not run. It has sampled, so no transfer of its own is in flight.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return None
@@ -244,8 +274,11 @@ class EngineCore:
     def map_contexts(
         self, contexts: Mapping[str, ContextKeys | None], max_chunks: int, now: float
     ) -> dict[str, MappedContext]:
-        """Where the chunks of these conversations lie, by id: as their running requests have them, else as `contexts` names
-        them. O(chunks), at most `max_chunks` for each; nothing changed. The evictions of the next seconds are noted."""
+        """Where the chunks of these conversations lie, by id: as their running requests have them, else as `contexts`
+        names them.
+
+        max_chunks: most of each context. O(chunks); nothing changed. The evictions of the next seconds are noted.
+        """
         self._cache.eviction_log.watch(now)
         requests = {request.conversation_id: request for request in self._requests.values()}
         mapped = {}
@@ -296,8 +329,10 @@ class EngineCore:
         return plan
 
     def _land(self, now: float) -> None:
-        """The oldest plan in flight is done: end what was to end with it. That the next one may write to their blocks still
-        does no harm: whatever is done with these comes after it."""
+        """The oldest plan in flight is done: end what was to end with it.
+
+        The next one may still write to their blocks; that does no harm, as all uses of these blocks come after it.
+        """
         del self._in_flight[0]
         to_abort, self._to_abort = self._to_abort, []
         for request_id in to_abort:

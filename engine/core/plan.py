@@ -1,5 +1,6 @@
-"""What crosses between the core and an executor. Plain data: ints, strings, tuples; it pickles to worker actors and
-compares in tests.
+"""What crosses between the core and an executor, as plain data: ints, strings, tuples.
+
+It pickles to worker actors and compares in tests.
 
 One step is told as a difference: a worker keeps the block table and the last sampled token of every request it was told to
 start, until it is told that the request ended. A token that a worker sampled is never told back to it, so that a plan can be
@@ -45,9 +46,12 @@ class QuerySegment:
 
 @dataclass(frozen=True, slots=True)
 class RequestStart:
-    """A request that the worker is to know from this step on. `num_tokens`: of its context, the first `num_prompt_tokens` of
-    them the prompt. `block_table`: GPU block ids in order of position. `token_ids`: the whole context if sampling needs it,
-    for penalties or a grammar; else empty."""
+    """A request that the worker is to know from this step on.
+
+    num_tokens: of its context. num_prompt_tokens: of these, the first ones are the prompt.
+    block_table: block ids of the tier that computes, in order of position.
+    token_ids: the whole context if sampling needs it, for penalties or a grammar; else empty.
+    """
 
     request_id: str
     num_tokens: int
@@ -137,9 +141,12 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave. token_ids: one for each segment with `samples`, in the order of the segments. logprobs: as many, None
-    where they were not asked for; empty where nobody did. failed_swap_ins: GPU blocks to which a swap-in brought something
-    else than was swapped out."""
+    """What a step gave.
+
+    token_ids: one for each segment with `samples`, in the order of the segments.
+    logprobs: as many, None for those that did not ask; empty if none did.
+    failed_swap_ins: target blocks to which a swap-in brought something else than was swapped out.
+    """
 
     step_id: int
     token_ids: tuple[int, ...] = ()

@@ -1,5 +1,6 @@
-"""A request is one turn: a context to complete and how to sample. It carries the scheduler's and the cache manager's
-state of that turn; it decides nothing itself.
+"""A request is one turn: a context to complete and how to sample.
+
+It carries the scheduler's and the cache manager's state of that turn; it decides nothing itself.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class RequestStatus(enum.Enum):
     """WAITING -> RUNNING -> FINISHED, with two detours.
 
     RUNNING -> SUSPENDED -> RUNNING: preempted, because decodes run out of blocks or another tenant's request is due.
-    WAITING or SUSPENDED -> LOADING -> the same again: its turn had come, and it waits for chunks from a slow tier."""
+    WAITING or SUSPENDED -> LOADING -> the same again: its turn had come, and it waits for chunks from a slow tier.
+    """
 
     WAITING = "waiting"
     LOADING = "loading"
@@ -185,9 +187,12 @@ class Request:
         eos_token_ids: Sequence[int] = (),
         output_token_ids: Sequence[int] = (),
     ) -> None:
-        """`conversation_id`: None = a conversation of its own. `output_token_ids`: the beginning of the
-        answer, where another engine has generated it and the rest is wanted. `weight`: the tenant's share, relative to
-        others."""
+        """A request that has not arrived yet.
+
+        conversation_id: None = a conversation of its own.
+        output_token_ids: the beginning of the answer, if another engine has generated it and the rest is wanted.
+        weight: the tenant's share, relative to others.
+        """
         self.request_id = request_id
         self.conversation_id = conversation_id if conversation_id is not None else request_id
         self.tenant = tenant

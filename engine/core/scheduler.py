@@ -1,5 +1,7 @@
-"""Decides what each step computes. There is no prefill or decode phase, only tokens still to compute under one token
-budget. Owns the waiting and the running requests; asks the cache manager for room, never looks into a chunk.
+"""Decides what each step computes.
+
+There is no prefill or decode phase, only tokens still to compute under one token budget. Owns the waiting, loading and
+running requests; asks the cache manager for room, never looks into a chunk.
 """
 
 from __future__ import annotations
@@ -44,13 +46,16 @@ class _Draft:
 
 
 class Scheduler:
-    """First come, first served within a tenant, weighted fair between tenants: in whose turn it is to start (WaitingQueue)
-    and in what the running ones use (FairShares). `running` is in order of admission.
+    """First come, first served within a tenant, weighted fair between tenants.
 
-    No request waits for ever: the oldest running request is never suspended for another one, every request fits the GPU
-    tier alone (the engine core refuses those that do not), and nobody is admitted before the one whose turn it is. If that
-    one finds no place or no blocks because other tenants use more than their shares, their newest requests are suspended for
-    it, no more of them than it takes, and it is admitted in the same step.
+    That holds for whose turn it is to start (WaitingQueue), and for what the running requests use (FairShares).
+    `running` is in order of admission; `loading` are the requests that wait for slow tiers, outside of the queue.
+
+    No request waits for ever: the oldest running request is never suspended for another one, every request fits the primary
+    tier alone (the engine core refuses those that do not), no request is admitted before the one whose turn it is, and
+    none waits for a slow tier for longer than that tier's `max_wait_s`. If the request whose turn it is finds no place or no
+    blocks because other tenants use more than their shares, their newest requests are suspended for it, no more of
+    them than it takes, and it is admitted in the same step.
     """
 
     def __init__(self, config: SchedulingConfig, cache: CacheManager, stats: EngineStats) -> None:
@@ -97,8 +102,9 @@ class Scheduler:
 
     def schedule_ahead(self, executing: StepPlan, now: float) -> StepPlan | None:
         """The step after `executing`, which has no result yet: what running requests compute if nothing unforeseen happens.
-        None, and no more than a draft is made, where somebody may be started or has to be suspended: that waits for the
-        result."""
+
+        None, and no more than a draft is made, if a request may be started or has to be suspended: that waits for the result.
+        """
         draft = self._draft(executing)
         if (
             not draft.segments
@@ -111,9 +117,11 @@ class Scheduler:
         return self._make_plan(draft, [], self._append_blocks(draft.growing, now), now)
 
     def _may_admit_after(self, executing: StepPlan, draft: _Draft) -> bool:
-        """Whether the request whose turn it is may be admitted behind `executing`. While as many run as may it is not, unless
-        others have to give way to it. Nor is one that was refused for lack of blocks, as long as no request ends and no
-        prompt is computed that may be the beginning of its own."""
+        """Whether the request whose turn it is may be admitted behind `executing`.
+
+        While as many run as may it is not, unless others have to give way to it. Nor is one that was refused for lack
+        of blocks, as long as no request ends and no prompt is computed that may be the beginning of its own.
+        """
         request = self.waiting.peek()
         if request is None:
             return False
@@ -168,8 +176,10 @@ class Scheduler:
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step, decodes first, then what prompts the budget still holds; None when there is nothing to do. The same
-        whether it was drafted ahead or not."""
+        """The next step, decodes first, then what prompts the budget still holds; None if there is nothing to do.
+
+        It is the same whether it was drafted ahead or not.
+        """
         # Whatever unforeseen happens to a running request (it ends, fails, is aborted or has to start again) takes it out of
         # the running ones. So where those are the foreseen ones, the step did for each what was foreseen.
         if self.loading:
@@ -220,8 +230,11 @@ class Scheduler:
         )
 
     def _draft(self, executing: StepPlan | None = None) -> _Draft:
-        """Segments for the running requests as they are, or with `executing` as they will be after that plan if nothing
-        unforeseen happens: its segments computed, a token sampled where it samples, and who reaches its length ended."""
+        """Segments for the running requests as they are, or as they will be after the plan `executing`.
+
+        That is if nothing unforeseen happens: its segments are computed, a token is sampled where it samples, and a
+        request that reaches its length ends.
+        """
         draft = _Draft(self._config.max_num_batched_tokens)
         num_computed: dict[str, int] = {}
         samplers: set[str] = set()
@@ -283,8 +296,10 @@ class Scheduler:
         return appends
 
     def _admit(self, draft: _Draft, now: float) -> tuple[_Draft, list[RequestStart]]:
-        """Start waiting requests as far as budget and blocks reach; their segments come last in the draft. The first one may
-        make others give way: then it is the only one, and the draft is another."""
+        """Start waiting requests as far as budget and blocks reach; their segments come last in the draft.
+
+        The first one may make others give way: then it is the only one, and the draft is another.
+        """
         starts: list[RequestStart] = []
         self._refused = None
         may_go_on = True
@@ -335,8 +350,11 @@ class Scheduler:
         return True
 
     def _choose_to_give_way(self, request: Request) -> list[Request]:
-        """The running requests of other tenants that have to be suspended for `request` to be admitted; none if it has to
-        wait, because they have no more than their shares or because even all of them together would not be enough."""
+        """The running requests of other tenants that have to be suspended for `request` to be admitted.
+
+        None if it has to wait, because they have no more than their shares, or because all of them together would not
+        be enough.
+        """
         if all(other.tenant == request.tenant for other in self.running):
             return []
         num_blocks = self._cache.count_taken_blocks(request)

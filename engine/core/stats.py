@@ -1,5 +1,6 @@
-"""Counters of the engine since its start, and the account of one request. Token counts, not request counts: a hit rate
-over requests says nothing about work saved.
+"""Counters of the engine since its start, and the account of one request.
+
+Token counts, not request counts: a hit rate over requests says nothing about work saved.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """The thesis with a third tier behind the CPU tier, which ends its transfers late, out of order, badly or not at all: greedy
-output is that of the stateless mode."""
+output is that of the stateless mode.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ class Allocator:
     def try_block(self, tier: Tier, chunk: Chunk, now: float, *, is_ahead_of_time: bool = False) -> int | None:
         """A block of a slower tier for `chunk`: free, a spare copy's, or that of a chunk which goes before it.
 
-        Ahead of time not that of a chunk that a faster tier has too: one copy made for another one lost gains nothing."""
+        Ahead of time not that of a chunk that a faster tier has too: one copy made for another one lost gains nothing.
+        """
         if not tier.pool.num_free and not self._try_drop_spare_copy(tier, now):
             victim = tier.choose_victim_before(chunk, now)
             if victim is None or (is_ahead_of_time and _is_in_faster_tier(victim, tier)):
@@ -80,8 +81,10 @@ class Allocator:
             self._unwritten[chunk] = None
 
     def plan_swap_outs(self, watermark_blocks: int, max_blocks: int, now: float) -> None:
-        """Swap out ahead of time, the smallest retention value first: at most `max_blocks`, until `watermark_blocks` are
-        free or reclaimable; before that, with write-through, what the last turns left."""
+        """Swap out ahead of time, the smallest retention value first, until `watermark_blocks` are free or reclaimable.
+
+        At most `max_blocks`. With write-through, what the last turns left goes first, whatever is free.
+        """
         primary = self._primary
         if not self._secondary.pool.num_blocks:
             return
@@ -97,8 +100,11 @@ class Allocator:
                 return
 
     def plan_stores(self, watermark: float, max_blocks: int, now: float) -> None:
-        """Store ahead of time in the first slow tier, the smallest retention value first: at most `max_blocks` at a time,
-        until that share of the secondary tier's blocks is free or reclaimable."""
+        """Store ahead of time in the first slow tier, the smallest retention value first.
+
+        watermark: until this share of the secondary tier's blocks is free or reclaimable.
+        max_blocks: most stores at a time.
+        """
         if not self._tiers.slow:
             return
         tier, secondary = self._tiers.slow[0], self._secondary
@@ -184,7 +190,8 @@ class Allocator:
 
         What lies in the blocks is evicted as for a request that needs them. Blocks that are pinned are taken when they no
         longer are; those of the primary tier are given back to a request that finds no other, until it ends. 0: all
-        blocks of the tier are in use again."""
+        blocks of the tier are in use again.
+        """
         for name, num in num_blocks.items():
             tier = self._tiers.by_name[name]
             tier.num_to_hold = min(num, tier.pool.num_blocks)
@@ -195,7 +202,8 @@ class Allocator:
     def hold(self, now: float) -> None:
         """Take blocks out of use until as many are as there are to be, or no more can be had.
 
-        The slower tiers first: what leaves a faster one then finds the room that it is to have."""
+        The slower tiers first: what leaves a faster one then finds the room that it is to have.
+        """
         for tier in reversed(self._tiers.row):
             while len(tier.held) < tier.num_to_hold:
                 block_id = self._try_any_block(tier, now)

@@ -1,5 +1,6 @@
-"""The free and the taken block ids of one tier. Only a block pool changes its free ids; what lies in a block is the
-business of the executor.
+"""The free and the taken block ids of one tier.
+
+Only a block pool changes its free ids; what lies in a block is the executor's business.
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ class CacheManager:
         """Pin what is cached of the request's context and give a block to every other chunk of it.
 
         Sets its `chunks`, `pending` and `account` and plans the transfers. False, and nothing changed, if fewer than
-        `reserve_blocks` would stay available."""
+        `reserve_blocks` would stay available.
+        """
         match = self.match_context(request)
         not_loaded = self._leave_out_expensive_loads(match)
         taken_over = self._select_own_tails(request, match)
@@ -137,7 +138,8 @@ class CacheManager:
 
         Returns the ids of the transfers that the request should wait for: those planned here, and those under way for
         others. An empty set if it should wait until some of these are through; None if there is nothing to wait for.
-        Changes the request's `loads`, in which each chunk is tried once."""
+        Changes the request's `loads`, in which each chunk is tried once.
+        """
         match = self.match_context(request)
         wanted: list[tuple[Chunk, Tier]] = []
         for position, chunk, num_valid in match.outside_primary_tier():
@@ -183,7 +185,8 @@ class CacheManager:
     def count_given_blocks(self, requests: Iterable[Request]) -> Iterator[int]:
         """How many blocks become available when the first of `requests` is released, the first two, and so on.
 
-        At least; a transfer in flight may hold more back until it is complete."""
+        At least; a transfer in flight may hold more back until it is complete.
+        """
         num_pins: dict[Chunk, int] = {}
         num_blocks = 0
         for request in requests:
@@ -195,7 +198,8 @@ class CacheManager:
     def try_append_block(self, request: Request, now: float) -> int | None:
         """One more block at the end of a running request's row, by eviction if none is free.
 
-        None, and nothing changed, if every block is pinned."""
+        None, and nothing changed, if every block is pinned.
+        """
         if not self._primary.num_available:
             return None
         block_id = self.allocator.new_block(now)
@@ -218,7 +222,8 @@ class CacheManager:
     def release(self, request: Request, now: float, *, step_failed: bool = False) -> None:
         """Unpin the row of a request that ends or is preempted. What it computed stays, as long as there is room.
 
-        step_failed: what the last step wrote or copied is unknown, so what has no name yet is not kept."""
+        step_failed: what the last step wrote or copied is unknown, so what has no name yet is not kept.
+        """
         if not self.keep:
             self._matcher.extend_keys(request)
             for chunk, key in zip(request.chunks, request.chunk_keys, strict=False):
@@ -240,8 +245,11 @@ class CacheManager:
         return {tier.name: len(tier.held) for tier in self.tiers}
 
     def count_idle_chunks(self) -> dict[str, int]:
-        """Unpinned chunks: those in the primary tier and not in the secondary one, those in both, those in the secondary
-        tier and not in the primary one; and all that lie in each slow tier."""
+        """Unpinned chunks by where they lie.
+
+        In the primary tier and not in the secondary one; in both; in the secondary tier and not in the primary one;
+        and all that lie in each slow tier.
+        """
         num_both = len(self._primary.copied)
         return {
             self._primary.name: len(self._primary.sole),
@@ -254,7 +262,8 @@ class CacheManager:
     def _leave_out_expensive_loads(self, match: ContextMatch) -> dict[int, int]:
         """Take those chunks out of the match that cost more to load than to compute again.
 
-        Returns their positions and how many tokens of each were valid. See CostModel.is_loaded for the rule."""
+        Returns their positions and how many tokens of each were valid. See CostModel.is_loaded for the rule.
+        """
         not_loaded = {}
         for position, chunk, num_valid in match.outside_primary_tier():
             is_near = chunk.blocks[1] is not None  # else it is in a slow tier, from which no step loads
@@ -264,8 +273,10 @@ class CacheManager:
         return not_loaded
 
     def _select_own_tails(self, request: Request, match: ContextMatch) -> set[int]:
-        """Positions of the tails that the request may write on in place, because they are not pinned and its own
-        conversation left them."""
+        """Positions of the tails that the request may write on in place.
+
+        They are not pinned, and the request's own conversation left them.
+        """
         return {
             position
             for position, (chunk, _) in match.tails.items()
@@ -320,8 +331,10 @@ class CacheManager:
             self.transfers.plan_swap_in(source, target)
 
     def _merge(self, request: Request, chunk: Chunk, key: bytes) -> None:
-        """`chunk` has been computed, but an equal one has its name. If that one has no block in the primary tier, it gets
-        this one; else the row keeps its own, unnamed."""
+        """Make one of two equal chunks, the named one and `chunk`, which has just been computed.
+
+        If the named one has no block in the primary tier, it gets this one's; else the row keeps its own chunk, unnamed.
+        """
         named = self.index.match(key)
         if named is None or named is chunk or named.blocks[0] is not None:
             return
@@ -331,8 +344,11 @@ class CacheManager:
         request.chunks[chunk.position] = named
 
     def _try_name(self, request: Request, chunk: Chunk) -> None:
-        """Name a chunk that is not named at the end of its request: the tail, as far as the context goes, or a full chunk
-        that had a twin. Leaves it alone if nothing of it is valid or the twin is still there."""
+        """Name a chunk that is not named at the end of its request, as far as the context goes.
+
+        That is the tail, or a full chunk that had a twin. It stays unnamed if nothing of it is valid or the twin is
+        still there.
+        """
         start = chunk.position * self.chunk_size
         chunk.num_tokens = min(chunk.num_tokens, request.num_tokens - start)
         if chunk.num_tokens > 0:
@@ -361,7 +377,8 @@ class CacheManager:
         """Raises AssertionError unless the books balance. O(everything).
 
         Every block of each tier is exactly one of free or owned by one chunk, pins count the rows and the transfers that
-        use a chunk, and unpinned chunks are filed where their blocks say. requests: all that hold a row."""
+        use a chunk, and unpinned chunks are filed where their blocks say. requests: all that hold a row.
+        """
         pins: dict[Chunk, int] = {}
         for request in requests:
             for position, chunk in enumerate(request.chunks):

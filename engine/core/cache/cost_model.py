@@ -1,5 +1,6 @@
-"""What it costs to compute a chunk again or to load it. Numbers in, numbers out; profiling that measures them lives
-elsewhere.
+"""What it costs to compute a chunk again or to load it.
+
+Numbers in, numbers out; profiling that measures them lives elsewhere.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ class CostModel:
     def from_model_shape(
         cls, *, num_parameters: int, num_layers: int, num_heads: int, head_dim: int, chunk_size: int
     ) -> CostModel:
-        """Analytic fallback in floating-point operations: 2 per parameter and token outside attention; 4 per layer,
-        head, feature and pair of tokens inside (QK and PV)."""
+        """Analytic fallback in floating-point operations.
+
+        2 per parameter and token outside attention; 4 per layer, head, feature and pair of tokens inside (QK and PV).
+        """
         return cls(
             constant=2.0 * num_parameters * chunk_size,
             per_context_token=4.0 * num_layers * num_heads * head_dim * chunk_size,

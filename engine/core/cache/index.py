@@ -1,6 +1,7 @@
-"""Chunks, and the index that finds them by content. A chunk's key is a chained hash of all tokens up to its end, so
-equal prefixes of one tenant are the same chunk, and what comes before a chunk need not be resident to recognise it.
-Knows nothing of blocks' contents, of eviction or of requests.
+"""Chunks, and the index that finds them by content.
+
+A chunk's key is a chained hash of all tokens up to its end, so equal prefixes of one tenant are the same chunk, and what
+comes before a chunk need not be resident to recognise it. Knows nothing of blocks' contents, of eviction or of requests.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What the cache holds of a request's context: found chunk by chunk by content, anywhere in the context. Changes nothing
-but the request's own row of keys.
+"""What the cache holds of a request's context, found chunk by chunk by content.
+
+Changes nothing but the request's own row of keys.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class ContextMatcher:
     def match(self, request: Request) -> ContextMatch:
         """What is cached of the request's context, in whichever tier.
 
-        Leaves the last token out, whatever is cached: its logits are wanted, so it has to be computed."""
+        Leaves the last token out, whatever is cached: its logits are wanted, so it has to be computed.
+        """
         match = ContextMatch()
         index, size, token_ids = self._index, self._chunk_size, request.token_ids
         self.extend_keys(request)

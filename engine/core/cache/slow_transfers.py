@@ -83,8 +83,10 @@ class SlowTransfers:
         return planned
 
     def complete(self, transfer_id: int, *, ok: bool, now: float) -> None:
-        """A transfer has ended, in whichever order. Not ok: what was to arrive did not, and a source that could not be
-        read is forgotten."""
+        """A transfer has ended; transfers may end in any order.
+
+        ok: False if the target has not got what the source had; a source that could not be read is forgotten.
+        """
         transfer = self._open.pop(transfer_id)
         del self._by_key[transfer.key]
         is_load, copy = self.is_load(transfer), transfer.copy

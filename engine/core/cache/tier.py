@@ -1,5 +1,6 @@
-"""A tier: its blocks, which chunks may lose theirs, and what is on its way to it; and the row of all tiers, in which each
-chunk is filed by where its blocks are. Knows no request and no plan.
+"""A tier, and the row of all tiers, in which each chunk is filed by where its blocks are.
+
+Knows no request and no plan.
 """
 
 from __future__ import annotations

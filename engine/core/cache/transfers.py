@@ -1,8 +1,8 @@
-"""The block copies of steps: planned, in flight, then complete, aborted or failed. From its planning to its end a copy pins
-its chunk.
+"""The block copies of steps: planned, in flight, then complete, aborted or failed.
 
-They are planned by whatever needs them, told with the next plan, and end when that plan's result is there: the copies of a
-step, which are between fast tiers, are finished when the step is. For those of slow tiers see slow_transfers.
+From its planning to its end a copy pins its chunk. Copies are planned by whatever needs them, told with the next plan, and
+end when that plan's result is there: the copies of a step, which are between fast tiers, are finished when the step is. For
+those of slow tiers see slow_transfers.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ class Transfers:
     def abort(self) -> None:
         """The executor failed at the oldest plan in flight: whatever it was to write is not to be trusted.
 
-        Chunks keep the copy that was read, and those whose only copy was on its way are dropped."""
+        Chunks keep the copy that was read, and those whose only copy was on its way are dropped.
+        """
         tiers = self._tiers
         transfers = self._in_flight.pop(0)
         for chunk, _ in (*transfers.evictions, *transfers.swap_outs):
@@ -138,7 +139,8 @@ class Transfers:
     def fail_swap_in(self, primary_block: int) -> Chunk | None:
         """A swap-in of the oldest plan in flight brought something else than what was swapped out: forget the chunk.
 
-        Returns the chunk that was to be written, whichever request holds it; None if there is no such swap-in."""
+        Returns the chunk that was to be written, whichever request holds it; None if there is no such swap-in.
+        """
         for transfer in self._in_flight[0].swap_ins:
             source, target, copy = transfer
             if copy.target == primary_block:

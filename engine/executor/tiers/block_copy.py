@@ -1,5 +1,6 @@
-"""How blocks are copied between the tiers of a CUDA device: by its copy engines, or by a small kernel that reads and writes
-pinned host memory. Follows a list of copies; knows no order between them.
+"""How blocks are copied between the tiers of a CUDA device: by its copy engines, or by a small kernel.
+
+The kernel reads and writes pinned host memory. Either follows a list of copies, and knows no order between them.
 
 Copy engines (DMA) reach the speed of the bus with a mebibyte or two per copy, and take no processor from the model. Below
 that, each copy costs more than it moves (a page of one layer a copy: 22 % of PCIe 5), while a kernel of a few thread blocks
@@ -98,8 +99,11 @@ def _runs(copies: Sequence[BlockCopy]) -> list[tuple[int, int]]:
 
 
 def layer_groups(num_layers: int, max_layers: int) -> list[range]:
-    """The layers, cut into groups that are swapped in together. They grow, doubling what came before, up to `max_layers`: the
-    first layers can start early, and while they run, larger copies come."""
+    """The layers, cut into groups that are swapped in together.
+
+    They grow, doubling what came before, up to `max_layers`: the first layers can start early, and while they run,
+    larger copies come.
+    """
     groups: list[range] = []
     start = 0
     while start < num_layers:
@@ -110,8 +114,10 @@ def layer_groups(num_layers: int, max_layers: int) -> list[range]:
 
 
 def max_group_layers(store: KVStore, copier: BlockCopier) -> int:
-    """As many layers as are worth a copy, but no more than leaves most of the copying to be hidden, unless copies would be
-    too small then."""
+    """As many layers as are worth a copy, but few enough for most of the copying to be hidden.
+
+    More than that only if copies would be too small otherwise.
+    """
     num_layers = len(store.layer_slices)
     few = max(1, num_layers // GROUPS)
     if not isinstance(copier, DmaCopier):

@@ -1,5 +1,6 @@
-"""Moves blocks between the GPU tier and the CPU tier beside the computation. Follows the order that StepPlan states; never
-decides what moves.
+"""Moves blocks between the GPU tier and the CPU tier beside the computation.
+
+Follows the order that StepPlan states; never decides what moves.
 
 Swap-ins come layer by layer, so that the first layers run while later ones are still on their way: each layer has a gate
 that its attention waits at. With CUDA the copies run in streams of their own and the gates are events, one for a few layers;
@@ -28,8 +29,10 @@ class Swapper(Protocol):
     """The copies of one step: `begin`, then the forward, whose layers call what `begin` returned, then `finish`."""
 
     def begin(self, plan: StepPlan) -> Callable[[int], None] | None:
-        """Make the evictions and GPU copies, start the rest. Returns what a layer has to call, with its number, before it
-        touches its KV; None where nothing is swapped in."""
+        """Make the evictions and local copies, start the rest.
+
+        Returns what a layer has to call, with its number, before it touches its KV; None if nothing is swapped in.
+        """
         ...
 
     def finish(self) -> tuple[int, ...]:
@@ -67,8 +70,10 @@ class Checksums:
 
 
 class LayerGates:
-    """One gate per layer; `wait(layer)` returns when that layer's KV of the step's swap-ins is in the GPU tier, and raises
-    where the copy failed."""
+    """One gate for each layer.
+
+    `wait(layer)` returns when that layer's KV of the step's swap-ins is in the GPU tier, and raises if the copy failed.
+    """
 
     def __init__(self, num_layers: int) -> None:
         self._gates = [threading.Event() for _ in range(num_layers)]

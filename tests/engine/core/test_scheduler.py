@@ -245,7 +245,8 @@ def converse(driver, name: str, new, max_tokens: int = 1, conversation: str = "a
 
 def with_turn_1_in_the_cpu_tier(make_core, num_cpu_blocks: int = 16, **options):
     """4 GPU blocks. Conversation "a" has a turn of 11 tokens in CPU blocks 0, 1 and 2 (its tail of 3), in the GPU tier is all
-    of "b" in blocks 3, 0, 1 and 2. Returns the driver and the tokens of "a"."""
+    of "b" in blocks 3, 0, 1 and 2. Returns the driver and the tokens of "a".
+    """
     driver = make_core(4, num_cpu_blocks=num_cpu_blocks, swap_out_watermark=0.0, **options)
     history = converse(driver, "turn 1", range(11))
     converse(driver, "other", range(50, 65), conversation="b")
@@ -820,7 +821,8 @@ def test_a_window_that_the_tier_cannot_hold_is_an_error_at_start():
 @pytest.mark.parametrize("seed", range(6))
 def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, seed, policy, num_cpu_blocks):
     """Tiny tiers, many conversations, forks, aborts, failing steps and corrupted blocks. The oldest request makes progress
-    in every step, so nobody waits longer than all that came before him take one by one."""
+    in every step, so nobody waits longer than all that came before him take one by one.
+    """
     rng = random.Random(seed)
     num_blocks = rng.randint(5, 9)
     driver = make_core(
@@ -920,7 +922,8 @@ def test_prompt_tokens_are_told_apart_by_where_they_were(make_core):
 
 def test_what_was_never_evicted_is_not_dropped(make_core):
     """Turn 2 is an edit inside a chunk, turn 3 forks inside the tail: both compute tokens that earlier turns computed, but
-    no chunk of theirs is gone."""
+    no chunk of theirs is gone.
+    """
     driver = make_core(16)
     history = converse(driver, "turn 1", range(10), max_tokens=5)
     converse(driver, "turn 2", (*history[:6], 70, 71, 72))

@@ -1,5 +1,6 @@
 """A third tier that ends its transfers late, out of order, badly or not at all: every answer is right all the same, and a
-request that waits for it keeps no other from running."""
+request that waits for it keeps no other from running.
+"""
 
 from __future__ import annotations
 
@@ -111,6 +112,51 @@ def test_two_requests_wait_for_one_transfer_of_a_chunk(make_core, answer):
     assert driver.core.stats.slow_transfers[f"{NAME}_loaded"] == 3, "each chunk once"
     for request in requests:
         assert driver.tokens[request.request_id] == answer(tuple(request.token_ids[:14]), 2)
+
+
+def test_a_request_waits_until_others_loads_leave_room_for_its_own(make_core, answer):
+    """Only half of the CPU tier is loaded to at a time, here two blocks: more would evict each other."""
+    driver = with_a_context_in_the_slow_tier(make_core)
+    driver.slow_tier._hangs = 1.0
+    driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    late = driver.add("b2", range(20, 34), max_tokens=2, conversation_id="b")
+    driver.step()
+    assert driver.core._cache.slow_transfers.num_loads == 2
+    assert late.status is RequestStatus.LOADING
+    assert late.loads == {}
+    driver.slow_tier._hangs = 0.0
+    driver.slow_tier.wake()
+    driver.run()
+    assert late.num_loaded_tokens > 0
+    assert driver.tokens["b2"] == answer(tuple(range(20, 34)), 2)
+
+
+def test_what_has_arrived_is_not_the_next_to_go(make_core):
+    driver = with_a_context_in_the_slow_tier(make_core)
+    request = driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    driver.step()
+    driver.now += 5
+    for transfer_id, ok in driver.slow_tier.poll():
+        driver.core.complete_transfer(transfer_id, ok=ok, now=driver.now)
+    cache = driver.core._cache
+    arrived = [chunk for chunk in cache.index if chunk.key in request.loads and chunk.blocks[1] is not None]
+    assert len(arrived) == 2
+    assert all(chunk.last_active == driver.now for chunk in arrived)
+    assert cache.tiers.secondary.choose_victim(driver.now) not in arrived
+
+
+def test_a_tail_that_is_written_on_loses_its_copies_in_all_tiers(make_core):
+    driver = make_core(8, num_cpu_blocks=4, slow_tiers=(dict_tier(16),), swap_out_watermark=1.0)
+    driver.slow_tier._failures = driver.slow_tier._hangs = 0.0
+    driver.add("a1", range(6), max_tokens=1, conversation_id="a")
+    driver.run()
+    driver.settle()
+    (tail,) = [chunk for chunk in driver.core._cache.index if chunk.num_tokens < 4]
+    assert all(block is not None for block in tail.blocks)
+    driver.add("a2", range(8), max_tokens=2, conversation_id="a")
+    driver.step()
+    assert tail.blocks[1:] == [None, None]
+    assert tail.blocks[0] is not None
 
 
 def test_no_load_that_costs_more_than_computing(make_core):

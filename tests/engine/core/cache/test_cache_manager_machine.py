@@ -177,7 +177,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), new=st.lists(st.integers(1, 2), max_size=5).map(tuple), tenant=st.sampled_from(TENANTS))
     def a_fork_arrives(self, data: st.DataObject, new: tuple[int, ...], tenant: str) -> None:
         """Another conversation, perhaps of another tenant, begins with any part of a history; the whole of it again
-        included."""
+        included.
+        """
         _, _, history = data.draw(st.sampled_from(self.histories))
         length = data.draw(st.integers(1, len(history)))
         self.add(tenant, f"fork of {length}", history[:length] + new)
@@ -256,7 +257,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
     def cached_by_brute_force(self, request: Request) -> tuple[int, ContextAccount]:
         """Tokens of the context that some named chunk holds, the last one left out, by looking at every chunk: those to be
         used; and of the prompt those to be loaded, those that cost more to load than to compute, and those that were
-        cached."""
+        cached.
+        """
         best: dict[int, Chunk] = {}
         for chunk in self.cache.index:
             tenant, token_ids = self.names[chunk.key]
@@ -377,7 +379,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
 
     def find_history(self, where: str, number: int) -> tuple[str, str, tuple[int, ...]]:
         """A finished turn; if there is one, the context of a chunk that this very plan evicts or loads, or that is in the CPU
-        tier only."""
+        tier only.
+        """
         planned = self.cache.transfers.planned
         chunks = {
             "any": [],
