@@ -28,7 +28,7 @@ def measure(policy_name: str, num_chunks: int) -> dict[str, float]:
     policy = make_policy(policy_name, CostModel(constant=1.0, per_context_token=1 / 4096))
     chunks = []
     for i in range(num_chunks):
-        chunk = Chunk(int(NUM_POSITIONS * rng.random() ** 2), None)
+        chunk = Chunk(int(NUM_POSITIONS * rng.random() ** 2), [])
         chunk.last_active = i * 1e-3
         chunks.append(chunk)
     start = time.perf_counter()

@@ -1,6 +1,6 @@
 """Milliseconds of scheduling and cache management per step of 256 requests of 8k tokens, without model.
 
-Target: under 1 ms per decode step. Drafting the next step (`plan_ahead`) runs while the model computes and is not counted.
+Target: under 1 ms per decode step. Drafting the next step (`draft_ahead`) runs while the model computes and is not counted.
 
     python benchmarks/scheduler.py
 """
@@ -58,7 +58,7 @@ def main() -> None:
         assert len(plan.segments) == NUM_REQUESTS
         result = result_of(plan)
         aside = time.perf_counter()
-        core.plan_ahead(plan)
+        core.draft_ahead(plan)
         resume = time.perf_counter()
         core.update(plan, result, now)
         schedule_s.append(middle - begin)
@@ -70,7 +70,7 @@ def main() -> None:
         "context_len": CONTEXT_LEN,
         "admission_ms_per_request": admission_s / NUM_REQUESTS * 1e3,
         "schedule_ms": statistics.median(schedule_s) * 1e3,
-        "plan_ahead_ms": statistics.median(ahead_s) * 1e3,
+        "draft_ahead_ms": statistics.median(ahead_s) * 1e3,
         "update_ms": statistics.median(update_s) * 1e3,
         "step_ms": statistics.median(total) * 1e3,
         "step_p99_ms": statistics.quantiles(total, n=100)[98] * 1e3,

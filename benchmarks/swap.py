@@ -21,6 +21,7 @@ from tqdm import tqdm
 from engine.config import EngineConfig
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
+from engine.core.tier_table import CPU, GPU
 from engine.executor.local import LocalExecutor
 
 CHUNK_SIZE = 32
@@ -48,7 +49,7 @@ def main() -> None:
     tokens = tuple(i % 2048 for i in range(longest))
     start = RequestStart("r", longest, longest, SamplingParams(temperature=0.0), (), tuple(range(num_blocks)))
     executor.execute(StepPlan(0, (QuerySegment("r", 0, tokens),), (start,)))
-    executor.execute(StepPlan(0, (), swap_outs=tuple(BlockCopy(i, i) for i in range(num_blocks))))
+    executor.execute(StepPlan(0, (), swap_outs=tuple(BlockCopy(GPU, i, CPU, i) for i in range(num_blocks))))
 
     def timed(*plans: StepPlan) -> float:
         begin = time.perf_counter()
@@ -59,7 +60,7 @@ def main() -> None:
     rows = []
     for context_len in tqdm(arguments.context_lens, desc="context lengths"):
         segment = QuerySegment("r", context_len, tokens[context_len : context_len + arguments.num_new_tokens], True)
-        copies = tuple(BlockCopy(i, i) for i in range(context_len // CHUNK_SIZE))
+        copies = tuple(BlockCopy(CPU, i, GPU, i) for i in range(context_len // CHUNK_SIZE))
         compute, transfer = StepPlan(0, (segment,)), StepPlan(0, (), swap_ins=copies)
         pipelined = StepPlan(0, (segment,), swap_ins=copies)
         samples = [

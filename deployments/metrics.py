@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from engine.core.stats import EVICTION_REASONS
+from engine.core.tier_table import BOTH, FAST_TIERS
 from engine.text.output import OutputDelta
 
 logger = logging.getLogger("ray.serve")
@@ -104,8 +105,7 @@ _COUNTS: dict[Series, str] = {
     Series("pensieve_requests_total", ("refused",)): "num_refused",
     Series("pensieve_prompt_tokens_total"): "num_prompt_tokens",
     Series("pensieve_generation_tokens_total"): "num_output_tokens",
-    Series("pensieve_cached_tokens_total", ("gpu",)): "num_gpu_cached_tokens",
-    Series("pensieve_cached_tokens_total", ("cpu",)): "num_cpu_cached_tokens",
+    **{Series("pensieve_cached_tokens_total", (tier,)): f"num_{tier}_cached_tokens" for tier in FAST_TIERS},
     Series("pensieve_recomputed_tokens_total", ("not_loaded",)): "num_not_loaded_tokens",
     Series("pensieve_recomputed_tokens_total", ("dropped",)): "num_dropped_tokens",
     Series("pensieve_recomputed_tokens_total", ("new",)): "num_new_tokens",
@@ -135,8 +135,8 @@ def read_gauges(statistics: Statistics) -> dict[Series, int]:
         Series("pensieve_num_requests_running"): statistics["num_requests_running"],
         Series("pensieve_num_requests_waiting"): statistics["num_requests_waiting"],
     }
-    for tier in ("gpu", "cpu"):
-        free, used = statistics[f"num_{tier}_blocks_free"], idle[tier] + idle["both"]
+    for tier in FAST_TIERS:
+        free, used = statistics[f"num_{tier}_blocks_free"], idle[tier] + idle[BOTH]
         gauges[Series("pensieve_kv_blocks", (tier, "free"))] = free
         gauges[Series("pensieve_kv_blocks", (tier, "used"))] = used
         # The engine went on while its statistics were read: they may be out by a few blocks.

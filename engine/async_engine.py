@@ -25,9 +25,10 @@ from typing import Any
 
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
-from engine.core.executor import Executor
+from engine.core.executor_protocol import Executor
 from engine.core.grammar import GrammarSpec
 from engine.core.request import Request
+from engine.core.tier_table import FAST_TIERS
 from engine.engine_thread import EngineThread
 from engine.errors import OverloadedError
 from engine.executor.group import make_executor
@@ -163,7 +164,7 @@ class AsyncEngine:
     async def hold_back(self, *, gpu_blocks_left: int | None = None, cpu_blocks_left: int | None = None) -> None:
         """Leave only so many blocks of each tier in use, for a demonstration; None = all.
 
-        The chunks in the other blocks are evicted as at any other time, and no answer changes; see CacheManager.hold_back.
+        The chunks in the other blocks are evicted as at any other time, and no answer changes; see Allocator.hold_back.
         Raises EngineStoppedError.
         """
         config = self._core.cache_config
@@ -175,7 +176,9 @@ class AsyncEngine:
             num_held(config.num_gpu_blocks, gpu_blocks_left),
             num_held(config.num_cpu_blocks, cpu_blocks_left),
         )
-        await self._call(lambda: self._core.hold_back(num_gpu, num_cpu, time.monotonic()))
+        await self._call(
+            lambda: self._core.hold_back(dict(zip(FAST_TIERS, (num_gpu, num_cpu), strict=True)), time.monotonic())
+        )
 
     def check_health(self) -> None:
         """Raise EngineStoppedError if no request can be served any more."""

@@ -214,7 +214,7 @@ class CacheWatch:
                 statistics[f"num_{name}_blocks"] - statistics[f"num_{name}_blocks_free"],
                 held[name],
             )
-            for name in ("gpu", "cpu")
+            for name in held
         )
 
     def _hit_rates(self) -> dict[str, float]:
@@ -224,8 +224,7 @@ class CacheWatch:
         return {
             name: num / stats.num_prompt_tokens
             for name, num in (
-                ("gpu", stats.num_gpu_cached_tokens),
-                ("cpu", stats.num_cpu_cached_tokens),
+                *stats.cached_tokens.items(),
                 ("not_loaded", stats.num_not_loaded_tokens),
                 ("dropped", stats.num_dropped_tokens),
                 ("new", stats.num_new_tokens),

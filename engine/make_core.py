@@ -10,7 +10,7 @@ import logging
 from engine.config import EngineConfig
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
-from engine.core.executor import Executor
+from engine.core.executor_protocol import Executor
 from engine.errors import ConfigError
 from engine.profile import load_cost_model
 

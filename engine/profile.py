@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig
 from engine.core.cache.cost_model import CostModel
-from engine.core.executor import Executor, ExecutorFacts
+from engine.core.executor_protocol import Executor, ExecutorFacts
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
+from engine.core.tier_table import CPU, GPU
 from engine.errors import ConfigError
 from engine.executor.group import make_executor
 from engine.paths import cache_folder, private_folder, write_private_file
@@ -103,7 +104,7 @@ class Profile:
             constant=self.constant_s * scale,
             per_context_token=self.per_context_token_s * scale,
             chunk_size=chunk_size,
-            swap_in_cost=self.swap_in_s * scale,
+            load_costs={CPU: self.swap_in_s * scale},
         )
 
     def save(self, path: Path) -> None:
@@ -275,7 +276,8 @@ def _measure_one_more_chunk(executor: Executor, chunk_size: int, repeats: int, s
 
 def _measure_swaps(executor: Executor, repeats: int, *, is_in: bool) -> float:
     """Median seconds per block."""
-    copies = tuple(BlockCopy(i, i) for i in range(NUM_SWAPPED_BLOCKS))
+    source, target = (CPU, GPU) if is_in else (GPU, CPU)
+    copies = tuple(BlockCopy(source, i, target, i) for i in range(NUM_SWAPPED_BLOCKS))
     plan = StepPlan(0, (), swap_ins=copies) if is_in else StepPlan(0, (), swap_outs=copies)
     seconds = [_timed(executor, plan) for _ in range(repeats + 1)][1:]
     return statistics.median(seconds) / NUM_SWAPPED_BLOCKS

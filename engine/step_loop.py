@@ -7,6 +7,7 @@ Knows no thread, no asyncio and no clock.
              look ahead  core.schedule_ahead + submit      the step behind it, if that needs no result; else a draft of it
              deliver     outputs.deliver                   the text of the step before, while the device computes
              update      core.update(await the result)     tokens come in, requests end
+    beside it, transport.start and .poll: blocks come from and go to slow tiers
 
 The engine's thread, the tests' drivers and the benchmarks all call `StepLoop.step`; there is no second loop.
 """
@@ -21,8 +22,8 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from engine.core.engine_core import EngineCore, RequestOutput
-from engine.core.executor import ComputationFailedError, Executor
-from engine.core.plan import StepPlan, StepResult
+from engine.core.executor_protocol import ComputationFailedError, Executor
+from engine.core.plan import SlowTransfer, StepPlan, StepResult
 from engine.errors import EngineError, EngineStoppedError, ExecutorError, GrammarFailedError
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,18 @@ class Outputs(Protocol):
         ...
 
 
+class Transport(Protocol):
+    """Carries out the transfers of slow tiers, beside the steps. Both calls return at once."""
+
+    def start(self, transfer: SlowTransfer) -> None:
+        """Begin to copy."""
+        ...
+
+    def poll(self) -> Iterable[tuple[int, bool]]:
+        """(id, whether its target holds all that its source held) of the transfers that have ended since the last call."""
+        ...
+
+
 class _Launched(NamedTuple):
     plan: StepPlan
     wait: Callable[[], StepResult]
@@ -64,23 +77,32 @@ class StepLoop:
     """Drives one core with one executor. Calls of `step` may come from any thread, but only one at a time."""
 
     def __init__(
-        self, core: EngineCore, executor: Executor, outputs: Outputs, now: Callable[[], float], look_ahead: LookAhead
+        self,
+        core: EngineCore,
+        executor: Executor,
+        outputs: Outputs,
+        now: Callable[[], float],
+        look_ahead: LookAhead,
+        transport: Transport | None = None,
     ) -> None:
         """Computes nothing yet.
 
         now: the time in seconds, for the core.
         look_ahead: may be changed between two steps, if none is in flight.
+        transport: for slow tiers; None = there are none.
         """
         self.look_ahead = look_ahead
         self._core = core
         self._executor = executor
         self._outputs = outputs
+        self._transport = transport
         self._now = now
         self._in_flight: deque[_Launched] = deque()
         self._num_failures = 0  # in a row
 
     def step(self) -> StepPlan | None:
         """Finish one step and return its plan; None if there is nothing to compute or copy."""
+        self._end_transfers()
         if not self._in_flight:
             self._launch(self._core.schedule(self._now()))
         if not self._in_flight:
@@ -107,7 +129,18 @@ class StepLoop:
         if self._num_failures >= MAX_FAILURES_IN_A_ROW:
             raise EngineStoppedError(f"the last {self._num_failures} steps failed; see the log")
 
+    def _end_transfers(self) -> None:
+        if self._transport is not None:
+            for transfer_id, ok in self._transport.poll():
+                self._core.complete_transfer(transfer_id, ok=ok, now=self._now())
+
+    def _start_transfers(self) -> None:
+        if self._transport is not None:
+            for transfer in self._core.take_transfers():
+                self._transport.start(transfer)
+
     def _launch(self, plan: StepPlan | None) -> None:
+        self._start_transfers()
         if plan is None:
             return
         if self.look_ahead is LookAhead.NOTHING:
@@ -119,7 +152,7 @@ class StepLoop:
         if self.look_ahead is LookAhead.LAUNCH:
             self._launch(self._core.schedule_ahead(self._now()))
         else:
-            self._core.plan_ahead(executing)
+            self._core.draft_ahead(executing)
 
     def _finish(self, launched: _Launched) -> None:
         """Wait for the result of a step and tell it to the core; or that it failed."""

@@ -9,6 +9,7 @@ import os
 import random
 import secrets
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 # Where there is no GPU, Triton's interpreter runs the kernel for GPUs. triton reads this when torch imports it.
@@ -26,11 +27,13 @@ from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.plan import StepPlan
 from engine.core.request import FinishReason, Request, SamplingParams
+from engine.core.tier_table import TierSpec
 from engine.errors import EngineError
 from engine.executor.group import GroupExecutor
 from engine.executor.local import LocalExecutor
 from engine.make_core import make_core
 from engine.step_loop import LookAhead, StepLoop
+from tests.delayed_tier import DelayedTier
 from tests.group_workers import WarmWorkers
 
 torch.set_num_threads(1)
@@ -142,11 +145,13 @@ class Driver:
     """Drives one core with one executor by the engine's own loop, in the test's thread. Time is the number of the step."""
 
     def __init__(self, executor: LocalExecutor | GroupExecutor, core: EngineCore) -> None:
+        """Slow tiers of the core are in memory, behind a delay; see `slow_tier`."""
         self.executor = executor
         self.core = core
         self.now = 0.0
         self.answers = Answers(self._abort)
-        self.loop = StepLoop(self.core, executor, self.answers, lambda: self.now, LookAhead.DRAFT)
+        self.slow_tier = DelayedTier(self._read, self._write) if core.cache_config.slow_tiers else None
+        self.loop = StepLoop(self.core, executor, self.answers, lambda: self.now, LookAhead.DRAFT, self.slow_tier)
         self.outputs, self.cached, self.finished = self.answers.outputs, self.answers.cached, self.answers.finished
         self._finished_plans: list[StepPlan] = []
         self._to_abort: str | None = None
@@ -182,6 +187,16 @@ class Driver:
         if self._to_abort is not None and self.loop.in_flight:
             self.core.abort(self._to_abort, self.now)
 
+    def _read(self, cpu_block: int) -> bytes:
+        return self.executor.cpu_store.storage[cpu_block].view(torch.uint8).numpy().tobytes()
+
+    def _write(self, cpu_block: int, content: bytes | None) -> None:
+        row = self.executor.cpu_store.storage[cpu_block].view(torch.uint8)
+        if content is None:
+            row.fill_(0xFF)  # NaN
+        else:
+            row.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+
     def run(self) -> None:
         while self.core.has_requests or self.loop.in_flight:
             self.step()
@@ -208,7 +223,7 @@ def make_driver(request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver
     """(model folder, EngineConfig options) -> Driver."""
     groups: list[GroupExecutor] = []
 
-    def make(model: Path | str, **options: object) -> Driver:
+    def make(model: Path | str, slow_tiers: tuple[TierSpec, ...] = (), **options: object) -> Driver:
         defaults = {"model": str(model), "dtype": "float32", "num_threads": 1, "max_num_queued_reqs": 1024}
         config = EngineConfig.from_options({**defaults, **options})
         if config.tensor_parallel_size > 1:
@@ -216,7 +231,10 @@ def make_driver(request: pytest.FixtureRequest) -> Iterator[Callable[..., Driver
             executor: LocalExecutor | GroupExecutor = groups[-1]
         else:
             executor = LocalExecutor(config)
-        return Driver(executor, make_core(config, executor))
+        core = make_core(config, executor)
+        if slow_tiers:
+            core = EngineCore(replace(core.cache_config, slow_tiers=slow_tiers), core.scheduling_config)
+        return Driver(executor, core)
 
     yield make
     for group in groups:

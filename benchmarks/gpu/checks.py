@@ -30,6 +30,7 @@ from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, SamplingParams
+from engine.core.tier_table import CPU, GPU
 from engine.executor import compiled_layers, model_runner
 from engine.executor.decode_graphs import bucket_sizes
 from engine.executor.local import LocalExecutor
@@ -236,6 +237,13 @@ def check_swaps(subject: Subject) -> str:
     return f"{num_steps} steps with four kinds of copies of {num_bytes >> 10} KiB, by copy engines and by the kernel"
 
 
+def _copies(
+    source_tier: str, sources: Sequence[int], target_tier: str, targets: Sequence[int]
+) -> tuple[BlockCopy, ...]:
+    pairs = zip(sources, targets, strict=True)
+    return tuple(BlockCopy(source_tier, source, target_tier, target) for source, target in pairs)
+
+
 def _check_copies(subject: Subject, rng: random.Random, n: int, by: str, *, has_segments: bool) -> None:
     """One step over tiers of random bytes. has_segments: it computes something beside the copies."""
     executor = subject.executor
@@ -249,16 +257,16 @@ def _check_copies(subject: Subject, rng: random.Random, n: int, by: str, *, has_
         0,
         (QuerySegment("s", 0, tuple(range(8, 48)), True),) if has_segments else (),
         (RequestStart("s", 40, 40, GREEDY, (), tuple(own)),),
-        evictions=tuple(map(BlockCopy, evicted, cpu_blocks[:n])),
-        gpu_copies=(BlockCopy(kept[0], copied[0]), BlockCopy(copied[0], copied[1])),
-        swap_ins=tuple(map(BlockCopy, cpu_blocks[n : 2 * n], evicted)),
-        swap_outs=tuple(map(BlockCopy, kept, cpu_blocks[2 * n : 3 * n])),
+        evictions=_copies(GPU, evicted, CPU, cpu_blocks[:n]),
+        local_copies=_copies(GPU, (kept[0], copied[0]), GPU, copied),
+        swap_ins=_copies(CPU, cpu_blocks[n : 2 * n], GPU, evicted),
+        swap_outs=_copies(GPU, kept, CPU, cpu_blocks[2 * n : 3 * n]),
     )
     before = gpu.cpu().view(torch.uint8)
     expected_gpu, expected_cpu = before.clone(), cpu.clone().view(torch.uint8)
     for copy in plan.evictions:
         expected_cpu[copy.target] = before[copy.source]
-    for copy in plan.gpu_copies:
+    for copy in plan.local_copies:
         expected_gpu[copy.target] = before[copy.source]
     for copy in plan.swap_ins:
         expected_gpu[copy.target] = expected_cpu[copy.source]

@@ -31,6 +31,7 @@ from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, SamplingParams
+from engine.core.tier_table import CPU, GPU
 from engine.executor.local import LocalExecutor
 from engine.executor.packed_linear import unpack_linears
 from engine.executor.tiers.block_copy import BlockCopier, DmaCopier
@@ -308,8 +309,8 @@ def _measure_swaps(
     n = setting.num_swapped_blocks
     generator = torch.Generator().manual_seed(0)
     gpu, cpu = (torch.randperm(2 * n, generator=generator).tolist() for _ in range(2))
-    swap_ins = tuple(map(BlockCopy, cpu[:n], gpu[:n]))
-    swap_outs = tuple(map(BlockCopy, gpu[n:], cpu[n:]))
+    swap_ins = tuple(BlockCopy(CPU, source, GPU, target) for source, target in zip(cpu[:n], gpu[:n], strict=True))
+    swap_outs = tuple(BlockCopy(GPU, source, CPU, target) for source, target in zip(gpu[n:], cpu[n:], strict=True))
     plans = {
         "in": StepPlan(0, (), swap_ins=swap_ins),
         "out": StepPlan(0, (), swap_outs=swap_outs),
@@ -350,7 +351,7 @@ def _measure_hidden(setting: Setting, executor: LocalExecutor) -> Iterator[list[
                     continue
                 executor.execute(StepPlan(0, (), _starts(1, context + num_new, blocks_each)))
                 segment = QuerySegment("0", context, (7,) * num_new, True)
-                copies = tuple(BlockCopy(i, i) for i in range(num_blocks))
+                copies = tuple(BlockCopy(CPU, i, GPU, i) for i in range(num_blocks))
                 plans = [
                     StepPlan(0, (segment,)),
                     StepPlan(0, (), swap_ins=copies),

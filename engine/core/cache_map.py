@@ -1,5 +1,6 @@
-"""What somebody who watches the cache is shown: where each chunk of a context lies, and which chunks left lately and why.
-Plain values and a log; the cache manager makes them. Knows no conversation but by the keys of its chunks, and no clock.
+"""What an observer of the cache is shown: where chunks lie, and which left lately and why.
+
+Changes nothing. Knows no conversation but by the keys of its chunks, and no clock.
 """
 
 from __future__ import annotations
@@ -10,29 +11,27 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.core.cache.cost_model import CostModel
-from engine.core.cache.index import Chunk, chunk_key, root_key
+from engine.core.cache.index import Chunk, ChunkIndex, chunk_key, root_key
+from engine.core.cache.tier import Tiers
+from engine.core.request import Request
+from engine.core.tier_table import BOTH, DROPPED, FAST_TIERS, eviction_moves
 
 # Evictions that are remembered while somebody watches.
 MAX_EVICTIONS = 64
 # So long after the last look the cache counts as watched, in seconds.
 WATCH_S = 10.0
-# From which tier to which, by reason; see stats.EVICTION_REASONS.
-EVICTION_MOVES = {
-    "gpu_reclaimed": ("gpu", "cpu"),
-    "gpu_swapped_out": ("gpu", "cpu"),
-    "gpu_dropped": ("gpu", "dropped"),
-    "cpu_dropped": ("cpu", "dropped"),
-    "cpu_copy_dropped": ("cpu", "gpu"),
-}
+# From which tier to which, by reason.
+EVICTION_MOVES = eviction_moves(FAST_TIERS)
 
 
 class Cell(NamedTuple):
     """One chunk of a context.
 
-    state: its residency ("gpu", "both", "cpu", "dropped"), or what is being done to it: "computing", "loading" (to the GPU
-    tier), "storing" (to the CPU tier). num_tokens: whose KV is there, or was. idle_s: since its last use by any
-    conversation; None while a request uses it, or if it is dropped. retention_value: what the eviction policy goes by, the
-    smallest goes first; None as idle_s, and when it was used just now.
+    state: the fastest tier that has it, or "both" (fast ones), or "dropped"; or what is being done to it: "computing",
+        "loading" (to the GPU tier), "storing" (to the CPU tier).
+    num_tokens: whose KV is there, or was.
+    idle_s: since its last use by any conversation; None while a request uses it, or if it is dropped.
+    retention_value: what the eviction policy goes by, the smallest goes first; None as idle_s, and when it was used just now.
     """
 
     state: str
@@ -42,8 +41,12 @@ class Cell(NamedTuple):
 
 
 class Eviction(NamedTuple):
-    """A chunk that left a tier. number: counts up. key: of the chunk; empty if it has no name. The idle time and the
-    retention value are those of that moment, now_s on the driver's clock."""
+    """A chunk that left a tier.
+
+    number: counts up.
+    now_s: when it left, on the driver's clock; the idle time and the retention value are those of that moment.
+    key: of the chunk; empty if it has no name.
+    """
 
     number: int
     now_s: float
@@ -57,8 +60,11 @@ class Eviction(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ContextKeys:
-    """The names that the chunks of a context have if they are cached. tails: those that its last chunk may have, the longest
-    first, with their lengths. num_chunks: of the whole context, of which these may be the first ones."""
+    """The names that the chunks of a context have if they are cached.
+
+    tails: those that its last chunk may have, the longest first, with their lengths.
+    num_chunks: of the whole context, of which these may be the first ones.
+    """
 
     full: tuple[bytes, ...]
     tails: tuple[tuple[int, bytes], ...]
@@ -69,7 +75,8 @@ def context_keys(token_ids: Sequence[int], *, model: str, tenant: str, chunk_siz
     """Of at most `max_chunks` chunks in front. O(tokens); what it says holds for ever.
 
     The last token of a turn was sampled and perhaps never computed: a chunk that it would begin does not count, and the
-    one that it ends may be there without it."""
+    one that it ends may be there without it.
+    """
     num_chunks = -(-max(len(token_ids) - 1, min(len(token_ids), 1)) // chunk_size)
     key = root_key(model, "", tenant)
     full = []
@@ -82,8 +89,12 @@ def context_keys(token_ids: Sequence[int], *, model: str, tenant: str, chunk_siz
 
 
 class MappedContext(NamedTuple):
-    """A conversation's context as it is now. status: "idle", or that of its request. num_chunks: of the whole context, of
-    which `cells` may be the first ones. keys: the names of its chunks as far as they are known."""
+    """A conversation's context as it is now.
+
+    status: "idle", or that of its request.
+    num_chunks: of the whole context, of which `cells` may be the first ones.
+    keys: the names of its chunks as far as they are known.
+    """
 
     status: str
     num_chunks: int
@@ -133,3 +144,56 @@ class EvictionLog:
 def retention_value(cost_model: CostModel, position: int, idle_s: float) -> float | None:
     """See eviction.RetentionValue; None for a chunk that was used just now, whose value has no bound."""
     return cost_model.chunk_cost(position) / idle_s if idle_s > 0 else None
+
+
+class CacheMap:
+    """Where the chunks of contexts lie now."""
+
+    def __init__(self, tiers: Tiers, index: ChunkIndex, cost_model: CostModel) -> None:
+        self._tiers = tiers
+        self._index = index
+        self._cost_model = cost_model
+
+    def map_context(self, keys: ContextKeys, now: float) -> list[Cell]:
+        """The chunks of a context of which no request is running. O(chunks)."""
+        size = self._index.chunk_size
+        cells = [self._cell(self._index.match(key), size, now) for key in keys.full]
+        if keys.tails:
+            tail = next((chunk for _, key in keys.tails if (chunk := self._index.match(key)) is not None), None)
+            cells.append(self._cell(tail, keys.tails[0][0], now))
+        return cells
+
+    def map_row(self, request: Request, max_chunks: int, now: float) -> list[Cell]:
+        """The chunks of a running request, the first `max_chunks` of them."""
+        size = self._index.chunk_size
+        computing: set[int] = set()
+        for start, end in request.pending:
+            computing.update(range(start // size, min(-(-end // size), max_chunks)))
+        cells = [
+            Cell("computing", chunk.num_tokens)
+            if chunk.position in computing and chunk not in self._tiers.primary.arriving
+            else self._cell(chunk, chunk.num_tokens, now)
+            for chunk in request.chunks[:max_chunks]
+        ]
+        # A token that was sampled just now may begin a chunk that gets its block with the next step.
+        num_new = min(-(-request.num_tokens // size), max_chunks) - len(cells)
+        return cells + [Cell("computing", 0)] * num_new
+
+    def _cell(self, chunk: Chunk | None, num_tokens: int, now: float) -> Cell:
+        """num_tokens: of a chunk that is gone."""
+        if chunk is None:
+            return Cell(DROPPED, num_tokens)
+        state = self._state(chunk)
+        if chunk.pins:
+            return Cell(state, chunk.num_tokens)
+        idle_s = now - chunk.last_active
+        return Cell(state, chunk.num_tokens, idle_s, retention_value(self._cost_model, chunk.position, idle_s))
+
+    def _state(self, chunk: Chunk) -> str:
+        tiers = self._tiers
+        if chunk in tiers.primary.arriving:
+            return "loading"
+        if chunk in tiers.secondary.arriving:
+            return "storing"
+        names = [tier.name for tier in tiers if chunk.blocks[tier.number] is not None]
+        return BOTH if tuple(names[:2]) == FAST_TIERS else names[0]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 
 from engine.core.cache.cost_model import CostModel
 from engine.core.cache.eviction import EVICTION_POLICIES
+from engine.core.tier_table import TierSpec, tier_row
 from engine.options import Option
 
 
@@ -99,7 +100,8 @@ class SchedulingOptions:
 class CacheConfig(CacheOptions):
     """What a cache manager goes by: the options, and what the executor and the model say.
 
-    num_gpu_blocks, num_cpu_blocks: sizes of the tiers in blocks.
+    num_gpu_blocks, num_cpu_blocks: sizes of the fast tiers in blocks.
+    slow_tiers: those behind the CPU tier, the fastest first.
     keep: False is the stateless mode: nothing outlives its request, nothing is shared, and the CPU tier is not used.
     model: fingerprint of the model, part of each chunk's key.
     cost_model: what computing and loading a chunk costs; None = CostModel's defaults for this chunk size.
@@ -110,6 +112,14 @@ class CacheConfig(CacheOptions):
     keep: bool = True
     model: str = ""
     cost_model: CostModel | None = None
+    slow_tiers: tuple[TierSpec, ...] = ()
+
+    @property
+    def tiers(self) -> tuple[TierSpec, ...]:
+        """All tiers that are used, the fastest first. Raises ConfigError if they do not go together."""
+        if not self.keep:
+            return tier_row(self.num_gpu_blocks, 0)
+        return tier_row(self.num_gpu_blocks, self.num_cpu_blocks, self.slow_tiers)
 
     @classmethod
     def of(cls, options: CacheOptions, **resolved: Any) -> Self:

@@ -1,13 +1,17 @@
-"""The engine without a device: requests in, plans out, results in, outputs out. One instance serves live traffic or a
-simulation; the driver owns the clock.
+"""The engine without a device: requests in, plans out, results in, outputs out.
+
+One instance serves live traffic or a simulation; the driver owns the clock.
 
     plan = core.schedule(now)                 # what to compute
     result = executor.execute(plan)           # or an event at now + cost_model.step_time(plan)
     outputs = core.update(plan, result, now)  # what came of it
 
-While the plan is being executed, `core.schedule_ahead(now)` gives the next one, to be executed behind it, where that does not
-depend on its result; else, or where an executor takes one plan at a time, `core.plan_ahead(plan)` drafts it. With drafts
-and without, the plans are the same; with plans made ahead, the outputs are.
+While a plan is executed, `core.schedule_ahead(now)` gives the next one, to be executed behind it, if that does not depend on
+its result. Otherwise, or if the executor takes one plan at a time, `core.draft_ahead(plan)` drafts the next one. Plans
+are the same with drafts and without; outputs are the same with plans made ahead and without.
+
+With slow tiers, the driver also starts what `core.take_transfers()` gives after each plan, and tells the end of each transfer
+by `core.complete_transfer`.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Any, NamedTuple
 from engine.core.cache.cache_manager import CacheManager
 from engine.core.cache_map import ContextKeys, Eviction, MappedContext
 from engine.core.config import CacheConfig, SchedulingConfig
-from engine.core.plan import Logprobs, StepPlan, StepResult
+from engine.core.plan import Logprobs, SlowTransfer, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineStats, RequestStats
@@ -27,8 +31,13 @@ from engine.errors import ConfigError, ContextLengthError, InvalidParameterError
 
 
 class RequestOutput(NamedTuple):
-    """What one step gave to one request: its next token. The counts are as of then. finish_reason None: more follows;
-    `stats` come with the end. (A tuple, as one is made per request and step while nothing else runs.)"""
+    """What one step gave to one request: its next token. The counts are as of then.
+
+    finish_reason: None = more follows.
+    stats: come with the end.
+
+    (A tuple, as one is made for each request and step while nothing else runs.)
+    """
 
     request_id: str
     token_id: int
@@ -52,7 +61,7 @@ class EngineCore:
             )
         self.cache_config = cache
         self.scheduling_config = scheduling
-        self.stats = EngineStats()
+        self.stats = EngineStats([tier.name for tier in cache.tiers])
         self._cache = CacheManager(cache, self.stats)
         self._scheduler = Scheduler(scheduling, self._cache, self.stats)
         self._requests: dict[str, Request] = {}
@@ -66,9 +75,12 @@ class EngineCore:
         return bool(self._requests)
 
     def add_request(self, request: Request, now: float) -> list[str]:
-        """Queue a request. Raises ContextLengthError or InvalidParameterError, and nothing changed, for one that can
-        never run here; OverloadedError where as many wait as may. Returns the ids of waiting requests that were thrown out
-        for it: their tenants had more than their share of the queue."""
+        """Queue a request.
+
+        Returns the ids of waiting requests that were shed for it, because their tenants had more than their share of
+        the queue. Raises ContextLengthError or InvalidParameterError, and nothing changed, for a request that can
+        never run here; OverloadedError if the queue is full.
+        """
         num_prompt, window = request.num_prompt_tokens, self.scheduling_config.max_model_len
         if request.request_id in self._requests:
             raise InvalidParameterError(f"a request with id {request.request_id!r} is running", param="request_id")
@@ -90,14 +102,17 @@ class EngineCore:
         return thrown_out
 
     def _make_room_to_wait(self, newcomer: Request, now: float) -> list[str]:
-        """Throw out waiting requests, by fairness between tenants, until `newcomer` may wait too; returns their ids. Raises
-        OverloadedError where the newcomer is the one to go, and nobody was thrown out."""
-        waiting = self._scheduler.waiting
+        """Shed waiting requests, by fairness between tenants, until `newcomer` may wait too; returns their ids.
+
+        Raises OverloadedError, and sheds none, if the newcomer is the one that has to go.
+        """
+        scheduler = self._scheduler
+        waiting = scheduler.waiting
         max_tokens = self.scheduling_config.max_num_queued_tokens
         thrown_out: list[Request] = []
-        while waiting and (
-            len(waiting) >= self.scheduling_config.max_num_queued_reqs
-            or (max_tokens is not None and waiting.num_tokens + newcomer.num_tokens > max_tokens)
+        while scheduler.num_waiting and (
+            scheduler.num_waiting >= self.scheduling_config.max_num_queued_reqs
+            or (max_tokens is not None and scheduler.num_waiting_tokens + newcomer.num_tokens > max_tokens)
         ):
             victim = waiting.find_victim(newcomer)
             if victim is None:
@@ -116,29 +131,37 @@ class EngineCore:
         return [request.request_id for request in thrown_out]
 
     def schedule(self, now: float) -> StepPlan | None:
-        """What to compute next; None when nothing is to do. A plan without segments moves blocks while nobody waits. Each
-        plan must be answered by `update` or `fail_step` before the next call."""
+        """What to compute next; None if there is nothing to do.
+
+        A plan without segments moves blocks while no request runs. Each plan must be answered by `update` or
+        `fail_step` before the next call.
+        """
         assert not self._in_flight, "a plan has no result yet"
         return self._note_in_flight(self._scheduler.schedule(now))
 
     def schedule_ahead(self, now: float) -> StepPlan | None:
-        """The step after the one in flight, to be executed behind it; None where its result decides what comes next (somebody
-        waits to be started, or no block is left), or nothing does. Results have to come in the order of the plans. Whom the
-        first result ends, against expectation, the second step computes in vain; nobody sees what came of it."""
+        """The step after the one in flight, to be executed behind it; results have to come in the order of the plans.
+
+        None if the result of the one in flight could admit a waiting request or force a preemption, or if there is
+        nothing to do. If that result unexpectedly ends a request, the second step's work for it is wasted and its
+        output is dropped.
+        """
         (executing,) = self._in_flight
         return self._note_in_flight(self._scheduler.schedule_ahead(executing, now))
 
-    def plan_ahead(self, plan: StepPlan) -> None:
-        """Draft the step after `plan`, the one that is being executed, so that the next `schedule` has less to do. Changes
-        no request and no block: a draft that something unforeseen overtakes is thrown away."""
-        self._scheduler.plan_ahead(plan)
+    def draft_ahead(self, plan: StepPlan) -> None:
+        """Draft the step after `plan`, the one that is executed, so that the next `schedule` has less to do.
+
+        Changes no request and no block; a draft that something unforeseen overtakes is discarded.
+        """
+        self._scheduler.draft_ahead(plan)
 
     def update(self, plan: StepPlan, result: StepResult, now: float) -> list[RequestOutput]:
         """Take in what a step gave, the oldest one in flight. Requests that ended meanwhile are passed over."""
         assert plan.step_id == result.step_id, (plan.step_id, result.step_id)
         self.stats.num_steps += 1
         self._restart_corrupted(plan, result, now)
-        self._cache.complete_transfers()
+        self._cache.transfers.complete()
         sampled = zip(result.token_ids, result.logprobs or repeat(None), strict=False)
         num_step_tokens = 0
         outputs = []
@@ -160,13 +183,16 @@ class EngineCore:
         return outputs
 
     def fail_step(self, plan: StepPlan, now: float, *, are_copies_made: bool = False) -> list[str]:
-        """The executor failed at `plan`: end its requests, keep everything else. Unless its copies were made all the same,
-        chunks whose only copy was on its way are dropped. Returns the ids of the requests that ended."""
+        """The executor failed at `plan`: end its requests, keep everything else.
+
+        are_copies_made: False = chunks whose only copy was on its way are dropped.
+        Returns the ids of the requests that ended.
+        """
         self._scheduler.forget_step(plan)
         if are_copies_made:
-            self._cache.complete_transfers()
+            self._cache.transfers.complete()
         else:
-            self._cache.abort_transfers()
+            self._cache.transfers.abort()
         request_ids = dict.fromkeys(segment.request_id for segment in plan.segments)
         failed = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
         for request in failed:
@@ -175,9 +201,30 @@ class EngineCore:
         self._land(now)
         return [request.request_id for request in failed]
 
+    # -- slow tiers ----------------------------------------------------------------------------------------------------
+
+    def take_transfers(self) -> tuple[SlowTransfer, ...]:
+        """The transfers of slow tiers to start now, beside the steps; to be asked for after each `schedule`.
+
+        The end of each has to be told once, by `complete_transfer`; in whichever order, and between any two calls.
+        """
+        return self._cache.slow_transfers.take()
+
+    def complete_transfer(self, transfer_id: int, *, ok: bool, now: float) -> None:
+        """A transfer of a slow tier has ended. Not ok: the target has not got, whole and right, what the source had."""
+        self._cache.slow_transfers.complete(transfer_id, ok=ok, now=now)
+        self._scheduler.end_transfer(transfer_id)
+
+    def next_deadline_s(self) -> float | None:
+        """When a request stops waiting for a slow tier, if nothing arrives before: a time at which to call `schedule`."""
+        deadlines = [request.load_deadline_s for request in self._scheduler.loading]
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
     def abort(self, request_id: str, now: float) -> None:
-        """End a request early; what it computed stays in the cache. While a plan of it is being executed, it ends with
-        that. An unknown id is no error: the request may just have ended."""
+        """End a request early; what it computed stays in the cache.
+
+        If a plan of it is being executed, it ends with that. An unknown id is no error: the request may just have ended.
+        """
         executing = self._in_flight[0].segments if self._in_flight else ()
         if any(segment.request_id == request_id for segment in executing):
             self._to_abort.append(request_id)
@@ -185,9 +232,11 @@ class EngineCore:
             self._abort(request_id, now)
 
     def stop(self, request_id: str, now: float, *, num_kept_output_tokens: int | None = None) -> RequestStats | None:
-        """End a request whose answer is complete for a reason that the core does not see (a stop string). Of its output, the
-        first `num_kept_output_tokens` (None = all) are what the conversation goes on from. None where it does not run. It has
-        sampled, so no transfer of its own is in flight."""
+        """End a request whose answer is complete for a reason that the core does not see (a stop string).
+
+        num_kept_output_tokens: of its output, the first so many are what the conversation goes on from; None = all.
+        Returns None if it does not run. It has sampled, so no transfer of its own is in flight.
+        """
         request = self._requests.get(request_id)
         if request is None:
             return None
@@ -200,20 +249,21 @@ class EngineCore:
 
     def get_statistics(self) -> dict[str, Any]:
         """Counters since the start, and the state now (requests by status, blocks by use)."""
-        pool = self._cache.gpu_pool
-        return {
+        cache = self._cache
+        statistics = {
             **self.stats.as_dict(),
             "num_requests_running": len(self._scheduler.running),
-            "num_requests_waiting": len(self._scheduler.waiting),
-            "num_tokens_waiting": self._scheduler.waiting.num_tokens,
-            "num_gpu_blocks": pool.num_blocks,
-            "num_gpu_blocks_free": pool.num_free,
-            "num_gpu_blocks_pinned": pool.num_blocks - self._cache.num_available_blocks,
-            "num_cpu_blocks": self._cache.cpu_pool.num_blocks,
-            "num_cpu_blocks_free": self._cache.cpu_pool.num_free,
-            "num_chunks": len(self._cache.index),
-            "num_idle_chunks": self._cache.count_idle_chunks(),
+            "num_requests_waiting": self._scheduler.num_waiting,
+            "num_tokens_waiting": self._scheduler.num_waiting_tokens,
+            "num_chunks": len(cache.index),
+            "num_idle_chunks": cache.count_idle_chunks(),
         }
+        for tier in cache.tiers:
+            statistics[f"num_{tier.name}_blocks"] = tier.pool.num_blocks
+            statistics[f"num_{tier.name}_blocks_free"] = tier.pool.num_free
+        primary = cache.tiers.primary
+        statistics[f"num_{primary.name}_blocks_pinned"] = primary.pool.num_blocks - primary.num_available
+        return statistics
 
     # -- for those who watch -------------------------------------------------------------------------------------------
 
@@ -224,8 +274,11 @@ class EngineCore:
     def map_contexts(
         self, contexts: Mapping[str, ContextKeys | None], max_chunks: int, now: float
     ) -> dict[str, MappedContext]:
-        """Where the chunks of these conversations lie, by id: as their running requests have them, else as `contexts` names
-        them. O(chunks), at most `max_chunks` for each; nothing changed. The evictions of the next seconds are noted."""
+        """Where the chunks of these conversations lie, by id: as their running requests have them, else as `contexts`
+        names them.
+
+        max_chunks: most of each context. O(chunks); nothing changed. The evictions of the next seconds are noted.
+        """
         self._cache.eviction_log.watch(now)
         requests = {request.conversation_id: request for request in self._requests.values()}
         mapped = {}
@@ -233,7 +286,7 @@ class EngineCore:
             request = requests.get(conversation_id)
             status = "idle" if request is None else request.status.value
             if request is not None and request.chunks:
-                cells = self._cache.map_row(request, max_chunks, now)
+                cells = self._cache.map.map_row(request, max_chunks, now)
                 mapped[conversation_id] = MappedContext(
                     status,
                     self._cache.num_chunks(request.num_tokens),
@@ -242,7 +295,7 @@ class EngineCore:
                 )
             elif keys is not None:
                 names = (*keys.full, *(key for _, key in keys.tails))
-                cells = self._cache.map_context(keys, now)
+                cells = self._cache.map.map_context(keys, now)
                 mapped[conversation_id] = MappedContext(status, keys.num_chunks, tuple(cells), names)
             elif request is not None:
                 mapped[conversation_id] = MappedContext(status, self._cache.num_chunks(request.num_tokens), (), ())
@@ -252,9 +305,9 @@ class EngineCore:
         """Those that were noted, the newest first."""
         return self._cache.eviction_log.latest()
 
-    def hold_back(self, num_gpu_blocks: int, num_cpu_blocks: int, now: float) -> None:
-        """See CacheManager.hold_back."""
-        self._cache.hold_back(num_gpu_blocks, num_cpu_blocks, now)
+    def hold_back(self, num_blocks: Mapping[str, int], now: float) -> None:
+        """See Allocator.hold_back."""
+        self._cache.allocator.hold_back(num_blocks, now)
 
     def count_held_blocks(self) -> dict[str, int]:
         """See CacheManager.count_held_blocks."""
@@ -263,9 +316,11 @@ class EngineCore:
     def check_integrity(self) -> None:
         """Raises AssertionError where the books do not balance; see CacheManager.check_integrity."""
         scheduler = self._scheduler
-        assert {id(r) for r in self._requests.values()} == {id(r) for r in [*scheduler.running, *scheduler.waiting]}
+        live = [*scheduler.running, *scheduler.waiting, *scheduler.loading]
+        assert {id(r) for r in self._requests.values()} == {id(r) for r in live}
+        assert all(r.status is RequestStatus.LOADING for r in scheduler.loading)
         assert all(r.status is RequestStatus.RUNNING and r.chunks for r in scheduler.running)
-        assert not any(r.chunks for r in scheduler.waiting)
+        assert not any(r.chunks for r in (*scheduler.waiting, *scheduler.loading))
         self._cache.check_integrity(scheduler.running)
 
     def _note_in_flight(self, plan: StepPlan | None) -> StepPlan | None:
@@ -274,8 +329,10 @@ class EngineCore:
         return plan
 
     def _land(self, now: float) -> None:
-        """The oldest plan in flight is done: end what was to end with it. That the next one may write to their blocks still
-        does no harm: whatever is done with these comes after it."""
+        """The oldest plan in flight is done: end what was to end with it.
+
+        The next one may still write to their blocks; that does no harm, as all uses of these blocks come after it.
+        """
         del self._in_flight[0]
         to_abort, self._to_abort = self._to_abort, []
         for request_id in to_abort:
@@ -289,7 +346,7 @@ class EngineCore:
 
     def _restart_corrupted(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Requests that a failed swap-in has reached start again from what else is cached."""
-        failed = {self._cache.fail_swap_in(gpu_block) for gpu_block in result.failed_swap_ins}
+        failed = {self._cache.transfers.fail_swap_in(gpu_block) for gpu_block in result.failed_swap_ins}
         if failed:
             for request in list(reversed(self._scheduler.running)):  # the oldest comes to lie in front
                 if not failed.isdisjoint(request.chunks):
@@ -326,7 +383,7 @@ class EngineCore:
         return RequestStats(
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=request.num_cached_tokens,
-            num_cpu_cached_tokens=request.num_cpu_cached_tokens,
+            num_loaded_tokens=request.num_loaded_tokens,
             num_not_loaded_tokens=request.num_not_loaded_tokens,
             num_dropped_tokens=request.num_dropped_tokens,
             num_new_tokens=request.num_new_tokens,

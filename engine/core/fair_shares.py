@@ -1,4 +1,5 @@
-"""What each tenant's running requests use of the engine, and whose request gives way when another tenant has too little.
+"""What each tenant's running requests use, and whose request gives way to a tenant that has too little.
+
 Decides, and changes nothing; knows no queue and no step.
 
 The use of a tenant is the larger of its parts of the places (`max_num_seqs`) and of the GPU blocks, over its weight (dominant
@@ -50,16 +51,23 @@ class FairShares:
         self._num_blocks = num_blocks
 
     def choose_to_suspend(self, running: Sequence[Request]) -> Request:
-        """The one to suspend of `running` (in order of admission) if they have run out of blocks: the newest of the tenant
-        that uses the most. Each tenant keeps its oldest one, unless none has more than that: then it is the newest of all."""
+        """The request to suspend if the running ones have run out of blocks: the newest of the tenant that uses the most.
+
+        Each tenant keeps its oldest request, unless none has more than that: then it is the newest of all.
+
+        running: in order of admission.
+        """
         uses = [use for use in self._count(running).values() if len(use.requests) > 1]
         return max(uses, key=self._measure).requests[-1] if uses else running[-1]
 
     def choose_to_give_way(self, newcomer: Request, num_new_blocks: int, running: Sequence[Request]) -> list[Request]:
-        """The running requests of other tenants that may be suspended for `newcomer`, in the order in which they go: always
-        the newest one of the tenant that uses the most then. How many of them it takes is up to the caller.
+        """The running requests of other tenants that may be suspended for `newcomer`, in the order in which they go.
 
-        num_new_blocks: what the newcomer would take. running: in order of admission."""
+        It is always the newest one of the tenant that uses the most then. How many of them it takes is up to the caller.
+
+        num_new_blocks: what the newcomer would take.
+        running: in order of admission.
+        """
         uses = self._count(running)
         own = uses.pop(newcomer.tenant, _Use(newcomer.weight))
         own_use = self._measure(own, num_more_places=1, num_more_blocks=num_new_blocks)

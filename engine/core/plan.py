@@ -1,5 +1,6 @@
-"""What crosses between the core and an executor. Plain data: ints, strings, tuples; it pickles to worker actors and
-compares in tests.
+"""What crosses between the core and an executor, as plain data: ints, strings, tuples.
+
+It pickles to worker actors and compares in tests.
 
 One step is told as a difference: a worker keeps the block table and the last sampled token of every request it was told to
 start, until it is told that the request ended. A token that a worker sampled is never told back to it, so that a plan can be
@@ -45,9 +46,12 @@ class QuerySegment:
 
 @dataclass(frozen=True, slots=True)
 class RequestStart:
-    """A request that the worker is to know from this step on. `num_tokens`: of its context, the first `num_prompt_tokens` of
-    them the prompt. `block_table`: GPU block ids in order of position. `token_ids`: the whole context if sampling needs it,
-    for penalties or a grammar; else empty."""
+    """A request that the worker is to know from this step on.
+
+    num_tokens: of its context. num_prompt_tokens: of these, the first ones are the prompt.
+    block_table: block ids of the tier that computes, in order of position.
+    token_ids: the whole context if sampling needs it, for penalties or a grammar; else empty.
+    """
 
     request_id: str
     num_tokens: int
@@ -68,21 +72,48 @@ class BlockAppend:
 
 @dataclass(frozen=True, slots=True)
 class BlockCopy:
-    """Copy block `source` to block `target`; which tiers, the field of the plan says that holds it."""
+    """Copy block `source` of one tier to block `target` of another one, or of the same.
 
+    source_tier, target_tier: names, see tier_table.
+    """
+
+    source_tier: str
     source: int
+    target_tier: str
     target: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlowTransfer:
+    """Copy a block from or to a slow tier, beside the steps and for as long as it takes.
+
+    Until its end is told, neither of its blocks is given to anything else.
+
+    transfer_id: counts up; to tell its end by.
+    key: the chunk's name, which says all that the block has to hold; see index.chunk_key.
+    num_tokens: leading tokens of the block that are valid.
+    copy: from which block to which.
+    """
+
+    transfer_id: int
+    key: bytes
+    num_tokens: int
+    copy: BlockCopy
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. In this order: forget `ended`; start `starts` and append `appends`; `evictions` (GPU -> CPU, their GPU blocks
-    are written to later in the step); `gpu_copies` (every source is read before any target is written); `swap_ins` (CPU ->
-    GPU; a layer's KV has to be there when that layer attends); run `segments` as one ragged batch; sample. `swap_outs` (GPU
-    -> CPU, ahead of time) may run at any time beside that. All copies are finished when the step's result is given. A plan
-    without segments only copies.
+    """One step, in this order; a plan without segments only copies.
 
-    Segments of one request are in order of position, so that a dropped range is computed with or before what follows it.
+    1. Forget `ended`; start `starts` and append `appends`.
+    2. `evictions`: blocks that leave the tier that computes, to be written to later in this step.
+    3. `local_copies`, within the tier that computes: every source is read before any target is written.
+    4. `swap_ins`, to the tier that computes: a layer's KV has to be there when that layer attends.
+    5. Run `segments` as one ragged batch; sample. Those of one request are in order of position, so that a dropped range
+       is computed with or before what follows it.
+    `swap_outs`, from the tier that computes and ahead of time, may run at any time beside 4 and 5.
+
+    All of a plan's copies are between fast tiers, and finished when the step's result is given.
     """
 
     step_id: int
@@ -91,7 +122,7 @@ class StepPlan:
     appends: tuple[BlockAppend, ...] = ()
     ended: tuple[str, ...] = ()
     evictions: tuple[BlockCopy, ...] = ()
-    gpu_copies: tuple[BlockCopy, ...] = ()
+    local_copies: tuple[BlockCopy, ...] = ()
     swap_ins: tuple[BlockCopy, ...] = ()
     swap_outs: tuple[BlockCopy, ...] = ()
 
@@ -110,9 +141,12 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave. token_ids: one for each segment with `samples`, in the order of the segments. logprobs: as many, None
-    where they were not asked for; empty where nobody did. failed_swap_ins: GPU blocks to which a swap-in brought something
-    else than was swapped out."""
+    """What a step gave.
+
+    token_ids: one for each segment with `samples`, in the order of the segments.
+    logprobs: as many, None for those that did not ask; empty if none did.
+    failed_swap_ins: target blocks to which a swap-in brought something else than was swapped out.
+    """
 
     step_id: int
     token_ids: tuple[int, ...] = ()

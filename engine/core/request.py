@@ -1,12 +1,13 @@
-"""A request is one turn: a context to complete and how to sample. It carries the scheduler's and the cache manager's
-state of that turn; it decides nothing itself.
+"""A request is one turn: a context to complete and how to sample.
+
+It carries the scheduler's and the cache manager's state of that turn; it decides nothing itself.
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,10 +22,14 @@ MAX_STOP_TOKEN_IDS = 128
 
 
 class RequestStatus(enum.Enum):
-    """WAITING -> RUNNING -> FINISHED; RUNNING -> SUSPENDED -> RUNNING when decodes run out of blocks, or when
-    a request gives way to one of another tenant."""
+    """WAITING -> RUNNING -> FINISHED, with two detours.
+
+    RUNNING -> SUSPENDED -> RUNNING: preempted, because decodes run out of blocks or another tenant's request is due.
+    WAITING or SUSPENDED -> LOADING -> the same again: its turn had come, and it waits for chunks from a slow tier.
+    """
 
     WAITING = "waiting"
+    LOADING = "loading"
     RUNNING = "running"
     SUSPENDED = "suspended"
     FINISHED = "finished"
@@ -120,11 +125,14 @@ class SamplingParams:
 
 
 class ContextAccount(NamedTuple):
-    """Prompt tokens that an admission did not find in the GPU tier. num_swapped_in_tokens: loaded from the CPU tier.
-    num_not_loaded_tokens: there, too, but cheaper to compute again. num_dropped_tokens: in full chunks that were cached once
-    and are gone."""
+    """Prompt tokens that an admission did not find in the tier that computes.
 
-    num_swapped_in_tokens: int = 0
+    loaded_tokens: loaded from other tiers, by the tier's name.
+    num_not_loaded_tokens: there, too, but cheaper to compute again.
+    num_dropped_tokens: in full chunks that were cached once and are gone.
+    """
+
+    loaded_tokens: Mapping[str, int] = {}
     num_not_loaded_tokens: int = 0
     num_dropped_tokens: int = 0
 
@@ -146,12 +154,14 @@ class Request:
         "chunks",
         "conversation_id",
         "first_token_s",
+        "load_deadline_s",
+        "loads",
         "max_total_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
-        "num_cpu_cached_tokens",
         "num_dropped_tokens",
         "num_known_tokens",
+        "num_loaded_tokens",
         "num_not_loaded_tokens",
         "num_prompt_tokens",
         "num_suspensions",
@@ -177,9 +187,12 @@ class Request:
         eos_token_ids: Sequence[int] = (),
         output_token_ids: Sequence[int] = (),
     ) -> None:
-        """`conversation_id`: None = a conversation of its own. `output_token_ids`: the beginning of the
-        answer, where another engine has generated it and the rest is wanted. `weight`: the tenant's share, relative to
-        others."""
+        """A request that has not arrived yet.
+
+        conversation_id: None = a conversation of its own.
+        output_token_ids: the beginning of the answer, if another engine has generated it and the rest is wanted.
+        weight: the tenant's share, relative to others.
+        """
         self.request_id = request_id
         self.conversation_id = conversation_id if conversation_id is not None else request_id
         self.tenant = tenant
@@ -197,13 +210,15 @@ class Request:
         self.chunk_keys: list[bytes] = []
         self.pending: list[tuple[int, int]] = []
         self.num_cached_tokens = 0
-        self.num_cpu_cached_tokens = 0
+        self.num_loaded_tokens = 0
         self.num_not_loaded_tokens = 0
         self.num_dropped_tokens = 0
         self.num_known_tokens = 0
         self.num_computed_tokens = 0
         self.num_suspensions = 0
         self.account = ContextAccount()
+        self.loads: dict[bytes, str] = {}
+        self.load_deadline_s: float | None = None
 
     @property
     def num_tokens(self) -> int:

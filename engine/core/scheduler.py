@@ -1,5 +1,7 @@
-"""Decides what each step computes. There is no prefill or decode phase, only tokens still to compute under one token
-budget. Owns the waiting and the running requests; asks the cache manager for room, never looks into a chunk.
+"""Decides what each step computes.
+
+There is no prefill or decode phase, only tokens still to compute under one token budget. Owns the waiting, loading and
+running requests; asks the cache manager for room, never looks into a chunk.
 """
 
 from __future__ import annotations
@@ -18,6 +20,17 @@ from engine.core.waiting_queue import WaitingQueue
 
 
 @dataclass(slots=True)
+class _Loading:
+    """What a request waits for that is being loaded from slow tiers.
+
+    status: what it is again afterwards. transfer_ids: those that have not ended.
+    """
+
+    status: RequestStatus
+    transfer_ids: set[int]
+
+
+@dataclass(slots=True)
 class _Draft:
     """What running requests compute in a step. Holds as long as the running requests are exactly those of `running`.
 
@@ -33,27 +46,31 @@ class _Draft:
 
 
 class Scheduler:
-    """First come, first served within a tenant, weighted fair between tenants: in whose turn it is to start (WaitingQueue)
-    and in what the running ones use (FairShares). `running` is in order of admission.
+    """First come, first served within a tenant, weighted fair between tenants.
 
-    No request waits for ever: the oldest running request is never suspended for another one, every request fits the GPU
-    tier alone (the engine core refuses those that do not), and nobody is admitted before the one whose turn it is. If that
-    one finds no place or no blocks because other tenants use more than their shares, their newest requests are suspended for
-    it, no more of them than it takes, and it is admitted in the same step.
+    That holds for whose turn it is to start (WaitingQueue), and for what the running requests use (FairShares).
+    `running` is in order of admission; `loading` are the requests that wait for slow tiers, outside of the queue.
+
+    No request waits for ever: the oldest running request is never suspended for another one, every request fits the primary
+    tier alone (the engine core refuses those that do not), no request is admitted before the one whose turn it is, and
+    none waits for a slow tier for longer than that tier's `max_wait_s`. If the request whose turn it is finds no place or no
+    blocks because other tenants use more than their shares, their newest requests are suspended for it, no more of
+    them than it takes, and it is admitted in the same step.
     """
 
     def __init__(self, config: SchedulingConfig, cache: CacheManager, stats: EngineStats) -> None:
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
+        self.loading: dict[Request, _Loading] = {}
         self._config = config
         self._cache = cache
-        self._shares = FairShares(config.max_num_seqs, cache.gpu_pool.num_blocks)
+        self._shares = FairShares(config.max_num_seqs, cache.num_blocks)
         self._stats = stats
         # Beyond some size, step time grows in proportion to the tokens: a larger batch of prompts adds latency but no
         # throughput, and requests that start together also end together and collide again at their next turns.
         self._prefill_batch_tokens = config.prefill_batch_tokens or config.max_num_batched_tokens
-        self._reserve_blocks = math.ceil(config.decode_reserve * cache.gpu_pool.num_blocks)
-        self._watermark_blocks = math.ceil(cache.config.swap_out_watermark * cache.gpu_pool.num_blocks)
+        self._reserve_blocks = math.ceil(config.decode_reserve * cache.num_blocks)
+        self._watermark_blocks = math.ceil(cache.config.swap_out_watermark * cache.num_blocks)
         self._ended: list[str] = []
         self._step_id = 0
         self._ahead: _Draft | None = None
@@ -62,13 +79,15 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
-        self.waiting.append(request, {running.tenant for running in self.running})
+        self.waiting.append(request, {other.tenant for other in (*self.running, *self.loading)})
 
     def remove(self, request: Request, now: float, *, step_failed: bool = False) -> None:
         """Take a request out, wherever it is; its blocks go back to the cache."""
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
             self._end(request, now, step_failed)
+        elif request.status is RequestStatus.LOADING:
+            del self.loading[request]
         else:
             self.waiting.remove(request)
 
@@ -76,15 +95,16 @@ class Scheduler:
         """The executor failed at `plan`: tell it again, next time, which requests have ended."""
         self._ended = [*plan.ended, *self._ended]
 
-    def plan_ahead(self, plan: StepPlan) -> None:
+    def draft_ahead(self, plan: StepPlan) -> None:
         """Draft the step after `plan`, which is being executed. Changes nothing else."""
         draft = self._draft(plan)
         self._ahead = draft if draft.running else None
 
     def schedule_ahead(self, executing: StepPlan, now: float) -> StepPlan | None:
         """The step after `executing`, which has no result yet: what running requests compute if nothing unforeseen happens.
-        None, and no more than a draft is made, where somebody may be started or has to be suspended: that waits for the
-        result."""
+
+        None, and no more than a draft is made, if a request may be started or has to be suspended: that waits for the result.
+        """
         draft = self._draft(executing)
         if (
             not draft.segments
@@ -97,9 +117,11 @@ class Scheduler:
         return self._make_plan(draft, [], self._append_blocks(draft.growing, now), now)
 
     def _may_admit_after(self, executing: StepPlan, draft: _Draft) -> bool:
-        """Whether the request whose turn it is may be admitted behind `executing`. While as many run as may it is not, unless
-        others have to give way to it. Nor is one that was refused for lack of blocks, as long as no request ends and no
-        prompt is computed that may be the beginning of its own."""
+        """Whether the request whose turn it is may be admitted behind `executing`.
+
+        While as many run as may it is not, unless others have to give way to it. Nor is one that was refused for lack
+        of blocks, as long as no request ends and no prompt is computed that may be the beginning of its own.
+        """
         request = self.waiting.peek()
         if request is None:
             return False
@@ -108,11 +130,60 @@ class Scheduler:
             return bool(self._choose_to_give_way(request))
         return True
 
+    # -- loading from slow tiers ---------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their turn, or for what is being loaded for them."""
+        return len(self.waiting) + len(self.loading)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """The tokens of these requests."""
+        return self.waiting.num_tokens + sum(request.num_tokens for request in self.loading)
+
+    def end_transfer(self, transfer_id: int) -> None:
+        """A slow transfer has ended: the requests that waited for nothing else are next again."""
+        for request, loading in list(self.loading.items()):
+            loading.transfer_ids.discard(transfer_id)
+            if not loading.transfer_ids:
+                self._end_loading(request)
+
+    def _end_late_loading(self, now: float) -> None:
+        for request in list(self.loading):
+            if request.load_deadline_s is None or now >= request.load_deadline_s:
+                self._end_loading(request)
+
+    def _end_loading(self, request: Request) -> None:
+        request.status = self.loading.pop(request).status
+        self.waiting.put_back_in_order(request)
+        self._refused = None
+
+    def _try_start_loading(self, request: Request, now: float) -> bool:
+        """Let the request whose turn it is wait for what slow tiers have of its context, outside of the queue."""
+        if request.load_deadline_s is None:
+            request.load_deadline_s = now + self._cache.max_load_wait_s
+        elif now >= request.load_deadline_s:
+            return False
+        transfer_ids = self._cache.start_loads(request, now)
+        if transfer_ids is None:
+            return False
+        self.waiting.remove(request)
+        self.loading[request] = _Loading(request.status, transfer_ids)
+        request.status = RequestStatus.LOADING
+        return True
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step, decodes first, then what prompts the budget still holds; None when there is nothing to do. The same
-        whether it was drafted ahead or not."""
+        """The next step, decodes first, then what prompts the budget still holds; None if there is nothing to do.
+
+        It is the same whether it was drafted ahead or not.
+        """
         # Whatever unforeseen happens to a running request (it ends, fails, is aborted or has to start again) takes it out of
         # the running ones. So where those are the foreseen ones, the step did for each what was foreseen.
+        if self.loading:
+            self._end_late_loading(now)
         ahead, self._ahead = self._ahead, None
         draft = ahead if ahead is not None and ahead.running == self.running else self._draft()
         appends = self._append_blocks(draft.growing, now)
@@ -137,14 +208,15 @@ class Scheduler:
     ) -> StepPlan | None:
         """With the swap-outs that go beside it. None where there is nothing to do."""
         max_swap_outs = self._cache.config.max_swap_outs
-        if self._cache.num_planned_swap_ins:
+        if self._cache.transfers.planned.swap_ins:
             max_swap_outs //= 4  # the two directions slow each other down (paper section 5)
-        self._cache.plan_swap_outs(self._watermark_blocks, max_swap_outs, now)
-        if not draft.segments and not self._cache.has_transfers:
+        self._cache.allocator.plan_swap_outs(self._watermark_blocks, max_swap_outs, now)
+        self._cache.allocator.plan_stores(self._cache.config.swap_out_watermark, max_swap_outs, now)
+        if not draft.segments and not self._cache.transfers.planned:
             return None
         self._step_id += 1
         ended, self._ended = tuple(self._ended), []
-        transfers = self._cache.take_transfers()
+        transfers = self._cache.transfers.take()
         return StepPlan(
             self._step_id,
             tuple(draft.segments),
@@ -152,14 +224,17 @@ class Scheduler:
             tuple(appends),
             ended,
             tuple(copy for _, copy in transfers.evictions),
-            tuple(transfers.gpu_copies),
+            tuple(transfers.local_copies),
             tuple(copy for _, _, copy in transfers.swap_ins),
             tuple(copy for _, copy in transfers.swap_outs),
         )
 
     def _draft(self, executing: StepPlan | None = None) -> _Draft:
-        """Segments for the running requests as they are, or with `executing` as they will be after that plan if nothing
-        unforeseen happens: its segments computed, a token sampled where it samples, and who reaches its length ended."""
+        """Segments for the running requests as they are, or as they will be after the plan `executing`.
+
+        That is if nothing unforeseen happens: its segments are computed, a token is sampled where it samples, and a
+        request that reaches its length ends.
+        """
         draft = _Draft(self._config.max_num_batched_tokens)
         num_computed: dict[str, int] = {}
         samplers: set[str] = set()
@@ -221,8 +296,10 @@ class Scheduler:
         return appends
 
     def _admit(self, draft: _Draft, now: float) -> tuple[_Draft, list[RequestStart]]:
-        """Start waiting requests as far as budget and blocks reach; their segments come last in the draft. The first one may
-        make others give way: then it is the only one, and the draft is another."""
+        """Start waiting requests as far as budget and blocks reach; their segments come last in the draft.
+
+        The first one may make others give way: then it is the only one, and the draft is another.
+        """
         starts: list[RequestStart] = []
         self._refused = None
         may_go_on = True
@@ -230,17 +307,20 @@ class Scheduler:
             request = self.waiting.peek()
             has_place = len(self.running) < self._config.max_num_seqs
             # Nothing is started without budget; but where decodes take all of it, each gives a token back with its place.
+            if request is not None and self._cache.tiers.slow and self._try_start_loading(request, now):
+                continue
             if request is None or (not draft.budget and (has_place or draft.num_prompt_tokens)):
                 break
             reserve = self._reserve_blocks if self.running else 0
             if not has_place or not self._cache.try_admit(request, reserve, now):
-                self._refused = request if has_place and not self._cache.has_transfers else None
+                self._refused = request if has_place and not self._cache.transfers.planned else None
                 if starts or not self._try_admit_instead(request, now):
                     break
                 draft, may_go_on = self._draft(), False
             self.waiting.serve(request, request.num_pending_tokens)
             self._count_admission(request)
             request.status = RequestStatus.RUNNING
+            request.loads, request.load_deadline_s = {}, None
             request.num_known_tokens = request.num_tokens
             self.running.append(request)
             starts.append(
@@ -250,7 +330,7 @@ class Scheduler:
                     request.num_prompt_tokens,
                     request.sampling,
                     tuple(sorted(request.stop_token_ids)),
-                    tuple(chunk.gpu_block for chunk in request.chunks if chunk.gpu_block is not None),
+                    self._cache.block_table(request),
                     tuple(request.token_ids) if request.sampling.needs_token_ids else (),
                 )
             )
@@ -270,8 +350,11 @@ class Scheduler:
         return True
 
     def _choose_to_give_way(self, request: Request) -> list[Request]:
-        """The running requests of other tenants that have to be suspended for `request` to be admitted; none if it has to
-        wait, because they have no more than their shares or because even all of them together would not be enough."""
+        """The running requests of other tenants that have to be suspended for `request` to be admitted.
+
+        None if it has to wait, because they have no more than their shares, or because all of them together would not
+        be enough.
+        """
         if all(other.tenant == request.tenant for other in self.running):
             return []
         num_blocks = self._cache.count_taken_blocks(request)
@@ -292,11 +375,13 @@ class Scheduler:
         num_prompt = request.num_prompt_tokens
         num_pending = sum(max(0, min(end, num_prompt) - start) for start, end in request.pending)
         request.num_cached_tokens = num_prompt - num_pending
-        request.num_cpu_cached_tokens, request.num_not_loaded_tokens, request.num_dropped_tokens = request.account
+        account = request.account
+        request.num_loaded_tokens = sum(account.loaded_tokens.values())
+        request.num_not_loaded_tokens = account.num_not_loaded_tokens
+        request.num_dropped_tokens = account.num_dropped_tokens
         stats.num_resumed_tokens += request.num_pending_tokens - num_pending
         stats.num_prompt_tokens += request.num_prompt_tokens
-        stats.num_cpu_cached_tokens += request.num_cpu_cached_tokens
-        stats.num_gpu_cached_tokens += request.num_cached_tokens - request.num_cpu_cached_tokens
+        stats.note_cached(request.num_cached_tokens, account.loaded_tokens)
         stats.num_not_loaded_tokens += request.num_not_loaded_tokens
         stats.num_dropped_tokens += request.num_dropped_tokens
         stats.num_new_tokens += request.num_new_tokens

@@ -1,28 +1,40 @@
-"""Counters of the engine since its start, and the account of one request. Token counts, not request counts: a hit rate
-over requests says nothing about work saved.
+"""Counters of the engine since its start, and the account of one request.
+
+Token counts, not request counts: a hit rate over requests says nothing about work saved.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, asdict, dataclass, field
 from typing import Any
 
-# What an eviction did. reclaimed: the GPU block of a chunk in both tiers was taken; swapped_out: a chunk left the GPU tier
-# for the CPU tier when its block was wanted; dropped: its KV is gone; cpu_copy_dropped: it lost its copy, but is on the GPU.
-EVICTION_REASONS = ("gpu_reclaimed", "gpu_swapped_out", "gpu_dropped", "cpu_dropped", "cpu_copy_dropped")
+from engine.core.tier_table import FAST_TIERS, eviction_reasons
+
+EVICTION_REASONS = eviction_reasons(FAST_TIERS)
+# How the transfers of a slow tier ended.
+SLOW_OUTCOMES = ("loaded", "stored", "load_failed", "store_failed")
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """Monotonic counters. Prompt tokens are told apart by where they were on arrival: cached in the GPU tier; in the CPU tier
-    and loaded; in the CPU tier but not loaded, because computing them is cheaper; dropped (in full chunks whose KV was here
-    and is gone, as far as cache_manager.MAX_DROPPED_KEYS reaches back); or new. `num_resumed_tokens`: left to compute when
-    suspended requests came back, and of answers that were begun elsewhere. `num_gave_way`: of the suspensions, those for
-    another tenant's turn and not for want of blocks to go on. `num_refused`: too many were waiting. Swaps and
-    copies are counted in blocks; `num_corrupted_swaps` by `verify_swaps`. Drafts are plans prepared while a step runs: used,
-    or discarded because something unforeseen happened; `num_steps_ahead` were given to the executor before the step in front
-    had a result."""
+    """Monotonic counters.
 
+    tiers: names of all tiers, the fastest first.
+
+    Prompt tokens are told apart by where they were on arrival: cached_tokens, by the tier that they were used in or loaded
+    from; num_not_loaded_tokens, in a slower tier, but computing them is cheaper; num_dropped_tokens, in full chunks whose KV
+    was here and is gone, as far as ChunkIndex remembers; num_new_tokens.
+    num_resumed_tokens: left to compute when preempted requests came back, and of answers that were begun elsewhere.
+    num_gave_way: of the suspensions, those for another tenant's turn and not for want of blocks to go on.
+    num_refused: too many were waiting.
+    num_local_copies, num_swap_ins, num_swap_outs: in blocks. num_corrupted_swaps: found by `verify_swaps`.
+    num_used_drafts, num_discarded_drafts: plans prepared while a step runs, used or overtaken by something unforeseen.
+    num_steps_ahead: given to the executor before the step in front had a result.
+    evictions: by reason, see tier_table.eviction_reasons. slow_transfers: "<tier>_<outcome>", for slow tiers.
+    """
+
+    tiers: InitVar[Sequence[str]] = FAST_TIERS
     num_steps: int = 0
     num_requests: int = 0
     num_finished: int = 0
@@ -31,8 +43,7 @@ class EngineStats:
     num_refused: int = 0
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
-    num_gpu_cached_tokens: int = 0
-    num_cpu_cached_tokens: int = 0
+    cached_tokens: dict[str, int] = field(init=False)
     num_not_loaded_tokens: int = 0
     num_dropped_tokens: int = 0
     num_new_tokens: int = 0
@@ -40,27 +51,53 @@ class EngineStats:
     num_computed_tokens: int = 0
     num_suspensions: int = 0
     num_gave_way: int = 0
-    num_gpu_copies: int = 0
+    num_local_copies: int = 0
     num_swap_ins: int = 0
     num_swap_outs: int = 0
     num_corrupted_swaps: int = 0
     num_used_drafts: int = 0
     num_discarded_drafts: int = 0
     num_steps_ahead: int = 0
-    evictions: dict[str, int] = field(default_factory=lambda: dict.fromkeys(EVICTION_REASONS, 0))
+    evictions: dict[str, int] = field(init=False)
+    slow_transfers: dict[str, int] = field(init=False)
+
+    def __post_init__(self, tiers: Sequence[str]) -> None:
+        self.cached_tokens = dict.fromkeys(tiers, 0)
+        self.evictions = dict.fromkeys(eviction_reasons(tiers), 0)
+        slow = tiers[len(FAST_TIERS) :]
+        self.slow_transfers = {f"{tier}_{outcome}": 0 for tier in slow for outcome in SLOW_OUTCOMES}
+
+    def note_cached(self, num_tokens: int, loaded_tokens: Mapping[str, int]) -> None:
+        """So many prompt tokens were cached; of these, so many were loaded from other tiers than the first one."""
+        first = next(iter(self.cached_tokens))
+        self.cached_tokens[first] += num_tokens - sum(loaded_tokens.values())
+        for tier, num in loaded_tokens.items():
+            self.cached_tokens[tier] += num
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The counters by name, with those of a tier under names of their own: num_<tier>_cached_tokens."""
+        counters = asdict(self)
+        for tier, num_tokens in counters.pop("cached_tokens").items():
+            counters[f"num_{tier}_cached_tokens"] = num_tokens
+        first = next(iter(self.cached_tokens))
+        counters[f"num_{first}_copies"] = counters.pop("num_local_copies")
+        if not self.slow_transfers:
+            del counters["slow_transfers"]
+        return counters
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestStats:
-    """The account of one finished request. Prompt tokens by where they were on arrival, as in EngineStats; cached = in either
-    tier. num_computed_tokens counts all, those after suspensions too. Times in seconds of the driver's clock."""
+    """The account of one finished request; times in seconds of the driver's clock.
+
+    Prompt tokens by where they were on arrival, as in EngineStats: num_cached_tokens, in any tier and used;
+    num_loaded_tokens, of these the ones that came from a slower tier.
+    num_computed_tokens: all, those after suspensions too.
+    """
 
     num_prompt_tokens: int
     num_cached_tokens: int
-    num_cpu_cached_tokens: int
+    num_loaded_tokens: int
     num_not_loaded_tokens: int
     num_dropped_tokens: int
     num_new_tokens: int

@@ -1,5 +1,6 @@
-"""Requests that wait to be admitted: first come, first served within a tenant, weighted fair between tenants. Owns their
-order; knows no cache and no step.
+"""Requests that wait to be admitted: in order of arrival within a tenant, weighted fair between tenants.
+
+Owns their order; knows no cache and no step.
 
 Fairness is start-time fair queueing (Goyal, Vin, Cheng 1996): each tenant has a virtual time, the tokens computed for it
 over its weight, and the tenant with the smallest is next. A tenant that comes back from idling starts at the smallest virtual
@@ -16,13 +17,16 @@ from engine.core.request import Request
 
 
 class WaitingQueue:
-    """Suspended requests are in front of their tenant's others: they have been admitted before. With one tenant the order is
-    that of arrival."""
+    """The waiting requests of all tenants; with one tenant the order is that of arrival.
+
+    Requests whose turn had come before (suspended ones, and those that waited for a slow tier) are in front of their tenant's
+    others.
+    """
 
     def __init__(self) -> None:
         self.num_tokens = 0
         self._by_tenant: dict[str, deque[Request]] = {}
-        self._suspended: set[Request] = set()  # the first ones of their tenants
+        self._had_turn: set[Request] = set()  # the first ones of their tenants
         self._virtual_times: dict[str, float] = {}
         self._virtual_now = 0.0
 
@@ -47,8 +51,17 @@ class WaitingQueue:
 
     def put_back(self, request: Request) -> None:
         """A request that was running is the next one of its tenant again."""
-        self._suspended.add(request)
-        self._by_tenant.setdefault(request.tenant, deque()).appendleft(request)
+        self._insert(0, request)
+
+    def put_back_in_order(self, request: Request) -> None:
+        """A request whose turn had come is the next one of its tenant again, behind those of them that arrived earlier."""
+        queue = self._by_tenant.get(request.tenant, ())
+        earlier = takewhile(lambda other: other in self._had_turn and other.arrival_s <= request.arrival_s, queue)
+        self._insert(sum(1 for _ in earlier), request)
+
+    def _insert(self, index: int, request: Request) -> None:
+        self._had_turn.add(request)
+        self._by_tenant.setdefault(request.tenant, deque()).insert(index, request)
         self._virtual_times.setdefault(request.tenant, self._virtual_now)
         self.num_tokens += request.num_tokens
 
@@ -66,7 +79,7 @@ class WaitingQueue:
         self.num_tokens -= request.num_tokens
         queue = self._by_tenant[request.tenant]
         queue.remove(request)
-        self._suspended.discard(request)
+        self._had_turn.discard(request)
         if not queue:
             del self._by_tenant[request.tenant]
 
@@ -88,9 +101,12 @@ class WaitingQueue:
         self._virtual_times[request.tenant] = virtual_time + num_tokens / request.weight
 
     def find_victim(self, newcomer: Request) -> Request | None:
-        """Who has to go for `newcomer` if there is no more room to wait: the newest request of the tenant that waits with the
-        most for its weight. None if the newcomer's own tenant would then be that: it is the newcomer who has to go.
-        Suspended requests never are, and do not count."""
+        """The request to shed for `newcomer` if the queue is full: the newest of the tenant with the most waiting for
+        its weight.
+
+        None if the newcomer's own tenant would then be that one: the newcomer has to go. Requests whose turn had come
+        are never shed, and do not count.
+        """
         loads = {tenant: self._count_arrived(queue) / queue[-1].weight for tenant, queue in self._by_tenant.items()}
         own_load = loads.get(newcomer.tenant, 0.0) + 1.0 / newcomer.weight
         tenant = max(loads, key=lambda tenant: loads[tenant], default=None)
@@ -100,4 +116,4 @@ class WaitingQueue:
 
     def _count_arrived(self, queue: deque[Request]) -> int:
         """Requests that have not been admitted yet; they are behind the suspended ones."""
-        return sum(1 for _ in takewhile(lambda request: request not in self._suspended, reversed(queue)))
+        return sum(1 for _ in takewhile(lambda request: request not in self._had_turn, reversed(queue)))

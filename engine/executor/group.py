@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 import engine
 from engine.config import EngineConfig
-from engine.core.executor import ExecutorFacts, Grammars, SamplingFailedError
+from engine.core.executor_protocol import ExecutorFacts, Grammars, SamplingFailedError
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError, EngineError, EngineStoppedError
 from engine.executor.host import available_cores

@@ -14,7 +14,7 @@ import torch
 from engine.attention.choice import choose_backend
 from engine.attention.metadata import AttentionBackend
 from engine.config import EngineConfig
-from engine.core.executor import ExecutorFacts, Grammars, PendingStep
+from engine.core.executor_protocol import ExecutorFacts, Grammars, PendingStep
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError, DeviceFailedError, EngineStoppedError
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes

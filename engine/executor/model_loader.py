@@ -23,7 +23,7 @@ from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionCall, LayerShape
 from engine.attention.transformers_door import ATTENTION_NAME, ShapeProbe, attention_handled_by
 from engine.config import EngineConfig
-from engine.core.executor import ModelFacts
+from engine.core.executor_protocol import ModelFacts
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds
 from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fingerprint_weights

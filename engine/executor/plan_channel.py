@@ -100,7 +100,7 @@ _ROWS: tuple[tuple[str, type[Any]], ...] = (
     ("starts", RequestStart),
     ("appends", BlockAppend),
     ("evictions", BlockCopy),
-    ("gpu_copies", BlockCopy),
+    ("local_copies", BlockCopy),
     ("swap_ins", BlockCopy),
     ("swap_outs", BlockCopy),
 )

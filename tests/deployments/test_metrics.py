@@ -41,7 +41,7 @@ def test_increments_are_differences_of_two_snapshots() -> None:
     stats = engine_core.stats
     assert increments.take(statistics_of(engine_core)) == {}
 
-    stats.num_prompt_tokens, stats.num_gpu_cached_tokens, stats.num_cpu_cached_tokens = 50, 20, 10
+    stats.num_prompt_tokens, stats.cached_tokens = 50, {"gpu": 20, "cpu": 10}
     stats.num_not_loaded_tokens, stats.num_dropped_tokens, stats.num_new_tokens = 8, 7, 5
     stats.num_output_tokens = 7
     stats.num_finished, stats.num_aborted, stats.num_failed, stats.num_refused = 4, 3, 2, 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from engine.core.executor import PendingStep
+from engine.core.executor_protocol import PendingStep
 from engine.core.plan import StepPlan, StepResult
 from engine.executor.local import LocalExecutor
 

@@ -56,18 +56,18 @@ def test_a_saved_profile_is_the_same_and_anything_else_is_refused(profile, tmp_p
 def test_the_cost_model_scales_with_the_chunk(profile):
     small, large = profile.cost_model(16), profile.cost_model(32)
     assert small.chunk_cost(0) == pytest.approx(profile.constant_s + 16 * profile.per_context_token_s)
-    assert large.swap_in_cost == pytest.approx(2 * small.swap_in_cost)
+    assert large.load_costs["cpu"] == pytest.approx(2 * small.load_costs["cpu"])
     assert large.constant == pytest.approx(2 * small.constant)
 
 
 def test_the_engine_finds_the_profile_that_the_command_wrote(executor, capsys):
     analytic = load_cost_model(EngineConfig.from_options(OPTIONS), executor.facts)
-    assert analytic.swap_in_cost == 0
+    assert analytic.load_costs == {}
     options = ["--model", "embedded", "--num-threads", "1", "--chunk-size", "16", "--max-model-len", "256"]
     assert cli.main(["profile", *options]) == 0
     assert "GB/s" in capsys.readouterr().out
     measured = load_cost_model(EngineConfig.from_options(OPTIONS), executor.facts)
-    assert measured.swap_in_cost > 0
+    assert measured.load_costs["cpu"] > 0
 
 
 OTHERS = {
@@ -92,10 +92,10 @@ def test_a_profile_of_something_else_is_a_miss_and_said(what, is_named, profile,
     replace(profile, identity=identity).save(path)
     cost_model = load_cost_model(config, executor.facts)
     if what is None:
-        assert cost_model.swap_in_cost > 0
+        assert cost_model.load_costs["cpu"] > 0
         assert [record for record in caplog.records if record.levelname == "WARNING"] == []
     else:
-        assert cost_model.swap_in_cost == 0
+        assert cost_model.load_costs == {}
         assert f"it is a profile of {what} {OTHERS[what]!r} and not" in caplog.text
 
 
@@ -109,7 +109,7 @@ def test_a_named_file_that_is_no_profile_is_refused_and_one_in_the_cache_is_a_mi
     path = profile_path(config, profile.model, profile.dtype, profile.device)
     profile.save(path)
     path.write_text('{"model": "embedded"}')
-    assert load_cost_model(config, executor.facts).swap_in_cost == 0
+    assert load_cost_model(config, executor.facts).load_costs == {}
     assert "is not a profile" in caplog.text
 
 

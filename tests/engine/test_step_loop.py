@@ -9,7 +9,7 @@ import pytest
 
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore, RequestOutput
-from engine.core.executor import ComputationFailedError
+from engine.core.executor_protocol import ComputationFailedError
 from engine.core.plan import StepPlan, StepResult
 from engine.core.request import Request, SamplingParams
 from engine.errors import EngineError, EngineStoppedError, ExecutorError
@@ -71,7 +71,7 @@ def core(scribe: Scribe, monkeypatch: pytest.MonkeyPatch) -> EngineCore:
     def noted(name: str, method: Callable[..., object]) -> Callable[..., object]:
         return lambda *args: scribe.events.append(name) or method(*args)
 
-    for name in ("schedule", "schedule_ahead", "plan_ahead"):
+    for name in ("schedule", "schedule_ahead", "draft_ahead"):
         monkeypatch.setattr(core, name, noted(name, getattr(core, name)))
     return core
 
@@ -94,8 +94,8 @@ def ask(core: EngineCore, name: str, max_tokens: int = 3) -> None:
         ),
         (
             LookAhead.DRAFT,
-            ["schedule", "submit 1", "plan_ahead", "deliver", "execute 1", "add 1"],
-            ["schedule", "submit 2", "plan_ahead", "deliver", "execute 2", "add 1"],
+            ["schedule", "submit 1", "draft_ahead", "deliver", "execute 1", "add 1"],
+            ["schedule", "submit 2", "draft_ahead", "deliver", "execute 2", "add 1"],
         ),
         (
             LookAhead.LAUNCH,

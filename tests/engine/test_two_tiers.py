@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from engine.core.executor import ComputationFailedError
+from engine.core.executor_protocol import ComputationFailedError
 from engine.core.request import SamplingParams
 from engine.step_loop import LookAhead
 from tests.nightly import IS_NIGHTLY
@@ -120,7 +120,7 @@ def test_both_tiers_tiny_equal_stateless(family, policy, chunk_size, tiny_model,
 def kv_of(driver, request_id: str, num_tokens: int):
     """The KV of a running request's context: per layer, K and V as [num_tokens, heads * dim]."""
     request = driver.core._requests[request_id]
-    blocks = [chunk.gpu_block for chunk in request.chunks]
+    blocks = [chunk.blocks[0] for chunk in request.chunks]
     return [
         tuple(pool[blocks].transpose(1, 2).flatten(0, 1).flatten(1)[:num_tokens] for pool in pools)
         for pools in driver.executor.gpu_store.layer_pools

@@ -1,32 +1,38 @@
-"""What it costs to compute a chunk again or to load it. Numbers in, numbers out; profiling that measures them lives
-elsewhere.
+"""What it costs to compute a chunk again or to load it.
+
+Numbers in, numbers out; profiling that measures them lives elsewhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Cost of recomputing one chunk as a line in its context length (paper section 4.3.1, Figure 4).
+    """Cost of recomputing one chunk as a line in its context length (paper section 4.3.1, Figure 4), and of loading one.
 
-    constant: everything but attention, per chunk. per_context_token: attention of one chunk to one token of context.
-    swap_in_cost: to load one chunk from the CPU tier; 0 = unknown, loading is always preferred. All in one unit, any: only
-    ratios are compared.
+    All in one unit, whichever: only ratios are compared.
+
+    constant: everything but attention, per chunk.
+    per_context_token: attention of one chunk to one token of context.
+    chunk_size: tokens a chunk.
+    load_costs: of one chunk, by the name of the tier that it comes from, all the way to the tier that computes; a tier
+        that is not in it has an unknown cost, and loading from it is always preferred.
     """
 
     constant: float = 1.0
     per_context_token: float = 1.0 / 4096
     chunk_size: int = 32
-    swap_in_cost: float = 0.0
+    load_costs: Mapping[str, float] = field(default_factory=dict)
 
     def chunk_cost(self, position: int) -> float:
         """Cost of chunk number `position`: it attends to everything up to its own end."""
         return self.constant + self.per_context_token * (position + 1) * self.chunk_size
 
-    def is_loaded(self, position: int, num_tokens: int) -> bool:
-        """Whether to load a chunk of which `num_tokens` are wanted, rather than to compute these again.
+    def is_loaded(self, tier: str, position: int, num_tokens: int) -> bool:
+        """Whether to load a chunk from `tier`, of which `num_tokens` are wanted, rather than to compute these again.
 
         The rule: load a chunk if its own load costs no more than its own computation. What is queued in front of it does
         not count: the loads of a plan go beside its computation, and everything in the step ends with both, whichever way
@@ -39,14 +45,16 @@ class CostModel:
         best one. (A cut that balances the two sums, as in "Compute or Load KV Cache? Why Not Both?", Jin et al. 2024, would
         be faster for a request alone, but computes again what loads faster, at the cost of all that run beside it.)
         """
-        return self.swap_in_cost * self.chunk_size <= self.chunk_cost(position) * num_tokens
+        return self.load_costs.get(tier, 0.0) * self.chunk_size <= self.chunk_cost(position) * num_tokens
 
     @classmethod
     def from_model_shape(
         cls, *, num_parameters: int, num_layers: int, num_heads: int, head_dim: int, chunk_size: int
     ) -> CostModel:
-        """Analytic fallback in floating-point operations: 2 per parameter and token outside attention; 4 per layer,
-        head, feature and pair of tokens inside (QK and PV)."""
+        """Analytic fallback in floating-point operations.
+
+        2 per parameter and token outside attention; 4 per layer, head, feature and pair of tokens inside (QK and PV).
+        """
         return cls(
             constant=2.0 * num_parameters * chunk_size,
             per_context_token=4.0 * num_layers * num_heads * head_dim * chunk_size,

@@ -1,5 +1,7 @@
-"""Which chunk goes first. A policy holds the chunks that may go and promises the exact order of its victims; the cache
-manager decides when to ask and what happens to a victim.
+"""Which chunk is evicted first.
+
+A policy holds the chunks that may go and promises the exact order of its victims; the cache decides when to ask, and what
+happens to a victim.
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ class EvictionPolicy(Protocol):
 
 
 class _LazyHeap:
-    """Chunks by a key that is fixed while they are held. A removed chunk's entry stays in the heap until it comes up, or
-    until such entries are the majority."""
+    """Chunks by a key that is fixed while they are held.
+
+    A removed chunk's entry stays in the heap until it comes up, or until such entries are the majority.
+    """
 
     def __init__(self, key: Callable[[Chunk], tuple[Any, ...]]) -> None:
         self._key = key
@@ -99,8 +103,10 @@ class LRU:
 
 
 class TrailingLRU(LRU):
-    """Least recently used first; among chunks of one time the last one first, as radix caches do, which can only cut
-    leaves."""
+    """Least recently used first; among chunks of one time the last one first.
+
+    Radix caches do that, as they can only cut leaves.
+    """
 
     @staticmethod
     def _rank(chunk: Chunk) -> tuple[Any, ...]:
@@ -133,8 +139,11 @@ class RetentionValue:
         self._oldest.remove(chunk)
 
     def choose_victim(self, now: float) -> Chunk | None:
-        """O(positions) at worst, whatever the number of chunks. Costs rise with the position and nothing has been idle for
-        longer than the oldest chunk, so the search ends where even that could not win."""
+        """The chunk with the smallest retention value; O(positions) at worst, whatever the number of chunks.
+
+        Costs rise with the position and nothing has been idle for longer than the oldest chunk, so the search ends
+        when even that could not win.
+        """
         oldest = self._oldest.first()
         if oldest is None:
             return None

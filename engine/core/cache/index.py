@@ -1,59 +1,38 @@
-"""Chunks, and the index that finds them by content. A chunk's key is a chained hash of all tokens up to its end, so
-equal prefixes of one tenant are the same chunk, and what comes before a chunk need not be resident to recognise it.
-Knows nothing of blocks' contents, of eviction or of requests.
+"""Chunks, and the index that finds them by content.
+
+A chunk's key is a chained hash of all tokens up to its end, so equal prefixes of one tenant are the same chunk, and what
+comes before a chunk need not be resident to recognise it. Knows nothing of blocks' contents, of eviction or of requests.
 """
 
 from __future__ import annotations
 
-import enum
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 
 KEY_BYTES = 32
-
-
-class Tier(enum.Enum):
-    """Where KV is kept. On a machine without a GPU the GPU tier is a pool in host memory."""
-
-    GPU = "gpu"
-    CPU = "cpu"
-
-
-class Residency(enum.Enum):
-    """Derived from a chunk's blocks. BOTH: swapped out ahead of time, its GPU block can be reclaimed at no cost."""
-
-    GPU = "gpu"
-    BOTH = "both"
-    CPU = "cpu"
-    DROPPED = "dropped"
+# Keys of dropped chunks that are remembered, for the statistics: some 14 MB, four million tokens in chunks of 32.
+MAX_DROPPED_KEYS = 1 << 17
 
 
 class Chunk:
-    """`chunk_size` consecutive tokens of a context (fewer in a tail), at chunk number `position`. Identity, not value:
-    only the cache manager changes one.
+    """`chunk_size` consecutive tokens of a context (fewer in a tail), at chunk number `position`.
 
-    key: its name in the index; None while one request is still writing it, or where an equal chunk has the name.
-    num_tokens: leading tokens whose KV is valid. pins: requests that use it. last_active: latest use, in seconds, by any
-    conversation that contains it. owner_id: the conversation that left it as its tail (tails only).
+    Identity, not value: only the cache manager's classes change one.
+
+    blocks: its block in each tier, the fastest tier first; None if it has none there, or not yet.
+    key: its name in the index; None while one request is still writing it, or if an equal chunk has the name.
+    num_tokens: leading tokens whose KV is valid.
+    pins: requests and step transfers that use it.
+    last_active: latest use by any conversation that contains it, in seconds.
+    owner_id: the conversation that left it as its tail (tails only).
     """
 
-    __slots__ = (
-        "cpu_block",
-        "gpu_block",
-        "key",
-        "last_active",
-        "num_tokens",
-        "owner_id",
-        "parent_key",
-        "pins",
-        "position",
-    )
+    __slots__ = ("blocks", "key", "last_active", "num_tokens", "owner_id", "parent_key", "pins", "position")
 
-    def __init__(self, position: int, gpu_block: int | None) -> None:
+    def __init__(self, position: int, blocks: list[int | None]) -> None:
         self.position = position
-        self.gpu_block = gpu_block
-        self.cpu_block: int | None = None
+        self.blocks = blocks
         self.key: bytes | None = None
         self.parent_key = b""
         self.num_tokens = 0
@@ -61,16 +40,10 @@ class Chunk:
         self.last_active = 0.0
         self.owner_id: str | None = None
 
-    @property
-    def residency(self) -> Residency:
-        if self.gpu_block is not None:
-            return Residency.GPU if self.cpu_block is None else Residency.BOTH
-        return Residency.DROPPED if self.cpu_block is None else Residency.CPU
-
     def __repr__(self) -> str:
         return (
-            f"Chunk(position={self.position}, tokens={self.num_tokens}, gpu={self.gpu_block}, "
-            f"cpu={self.cpu_block}, pins={self.pins}, last_active={self.last_active})"
+            f"Chunk(position={self.position}, tokens={self.num_tokens}, blocks={self.blocks}, pins={self.pins}, "
+            f"last_active={self.last_active})"
         )
 
 
@@ -87,16 +60,19 @@ def chunk_key(parent_key: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class ChunkIndex:
-    """Key -> chunk, for every chunk whose KV is resident somewhere.
+    """Key -> chunk, for every chunk whose KV is resident somewhere; and the keys of those that were, and are gone.
 
     A tail (a chunk with fewer than `chunk_size` tokens) has a key like any other; to find the longest tail that a context
     continues, the lengths of the tails under each parent are counted, at most `chunk_size - 1` of them.
+
+    The latest MAX_DROPPED_KEYS full chunks that were dropped are remembered: exact as long as no more are.
     """
 
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size = chunk_size
         self._chunks: dict[bytes, Chunk] = {}
         self._tail_lengths: dict[bytes, dict[int, int]] = {}
+        self._dropped: dict[bytes, None] = {}
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -105,6 +81,7 @@ class ChunkIndex:
         return iter(self._chunks.values())
 
     def match(self, key: bytes) -> Chunk | None:
+        """The chunk of that name; None if there is none."""
         return self._chunks.get(key)
 
     def match_tail(self, parent_key: bytes, token_ids: Sequence[int]) -> Chunk | None:
@@ -120,7 +97,8 @@ class ChunkIndex:
         return None
 
     def insert(self, chunk: Chunk, key: bytes, parent_key: bytes) -> bool:
-        """Name `chunk`; False, and nothing changed, where an equal chunk already has that name."""
+        """Name `chunk`; False, and the chunk unchanged, if an equal one already has that name."""
+        self._dropped.pop(key, None)
         if key in self._chunks:
             return False
         chunk.key, chunk.parent_key = key, parent_key
@@ -142,3 +120,27 @@ class ChunkIndex:
             if not lengths:
                 del self._tail_lengths[chunk.parent_key]
         chunk.key = None
+
+    def drop(self, chunk: Chunk) -> None:
+        """Take the name away, if there is one, because the KV is gone; remember the key of a full chunk."""
+        if chunk.key is None:
+            return
+        if chunk.num_tokens == self.chunk_size:
+            self.remember_dropped(chunk.key)
+        self.remove(chunk)
+
+    def remember_dropped(self, key: bytes) -> None:
+        """The KV of a full chunk with that key was here, and is gone."""
+        self._dropped.pop(key, None)
+        self._dropped[key] = None
+        if len(self._dropped) > MAX_DROPPED_KEYS:
+            del self._dropped[next(iter(self._dropped))]
+
+    def was_dropped(self, key: bytes) -> bool:
+        """Whether the KV of that full chunk was here and is gone, as far as is remembered."""
+        return key in self._dropped
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if a chunk is known by a wrong key, or both resident and gone."""
+        assert self._dropped.keys().isdisjoint(self._chunks)
+        assert all(chunk.key == key for key, chunk in self._chunks.items())

@@ -1,5 +1,6 @@
-"""How blocks are copied between the tiers of a CUDA device: by its copy engines, or by a small kernel that reads and writes
-pinned host memory. Follows a list of copies; knows no order between them.
+"""How blocks are copied between the tiers of a CUDA device: by its copy engines, or by a small kernel.
+
+The kernel reads and writes pinned host memory. Either follows a list of copies, and knows no order between them.
 
 Copy engines (DMA) reach the speed of the bus with a mebibyte or two per copy, and take no processor from the model. Below
 that, each copy costs more than it moves (a page of one layer a copy: 22 % of PCIe 5), while a kernel of a few thread blocks
@@ -20,6 +21,7 @@ import torch
 from engine.attention.device_clock import SecondsOf, seconds_on
 from engine.attention.device_health import check_device
 from engine.core.plan import BlockCopy
+from engine.core.tier_table import CPU, GPU
 from engine.errors import ConfigError, KernelBuildError
 from engine.executor.tiers.cuda_copies import CopyMany, load_cuda_copies
 from engine.executor.tiers.kv_store import KVStore
@@ -97,8 +99,11 @@ def _runs(copies: Sequence[BlockCopy]) -> list[tuple[int, int]]:
 
 
 def layer_groups(num_layers: int, max_layers: int) -> list[range]:
-    """The layers, cut into groups that are swapped in together. They grow, doubling what came before, up to `max_layers`: the
-    first layers can start early, and while they run, larger copies come."""
+    """The layers, cut into groups that are swapped in together.
+
+    They grow, doubling what came before, up to `max_layers`: the first layers can start early, and while they run,
+    larger copies come.
+    """
     groups: list[range] = []
     start = 0
     while start < num_layers:
@@ -109,8 +114,10 @@ def layer_groups(num_layers: int, max_layers: int) -> list[range]:
 
 
 def max_group_layers(store: KVStore, copier: BlockCopier) -> int:
-    """As many layers as are worth a copy, but no more than leaves most of the copying to be hidden, unless copies would be
-    too small then."""
+    """As many layers as are worth a copy, but few enough for most of the copying to be hidden.
+
+    More than that only if copies would be too small otherwise.
+    """
     num_layers = len(store.layer_slices)
     few = max(1, num_layers // GROUPS)
     if not isinstance(copier, DmaCopier):
@@ -166,7 +173,7 @@ def choose_copiers(
 def _measure(copier: BlockCopier, gpu: KVStore, cpu: KVStore, seconds_of: SecondsOf) -> tuple[float, float]:
     """Seconds that it takes for some blocks: in, in the groups of layers that it would come in, and out."""
     num_blocks = _num_measured(gpu, cpu)
-    copies = [BlockCopy(num_blocks - 1 - i, i) for i in range(num_blocks)]  # no two follow each other
+    copies = [BlockCopy(CPU, num_blocks - 1 - i, GPU, i) for i in range(num_blocks)]  # no two follow each other
     num_layers = len(gpu.layer_slices)
     columns = [columns_of(gpu, group) for group in layer_groups(num_layers, max_group_layers(gpu, copier))]
 
@@ -201,8 +208,8 @@ def _load_kernel(gpu: KVStore, cpu: KVStore) -> type[BlockCopier]:
         # What an element is depends on where the columns begin and end.
         num_layers = len(gpu.layer_slices)
         for layers in (range(num_layers), *layer_groups(num_layers, max_group_layers(gpu, copier))):
-            copier.copy(cpu.storage, gpu.storage, [BlockCopy(0, 0)], columns_of(gpu, layers))
-            copier.copy(gpu.storage, cpu.storage, [BlockCopy(0, 0)], columns_of(gpu, layers))
+            copier.copy(cpu.storage, gpu.storage, [BlockCopy(GPU, 0, CPU, 0)], columns_of(gpu, layers))
+            copier.copy(gpu.storage, cpu.storage, [BlockCopy(CPU, 0, GPU, 0)], columns_of(gpu, layers))
         if gpu.storage.device.type == "cuda":
             torch.cuda.synchronize(gpu.storage.device)
     except Exception as error:  # whatever triton, the compilers behind it and the driver raise

@@ -1,7 +1,9 @@
 # mypy: allow-untyped-defs
 # The arguments of kernels have no types that Python knows.
-"""The copy kernel: gathers and scatters parts of blocks between GPU memory and pinned host memory, which a GPU reads and
-writes in place. A few large programs, because the bus is the limit and the processors are the model's.
+"""The copy kernel: moves parts of blocks between GPU memory and pinned host memory.
+
+A GPU reads and writes pinned memory in place. It runs as a few large programs, because the bus is the limit and the
+processors are the model's.
 """
 
 from __future__ import annotations

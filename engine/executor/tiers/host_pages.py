@@ -1,5 +1,6 @@
-"""Whole pages of host memory, straight from the system, and their registration with CUDA ("pinned" memory). Knows neither
-blocks nor tiers.
+"""Whole pages of host memory, straight from the system, and their registration with CUDA ("pinned" memory).
+
+Knows neither blocks nor tiers.
 """
 
 from __future__ import annotations

@@ -37,8 +37,11 @@ class KVStore:
         device: torch.device,
         pin_memory: bool = False,
     ) -> None:
-        """pin_memory: for the CPU tier of a CUDA device, which copies at full speed only from and to pinned memory. Raises
-        ConfigError if so much host memory cannot be had, or pinned."""
+        """Take the memory.
+
+        pin_memory: for the CPU tier of a CUDA device, which copies at full speed only from and to pinned memory.
+        Raises ConfigError if so much host memory cannot be had, or pinned.
+        """
         self.num_blocks = num_blocks
         self.chunk_size = chunk_size
         shape = (num_blocks, sum(layer.numel_per_token for layer in layers) * chunk_size)

@@ -1,5 +1,7 @@
-"""The queues of a device that a step uses, and the events between them: all that decides in which order asynchronous work
-happens. CUDA's are here; a test puts in a device that runs queued work in any order that the events allow.
+"""The queues of a device that a step uses, and the events between them.
+
+They decide in which order asynchronous work happens. CUDA's are here; a test puts in a device that runs queued work in any
+order that the events allow.
 """
 
 from __future__ import annotations

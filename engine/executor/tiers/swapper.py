@@ -1,5 +1,6 @@
-"""Moves blocks between the GPU tier and the CPU tier beside the computation. Follows the order that StepPlan states; never
-decides what moves.
+"""Moves blocks between the GPU tier and the CPU tier beside the computation.
+
+Follows the order that StepPlan states; never decides what moves.
 
 Swap-ins come layer by layer, so that the first layers run while later ones are still on their way: each layer has a gate
 that its attention waits at. With CUDA the copies run in streams of their own and the gates are events, one for a few layers;
@@ -18,6 +19,7 @@ from typing import Protocol
 import torch
 
 from engine.core.plan import BlockCopy, StepPlan
+from engine.core.tier_table import CPU, GPU
 from engine.executor.tiers.block_copy import BlockCopier, choose_copiers, columns_of, layer_groups, max_group_layers
 from engine.executor.tiers.kv_store import KVStore
 from engine.executor.tiers.streams import Event, Streams, cuda_streams
@@ -27,8 +29,10 @@ class Swapper(Protocol):
     """The copies of one step: `begin`, then the forward, whose layers call what `begin` returned, then `finish`."""
 
     def begin(self, plan: StepPlan) -> Callable[[int], None] | None:
-        """Make the evictions and GPU copies, start the rest. Returns what a layer has to call, with its number, before it
-        touches its KV; None where nothing is swapped in."""
+        """Make the evictions and local copies, start the rest.
+
+        Returns what a layer has to call, with its number, before it touches its KV; None if nothing is swapped in.
+        """
         ...
 
     def finish(self) -> tuple[int, ...]:
@@ -66,8 +70,10 @@ class Checksums:
 
 
 class LayerGates:
-    """One gate per layer; `wait(layer)` returns when that layer's KV of the step's swap-ins is in the GPU tier, and raises
-    where the copy failed."""
+    """One gate for each layer.
+
+    `wait(layer)` returns when that layer's KV of the step's swap-ins is in the GPU tier, and raises if the copy failed.
+    """
 
     def __init__(self, num_layers: int) -> None:
         self._gates = [threading.Event() for _ in range(num_layers)]
@@ -98,7 +104,7 @@ class ThreadSwapper:
     def __init__(self, gpu: KVStore, cpu: KVStore, *, verify: bool) -> None:
         self._gpu, self._cpu = gpu, cpu
         # The same memory, by bytes: numpy knows no bfloat16.
-        self._gpu_bytes, self._cpu_bytes = (store.storage.view(torch.uint8).numpy() for store in (gpu, cpu))
+        self._bytes = {GPU: gpu.storage.view(torch.uint8).numpy(), CPU: cpu.storage.view(torch.uint8).numpy()}
         self._checksums = Checksums(cpu) if verify else None
         self._failed: tuple[int, ...] = ()
         self._pending: list[Future[None]] = []
@@ -110,7 +116,7 @@ class ThreadSwapper:
         self._failed = ()
         if plan.evictions:
             self._swap_out(plan.evictions)
-        self._gpu.copy_blocks(plan.gpu_copies)
+        self._gpu.copy_blocks(plan.local_copies)
         if plan.swap_outs:
             self._pending.append(self._out_thread.submit(self._swap_out, plan.swap_outs))
         if not plan.swap_ins:
@@ -134,7 +140,7 @@ class ThreadSwapper:
 
     def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
         for copy in copies:
-            self._cpu_bytes[copy.target] = self._gpu_bytes[copy.source]
+            self._bytes[copy.target_tier][copy.target] = self._bytes[copy.source_tier][copy.source]
         if self._checksums is not None:
             self._checksums.note(copies)
 
@@ -144,7 +150,7 @@ class ThreadSwapper:
             for layer, columns in enumerate(self._gpu.layer_slices):
                 part = slice(columns.start * size, columns.stop * size)
                 for copy in copies:
-                    self._gpu_bytes[copy.target, part] = self._cpu_bytes[copy.source, part]
+                    self._bytes[copy.target_tier][copy.target, part] = self._bytes[copy.source_tier][copy.source, part]
                 gates.open(layer)
         except BaseException as error:
             gates.fail(error)
@@ -189,8 +195,8 @@ class StreamSwapper:
             swap_out.wait(compute.record())  # earlier steps wrote what leaves
             swap_out.run(lambda: self._swap_out(plan.evictions))
             compute.wait(swap_out.record())  # this one overwrites it
-        if plan.gpu_copies:
-            compute.run(lambda: self._gpu.copy_blocks(plan.gpu_copies))
+        if plan.local_copies:
+            compute.run(lambda: self._gpu.copy_blocks(plan.local_copies))
         if not plan.swap_ins and not plan.swap_outs:
             return None
         # Behind it: what earlier steps wrote is there, nobody reads any more what swap-ins overwrite, and what was just

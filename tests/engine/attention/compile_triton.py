@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from engine.attention import triton_paged
 from engine.attention.metadata import AttentionMetadata, AttentionParams
 from engine.core.plan import BlockCopy
+from engine.core.tier_table import GPU
 from engine.executor.tiers import block_copy_kernel
 
 CAPABILITIES = {80: 163 * 1024, 90: 227 * 1024}  # shared memory of a block
@@ -108,7 +109,7 @@ def attend(dtype: torch.dtype, lengths: list[int], dim: int, chunk_size: int, pa
 def copy_blocks(num_columns: int, columns: slice) -> None:
     """Compiles the copy kernel for blocks of bfloat16."""
     storage = torch.zeros(2, num_columns, dtype=torch.bfloat16)
-    block_copy_kernel.KernelCopier().copy(storage, storage.clone(), [BlockCopy(0, 1)], columns)
+    block_copy_kernel.KernelCopier().copy(storage, storage.clone(), [BlockCopy(GPU, 0, GPU, 1)], columns)
 
 
 def main() -> None:

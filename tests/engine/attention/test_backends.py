@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 from engine.attention.choice import choose_backend
 from engine.attention.metadata import AttentionMetadata, AttentionParams
 from engine.config import EngineConfig
-from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
+from engine.core.plan import BlockAppend, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.executor.model_loader import load_model
 from engine.executor.model_runner import ModelRunner
 from engine.executor.tiers.kv_store import KVStore
 from engine.executor.tiers.swapper import ThreadSwapper
+from tests.copies import local_copy
 
 SERVED_FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "gpt2", "opt", "mixtral"]
 BACKENDS = ["reference", "cpu"]
@@ -276,6 +277,6 @@ def test_a_copied_tail_serves_another_request_and_leaves_its_source(bench, conte
         segment("fork", fork, 33),
         segment("old", [*context, 77], 33),
         starts=(start("fork", fork, [*tables[0][:4], new_block]),),
-        gpu_copies=(BlockCopy(tables[0][4], new_block),),
+        local_copies=(local_copy(tables[0][4], new_block),),
     )
     bench.assert_right(logits, fork, [*context, 77])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -14,11 +15,12 @@ import pytest
 from engine.core.cache.cost_model import CostModel
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore, RequestOutput
-from engine.core.executor import ComputationFailedError
+from engine.core.executor_protocol import ComputationFailedError
 from engine.core.plan import BlockCopy, QuerySegment, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, SamplingParams
 from engine.errors import EngineError
 from engine.step_loop import LookAhead, StepLoop
+from tests.delayed_tier import DelayedTier
 
 FIRST_TOKEN, NUM_TOKENS = 100, 50
 
@@ -108,15 +110,15 @@ class ContextExecutor:
         for append in plan.appends:
             self.block_tables[append.request_id].append(append.block_id)
         if self.fails:
-            for copy in (*plan.gpu_copies, *plan.swap_ins):
+            for copy in (*plan.local_copies, *plan.swap_ins):
                 self.slots[copy.target] = [()] * self.chunk_size
             for copy in (*plan.evictions, *plan.swap_outs):
                 self.cpu_slots[copy.target] = [()] * self.chunk_size
             self._spoil(plan.segments)
             raise RuntimeError("injected fault")
         self._swap_out(plan.evictions)
-        sources = [list(self.slots[copy.source]) for copy in plan.gpu_copies]
-        for copy, content in zip(plan.gpu_copies, sources, strict=True):
+        sources = [list(self.slots[copy.source]) for copy in plan.local_copies]
+        for copy, content in zip(plan.local_copies, sources, strict=True):
             self.slots[copy.target] = content
         if plan.step_id % 2 or self.computation_fails:
             self._swap_out(plan.swap_outs)
@@ -161,6 +163,15 @@ class ContextExecutor:
         assert segment.context_len == len(known)
         known.append(next_token(tuple(known)))
         return known[-1]
+
+    def read_slots(self, cpu_block: int) -> bytes | None:
+        """What lies in a block of the CPU tier; None if it is corrupted."""
+        return None if cpu_block in self.corrupted else pickle.dumps(self.cpu_slots[cpu_block])
+
+    def write_slots(self, cpu_block: int, content: bytes | None) -> None:
+        """None: garbage."""
+        self.cpu_slots[cpu_block] = [()] * self.chunk_size if content is None else pickle.loads(content)
+        self.corrupted.discard(cpu_block)
 
     def _swap_out(self, copies: tuple[BlockCopy, ...]) -> None:
         for copy in copies:
@@ -229,7 +240,10 @@ class CoreDriver:
         self.executor.on_begin = self._begin
         self.now = 0.0
         self.answers = Answers(self._after_look_ahead)
-        self.loop = StepLoop(self.core, self.executor, self.answers, lambda: self.now, LookAhead.DRAFT)
+        self.slow_tier: DelayedTier | None = None
+        if cache.slow_tiers:
+            self.slow_tier = DelayedTier(self.executor.read_slots, self.executor.write_slots, seed=cache.num_gpu_blocks)
+        self.loop = StepLoop(self.core, self.executor, self.answers, lambda: self.now, LookAhead.DRAFT, self.slow_tier)
         self.requests: dict[str, Request] = {}
         self.plans, self.tokens, self.finished = self.executor.plans, self.answers.tokens, self.answers.finished
         self._to_abort: str | None = None
@@ -289,7 +303,7 @@ class CoreDriver:
 
     def run(self) -> None:
         while self.core.has_requests:
-            assert self.step() is not None
+            assert self.step() is not None or self.core.next_deadline_s() is not None
 
     def run_steps(self, num_steps: int) -> None:
         for _ in range(num_steps):
@@ -299,9 +313,12 @@ class CoreDriver:
         """The plans that move blocks while nobody waits."""
         assert not self.core.has_requests
         plans = []
-        while (plan := self.step()) is not None:
+        while (plan := self.step()) is not None or (self.slow_tier is not None and self.slow_tier.num_open):
             assert len(plans) < 100, "never comes to rest"
-            plans.append(plan)
+            if plan is not None:
+                plans.append(plan)
+            elif self.slow_tier is not None:
+                self.slow_tier.wake()
         return plans
 
     def reason(self, request_id: str) -> FinishReason | None:

@@ -18,7 +18,7 @@ def random_sizes(rng: random.Random, num_cpu_blocks: int) -> tuple[int, dict[str
         "swap_out_watermark": rng.choice([0.0, 0.25, 0.8]),
         "max_swap_outs": rng.choice([1, 4, 16]),
         "write_through": rng.random() < 0.3,
-        "cost_model": CostModel(1.0, 0.25, 4, swap_in_cost=rng.choice([0.0, 0.0, 1.0])),
+        "cost_model": CostModel(1.0, 0.25, 4, load_costs={"cpu": rng.choice([0.0, 0.0, 1.0])}),
         "keep": rng.random() < 0.9,
         "prefill_batch_tokens": rng.choice([None, 1, 5]),
     }

@@ -13,7 +13,7 @@ B = tuple(range(20, 28))
 
 def cells(cache: CacheManager, token_ids: tuple[int, ...], now: float, tenant: str = "acme") -> list[Cell]:
     keys = context_keys(token_ids, model="", tenant=tenant, chunk_size=4, max_chunks=8)
-    return cache.map_context(keys, now)
+    return cache.map.map_context(keys, now)
 
 
 def evictions(cache: CacheManager) -> list[tuple[str, int, float, float | None]]:
@@ -54,7 +54,7 @@ def test_only_so_many_chunks() -> None:
 def test_chunks_on_their_way_between_the_tiers() -> None:
     cache = make_cache(4, num_cpu_blocks=4)
     use(cache, "a", A[:8], 1.0)
-    cache.plan_swap_outs(4, 2, 2.0)  # two blocks are free: two are copied ahead of time
+    cache.allocator.plan_swap_outs(4, 2, 2.0)  # two blocks are free: two are copied ahead of time
     assert cells(cache, A[:8], 2.0) == [Cell("storing", 4), Cell("storing", 4)]
     execute(cache)
     assert [cell.state for cell in cells(cache, A[:8], 2.0)] == ["both", "both"]
@@ -62,11 +62,11 @@ def test_chunks_on_their_way_between_the_tiers() -> None:
     assert cells(cache, A[:8], 5.0) == [Cell("cpu", 4, 4.0, 0.5), Cell("cpu", 4, 4.0, 0.75)]
     back = make_request("c", (*A[:8], 50))
     assert cache.try_admit(back, 0, 6.0)
-    assert cache.map_row(back, 8, 6.0) == [Cell("loading", 4), Cell("loading", 4), Cell("computing", 0)]
+    assert cache.map.map_row(back, 8, 6.0) == [Cell("loading", 4), Cell("loading", 4), Cell("computing", 0)]
     execute(cache)
     compute(cache, back)
     back.pending = []
-    assert [cell.state for cell in cache.map_row(back, 8, 6.0)] == ["both", "both", "gpu"]
+    assert [cell.state for cell in cache.map.map_row(back, 8, 6.0)] == ["both", "both", "gpu"]
 
 
 def test_a_running_request_shows_what_is_still_to_be_computed() -> None:
@@ -74,12 +74,12 @@ def test_a_running_request_shows_what_is_still_to_be_computed() -> None:
     use(cache, "a", A[:8], 1.0)
     request = make_request("b", (*A, 11, 12))
     assert cache.try_admit(request, 0, 2.0)
-    assert cache.map_row(request, 8, 2.0) == [Cell("gpu", 4), Cell("gpu", 4), Cell("computing", 0)]
-    assert cache.map_row(request, 2, 2.0) == [Cell("gpu", 4), Cell("gpu", 4)]
+    assert cache.map.map_row(request, 8, 2.0) == [Cell("gpu", 4), Cell("gpu", 4), Cell("computing", 0)]
+    assert cache.map.map_row(request, 2, 2.0) == [Cell("gpu", 4), Cell("gpu", 4)]
     compute(cache, request)
     request.token_ids.append(13)  # sampled; the chunk that it begins gets its block with the next step
     request.pending = [(12, 13)]
-    assert cache.map_row(request, 8, 2.0) == [Cell("gpu", 4)] * 3 + [Cell("computing", 0)]
+    assert cache.map.map_row(request, 8, 2.0) == [Cell("gpu", 4)] * 3 + [Cell("computing", 0)]
 
 
 def test_evictions_are_noted_while_somebody_watches() -> None:
@@ -113,22 +113,22 @@ def test_what_lies_in_blocks_that_are_held_back_is_evicted_in_the_order_of_its_v
     use(cache, "a", A[:8], 0.0)
     use(cache, "b", B, 5.0)
     cache.eviction_log.watch(10.0)
-    cache.hold_back(6, 7, 10.0)
+    cache.allocator.hold_back({"gpu": 6, "cpu": 7}, 10.0)
     assert cache.count_held_blocks() == {"gpu": 6, "cpu": 7}
     assert evictions(cache) == [("gpu_swapped_out", 0, 10.0, 0.2), ("gpu_dropped", 1, 10.0, 0.3)]
     cache.check_integrity([])
     execute(cache)
     assert [cell.state for cell in cells(cache, A[:8], 10.0)] == ["cpu", "dropped"]
     assert [cell.state for cell in cells(cache, B, 10.0)] == ["gpu", "gpu"]
-    cache.hold_back(0, 0, 11.0)
+    cache.allocator.hold_back({"gpu": 0, "cpu": 0}, 11.0)
     assert cache.count_held_blocks() == {"gpu": 0, "cpu": 0}
-    assert (cache.gpu_pool.num_free, cache.cpu_pool.num_free) == (6, 7)
+    assert (cache.tiers.primary.pool.num_free, cache.tiers.secondary.pool.num_free) == (6, 7)
     cache.check_integrity([])
 
 
 def test_a_request_gets_the_blocks_that_it_needs_and_leaves_them_held_back() -> None:
     cache = make_cache(4)
-    cache.hold_back(4, 0, 0.0)
+    cache.allocator.hold_back({"gpu": 4, "cpu": 0}, 0.0)
     request = make_request("a", A)
     assert cache.try_admit(request, 0, 1.0)
     assert len(blocks(request)) == 3
@@ -145,7 +145,7 @@ def test_pinned_blocks_are_held_back_when_they_are_no_longer() -> None:
     cache = make_cache(4)
     request = make_request("a", A)
     assert cache.try_admit(request, 0, 0.0)
-    cache.hold_back(3, 0, 1.0)
+    cache.allocator.hold_back({"gpu": 3, "cpu": 0}, 1.0)
     assert cache.count_held_blocks() == {"gpu": 1, "cpu": 0}
     compute(cache, request)
     cache.release(request, 2.0)

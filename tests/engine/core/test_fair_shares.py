@@ -50,7 +50,8 @@ def gave_way(plan: StepPlan, driver) -> list[str]:
 @pytest.mark.parametrize("look_ahead", list(LookAhead))
 def test_who_has_all_places_gives_one_to_whoever_comes(make_core, answer, look_ahead, num_waiting):
     """64 long answers of one tenant, and more of them waiting. The other one's first token comes with the second step at the
-    latest; if a step was made ahead, with the third."""
+    latest; if a step was made ahead, with the third.
+    """
     driver = make_core(1000, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=64)
     driver.loop.look_ahead = look_ahead
     for number in range(64 + num_waiting):
@@ -216,7 +217,8 @@ def test_who_got_a_block_and_is_suspended_for_the_next_one_is_told_to_have_none(
 def test_whoever_has_nothing_running_gets_a_token_within_a_bound(make_core, answer, seed, num_cpu_blocks):
     """Three tenants, places and blocks both short. A turn of a tenant that has none under way waits until the one prompt that
     may be in the making is computed, then for its own, each at the budget that decodes leave; for steps in which the others
-    run out of blocks; and for its turn among the tenants."""
+    run out of blocks; and for its turn among the tenants.
+    """
     rng = random.Random(seed)
     window, places, budget = 48, 8, rng.choice([12, 16, 40])
     driver = make_core(
@@ -290,15 +292,16 @@ def test_the_loads_above_make_requests_give_way(make_core):
 @given(data=st.data())
 def test_exchanges_come_to_an_end(data: st.DataObject) -> None:
     """Each tenant has any number of requests of any size waiting, and nothing arrives, grows or ends: whoever asks, in
-    whatever order, the largest uses fall, and soon nobody gives way any more."""
+    whatever order, the largest uses fall, and soon nobody gives way any more.
+    """
     num_places, num_blocks = data.draw(st.integers(2, 9)), data.draw(st.integers(8, 60))
     shares = FairShares(num_places, num_blocks)
     weights = data.draw(st.lists(st.sampled_from([0.5, 1.0, 1.0, 2.0, 7.0]), min_size=2, max_size=4))
-    prefixes = [[Chunk(0, 0) for _ in range(data.draw(st.integers(0, 5)))] for _ in weights]
+    prefixes = [[Chunk(0, [0, None]) for _ in range(data.draw(st.integers(0, 5)))] for _ in weights]
 
     def make(tenant: int) -> Request:
         request = Request("r", [1], SamplingParams(), tenant=str(tenant), weight=weights[tenant])
-        request.chunks = [*prefixes[tenant], *(Chunk(0, 0) for _ in range(data.draw(st.integers(0, 9))))]
+        request.chunks = [*prefixes[tenant], *(Chunk(0, [0, None]) for _ in range(data.draw(st.integers(0, 9))))]
         return request
 
     def rank() -> tuple[int, list[tuple[float, float]]]:

@@ -18,7 +18,7 @@ def make_plan(num_decodes: int = 0) -> StepPlan:
         starts=(RequestStart("r1", 10, 10, sampling, (7,), (7, 3, 5), (5, 6, 7, 8, 1, 1, 1, 1, 1, 2)),),
         appends=(BlockAppend("r0", 2),),
         ended=("r9",),
-        gpu_copies=(BlockCopy(1, 5),),
+        local_copies=(BlockCopy("gpu", 1, "gpu", 5),),
     )
 
 

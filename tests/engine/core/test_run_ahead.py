@@ -1,5 +1,6 @@
 """A plan that is made, and executed, before the one in front of it has a result: what it may hold, and that nobody sees what
-was computed in vain."""
+was computed in vain.
+"""
 
 import random
 
@@ -103,7 +104,8 @@ def test_nothing_runs_ahead_of_a_result_that_may_let_somebody_start(make_runner)
 
 def test_decodes_run_ahead_of_who_was_refused_for_lack_of_blocks(make_runner):
     """ "b" needs three blocks, and "a" has three of four until it ends. While the prompt of "a" is computed, nobody knows
-    whether "b" may share it."""
+    whether "b" may share it.
+    """
     driver = make_runner(4)
     driver.add("a", range(9), max_tokens=4)
     driver.add("b", range(50, 59), max_tokens=1)
@@ -247,6 +249,6 @@ def test_the_loads_above_have_everything_in_them(make_runner):
     Load(driver, seed=1, num_requests=300).run()
     stats = driver.core.stats
     assert min(stats.num_suspensions, stats.num_aborted, stats.num_failed, stats.num_corrupted_swaps) > 0
-    assert min(stats.num_swap_ins, stats.num_gpu_copies, stats.num_steps_ahead) > 0
+    assert min(stats.num_swap_ins, stats.num_local_copies, stats.num_steps_ahead) > 0
     assert all(stats.evictions[reason] for reason in ("gpu_reclaimed", "gpu_swapped_out", "cpu_dropped"))
     assert {output.finish_reason for output in driver.finished.values()} == {FinishReason.STOP, FinishReason.LENGTH}

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from engine.core.cache import cache_manager
+from engine.core.cache import index
 from engine.core.cache.cost_model import CostModel
 from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.core.config import CacheConfig, SchedulingConfig
@@ -223,8 +223,12 @@ def test_whoever_was_suspended_does_not_take_its_blocks_back_in_the_same_step(ma
 # -- two tiers ---------------------------------------------------------------------------------------------------------
 
 
-def moves(*pairs: tuple[int, int]) -> tuple[BlockCopy, ...]:
-    return tuple(BlockCopy(source, target) for source, target in pairs)
+def swaps_out(*pairs: tuple[int, int]) -> tuple[BlockCopy, ...]:
+    return tuple(BlockCopy("gpu", source, "cpu", target) for source, target in pairs)
+
+
+def swaps_in(*pairs: tuple[int, int]) -> tuple[BlockCopy, ...]:
+    return tuple(BlockCopy("cpu", source, "gpu", target) for source, target in pairs)
 
 
 def idle_chunks(driver) -> dict[str, int]:
@@ -241,11 +245,12 @@ def converse(driver, name: str, new, max_tokens: int = 1, conversation: str = "a
 
 def with_turn_1_in_the_cpu_tier(make_core, num_cpu_blocks: int = 16, **options):
     """4 GPU blocks. Conversation "a" has a turn of 11 tokens in CPU blocks 0, 1 and 2 (its tail of 3), in the GPU tier is all
-    of "b" in blocks 3, 0, 1 and 2. Returns the driver and the tokens of "a"."""
+    of "b" in blocks 3, 0, 1 and 2. Returns the driver and the tokens of "a".
+    """
     driver = make_core(4, num_cpu_blocks=num_cpu_blocks, swap_out_watermark=0.0, **options)
     history = converse(driver, "turn 1", range(11))
     converse(driver, "other", range(50, 65), conversation="b")
-    assert driver.plans[-1].evictions == moves((0, 0), (1, 1), (2, 2))
+    assert driver.plans[-1].evictions == swaps_out((0, 0), (1, 1), (2, 2))
     assert idle_chunks(driver) == {"gpu": 4, "both": 0, "cpu": 3}
     return driver, history
 
@@ -261,7 +266,7 @@ def test_a_full_gpu_tier_gives_way_by_swapping_out_and_no_more_than_it_must(make
         (QuerySegment("other", 0, other, True),),
         starts=(start("other", other, 1, (2, 3, 0)),),
         ended=("turn 1",),
-        evictions=moves((0, 0)),
+        evictions=swaps_out((0, 0)),
     )
     longer = (*history, 70)
     driver.add("turn 2", longer, 1, "a")
@@ -271,8 +276,8 @@ def test_a_full_gpu_tier_gives_way_by_swapping_out_and_no_more_than_it_must(make
         (QuerySegment("turn 2", 7, longer[7:], True),),
         starts=(start("turn 2", longer, 1, (2, 1, 3)),),
         ended=("other",),
-        evictions=moves((2, 1), (3, 2)),
-        swap_ins=moves((0, 2)),
+        evictions=swaps_out((2, 1), (3, 2)),
+        swap_ins=swaps_in((0, 2)),
     )
     assert driver.tokens["turn 2"] == answer(longer, 1)
     stats = driver.core.stats
@@ -289,15 +294,15 @@ def test_a_returning_conversation_is_swapped_in_block_by_block_and_computes_noth
         (QuerySegment("turn 2", 11, longer[11:], True),),
         starts=(start("turn 2", longer, 2, (3, 0, 1, 2)),),
         ended=("other",),
-        evictions=moves((3, 3), (0, 4), (1, 5), (2, 6)),
-        swap_ins=moves((0, 3), (1, 0), (2, 1)),
+        evictions=swaps_out((3, 3), (0, 4), (1, 5), (2, 6)),
+        swap_ins=swaps_in((0, 3), (1, 0), (2, 1)),
     )
     # 7 chunks are or were in the CPU tier, and the copy of the tail is free again: it is written to from here on
     assert driver.core.get_statistics()["num_cpu_blocks_free"] == 16 - 6
     driver.run()
     assert driver.tokens["turn 2"] == answer(longer, 2)
     stats = driver.core.stats
-    assert (stats.num_gpu_cached_tokens, stats.num_cpu_cached_tokens, stats.num_dropped_tokens) == (0, 11, 0)
+    assert (stats.cached_tokens, stats.num_dropped_tokens) == ({"gpu": 0, "cpu": 11}, 0)
     assert driver.finished["turn 2"].stats.num_computed_tokens == 3
     # the full chunks' copies stay valid after the swap-in, so that they leave again for free
     assert idle_chunks(driver) == {"gpu": 2, "both": 2, "cpu": 4}
@@ -315,8 +320,8 @@ def test_a_fork_copies_a_tail_from_the_cpu_tier_and_its_owner_finds_it_later(mak
         (QuerySegment("fork", 11, (80,), True),),
         starts=(start("fork", fork, 1, (3, 0, 1)),),
         ended=("other",),
-        evictions=moves((3, 3), (0, 4), (1, 5)),
-        swap_ins=moves((0, 3), (1, 0), (2, 1)),
+        evictions=swaps_out((3, 3), (0, 4), (1, 5)),
+        swap_ins=swaps_in((0, 3), (1, 0), (2, 1)),
     )
     assert driver.tokens["fork"] == answer(fork, 1)
     assert idle_chunks(driver) == {"gpu": 2, "both": 2, "cpu": 4}
@@ -349,8 +354,8 @@ def test_swap_outs_ahead_of_time_keep_the_watermark_and_are_reclaimed_for_nothin
     converse(driver, "turn 1", range(27))
     assert driver.plans[-1].swap_outs == (), "what is in use stays"
     assert driver.settle() == [
-        StepPlan(2, (), ended=("turn 1",), swap_outs=moves((0, 0), (1, 1))),
-        StepPlan(3, (), swap_outs=moves((2, 2))),
+        StepPlan(2, (), ended=("turn 1",), swap_outs=swaps_out((0, 0), (1, 1))),
+        StepPlan(3, (), swap_outs=swaps_out((2, 2))),
     ]
     assert idle_chunks(driver) == {"gpu": 4, "both": 3, "cpu": 0}
     other = tuple(range(50, 69))
@@ -360,12 +365,12 @@ def test_swap_outs_ahead_of_time_keep_the_watermark_and_are_reclaimed_for_nothin
         4,
         (QuerySegment("other", 0, other, True),),
         starts=(start("other", other, 1, (7, 0, 1, 2, 3)),),
-        evictions=moves((3, 3)),
-        swap_outs=moves((4, 4), (5, 5)),
+        evictions=swaps_out((3, 3)),
+        swap_outs=swaps_out((4, 4), (5, 5)),
     )
     evictions = driver.core.stats.evictions
     assert evictions == {**dict.fromkeys(evictions, 0), "gpu_reclaimed": 3, "gpu_swapped_out": 1}
-    assert driver.settle() == [StepPlan(5, (), ended=("other",), swap_outs=moves((6, 6), (7, 7)))]
+    assert driver.settle() == [StepPlan(5, (), ended=("other",), swap_outs=swaps_out((6, 6), (7, 7)))]
     assert idle_chunks(driver) == {"gpu": 4, "both": 4, "cpu": 4}
     assert driver.core.schedule(99.0) is None
 
@@ -374,31 +379,31 @@ def test_swap_outs_yield_to_swap_ins(make_core):
     """12 blocks wanted, 8 a step: a quarter of that beside a swap-in."""
     driver = make_core(12, num_cpu_blocks=24, swap_out_watermark=1.0, max_swap_outs=8)
     converse(driver, "turn 1", range(20))
-    assert [plan.swap_outs for plan in driver.settle()] == [moves((0, 0), (1, 1), (2, 2), (3, 3), (4, 4))]
+    assert [plan.swap_outs for plan in driver.settle()] == [swaps_out((0, 0), (1, 1), (2, 2), (3, 3), (4, 4))]
     converse(driver, "other", range(100, 147), conversation="b")
     driver.add("turn 2", range(21), 1, "a")
     plan = driver.step()
-    assert plan.swap_ins == moves((0, 5), (1, 6), (2, 7), (3, 8), (4, 9))
-    assert plan.swap_outs == moves((11, 11), (0, 12))
+    assert plan.swap_ins == swaps_in((0, 5), (1, 6), (2, 7), (3, 8), (4, 9))
+    assert plan.swap_outs == swaps_out((11, 11), (0, 12))
     assert [len(plan.swap_outs) for plan in driver.settle()] == [5]
 
 
 def test_write_through_copies_what_a_turn_leaves_at_its_end(make_core):
     driver = make_core(8, num_cpu_blocks=8, swap_out_watermark=0.0, write_through=True, max_swap_outs=2)
     history = converse(driver, "turn 1", range(10))
-    assert [plan.swap_outs for plan in driver.settle()] == [moves((0, 0), (1, 1)), moves((2, 2))]
+    assert [plan.swap_outs for plan in driver.settle()] == [swaps_out((0, 0), (1, 1)), swaps_out((2, 2))]
     converse(driver, "turn 2", (70, 71), history=history)  # 12 of 13 tokens: the tail became a full chunk, and is new
-    assert [plan.swap_outs for plan in driver.settle()] == [moves((2, 2), (3, 3))]
+    assert [plan.swap_outs for plan in driver.settle()] == [swaps_out((2, 2), (3, 3))]
     assert idle_chunks(driver) == {"gpu": 0, "both": 4, "cpu": 0}
 
 
 @pytest.mark.parametrize(
     ("swap_in_cost", "swap_ins", "num_computed"),
     [
-        (0.0, moves((0, 3), (1, 0), (2, 1)), 1),
-        (2.0, moves((0, 3), (1, 0), (2, 1)), 1),
-        (2.5, moves((1, 0), (2, 1)), 5),
-        (3.5, moves((2, 1)), 9),
+        (0.0, swaps_in((0, 3), (1, 0), (2, 1)), 1),
+        (2.0, swaps_in((0, 3), (1, 0), (2, 1)), 1),
+        (2.5, swaps_in((1, 0), (2, 1)), 5),
+        (3.5, swaps_in((2, 1)), 9),
         (9.0, (), 13),
     ],
 )
@@ -406,7 +411,7 @@ def test_a_chunk_is_loaded_where_that_is_cheaper_than_to_compute_it(
     make_core, answer, swap_in_cost, swap_ins, num_computed
 ):
     """Chunks cost 2, 3 and 4, however many others are loaded. What was computed joins the copy in the CPU tier."""
-    costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, swap_in_cost=swap_in_cost)
+    costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, load_costs={"cpu": swap_in_cost})
     driver = make_core(4, num_cpu_blocks=8, swap_out_watermark=0.0, cost_model=costs)
     converse(driver, "turn 1", range(12))
     converse(driver, "other", range(50, 65), conversation="b")
@@ -417,7 +422,7 @@ def test_a_chunk_is_loaded_where_that_is_cheaper_than_to_compute_it(
     assert plan.starts[0].block_table == (3, 0, 1, 2)
     assert driver.tokens["turn 2"] == answer(tuple(range(13)), 1)
     stats = driver.core.stats
-    assert (stats.num_cpu_cached_tokens, stats.num_not_loaded_tokens) == (13 - num_computed, num_computed - 1)
+    assert (stats.cached_tokens["cpu"], stats.num_not_loaded_tokens) == (13 - num_computed, num_computed - 1)
     assert stats.num_dropped_tokens == 0
     assert idle_chunks(driver) == {"gpu": 1, "both": 3, "cpu": 4}, "each of the three is stored once per tier"
 
@@ -435,7 +440,7 @@ def test_a_suspended_request_swaps_out_and_resumes_without_computing_again(make_
         (QuerySegment("a", 8, None, True),),
         appends=(BlockAppend("a", 2),),
         ended=("b",),
-        evictions=moves((2, 0)),
+        evictions=swaps_out((2, 0)),
     )
     context = b + answer(b, 2)
     assert driver.step() == StepPlan(
@@ -443,8 +448,8 @@ def test_a_suspended_request_swaps_out_and_resumes_without_computing_again(make_
         (QuerySegment("b", 8, context[8:], True),),
         starts=(RequestStart("b", 9, 7, SamplingParams(temperature=0.0, max_tokens=4), (), (0, 3, 1)),),
         ended=("a",),
-        evictions=moves((0, 1), (1, 2)),
-        swap_ins=moves((0, 0)),
+        evictions=swaps_out((0, 1), (1, 2)),
+        swap_ins=swaps_in((0, 0)),
     )
     driver.run()
     assert (driver.tokens["a"], driver.tokens["b"]) == (answer(a, 3), answer(b, 4))
@@ -456,7 +461,7 @@ def test_nothing_moves_between_the_tiers_in_stateless_mode(make_core):
     for name in "ab":
         converse(driver, name, range(14), 2)
     assert driver.settle() == []
-    assert not any(plan.evictions or plan.gpu_copies or plan.swap_ins or plan.swap_outs for plan in driver.plans)
+    assert not any(plan.evictions or plan.local_copies or plan.swap_ins or plan.swap_outs for plan in driver.plans)
     assert driver.core.get_statistics()["num_cpu_blocks"] == 0
 
 
@@ -473,15 +478,15 @@ def test_a_failed_step_drops_what_had_its_only_copy_on_the_way_and_nothing_else(
     """ "turn 2" loads a's three blocks; for that and a new one, all four of b's leave, which nobody knows to have arrived."""
     driver, history = with_turn_1_in_the_cpu_tier(make_core)
     safe = converse(driver, "safe", range(30, 34), conversation="c")  # one of b's chunks has left before
-    assert driver.plans[-1].evictions == moves((3, 3))
+    assert driver.plans[-1].evictions == swaps_out((3, 3))
     driver.executor.fails = True
     driver.add("turn 2", (*history, 70), 2, "a")
     plan = driver.step()
     driver.executor.fails = False
     assert driver.failed == ["turn 2"]
     # values: b's chunks 1, 2 and 3 cost 3, 4 and 5 over 2 seconds, c's chunk 0 costs 2 over 1
-    assert plan.evictions == moves((0, 4), (3, 5), (1, 6), (2, 7))
-    assert plan.swap_ins == moves((0, 0), (1, 3), (2, 1))
+    assert plan.evictions == swaps_out((0, 4), (3, 5), (1, 6), (2, 7))
+    assert plan.swap_ins == swaps_in((0, 0), (1, 3), (2, 1))
     assert found(driver, range(50, 65), "b") == 4, "the chunk that was in the CPU tier before"
     assert found(driver, safe, "c") == 0
     assert found(driver, history, "a") == 8, "full chunks keep the copy that was read; the tail went with its request"
@@ -499,10 +504,10 @@ def test_a_failed_step_leaves_the_chunks_that_it_copied_ahead_of_time_on_the_gpu
     driver.executor.fails = True
     driver.add("other", range(50, 55), 2, "b")
     plan = driver.step()
-    assert plan.swap_outs == moves((0, 0), (1, 1), (2, 2))
+    assert plan.swap_outs == swaps_out((0, 0), (1, 1), (2, 2))
     assert idle_chunks(driver) == {"gpu": 3, "both": 0, "cpu": 0}
     plan = driver.step()
-    assert (plan.segments, plan.swap_outs) == ((), moves((0, 2), (1, 1), (2, 0)))
+    assert (plan.segments, plan.swap_outs) == ((), swaps_out((0, 2), (1, 1), (2, 0)))
     assert idle_chunks(driver) == {"gpu": 3, "both": 0, "cpu": 0}, "a plan that only copies failed too"
     driver.executor.fails = False
     driver.settle()
@@ -542,7 +547,7 @@ def test_a_corrupted_swap_in_restarts_exactly_the_requests_that_it_reached(make_
     driver.add("fork", prompts["fork"], 3, "d")
     driver.add("b2", prompts["b2"], 3, "b")
     [bad] = [chunk for chunk in driver.core._cache.index if chunk.position == 1 and chunk.key == _key(driver, "a2", 1)]
-    driver.executor.corrupted = {bad.cpu_block}
+    driver.executor.corrupted = {bad.blocks[1]}
     plan = driver.step()
     assert [s.request_id for s in plan.segments] == ["c", "a2", "fork", "b2"]
     assert {name: len(tokens) for name, tokens in driver.tokens.items() if name in prompts} == {
@@ -750,7 +755,7 @@ def test_a_copied_tail_of_a_failed_step_is_not_kept_but_its_source_is(make_core,
     driver.add("fork", fork, conversation_id="b")
     driver.executor.fails = True
     plan = driver.step()
-    assert len(plan.gpu_copies) == 1
+    assert len(plan.local_copies) == 1
     driver.executor.fails = False
     driver.add("again", fork, max_tokens=2, conversation_id="b")
     assert segments(driver.step()) == [("again", 6, 1)]
@@ -816,7 +821,8 @@ def test_a_window_that_the_tier_cannot_hold_is_an_error_at_start():
 @pytest.mark.parametrize("seed", range(6))
 def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, seed, policy, num_cpu_blocks):
     """Tiny tiers, many conversations, forks, aborts, failing steps and corrupted blocks. The oldest request makes progress
-    in every step, so nobody waits longer than all that came before him take one by one."""
+    in every step, so nobody waits longer than all that came before him take one by one.
+    """
     rng = random.Random(seed)
     num_blocks = rng.randint(5, 9)
     driver = make_core(
@@ -829,7 +835,7 @@ def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, se
         swap_out_watermark=rng.choice([0.0, 0.25, 0.8]),
         max_swap_outs=rng.choice([1, 4, 16]),
         write_through=rng.random() < 0.3,
-        cost_model=CostModel(1.0, 0.25, 4, swap_in_cost=rng.choice([0.0, 0.0, 1.0])),
+        cost_model=CostModel(1.0, 0.25, 4, load_costs={"cpu": rng.choice([0.0, 0.0, 1.0])}),
         prefill_batch_tokens=rng.choice([None, 1, 5]),
     )
     window = num_blocks * 4
@@ -875,14 +881,14 @@ def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, se
     assert stats.num_finished + num_fails + num_aborts == 60
     assert (stats.num_failed, stats.num_aborted) == (num_fails, num_aborts)
     assert (
-        stats.num_gpu_cached_tokens
-        + stats.num_cpu_cached_tokens
+        stats.cached_tokens["gpu"]
+        + stats.cached_tokens["cpu"]
         + stats.num_not_loaded_tokens
         + stats.num_dropped_tokens
         + stats.num_new_tokens
         == stats.num_prompt_tokens
     )
-    assert stats.num_gpu_cached_tokens > 0
+    assert stats.cached_tokens["gpu"] > 0
     assert sum(number for reason, number in stats.evictions.items() if reason.startswith("gpu")) > 0
     assert bool(stats.num_swap_outs) == bool(num_cpu_blocks)
     assert driver.core.get_statistics()["num_gpu_blocks_pinned"] == 0
@@ -910,13 +916,14 @@ def test_prompt_tokens_are_told_apart_by_where_they_were(make_core):
     driver.run()
     stats = driver.core.stats
     assert driver.finished["turn 2"].num_cached_tokens == 4
-    assert (stats.num_gpu_cached_tokens, stats.num_dropped_tokens, stats.num_new_tokens) == (4, 4, 7 + 11 + 3)
+    assert (stats.cached_tokens["gpu"], stats.num_dropped_tokens, stats.num_new_tokens) == (4, 4, 7 + 11 + 3)
     assert driver.finished["turn 2"].stats.num_computed_tokens == 7
 
 
 def test_what_was_never_evicted_is_not_dropped(make_core):
     """Turn 2 is an edit inside a chunk, turn 3 forks inside the tail: both compute tokens that earlier turns computed, but
-    no chunk of theirs is gone."""
+    no chunk of theirs is gone.
+    """
     driver = make_core(16)
     history = converse(driver, "turn 1", range(10), max_tokens=5)
     converse(driver, "turn 2", (*history[:6], 70, 71, 72))
@@ -935,17 +942,17 @@ def test_a_stranger_that_sends_what_was_dropped_finds_it_dropped(make_core):
     converse(driver, "other", (*range(8), 60, 61), conversation="c")
     assert (stats.num_dropped_tokens, stats.num_new_tokens) == (8, 9 + 15 + 2)
     converse(driver, "again", (*range(8), 62), conversation="d")
-    assert (stats.num_gpu_cached_tokens, stats.num_dropped_tokens) == (8, 8)
+    assert (stats.cached_tokens["gpu"], stats.num_dropped_tokens) == (8, 8)
 
 
 def test_the_last_chunks_that_were_dropped_are_remembered_and_no_more(make_core, monkeypatch):
-    monkeypatch.setattr(cache_manager, "MAX_DROPPED_KEYS", 3)
+    monkeypatch.setattr(index, "MAX_DROPPED_KEYS", 3)
     driver = make_core(2)
     for number in range(4):  # one full chunk each; the first two and the next two take turns
         converse(driver, f"r{number}", range(10 * number, 10 * number + 5), conversation=f"c{number}")
     stats = driver.core.stats
     assert stats.evictions["gpu_dropped"] >= 3
-    assert len(driver.core._cache._dropped) == 3
+    assert len(driver.core._cache.index._dropped) == 3
     converse(driver, "filler", range(90, 97), conversation="f")
     converse(driver, "forgotten", range(5), conversation="c0")
     assert stats.num_dropped_tokens == 0
@@ -960,4 +967,4 @@ def test_in_stateless_mode_what_a_request_computed_is_dropped_at_its_end(make_co
     converse(driver, "turn 2", (70, 71), history=history)
     stats = driver.core.stats
     assert (stats.num_dropped_tokens, stats.num_new_tokens) == (12, 9 + 3)
-    assert stats.num_gpu_cached_tokens == 0
+    assert stats.cached_tokens["gpu"] == 0

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.core.executor import ComputationFailedError
+from engine.core.executor_protocol import ComputationFailedError
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, EngineError, EngineStoppedError, ModelLoadError, UnsupportedModelError
@@ -30,6 +30,7 @@ from engine.executor.local import LocalExecutor
 from engine.generation import Generation
 from engine.text.prompt import TextPrompt
 from tests.conftest import save_tiny_model
+from tests.copies import swap_in, swap_out
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with GPUs each rank takes one")
 
@@ -148,11 +149,11 @@ def test_the_size_of_the_cpu_tier_is_of_all_ranks_together(make_group):
 def test_a_block_that_one_worker_finds_damaged_is_told(make_group, tiny_model):
     """What was never swapped out has no checksum: on every rank it is another block than was swapped out."""
     executor = make_group(verify_swaps=True)
-    swap_out = plan_channel.BlockCopy(2, 5)
+    copy = swap_out(2, 5)
     executor.execute(FIRST)
-    executor.execute(StepPlan(1, (), swap_outs=(swap_out,)))
-    assert executor.execute(StepPlan(2, (), swap_ins=(plan_channel.BlockCopy(5, 4),))).failed_swap_ins == ()
-    assert executor.execute(StepPlan(3, (), swap_ins=(plan_channel.BlockCopy(6, 7),))).failed_swap_ins == (7,)
+    executor.execute(StepPlan(1, (), swap_outs=(copy,)))
+    assert executor.execute(StepPlan(2, (), swap_ins=(swap_in(5, 4),))).failed_swap_ins == ()
+    assert executor.execute(StepPlan(3, (), swap_ins=(swap_in(6, 7),))).failed_swap_ins == (7,)
 
 
 def test_workers_may_come_over_the_network(make_group):

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from engine.core.executor import ComputationFailedError, SamplingFailedError
+from engine.core.executor_protocol import ComputationFailedError, SamplingFailedError
 from engine.core.grammar import GrammarSpec
-from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
+from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import InvalidParameterError
 from engine.executor import sampler
 from engine.executor.sampler import Draw, SamplingBatch
+from tests.copies import swap_in, swap_out
 
 GREEDY = SamplingParams(temperature=0.0)
 FLAT = SamplingParams(temperature=20.0, top_p=0.99, seed=3)
@@ -157,8 +158,8 @@ def test_copies_of_a_step_end_before_those_of_the_next_one_begin(make_runner, mo
     monkeypatch.setattr(runner.swapper, "begin", lambda plan: (events.append(f"begin {plan.step_id}"), begin(plan))[1])
     monkeypatch.setattr(runner.swapper, "finish", lambda: (events.append("finish"), finish())[1])
     runner._kv_store.storage[3] = 7.0
-    runner.launch(StepPlan(1, (), swap_outs=(BlockCopy(3, 1),)))
-    runner.launch(StepPlan(2, (), swap_ins=(BlockCopy(1, 5),)))
+    runner.launch(StepPlan(1, (), swap_outs=(swap_out(3, 1),)))
+    runner.launch(StepPlan(2, (), swap_ins=(swap_in(1, 5),)))
     runner.complete()
     runner.complete()
     assert events == ["begin 1", "finish", "begin 2", "finish"]

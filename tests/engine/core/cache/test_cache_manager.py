@@ -1,11 +1,13 @@
 """Which block a context gets, literally: shared, taken over, copied, or new; and whose chunks go for it."""
 
-from engine.core.cache.cache_manager import CacheManager, Transfers
+from engine.core.cache.cache_manager import CacheManager
 from engine.core.cache.cost_model import CostModel
+from engine.core.cache.transfers import StepTransfers
 from engine.core.config import CacheConfig
 from engine.core.plan import BlockCopy
 from engine.core.request import ContextAccount, Request, SamplingParams
 from engine.core.stats import EngineStats
+from tests.copies import local_copy, swap_in, swap_out
 
 
 def make_cache(num_gpu_blocks: int, policy: str = "retention_value", **options) -> CacheManager:
@@ -22,7 +24,7 @@ def make_request(name: str, token_ids, conversation: str | None = None, tenant: 
 
 
 def blocks(request: Request) -> list[int | None]:
-    return [chunk.gpu_block for chunk in request.chunks]
+    return [chunk.blocks[0] for chunk in request.chunks]
 
 
 def compute(cache: CacheManager, request: Request) -> None:
@@ -30,10 +32,10 @@ def compute(cache: CacheManager, request: Request) -> None:
         cache.commit(request, start, end)
 
 
-def execute(cache: CacheManager) -> Transfers:
+def execute(cache: CacheManager) -> StepTransfers:
     """A step whose copies are made."""
-    transfers = cache.take_transfers()
-    cache.complete_transfers()
+    transfers = cache.transfers.take()
+    cache.transfers.complete()
     return transfers
 
 
@@ -41,7 +43,7 @@ def copies(cache: CacheManager) -> tuple[BlockCopy, ...]:
     """A step that has nothing to move between the tiers."""
     transfers = execute(cache)
     assert (transfers.evictions, transfers.swap_ins, transfers.swap_outs) == ([], [], [])
-    return tuple(transfers.gpu_copies)
+    return tuple(transfers.local_copies)
 
 
 def use(cache: CacheManager, name: str, token_ids, now: float, conversation: str | None = None, **options) -> Request:
@@ -78,7 +80,7 @@ def test_another_conversation_gets_a_copy_of_the_tail_and_shares_what_is_full():
     cache = make_cache(5)
     use(cache, "turn 1", range(6), 1.0, "a")
     fork = make_request("fork", [*range(6), 60, 61, 62], "b")
-    assert admit(cache, fork) == (BlockCopy(1, 2),)
+    assert admit(cache, fork) == (local_copy(1, 2),)
     assert (blocks(fork), fork.pending) == ([0, 2, 3], [(6, 9)])
     own = make_request("turn 2", range(7), "a")
     assert cache.try_admit(own, 0, 9.0)
@@ -91,7 +93,7 @@ def test_a_context_that_is_all_cached_computes_its_last_token_in_a_copy():
     cache = make_cache(4)
     use(cache, "first", range(8), 1.0, "a")
     again = make_request("again", range(8), "a")
-    assert admit(cache, again) == (BlockCopy(1, 2),)
+    assert admit(cache, again) == (local_copy(1, 2),)
     assert (blocks(again), again.pending) == ([0, 2], [(7, 8)])
 
 
@@ -108,9 +110,9 @@ def test_a_source_evicted_by_its_own_admission_is_copied_all_the_same():
     cache = make_cache(3)
     use(cache, "turn 1", range(6), 1.0, "a")
     fork = make_request("fork", [*range(6), 60, 61, 62], "b")  # 3 chunks: 1 shared, 1 free block, the source's block
-    assert admit(cache, fork) == (BlockCopy(1, 2),)
+    assert admit(cache, fork) == (local_copy(1, 2),)
     assert (blocks(fork), fork.pending) == ([0, 2, 1], [(6, 9)])
-    assert (cache._stats.evictions["gpu_dropped"], sum(cache._stats.evictions.values())) == (1, 1)
+    assert (cache.allocator._stats.evictions["gpu_dropped"], sum(cache.allocator._stats.evictions.values())) == (1, 1)
 
 
 def test_holes_are_pending_and_what_lies_behind_them_is_kept():
@@ -207,7 +209,7 @@ def test_equal_chunks_are_stored_once_when_their_users_are_gone():
     cache.release(one, 2.0)
     cache.release(two, 2.0)
     cache.check_integrity([])
-    assert (cache.gpu_pool.num_used, len(cache.index)) == (3, 3)
+    assert (cache.tiers.primary.pool.num_used, len(cache.index)) == (3, 3)
 
 
 def test_half_a_prompt_that_was_computed_is_kept():
@@ -217,7 +219,7 @@ def test_half_a_prompt_that_was_computed_is_kept():
     cache.commit(request, 0, 6)
     cache.release(request, 1.0)
     assert cache.match_context(make_request("again", range(12))).num_cached_tokens == 6
-    assert cache.gpu_pool.num_used == 2
+    assert cache.tiers.primary.pool.num_used == 2
 
 
 def test_after_a_failed_step_only_named_chunks_are_kept():
@@ -227,14 +229,14 @@ def test_after_a_failed_step_only_named_chunks_are_kept():
     cache.commit(request, 0, 6)
     cache.release(request, 1.0, step_failed=True)
     assert cache.match_context(make_request("again", range(7), "a")).num_cached_tokens == 4
-    assert cache.gpu_pool.num_used == 1
+    assert cache.tiers.primary.pool.num_used == 1
     cache.check_integrity([])
 
 
 def test_stateless_keeps_and_finds_nothing():
     cache = make_cache(4, keep=False)
     use(cache, "turn 1", range(9), 1.0, "a")
-    assert cache.gpu_pool.num_free == 4
+    assert cache.tiers.primary.pool.num_free == 4
     turn_2 = make_request("turn 2", range(9), "a")
     admit(cache, turn_2)
     assert turn_2.pending == [(0, 9)]
@@ -242,7 +244,7 @@ def test_stateless_keeps_and_finds_nothing():
 
 def test_an_admission_that_is_refused_counts_nothing():
     """Each step asks again, and only the admission itself may be counted. 9 to load is more than 2 to compute."""
-    costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, swap_in_cost=9.0)
+    costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, load_costs={"cpu": 9.0})
     cache = make_cache(3, num_cpu_blocks=4, cost_model=costs)
     use(cache, "turn 1", range(4), 1.0, "a")
     running = make_request("running", range(50, 62))
@@ -264,14 +266,14 @@ def test_a_chunk_that_was_evicted_and_on_its_way_back_when_the_step_failed_is_fo
     one, two = make_request("one", range(50, 64)), make_request("two", range(5), "b")
     assert cache.try_admit(one, 0, 2.0)
     assert cache.try_admit(two, 0, 2.0)
-    transfers = cache.take_transfers()
-    assert [copy for _, copy in transfers.evictions] == [BlockCopy(0, 0), BlockCopy(1, 1), BlockCopy(2, 2)]
-    assert [copy for _, _, copy in transfers.swap_ins] == [BlockCopy(0, 1)]
-    cache.abort_transfers()
+    transfers = cache.transfers.take()
+    assert [copy for _, copy in transfers.evictions] == [swap_out(0, 0), swap_out(1, 1), swap_out(2, 2)]
+    assert [copy for _, _, copy in transfers.swap_ins] == [swap_in(0, 1)]
+    cache.transfers.abort()
     cache.release(one, 3.0, step_failed=True)
     cache.release(two, 3.0, step_failed=True)
     cache.check_integrity([])
-    assert (cache.gpu_pool.num_used, cache.cpu_pool.num_used, len(cache.index)) == (0, 0, 0)
+    assert (cache.tiers.primary.pool.num_used, cache.tiers.secondary.pool.num_used, len(cache.index)) == (0, 0, 0)
     assert cache.try_admit(make_request("again", range(5), "b"), 0, 4.0)
 
 
@@ -284,7 +286,7 @@ def test_a_source_that_is_being_loaded_in_the_same_plan_is_copied_from_the_cpu_t
     assert cache.try_admit(two, 0, 3.0)  # all cached, so its last token is computed in a copy
     cache.check_integrity([one, two])
     transfers = execute(cache)
-    assert transfers.gpu_copies == []
+    assert transfers.local_copies == []
     assert [copy.source for _, _, copy in transfers.swap_ins] == [0, 0]
     assert [copy.target for _, _, copy in transfers.swap_ins] == [blocks(one)[0], blocks(two)[0]]
     assert (one.pending, two.pending) == ([(4, 5)], [(3, 4)])
@@ -294,8 +296,8 @@ def test_the_cpu_tier_gives_up_spare_copies_first_and_then_only_what_goes_before
     cache = make_cache(4, "lru", num_cpu_blocks=2)
     use(cache, "old", range(4), 1.0)
     use(cache, "newer", range(10, 14), 5.0)
-    cache.plan_swap_outs(4, 4, 6.0)
-    assert [copy for _, copy in execute(cache).swap_outs] == [BlockCopy(0, 0), BlockCopy(1, 1)]
+    cache.allocator.plan_swap_outs(4, 4, 6.0)
+    assert [copy for _, copy in execute(cache).swap_outs] == [swap_out(0, 0), swap_out(1, 1)]
     use(cache, "newest", range(20, 28), 7.0)
     assert cache.count_idle_chunks() == {"gpu": 2, "both": 2, "cpu": 0}
 
@@ -305,11 +307,11 @@ def test_the_cpu_tier_gives_up_spare_copies_first_and_then_only_what_goes_before
     )  # pins old's chunk, which is on the GPU: its copy is spare; reclaims newer's block
     assert blocks(running) == [0, 1]
     assert cache.try_append_block(running, 8.0) == 2  # newest's first chunk takes the spare copy's block
-    assert [copy for _, copy in execute(cache).evictions] == [BlockCopy(2, 0)]
+    assert [copy for _, copy in execute(cache).evictions] == [swap_out(2, 0)]
     assert cache.try_append_block(running, 8.0) == 3  # its second takes that of newer, which goes before it
-    assert [copy for _, copy in execute(cache).evictions] == [BlockCopy(3, 1)]
+    assert [copy for _, copy in execute(cache).evictions] == [swap_out(3, 1)]
     cache.check_integrity([running])
-    assert cache._stats.evictions == {
+    assert cache.allocator._stats.evictions == {
         "gpu_reclaimed": 1,
         "gpu_swapped_out": 2,
         "gpu_dropped": 0,
@@ -321,7 +323,7 @@ def test_the_cpu_tier_gives_up_spare_copies_first_and_then_only_what_goes_before
 def test_what_goes_before_everything_in_a_full_cpu_tier_is_dropped():
     cache = make_cache(3, "trailing_lru", num_cpu_blocks=1)
     use(cache, "newer", range(4), 5.0)
-    cache.plan_swap_outs(3, 3, 5.0)
+    cache.allocator.plan_swap_outs(3, 3, 5.0)
     assert execute(cache).swap_outs
     use(cache, "old", range(10, 14), 1.0)
     running = make_request("running", range(50, 58))
@@ -329,7 +331,7 @@ def test_what_goes_before_everything_in_a_full_cpu_tier_is_dropped():
     assert cache.try_append_block(running, 9.0) is not None
     transfers = execute(cache)
     assert transfers.evictions == []
-    assert cache._stats.evictions["gpu_dropped"] == 1
+    assert cache.allocator._stats.evictions["gpu_dropped"] == 1
     assert cache.match_context(make_request("again", range(5))).num_cached_tokens == 4
     assert cache.match_context(make_request("lost", range(10, 15))).num_cached_tokens == 0
 
@@ -337,4 +339,4 @@ def test_what_goes_before_everything_in_a_full_cpu_tier_is_dropped():
 def test_write_through_without_a_cpu_tier_remembers_nothing():
     cache = make_cache(4, write_through=True)
     use(cache, "turn 1", range(9), 1.0)
-    assert not cache._unwritten
+    assert not cache.allocator._unwritten

@@ -1,8 +1,9 @@
-"""A state machine drives the cache manager as a scheduler would, against a model of what lies in every block of both tiers.
+"""A state machine drives the cache manager as a scheduler would, against a model of what lies in every block of all tiers.
 
 The truth is a label for each slot: which token context the KV in it belongs to. A wrong match, a stale block, a shared
 block that is written, a copy with the wrong source or at the wrong time shows as a slot with the wrong label. Steps are
-executed in the order that StepPlan states, or fail half-way, or find that a block in the CPU tier was corrupted.
+executed in the order that StepPlan states, or fail half-way, or find that a block in the CPU tier was corrupted. With slow
+tiers, their transfers end at any time between two calls, in any order, or fail.
 """
 
 import os
@@ -13,14 +14,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.core.cache.cache_manager import CacheManager, Transfers
+from engine.core.cache.cache_manager import CacheManager
 from engine.core.cache.cost_model import CostModel
 from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.core.cache.index import Chunk, chunk_key, root_key
+from engine.core.cache.transfers import StepTransfers
 from engine.core.config import CacheConfig
-from engine.core.plan import BlockCopy
+from engine.core.plan import BlockCopy, SlowTransfer
 from engine.core.request import ContextAccount, Request, SamplingParams
 from engine.core.stats import EngineStats
+from engine.core.tier_table import TierSpec
 
 CHUNK_SIZE = 4
 MAX_TOKENS = 22
@@ -67,6 +70,8 @@ swap_outs = st.tuples(st.integers(0, 12), st.sampled_from([0, 0, 1, 3]), st.bool
 class CacheManagerMachine(RuleBasedStateMachine):
     """One plan at a time: releases and appended blocks first, then admissions, ahead-of-time swap-outs, then the step."""
 
+    SLOW_TIERS: tuple[str, ...] = ()
+
     @initialize(
         num_blocks=st.integers(6, 10),
         num_cpu_blocks=st.integers(0, 7),
@@ -74,6 +79,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
         swap_in_cost=st.sampled_from([0.0, 0.0, 1.0, 2.5]),
         write_through=st.booleans(),
         keep=st.integers(0, 9),
+        slow_sizes=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+        load_cost=st.sampled_from([0.0, 0.0, 0.0, 2.5]),
         contexts=st.lists(st.lists(st.integers(1, 2), min_size=6, max_size=18), min_size=2, max_size=8),
     )
     def start(
@@ -84,13 +91,18 @@ class CacheManagerMachine(RuleBasedStateMachine):
         swap_in_cost: float,
         write_through: bool,
         keep: int,
+        slow_sizes: tuple[int, int],
+        load_cost: float,
         contexts: list[list[int]],
     ) -> None:
-        self.stats = EngineStats()
         self.keep = keep > 0  # one example in ten is stateless
-        self.costs = replace(COSTS, swap_in_cost=swap_in_cost)
+        self.costs = replace(COSTS, load_costs={"cpu": swap_in_cost, **dict.fromkeys(self.SLOW_TIERS, load_cost)})
         self.write_through = write_through
-        num_cpu_blocks = num_cpu_blocks if self.keep else 0
+        num_cpu_blocks = max(num_cpu_blocks, bool(self.SLOW_TIERS)) if self.keep else 0
+        slow_tiers = tuple(
+            TierSpec(name=name, num_blocks=size, is_fast=False)
+            for name, size in zip(self.SLOW_TIERS, slow_sizes, strict=False)
+        )
         config = CacheConfig(
             chunk_size=CHUNK_SIZE,
             num_gpu_blocks=num_blocks,
@@ -100,10 +112,18 @@ class CacheManagerMachine(RuleBasedStateMachine):
             model=MODEL,
             keep=self.keep,
             write_through=write_through,
+            slow_tiers=slow_tiers,
         )
+        self.stats = EngineStats([tier.name for tier in config.tiers])
         self.cache = CacheManager(config, self.stats)
         self.slots: Slots = [[GARBAGE] * CHUNK_SIZE for _ in range(num_blocks)]
         self.cpu_slots: Slots = [[GARBAGE] * CHUNK_SIZE for _ in range(num_cpu_blocks)]
+        self.slow_slots: dict[str, Slots] = {
+            tier.name: [[GARBAGE] * CHUNK_SIZE for _ in range(tier.num_blocks)] for tier in slow_tiers
+        }
+        self.slow_in_flight: dict[int, tuple[SlowTransfer, list[Label]]] = {}  # with what the source held
+        self.num_slow_ended = dict.fromkeys(self.stats.slow_transfers, 0)
+        self.loading: dict[Request, set[int]] = {}  # requests that wait for slow transfers
         self.corrupted: set[int] = set()  # CPU blocks that do not hold what was swapped out to them
         self.names: dict[bytes, Label] = {}  # what each key must mean
         self.cached_once: set[Label] = set()  # contexts up to the end of each full chunk that was ever cached
@@ -115,11 +135,15 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.tables: dict[str, list[int | None]] = {}  # block tables, as a worker was told them
         self.histories: list[tuple[str, str, tuple[int, ...]]] = []  # tenant, conversation, tokens of a finished turn
         self.starts: list[Request] = []  # admitted in the plan being made
-        self.num_copies = dict.fromkeys(("evictions", "gpu_copies", "swap_ins", "swap_outs"), 0)
+        self.num_copies = dict.fromkeys(("evictions", "local_copies", "swap_ins", "swap_outs"), 0)
         self.num_corrupted_swaps = 0
         for number, context in enumerate(contexts):
             self.add(TENANTS[0], f"c{number}", tuple(context))
             self.all_run_to_their_end([1, 2] * 4, 3, (0, 0, False))
+            self.after_each_context()
+
+    def after_each_context(self) -> None:
+        """To bring the machine into an interesting state before its first rule."""
 
     # -- requests arrive -----------------------------------------------------------------------------------------------
 
@@ -153,7 +177,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
     @rule(data=st.data(), new=st.lists(st.integers(1, 2), max_size=5).map(tuple), tenant=st.sampled_from(TENANTS))
     def a_fork_arrives(self, data: st.DataObject, new: tuple[int, ...], tenant: str) -> None:
         """Another conversation, perhaps of another tenant, begins with any part of a history; the whole of it again
-        included."""
+        included.
+        """
         _, _, history = data.draw(st.sampled_from(self.histories))
         length = data.draw(st.integers(1, len(history)))
         self.add(tenant, f"fork of {length}", history[:length] + new)
@@ -166,7 +191,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
 
     @rule(num_gpu_blocks=st.sampled_from([0, 0, 1, 3, 10]), num_cpu_blocks=st.sampled_from([0, 0, 1, 7]))
     def blocks_are_held_back_or_given_back(self, num_gpu_blocks: int, num_cpu_blocks: int) -> None:
-        self.cache.hold_back(num_gpu_blocks, num_cpu_blocks, self.now)
+        self.cache.allocator.hold_back({"gpu": num_gpu_blocks, "cpu": num_cpu_blocks}, self.now)
         self.is_held_back = num_gpu_blocks + num_cpu_blocks > 0
 
     # -- the plan ------------------------------------------------------------------------------------------------------
@@ -208,10 +233,11 @@ class CacheManagerMachine(RuleBasedStateMachine):
         assert request.pending[-1][1] == request.num_tokens, "the last token is always computed"
         assert all(a[1] < b[0] for a, b in zip(request.pending, request.pending[1:], strict=False))
         assert self.cache.num_available_blocks >= reserve
+        request.loads = {}
         self.waiting.pop(0)
         self.running.append(request)
         self.starts.append(request)
-        self.tables[request.request_id] = [chunk.gpu_block for chunk in request.chunks]
+        self.tables[request.request_id] = [chunk.blocks[0] for chunk in request.chunks]
 
     def note_cached(self, request: Request, start: int, end: int) -> None:
         """The full chunks that end in (start, end] have been computed, and can be found (in stateless mode: have been)."""
@@ -219,10 +245,9 @@ class CacheManagerMachine(RuleBasedStateMachine):
             self.cached_once.add((request.tenant, tuple(request.token_ids[: (position + 1) * CHUNK_SIZE])))
 
     def snapshot(self) -> tuple[object, ...]:
-        cache, planned = self.cache, self.cache._planned
+        cache, planned = self.cache, self.cache.transfers.planned
         return (
-            cache.gpu_pool.num_free,
-            cache.cpu_pool.num_free,
+            [(tier.pool.num_free, dict(tier.lent)) for tier in cache.tiers],
             set(cache.index),
             cache.count_idle_chunks(),
             [len(getattr(planned, name)) for name in self.num_copies],
@@ -232,7 +257,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
     def cached_by_brute_force(self, request: Request) -> tuple[int, ContextAccount]:
         """Tokens of the context that some named chunk holds, the last one left out, by looking at every chunk: those to be
         used; and of the prompt those to be loaded, those that cost more to load than to compute, and those that were
-        cached."""
+        cached.
+        """
         best: dict[int, Chunk] = {}
         for chunk in self.cache.index:
             tenant, token_ids = self.names[chunk.key]
@@ -240,7 +266,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
                 chunk.position not in best or best[chunk.position].num_tokens < chunk.num_tokens
             ):
                 best[chunk.position] = chunk
-        num_cached = num_loaded = num_left_out = num_dropped = 0
+        num_cached = num_left_out = num_dropped = 0
+        num_loaded: dict[str, int] = {}
         for position in range(-(-request.num_tokens // CHUNK_SIZE)):
             start, end = position * CHUNK_SIZE, (position + 1) * CHUNK_SIZE
             num_prompt = max(0, request.num_prompt_tokens - start)
@@ -250,12 +277,17 @@ class CacheManagerMachine(RuleBasedStateMachine):
                     num_dropped += min(CHUNK_SIZE, request.num_tokens - 1 - start, num_prompt)
                 continue
             num_usable = min(chunk.num_tokens, request.num_tokens - 1 - start)
-            if chunk.gpu_block is None and num_usable:
-                if self.costs.swap_in_cost > self.costs.chunk_cost(position) * num_usable / CHUNK_SIZE:
+            if chunk.blocks[0] is None and num_usable:
+                if (
+                    chunk.blocks[1] is None
+                    or self.costs.load_costs["cpu"] > self.costs.chunk_cost(position) * num_usable / CHUNK_SIZE
+                ):
                     num_left_out += min(num_usable, num_prompt)
                     continue
-                num_loaded += min(num_usable, num_prompt)
+                tier = request.loads.get(chunk.key, "cpu")
+                num_loaded[tier] = num_loaded.get(tier, 0) + max(0, min(num_usable, num_prompt))
             num_cached += num_usable
+        num_loaded = {tier: num for tier, num in num_loaded.items() if num}
         return num_cached, ContextAccount(num_loaded, num_left_out, num_dropped)
 
     # -- the step ------------------------------------------------------------------------------------------------------
@@ -339,7 +371,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
             self.a_step_fails(lengths, swap_outs, are_copies_made=outcome == "computation failed")
             return
         if outcome == "corrupted":
-            planned = self.cache._planned
+            planned = self.cache.transfers.planned
             on_its_way = {copy.target for _, copy in planned.evictions}
             for source in [copy.source for _, _, copy in planned.swap_ins if copy.source not in on_its_way][:2]:
                 self.corrupt(source)
@@ -347,14 +379,16 @@ class CacheManagerMachine(RuleBasedStateMachine):
 
     def find_history(self, where: str, number: int) -> tuple[str, str, tuple[int, ...]]:
         """A finished turn; if there is one, the context of a chunk that this very plan evicts or loads, or that is in the CPU
-        tier only."""
-        planned = self.cache._planned
+        tier only.
+        """
+        planned = self.cache.transfers.planned
         chunks = {
             "any": [],
             "evicted": [chunk for chunk, _ in planned.evictions],
             "loading": [target for _, target, _ in planned.swap_ins],
             "cpu": sorted(
-                (chunk for chunk in self.cache.index if chunk.gpu_block is None), key=lambda chunk: chunk.cpu_block
+                (chunk for chunk in self.cache.index if chunk.blocks[0] is None),
+                key=lambda chunk: [-1 if block is None else block for block in chunk.blocks],
             ),
         }[where]
         chunks = [chunk for chunk in chunks if chunk.key is not None]
@@ -369,22 +403,24 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.now += idle
         transfers = self.take_plan(swap_outs)
         assert not transfers.swap_ins
-        assert not transfers.gpu_copies
+        assert not transfers.local_copies
         if fails:
             self.fail(transfers, [], are_copies_made=False)
         else:
             self.execute(transfers, [], is_late=swap_outs[2])
 
-    def take_plan(self, swap_outs: tuple[int, int, bool]) -> Transfers:
+    def take_plan(self, swap_outs: tuple[int, int, bool]) -> StepTransfers:
         """Plan the ahead-of-time swap-outs, and take all transfers."""
         watermark, limit, _ = swap_outs
         cache = self.cache
-        idle = {chunk for chunk in cache.index if not chunk.pins and chunk.cpu_block is None}
-        num_wanted = watermark - cache.gpu_pool.num_free - cache.count_idle_chunks()["both"]
-        cache.plan_swap_outs(watermark, limit, self.now)
+        idle = {chunk for chunk in cache.index if not chunk.pins and chunk.blocks[1] is None}
+        num_wanted = watermark - cache.tiers.primary.pool.num_free - cache.count_idle_chunks()["both"]
+        cache.allocator.plan_swap_outs(watermark, limit, self.now)
+        cache.allocator.plan_stores(watermark / 12, limit, self.now)
         self.the_books_balance()
         self.chunks_hold_what_their_names_say()
-        transfers = cache.take_transfers()
+        self.take_slow_transfers()
+        transfers = cache.transfers.take()
         planned = [chunk for chunk, _ in transfers.swap_outs]
         assert len(planned) <= (limit if self.write_through else max(0, min(limit, num_wanted)))
         assert len(planned) == len(set(planned))
@@ -394,7 +430,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
             self.num_copies[name] += len(getattr(transfers, name))
         return transfers
 
-    def execute(self, transfers: Transfers, segments: list[Segment], *, is_late: bool) -> None:
+    def execute(self, transfers: StepTransfers, segments: list[Segment], *, is_late: bool) -> None:
         """The step as StepPlan orders it, then what EngineCore makes of its result."""
         move(self.slots, self.cpu_slots, self.corrupted, transfers, swap_outs=not is_late)
         failed = [copy.target for _, _, copy in transfers.swap_ins if copy.source in self.corrupted]
@@ -407,7 +443,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
                 self.write(request, position, GARBAGE if request in misled else label(request, position))
         if is_late:
             move_out(self.slots, self.cpu_slots, self.corrupted, transfers.swap_outs)
-        reached = [self.cache.fail_swap_in(gpu_block) for gpu_block in failed]
+        reached = [self.cache.transfers.fail_swap_in(gpu_block) for gpu_block in failed]
         self.num_corrupted_swaps += len(failed)
         for request in reversed(list(self.running)):
             if not set(reached).isdisjoint(request.chunks):
@@ -416,7 +452,44 @@ class CacheManagerMachine(RuleBasedStateMachine):
                 self.cache.release(request, self.now, step_failed=True)
                 self.waiting.insert(0, request)
         assert not misled, "a request has read a corrupted block and goes on"
-        self.cache.complete_transfers()
+        self.cache.transfers.complete()
+
+    def take_slow_transfers(self) -> None:
+        """They begin: until they end, their targets hold garbage."""
+        for transfer in self.cache.slow_transfers.take():
+            copy = transfer.copy
+            source, target = self.slots_of(copy.source_tier), self.slots_of(copy.target_tier)
+            self.slow_in_flight[transfer.transfer_id] = (transfer, source[copy.source][:])
+            target[copy.target] = [GARBAGE] * CHUNK_SIZE
+            if copy.target_tier == "cpu":
+                self.corrupted.discard(copy.target)
+
+    def end_slow_transfer(self, transfer_id: int, *, ok: bool) -> None:
+        """Not ok: nothing has arrived; a corrupted block is never stored."""
+        transfer, before = self.slow_in_flight.pop(transfer_id)
+        copy = transfer.copy
+        is_load = copy.target_tier == "cpu"
+        source, target = self.slots_of(copy.source_tier), self.slots_of(copy.target_tier)
+        ok = ok and (is_load or copy.source not in self.corrupted)
+        if ok:
+            assert source[copy.source] == before, "the source of a transfer has changed"
+            target[copy.target] = before
+        else:
+            assert target[copy.target] == [GARBAGE] * CHUNK_SIZE, "something else was written to the target"
+            if is_load:
+                source[copy.source] = [GARBAGE] * CHUNK_SIZE  # lost
+        tier = copy.source_tier if is_load else copy.target_tier
+        outcome = ("loaded" if ok else "load_failed") if is_load else ("stored" if ok else "store_failed")
+        self.num_slow_ended[f"{tier}_{outcome}"] += 1
+        self.cache.slow_transfers.complete(transfer_id, ok=ok, now=self.now)
+        for request, transfer_ids in list(self.loading.items()):
+            transfer_ids.discard(transfer_id)
+            if not transfer_ids:
+                del self.loading[request]
+                self.waiting.insert(0, request)
+
+    def slots_of(self, tier: str) -> Slots:
+        return {"gpu": self.slots, "cpu": self.cpu_slots, **self.slow_slots}[tier]
 
     def append_block(self, request: Request) -> None:
         """A decode that needs a block gets it, or is suspended for want of one."""
@@ -461,18 +534,20 @@ class CacheManagerMachine(RuleBasedStateMachine):
         for request in self.running:
             self.check_content(request)
 
-    def fail(self, transfers: Transfers, segments: list[Segment], *, are_copies_made: bool) -> None:
-        named, lost = set(self.cache.index), {chunk for chunk, _ in transfers.evictions}
+    def fail(self, transfers: StepTransfers, segments: list[Segment], *, are_copies_made: bool) -> None:
+        named = set(self.cache.index)
+        arriving = {target for _, target, _ in transfers.swap_ins}
+        lost = {chunk for chunk, _ in transfers.evictions if not any_block(chunk.blocks[2:]) or chunk in arriving}
         if are_copies_made and not any(copy.source in self.corrupted for _, _, copy in transfers.swap_ins):
             move(self.slots, self.cpu_slots, self.corrupted, transfers, swap_outs=True)
             lost = set()
-            self.cache.complete_transfers()
+            self.cache.transfers.complete()
         else:
-            for copy in (*transfers.gpu_copies, *(copy for _, _, copy in transfers.swap_ins)):
+            for copy in (*transfers.local_copies, *(copy for _, _, copy in transfers.swap_ins)):
                 self.slots[copy.target] = [GARBAGE] * CHUNK_SIZE
             for _, copy in (*transfers.evictions, *transfers.swap_outs):
                 self.cpu_slots[copy.target] = [GARBAGE] * CHUNK_SIZE
-            self.cache.abort_transfers()
+            self.cache.transfers.abort()
         for request, start, end in segments:
             for position in range(start, end):
                 self.write(request, position, GARBAGE)
@@ -483,11 +558,11 @@ class CacheManagerMachine(RuleBasedStateMachine):
         )
 
     @precondition(
-        lambda self: not self.cache.has_transfers and any(chunk.cpu_block is not None for chunk in self.cache.index)
+        lambda self: not self.cache.transfers.planned and any(chunk.blocks[1] is not None for chunk in self.cache.index)
     )
     @rule(data=st.data())
     def a_block_in_the_cpu_tier_is_corrupted(self, data: st.DataObject) -> None:
-        in_use = sorted(chunk.cpu_block for chunk in self.cache.index if chunk.cpu_block is not None)
+        in_use = sorted(chunk.blocks[1] for chunk in self.cache.index if chunk.blocks[1] is not None)
         block_id = data.draw(st.sampled_from(in_use))
         self.corrupt(block_id)
 
@@ -532,12 +607,12 @@ class CacheManagerMachine(RuleBasedStateMachine):
     @invariant()
     def workers_know_the_block_tables(self) -> None:
         for request in self.running:
-            assert self.tables[request.request_id] == [chunk.gpu_block for chunk in request.chunks]
+            assert self.tables[request.request_id] == [chunk.blocks[0] for chunk in request.chunks]
 
     @invariant()
     def chunks_hold_what_their_names_say(self) -> None:
         """In both tiers, now where nothing is on its way there, and after the transfers of the plan being made."""
-        planned = self.cache._planned
+        planned = self.cache.transfers.planned
         slots, cpu_slots, corrupted = (
             [row[:] for row in self.slots],
             [row[:] for row in self.cpu_slots],
@@ -551,25 +626,28 @@ class CacheManagerMachine(RuleBasedStateMachine):
             start, size = chunk.position * CHUNK_SIZE, chunk.num_tokens
             assert len(token_ids) == start + size
             expected = [(tenant, token_ids[: position + 1]) for position in range(start, start + size)]
-            if chunk.gpu_block is not None and swapped_in.get(chunk.gpu_block) not in corrupted:
-                assert slots[chunk.gpu_block][:size] == expected, chunk
-                if chunk.gpu_block not in swapped_in:
-                    assert self.slots[chunk.gpu_block][:size] == expected, chunk
-            if chunk.cpu_block is not None and chunk.cpu_block not in corrupted:
-                assert cpu_slots[chunk.cpu_block][:size] == expected, chunk
-                if chunk.cpu_block not in swapped_out:
-                    assert self.cpu_slots[chunk.cpu_block][:size] == expected, chunk
+            if chunk.blocks[0] is not None and swapped_in.get(chunk.blocks[0]) not in corrupted:
+                assert slots[chunk.blocks[0]][:size] == expected, chunk
+                if chunk.blocks[0] not in swapped_in:
+                    assert self.slots[chunk.blocks[0]][:size] == expected, chunk
+            for block_id, tier_slots in zip(chunk.blocks[2:], self.slow_slots.values(), strict=True):
+                assert block_id is None or tier_slots[block_id][:size] == expected, chunk
+            if chunk.blocks[1] is not None and chunk.blocks[1] not in corrupted:
+                assert cpu_slots[chunk.blocks[1]][:size] == expected, chunk
+                if chunk.blocks[1] not in swapped_out:
+                    assert self.cpu_slots[chunk.blocks[1]][:size] == expected, chunk
 
     @invariant()
     def counts_conserve(self) -> None:
         num_copies, stats = self.num_copies, self.stats
         assert stats.num_swap_ins == num_copies["swap_ins"]
-        assert stats.num_gpu_copies == num_copies["gpu_copies"]
+        assert stats.num_local_copies == num_copies["local_copies"]
         assert stats.num_swap_outs == num_copies["evictions"] + num_copies["swap_outs"]
-        num_evictions = num_copies["evictions"] + len(self.cache._planned.evictions)
+        num_evictions = num_copies["evictions"] + len(self.cache.transfers.planned.evictions)
         assert stats.evictions["gpu_swapped_out"] == num_evictions
         assert stats.num_corrupted_swaps == self.num_corrupted_swaps
-        if not self.cache.cpu_pool.num_blocks:
+        assert stats.slow_transfers == self.num_slow_ended
+        if not self.cache.tiers.secondary.pool.num_blocks:
             assert sum(stats.evictions.values()) == stats.evictions["gpu_dropped"]
 
     @invariant()
@@ -577,34 +655,145 @@ class CacheManagerMachine(RuleBasedStateMachine):
         if self.keep:
             return
         assert not len(self.cache.index)
-        assert not self.cache.has_transfers
+        assert not self.cache.transfers.planned
         num_held = self.cache.count_held_blocks()["gpu"]
-        assert self.cache.gpu_pool.num_used == num_held + sum(len(request.chunks) for request in self.running)
+        assert self.cache.tiers.primary.pool.num_used == num_held + sum(len(request.chunks) for request in self.running)
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
             return
+        self.take_slow_transfers()
+        for transfer_id in list(self.slow_in_flight):
+            self.end_slow_transfer(transfer_id, ok=True)
         if self.running:
             self.a_step_is_computed([9] * 8, [1] * 8, [True] * 8, (0, 0, False))
         for request in list(self.running):
             self.release(request)
-        if self.cache.has_transfers:
+        if self.cache.transfers.planned:
             self.blocks_move_while_nobody_runs((0, 0, False), fails=False, idle=0)
         self.cache.check_integrity([])
         self.chunks_hold_what_their_names_say()
         cache, idle = self.cache, self.cache.count_idle_chunks()
-        assert cache.num_available_blocks == cache.gpu_pool.num_blocks
-        assert sum(idle.values()) == len(cache.index)
+        assert cache.num_available_blocks == cache.tiers.primary.pool.num_blocks
+        self.take_slow_transfers()
+        for transfer_id in list(self.slow_in_flight):
+            self.end_slow_transfer(transfer_id, ok=True)
+        idle = cache.count_idle_chunks()
+        num_far = sum(not any_block(chunk.blocks[:2]) for chunk in cache.index)
+        assert idle["gpu"] + idle["both"] + idle["cpu"] + num_far == len(cache.index)
+        for tier in cache.tiers.slow:
+            assert tier.pool.num_used == idle[tier.name]
         held = cache.count_held_blocks()
-        assert cache.gpu_pool.num_used == idle["gpu"] + idle["both"] + held["gpu"]
-        assert cache.cpu_pool.num_used == idle["cpu"] + idle["both"] + held["cpu"]
+        assert cache.tiers.primary.pool.num_used == idle["gpu"] + idle["both"] + held["gpu"]
+        assert cache.tiers.secondary.pool.num_used == idle["cpu"] + idle["both"] + held["cpu"]
 
 
-def move(slots: Slots, cpu_slots: Slots, corrupted: set[int], transfers: Transfers, *, swap_outs: bool) -> None:
+class SlowTiersMachine(CacheManagerMachine):
+    """The same with a slow tier."""
+
+    SLOW_TIERS = ("dict",)
+
+    def after_each_context(self) -> None:
+        if self.slow_slots:
+            self.everything_moves_down(2)
+
+    @precondition(lambda self: self.waiting and self.slow_slots)
+    @rule(idle=st.integers(0, 2))
+    def the_oldest_waits_for_a_slow_tier(self, idle: int) -> None:
+        self.now += idle
+        request = self.waiting[0]
+        tried = set(request.loads)
+        transfer_ids = self.cache.start_loads(request, self.now)
+        for key in request.loads.keys() - tried:
+            tenant, token_ids = self.names[key]
+            assert (tenant, token_ids) == (request.tenant, tuple(request.token_ids[: len(token_ids)]))
+        self.take_slow_transfers()
+        if transfer_ids is None:
+            return
+        assert transfer_ids or self.cache.slow_transfers.num_loads, "nothing to wait for"
+        assert transfer_ids <= self.slow_in_flight.keys()
+        self.loading[self.waiting.pop(0)] = transfer_ids
+
+    @precondition(lambda self: self.loading)
+    @rule(aborts=st.booleans())
+    def a_request_waits_no_longer(self, aborts: bool) -> None:
+        request = next(iter(self.loading))
+        del self.loading[request]
+        if not aborts:
+            self.waiting.insert(0, request)
+
+    @precondition(lambda self: self.slow_in_flight)
+    @rule(number=st.integers(0, 20), ok=st.sampled_from([True, True, True, False]), idle=st.integers(0, 1))
+    def a_slow_transfer_ends(self, number: int, ok: bool, idle: int) -> None:
+        self.now += idle
+        self.end_slow_transfer(list(self.slow_in_flight)[number % len(self.slow_in_flight)], ok=ok)
+
+    @precondition(lambda self: self.slow_slots and self.cache.count_idle_chunks()["cpu"])
+    @rule(ok=st.booleans())
+    def what_lies_in_the_cpu_tier_is_stored(self, ok: bool) -> None:
+        self.now += 1
+        self.cache.allocator.plan_stores(1.0, 16, self.now)
+        self.take_slow_transfers()
+        for transfer_id in list(self.slow_in_flight):
+            self.end_slow_transfer(transfer_id, ok=ok or transfer_id % 2 > 0)
+
+    @precondition(lambda self: not self.running and not self.starts and self.slow_slots)
+    @rule(num_rounds=st.integers(1, 4))
+    def everything_moves_down(self, num_rounds: int) -> None:
+        for _ in range(num_rounds):
+            self.now += 2
+            if self.cache.count_idle_chunks()["gpu"]:
+                self.blocks_move_while_nobody_runs((12, 3, False), fails=False, idle=0)
+            self.what_lies_in_the_cpu_tier_is_stored(ok=True)
+
+    @precondition(lambda self: self.slow_slots and any(not any_block(chunk.blocks[:2]) for chunk in self.cache.index))
+    @rule(
+        number=st.integers(0, 9),
+        new=tokens,
+        is_fork=st.booleans(),
+        arrives=st.sampled_from(["all", "all", "half", "none"]),
+    )
+    def a_conversation_in_the_slow_tier_goes_on(
+        self, number: int, new: tuple[int, ...], is_fork: bool, arrives: str
+    ) -> None:
+        """It waits until all of it is there, or is lost."""
+        chunks = [chunk for chunk in self.cache.index if not any_block(chunk.blocks[:2])]
+        chunk = max(chunks, key=lambda chunk: (chunk.position + number) % 7)
+        tenant, token_ids = self.names[chunk.key]
+        self.add(tenant, "fork" if is_fork else chunk.owner_id or "nobody's", token_ids + new)
+        request = self.waiting.pop()
+        self.waiting.insert(0, request)
+        for _ in range(20):
+            self.the_oldest_waits_for_a_slow_tier(1)
+            if request not in self.loading:
+                break
+            while request in self.loading:
+                transfer_id = max(self.loading[request] or self.slow_in_flight)
+                ok = arrives == "all" or (arrives == "half" and transfer_id % 2 > 0)
+                self.end_slow_transfer(transfer_id, ok=ok)
+                self.the_books_balance()
+                self.chunks_hold_what_their_names_say()
+            self.waiting.remove(request)
+            self.waiting.insert(0, request)
+        assert request not in self.loading, "a request loads for ever"
+        self.the_oldest_is_admitted(reserve=0, idle=0)
+
+
+class TwoSlowTiersMachine(SlowTiersMachine):
+    """And with another one behind it, of which nothing is stored in yet: no rule may depend on their number."""
+
+    SLOW_TIERS = ("dict", "list")
+
+
+def any_block(blocks: list[int | None]) -> bool:
+    return any(block is not None for block in blocks)
+
+
+def move(slots: Slots, cpu_slots: Slots, corrupted: set[int], transfers: StepTransfers, *, swap_outs: bool) -> None:
     """The copies of a step in the order of StepPlan. A corrupted block brings garbage."""
     move_out(slots, cpu_slots, corrupted, transfers.evictions)
-    contents = [slots[copy.source][:] for copy in transfers.gpu_copies]
-    for copy, content in zip(transfers.gpu_copies, contents, strict=True):
+    contents = [slots[copy.source][:] for copy in transfers.local_copies]
+    for copy, content in zip(transfers.local_copies, contents, strict=True):
         slots[copy.target] = content
     if swap_outs:
         move_out(slots, cpu_slots, corrupted, transfers.swap_outs)
@@ -618,7 +807,10 @@ def move_out(slots: Slots, cpu_slots: Slots, corrupted: set[int], copies: list[t
         corrupted.discard(copy.target)
 
 
+PROFILE = settings.get_profile("nightly" if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else "default-machine")
 TestCacheManager = CacheManagerMachine.TestCase
-TestCacheManager.settings = settings.get_profile(
-    "nightly" if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else "default-machine"
-)
+TestCacheManager.settings = PROFILE
+TestSlowTier = SlowTiersMachine.TestCase
+TestSlowTier.settings = PROFILE
+TestTwoSlowTiers = TwoSlowTiersMachine.TestCase
+TestTwoSlowTiers.settings = settings(PROFILE, max_examples=PROFILE.max_examples // 6)

@@ -14,7 +14,7 @@ COSTS = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4)
 
 
 def chunk(position: int, last_active: float) -> Chunk:
-    made = Chunk(position, gpu_block=0)
+    made = Chunk(position, [0, None])
     made.last_active = last_active
     return made
 
@@ -157,7 +157,8 @@ def test_unknown_policy_is_refused_by_name():
 
 def test_retention_value_equals_brute_force():
     """The search over list heads finds the minimum over all chunks, whatever was inserted, removed and evicted before, in
-    whatever order of last use."""
+    whatever order of last use.
+    """
     num_choices = 0
     for seed in range(1000):
         rng = random.Random(seed)
@@ -189,7 +190,8 @@ def retention_value(costs: CostModel):
 
 def check_history(policy, rank, rng: random.Random) -> int:
     """A random history; each victim is the minimum by `rank` over all chunks, of equal ones the first that came in; and of
-    any two chunks, held or not, the one of smaller rank goes before the other. Returns how often there was a choice."""
+    any two chunks, held or not, the one of smaller rank goes before the other. Returns how often there was a choice.
+    """
     held: list[Chunk] = []  # in order of insertion
     away: list[Chunk] = []  # removed, and may come back with the last use they had
     now, num_choices = 0.0, 0

@@ -2,15 +2,13 @@
 
 import itertools
 
-import pytest
-
-from engine.core.cache.index import Chunk, ChunkIndex, Residency, chunk_key, root_key
+from engine.core.cache.index import Chunk, ChunkIndex, chunk_key, root_key
 
 ROOT = root_key("model", "", "acme")
 
 
 def named(index: ChunkIndex, position: int, parent: bytes, token_ids: tuple[int, ...]) -> Chunk:
-    chunk = Chunk(position, gpu_block=0)
+    chunk = Chunk(position, [0, None])
     chunk.num_tokens = len(token_ids)
     assert index.insert(chunk, chunk_key(parent, token_ids), parent)
     return chunk
@@ -71,7 +69,7 @@ def test_a_full_chunk_is_no_tail():
 def test_a_name_is_given_once():
     index = ChunkIndex(4)
     first = named(index, 0, ROOT, (1, 2))
-    second = Chunk(0, gpu_block=1)
+    second = Chunk(0, [1, None])
     second.num_tokens = 2
     assert not index.insert(second, chunk_key(ROOT, (1, 2)), ROOT)
     assert second.key is None
@@ -88,18 +86,3 @@ def test_nothing_is_left_of_tails_that_are_gone():
         index.remove(chunk)
     assert len(index) == 0
     assert index._tail_lengths == {}, "the lengths of tails that are gone are counted for ever"
-
-
-@pytest.mark.parametrize(
-    ("gpu_block", "cpu_block", "residency"),
-    [
-        (0, None, Residency.GPU),
-        (0, 0, Residency.BOTH),
-        (None, 0, Residency.CPU),
-        (None, None, Residency.DROPPED),
-    ],
-)
-def test_residency_follows_from_the_blocks(gpu_block, cpu_block, residency):
-    chunk = Chunk(0, gpu_block)
-    chunk.cpu_block = cpu_block
-    assert chunk.residency is residency

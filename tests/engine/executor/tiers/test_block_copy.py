@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from engine.attention import device_clock
 from engine.attention.device_clock import seconds_on
 from engine.attention.metadata import LayerShape
-from engine.core.plan import BlockCopy
 from engine.errors import ConfigError, DeviceFailedError
 from engine.executor.tiers import block_copy
 from engine.executor.tiers.block_copy import DmaCopier, choose_copiers, columns_of, layer_groups, max_group_layers
 from engine.executor.tiers.cuda_copies import CudaCopies
 from engine.executor.tiers.kv_store import KVStore
+from tests.copies import swap_in
 
 needs_interpreter = pytest.mark.skipif(
     find_spec("triton") is None or torch.cuda.is_available(), reason="needs Triton's interpreter"
@@ -45,9 +45,9 @@ def assert_copies_right(copier, seed: int, dtype: torch.dtype, num_columns: int)
         source[rng.randrange(num_blocks), 0] = float("nan")
     targets = rng.sample(range(len(target)), rng.randint(1, num_blocks))
     first = rng.randrange(num_blocks)
-    copies = tuple(BlockCopy((first + i) % num_blocks, block) for i, block in enumerate(targets))
+    copies = tuple(swap_in((first + i) % num_blocks, block) for i, block in enumerate(targets))
     if rng.random() < 0.5:  # rows that follow each other
-        copies = tuple(BlockCopy(i, i + 1) for i in range(len(copies)))
+        copies = tuple(swap_in(i, i + 1) for i in range(len(copies)))
     start = rng.randrange(num_columns)
     columns = slice(0, num_columns) if rng.random() < 0.4 else slice(start, rng.randint(start + 1, num_columns))
     expected = target.clone()
@@ -156,7 +156,7 @@ def test_the_groups_of_one_swap_in_share_their_list_and_another_swap_in_has_its_
     gpu, cpu = make_store(6), make_store(6)
     gpu.storage.zero_()
     copier = KernelCopier()
-    for copies in ((BlockCopy(0, 1), BlockCopy(4, 2)), (BlockCopy(3, 5),)):
+    for copies in ((swap_in(0, 1), swap_in(4, 2)), (swap_in(3, 5),)):
         for columns in gpu.layer_slices:
             copier.copy(gpu.storage, cpu.storage, copies, columns)
     expected = torch.zeros_like(gpu.storage)
@@ -165,7 +165,7 @@ def test_the_groups_of_one_swap_in_share_their_list_and_another_swap_in_has_its_
 
 
 def test_whole_blocks_that_follow_each_other_are_one_copy():
-    copies = [BlockCopy(*pair) for pair in [(3, 0), (4, 1), (5, 2), (9, 3), (10, 4), (2, 5), (1, 6)]]
+    copies = [swap_in(*pair) for pair in [(3, 0), (4, 1), (5, 2), (9, 3), (10, 4), (2, 5), (1, 6)]]
     assert block_copy._runs(copies) == [(0, 3), (3, 2), (5, 1), (6, 1)]
     assert block_copy._runs([]) == []
 

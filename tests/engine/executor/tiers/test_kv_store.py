@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from engine.attention.metadata import LayerShape
-from engine.core.plan import BlockCopy
 from engine.errors import ConfigError
 from engine.executor.tiers import host_pages
 from engine.executor.tiers.kv_store import KVStore, block_bytes
+from tests.copies import local_copy
 
 
 def test_copies_read_every_source_before_any_target_is_written():
     layers = [LayerShape(1, 2, 3)]
     store = KVStore(layers, num_blocks=4, chunk_size=2, dtype=torch.float32, device=torch.device("cpu"))
     store.storage[:] = torch.arange(4.0)[:, None]
-    store.copy_blocks([BlockCopy(0, 1), BlockCopy(1, 2), BlockCopy(2, 0), BlockCopy(3, 3)])
+    store.copy_blocks([local_copy(0, 1), local_copy(1, 2), local_copy(2, 0), local_copy(3, 3)])
     assert store.storage[:, 0].tolist() == [2.0, 0.0, 1.0, 3.0]
 
 

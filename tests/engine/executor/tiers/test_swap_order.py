@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.attention.metadata import LayerShape
-from engine.core.plan import BlockCopy, QuerySegment, StepPlan
+from engine.core.plan import QuerySegment, StepPlan
 from engine.executor.tiers import block_copy
 from engine.executor.tiers.block_copy import DmaCopier
 from engine.executor.tiers.kv_store import KVStore
 from engine.executor.tiers.streams import Streams
 from engine.executor.tiers.swapper import StreamSwapper
+from tests.copies import local_copy, swap_in, swap_out
 
 LAYERS = (LayerShape(1, 1, 1),) * 5
 NUM_GPU_BLOCKS, NUM_CPU_BLOCKS = 9, 12
@@ -121,23 +122,23 @@ def random_plan(rng: random.Random, step_id: int, swapped_out: set[int]) -> tupl
     rng.shuffle(gpu)
     rng.shuffle(cpu)
     leaving = gpu[: rng.randint(0, 2)]
-    evictions = tuple(BlockCopy(block, cpu.pop()) for block in leaving)
+    evictions = tuple(swap_out(block, cpu.pop()) for block in leaving)
     swapped_out |= {copy.target for copy in evictions}
     # Blocks to overwrite: those that leave, and others that nobody wants any more.
     free = [*leaving, *gpu[2 : 2 + rng.randint(0, 3)]]
     rng.shuffle(free)
-    gpu_copies = tuple(BlockCopy(rng.choice(gpu), free.pop()) for _ in range(min(len(free), rng.randint(0, 2))))
+    local_copies = tuple(local_copy(rng.choice(gpu), free.pop()) for _ in range(min(len(free), rng.randint(0, 2))))
     sources = [block for block in swapped_out if rng.random() < 0.7]
     rng.shuffle(sources)
-    swap_ins = tuple(BlockCopy(source, free.pop()) for source in sources[: len(free)])
+    swap_ins = tuple(swap_in(source, free.pop()) for source in sources[: len(free)])
     segments = (QuerySegment("r", 0, (1,)),) if rng.random() < 0.8 else ()
-    targets = [copy.target for copy in (*gpu_copies, *swap_ins)]
+    targets = [copy.target for copy in (*local_copies, *swap_ins)]
     written = [block for block in (*free, *targets) if rng.random() < 0.5] if segments else []
     untouched = [block for block in gpu if block not in targets and block not in free and block not in leaving]
     unread = [block for block in cpu if block not in {copy.source for copy in swap_ins}]
-    swap_outs = tuple(map(BlockCopy, untouched[: rng.randint(0, 4)], unread))
+    swap_outs = tuple(map(swap_out, untouched[: rng.randint(0, 4)], unread))
     swapped_out |= {copy.target for copy in swap_outs}
-    plan = StepPlan(step_id, segments, (), (), (), evictions, gpu_copies, swap_ins, swap_outs)
+    plan = StepPlan(step_id, segments, (), (), (), evictions, local_copies, swap_ins, swap_outs)
     return plan, written
 
 
@@ -152,7 +153,7 @@ class Twin:
         for copy in plan.evictions:
             self.cpu[copy.target] = self.gpu[copy.source]
         before = self.gpu.clone()
-        for copy in plan.gpu_copies:
+        for copy in plan.local_copies:
             self.gpu[copy.target] = before[copy.source]
         for copy in plan.swap_ins:
             self.gpu[copy.target] = self.cpu[copy.source]
@@ -250,7 +251,7 @@ def test_later_groups_are_put_in_while_earlier_ones_are_computed_with_a_share_of
     ins, outs = RecordingCopier(), RecordingCopier()
     swapper = StreamSwapper(gpu, cpu, device.streams, (ins, outs), verify=False)
     swapper._groups = [range(1), range(1, 2), range(2, 4), range(4, 5)]
-    copies = tuple(BlockCopy(i, i) for i in range(8))
+    copies = tuple(swap_in(i, i) for i in range(8))
     wait_for_layer = swapper.begin(StepPlan(1, (QuerySegment("r", 0, (1,)),), swap_ins=copies[:2], swap_outs=copies))
     seen = []
     for layer in range(5):
@@ -269,6 +270,6 @@ def test_a_plan_that_only_copies_moves_whole_blocks():
     device = FakeDevice(random.Random(0))
     ins = RecordingCopier()
     swapper = StreamSwapper(gpu, cpu, device.streams, (ins, DmaCopier()), verify=False)
-    assert swapper.begin(StepPlan(1, (), swap_ins=(BlockCopy(0, 1),))) is not None
+    assert swapper.begin(StepPlan(1, (), swap_ins=(swap_in(0, 1),))) is not None
     swapper.finish()
     assert ins.calls == [(1, 0, 10)]

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from engine.attention.metadata import LayerShape
-from engine.core.plan import BlockCopy, StepPlan
+from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
 from engine.executor.tiers.kv_store import KVStore
 from engine.executor.tiers.swapper import LayerGates, ThreadSwapper
 from engine.server import create_server
+from tests.copies import local_copy, swap_in, swap_out
 
 LAYERS = (LayerShape(2, 8, 8), LayerShape(2, 8, 4), LayerShape(1, 16, 16))
 
@@ -37,16 +38,16 @@ def contents(store: KVStore) -> list[float]:
 def test_a_step_moves_blocks_in_the_order_of_its_plan(stores, verify):
     gpu, cpu = stores
     swapper = ThreadSwapper(gpu, cpu, verify=verify)
-    swapper.begin(StepPlan(1, (), swap_outs=(BlockCopy(4, 1),)))  # so that block 1 of the CPU tier has a checksum
+    swapper.begin(StepPlan(1, (), swap_outs=(swap_out(4, 1),)))  # so that block 1 of the CPU tier has a checksum
     assert swapper.finish() == ()
     wait_for_layer = swapper.begin(
         StepPlan(
             2,
             (),
-            evictions=(BlockCopy(0, 3),),  # GPU block 0 goes out ...
-            gpu_copies=(BlockCopy(0, 2), BlockCopy(2, 5)),  # ... is copied before it is overwritten, as 2 is ...
-            swap_ins=(BlockCopy(1, 0), BlockCopy(3, 4)),  # ... filled anew, and comes back elsewhere
-            swap_outs=(BlockCopy(1, 0),),
+            evictions=(swap_out(0, 3),),  # GPU block 0 goes out ...
+            local_copies=(local_copy(0, 2), local_copy(2, 5)),  # ... is copied before it is overwritten, as 2 is ...
+            swap_ins=(swap_in(1, 0), swap_in(3, 4)),  # ... filled anew, and comes back elsewhere
+            swap_outs=(swap_out(1, 0),),
         )
     )
     assert wait_for_layer is not None
@@ -61,10 +62,10 @@ def test_a_step_moves_blocks_in_the_order_of_its_plan(stores, verify):
 def test_a_corrupted_block_is_reported_by_its_target(stores):
     gpu, cpu = stores
     swapper = ThreadSwapper(gpu, cpu, verify=True)
-    swapper.begin(StepPlan(1, (), swap_outs=(BlockCopy(1, 1), BlockCopy(2, 2))))
+    swapper.begin(StepPlan(1, (), swap_outs=(swap_out(1, 1), swap_out(2, 2))))
     assert swapper.finish() == ()
     cpu.storage[2, 7] += 1
-    swapper.begin(StepPlan(2, (), swap_ins=(BlockCopy(1, 4), BlockCopy(2, 5))))
+    swapper.begin(StepPlan(2, (), swap_ins=(swap_in(1, 4), swap_in(2, 5))))
     assert swapper.finish() == (5,)
     swapper.shutdown()
 
@@ -72,7 +73,7 @@ def test_a_corrupted_block_is_reported_by_its_target(stores):
 def test_a_copy_that_fails_reaches_whoever_waits_and_the_step(stores):
     gpu, cpu = stores
     swapper = ThreadSwapper(gpu, cpu, verify=False)
-    wait_for_layer = swapper.begin(StepPlan(1, (), swap_ins=(BlockCopy(99, 0),)))
+    wait_for_layer = swapper.begin(StepPlan(1, (), swap_ins=(swap_in(99, 0),)))
     assert wait_for_layer is not None
     with pytest.raises(RuntimeError, match="swap-in failed"):
         wait_for_layer(0)
@@ -95,9 +96,9 @@ gpu, cpu = (KVStore([LayerShape(16, 128, 128)] * 2, **sizes) for _ in range(2))
 gpu.storage.fill_(1)
 swapper = ThreadSwapper(gpu, cpu, verify=False)
 before = num_tasks()
-swapper.begin(StepPlan(1, (), swap_outs=(BlockCopy(0, 0),)))
+swapper.begin(StepPlan(1, (), swap_outs=(BlockCopy("gpu", 0, "cpu", 0),)))
 swapper.finish()
-swapper.begin(StepPlan(2, (), swap_ins=(BlockCopy(0, 1),)))
+swapper.begin(StepPlan(2, (), swap_ins=(BlockCopy("cpu", 0, "gpu", 1),)))
 swapper.finish()
 print(num_tasks() - before, int(gpu.storage[1].float().mean()))
 """

@@ -107,7 +107,7 @@ def test_an_abort_is_not_foreseen(make_core, moment):
     plan = driver.core.schedule(1.0)
     if moment == "before the draft":
         driver.core.abort("a", 1.0)
-    driver.core.plan_ahead(plan)
+    driver.core.draft_ahead(plan)
     if moment == "after the draft":
         driver.core.abort("a", 1.0)
     driver.execute(plan)
@@ -121,7 +121,7 @@ def test_an_arrival_during_the_step_is_admitted_in_the_next_one(make_core):
     driver = make_core(8, max_num_batched_tokens=4)
     driver.add("a", range(3), max_tokens=9)
     plan = driver.core.schedule(1.0)
-    driver.core.plan_ahead(plan)
+    driver.core.draft_ahead(plan)
     driver.add("b", range(50, 58), max_tokens=9)
     driver.execute(plan)
     assert driver.step().segments == (decode("a", 3), QuerySegment("b", 0, (50, 51, 52)))
@@ -214,7 +214,7 @@ def test_the_loads_above_have_everything_in_them(make_core):
     Load(driver, seed=1, num_requests=200).run()
     stats = driver.core.stats
     assert min(stats.num_suspensions, stats.num_aborted, stats.num_failed, stats.num_corrupted_swaps) > 0
-    assert min(stats.num_swap_ins, stats.num_gpu_copies) > 0
+    assert min(stats.num_swap_ins, stats.num_local_copies) > 0
     assert all(stats.evictions[reason] for reason in ("gpu_reclaimed", "gpu_swapped_out", "cpu_dropped"))
     reasons = [output.finish_reason for output in driver.finished.values()]
     assert {FinishReason.STOP, FinishReason.LENGTH} == set(reasons)
@@ -224,18 +224,18 @@ def test_drafting_changes_nothing(make_core, monkeypatch):
     """Not one bit of the core but the draft itself, at any moment of a load."""
     driver = make_core(8, max_num_seqs=6, num_cpu_blocks=8, max_num_batched_tokens=7)
     num_drafts = 0
-    plan_ahead = EngineCore.plan_ahead
+    draft_ahead = EngineCore.draft_ahead
 
     def checked(core: EngineCore, plan: StepPlan) -> None:
         nonlocal num_drafts
         before = pickled_without_draft(core)
-        plan_ahead(core, plan)
+        draft_ahead(core, plan)
         core.check_integrity()
         num_drafts += core._scheduler._ahead is not None
         assert pickled_without_draft(core) == before
-        plan_ahead(core, plan)
+        draft_ahead(core, plan)
 
-    monkeypatch.setattr(EngineCore, "plan_ahead", checked)
+    monkeypatch.setattr(EngineCore, "draft_ahead", checked)
     Load(driver, seed=1).run()
     assert num_drafts > 50
     assert drafts(driver)[0] > 30

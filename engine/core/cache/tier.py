@@ -1,0 +1,255 @@
+"""A tier, and the row of all tiers, in which each chunk is filed by where its blocks are.
+
+Knows no request and no plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from engine.core.cache.block_pool import BlockPool
+from engine.core.cache.eviction import EvictionPolicy
+from engine.core.cache.index import Chunk
+from engine.core.tier_table import TierSpec
+
+
+class Tier:
+    """The blocks of one tier.
+
+    sole, copied: the unpinned chunks that have a block here and may lose it. Taking the block of one in `copied` loses
+        nothing, because the tier that this one exchanges blocks with has the chunk too.
+    spare: pinned chunks that a faster tier has too, so that their block here can be done without; the oldest first.
+    arriving: chunks whose block here a step's transfer, planned or in flight, writes to.
+    lent: blocks that a slow transfer reads or writes, with the chunk that they belong to; None = to the transfer alone.
+        Their chunks are neither filed nor spare here.
+    """
+
+    def __init__(self, number: int, spec: TierSpec, make_policy: Callable[[], EvictionPolicy]) -> None:
+        """number: its place in the row of tiers, and in each chunk's blocks."""
+        self.number = number
+        self.spec = spec
+        self.name = spec.name
+        self.pool = BlockPool(spec.name, spec.num_blocks)
+        self.sole = make_policy()
+        self.copied = make_policy()
+        self.spare: dict[Chunk, None] = {}
+        self.arriving: set[Chunk] = set()
+        self.lent: dict[int, Chunk | None] = {}
+        self.held: list[int] = []
+        self.num_to_hold = 0
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that could be had: free ones, those that may be taken, and those held back."""
+        return self.pool.num_free + len(self.sole) + len(self.copied) + len(self.held)
+
+    def file(self, chunk: Chunk, *, is_copied: bool) -> None:
+        """Let an unpinned chunk lose its block here, unless that is lent."""
+        if chunk.blocks[self.number] not in self.lent:
+            (self.copied if is_copied else self.sole).insert(chunk)
+
+    def unfile(self, chunk: Chunk, *, is_copied: bool) -> None:
+        """Undo `file`, while blocks and loans are still the same."""
+        if chunk.blocks[self.number] not in self.lent:
+            (self.copied if is_copied else self.sole).remove(chunk)
+
+    def choose_victim(self, now: float) -> Chunk | None:
+        """The chunk to lose its block here next, those first that lose nothing; None if there is none."""
+        return self.copied.choose_victim(now) or self.sole.choose_victim(now)
+
+    def choose_victim_before(self, chunk: Chunk, now: float) -> Chunk | None:
+        """As `choose_victim`, but only one that the policy would let go before `chunk`."""
+        for policy in (self.copied, self.sole):
+            victim = policy.choose_victim(now)
+            if victim is not None and policy.goes_before(victim, chunk, now):
+                return victim
+        return None
+
+    def choose_victim_idle_at(self, now: float) -> Chunk | None:
+        """As `choose_victim`, but only one that was not used just now."""
+        for policy in (self.copied, self.sole):
+            victim = policy.choose_victim(now)
+            if victim is not None and victim.last_active < now:
+                return victim
+        return None
+
+    def count_idle_chunks(self) -> int:
+        """Unpinned chunks that have a block here, those included whose block is lent."""
+        lent = sum(chunk is not None and not chunk.pins for chunk in self.lent.values())
+        return len(self.sole) + len(self.copied) + lent
+
+    def note_spare_copy(self, chunk: Chunk) -> None:
+        """Let a pinned chunk in a faster tier lose its block here, if it has one that is not lent."""
+        block_id = chunk.blocks[self.number]
+        if block_id is not None and block_id not in self.lent:
+            self.spare.setdefault(chunk)
+
+    def free_block(self, chunk: Chunk) -> None:
+        """Take the chunk's block away, if it has one here. One that is lent stays taken until the loan ends."""
+        block_id = chunk.blocks[self.number]
+        if block_id is None:
+            return
+        chunk.blocks[self.number] = None
+        if block_id in self.lent:
+            self.lent[block_id] = None
+        else:
+            self.pool.free(block_id)
+
+    def end_loan(self, block_id: int) -> None:
+        """A slow transfer has ended: the block is its chunk's again, or free if the chunk has given it up."""
+        if self.lent.pop(block_id) is None:
+            self.pool.free(block_id)
+
+    def check_integrity(self, chunks: Iterable[Chunk]) -> None:
+        """Raises AssertionError unless each block is exactly one of free, held back, a transfer's, or one chunk's."""
+        owned = [block for chunk in chunks if (block := chunk.blocks[self.number]) is not None]
+        transfers = [block for block, chunk in self.lent.items() if chunk is None]
+        assert all(chunk is None or chunk.blocks[self.number] == block for block, chunk in self.lent.items())
+        assert len(self.held) <= self.num_to_hold
+        self.pool.check_integrity(owned + transfers + self.held)
+
+
+class Tiers:
+    """The row of tiers, the fastest first.
+
+    primary: the one whose blocks steps compute in. secondary: exchanges blocks with it inside of plans. slow: all others,
+    which exchange blocks with the secondary one, outside of plans.
+    """
+
+    def __init__(self, specs: Sequence[TierSpec], make_policy: Callable[[], EvictionPolicy]) -> None:
+        self.row = tuple(Tier(number, spec, make_policy) for number, spec in enumerate(specs))
+        self.primary, self.secondary, *slow = self.row
+        self.slow = tuple(slow)
+        self.by_name = {tier.name: tier for tier in self.row}
+
+    def __iter__(self) -> Iterator[Tier]:
+        return iter(self.row)
+
+    def new_chunk(self, position: int, block_id: int) -> Chunk:
+        """A pinned, unnamed chunk with that block in the primary tier."""
+        chunk = Chunk(position, [block_id, *[None] * (len(self.row) - 1)])
+        chunk.pins = 1
+        return chunk
+
+    def slow_tier_of(self, chunk: Chunk) -> Tier | None:
+        """The fastest slow tier that has the chunk; None if none has."""
+        for tier in self.slow:
+            if chunk.blocks[tier.number] is not None:
+                return tier
+        return None
+
+    # -- which blocks may be taken -------------------------------------------------------------------------------------
+
+    def pin(self, chunk: Chunk) -> None:
+        """One more user: nothing of the chunk may be taken but spare copies."""
+        if not chunk.pins:
+            self.unfile(chunk)
+        chunk.pins += 1
+        self.note_spare_copies(chunk)
+
+    def unpin(self, chunk: Chunk) -> None:
+        """One user fewer. After the last one the chunk may lose its blocks, and loses them if it has no name."""
+        chunk.pins -= 1
+        if chunk.pins:
+            return
+        self.forget_spare_copies(chunk)
+        if chunk.key is not None:
+            self.file(chunk)
+            return
+        for tier in self.row:
+            tier.free_block(chunk)
+
+    def file(self, chunk: Chunk) -> None:
+        """Let an unpinned chunk lose its blocks."""
+        is_in_secondary = chunk.blocks[1] is not None
+        if chunk.blocks[0] is not None:
+            (self.primary.copied if is_in_secondary else self.primary.sole).insert(chunk)
+        if not self.slow:
+            if is_in_secondary:
+                self.secondary.sole.insert(chunk)
+            return
+        if is_in_secondary:
+            self.secondary.file(chunk, is_copied=self.slow_tier_of(chunk) is not None)
+        for tier in self.slow:
+            if chunk.blocks[tier.number] is not None:
+                tier.file(chunk, is_copied=False)
+
+    def unfile(self, chunk: Chunk) -> None:
+        """Undo `file`, while blocks and loans are still the same."""
+        is_in_secondary = chunk.blocks[1] is not None
+        if chunk.blocks[0] is not None:
+            (self.primary.copied if is_in_secondary else self.primary.sole).remove(chunk)
+        if not self.slow:
+            if is_in_secondary:
+                self.secondary.sole.remove(chunk)
+            return
+        if is_in_secondary:
+            self.secondary.unfile(chunk, is_copied=self.slow_tier_of(chunk) is not None)
+        for tier in self.slow:
+            if chunk.blocks[tier.number] is not None:
+                tier.unfile(chunk, is_copied=False)
+
+    def touch(self, chunk: Chunk, now: float) -> None:
+        """The chunk is about to be used: it goes after all others."""
+        if chunk.pins:
+            return
+        self.unfile(chunk)
+        chunk.last_active = now
+        self.file(chunk)
+
+    def note_spare_copies(self, chunk: Chunk) -> None:
+        """A pinned chunk in the primary tier can do without its other copies, unless a transfer is at it."""
+        is_in_secondary = chunk.blocks[1] is not None
+        if not chunk.pins or chunk.blocks[0] is None or not (is_in_secondary or self.slow):
+            return
+        if chunk in self.primary.arriving:
+            return
+        if is_in_secondary and chunk not in self.secondary.arriving:
+            self.secondary.note_spare_copy(chunk)
+        for tier in self.slow:
+            tier.note_spare_copy(chunk)
+
+    def forget_spare_copies(self, chunk: Chunk) -> None:
+        """Its copies are needed, or no longer those of a pinned chunk."""
+        self.secondary.spare.pop(chunk, None)
+        for tier in self.slow:
+            tier.spare.pop(chunk, None)
+
+    def free_copies(self, chunk: Chunk) -> None:
+        """Take away all blocks of a pinned chunk but that of the primary tier."""
+        self.forget_spare_copies(chunk)
+        self.secondary.free_block(chunk)
+        for tier in self.slow:
+            tier.free_block(chunk)
+
+    # -- proof ---------------------------------------------------------------------------------------------------------
+
+    def check_integrity(self, named: set[Chunk], chunks: set[Chunk]) -> None:
+        """Raises AssertionError unless chunks are filed where their blocks say, and blocks have one owner each.
+
+        named: those in the index. chunks: these and all others that have blocks.
+        """
+        for tier in self.row:
+            assert set(tier.sole).isdisjoint(tier.copied)
+            for policy, is_copied in ((tier.sole, False), (tier.copied, True)):
+                expected = {
+                    chunk
+                    for chunk in named
+                    if not chunk.pins
+                    and chunk.blocks[tier.number] is not None
+                    and chunk.blocks[tier.number] not in tier.lent
+                    and self._is_copied(chunk, tier) == is_copied
+                }
+                assert len(policy) == len(expected), (tier.name, is_copied)
+                assert set(policy) == expected, (tier.name, is_copied)
+            for chunk in tier.spare:
+                assert chunk.pins, chunk
+                assert chunk.blocks[0] is not None, chunk
+                assert chunk.blocks[tier.number] is not None, chunk
+                assert chunk.blocks[tier.number] not in tier.lent, chunk
+            tier.check_integrity(chunks)
+
+    def _is_copied(self, chunk: Chunk, tier: Tier) -> bool:
+        if tier is self.primary:
+            return chunk.blocks[1] is not None
+        return tier is self.secondary and self.slow_tier_of(chunk) is not None

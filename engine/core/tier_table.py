@@ -1,0 +1,90 @@
+"""The tiers by name, the fastest first: the one table that plans, costs, statistics and metrics know them from.
+
+The first tier is the one whose blocks a step computes in. The second one exchanges blocks with it inside of plans: a step's
+copies between the two are finished when its result is given. Slow tiers lie behind the second one and exchange blocks with
+that one alone, outside of plans and for as long as it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.errors import ConfigError
+
+# On a machine without a GPU the GPU tier is a pool in host memory.
+GPU = "gpu"
+CPU = "cpu"
+FAST_TIERS = (GPU, CPU)
+# What is shown instead of a tier for a chunk that lies in both fast ones, and for one that lies in none.
+BOTH = "both"
+DROPPED = "dropped"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierSpec:
+    """Name and size of one tier.
+
+    num_blocks: its size in blocks of one chunk each.
+    is_fast: its copies are part of plans, and finished with the step.
+    max_wait_s: longest time that a request waits for its loads from a slow tier, in seconds.
+    """
+
+    name: str
+    num_blocks: int
+    is_fast: bool = True
+    max_wait_s: float = 10.0
+
+
+def tier_row(num_gpu_blocks: int, num_cpu_blocks: int, slow_tiers: Sequence[TierSpec] = ()) -> tuple[TierSpec, ...]:
+    """All tiers of a cache, the fastest first.
+
+    Raises ConfigError if a slow tier has a fast one's or another one's name, is not slow, or has no second tier before it.
+    """
+    fast = tuple(
+        TierSpec(name=name, num_blocks=num_blocks)
+        for name, num_blocks in zip(FAST_TIERS, (num_gpu_blocks, num_cpu_blocks), strict=True)
+    )
+    row = (*fast, *slow_tiers)
+    if len({tier.name for tier in row}) < len(row):
+        raise ConfigError(f"two tiers have one name: {', '.join(tier.name for tier in row)}", param="slow_tiers")
+    for tier in slow_tiers:
+        if tier.is_fast:
+            raise ConfigError(f"the tier {tier.name} has to be declared with is_fast=False", param="slow_tiers")
+    if slow_tiers and not num_cpu_blocks:
+        raise ConfigError(
+            f"the tier {slow_tiers[0].name} needs a CPU tier, through which its blocks go; set num_cpu_blocks or "
+            "kv_offloading_size",
+            param="slow_tiers",
+        )
+    return row
+
+
+def eviction_reasons(tiers: Sequence[str]) -> tuple[str, ...]:
+    """What evictions from these tiers do, as "<tier>_<what>"; `tiers` are names, the fastest first.
+
+    reclaimed: a slower tier has the chunk too, so its block was free to take. swapped_out: its block was wanted, and the
+    chunk left for the next tier. dropped: its KV is gone. copy_dropped: it lost a copy, and a faster tier still has it.
+    """
+    first, *others = tiers
+    reasons = [f"{first}_{what}" for what in ("reclaimed", "swapped_out", "dropped")]
+    for index, name in enumerate(others):
+        is_last = index == len(others) - 1
+        reasons += [f"{name}_{what}" for what in ("dropped", "copy_dropped", *(() if is_last else ("reclaimed",)))]
+    return tuple(reasons)
+
+
+def eviction_moves(tiers: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """From where to where an eviction took the chunk, by reason; see eviction_reasons."""
+    moves = {}
+    for reason in eviction_reasons(tiers):
+        tier, what = reason.split("_", 1)
+        index = tiers.index(tier)
+        target = {
+            "dropped": DROPPED,
+            "copy_dropped": tiers[index - 1],
+            "reclaimed": tiers[min(index + 1, len(tiers) - 1)],
+            "swapped_out": tiers[min(index + 1, len(tiers) - 1)],
+        }[what]
+        moves[reason] = (tier, target)
+    return moves

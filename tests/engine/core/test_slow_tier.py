@@ -1,0 +1,218 @@
+"""A third tier that ends its transfers late, out of order, badly or not at all: every answer is right all the same, and a
+request that waits for it keeps no other from running.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from engine.core.cache.cost_model import CostModel
+from engine.core.request import RequestStatus
+from engine.errors import ConfigError
+from engine.step_loop import LookAhead
+from tests.delayed_tier import NAME, dict_tier
+from tests.engine.core.random_load import Load, random_sizes
+
+
+def with_a_context_in_the_slow_tier(make_core, **options):
+    """Conversation a's first turn of 13 tokens is in no other tier; its last chunk is a tail of one token."""
+    driver = make_core(4, num_cpu_blocks=4, slow_tiers=(dict_tier(16),), swap_out_watermark=1.0, **options)
+    driver.slow_tier.__init__(
+        driver.executor.read_slots, driver.executor.write_slots, max_delay=0, failures=0.0, hangs=0.0
+    )
+    for name, first in (("a", 0), ("b", 20), ("c", 40)):
+        driver.add(f"{name}1", range(first, first + 13), max_tokens=1, conversation_id=name)
+        driver.run()
+        driver.settle()
+    return driver
+
+
+def test_a_request_waits_for_a_slow_tier_and_computes_the_rest(make_core, answer):
+    driver = with_a_context_in_the_slow_tier(make_core)
+    request = driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    assert driver.step() is None
+    assert request.status is RequestStatus.LOADING
+    driver.run()
+    assert driver.tokens["a2"] == answer(tuple(range(14)), 2)
+    stats = driver.core.stats
+    assert stats.cached_tokens[NAME] == request.num_loaded_tokens
+    assert request.num_loaded_tokens >= 8
+    assert stats.slow_transfers[f"{NAME}_loaded"] == -(-request.num_loaded_tokens // 4)
+
+
+@pytest.mark.parametrize("look_ahead", LookAhead)
+def test_a_request_that_waits_keeps_no_other_from_running(make_core, answer, look_ahead):
+    driver = with_a_context_in_the_slow_tier(make_core)
+    driver.loop.look_ahead = look_ahead
+    driver.slow_tier._hangs = 1.0
+    waiting = driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    driver.add("short", range(60, 65), max_tokens=3)
+    while "short" not in driver.finished:
+        driver.step()
+        assert waiting.status is RequestStatus.LOADING
+    assert driver.tokens["short"] == answer(tuple(range(60, 65)), 3)
+    driver.slow_tier.wake()
+    driver.run()
+    assert driver.tokens["a2"] == answer(tuple(range(14)), 2)
+
+
+def test_a_request_waits_no_longer_than_the_tier_says(make_core, answer):
+    driver = with_a_context_in_the_slow_tier(make_core)
+    driver.slow_tier._hangs = 1.0
+    request = driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    assert driver.step() is None
+    deadline = driver.core.next_deadline_s()
+    assert deadline == driver.now + 30.0
+    driver.now = deadline - 1
+    assert driver.step() is not None
+    driver.run()
+    assert driver.tokens["a2"] == answer(tuple(range(14)), 2)
+    assert request.num_not_loaded_tokens >= 8
+    driver.slow_tier.wake()  # what arrives too late is kept
+    driver.settle()
+    driver.core.check_integrity()
+
+
+def test_what_cannot_be_loaded_is_forgotten_and_computed(make_core, answer):
+    driver = with_a_context_in_the_slow_tier(make_core)
+    driver.slow_tier._failures = 1.0
+    driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    driver.run()
+    assert driver.tokens["a2"] == answer(tuple(range(14)), 2)
+    stats = driver.core.stats
+    assert stats.slow_transfers[f"{NAME}_load_failed"] >= 2
+    assert stats.slow_transfers[f"{NAME}_loaded"] == 0
+
+
+def test_an_abort_ends_the_waiting_at_once(make_core):
+    driver = with_a_context_in_the_slow_tier(make_core)
+    driver.slow_tier._hangs = 1.0
+    driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    driver.step()
+    driver.core.abort("a2", driver.now)
+    assert not driver.core.has_requests
+    driver.core.check_integrity()
+    driver.slow_tier.wake()
+    driver.settle()
+    assert driver.core.stats.slow_transfers[f"{NAME}_loaded"] >= 2, "the bytes were paid for"
+
+
+def test_two_requests_wait_for_one_transfer_of_a_chunk(make_core, answer):
+    driver = with_a_context_in_the_slow_tier(make_core)
+    driver.slow_tier._hangs = 1.0
+    requests = [driver.add(f"fork {n}", (*range(12), 70 + n, 80), max_tokens=2) for n in range(2)]
+    driver.step()
+    assert [request.status for request in requests] == [RequestStatus.LOADING] * 2
+    driver.slow_tier._hangs = 0.0
+    driver.slow_tier.wake()
+    driver.run()
+    assert driver.core.stats.slow_transfers[f"{NAME}_loaded"] == 3, "each chunk once"
+    for request in requests:
+        assert driver.tokens[request.request_id] == answer(tuple(request.token_ids[:14]), 2)
+
+
+def test_a_request_waits_until_others_loads_leave_room_for_its_own(make_core, answer):
+    """Only half of the CPU tier is loaded to at a time, here two blocks: more would evict each other."""
+    driver = with_a_context_in_the_slow_tier(make_core)
+    driver.slow_tier._hangs = 1.0
+    driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    late = driver.add("b2", range(20, 34), max_tokens=2, conversation_id="b")
+    driver.step()
+    assert driver.core._cache.slow_transfers.num_loads == 2
+    assert late.status is RequestStatus.LOADING
+    assert late.loads == {}
+    driver.slow_tier._hangs = 0.0
+    driver.slow_tier.wake()
+    driver.run()
+    assert late.num_loaded_tokens > 0
+    assert driver.tokens["b2"] == answer(tuple(range(20, 34)), 2)
+
+
+def test_what_has_arrived_is_not_the_next_to_go(make_core):
+    driver = with_a_context_in_the_slow_tier(make_core)
+    request = driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    driver.step()
+    driver.now += 5
+    for transfer_id, ok in driver.slow_tier.poll():
+        driver.core.complete_transfer(transfer_id, ok=ok, now=driver.now)
+    cache = driver.core._cache
+    arrived = [chunk for chunk in cache.index if chunk.key in request.loads and chunk.blocks[1] is not None]
+    assert len(arrived) == 2
+    assert all(chunk.last_active == driver.now for chunk in arrived)
+    assert cache.tiers.secondary.choose_victim(driver.now) not in arrived
+
+
+def test_a_tail_that_is_written_on_loses_its_copies_in_all_tiers(make_core):
+    driver = make_core(8, num_cpu_blocks=4, slow_tiers=(dict_tier(16),), swap_out_watermark=1.0)
+    driver.slow_tier._failures = driver.slow_tier._hangs = 0.0
+    driver.add("a1", range(6), max_tokens=1, conversation_id="a")
+    driver.run()
+    driver.settle()
+    (tail,) = [chunk for chunk in driver.core._cache.index if chunk.num_tokens < 4]
+    assert all(block is not None for block in tail.blocks)
+    driver.add("a2", range(8), max_tokens=2, conversation_id="a")
+    driver.step()
+    assert tail.blocks[1:] == [None, None]
+    assert tail.blocks[0] is not None
+
+
+def test_no_load_that_costs_more_than_computing(make_core):
+    costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, load_costs={"cpu": 0.5, NAME: 3.5})
+    driver = with_a_context_in_the_slow_tier(make_core, cost_model=costs)
+    request = driver.add("a2", range(14), max_tokens=2, conversation_id="a")  # chunks cost 2, 3 and 4
+    driver.step()
+    assert request.status is RequestStatus.LOADING
+    assert [key in request.loads for key in request.chunk_keys] == [False, False, True]
+
+
+def test_a_tier_that_fails_is_left_alone_for_a_while(make_core):
+    driver = make_core(4, num_cpu_blocks=4, slow_tiers=(dict_tier(16),), swap_out_watermark=1.0)
+    driver.slow_tier._failures, driver.slow_tier._hangs = 1.0, 0.0
+    driver.add("a1", range(13), max_tokens=1, conversation_id="a")
+    driver.run()
+    num_before = len(driver.settle())
+    failed = driver.core.stats.slow_transfers[f"{NAME}_store_failed"]
+    assert 0 < failed <= 4 * (num_before + 20), "stores are tried again and again"
+    assert driver.core.stats.slow_transfers[f"{NAME}_stored"] == 0
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+@pytest.mark.parametrize("num_slow_blocks", [2, 30])
+@pytest.mark.parametrize("seed", range(12))
+def test_under_any_load_every_answer_is_right(make_core, answer, seed, num_slow_blocks, runs_ahead):
+    num_blocks, options = random_sizes(random.Random(seed), 6)
+    options["cost_model"] = replace(options["cost_model"], load_costs={"cpu": 0.0, NAME: seed % 3})
+    driver = make_core(num_blocks, slow_tiers=(dict_tier(num_slow_blocks),), **options)
+    driver.loop.look_ahead = LookAhead.LAUNCH if runs_ahead else LookAhead.DRAFT
+    load = Load(driver, seed)
+    load.run()
+    assert any(driver.tokens.values())
+    for name, prompt in load.prompts.items():
+        assert driver.tokens[name] == answer(prompt, len(driver.tokens[name]))
+
+
+def test_the_loads_above_have_everything_in_them(make_core):
+    driver = make_core(8, max_num_seqs=6, num_cpu_blocks=8, slow_tiers=(dict_tier(30),), max_num_batched_tokens=7)
+    driver.loop.look_ahead = LookAhead.LAUNCH
+    Load(driver, seed=1, num_requests=300).run()
+    stats = driver.core.stats
+    assert all(stats.slow_transfers.values()), stats.slow_transfers
+    assert min(stats.num_suspensions, stats.num_aborted, stats.num_failed, stats.num_corrupted_swaps) > 0
+    assert min(stats.cached_tokens.values()) > 0
+    assert min(stats.evictions[reason] for reason in ("cpu_reclaimed", f"{NAME}_dropped")) > 0
+
+
+@pytest.mark.parametrize(
+    ("num_cpu_blocks", "tiers", "complaint"),
+    [
+        (0, (dict_tier(4),), "needs a CPU tier"),
+        (4, (replace(dict_tier(4), name="cpu"),), "one name"),
+        (4, (replace(dict_tier(4), is_fast=True),), "is_fast=False"),
+    ],
+)
+def test_tiers_that_do_not_go_together(make_core, num_cpu_blocks, tiers, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        make_core(4, num_cpu_blocks=num_cpu_blocks, slow_tiers=tiers)
