@@ -10,6 +10,9 @@ from contextlib import suppress
 import pytest
 
 from engine.core.grammar import MAX_GRAMMAR_CHARS, GrammarSpec
+from engine.dialogue.forced_calls import call_grammar
+from engine.dialogue.formats import CALL_FORMATS
+from engine.dialogue.tools import Tool, ToolChoice
 from engine.errors import InvalidParameterError
 from engine.grammar.guidance import GuidanceCompiler
 from engine.grammar.interface import Vocabulary
@@ -324,3 +327,17 @@ def test_properties_come_in_the_order_of_the_schema():
     spec = GrammarSpec.json_schema(schema)
     assert matches(spec, '{"z": null, "a": null}')
     assert not matches(spec, '{"a": null, "z": null}')
+
+
+# Without those that think within frames of special tokens.
+CALL_FORMS = [form for forms in CALL_FORMATS.values() for form in forms if not form.frames_answers]
+
+
+@pytest.mark.parametrize("form", CALL_FORMS, ids=lambda form: type(form).__name__)
+def test_grammars_of_forced_calls_are_taken_as_they_are(form):
+    """What engine/dialogue writes is a grammar of kind lark, also behind thinking."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    grammar = call_grammar(form, [Tool("find", parameters=parameters, strict=True)], ToolChoice("required"))
+    assert allowed_bytes(GrammarSpec("lark", grammar.text))
+    assert b"x" in allowed_bytes(GrammarSpec("lark", grammar.text, "</thought>"), "hm, ")
+    assert b"x" not in allowed_bytes(GrammarSpec("lark", grammar.text, "</thought>"), "hm, </thought>")
