@@ -260,7 +260,7 @@ async def test_of_a_history_that_is_cut_the_end_is_read(engine: ScriptedEngine, 
         messages = engine.requests[0].prompt.messages  # type: ignore[union-attr]
         assert (messages[0].role, messages[-1]) == ("user", Message("user", "hi"))
         assert 4000 < sum(len(message.content) for message in messages) < 8000
-        assert messages[-2][1].startswith("19 ")
+        assert messages[-2].content.startswith("19 ")
 
 
 # Clocks, and what the store says

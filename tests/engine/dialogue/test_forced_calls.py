@@ -8,12 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.core.grammar import GrammarSpec
 from engine.dialogue.events import parse_answer
 from engine.dialogue.forced_calls import call_grammar
 from engine.dialogue.formats import CALL_FORMATS, AnswerParser
 from engine.dialogue.reasoning import THINK
 from engine.dialogue.tools import Tool, ToolChoice
+from engine.embedded_model import embedded_model_path
 from engine.errors import InvalidParameterError
+from engine.grammar.guidance import GuidanceCompiler
+from engine.grammar.interface import Vocabulary
+from engine.text.tokenizer import Tokenizer
 from tests.engine.dialogue.walks import Walker
 
 WEATHER = Tool(
@@ -180,6 +185,26 @@ def test_equal_schemas_are_written_once():
     for form in (CALL_FORMATS["qwen3_coder"][0], CALL_FORMATS["hermes"][0]):
         text = call_grammar(form, tools, ToolChoice("required")).text
         assert text.count("%json") <= 2
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    tokenizer = Tokenizer(str(embedded_model_path()))
+    ids = range(len(tokenizer._tokenizer))
+    special_ids = frozenset(token_id for token_id in ids if tokenizer.is_special(token_id))
+    return GuidanceCompiler(
+        Vocabulary([tokenizer.token_bytes[token_id] for token_id in ids], special_ids, (tokenizer.eos_token_id,))
+    )
+
+
+@pytest.mark.parametrize("form", [form for forms in CALL_FORMATS.values() for form in forms])
+def test_the_engine_takes_the_grammars_of_thirty_tools(compiler, form):
+    tools = [Tool(f"f{number}", parameters=WEATHER.parameters, strict=True) for number in range(30)]
+    for choice in (ToolChoice("required"), ToolChoice()):
+        for state in ("open", "", "closed"):
+            grammar = call_grammar(form, tools, choice, reasoning=THINK, thinking_state=state)
+            matcher = compiler.compile(GrammarSpec("lark", grammar.text, grammar.begins_behind)).matcher()
+            assert matcher.error is None
 
 
 NAMES = st.from_regex(r"[a-zA-Z0-9_-]{1,12}", fullmatch=True)
