@@ -1,13 +1,16 @@
-"""The same conversation in both modes, in one process, turn by turn, several times over. The turns of the two modes
-alternate, so that a busy machine slows both alike.
+"""The same conversation with and without the cache, in one process, turn by turn, several times over.
+
+The two modes take turns, so that a busy machine slows both alike, and both are given the same messages: if their answers
+differ (in bfloat16 they may, by rounding), both go on from the answer of the mode with the cache.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from engine.core.request import SamplingParams
 from engine.errors import ContextLengthError
 from engine.server import Answer, Server, create_server
 from engine.tenant import Tenant
+from engine.text.prompt import ChatPrompt
 
 # Things to remember, each in a message of some length, so that there is something to compute again without a cache.
 DEMO_CONVERSATION = (
@@ -41,25 +45,50 @@ DEMO_CONVERSATION = (
 )
 
 
+# Answers of the round before the first one that counts are cut to so many tokens.
+NUM_WARM_UP_TOKENS = 8
+# Least time between two lines about the progress when they go to a file, in seconds.
+PROGRESS_INTERVAL_S = 15.0
+
+
 @dataclass(frozen=True, slots=True)
 class TurnComparison:
-    """One turn in both modes. Times in seconds, medians. `speed_up`: stateless over pensieve, time to first token."""
+    """One turn in both modes; times and rates are medians over the rounds.
+
+    num_prompt_tokens: of the whole conversation so far, the new message included.
+    num_computed_tokens, num_cached_tokens: of these, how many pensieve computed, and how many it had kept.
+    num_output_tokens: of pensieve's answer.
+    pensieve_ttft_s, stateless_ttft_s: from the message to the first token of the answer.
+    pensieve_tokens_per_s, stateless_tokens_per_s: tokens of the answer over the time from the message to its end.
+    speed_up: stateless over pensieve, time to first token.
+    num_same_tokens: the answers begin with so many tokens that are the same, in the round with the fewest.
+    is_identical: the answers are the same in each round, token for token.
+    """
 
     turn: int
     num_prompt_tokens: int
     num_computed_tokens: int
     num_cached_tokens: int
+    num_output_tokens: int
     pensieve_ttft_s: float
     stateless_ttft_s: float
+    pensieve_tokens_per_s: float
+    stateless_tokens_per_s: float
     speed_up: float
+    num_same_tokens: int
     is_identical: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """is_identical: every answer was the same, token for token. is_complete: no turn was left out for want of window."""
+    """All turns of one conversation.
+
+    is_identical: every answer was the same, token for token.
+    is_complete: no turn was left out for want of window.
+    """
 
     model: str
+    num_rounds: int
     turns: tuple[TurnComparison, ...]
     is_identical: bool
     is_complete: bool
@@ -68,77 +97,123 @@ class Comparison:
 def compare_modes(
     options: dict[str, Any], turns: Sequence[str], sampling: SamplingParams, num_rounds: int = 3
 ) -> Comparison:
-    """Hold the conversation of `turns` (user messages) with a pensieve and a stateless engine of the same options,
-    `num_rounds` times and once before that, uncounted: whatever is slow only the first time is slow then. If the window is
-    full, the rest of the turns is left out. Raises as create_server."""
+    """Hold one conversation with a pensieve and a stateless engine of the same options, several times.
+
+    options: of the engines, as create_server takes them.
+    turns: the user's messages. If the window is full, the rest of them is left out.
+    num_rounds: times that the whole conversation is held. Once before that it is held with short answers, uncounted,
+        because some things are slow only the first time.
+
+    Shows its progress on standard error. Raises as create_server.
+    """
     num_turns = len(turns)
+    warm_up = replace(sampling, max_tokens=min(NUM_WARM_UP_TOKENS, sampling.max_tokens or NUM_WARM_UP_TOKENS))
     with (
         create_server(**{**options, "mode": "pensieve"}) as kept,
         create_server(**{**options, "mode": "stateless"}) as fresh,
         tqdm(
-            total=(num_rounds + 1) * num_turns, desc="turns", unit="turn", disable=not sys.stderr.isatty()
+            total=(num_rounds + 1) * 2 * num_turns,
+            unit="answer",
+            mininterval=0.1 if sys.stderr.isatty() else PROGRESS_INTERVAL_S,
         ) as progress,
     ):
-        rounds = []
+        rounds: list[list[tuple[Answer, Answer]]] = []
         for number in range(num_rounds + 1):
-            rounds.append(_run_round(kept, fresh, turns, sampling, number, progress))
-            turns = turns[: len(rounds[0])]
+            progress.set_description(f"round {number} of {num_rounds}" if number else "warming up")
+            rounds.append(_run_round(kept, fresh, turns, sampling if number else warm_up, number, progress))
         model = kept.engine.model_name
-    results = tuple(_compare_turn(number, answers) for number, answers in enumerate(zip(*rounds[1:], strict=True), 1))
-    return Comparison(model, results, all(turn.is_identical for turn in results), len(turns) == num_turns)
+    results = tuple(_compare_turn(number, answers) for number, answers in enumerate(zip(*rounds[1:], strict=False), 1))
+    is_identical = all(turn.is_identical for turn in results)
+    return Comparison(model, num_rounds, results, is_identical, len(results) == num_turns)
 
 
 def _run_round(
     kept: Server, fresh: Server, turns: Sequence[str], sampling: SamplingParams, number: int, progress: tqdm[Any]
 ) -> list[tuple[Answer, Answer]]:
-    """The answers of both modes, turn by turn, as far as the window holds them. A tenant of its own finds nothing of the
-    rounds before in the cache."""
+    """The answers of both modes, turn by turn, as far as the window holds them.
+
+    number: of the round. A tenant of its own finds nothing of the rounds before in the cache.
+    """
     tenant = Tenant(f"round {number}")
+    messages: list[tuple[str, str]] = []
     answers: list[tuple[Answer, Answer]] = []
     for turn, text in enumerate(turns):
-        order = (kept, fresh) if (turn + number) % 2 else (fresh, kept)
-        try:
-            given = {server: server.chat(f"compare {number}", text, sampling, tenant=tenant) for server in order}
-        except ContextLengthError:
-            break
+        messages.append(("user", text))
+        given: dict[Server, Answer] = {}
+        for server in (kept, fresh) if (turn + number) % 2 else (fresh, kept):
+            try:
+                given[server] = server.complete(ChatPrompt(tuple(messages)), sampling, "compare", tenant=tenant)
+            except ContextLengthError:
+                return answers
+            progress.update()
+        messages.append(("assistant", given[kept].text))
         answers.append((given[kept], given[fresh]))
-        progress.update()
     return answers
 
 
 def _compare_turn(number: int, answers: Sequence[tuple[Answer, Answer]]) -> TurnComparison:
     """One turn of all rounds."""
-    ours, theirs = (statistics.median(answer.ttft_s for answer in column) for column in zip(*answers, strict=True))
-    first = answers[0][0]
+    ours, theirs = zip(*answers, strict=True)
+    pensieve_ttft_s, stateless_ttft_s = (statistics.median(answer.ttft_s for answer in side) for side in (ours, theirs))
+    pensieve_tokens_per_s, stateless_tokens_per_s = (
+        statistics.median(len(answer.token_ids) / answer.total_s for answer in side) for side in (ours, theirs)
+    )
     return TurnComparison(
         turn=number,
-        num_prompt_tokens=first.num_prompt_tokens,
-        num_computed_tokens=first.num_computed_tokens,
-        num_cached_tokens=first.num_cached_tokens,
-        pensieve_ttft_s=ours,
-        stateless_ttft_s=theirs,
-        speed_up=theirs / ours,
+        num_prompt_tokens=ours[0].num_prompt_tokens,
+        num_computed_tokens=ours[0].num_computed_tokens,
+        num_cached_tokens=ours[0].num_cached_tokens,
+        num_output_tokens=len(ours[0].token_ids),
+        pensieve_ttft_s=pensieve_ttft_s,
+        stateless_ttft_s=stateless_ttft_s,
+        pensieve_tokens_per_s=pensieve_tokens_per_s,
+        stateless_tokens_per_s=stateless_tokens_per_s,
+        speed_up=stateless_ttft_s / pensieve_ttft_s,
+        num_same_tokens=min(_num_same_tokens(kept.token_ids, fresh.token_ids) for kept, fresh in answers),
         is_identical=all(kept.token_ids == fresh.token_ids for kept, fresh in answers),
     )
 
 
+def _num_same_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of the longest common beginning."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
 def format_table(comparison: Comparison) -> str:
-    """For people: a line per turn and a verdict."""
-    lines = [f"{comparison.model}: one conversation, both modes (TTFT = time to first token)"]
-    lines.append(
-        f"{'turn':>4} {'prompt':>7} {'computed':>9} {'cached':>7} {'pensieve TTFT':>14} {'stateless TTFT':>15} "
-        f"{'speed-up':>9}  identical"
-    )
+    """What it means, in a few lines, a line for each turn, and a verdict."""
+    rounds = f"medians of {comparison.num_rounds} rounds" if comparison.num_rounds > 1 else "one round"
+    lines = [
+        f"{comparison.model}: one conversation with the cache and without ({rounds})",
+        "with cache: what earlier turns computed is kept. without: the whole conversation is computed again in each turn.",
+        "first token: time until it is there. tokens/s: tokens of the answer over the time from question to last token.",
+        "",
+        "       conversation   computed     first token    first token            tokens/s  tokens/s",
+        "turn       (tokens)  with cache     with cache        without   faster  with cache   without  answers",
+    ]
     for turn in comparison.turns:
+        verdict = "same" if turn.is_identical else f"same up to token {turn.num_same_tokens}"
         lines.append(
-            f"{turn.turn:>4} {turn.num_prompt_tokens:>7} {turn.num_computed_tokens:>9} {turn.num_cached_tokens:>7} "
-            f"{turn.pensieve_ttft_s * 1e3:>11.1f} ms {turn.stateless_ttft_s * 1e3:>12.1f} ms {turn.speed_up:>8.1f}x  "
-            f"{'yes' if turn.is_identical else 'NO'}"
+            f"{turn.turn:>4} {turn.num_prompt_tokens:>14} {turn.num_computed_tokens:>11} "
+            f"{turn.pensieve_ttft_s * 1e3:>11.0f} ms {turn.stateless_ttft_s * 1e3:>11.0f} ms {turn.speed_up:>7.1f}x "
+            f"{turn.pensieve_tokens_per_s:>11.1f} {turn.stateless_tokens_per_s:>9.1f}  {verdict}"
         )
+    lines.append("")
     if not comparison.is_complete:
-        lines.append("the context window is full: the remaining turns were left out")
-    lines.append("outputs are identical" if comparison.is_identical else "OUTPUTS DIFFER")
+        lines.append("The context window is full: the remaining turns were left out.")
+    lines.append(_describe_answers(comparison))
     return "\n".join(lines)
+
+
+def _describe_answers(comparison: Comparison) -> str:
+    """One sentence: whether the answers are the same, and if not, what that means."""
+    if comparison.is_identical:
+        return "All answers are the same with the cache and without, token for token."
+    num_different = sum(not turn.is_identical for turn in comparison.turns)
+    return (
+        f"{num_different} of {len(comparison.turns)} answers differ. In bfloat16 and float16 the reason is rounding, which "
+        "depends on how many tokens\nare computed at once: of two tokens that are about equally good, either may win. With "
+        "--dtype float32 the answers\nare the same; if they differ there, too, please report it."
+    )
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
