@@ -6,7 +6,6 @@ differ (in bfloat16 they may, by rounding), both go on from the answer of the mo
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import sys
 from collections.abc import Sequence
@@ -61,7 +60,6 @@ class TurnComparison:
     pensieve_ttft_s, stateless_ttft_s: from the message to the first token of the answer.
     pensieve_tokens_per_s, stateless_tokens_per_s: tokens of the answer over the time from the message to its end.
     speed_up: stateless over pensieve, time to first token.
-    num_same_tokens: the answers begin with so many tokens that are the same, in the round with the fewest.
     is_identical: the answers are the same in each round, token for token.
     """
 
@@ -75,7 +73,6 @@ class TurnComparison:
     pensieve_tokens_per_s: float
     stateless_tokens_per_s: float
     speed_up: float
-    num_same_tokens: int
     is_identical: bool
 
 
@@ -169,51 +166,43 @@ def _compare_turn(number: int, answers: Sequence[tuple[Answer, Answer]]) -> Turn
         pensieve_tokens_per_s=pensieve_tokens_per_s,
         stateless_tokens_per_s=stateless_tokens_per_s,
         speed_up=stateless_ttft_s / pensieve_ttft_s,
-        num_same_tokens=min(_num_same_tokens(kept.token_ids, fresh.token_ids) for kept, fresh in answers),
         is_identical=all(kept.token_ids == fresh.token_ids for kept, fresh in answers),
     )
 
 
-def _num_same_tokens(one: Sequence[int], other: Sequence[int]) -> int:
-    """The length of the longest common beginning."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
 def format_table(comparison: Comparison) -> str:
-    """What it means, in a few lines, a line for each turn, and a verdict."""
-    rounds = f"medians of {comparison.num_rounds} rounds" if comparison.num_rounds > 1 else "one round"
+    """What is compared, a line for each turn, and a verdict, for a terminal of 80 columns."""
+    times = "once" if comparison.num_rounds == 1 else f"{comparison.num_rounds} times (medians)"
     lines = [
-        f"{comparison.model}: one conversation with the cache and without ({rounds})",
-        "with cache: what earlier turns computed is kept. without: the whole conversation is computed again in each turn.",
-        "first token: time until it is there. tokens/s: tokens of the answer over the time from question to last token.",
+        f"{comparison.model}: one conversation, held {times}",
+        "With the cache, what earlier turns computed is kept; without it, each turn",
+        "computes the whole conversation again. tokens/s: tokens of the answer over the",
+        "time from the question to the last of them.",
         "",
-        "       conversation   computed     first token    first token            tokens/s  tokens/s",
-        "turn       (tokens)  with cache     with cache        without   faster  with cache   without  answers",
+        "         prompt tokens    time to first token               tokens/s",
+        "turn   in all computed    cache   no cache faster      cache no cache  answers",
     ]
     for turn in comparison.turns:
-        verdict = "same" if turn.is_identical else f"same up to token {turn.num_same_tokens}"
         lines.append(
-            f"{turn.turn:>4} {turn.num_prompt_tokens:>14} {turn.num_computed_tokens:>11} "
-            f"{turn.pensieve_ttft_s * 1e3:>11.0f} ms {turn.stateless_ttft_s * 1e3:>11.0f} ms {turn.speed_up:>7.1f}x "
-            f"{turn.pensieve_tokens_per_s:>11.1f} {turn.stateless_tokens_per_s:>9.1f}  {verdict}"
+            f"{turn.turn:>4} {turn.num_prompt_tokens:>8} {turn.num_computed_tokens:>8} "
+            f"{turn.pensieve_ttft_s * 1e3:>6.0f} ms {turn.stateless_ttft_s * 1e3:>7.0f} ms {turn.speed_up:>5.1f}x "
+            f"{turn.pensieve_tokens_per_s:>10.1f} {turn.stateless_tokens_per_s:>8.1f}  "
+            f"{'same' if turn.is_identical else 'differ'}"
         )
     lines.append("")
     if not comparison.is_complete:
         lines.append("The context window is full: the remaining turns were left out.")
-    lines.append(_describe_answers(comparison))
-    return "\n".join(lines)
-
-
-def _describe_answers(comparison: Comparison) -> str:
-    """One sentence: whether the answers are the same, and if not, what that means."""
     if comparison.is_identical:
-        return "All answers are the same with the cache and without, token for token."
-    num_different = sum(not turn.is_identical for turn in comparison.turns)
-    return (
-        f"{num_different} of {len(comparison.turns)} answers differ. In bfloat16 and float16 the reason is rounding, which "
-        "depends on how many tokens\nare computed at once: of two tokens that are about equally good, either may win. With "
-        "--dtype float32 the answers\nare the same; if they differ there, too, please report it."
-    )
+        lines.append("All answers are the same with the cache and without, token for token.")
+    else:
+        num_different = sum(not turn.is_identical for turn in comparison.turns)
+        lines += [
+            f"{num_different} of {len(comparison.turns)} answers differ. In bfloat16 and float16 that is rounding: it",
+            "depends on how many tokens are computed at once, and decides between two tokens",
+            "that are about equally good. With --dtype float32 the answers are the same; if",
+            "they differ there, too, please report it.",
+        ]
+    return "\n".join(lines)
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
@@ -223,11 +212,11 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
     figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     numbers = [turn.turn for turn in comparison.turns]
-    left.plot(numbers, [turn.stateless_ttft_s * 1e3 for turn in comparison.turns], "o-", label="stateless")
-    left.plot(numbers, [turn.pensieve_ttft_s * 1e3 for turn in comparison.turns], "o-", label="pensieve")
+    left.plot(numbers, [turn.stateless_ttft_s * 1e3 for turn in comparison.turns], "o-", label="without the cache")
+    left.plot(numbers, [turn.pensieve_ttft_s * 1e3 for turn in comparison.turns], "o-", label="with the cache")
     left.set(xlabel="turn", ylabel="ms", title="time to first token", ylim=(0, None))
-    right.plot(numbers, [turn.num_prompt_tokens for turn in comparison.turns], "o-", label="stateless")
-    right.plot(numbers, [turn.num_computed_tokens for turn in comparison.turns], "o-", label="pensieve")
+    right.plot(numbers, [turn.num_prompt_tokens for turn in comparison.turns], "o-", label="without the cache")
+    right.plot(numbers, [turn.num_computed_tokens for turn in comparison.turns], "o-", label="with the cache")
     right.set(xlabel="turn", ylabel="tokens", title="prompt tokens computed", ylim=(0, None))
     for axes in (left, right):
         axes.legend()

@@ -723,9 +723,10 @@ def test_both_modes_of_compare_go_on_from_the_same_answer_if_theirs_differ(monke
     assert prompts["pensieve"] == prompts["stateless"]
     assert [len(prompt.messages) for prompt in prompts["pensieve"]] == [1, 3, 1, 3]
     shown = capsys.readouterr().out
-    assert shown.count("same up to token 2\n") == 2
+    assert shown.count("  differ\n") == 2
+    assert max(map(len, shown.splitlines())) < 80
     assert "2 of 2 answers differ." in shown
-    assert [turn["num_same_tokens"] for turn in json.loads(figures.read_text())["turns"]] == [2, 2]
+    assert [turn["is_identical"] for turn in json.loads(figures.read_text())["turns"]] == [False, False]
 
 
 def test_the_built_in_conversation_has_something_to_compute():
