@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.core.request import SamplingParams
+from engine.dialogue.messages import Message
 from engine.errors import ContextLengthError
 from engine.server import Answer, Server, create_server
 from engine.tenant import Tenant
@@ -132,10 +133,10 @@ def _run_round(
     number: of the round. A tenant of its own finds nothing of the rounds before in the cache.
     """
     tenant = Tenant(f"round {number}")
-    messages: list[tuple[str, str]] = []
+    messages: list[Message] = []
     answers: list[tuple[Answer, Answer]] = []
     for turn, text in enumerate(turns):
-        messages.append(("user", text))
+        messages.append(Message("user", text))
         given: dict[Server, Answer] = {}
         for server in (kept, fresh) if (turn + number) % 2 else (fresh, kept):
             try:
@@ -143,7 +144,7 @@ def _run_round(
             except ContextLengthError:
                 return answers
             progress.update()
-        messages.append(("assistant", given[kept].text))
+        messages.append(Message("assistant", given[kept].text))
         answers.append((given[kept], given[fresh]))
     return answers
 
