@@ -23,6 +23,7 @@ from engine.model_files import model_location
 
 WORDS = "my cat dog house garden is in Paris London red blue green and the code of bike called Mia Tom lives"
 NUM_OUTPUT_TOKENS = 16
+MEDIANS = ("pensieve_ttft_s", "stateless_ttft_s", "pensieve_tokens_per_s", "stateless_tokens_per_s")
 
 
 def user_messages(tokenizer, num_turns: int, tokens_per_turn: int, seed: int) -> list[str]:
@@ -41,22 +42,21 @@ def user_messages(tokenizer, num_turns: int, tokens_per_turn: int, seed: int) ->
 
 
 def median_comparison(comparisons: list[Comparison]) -> Comparison:
-    """Median times of each turn over the repeats."""
+    """Median times and rates of each turn over the repeats."""
     turns = []
     for same_turn in zip(*(comparison.turns for comparison in comparisons), strict=True):
-        pensieve_s = statistics.median(turn.pensieve_ttft_s for turn in same_turn)
-        stateless_s = statistics.median(turn.stateless_ttft_s for turn in same_turn)
+        medians = {name: statistics.median(getattr(turn, name) for turn in same_turn) for name in MEDIANS}
         turns.append(
             replace(
                 same_turn[0],
-                pensieve_ttft_s=pensieve_s,
-                stateless_ttft_s=stateless_s,
-                speed_up=stateless_s / pensieve_s,
+                **medians,
+                speed_up=medians["stateless_ttft_s"] / medians["pensieve_ttft_s"],
                 is_identical=all(turn.is_identical for turn in same_turn),
             )
         )
     return replace(
         comparisons[0],
+        num_rounds=len(comparisons),
         turns=tuple(turns),
         is_identical=all(comparison.is_identical for comparison in comparisons),
         is_complete=all(comparison.is_complete for comparison in comparisons),

@@ -69,7 +69,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     for name, text in (
         ("chat", "Talk to a model, whose KV cache is kept between turns"),
         ("generate", "Answer one prompt, or continue it if the model is no chat model"),
-        ("compare", "Run one conversation with and without a kept cache, and compare both turn by turn"),
+        ("compare", "Hold one conversation with the cache and without, and compare times and answers turn by turn"),
         ("profile", "Measure what computing and loading a chunk costs on this machine, for the eviction policy"),
     ):
         usage = f"pensieve {name} [option ...]" + (" [prompt]" if name == "generate" else "")
@@ -105,8 +105,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
                 "--rounds",
                 type=int,
                 metavar="N",
-                default=5,
-                help="Number of runs; times are their medians (default: 5)",
+                default=3,
+                help="Number of runs; times are their medians (default: 3)",
             )
             command.add_argument("--json", type=Path, metavar="FILE", help="Write the figures to this file")
         if name == "profile":

@@ -17,6 +17,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -32,6 +33,7 @@ from engine.core.request import SamplingParams
 from engine.errors import ConfigError, ContextLengthError, ModelLoadError
 from engine.options import options_of
 from engine.server import Answer, Server
+from engine.text.prompt import ChatPrompt
 
 SMALL = ["--model", "embedded", "--num-threads", "1", "--num-gpu-blocks", "200", "--chunk-size", "16"]
 WAIT_S = 120
@@ -670,21 +672,24 @@ def test_compare_stops_at_the_window_and_says_so():
 def test_compare_takes_medians_of_rounds_of_which_none_helps_the_next_and_the_first_does_not_count(monkeypatch):
     """The clock is the number of the answer: what the first round takes is not in the medians."""
     given: list[tuple[str, Answer]] = []
-    chat_of_server = Server.chat
+    complete = Server.complete
 
-    def timed_chat(server: Server, *arguments: object, **options: object) -> Answer:
-        answer = chat_of_server(server, *arguments, **options)  # type: ignore[arg-type]
+    def timed_complete(server: Server, *arguments: object, **options: object) -> Answer:
+        answer = complete(server, *arguments, **options)  # type: ignore[arg-type]
         given.append((server.engine.config.mode, answer))
         number = len(given) - 1
         ttft_s = 100.0 if number < 4 else float(number)
-        return Answer(*(getattr(answer, name) for name in Answer.__slots__[:5]), ttft_s, answer.total_s)
+        return replace(answer, ttft_s=ttft_s, total_s=2 * ttft_s)
 
-    monkeypatch.setattr(compare.Server, "chat", timed_chat)
+    monkeypatch.setattr(Server, "complete", timed_complete)
     turns = ["my cat is called Mia", "what is my cat called?"]
     options = {"dtype": "float32", "num_threads": 1, "num_gpu_blocks": 200}
-    comparison = compare_modes(options, turns, SamplingParams(temperature=0.0, max_tokens=8), num_rounds=3)
+    comparison = compare_modes(
+        options, turns, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True), num_rounds=3
+    )
     assert comparison.is_identical
     assert comparison.is_complete
+    assert [len(answer.token_ids) for _, answer in given] == 4 * [compare.NUM_WARM_UP_TOKENS] + 12 * [12]
     assert len(given) == 2 * 2 * (1 + 3)
     first_turns = [answer for number, (mode, answer) in enumerate(given) if number // 2 % 2 == 0]
     assert all(answer.num_cached_tokens == 0 for answer in first_turns), "a round found what the one before had left"
@@ -695,6 +700,33 @@ def test_compare_takes_medians_of_rounds_of_which_none_helps_the_next_and_the_fi
     times = [(turn.pensieve_ttft_s, turn.stateless_ttft_s) for turn in comparison.turns]
     assert times == [(9.0, 8.0), (10.0, 11.0)]
     assert [turn.speed_up for turn in comparison.turns] == pytest.approx([8 / 9, 11 / 10])
+    rates = [(turn.pensieve_tokens_per_s, turn.stateless_tokens_per_s) for turn in comparison.turns]
+    assert rates == [pytest.approx((12 / 18, 12 / 16)), pytest.approx((12 / 20, 12 / 22))]
+
+
+def test_both_modes_of_compare_go_on_from_the_same_answer_if_theirs_differ(monkeypatch, tmp_path, capsys):
+    prompts: dict[str, list[ChatPrompt]] = {"pensieve": [], "stateless": []}
+    complete = Server.complete
+
+    def complete_otherwise(server: Server, prompt: ChatPrompt, *arguments: object, **options: object) -> Answer:
+        answer = complete(server, prompt, *arguments, **options)  # type: ignore[arg-type]
+        prompts[server.engine.config.mode].append(prompt)
+        if server.engine.config.mode == "stateless":
+            return replace(answer, text="otherwise", token_ids=(*answer.token_ids[:2], 0))
+        return answer
+
+    monkeypatch.setattr(Server, "complete", complete_otherwise)
+    conversation, figures = tmp_path / "conversation.json", tmp_path / "figures.json"
+    conversation.write_text(json.dumps(["my cat is called Mia", "what is my cat called?"]))
+    arguments = ["compare", "--conversation", str(conversation), "--json", str(figures), "--rounds", "1", *SMALL]
+    assert cli.main(arguments) == 1
+    assert prompts["pensieve"] == prompts["stateless"]
+    assert [len(prompt.messages) for prompt in prompts["pensieve"]] == [1, 3, 1, 3]
+    shown = capsys.readouterr().out
+    assert shown.count("  differ\n") == 2
+    assert max(map(len, shown.splitlines())) < 80
+    assert "2 of 2 answers differ." in shown
+    assert [turn["is_identical"] for turn in json.loads(figures.read_text())["turns"]] == [False, False]
 
 
 def test_the_built_in_conversation_has_something_to_compute():
@@ -713,6 +745,8 @@ def test_command_compare_prints_writes_and_plots(tmp_path, capsys):
     arguments = ["compare", "--conversation", str(conversation), "--json", str(figures), "--plot", str(plot)]
     assert cli.main([*arguments, "--rounds", "1", *SMALL]) == 0
 
-    assert "outputs are identical" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "All answers are the same" in shown.out
+    assert "round 1 of 1" in shown.err, "it says how far it is, to a file, too"
     assert [turn["turn"] for turn in json.loads(figures.read_text())["turns"]] == [1, 2]
     assert plot.read_bytes().startswith(b"\x89PNG")
