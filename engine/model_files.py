@@ -62,6 +62,11 @@ def choose_model(model: str) -> str:
     return "embedded"
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether the option `model` can only mean a model of the hub."""
+    return model not in ("auto", "embedded", "smollm2") and not model.endswith(".gguf") and not Path(model).exists()
+
+
 def model_location(model: str) -> str:
     """What transformers' loaders take for the option `model`.
 

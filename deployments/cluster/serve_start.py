@@ -1,10 +1,16 @@
-"""Serve's own processes, started as a config file wants them."""
+"""Serve's own processes, started as a config file wants them, and where Prometheus finds the metrics of a Ray without a
+dashboard.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.config import gRPCOptions
 from ray.serve.schema import ServeDeploySchema
@@ -24,3 +30,16 @@ def start_serve(config: Mapping[str, Any]) -> None:
         logging_config=schema.logging_config,
         controller_options=schema.controller_options,
     )
+
+
+def list_metrics_ports() -> None:
+    """Write the file in which Prometheus finds the metrics of the Ray of this process; its dashboard does that if it has one.
+
+    In the folder of the session, under the name that the dashboard gives it, and complete at any time.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    ports = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
+    path = Path(nodes[0]["ObjectStoreSocketName"]).parents[1] / "prom_metrics_service_discovery.json"
+    made = path.with_suffix(".new")
+    made.write_text(json.dumps([{"labels": {"job": "ray"}, "targets": ports}]))
+    os.replace(made, path)

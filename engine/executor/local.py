@@ -19,7 +19,6 @@ from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError, DeviceFailedError, EngineStoppedError
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
 from engine.executor.host import available_cores, end_openmp_team, keep_freed_memory
-from engine.executor.host_memory import check_tiers
 from engine.executor.memory import bytes_left_for_blocks, out_of_memory_means, step_limits
 from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
@@ -28,6 +27,7 @@ from engine.executor.process_group import ProcessGroup
 from engine.executor.tiers.kv_store import KVStore, block_bytes
 from engine.executor.tiers.swapper import make_swapper
 from engine.executor.warm_up import warm_up
+from engine.host_memory import check_tiers
 
 logger = logging.getLogger(__name__)
 

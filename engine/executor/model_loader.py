@@ -5,11 +5,12 @@ The model is transformers' own code with our attention in it; both have to agree
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
+import os
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ from engine.core.executor import ModelFacts
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds
 from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fingerprint_weights
-from engine.executor.host_memory import check_weights
 from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
 from engine.executor.process_group import ProcessGroup
 from engine.executor.sharding import is_own, local_part, localize, make_plan, num_local_bytes
-from engine.model_files import model_location
+from engine.host_memory import check_weights
+from engine.model_files import is_hub_id, model_location
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +256,13 @@ def _fingerprint(
 
 def _load_error(model: str, error: Exception) -> ModelLoadError:
     reason = str(error).strip().splitlines()[0].rstrip(".")
-    if Path(model).exists():
+    if os.strerror(errno.ENOMEM) in reason:
+        return ModelLoadError(
+            f"memory has run out while {model!r} was loaded ({reason}); let this process have more (`ulimit -v`, the control "
+            "group), or take a smaller model",
+            param="model",
+        )
+    if not is_hub_id(model):
         return ModelLoadError(
             f"cannot load a model from {model!r}: {reason}; give the folder of a complete checkpoint of a decoder model, as "
             "transformers saves it",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from engine import host_memory as memory
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.executor import host_memory as memory
-from engine.executor.host_memory import GIB
 from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import load_model
+from engine.host_memory import GIB
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Whether the memory of this machine can hold weights and tiers. Says what to lower before it is full, because then the system
-ends the process without a word. Knows no torch.
+"""Whether the memory of this machine can hold weights and tiers. Says what to lower before it is full: a full machine ends
+processes without a word. Knows no torch.
 """
 
 from __future__ import annotations
