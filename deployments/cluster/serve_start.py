@@ -32,10 +32,10 @@ def start_serve(config: Mapping[str, Any]) -> None:
     )
 
 
-def list_metrics_ports() -> None:
+def list_metrics_ports() -> Path:
     """Write the file in which Prometheus finds the metrics of the Ray of this process; its dashboard does that if it has one.
 
-    In the folder of the session, under the name that the dashboard gives it, and complete at any time.
+    Returns its path: in the folder of Ray's session, by the name that the dashboard gives it. It is complete at any time.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     ports = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]
@@ -43,3 +43,4 @@ def list_metrics_ports() -> None:
     made = path.with_suffix(".new")
     made.write_text(json.dumps([{"labels": {"job": "ray"}, "targets": ports}]))
     os.replace(made, path)
+    return path

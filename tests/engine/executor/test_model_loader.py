@@ -131,7 +131,7 @@ def test_an_absent_model_says_what_to_do(monkeypatch, name):
 )
 def test_a_broken_folder_is_told_by_name(llama, name, content):
     (llama / name).unlink() if content is None else (llama / name).write_bytes(content)
-    with pytest.raises(ModelLoadError, match="cannot load a model from|cannot be read as JSON") as error:
+    with pytest.raises(ModelLoadError, match=r"cannot load a model from|cannot be read as JSON") as error:
         load(llama)
     assert str(llama) in str(error.value)
 
