@@ -351,7 +351,15 @@ def _pack(name: str, model: Any, text_config: Any, tolerance: float, packing: ty
         logger.warning("%s: not served with packed weights, its logits differ then by %.1e", name, error)
         return False
     logger.info("%s: %d linear layers packed (%s)", name, num_packed, packing.__name__)
+    if model.device.type == "cpu":
+        _leave_files(model)
     return True
+
+
+def _leave_files(model: Any) -> None:
+    """Copy the weights that are not packed: while one of them lies in a mapped file, all of that file stays in memory."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _wants_compiled_layers(config: EngineConfig, device: torch.device) -> bool:
