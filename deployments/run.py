@@ -184,7 +184,7 @@ def _port_problems(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _memory_problems(config: dict[str, Any]) -> Iterator[str]:
-    """Why memory cannot hold even what is known before anything is loaded: all processes, and tiers in host memory."""
+    """Why memory cannot hold the processes and one replica's tiers; the model comes on top."""
     from deployments.schema import IMPORT_PATH, AppArgs
     from engine.host_memory import GIB, host_memory
 

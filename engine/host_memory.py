@@ -1,5 +1,6 @@
-"""Whether the memory of this machine can hold weights and tiers. Says what to lower before it is full: a full machine ends
-processes without a word. Knows no torch.
+"""Whether the memory of this machine can hold the weights and the tiers.
+
+It says what to lower before memory is full, because a full machine ends processes without a word. Knows no torch.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def host_memory() -> HostMemory | None:
 
 
 def _limit_files() -> Iterator[Path]:
-    """Of this process's control group and of all around it. In a container it is the root, whatever its name is."""
+    """The files with the limits of this process's control group and of those around it.
+
+    In a container its group is the root, whatever its name is.
+    """
     yield from GROUP_LIMITS.values()
     with suppress(OSError, ValueError):
         for line in CONTROL_GROUPS.read_text().splitlines():
@@ -75,9 +79,9 @@ def check_weights(model: str, num_bytes: int) -> None:
 
 
 def check_tiers(config: EngineConfig, num_gpu_tier_bytes: int, num_cpu_tier_bytes: int) -> None:
-    """Raise ConfigError if the tiers that lie in host memory are larger than it; warn if they are larger than what is free.
+    """Raise ConfigError if the tiers in host memory are larger than it; warn if larger than what is free.
 
-    Their memory is taken as they fill: without this, the system would end the process weeks after the start.
+    Their memory is taken as they fill: without this check, the system would end the process weeks after the start.
     """
     memory, num_bytes = host_memory(), num_gpu_tier_bytes + num_cpu_tier_bytes
     if memory is None or num_bytes <= memory.available:

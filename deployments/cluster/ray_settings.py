@@ -1,4 +1,7 @@
-"""What `pensieve-serve` asks of the Ray that it starts: environment variables of Ray and Serve, each with its reason."""
+"""Environment variables by which `pensieve-serve` sets up the Ray that it starts.
+
+Each has its reason, and at its end Ray's own value.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Serve's own processes, started as a config file wants them, and where Prometheus finds the metrics of a Ray without a
-dashboard.
-"""
+"""Serve's own processes, started as a config file wants them, and the list of the metrics' ports."""
 
 from __future__ import annotations
 
@@ -33,9 +31,10 @@ def start_serve(config: Mapping[str, Any]) -> None:
 
 
 def list_metrics_ports() -> Path:
-    """Write the file in which Prometheus finds the metrics of the Ray of this process; its dashboard does that if it has one.
+    """Write the file in which Prometheus finds the metrics of this process's Ray, and return its path.
 
-    Returns its path: in the folder of Ray's session, by the name that the dashboard gives it. It is complete at any time.
+    It is in the folder of Ray's session, by the name that Ray's dashboard gives it, and complete at any time. A Ray with a
+    dashboard needs no other.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     ports = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in nodes]

@@ -357,7 +357,10 @@ def _pack(name: str, model: Any, text_config: Any, tolerance: float, packing: ty
 
 
 def _leave_files(model: Any) -> None:
-    """Copy the weights that are not packed: while one of them lies in a mapped file, all of that file stays in memory."""
+    """Copy the weights that are not packed out of the mapped files.
+
+    While one of them lies in a file, all of that file stays in memory.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 

@@ -51,7 +51,7 @@ Sample = tuple[dict[str, str], float]
 
 @pytest.fixture(scope="module")
 def urls(local_serve: LocalServe) -> Iterator[tuple[str, str]]:
-    """Of the server, and of the node's metrics, as Prometheus would find them. Of a Ray as pensieve-serve starts it."""
+    """Of the server, and of the metrics as Prometheus finds them, of a Ray as pensieve-serve starts it."""
     local_serve.stop()
     http_port = free_port()
     with pytest.MonkeyPatch.context() as patch:
