@@ -689,7 +689,7 @@ async def test_the_page_and_a_demonstration_of_evictions(http: httpx.AsyncClient
             for eviction in replica["evictions"]
             if eviction["conversation"] == "map"
         ]
-        assert {"gpu", "cpu"} <= {eviction["from"] for eviction in mine}
+        assert {"cpu", "dropped"} <= {eviction["to"] for eviction in mine}
         assert (await say("what is my cat called?", *history))[0] == expected
     finally:
         await http.post("/v1/cache/demo", json={})
