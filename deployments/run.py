@@ -31,6 +31,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deployments.cluster.ray_settings import DEFAULTS, FAST_PATH
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,30 +39,15 @@ if TYPE_CHECKING:
 
 # The imports of Ray's schema and of pydantic are in the functions: `--help` is quick, and says nothing of Ray.
 
-DEFAULTS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Requests go from process to process by gRPC, and each process has one event loop instead of three: this halves what the
-    # way of a request costs. On one machine, for which this command is, a process that dies closes its connections; a
-    # machine that vanishes does not, and gRPC would take minutes to notice.
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    # The controller looks at everything ten times a second otherwise, which is most of what a server without work computes.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    # Serve's proxy answers 500 if this header (x-session-id, unless it is set) is not UTF-8, and what it reads there is of no
-    # use here: see deployments/routing/session_key.py. So it gets the name of a header that clients do not send.
-    "RAY_SERVE_SESSION_ID_HEADER_KEY": "x-pensieve-serve-session",
-    # Headers of clients that Serve's proxy would stumble over, or be steered by.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy_headers:middlewares",
-}
-# HAProxy as the HTTP proxy, and all of Serve's own set. See docs/configuration.md.
-FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 # Ray's daemons without which nothing is served. What else Ray starts ends with them, or is not needed.
 DAEMONS = {"gcs_server", "raylet"}
 WATCH_INTERVAL_S = 0.5
 # How often this command asks whether all is ready, and how long an answer to that may take, in seconds.
 READY_INTERVAL_S = 0.5
 READY_TIMEOUT_S = 10.0
+# Memory that is taken before any model: by the processes of Ray and Serve and the ingress together; by an engine replica.
+RAY_GIB = 0.75
+REPLICA_GIB = 0.3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,13 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problems:
         print("\n".join(f"pensieve-serve: {problem}" for problem in problems), file=sys.stderr)
         return 2
+    if not names_cluster(os.environ) and not _prepare_models(options.config):
+        return 2
     for name, value in {**DEFAULTS, **(FAST_PATH if options.fast_path else {})}.items():
         os.environ.setdefault(name, value)
     added = guard(os.environ)
     os.environ.update(added)
-    if "RAY_AUTH_TOKEN" in added:
+    # The dashboard cannot be used without the token, and it is a tenth of the memory and a quarter of the idle CPU time.
+    has_dashboard = "RAY_AUTH_TOKEN" not in added
+    if not has_dashboard:
         print(
-            "Ray wants a token, made for this start; to use `serve status` or the dashboard: docs/security.md",
+            "Ray wants a token, made for this start, and has no dashboard; to have it, and `serve status`: docs/security.md",
             flush=True,
         )
     elif not names_cluster(os.environ) and os.environ["RAY_AUTH_MODE"] != "token":
@@ -85,9 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "pensieve-serve: RAY_AUTH_MODE is not 'token': who reaches Serve's gRPC ports can run code on this machine",
             file=sys.stderr,
         )
-    if not names_cluster(os.environ) and not _prepare_models(options.config):
-        return 2
-    return _run(options.config)
+    return _run(options.config, has_dashboard=has_dashboard)
 
 
 def guard(environment: Mapping[str, str]) -> dict[str, str]:
@@ -141,6 +129,7 @@ def _problems(path: str, fast_path: bool) -> Iterator[str]:
                 yield from _open_applications(config)
             if not is_cluster:
                 yield from _port_problems(config)
+                yield from _memory_problems(config)
     except ConfigError as error:
         yield error.message
     if is_cluster and API_KEY_VARIABLE in os.environ:
@@ -191,6 +180,29 @@ def _port_problems(config: dict[str, Any]) -> Iterator[str]:
         yield (
             f"http_options: cannot listen on {host}:{port} ({error.strerror or error}); stop what listens there (`ss -ltnp` "
             "tells), or choose another host or port"
+        )
+
+
+def _memory_problems(config: dict[str, Any]) -> Iterator[str]:
+    """Why memory cannot hold the processes and one replica's tiers; the model comes on top."""
+    from deployments.schema import IMPORT_PATH, AppArgs
+    from engine.host_memory import GIB, host_memory
+
+    needed_gib = RAY_GIB
+    for application in config["applications"]:
+        if application["import_path"] == IMPORT_PATH:
+            args = AppArgs.model_validate(application.get("args") or {})
+            engine = args.engine_config
+            needed_gib += REPLICA_GIB
+            if engine.num_gpu_blocks is None and engine.gpu_memory_gib is not None and not args.num_gpus:
+                needed_gib += engine.gpu_memory_gib
+            if engine.num_cpu_blocks is None and engine.mode == "pensieve":
+                needed_gib += engine.kv_offloading_size
+    memory = host_memory()
+    if memory is not None and needed_gib * GIB > memory.total:
+        yield (
+            f"too little memory: the processes and one replica's cache take {needed_gib:.1f} GiB, the model comes on top, "
+            f"and this process can have {memory}; lower gpu_memory_gib or kv_offloading_size, or use `pensieve chat`"
         )
 
 
@@ -251,13 +263,15 @@ def announce(url: str, process: subprocess.Popen[bytes], failed: threading.Event
         time.sleep(READY_INTERVAL_S)
 
 
-def _run(config: str) -> int:
+def _run(config: str, *, has_dashboard: bool) -> int:
     """Run `serve_run` in a process and a session of its own, pass signals on, and return the exit status.
 
     A process, because Ray installs a handler for SIGTERM that drains nothing. A session, because Ctrl-C in a terminal goes to
     all processes of one, Ray's daemons included; and so that what is left of it at the end can be found.
     """
-    command = "import sys; from deployments.run import serve_run; serve_run(sys.argv[1])"
+    command = (
+        f"import sys; from deployments.run import serve_run; serve_run(sys.argv[1], has_dashboard={has_dashboard})"
+    )
     serve = subprocess.Popen([sys.executable, "-c", command, config], start_new_session=True)
 
     def pass_on(number: int, frame: types.FrameType | None) -> None:
@@ -298,7 +312,7 @@ def _end_session(session: int) -> None:
         psutil.wait_procs(processes, timeout=5)
 
 
-def serve_run(config: str) -> None:
+def serve_run(config: str, *, has_dashboard: bool) -> None:
     """Do what `serve run config` does, drain on SIGINT, and end with an error when Ray's daemons end.
 
     Serve's own answer to SIGINT ends the HTTP proxies first, and with them all streams; so the applications are deleted
@@ -311,7 +325,7 @@ def serve_run(config: str) -> None:
     import ray  # only now: it reads its environment when it is imported
     from ray.serve.scripts import cli
 
-    from deployments.cluster.serve_start import start_serve
+    from deployments.cluster.serve_start import list_metrics_ports, start_serve
     from deployments.schema import read_serve_config
 
     is_asked = False
@@ -332,8 +346,10 @@ def serve_run(config: str) -> None:
         if is_own:
             # Without an address, `serve run` would take any Ray that runs on this machine, and replace and drain what is
             # served there.
-            ray.init("local", namespace="serve")
+            ray.init("local", namespace="serve", include_dashboard=has_dashboard)
             watch = _DaemonWatch()
+            if not has_dashboard:
+                list_metrics_ports()
             start_serve(read_serve_config(config))
         cli(["run", config])
     except SystemExit as end:

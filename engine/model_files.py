@@ -14,6 +14,7 @@ A GGUF file is converted once into a normal checkpoint in the cache folder, whic
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -61,6 +62,11 @@ def choose_model(model: str) -> str:
     return "embedded"
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether the option `model` can only mean a model of the hub."""
+    return model not in ("auto", "embedded", "smollm2") and not model.endswith(".gguf") and not Path(model).exists()
+
+
 def model_location(model: str) -> str:
     """What transformers' loaders take for the option `model`.
 
@@ -75,6 +81,7 @@ def model_location(model: str) -> str:
     if model.endswith(".gguf"):
         return str(converted(Path(model)))
     if Path(model).exists():
+        _check_folder(Path(model))
         return model
     return _hub_location(model)
 
@@ -108,6 +115,23 @@ def converted(file: Path) -> Path:
                 _convert(file, made)
                 os.replace(made, folder)
     return folder
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ModelLoadError if it cannot be a checkpoint, whatever transformers would make of it."""
+    if not (folder / "config.json").is_file():
+        kind = "a folder without a config.json" if folder.is_dir() else "a file"
+        raise ModelLoadError(
+            f"{str(folder)!r} is {kind}, so it is no model; give the folder of a checkpoint as transformers saves it, or a "
+            ".gguf file",
+            param="model",
+        )
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"{str(folder / 'config.json')!r} cannot be read as JSON ({error}); get the checkpoint again", param="model"
+        ) from error
 
 
 def _hub_location(model: str) -> str:
@@ -193,12 +217,7 @@ def main(model: str) -> int:
     logging.basicConfig(level=logging.WARNING, format="pensieve: %(message)s")
     logger.setLevel(logging.INFO)
     try:
-        location = Path(model_location(model))
-        if location.is_dir() and not (location / "config.json").is_file():
-            raise ModelLoadError(
-                f"{model!r} is a folder without a config.json, so it is no model; give a checkpoint as transformers saves it",
-                param="model",
-            )
+        model_location(model)
     except PensieveError as error:
         print(f"pensieve: model: {error.message}", file=sys.stderr)
         return 1

@@ -153,7 +153,9 @@ def _find_compiler() -> tuple[list[str], str]:
     if os.environ.get("CXX"):
         commands = [shlex.split(os.environ["CXX"])]
     if not commands:
-        raise KernelBuildError(f"no C++ compiler: none of {', '.join(COMPILERS)} is there; install one, or set CXX")
+        raise KernelBuildError(
+            f"no C++ compiler: none of {', '.join(COMPILERS)} is there; install one (Debian: apt-get install g++), or set CXX"
+        )
     try:
         version = subprocess.run([*commands[0], "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:

@@ -88,6 +88,8 @@ class ServerPartner:
     def __init__(self, url: str, api_key: str | None, model: str | None) -> None:
         """model: None = the first one that the server has. Raises ConfigError or EngineError."""
         base = url.rstrip("/").removesuffix("/v1")
+        if not base.startswith(("http://", "https://")):
+            raise ConfigError(f"--url {url} is no URL; give one such as http://127.0.0.1:8000", param="url")
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         try:

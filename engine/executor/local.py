@@ -19,7 +19,7 @@ from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError, DeviceFailedError, EngineStoppedError
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
 from engine.executor.host import available_cores, end_openmp_team, keep_freed_memory
-from engine.executor.memory import bytes_left_for_blocks, check_host_memory, out_of_memory_means, step_limits
+from engine.executor.memory import bytes_left_for_blocks, out_of_memory_means, step_limits
 from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
 from engine.executor.plan_channel import Placement
@@ -27,6 +27,7 @@ from engine.executor.process_group import ProcessGroup
 from engine.executor.tiers.kv_store import KVStore, block_bytes
 from engine.executor.tiers.swapper import make_swapper
 from engine.executor.warm_up import warm_up
+from engine.host_memory import check_tiers
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class LocalExecutor:
             self.num_cpu_blocks = group.minimum(self.num_cpu_blocks)
         sizes = {"chunk_size": config.chunk_size, "dtype": self.loaded.dtype}
         layers, device = self.loaded.layers, self.loaded.device
-        check_host_memory(
+        check_tiers(
             config,
             self.num_gpu_blocks * bytes_per_block if device.type == "cpu" else 0,
             self.num_cpu_blocks * bytes_per_block,

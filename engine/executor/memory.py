@@ -1,6 +1,6 @@
-"""What of a GPU's memory is left for blocks, and whether host memory can hold the tiers.
+"""What of a GPU's memory is left for blocks.
 
-The first is measured: by running the largest step and recording decode graphs over a toy of a GPU tier. If memory runs
+It is measured: by running the largest step and recording decode graphs over a toy of a GPU tier. If memory runs
 out at the start, the error says what to lower, so that it does not run out later.
 """
 
@@ -9,9 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -31,63 +30,10 @@ from engine.executor.warm_up import end_of, longest_context, step_of
 logger = logging.getLogger(__name__)
 
 MIB, GIB = 1 << 20, 1 << 30
-# What this process may take of the machine's memory, by version 2 and 1 of control groups; 'max' or very much = no limit.
-MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-MEMINFO = Path("/proc/meminfo")
 # All that sampling can do, over a distribution so flat that the whole vocabulary has to be sorted; and what of it a step may
 # do before the tokens of the one in front are known.
 WITHOUT_PENALTIES = SamplingParams(temperature=100.0, top_p=0.9999, logprobs=20, seed=0)
 COSTLY_SAMPLING = (replace(WITHOUT_PENALTIES, repetition_penalty=1.1, frequency_penalty=0.1), WITHOUT_PENALTIES)
-
-
-@dataclass(frozen=True, slots=True)
-class HostMemory:
-    """Bytes that this process could ever have, and those that nothing uses now."""
-
-    total: int
-    available: int
-
-
-def host_memory() -> HostMemory | None:
-    """None on a system that does not say."""
-    try:
-        lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
-        total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    except (OSError, ValueError, KeyError):
-        return None
-    for path in MEMORY_LIMITS:
-        with suppress(OSError, ValueError):
-            total = min(total, int(path.read_text()))
-    return HostMemory(total, min(total, available))
-
-
-def check_host_memory(config: EngineConfig, num_gpu_tier_bytes: int, num_cpu_tier_bytes: int) -> None:
-    """Raise ConfigError if the tiers in host memory are larger than it; warn if larger than what is free.
-
-    Their memory is taken as they fill: without this check, the system would end the process weeks after the start.
-    """
-    memory, num_bytes = host_memory(), num_gpu_tier_bytes + num_cpu_tier_bytes
-    if memory is None or num_bytes <= memory.available:
-        return
-    sizes = {_gpu_tier_option(config): num_gpu_tier_bytes, _cpu_tier_option(config): num_cpu_tier_bytes}
-    option = max(sizes, key=lambda name: sizes[name])
-    parts = ", ".join(f"{size / GIB:.1f} GiB for {name}" for name, size in sizes.items() if size)
-    has = f"{memory.total / GIB:.1f} GiB, of which {memory.available / GIB:.1f} are free"
-    if num_bytes > memory.total:
-        raise ConfigError(
-            f"the tiers take {num_bytes / GIB:.1f} GiB of host memory ({parts}), but this process can have {has}; "
-            f"lower {option}",
-            param=option,
-        )
-    logger.warning("the tiers take %.1f GiB of host memory (%s) once they are full, of %s", num_bytes / GIB, parts, has)
-
-
-def _gpu_tier_option(config: EngineConfig) -> str:
-    return "gpu_memory_gib" if config.num_gpu_blocks is None else "num_gpu_blocks"
-
-
-def _cpu_tier_option(config: EngineConfig) -> str:
-    return "kv_offloading_size" if config.num_cpu_blocks is None else "num_cpu_blocks"
 
 
 @contextmanager

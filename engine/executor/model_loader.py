@@ -5,11 +5,12 @@ The model is transformers' own code with our attention in it; both have to agree
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
+import os
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fing
 from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
 from engine.executor.process_group import ProcessGroup
 from engine.executor.sharding import is_own, local_part, localize, make_plan, num_local_bytes
-from engine.model_files import model_location
+from engine.host_memory import check_weights
+from engine.model_files import is_hub_id, model_location
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +121,8 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     text_config = hf_config.get_text_config()
     dtype = _choose_dtype(config.dtype, text_config, device)
     plan = {} if group is None else make_plan(config.model, hf_config, group.size)
+    if device.type == "cpu" and (num_bytes := _num_weight_bytes(hf_config, dtype)) is not None:
+        check_weights(config.model, num_bytes)
     if config.load_format == "dummy":
         logger.warning("%s: random weights instead of its own, for measurements (load_format)", config.model)
         model = _make_random_model(hf_config, dtype, device)
@@ -216,6 +220,19 @@ def _read_model(
     return model
 
 
+def _num_weight_bytes(hf_config: Any, dtype: torch.dtype) -> int | None:
+    """What the weights will take in memory, told without reading them; None if that is not known."""
+    if getattr(hf_config, "quantization_config", None) is not None:
+        return None  # less than those of a model that is made from its config
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    except Exception as error:  # whatever a model's own code raises: loading it tells better
+        logger.debug("the size of the weights is not known before they are there: %r", error)
+        return None
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 def _make_random_model(hf_config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """A model of random weights, the same ones each time, made on its device to save the way there."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
@@ -238,9 +255,19 @@ def _fingerprint(
 
 
 def _load_error(model: str, error: Exception) -> ModelLoadError:
-    reason = str(error).strip().splitlines()[0]
-    if Path(model).exists():
-        return ModelLoadError(f"cannot load a model from {model!r}: {reason}")
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    if os.strerror(errno.ENOMEM) in reason:
+        return ModelLoadError(
+            f"memory has run out while {model!r} was loaded ({reason}); let this process have more (`ulimit -v`, the control "
+            "group), or take a smaller model",
+            param="model",
+        )
+    if not is_hub_id(model):
+        return ModelLoadError(
+            f"cannot load a model from {model!r}: {reason}; give the folder of a complete checkpoint of a decoder model, as "
+            "transformers saves it",
+            param="model",
+        )
     return ModelLoadError(
         f"{model!r} is neither a local folder nor a model that the Hugging Face hub gave ({reason}). Without access to "
         "the hub, download the model elsewhere and give its folder as the option 'model' (and set HF_HUB_OFFLINE=1 to be "
@@ -324,7 +351,18 @@ def _pack(name: str, model: Any, text_config: Any, tolerance: float, packing: ty
         logger.warning("%s: not served with packed weights, its logits differ then by %.1e", name, error)
         return False
     logger.info("%s: %d linear layers packed (%s)", name, num_packed, packing.__name__)
+    if model.device.type == "cpu":
+        _leave_files(model)
     return True
+
+
+def _leave_files(model: Any) -> None:
+    """Copy the weights that are not packed out of the mapped files.
+
+    While one of them lies in a file, all of that file stays in memory.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def _wants_compiled_layers(config: EngineConfig, device: torch.device) -> bool:

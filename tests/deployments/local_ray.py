@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import ray
 
+from deployments.cluster.ray_settings import DEFAULTS
 from deployments.cluster.serve_start import start_serve
-from deployments.run import DEFAULTS
 
 # As pensieve-serve starts it; or with Ray's own defaults, as other ways to start it have them.
 AS_PENSIEVE_SERVE: Mapping[str, str] = DEFAULTS

@@ -34,12 +34,11 @@ while True:
 class ServeProcess:
     """A pensieve-serve that runs from the constructor on, and serves when `wait_until_ready` returns.
 
-    Ray's token is none that the test knows.
-
     enter: a command that runs another one in its arguments, elsewhere.
+    token: Ray's, which gives it a dashboard; None = it makes one that the test does not know.
     """
 
-    def __init__(self, folder: Path, enter: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, enter: Sequence[str] = (), token: str | None = None) -> None:
         self._enter = enter
         port = free_port()
         config = yaml.safe_load(CONFIG.read_text())
@@ -54,6 +53,8 @@ class ServeProcess:
         self.home.mkdir()
         self._output = folder / "output.txt"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+        if token is not None:
+            environment["RAY_AUTH_TOKEN"] = token
         environment.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # kernels are built once
         with open(self._output, "wb") as output:
             self.process = subprocess.Popen(

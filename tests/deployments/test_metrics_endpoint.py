@@ -17,10 +17,11 @@ import ray
 from ray import serve
 
 from deployments.app import build
+from deployments.cluster.serve_start import list_metrics_ports
 from deployments.metrics import METRICS
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
-from tests.deployments.local_ray import LocalServe, free_port, start_ray
+from tests.deployments.local_ray import AS_PENSIEVE_SERVE, LocalServe, free_port, start_ray
 
 pytestmark = pytest.mark.ray
 
@@ -50,16 +51,19 @@ Sample = tuple[dict[str, str], float]
 
 @pytest.fixture(scope="module")
 def urls(local_serve: LocalServe) -> Iterator[tuple[str, str]]:
-    """Of the server, and of the node's metrics."""
+    """Of the server, and of the metrics as Prometheus finds them, of a Ray as pensieve-serve starts it."""
     local_serve.stop()
-    http_port, metrics_port = free_port(), free_port()
+    http_port = free_port()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        start_ray(_metrics_export_port=metrics_port, _system_config={"metrics_report_interval_ms": 1000})
+        for name, value in AS_PENSIEVE_SERVE.items():
+            patch.setenv(name, value)
+        start_ray(_system_config={"metrics_report_interval_ms": 1000})
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": http_port})
             serve.run(build(ARGS), name="pensieve", route_prefix="/")
-            yield f"http://127.0.0.1:{http_port}", f"http://127.0.0.1:{metrics_port}/metrics"
+            (group,) = json.loads(list_metrics_ports().read_text())
+            (target,) = group["targets"]
+            yield f"http://127.0.0.1:{http_port}", f"http://{target}/metrics"
         finally:
             ray.shutdown()
 

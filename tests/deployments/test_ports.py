@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def listeners(network: str) -> list[tuple[str, str, str]]:
 
 def test_nothing_runs_without_the_token(networks: tuple[str, str], tmp_path: Path) -> None:
     server_network, stranger_network = networks
-    server = ServeProcess(tmp_path, ("ip", "netns", "exec", server_network))
+    server = ServeProcess(tmp_path, ("ip", "netns", "exec", server_network), secrets.token_hex(32))
     try:
         server.wait_until_ready()
         open_ports = listeners(server_network)

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -21,6 +22,7 @@ from ray.serve.schema import LoggingConfig
 
 from deployments import run
 from engine.embedded_model import EMBEDDED_MODEL_NAME
+from engine.host_memory import GIB, HostMemory
 from tests.deployments.serve_process import CONFIG, END_S, ServeProcess, free_port, in_session
 from tests.nightly import nightly
 
@@ -29,7 +31,7 @@ from tests.nightly import nightly
 def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What would have been started; the environment is put back, and has no token and no other Ray."""
     started: list[str] = []
-    monkeypatch.setattr(run, "_run", lambda config: started.append(config) or 0)
+    monkeypatch.setattr(run, "_run", lambda config, *, has_dashboard: started.append(config) or 0)
     monkeypatch.setattr("os.environ", {**run.os.environ})
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "PENSIEVE_API_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -125,6 +127,42 @@ def test_a_port_in_use_is_told_before_anything_starts(
         assert run.main([str(config)]) == 0
 
 
+@pytest.mark.parametrize(
+    ("engine", "args", "total_gib", "is_refused"),
+    [
+        ({}, {}, 1.9, True),
+        ({}, {}, 2.0, False),
+        ({"gpu_memory_gib": 50}, {}, 40, True),
+        ({"gpu_memory_gib": 50}, {"num_gpus": 1}, 40, False),
+        ({"kv_offloading_size": 50}, {"num_gpus": 1}, 40, True),
+        ({"kv_offloading_size": 50, "mode": "stateless"}, {}, 40, False),
+        ({"num_gpu_blocks": 1000, "num_cpu_blocks": 1000}, {}, 1.0, True),
+        ({"num_gpu_blocks": 1000, "num_cpu_blocks": 1000}, {}, 1.1, False),
+    ],
+)
+def test_too_little_memory_is_told_before_anything_starts(
+    engine: dict[str, Any],
+    args: dict[str, Any],
+    total_gib: float,
+    is_refused: bool,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    nothing_starts: list[str],
+) -> None:
+    content = yaml.safe_load(config.read_text())
+    application = content["applications"][0]
+    application["args"] |= {"engine": application["args"]["engine"] | engine, **args}
+    config.write_text(yaml.safe_dump(content))
+    memory = HostMemory(int(total_gib * GIB), GIB)
+    monkeypatch.setattr("engine.host_memory.host_memory", lambda: memory)
+    assert run.main([str(config)]) == (2 if is_refused else 0)
+    assert bool(nothing_starts) != is_refused
+    if is_refused:
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"this process can have {total_gib:.1f} GiB, of which 1.0 are free; lower gpu_memory_gib" in line
+
+
 def test_another_clusters_ports_are_not_this_machines(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump(content | {"http_options": {"host": "192.0.2.77"}}))
@@ -200,6 +238,21 @@ def test_each_start_has_a_token_of_its_own(config: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr()
     assert "docs/security.md" in printed.out
     assert not any(token in printed.out + printed.err for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("environment", "has_dashboard"),
+    [({}, False), ({"RAY_AUTH_TOKEN": "mine"}, True), ({"RAY_AUTH_MODE": "disabled"}, True)],
+)
+def test_the_dashboard_is_for_those_who_have_a_token(
+    environment: dict[str, str], has_dashboard: bool, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(run, "_run", lambda config, *, has_dashboard: seen.append(has_dashboard) or 0)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run.main([str(config)]) == 0
+    assert seen == [has_dashboard]
 
 
 def test_to_do_without_a_token_is_warned_of(
@@ -308,21 +361,27 @@ def test_the_url_is_printed_when_all_is_ready_or_why_it_never_will_be(
 # -- Ray and its end ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("has_dashboard", [True, False])
 @pytest.mark.parametrize("address", [None, "local", "10.0.0.1:6379"])
 def test_it_starts_a_ray_of_its_own_unless_one_is_named(
-    config: Path, monkeypatch: pytest.MonkeyPatch, address: str | None
+    config: Path, monkeypatch: pytest.MonkeyPatch, address: str | None, has_dashboard: bool
 ) -> None:
     """And leaves alone what else runs on the machine. Serve there gets what the file says of its logs."""
     calls: list[object] = []
-    monkeypatch.setattr("ray.init", lambda address, namespace: calls.append((address, namespace)))
+    monkeypatch.setattr("ray.init", lambda *arguments, **options: calls.append((*arguments, *options.values())))
+    monkeypatch.setattr("deployments.cluster.serve_start.list_metrics_ports", lambda: calls.append("ports"))
     monkeypatch.setattr("ray.serve.scripts.cli", calls.append)
     monkeypatch.setattr(run, "_DaemonWatch", NoWatch)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     if address is not None:
         monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr("ray.serve.start", lambda *, logging_config, **options: calls.append(logging_config))
-    run.serve_run(str(config))
-    started = [("local", "serve"), LoggingConfig(enable_access_log=False)] if address in (None, "local") else []
+    run.serve_run(str(config), has_dashboard=has_dashboard)
+    started: list[object] = []
+    if address in (None, "local"):
+        # Prometheus finds the metrics either way.
+        started = [("local", "serve", has_dashboard), *([] if has_dashboard else ["ports"])]
+        started.append(LoggingConfig(enable_access_log=False))
     assert calls == [*started, ["run", str(config)]]
 
 
@@ -351,13 +410,13 @@ def test_an_end_that_was_not_asked_for_is_an_error(
     def fail(arguments: list[str]) -> None:
         raise SystemExit(status)
 
-    monkeypatch.setattr("ray.init", lambda address, namespace: None)
+    monkeypatch.setattr("ray.init", lambda address, **options: None)
     monkeypatch.setattr("ray.serve.scripts.cli", fail)
     monkeypatch.setattr(run, "_DaemonWatch", NoWatch)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr("deployments.cluster.serve_start.start_serve", lambda config: None)
     with pytest.raises(SystemExit) as end:
-        run.serve_run(str(CONFIG))
+        run.serve_run(str(CONFIG), has_dashboard=True)
     assert end.value.code == expected
 
 

@@ -53,6 +53,7 @@ ARGS = AppArgs(
     ingress_num_cpus=0.25,
     num_fallback_replicas=1,
     graceful_shutdown_timeout_s=5,
+    demo=True,
 )
 JSON = {"content-type": "application/json"}
 # Far longer than anything here takes; only a defect waits for it.
@@ -627,6 +628,75 @@ async def test_a_client_that_says_it_never_leaves_frees_what_it_held_when_it_doe
     async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
         await anext(response.aiter_lines())
     await until(lambda: is_idle(engines))
+
+
+async def test_the_page_and_a_demonstration_of_evictions(http: httpx.AsyncClient) -> None:
+    """The page shows a chat's chunks and what becomes of them in smaller tiers; no answer changes."""
+    for path, beginning in (("/", "<!doctype html>"), ("/page.js", "/"), ("/page.css", "/")):
+        page = await http.get(path)
+        assert page.status_code == 200
+        assert page.text.startswith(beginning)
+    session = {"x-session-id": "map"}
+
+    async def events(num_events: int | None = None) -> AsyncIterator[dict[str, Any]]:
+        query = {"interval": 0.25} | ({} if num_events is None else {"num_events": num_events})
+        async with http.stream("GET", "/v1/cache/map", params=query) as stream:
+            assert stream.headers["content-type"].startswith("text/event-stream")
+            async for line in stream.aiter_lines():
+                if line:
+                    yield json.loads(line.removeprefix("data: "))
+
+    def states(event: dict[str, Any]) -> list[list[str]]:
+        """Of the chunks of this conversation, on each replica that knows it."""
+        return [
+            [cell["state"] for cell in row["cells"]]
+            for replica in event["replicas"]
+            for row in replica["conversations"]
+            if row["id"] == "map"
+        ]
+
+    async def seen(condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first event of one stream for which it holds."""
+        async with asyncio.timeout(PATIENCE_S), contextlib.aclosing(events()) as stream:
+            async for event in stream:
+                if condition(event):
+                    return event
+        raise AssertionError("the stream has ended")
+
+    async def say(text: str, *before: dict[str, str]) -> tuple[str, int]:
+        body = chat(max_tokens=24, temperature=0) | {"messages": [*before, {"role": "user", "content": text}]}
+        answer = (await http.post("/v1/chat/completions", json=body, headers=session)).json()
+        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return answer["choices"][0]["message"]["content"], cached
+
+    told = {"role": "user", "content": "my cat is called Mia " + "and my dog is called Rex " * 20}
+    said, _ = await say(told["content"])
+    history = (told, {"role": "assistant", "content": said})
+    expected, cached = await say("what is my cat called?", *history)
+    assert cached > 32
+    assert [event["object"] async for event in events(num_events=3)] == ["cache.map"] * 3
+    event = await seen(lambda event: any(set(row) <= {"gpu", "both"} and len(row) > 3 for row in states(event)))
+    assert event["demo"]
+    assert len(event["replicas"]) == ARGS.num_replicas
+    try:
+        answer = await http.post("/v1/cache/demo", json={"gpu_blocks": 0, "cpu_blocks": 2})
+        assert sorted(answer.json()["replicas"]) == [0, 1, 2]
+        event = await seen(lambda event: any(set(row) == {"cpu", "dropped"} for row in states(event)))
+        assert all(tier["held"] for replica in event["replicas"] for tier in replica["tiers"])
+        mine = [
+            eviction
+            for replica in event["replicas"]
+            for eviction in replica["evictions"]
+            if eviction["conversation"] == "map"
+        ]
+        assert {"cpu", "dropped"} <= {eviction["to"] for eviction in mine}
+        assert (await say("what is my cat called?", *history))[0] == expected
+    finally:
+        await http.post("/v1/cache/demo", json={})
+    event = await seen(
+        lambda event: not any(tier["held"] for replica in event["replicas"] for tier in replica["tiers"])
+    )
+    assert (await say("what is my cat called?", *history))[0] == expected
 
 
 async def test_health_of_a_running_system(http: httpx.AsyncClient) -> None:

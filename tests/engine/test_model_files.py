@@ -105,6 +105,24 @@ def test_what_is_no_gguf_file_is_told(contents, message, tmp_path, cache):
     assert not cache.exists() or [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("notes.md", b"hello", r"notes.md' is a file, so it is no model; give the folder"),
+        ("folder/notes.md", b"hello", r"folder' is a folder without a config.json"),
+        ("folder/config.json", b"{", r"config.json' cannot be read as JSON .*get the checkpoint again"),
+        ("folder/config.json", b"\xff", r"config.json' cannot be read as JSON"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told(name, contents, message, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(contents)
+    with pytest.raises(ModelLoadError, match=message) as error:
+        model_location(str(tmp_path / Path(name).parts[0]))
+    assert "\n" not in error.value.message
+
+
 def test_an_architecture_that_transformers_cannot_read_is_told(tmp_path):
     file = tmp_path / "odd.gguf"
     write_gguf(file, "oddity")

@@ -1,5 +1,6 @@
 """What is loaded, what is refused, and what the refusal says."""
 
+import gc
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from engine.config import EngineConfig
 from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.model_loader import choose_device, load_model
+from engine.executor.packed_linear import choose_packing
 from engine.model_files import default_model_name, model_location
 
 MIB = 1 << 20
@@ -131,7 +133,7 @@ def test_an_absent_model_says_what_to_do(monkeypatch, name):
 )
 def test_a_broken_folder_is_told_by_name(llama, name, content):
     (llama / name).unlink() if content is None else (llama / name).write_bytes(content)
-    with pytest.raises(ModelLoadError, match="cannot load a model from") as error:
+    with pytest.raises(ModelLoadError, match=r"cannot load a model from|cannot be read as JSON") as error:
         load(llama)
     assert str(llama) in str(error.value)
 
@@ -237,6 +239,15 @@ def peak_memory(folder: Path) -> tuple[int, int]:
     )
     peak, weights = process.stdout.split()
     return int(peak), int(weights)
+
+
+@pytest.mark.skipif(choose_packing(torch.float32, torch.device("cpu")) is None, reason="this torch packs nothing")
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_the_files_of_packed_weights_are_not_kept_in_memory(is_packed, llama):
+    loaded = load(llama, pack_weights=is_packed)
+    gc.collect()
+    assert (str(llama) in Path("/proc/self/maps").read_text()) != is_packed
+    assert loaded.num_parameters
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
