@@ -41,6 +41,10 @@ DEFAULTS = {
     "RAY_kill_idle_workers_interval_ms": "1000",
     "RAY_object_manager_timer_freq_ms": "1000",
     "RAY_memory_monitor_refresh_ms": "1000",
+    # What the GCS asks of the raylet's load, for an autoscaler, which one machine has not; 1000. And how late the event loops
+    # of Ray's processes are, for Ray's developers; 250.
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "5000",
+    "RAY_io_context_monitor_probe_interval_ms": "5000",
 }
 # HAProxy as the HTTP proxy, and all of Serve's own set. See docs/configuration.md.
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}

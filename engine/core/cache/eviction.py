@@ -177,15 +177,17 @@ class RetentionValue:
         return chunk in self._oldest
 
 
+# By the name in the configuration; what makes one from the cost model.
+POLICIES: dict[str, Callable[[CostModel], EvictionPolicy]] = {
+    "retention_value": RetentionValue,
+    "lru": lambda cost_model: LRU(),
+    "trailing_lru": lambda cost_model: TrailingLRU(),
+}
+EVICTION_POLICIES = tuple(POLICIES)
+
+
 def make_policy(name: str, cost_model: CostModel) -> EvictionPolicy:
-    """A policy by its name in the configuration."""
-    if name == "retention_value":
-        return RetentionValue(cost_model)
-    if name == "lru":
-        return LRU()
-    if name == "trailing_lru":
-        return TrailingLRU()
-    raise ConfigError(f"eviction_policy {name!r} is none of {', '.join(EVICTION_POLICIES)}", param="eviction_policy")
-
-
-EVICTION_POLICIES = ("retention_value", "lru", "trailing_lru")
+    """A policy by its name in the configuration. Raises ConfigError."""
+    if name not in POLICIES:
+        raise ConfigError(f"eviction_policy {name!r} is none of {', '.join(POLICIES)}", param="eviction_policy")
+    return POLICIES[name](cost_model)
