@@ -158,7 +158,9 @@ class RetentionValue:
             if not heap.entries:
                 continue
             _, stamp, head = heap.entries[0]
-            if heap.stamps.get(head) != stamp:  # asked here, because a call for each position would take most of the time
+            if (
+                heap.stamps.get(head) != stamp
+            ):  # asked here, because a call for each position would take most of the time
                 live = heap.first()
                 if live is None:
                     continue
