@@ -16,7 +16,7 @@ from engine.core.cache.tier import Tiers
 from engine.core.request import Request
 from engine.core.tier_table import BOTH, DROPPED, FAST_TIERS, eviction_moves
 
-# Evictions that are remembered while somebody watches.
+# Evictions that are remembered while the cache is watched.
 MAX_EVICTIONS = 64
 # So long after the last look the cache counts as watched, in seconds.
 WATCH_S = 10.0
@@ -103,7 +103,7 @@ class MappedContext(NamedTuple):
 
 
 class EvictionLog:
-    """The last evictions, as long as somebody watches; else it costs one comparison for each."""
+    """The last evictions, as long as the cache is watched; else it costs one comparison for each."""
 
     def __init__(self, cost_model: CostModel) -> None:
         self._cost_model = cost_model

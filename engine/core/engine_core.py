@@ -93,13 +93,13 @@ class EngineCore:
                 f"the context window is {window} tokens, but the prompt has {num_prompt} and needs room for {answer}; "
                 "shorten the prompt" + ("" if max_tokens is None else " or lower max_tokens"),
             )
-        thrown_out = self._make_room_to_wait(request, now)
+        shed = self._make_room_to_wait(request, now)
         request.max_total_tokens = window if max_tokens is None else num_prompt + max_tokens
         request.arrival_s = now
         self._requests[request.request_id] = request
         self._scheduler.add(request)
         self.stats.num_requests += 1
-        return thrown_out
+        return shed
 
     def _make_room_to_wait(self, newcomer: Request, now: float) -> list[str]:
         """Shed waiting requests, by fairness between tenants, until `newcomer` may wait too; returns their ids.
@@ -109,26 +109,27 @@ class EngineCore:
         scheduler = self._scheduler
         waiting = scheduler.waiting
         max_tokens = self.scheduling_config.max_num_queued_tokens
-        thrown_out: list[Request] = []
+        shed: list[Request] = []
         while scheduler.num_waiting and (
             scheduler.num_waiting >= self.scheduling_config.max_num_queued_reqs
             or (max_tokens is not None and scheduler.num_waiting_tokens + newcomer.num_tokens > max_tokens)
         ):
             victim = waiting.find_victim(newcomer)
             if victim is None:
-                for request in reversed(thrown_out):
+                for request in reversed(shed):
                     self._scheduler.add(request)
                 self.stats.num_refused += 1
                 raise OverloadedError(
-                    f"{len(waiting)} requests with {waiting.num_tokens} tokens are waiting, as many as may; try again later"
+                    f"the queue is full ({scheduler.num_waiting} requests, {scheduler.num_waiting_tokens} tokens); "
+                    "try again later"
                 )
             waiting.remove(victim)
-            thrown_out.append(victim)
-        for request in thrown_out:
+            shed.append(victim)
+        for request in shed:
             request.status = RequestStatus.FINISHED
             del self._requests[request.request_id]
-        self.stats.num_refused += len(thrown_out)
-        return [request.request_id for request in thrown_out]
+        self.stats.num_refused += len(shed)
+        return [request.request_id for request in shed]
 
     def schedule(self, now: float) -> StepPlan | None:
         """What to compute next; None if there is nothing to do.

@@ -140,11 +140,19 @@ class ContextAccount(NamedTuple):
 class Request:
     """One turn of a conversation, and its state between arrival and end.
 
-    token_ids: the context, prompt first, then what was generated. pending: ranges [start, end) of positions that are
-    still to compute, in order, holes included; a decoding request has exactly its last token pending. chunks: its row
-    of pinned chunks, front first; empty while waiting or suspended. num_known_tokens: its length at the last admission; what
-    comes after them the worker has sampled itself. account: of the last admission; the counts of cached, not loaded and
-    dropped tokens are of the first one.
+    Each field that changes has one owner.
+
+    The engine core's: token_ids, the context, prompt first, then what was generated; arrival_s, first_token_s,
+    max_total_tokens, num_computed_tokens; and `pending` from the first step on.
+    pending: ranges [start, end) of positions that are still to compute, in order, holes included; a decoding request has
+        exactly its last token pending. The cache manager sets it when it admits the request.
+
+    The cache manager's: chunk_keys; chunks, its row of pinned chunks, front first, empty unless it runs; account, of the last
+    admission; loads, the names of the chunks that were tried to load from slow tiers since, with the tier.
+
+    The scheduler's: status, num_suspensions; num_known_tokens, its length at the last admission, behind which the worker has
+    sampled itself; load_deadline_s, until when it may wait for slow tiers; and the counts of cached, loaded, not loaded and
+    dropped tokens, of the first admission. It clears `loads` when the request starts.
     """
 
     __slots__ = (

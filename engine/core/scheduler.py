@@ -74,7 +74,7 @@ class Scheduler:
         self._ended: list[str] = []
         self._step_id = 0
         self._ahead: _Draft | None = None
-        # Who was not admitted last, where nobody but running requests had the blocks, and none of these has ended since.
+        # The last request that was not admitted because running requests hold the blocks; None once one of them ends.
         self._refused: Request | None = None
 
     def add(self, request: Request) -> None:
@@ -189,7 +189,7 @@ class Scheduler:
         appends = self._append_blocks(draft.growing, now)
         starts: list[RequestStart] = []
         if len(self.running) < len(draft.running):
-            # Whoever was just suspended must not take back the blocks that it gave up, so nobody is admitted.
+            # A request that was just suspended must not take back the blocks that it gave up, so none is admitted.
             draft = self._draft()
         else:
             draft, starts = self._admit(draft, now)
@@ -220,13 +220,13 @@ class Scheduler:
         return StepPlan(
             self._step_id,
             tuple(draft.segments),
-            tuple(starts),
-            tuple(appends),
-            ended,
-            tuple(copy for _, copy in transfers.evictions),
-            tuple(transfers.local_copies),
-            tuple(copy for _, _, copy in transfers.swap_ins),
-            tuple(copy for _, copy in transfers.swap_outs),
+            starts=tuple(starts),
+            appends=tuple(appends),
+            ended=ended,
+            evictions=tuple(copy for _, copy in transfers.evictions),
+            local_copies=tuple(transfers.local_copies),
+            swap_ins=tuple(copy for _, _, copy in transfers.swap_ins),
+            swap_outs=tuple(copy for _, copy in transfers.swap_outs),
         )
 
     def _draft(self, executing: StepPlan | None = None) -> _Draft:
@@ -326,12 +326,12 @@ class Scheduler:
             starts.append(
                 RequestStart(
                     request.request_id,
-                    request.num_tokens,
-                    request.num_prompt_tokens,
-                    request.sampling,
-                    tuple(sorted(request.stop_token_ids)),
-                    self._cache.block_table(request),
-                    tuple(request.token_ids) if request.sampling.needs_token_ids else (),
+                    num_tokens=request.num_tokens,
+                    num_prompt_tokens=request.num_prompt_tokens,
+                    sampling=request.sampling,
+                    stop_token_ids=tuple(sorted(request.stop_token_ids)),
+                    block_table=self._cache.block_table(request),
+                    token_ids=tuple(request.token_ids) if request.sampling.needs_token_ids else (),
                 )
             )
             self._add_prompt(draft, request, request.pending)
@@ -371,7 +371,7 @@ class Scheduler:
         if request.status is RequestStatus.SUSPENDED:
             stats.num_resumed_tokens += request.num_pending_tokens
             return
-        # A request that was begun elsewhere has to compute output tokens too; they are nobody's prompt.
+        # A request that was begun elsewhere has to compute output tokens too; they are not part of its prompt.
         num_prompt = request.num_prompt_tokens
         num_pending = sum(max(0, min(end, num_prompt) - start) for start, end in request.pending)
         request.num_cached_tokens = num_prompt - num_pending

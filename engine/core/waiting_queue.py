@@ -88,7 +88,7 @@ class WaitingQueue:
         self._virtual_now = self._virtual_times[request.tenant]
         self.charge(request, num_tokens)
         self.remove(request)
-        if not self._by_tenant:  # nobody was kept waiting: all are even
+        if not self._by_tenant:  # no request was kept waiting: all tenants are even
             self._virtual_now = max(self._virtual_times.values(), default=self._virtual_now)
         # Whoever does not wait and is not ahead would start from the same virtual time without an entry.
         for tenant, virtual_time in list(self._virtual_times.items()):

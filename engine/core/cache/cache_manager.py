@@ -200,7 +200,7 @@ class CacheManager:
 
         None, and nothing changed, if every block is pinned.
         """
-        if not self._primary.num_available:
+        if not (self._primary.pool.num_free or self._primary.num_available):
             return None
         block_id = self.allocator.new_block(now)
         request.chunks.append(self.tiers.new_chunk(len(request.chunks), block_id))
@@ -209,10 +209,10 @@ class CacheManager:
     def commit(self, request: Request, start: int, end: int) -> None:
         """The KV of positions [start, end) is written. Names the chunks that this completes, so that others find them."""
         size = self.chunk_size
-        for position in range(start // size, self.num_chunks(end)):
+        for position in range(start // size, -(-end // size)):
             chunk = request.chunks[position]
-            chunk.num_tokens = min(end - position * size, size)
-            if not self.keep or chunk.num_tokens < size:
+            chunk.num_tokens = num_tokens = min(end - position * size, size)
+            if num_tokens < size or not self.keep:
                 continue
             self._matcher.extend_keys(request)
             key = request.chunk_keys[position]

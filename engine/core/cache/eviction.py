@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any, Protocol
 
 from engine.core.cache.cost_model import CostModel
@@ -39,25 +40,26 @@ class _LazyHeap:
     A removed chunk's entry stays in the heap until it comes up, or until such entries are the majority.
     """
 
-    def __init__(self, key: Callable[[Chunk], tuple[Any, ...]]) -> None:
+    def __init__(self, key: Callable[[Chunk], Any]) -> None:
+        """entries: (key, stamp, chunk), a heap. stamps: of the chunks that are held; an entry with another one is old."""
         self._key = key
-        self._entries: list[tuple[tuple[Any, ...], int, Chunk]] = []
-        self._stamps: dict[Chunk, int] = {}
+        self.entries: list[tuple[Any, int, Chunk]] = []
+        self.stamps: dict[Chunk, int] = {}
         self._num_inserted = 0
 
     def insert(self, chunk: Chunk) -> None:
         self._num_inserted += 1
-        self._stamps[chunk] = self._num_inserted
-        heapq.heappush(self._entries, (self._key(chunk), self._num_inserted, chunk))
+        self.stamps[chunk] = self._num_inserted
+        heapq.heappush(self.entries, (self._key(chunk), self._num_inserted, chunk))
 
     def remove(self, chunk: Chunk) -> None:
-        del self._stamps[chunk]
-        if len(self._entries) > 64 and len(self._entries) > 2 * len(self._stamps):
-            self._entries = [entry for entry in self._entries if self._stamps.get(entry[2]) == entry[1]]
-            heapq.heapify(self._entries)
+        del self.stamps[chunk]
+        if len(self.entries) > 64 and len(self.entries) > 2 * len(self.stamps):
+            self.entries = [entry for entry in self.entries if self.stamps.get(entry[2]) == entry[1]]
+            heapq.heapify(self.entries)
 
     def first(self) -> Chunk | None:
-        entries, stamps = self._entries, self._stamps
+        entries, stamps = self.entries, self.stamps
         while entries:
             _, stamp, chunk = entries[0]
             if stamps.get(chunk) == stamp:
@@ -66,13 +68,13 @@ class _LazyHeap:
         return None
 
     def __len__(self) -> int:
-        return len(self._stamps)
+        return len(self.stamps)
 
     def __iter__(self) -> Iterator[Chunk]:
-        return iter(self._stamps)
+        return iter(self.stamps)
 
     def __contains__(self, chunk: object) -> bool:
-        return chunk in self._stamps
+        return chunk in self.stamps
 
 
 class LRU:
@@ -130,7 +132,7 @@ class RetentionValue:
     def insert(self, chunk: Chunk) -> None:
         while len(self._heaps) <= chunk.position:
             self._costs.append(self._cost_model.chunk_cost(len(self._heaps)))
-            self._heaps.append(_LazyHeap(lambda chunk: (chunk.last_active,)))
+            self._heaps.append(_LazyHeap(attrgetter("last_active")))
         self._heaps[chunk.position].insert(chunk)
         self._oldest.insert(chunk)
 
@@ -153,9 +155,16 @@ class RetentionValue:
         for cost, heap in zip(self._costs, self._heaps, strict=True):
             if best is not None and cost * best_idle > best_cost * longest_idle:
                 break
-            head = heap.first()
-            if head is None:
+            if not heap.entries:
                 continue
+            _, stamp, head = heap.entries[0]
+            if (
+                heap.stamps.get(head) != stamp
+            ):  # asked here, because a call for each position would take most of the time
+                live = heap.first()
+                if live is None:
+                    continue
+                head = live
             # cost / idle < best_cost / best_idle, without dividing: idle may be 0.
             idle = now - head.last_active
             if best is None or cost * best_idle < best_cost * idle:

@@ -59,6 +59,20 @@ def chunk_key(parent_key: bytes, token_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(parent_key + array("I", token_ids).tobytes(), digest_size=KEY_BYTES).digest()
 
 
+def full_chunk_keys(parent_key: bytes, token_ids: Sequence[int], chunk_size: int) -> list[bytes]:
+    """Keys of the chunks that `token_ids` fill, one after the other, after the context that `parent_key` names.
+
+    As chunk_key for each, but the tokens are packed once.
+    """
+    packed = array("I", token_ids)
+    data, num_bytes = packed.tobytes(), packed.itemsize * chunk_size
+    keys = []
+    for start in range(0, len(data) - num_bytes + 1, num_bytes):
+        parent_key = hashlib.blake2b(parent_key + data[start : start + num_bytes], digest_size=KEY_BYTES).digest()
+        keys.append(parent_key)
+    return keys
+
+
 class ChunkIndex:
     """Key -> chunk, for every chunk whose KV is resident somewhere; and the keys of those that were, and are gone.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from engine.core.cache.index import Chunk, ChunkIndex, chunk_key, root_key
+from engine.core.cache.index import Chunk, ChunkIndex, full_chunk_keys, root_key
 from engine.core.request import Request
 
 
@@ -82,9 +82,9 @@ class ContextMatcher:
     def extend_keys(self, request: Request) -> None:
         """Make the keys of all full chunks of the context."""
         keys, size = request.chunk_keys, self._chunk_size
-        for position in range(len(keys), request.num_tokens // size):
-            tokens = request.token_ids[position * size : (position + 1) * size]
-            keys.append(chunk_key(self.parent_key(request, position), tokens))
+        if len(keys) < request.num_tokens // size:
+            parent = self.parent_key(request, len(keys))
+            keys += full_chunk_keys(parent, request.token_ids[len(keys) * size :], size)
 
     def parent_key(self, request: Request, position: int) -> bytes:
         """The key of the chunk before that position; that one has to be full."""

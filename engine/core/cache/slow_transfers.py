@@ -112,7 +112,7 @@ class SlowTransfers:
             self._index.drop(chunk)
         else:
             if is_load and ok:
-                chunk.last_active = now  # somebody waits for it
+                chunk.last_active = now  # a request waits for it
             self._tiers.file(chunk)
 
     def _note_outcome(self, tier: Tier, *, is_load: bool, ok: bool, now: float) -> None:

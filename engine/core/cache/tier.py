@@ -120,6 +120,7 @@ class Tiers:
         self.row = tuple(Tier(number, spec, make_policy) for number, spec in enumerate(specs))
         self.primary, self.secondary, *slow = self.row
         self.slow = tuple(slow)
+        self._no_copies = (None,) * (len(self.row) - 1)
         self.by_name = {tier.name: tier for tier in self.row}
 
     def __iter__(self) -> Iterator[Tier]:
@@ -127,7 +128,7 @@ class Tiers:
 
     def new_chunk(self, position: int, block_id: int) -> Chunk:
         """A pinned, unnamed chunk with that block in the primary tier."""
-        chunk = Chunk(position, [block_id, *[None] * (len(self.row) - 1)])
+        chunk = Chunk(position, [block_id, *self._no_copies])
         chunk.pins = 1
         return chunk
 

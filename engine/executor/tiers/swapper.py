@@ -83,7 +83,7 @@ class LayerGates:
         self._gates[layer].set()
 
     def fail(self, error: BaseException) -> None:
-        """Open all gates; whoever passes gets the error."""
+        """Open all gates; each `wait` raises the error."""
         self._error = error
         for gate in self._gates:
             gate.set()
@@ -199,8 +199,8 @@ class StreamSwapper:
             compute.run(lambda: self._gpu.copy_blocks(plan.local_copies))
         if not plan.swap_ins and not plan.swap_outs:
             return None
-        # Behind it: what earlier steps wrote is there, nobody reads any more what swap-ins overwrite, and what was just
-        # evicted may come back for somebody else.
+        # Behind it: what earlier steps wrote is there, what swap-ins overwrite is no longer read, and what was just
+        # evicted may come back for another request.
         ready = compute.record()
         swap_in.wait(ready)
         swap_out.wait(ready)

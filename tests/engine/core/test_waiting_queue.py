@@ -181,10 +181,10 @@ def test_limits_of_waiting_requests_and_tokens_are_exact(make_core) -> None:
     driver.step()
     for number in range(3):
         driver.add(f"w{number}", range(8))
-    with pytest.raises(OverloadedError, match="3 requests with 24 tokens"):
+    with pytest.raises(OverloadedError, match=r"queue is full \(3 requests, 24 tokens\)"):
         driver.add("one too many", range(1))
     driver.core.abort("w1", driver.now)
-    with pytest.raises(OverloadedError, match="2 requests with 16 tokens"):
+    with pytest.raises(OverloadedError, match=r"queue is full \(2 requests, 16 tokens\)"):
         driver.add("too long", range(15))
     driver.add("fits", range(14))
     driver.core.check_integrity()

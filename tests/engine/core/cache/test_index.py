@@ -2,7 +2,7 @@
 
 import itertools
 
-from engine.core.cache.index import Chunk, ChunkIndex, chunk_key, root_key
+from engine.core.cache.index import Chunk, ChunkIndex, chunk_key, full_chunk_keys, root_key
 
 ROOT = root_key("model", "", "acme")
 
@@ -34,6 +34,14 @@ def test_a_key_tells_everything_up_to_its_end():
     }
     assert len(keys) == 9
     assert chunk_key(ROOT, [1, 2, 3, 4]) == chunk_key(ROOT, (1, 2, 3, 4))
+
+
+def test_the_keys_of_a_row_of_chunks_are_those_of_each():
+    token_ids = list(range(11))
+    first = chunk_key(ROOT, token_ids[:4])
+    assert full_chunk_keys(ROOT, token_ids, 4) == [first, chunk_key(first, token_ids[4:8])]
+    assert full_chunk_keys(first, token_ids[4:8], 4) == [chunk_key(first, token_ids[4:8])]
+    assert full_chunk_keys(ROOT, token_ids[:3], 4) == []
 
 
 def test_the_longest_tail_that_the_context_continues_is_found():
