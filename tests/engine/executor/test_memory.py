@@ -11,7 +11,7 @@ import torch
 from engine.attention import cpu, whole_prompts
 from engine.attention.choice import choose_backend
 from engine.config import EngineConfig
-from engine.core.executor import ModelFacts
+from engine.core.executor_protocol import ModelFacts
 from engine.errors import ConfigError
 from engine.executor import local, memory
 from engine.executor.local import LocalExecutor
