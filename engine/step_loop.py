@@ -57,7 +57,10 @@ class Outputs(Protocol):
 
 
 class Transport(Protocol):
-    """Carries out the transfers of slow tiers, beside the steps. Both calls return at once."""
+    """Carries out the transfers of slow tiers, beside the steps. Both calls return at once.
+
+    If the thread that steps waits for commands, the end of a transfer has to wake it (EngineThread.put).
+    """
 
     def start(self, transfer: SlowTransfer) -> None:
         """Begin to copy."""

@@ -140,8 +140,11 @@ def test_a_real_model_answers_in_the_form_that_it_is_held_to(smollm2):
     ],
 )
 def test_a_fact_of_turn_1_is_recalled_in_turn_6_behind_3k_tokens(smollm2, make_driver, fact, value):
-    """Others' turns drop the fact from both tiers, and swap out what follows it. What is told is asked for at once, and at
-    the end in the same words: so small a model forgets most other forms over such a distance, without any cache, too."""
+    """Others' turns drop the fact from both tiers, and swap out what follows it.
+
+    What is told is asked for at once, and at the end in the same words: so small a model forgets most other forms over
+    such a distance, without any cache, too.
+    """
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     question = f"What is {fact}?"
     statement = f"{fact.capitalize()} is {value}."

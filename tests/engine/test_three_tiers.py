@@ -1,5 +1,6 @@
-"""The thesis with a third tier behind the CPU tier, which ends its transfers late, out of order, badly or not at all: greedy
-output is that of the stateless mode.
+"""The thesis with a third tier behind the CPU tier: greedy output is that of the stateless mode.
+
+The third tier ends its transfers late, out of order, badly or not at all.
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ class Sessions:
     def answer(self, session: str, prompt: Transcript, text: str, *, is_chat: bool, ends: bool) -> None:
         """The model says `text`, in ids that no tokenizer would give it, the same ones whenever it says that here.
 
-        Equal ids stand for equal texts, as those of a tokenizer do."""
+        Equal ids stand for equal texts, as those of a tokenizer do.
+        """
         ids = [ord(character) % 7 + 3 for character in prompt.text[-3:] + text]
         ids += [part + 3 for part in divmod(zlib.crc32(text.encode()) % 250_000, 500)]
         said = prompt.text + text
