@@ -58,7 +58,7 @@ def load_kernel() -> str:
 
     Returns the instruction set that it was built for. Raises KernelBuildError if it cannot be built.
     """
-    capability = torch.backends.cpu.get_cpu_capability()
+    capability: str = torch.backends.cpu.get_cpu_capability()
     if not hasattr(torch.ops.pensieve, "paged_attention"):
         try:
             torch.ops.load_library(str(_build(capability)))

@@ -107,4 +107,4 @@ def _largest_error(backend: AttentionBackend, trial: Trial, call: AttentionCall)
             (reference, LayerInputs(inputs.query.float(), inputs.k_pool.float(), inputs.v_pool.float())),
         )
     )
-    return ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    return float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).max())

@@ -63,7 +63,7 @@ class Trial:
             (_lengths(actual - expected) / _lengths(expected)).max()
             for actual, expected in zip(self._outputs(backend, calls), self._outputs(other, calls), strict=True)
         ]
-        return torch.stack(errors).max().item()
+        return float(torch.stack(errors).max())
 
     def _outputs(self, backend: AttentionBackend, calls: tuple[AttentionCall, ...]) -> Iterator[torch.Tensor]:
         metadata = replace(self.metadata, derived={})  # nothing is left from the step before

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 # The arguments of kernels have no types that Python knows.
 """Multi-token paged attention on a GPU, in Triton (paper section 4.4.1).
 

@@ -230,7 +230,7 @@ def _num_weight_bytes(hf_config: Any, dtype: torch.dtype) -> int | None:
     except Exception as error:  # whatever a model's own code raises: loading it tells better
         logger.debug("the size of the weights is not known before they are there: %r", error)
         return None
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return int(sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()))
 
 
 def _make_random_model(hf_config: Any, dtype: torch.dtype, device: torch.device) -> Any:

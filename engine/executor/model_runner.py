@@ -223,7 +223,8 @@ class ModelRunner:
         if self.grammars is None:
             return BrokenMatcher("this executor was given no grammars")
         try:
-            return self.grammars.matcher(start.sampling.grammar, start.token_ids[start.num_prompt_tokens :])
+            matcher: Matcher = self.grammars.matcher(start.sampling.grammar, start.token_ids[start.num_prompt_tokens :])
+            return matcher
         except InvalidParameterError as error:
             return BrokenMatcher(error.message)
 

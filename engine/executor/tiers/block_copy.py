@@ -123,7 +123,7 @@ def max_group_layers(store: KVStore, copier: BlockCopier) -> int:
     if not isinstance(copier, DmaCopier):
         return few
     layer_bytes = store.storage[0].nbytes // num_layers
-    return max(few, -(-MIN_DMA_BYTES // max(1, layer_bytes)))
+    return int(max(few, -(-MIN_DMA_BYTES // max(1, layer_bytes))))
 
 
 def columns_of(store: KVStore, layers: range) -> slice:

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 # The arguments of kernels have no types that Python knows.
 """The copy kernel: moves parts of blocks between GPU memory and pinned host memory.
 

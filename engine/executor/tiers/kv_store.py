@@ -21,7 +21,7 @@ from engine.executor.tiers.host_pages import map_pages, pin_pages
 
 def block_bytes(layers: Sequence[LayerShape], chunk_size: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers."""
-    return sum(layer.numel_per_token for layer in layers) * chunk_size * dtype.itemsize
+    return int(sum(layer.numel_per_token for layer in layers) * chunk_size * dtype.itemsize)
 
 
 class KVStore:
@@ -78,7 +78,7 @@ class KVStore:
 
     @property
     def num_bytes(self) -> int:
-        return self.storage.numel() * self.storage.element_size()
+        return int(self.storage.numel() * self.storage.element_size())
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Within this tier; every source is read before any target is written."""
