@@ -16,9 +16,7 @@ import difflib
 import http.client
 import json
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,13 +24,12 @@ import time
 import types
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from deployments.cluster.ray_settings import DEFAULTS, FAST_PATH
-from engine.errors import ConfigError
+from deployments.cluster.ray_settings import DEFAULTS, FAST_PATH, guard, names_cluster
+from deployments.cluster.start_checks import find_problems, own_applications, urls
 
 if TYPE_CHECKING:
     import psutil
@@ -45,15 +42,12 @@ WATCH_INTERVAL_S = 0.5
 # How often this command asks whether all is ready, and how long an answer to that may take, in seconds.
 READY_INTERVAL_S = 0.5
 READY_TIMEOUT_S = 10.0
-# Memory that is taken before any model: by the processes of Ray and Serve and the ingress together; by an engine replica.
-RAY_GIB = 0.75
-REPLICA_GIB = 0.3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 after a regular end, 1 where serving ended by itself, 2 for a mistake in the options or the file."""
     options = _parse(arguments)
-    problems = list(_problems(options.config, options.fast_path))
+    problems = list(find_problems(options.config, options.fast_path))
     if problems:
         print("\n".join(f"pensieve-serve: {problem}" for problem in problems), file=sys.stderr)
         return 2
@@ -78,28 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(options.config, has_dashboard=has_dashboard)
 
 
-def guard(environment: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the environment so that strangers do not get into the Ray that is started.
-
-    It listens on the loopback address as far as Ray allows, and wants a token: a new one, which is in no file, unless the
-    environment names one. No token if RAY_AUTH_MODE says so; nothing at all if RAY_ADDRESS names a cluster.
-    """
-    if names_cluster(environment):
-        return {}
-    # By its name for other systems, where it is off: nodes have the address 127.0.0.1 then, and listen there only.
-    added = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    if environment.get("RAY_AUTH_MODE", "token").lower() == "token":
-        added["RAY_AUTH_MODE"] = "token"
-        if not (environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH")):
-            added["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    return added
-
-
-def names_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether RAY_ADDRESS names a cluster that runs already."""
-    return (environment.get("RAY_ADDRESS") or "local") != "local"
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     description = (
         "Start a Serve config file on this machine, in a Ray of its own; SIGTERM and Ctrl-C let running requests end."
@@ -114,132 +86,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _problems(path: str, fast_path: bool) -> Iterator[str]:
-    """What is wrong with the file, the environment and the port, one line each. Starts nothing."""
-    from deployments.schema import check_serve_config, read_serve_config
-    from deployments.tenants import API_KEY_VARIABLE
-
-    is_cluster = names_cluster(os.environ)
-    try:
-        problems = check_serve_config(path)
-        yield from problems
-        if not problems:
-            config = read_serve_config(path)
-            if fast_path:
-                yield from _open_applications(config)
-            if not is_cluster:
-                yield from _port_problems(config)
-                yield from _memory_problems(config)
-    except ConfigError as error:
-        yield error.message
-    if is_cluster and API_KEY_VARIABLE in os.environ:
-        yield (
-            f"{API_KEY_VARIABLE} counts on the nodes of the cluster that RAY_ADDRESS names, not here, and without keys "
-            "everybody on those nodes is served: put the keys into args.tenants_file"
-        )
-    token_path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if token_path and not os.environ.get("RAY_AUTH_TOKEN"):
-        try:
-            if not Path(token_path).read_text().strip():
-                yield f"RAY_AUTH_TOKEN_PATH: {token_path} is empty; see docs/security.md for how to make a token"
-        except (OSError, UnicodeDecodeError) as error:
-            yield f"RAY_AUTH_TOKEN_PATH: {token_path} cannot be read ({error}); see docs/security.md for how to make a token"
-
-
-def _open_applications(config: dict[str, Any]) -> Iterator[str]:
-    """Behind HAProxy every client looks like this machine, so that an application without keys could serve nobody."""
-    from deployments.schema import IMPORT_PATH
-    from deployments.tenants import API_KEY_VARIABLE, load_tenants
-
-    for index, application in enumerate(config["applications"]):
-        if application["import_path"] == IMPORT_PATH:
-            path = (application.get("args") or {}).get("tenants_file")
-            if not load_tenants(path, os.environ):
-                yield (
-                    f"applications[{index}]: --fast-path needs API keys, for HAProxy does not say who asks: set "
-                    f"args.tenants_file or {API_KEY_VARIABLE}"
-                )
-
-
-def _port_problems(config: dict[str, Any]) -> Iterator[str]:
-    """Why Serve could not listen where the file says. Found out here in no time; Serve would after Ray has started."""
-    from ray.serve.schema import ServeDeploySchema
-
-    schema = ServeDeploySchema.model_validate(config)
-    if schema.proxy_location == "Disabled":
-        return
-    host, port = schema.http_options.host, schema.http_options.port
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, _, _, address = found[0]
-        with socket.socket(family, kind) as listener:
-            # Connections that have just ended are not in the way.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-    except OSError as error:
-        yield (
-            f"http_options: cannot listen on {host}:{port} ({error.strerror or error}); stop what listens there (`ss -ltnp` "
-            "tells), or choose another host or port"
-        )
-
-
-def _memory_problems(config: dict[str, Any]) -> Iterator[str]:
-    """Why memory cannot hold the processes and one replica's tiers; the model comes on top."""
-    from deployments.schema import IMPORT_PATH, AppArgs
-    from engine.host_memory import GIB, host_memory
-
-    needed_gib = RAY_GIB
-    for application in config["applications"]:
-        if application["import_path"] == IMPORT_PATH:
-            args = AppArgs.model_validate(application.get("args") or {})
-            engine = args.engine_config
-            needed_gib += REPLICA_GIB
-            if engine.num_gpu_blocks is None and engine.gpu_memory_gib is not None and not args.num_gpus:
-                needed_gib += engine.gpu_memory_gib
-            if engine.num_cpu_blocks is None and engine.mode == "pensieve":
-                needed_gib += engine.kv_offloading_size
-    memory = host_memory()
-    if memory is not None and needed_gib * GIB > memory.total:
-        yield (
-            f"too little memory: the processes and one replica's cache take {needed_gib:.1f} GiB, the model comes on top, "
-            f"and this process can have {memory}; lower gpu_memory_gib or kv_offloading_size, or use `pensieve chat`"
-        )
-
-
 def _prepare_models(config: str) -> bool:
     """Convert the models that have to be, before replicas wait for it; False after a line that says what is wrong with one.
 
     In a process of its own, because that takes memory which this one would keep.
     """
-    models = {application["args"].get("engine", {}).get("model", "embedded") for application in _own(config)}
+    models = {
+        application["args"].get("engine", {}).get("model", "embedded") for application in own_applications(config)
+    }
     return all(
         subprocess.run([sys.executable, "-m", "engine.model_files", model], check=False).returncode == 0
         for model in sorted(models)
     )
-
-
-def _own(config: str) -> Iterator[dict[str, Any]]:
-    """The applications of a checked file that are ours, with `args`."""
-    from deployments.schema import IMPORT_PATH, read_serve_config
-
-    for application in read_serve_config(config)["applications"]:
-        if application["import_path"] == IMPORT_PATH:
-            yield {**application, "args": application.get("args") or {}}
-
-
-def _urls(config: str) -> list[str]:
-    """Where this machine reaches our applications; each ends with a slash."""
-    from ray.serve.schema import ServeDeploySchema
-
-    from deployments.schema import read_serve_config
-
-    schema = ServeDeploySchema.model_validate(read_serve_config(config))
-    if schema.proxy_location == "Disabled":
-        return []
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(schema.http_options.host, schema.http_options.host)
-    host = f"[{host}]" if ":" in host else host
-    prefixes = [(application.get("route_prefix") or "/").rstrip("/") for application in _own(config)]
-    return [f"http://{host}:{schema.http_options.port}{prefix}/" for prefix in prefixes]
 
 
 def announce(url: str, process: subprocess.Popen[bytes], failed: threading.Event) -> None:
@@ -280,7 +138,7 @@ def _run(config: str, *, has_dashboard: bool) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, pass_on)
     failed = threading.Event()
-    for url in _urls(config):
+    for url in urls(config):
         threading.Thread(target=announce, args=(url, serve, failed), daemon=True).start()
     status = serve.wait()
     _end_session(serve.pid)

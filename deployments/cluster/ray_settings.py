@@ -5,6 +5,9 @@ Each has its reason, and at its end Ray's own value.
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Mapping
+
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Requests go from process to process by gRPC, and each process has one event loop instead of three: this halves what the
@@ -48,3 +51,25 @@ DEFAULTS = {
 }
 # HAProxy as the HTTP proxy, and all of Serve's own set. See docs/configuration.md.
 FAST_PATH = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+
+
+def guard(environment: Mapping[str, str]) -> dict[str, str]:
+    """What to add to the environment so that strangers do not get into the Ray that is started.
+
+    It listens on the loopback address as far as Ray allows, and wants a token: a new one, which is in no file, unless the
+    environment names one. No token if RAY_AUTH_MODE says so; nothing at all if RAY_ADDRESS names a cluster.
+    """
+    if names_cluster(environment):
+        return {}
+    # By its name for other systems, where it is off: nodes have the address 127.0.0.1 then, and listen there only.
+    added = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    if environment.get("RAY_AUTH_MODE", "token").lower() == "token":
+        added["RAY_AUTH_MODE"] = "token"
+        if not (environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH")):
+            added["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return added
+
+
+def names_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether RAY_ADDRESS names a cluster that runs already."""
+    return (environment.get("RAY_ADDRESS") or "local") != "local"

@@ -19,15 +19,22 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.distributed import DistributedConfig
 
-from engine.attention.comparison import Comparison, NoOwnAttentionError, compared_by
 from engine.attention.device_health import check_device
 from engine.attention.metadata import AttentionCall, LayerShape
-from engine.attention.transformers_door import ATTENTION_NAME, ShapeProbe, attention_handled_by
+from engine.attention.transformers_door import ATTENTION_NAME, ShapeProbe
 from engine.config import EngineConfig
 from engine.core.executor_protocol import ModelFacts
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds
 from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fingerprint_weights
+from engine.executor.model_check import (
+    PROBE_TOLERANCE,
+    check_attention,
+    model_window,
+    probe_logits,
+    reject_unsupported,
+    rounding_tolerance,
+)
 from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
 from engine.executor.process_group import ProcessGroup
 from engine.executor.sharding import is_own, local_part, localize, make_plan, num_local_bytes
@@ -35,14 +42,6 @@ from engine.host_memory import check_weights
 from engine.model_files import is_hub_id, model_location
 
 logger = logging.getLogger(__name__)
-
-PROBE_LEN = 24
-# Difference of logits (`logits_difference`) that counts as rounding in any model. Deep ones make more of it: they may differ
-# by so many times what they differ by if attention alone is rounded otherwise.
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-NUM_ROUNDINGS = 8
-# Patterns of attention that a mask-free paged cache would get silently wrong.
-REFUSED_LAYER_TYPES = ("chunked_attention", "linear_attention", "mamba", "recurrent", "conv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +135,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     if group is not None:
         _localize(config.model, model, text_config, dtype, plan, group)
     num_weight_bytes = num_local_bytes(model)
-    probe, tolerance = _check_attention(config, model, text_config, dtype)
+    probe, tolerance = check_attention(config, model, text_config, dtype)
     wants_compiled = _wants_compiled_layers(config, device)
     packing = None
     if config.pack_weights and not (wants_compiled and device.type == "cpu"):  # a compiler does not know its operations
@@ -160,7 +159,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
         num_parameters=num_parameters,
         num_weight_bytes=num_weight_bytes,
         vocab_size=text_config.vocab_size,
-        max_model_len=_model_window(text_config),
+        max_model_len=model_window(text_config),
         eos_token_ids=_eos_token_ids(location, text_config),
         fingerprint=fingerprint,
         has_compiled_layers=is_compiled,
@@ -185,7 +184,7 @@ def _read_config(config: EngineConfig) -> Any:
         hf_config = AutoConfig.from_pretrained(model_location(config.model))
     except (OSError, ValueError) as error:
         raise _load_error(config.model, error) from error
-    _refuse_unsupported(config.model, hf_config.get_text_config(), config.max_model_len)
+    reject_unsupported(config.model, hf_config.get_text_config(), config.max_model_len)
     return hf_config
 
 
@@ -292,57 +291,12 @@ def _has_bfloat16() -> bool:
     )
 
 
-def _refuse_unsupported(model: str, text_config: Any, max_model_len: int | None) -> None:
-    if getattr(text_config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{model!r} is an encoder-decoder model; only decoder models can be served")
-    layer_types = set(getattr(text_config, "layer_types", None) or ())
-    refused = sorted(t for t in layer_types if any(t.startswith(name) for name in REFUSED_LAYER_TYPES))
-    if refused:
-        raise UnsupportedModelError(
-            f"{model!r} ({text_config.model_type}) has layers of type {', '.join(refused)}, which cannot be served from "
-            "a paged KV cache; use a model with full or sliding-window attention"
-        )
-
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        limit = parameters.get("original_max_position_embeddings")
-        window = max_model_len or _model_window(text_config)
-        if parameters.get("rope_type") == "longrope" and limit and window > limit:
-            # Past that length it turns every token of the batch otherwise, also other requests', and not those cached.
-            raise UnsupportedModelError(
-                f"{model!r} ({text_config.model_type}) has a rotary embedding (longrope) that changes for a whole batch once "
-                f"one token is past position {limit}; it can be served with max_model_len {limit} at most",
-                param="max_model_len",
-            )
-
-
-@torch.inference_mode()
-def _probe(model: Any, text_config: Any, handler: ShapeProbe, num_tokens: int = PROBE_LEN) -> torch.Tensor:
-    """Logits [1, num_tokens, vocabulary] of a forward whose attention goes to `handler`.
-
-    The model has to use our attention already. The ids are spread over the vocabulary except its ends, where
-    special tokens are, and ids that no tokenizer knows.
-    """
-    vocab_size = text_config.vocab_size
-    stride = max(1, vocab_size * 8 // 10 // num_tokens)
-    input_ids = (vocab_size // 10 + stride * torch.arange(num_tokens, device=model.device)[None]) % vocab_size
-    positions = torch.arange(num_tokens, device=model.device)[None]
-    with attention_handled_by(handler):
-        logits: torch.Tensor = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
-    return logits
-
-
-def _tolerance(rounded: torch.Tensor, otherwise: torch.Tensor, dtype: torch.dtype) -> float:
-    """Of logits, from those of two forwards that differ in how attention is rounded."""
-    return max(PROBE_TOLERANCE[dtype], NUM_ROUNDINGS * logits_difference(otherwise, rounded))
-
-
 def _pack(name: str, model: Any, text_config: Any, tolerance: float, packing: type[PackedWeight]) -> bool:
     """Pack the model's linear layers. False if it does not compute the same any more, and is useless then."""
-    expected = _probe(model, text_config, ShapeProbe())
+    expected = probe_logits(model, text_config, ShapeProbe())
     try:
-        num_packed = pack_linears(model, lambda: _probe(model, text_config, ShapeProbe()), packing)
-        error = logits_difference(_probe(model, text_config, ShapeProbe()), expected)
+        num_packed = pack_linears(model, lambda: probe_logits(model, text_config, ShapeProbe()), packing)
+        error = logits_difference(probe_logits(model, text_config, ShapeProbe()), expected)
     except (RuntimeError, AttributeError, TypeError, ValueError) as failure:
         check_device(model.device)
         logger.warning("%s: not served with packed weights, its code cannot use them: %s", name, repr(failure))
@@ -377,7 +331,7 @@ def _compile(config: EngineConfig, model: Any, text_config: Any, tolerance: floa
     return compile_layers(
         config.model,
         find_layers(model, text_config.num_hidden_layers),
-        lambda num_rows: _probe(model, text_config, ShapeProbe(), num_rows),
+        lambda num_rows: probe_logits(model, text_config, ShapeProbe(), num_rows),
         tolerance,
         recorded_seconds(device) if config.compile_layers is None else None,
     )
@@ -390,93 +344,21 @@ def _localize(
 
     Raises UnsupportedModelError if they do not compute the same.
     """
-    expected = None if is_own(plan, text_config) else _probe(model, text_config, ShapeProbe())
+    expected = None if is_own(plan, text_config) else probe_logits(model, text_config, ShapeProbe())
     localize(model, plan, group)
     if expected is None:
         return
-    actual = _probe(model, text_config, ShapeProbe())
+    actual = probe_logits(model, text_config, ShapeProbe())
     model.set_attn_implementation(ATTENTION_NAME)
-    rounded, otherwise = (_probe(model, text_config, ShapeProbe(is_wide=is_wide)) for is_wide in (False, True))
+    rounded, otherwise = (probe_logits(model, text_config, ShapeProbe(is_wide=is_wide)) for is_wide in (False, True))
     # Rank 0 has the logits of the whole vocabulary.
     error = logits_difference(actual, expected) if group.rank == 0 else 0.0
-    if not group.minimum(error <= _tolerance(rounded, otherwise, dtype)):
+    if not group.minimum(error <= rounding_tolerance(rounded, otherwise, dtype)):
         raise UnsupportedModelError(
             f"{name!r} ({text_config.model_type}) gives other logits with this engine's sharded layers than with "
             f"transformers' (relative difference {error:.1e} on rank {group.rank}); use tensor_parallel_size 1",
             param="tensor_parallel_size",
         )
-
-
-@torch.inference_mode()
-def _check_attention(
-    config: EngineConfig, model: Any, text_config: Any, dtype: torch.dtype
-) -> tuple[ShapeProbe, float]:
-    """Reject the model if transformers' own attention and ours differ, call by call or in the logits.
-
-    Both compute in a wider dtype than the model's, because its own code rounds the scores to that, and may be far from
-    what it means. A family that does not use the attention registry would accept ours and be silently wrong.
-
-    Leaves ours in charge. Returns what saw the calls, and the tolerance of later comparisons of logits.
-    """
-    name, family = config.model, text_config.model_type
-    window = _model_window(text_config)
-    comparison = Comparison(min(window, config.max_model_len or window))
-    try:
-        with compared_by(comparison):
-            expected = _probe(model, text_config, ShapeProbe())
-    except NoOwnAttentionError:
-        expected = _probe(model, text_config, ShapeProbe())
-    model.set_attn_implementation(ATTENTION_NAME)
-    probe, wide_probe = ShapeProbe(), ShapeProbe(is_wide=True)
-    rounded, actual = (_probe(model, text_config, handler) for handler in (probe, wide_probe))
-    num_layers = text_config.num_hidden_layers
-    if len(probe.calls) != num_layers:
-        raise UnsupportedModelError(
-            f"{name!r} ({family}) has {num_layers} layers but made {len(probe.calls)} calls to the attention interface of "
-            "transformers: its family does not support replaceable attention, so its KV cannot be paged"
-        )
-    if comparison.fault is not None:
-        raise UnsupportedModelError(
-            f"{name!r} ({family}) cannot be served from a paged KV cache: {comparison.fault}, where its own code and the "
-            "engine's have to agree"
-        )
-    num_windows = sum(call.params.sliding_window is not None for call in probe.calls)
-    has_unknown_masks = comparison.num_unknown_masks > 0 or comparison.num_calls < num_layers
-    if has_unknown_masks and num_windows < _num_sliding_layers(text_config):
-        # The probe is too short to show it: such a family puts the window into the mask alone.
-        raise UnsupportedModelError(
-            f"{name!r} ({family}) has layers with a sliding window but does not tell the attention interface: its "
-            "KV cannot be paged"
-        )
-    if not expected.isfinite().all(dim=-1).any():
-        raise UnsupportedModelError(
-            f"{name!r} ({family}) computes no number in {dtype}, with transformers' own attention either; use dtype "
-            "'bfloat16' or 'float32'",
-            param="dtype",
-        )
-    tolerance = _tolerance(rounded, actual, dtype)
-    error = logits_difference(actual, expected)
-    if not error <= tolerance:
-        raise UnsupportedModelError(
-            f"{name!r} ({family}) gives other logits with paged attention than with transformers' own (relative difference "
-            f"{error:.1e}, of which {tolerance:.1e} may be rounding): its attention does something that the paged cache does "
-            "not know"
-        )
-    return probe, tolerance
-
-
-def _model_window(text_config: Any) -> int:
-    """Tokens that the model was made for; very many where its config does not say."""
-    return int(getattr(text_config, "max_position_embeddings", None) or 2**20)
-
-
-def _num_sliding_layers(text_config: Any) -> int:
-    """Layers that see less than the whole window of the model."""
-    window = getattr(text_config, "sliding_window", None)
-    if window is None or window >= _model_window(text_config):
-        return 0
-    layer_types = getattr(text_config, "layer_types", None)
-    return text_config.num_hidden_layers if layer_types is None else list(layer_types).count("sliding_attention")
 
 
 def _eos_token_ids(location: str, text_config: Any) -> tuple[int, ...]:

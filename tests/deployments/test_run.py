@@ -21,6 +21,7 @@ import yaml
 from ray.serve.schema import LoggingConfig
 
 from deployments import run
+from deployments.cluster import ray_settings
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 from engine.host_memory import GIB, HostMemory
 from tests.deployments.serve_process import CONFIG, END_S, ServeProcess, free_port, in_session
@@ -283,7 +284,7 @@ LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 def test_a_token_that_is_given_and_a_cluster_that_is_named_are_left_alone(
     environment: dict[str, str], added: dict[str, str]
 ) -> None:
-    assert run.guard(environment) == added
+    assert ray_settings.guard(environment) == added
 
 
 def test_a_token_file_that_cannot_be_used_is_told(

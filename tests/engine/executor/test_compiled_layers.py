@@ -17,7 +17,8 @@ from engine.attention.transformers_door import ShapeProbe
 from engine.config import EngineConfig
 from engine.executor import compiled_layers, model_loader
 from engine.executor.compiled_layers import compile_layers, find_layers
-from engine.executor.model_loader import _probe, load_model
+from engine.executor.model_check import probe_logits
+from engine.executor.model_loader import load_model
 from engine.executor.packed_linear import JoinedLinear, PlainWeight
 from engine.executor.warm_up import warm_up
 from engine.step_loop import LookAhead
@@ -45,7 +46,7 @@ def are_compiled(loaded) -> bool:
 
 
 def logits(loaded, num_rows: int) -> torch.Tensor:
-    return _probe(loaded.model, loaded.model.config.get_text_config(), ShapeProbe(), num_rows)
+    return probe_logits(loaded.model, loaded.model.config.get_text_config(), ShapeProbe(), num_rows)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import nn
 
 from engine.config import EngineConfig
 from engine.errors import DeviceFailedError
-from engine.executor import model_loader, packed_linear
+from engine.executor import model_check, model_loader, packed_linear
 from engine.executor.model_loader import load_model
 from engine.executor.packed_linear import (
     FbgemmWeight,
@@ -82,7 +82,8 @@ def test_on_a_gpu_layers_are_joined_and_others_stay(tiny_model, monkeypatch):
     assert type(loaded.model.lm_head) is nn.Linear
     assert sum(p.nbytes for p in loaded.model.parameters()) == sum(p.nbytes for p in plain.model.parameters())
     logits = [
-        model_loader._probe(each.model, each.model.config, model_loader.ShapeProbe(), 7) for each in (loaded, plain)
+        model_check.probe_logits(each.model, each.model.config, model_loader.ShapeProbe(), 7)
+        for each in (loaded, plain)
     ]
     torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
 
