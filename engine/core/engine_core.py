@@ -212,12 +212,15 @@ class EngineCore:
         return self._cache.slow_transfers.take()
 
     def complete_transfer(self, transfer_id: int, *, ok: bool, now: float) -> None:
-        """A transfer of a slow tier has ended. Not ok: the target has not got, whole and right, what the source had."""
+        """A transfer of a slow tier has ended.
+
+        ok: the target holds, whole and right, what the source held.
+        """
         self._cache.slow_transfers.complete(transfer_id, ok=ok, now=now)
         self._scheduler.end_transfer(transfer_id)
 
     def next_deadline_s(self) -> float | None:
-        """When a request stops waiting for a slow tier, if nothing arrives before: a time at which to call `schedule`."""
+        """The next time at which `schedule` has to be called because a request stops waiting for a slow tier."""
         deadlines = [request.load_deadline_s for request in self._scheduler.loading]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
@@ -275,10 +278,12 @@ class EngineCore:
     def map_contexts(
         self, contexts: Mapping[str, ContextKeys | None], max_chunks: int, now: float
     ) -> dict[str, MappedContext]:
-        """Where the chunks of these conversations lie, by id: as their running requests have them, else as `contexts`
-        names them.
+        """Where the chunks of these conversations lie, by id. O(chunks); nothing changed.
 
-        max_chunks: most of each context. O(chunks); nothing changed. The evictions of the next seconds are noted.
+        They are as their running requests have them, else as `contexts` names them. The evictions of the next seconds
+        are noted.
+
+        max_chunks: most of each context.
         """
         self._cache.eviction_log.watch(now)
         requests = {request.conversation_id: request for request in self._requests.values()}

@@ -1,4 +1,4 @@
-"""The tiers by name, the fastest first: the one table that plans, costs, statistics and metrics know them from.
+"""The tiers by name, the fastest first: the one table from which everything else knows them.
 
 The first tier is the one whose blocks a step computes in. The second one exchanges blocks with it inside of plans: a step's
 copies between the two are finished when its result is given. Slow tiers lie behind the second one and exchange blocks with

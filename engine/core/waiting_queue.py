@@ -101,11 +101,10 @@ class WaitingQueue:
         self._virtual_times[request.tenant] = virtual_time + num_tokens / request.weight
 
     def find_victim(self, newcomer: Request) -> Request | None:
-        """The request to shed for `newcomer` if the queue is full: the newest of the tenant with the most waiting for
-        its weight.
+        """The request to shed for `newcomer` if the queue is full.
 
-        None if the newcomer's own tenant would then be that one: the newcomer has to go. Requests whose turn had come
-        are never shed, and do not count.
+        It is the newest one of the tenant with the most waiting for its weight. None if the newcomer's own tenant
+        would then be that one: the newcomer has to go. Requests whose turn had come are never shed, and do not count.
         """
         loads = {tenant: self._count_arrived(queue) / queue[-1].weight for tenant, queue in self._by_tenant.items()}
         own_load = loads.get(newcomer.tenant, 0.0) + 1.0 / newcomer.weight

@@ -81,9 +81,10 @@ class Allocator:
             self._unwritten[chunk] = None
 
     def plan_swap_outs(self, watermark_blocks: int, max_blocks: int, now: float) -> None:
-        """Swap out ahead of time, the smallest retention value first, until `watermark_blocks` are free or reclaimable.
+        """Swap out ahead of time until `watermark_blocks` are free or reclaimable.
 
-        At most `max_blocks`. With write-through, what the last turns left goes first, whatever is free.
+        The smallest retention value first, and at most `max_blocks`. With write-through, what the last turns left goes
+        before that, whatever is free.
         """
         primary = self._primary
         if not self._secondary.pool.num_blocks:
@@ -186,10 +187,10 @@ class Allocator:
     # -- smaller tiers -------------------------------------------------------------------------------------------------
 
     def hold_back(self, num_blocks: Mapping[str, int], now: float) -> None:
-        """Make tiers smaller by so many blocks, by name, for a demonstration; a tier that is not named stays as it is.
+        """Make tiers smaller by so many blocks, by name, for a demonstration; others stay as they are.
 
-        What lies in the blocks is evicted as for a request that needs them. Blocks that are pinned are taken when they no
-        longer are; those of the primary tier are given back to a request that finds no other, until it ends. 0: all
+        What lies in the blocks is evicted as for a request that needs them. Blocks that are pinned are taken when they
+        no longer are; those of the primary tier are given back to a request that finds no other, until it ends. 0: all
         blocks of the tier are in use again.
         """
         for name, num in num_blocks.items():

@@ -1,4 +1,4 @@
-"""Which chunk is where: finds what a context already has, gives blocks to what it lacks, and keeps what it computed.
+"""Which chunk is where: finds what a context has, gives blocks to what it lacks, keeps what it computed.
 
 Decides where KV lies; the executor moves it. Knows no scheduler and no clock. What happens to the blocks of a context, by
 token range, when a request arrives with 17 tokens (chunk_size 4, the primary tier is the GPU's):

@@ -1,4 +1,4 @@
-"""The transfers of slow tiers: planned, in flight, then complete or failed, by id; each for as long as it takes.
+"""The transfers of slow tiers: planned, in flight, then complete or failed; each for as long as it takes.
 
 A transfer moves one chunk between its block in a slow tier and one in the secondary tier. It pins no chunk: only its two
 blocks are lent to it. So a chunk may be used, evicted from elsewhere, or lose its name meanwhile; what has arrived when the
@@ -52,12 +52,12 @@ class SlowTransfers:
         return now >= self._paused_until_s.get(tier, now)
 
     def plan_load(self, chunk: Chunk, tier: Tier, target_block: int) -> SlowTransfer:
-        """Bring a named, unpinned chunk from a slow tier to a block of the secondary tier that has just been allocated."""
+        """Bring a named, unpinned chunk from a slow tier to a new block of the secondary tier."""
         self._num_loads += 1
         return self._plan(chunk, tier, self._secondary, target_block)
 
     def plan_store(self, chunk: Chunk, tier: Tier, target_block: int) -> SlowTransfer:
-        """Bring a named, unpinned chunk from the secondary tier to a block of a slow one that has just been allocated."""
+        """Bring a named, unpinned chunk from the secondary tier to a new block of a slow one."""
         return self._plan(chunk, self._secondary, tier, target_block)
 
     def _plan(self, chunk: Chunk, source: Tier, target: Tier, target_block: int) -> SlowTransfer:

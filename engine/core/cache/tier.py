@@ -101,7 +101,7 @@ class Tier:
             self.pool.free(block_id)
 
     def check_integrity(self, chunks: Iterable[Chunk]) -> None:
-        """Raises AssertionError unless each block is exactly one of free, held back, a transfer's, or one chunk's."""
+        """Raises AssertionError unless each block is one of free, held back, a transfer's, or one chunk's."""
         owned = [block for chunk in chunks if (block := chunk.blocks[self.number]) is not None]
         transfers = [block for block, chunk in self.lent.items() if chunk is None]
         assert all(chunk is None or chunk.blocks[self.number] == block for block, chunk in self.lent.items())

@@ -38,17 +38,21 @@ def answer_to(prompt: tuple[int, ...], length: int) -> tuple[int, ...]:
 
 
 class ContextExecutor:
-    """Follows the plan's contract and nothing else. A slot of either tier holds the context up to its token, so that a step
-    which reads a wrong, stale, unwritten or not yet arrived slot fails at once. Ahead-of-time swap-outs run as early as
-    they may in odd steps and as late as they may in even ones.
+    """Follows the plan's contract and nothing else.
+
+    A slot of either tier holds the context up to its token, so that a step which reads a wrong, stale, unwritten or not yet
+    arrived slot fails at once. Ahead-of-time swap-outs run as early as they may in odd steps and as late as they may
+    in even ones.
 
     context_of: request id -> its tokens, as the core knows them when the request starts. Plans do not tell them; here they
-    are to check the tokens of the segments and the KV that the request finds.
-    fails: the next steps raise, and whatever they were to write is garbage. computation_fails: only what they were to compute
-    is; their copies are made. corrupted: CPU blocks whose content is no longer what was swapped out; swap-ins of them are
-    reported (as with `verify_swaps`). lost: requests of which a step failed or was misled; what the step behind it, planned
-    before the core knew, computes of them is garbage.
-    plans: all that were executed. on_begin: called where the execution of a plan begins.
+        are to check the tokens of the segments and the KV that the request finds.
+    fails: the next steps raise, and whatever they were to write is garbage.
+    computation_fails: only what they were to compute is; their copies are made.
+    corrupted: CPU blocks whose content is no longer what was swapped out; swap-ins of them are reported (as with
+    `verify_swaps`). lost: requests of which a step failed or was misled; what the step behind it, planned before the
+    core knew, computes of them
+        is garbage.
+    plans: all that were executed. on_begin: called when the execution of a plan begins.
     """
 
     max_steps_in_flight = 2

@@ -1,5 +1,6 @@
-"""Fairness between tenants among running requests: who gives way to whom, after how many steps at most, and what it costs
-those who do. Nothing but time: all requests end, and all answers are right.
+"""Fairness between tenants among running requests: which gives way, after how many steps, at which cost.
+
+The cost is time alone: all requests end, and all answers are right.
 """
 
 import random
@@ -49,8 +50,9 @@ def gave_way(plan: StepPlan, driver) -> list[str]:
 @pytest.mark.parametrize("num_waiting", [0, 50])
 @pytest.mark.parametrize("look_ahead", list(LookAhead))
 def test_who_has_all_places_gives_one_to_whoever_comes(make_core, answer, look_ahead, num_waiting):
-    """64 long answers of one tenant, and more of them waiting. The other one's first token comes with the second step at the
-    latest; if a step was made ahead, with the third.
+    """64 long answers of one tenant, and more of them waiting.
+
+    The other tenant's first token comes with the second step at the latest; if a step was made ahead, with the third.
     """
     driver = make_core(1000, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=64)
     driver.loop.look_ahead = look_ahead
@@ -215,9 +217,11 @@ def test_who_got_a_block_and_is_suspended_for_the_next_one_is_told_to_have_none(
 @pytest.mark.parametrize("num_cpu_blocks", [0, 30])
 @pytest.mark.parametrize("seed", range(10))
 def test_whoever_has_nothing_running_gets_a_token_within_a_bound(make_core, answer, seed, num_cpu_blocks):
-    """Three tenants, places and blocks both short. A turn of a tenant that has none under way waits until the one prompt that
-    may be in the making is computed, then for its own, each at the budget that decodes leave; for steps in which the others
-    run out of blocks; and for its turn among the tenants.
+    """Three tenants, places and blocks both short.
+
+    A turn of a tenant that has none under way waits until the one prompt that may be in the making is computed, then
+    for its own, each at the budget that decodes leave; for steps in which the others run out of blocks; and for its
+    turn among the tenants.
     """
     rng = random.Random(seed)
     window, places, budget = 48, 8, rng.choice([12, 16, 40])
@@ -291,8 +295,9 @@ def test_the_loads_above_make_requests_give_way(make_core):
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_exchanges_come_to_an_end(data: st.DataObject) -> None:
-    """Each tenant has any number of requests of any size waiting, and nothing arrives, grows or ends: whoever asks, in
-    whatever order, the largest uses fall, and soon nobody gives way any more.
+    """Each tenant has any number of requests of any size waiting, and nothing arrives, grows or ends.
+
+    In whatever order they ask, the largest uses fall, and soon none gives way any more.
     """
     num_places, num_blocks = data.draw(st.integers(2, 9)), data.draw(st.integers(8, 60))
     shares = FairShares(num_places, num_blocks)

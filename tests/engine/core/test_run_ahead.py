@@ -1,5 +1,6 @@
-"""A plan that is made, and executed, before the one in front of it has a result: what it may hold, and that nobody sees what
-was computed in vain.
+"""A plan that is made, and executed, before the one in front of it has a result.
+
+What it may hold, and that what was computed for nothing is never seen.
 """
 
 import random
@@ -103,8 +104,9 @@ def test_nothing_runs_ahead_of_a_result_that_may_let_somebody_start(make_runner)
 
 
 def test_decodes_run_ahead_of_who_was_refused_for_lack_of_blocks(make_runner):
-    """ "b" needs three blocks, and "a" has three of four until it ends. While the prompt of "a" is computed, nobody knows
-    whether "b" may share it.
+    """The blocks that "b" needs are held by "a" until it ends: three of four.
+
+    While the prompt of "a" is computed, it is not known whether "b" may share it.
     """
     driver = make_runner(4)
     driver.add("a", range(9), max_tokens=4)

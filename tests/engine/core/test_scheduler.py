@@ -15,7 +15,7 @@ from engine.errors import ConfigError, ContextLengthError, InvalidParameterError
 
 
 def segments(plan: StepPlan) -> list[tuple[str, int, int]]:
-    """(request, start, query_len)"""
+    """As (request, start, query_len)."""
     return [(s.request_id, s.start, s.query_len) for s in plan.segments]
 
 
@@ -244,8 +244,9 @@ def converse(driver, name: str, new, max_tokens: int = 1, conversation: str = "a
 
 
 def with_turn_1_in_the_cpu_tier(make_core, num_cpu_blocks: int = 16, **options):
-    """4 GPU blocks. Conversation "a" has a turn of 11 tokens in CPU blocks 0, 1 and 2 (its tail of 3), in the GPU tier is all
-    of "b" in blocks 3, 0, 1 and 2. Returns the driver and the tokens of "a".
+    """4 GPU blocks; the driver, and the tokens of conversation "a", whose turn is in the CPU tier.
+
+    It has 11 tokens, in CPU blocks 0, 1 and 2 (its tail of 3). In the GPU tier is all of "b", in blocks 3, 0, 1 and 2.
     """
     driver = make_core(4, num_cpu_blocks=num_cpu_blocks, swap_out_watermark=0.0, **options)
     history = converse(driver, "turn 1", range(11))
@@ -820,8 +821,9 @@ def test_a_window_that_the_tier_cannot_hold_is_an_error_at_start():
 @pytest.mark.parametrize("policy", EVICTION_POLICIES)
 @pytest.mark.parametrize("seed", range(6))
 def test_under_any_load_all_requests_end_in_time_and_right(make_core, answer, seed, policy, num_cpu_blocks):
-    """Tiny tiers, many conversations, forks, aborts, failing steps and corrupted blocks. The oldest request makes progress
-    in every step, so nobody waits longer than all that came before him take one by one.
+    """Tiny tiers, many conversations, forks, aborts, failing steps and corrupted blocks.
+
+    The oldest request makes progress in every step, so none waits longer than all that came before it take one by one.
     """
     rng = random.Random(seed)
     num_blocks = rng.randint(5, 9)
@@ -921,8 +923,9 @@ def test_prompt_tokens_are_told_apart_by_where_they_were(make_core):
 
 
 def test_what_was_never_evicted_is_not_dropped(make_core):
-    """Turn 2 is an edit inside a chunk, turn 3 forks inside the tail: both compute tokens that earlier turns computed, but
-    no chunk of theirs is gone.
+    """Turn 2 is an edit inside a chunk, turn 3 forks inside the tail.
+
+    Both compute tokens that earlier turns computed, but no chunk of theirs is gone.
     """
     driver = make_core(16)
     history = converse(driver, "turn 1", range(10), max_tokens=5)

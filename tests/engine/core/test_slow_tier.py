@@ -1,5 +1,6 @@
-"""A third tier that ends its transfers late, out of order, badly or not at all: every answer is right all the same, and a
-request that waits for it keeps no other from running.
+"""A third tier that ends its transfers late, out of order, badly or not at all.
+
+Every answer is right all the same, and a request that waits for it keeps no other from running.
 """
 
 from __future__ import annotations

@@ -176,9 +176,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.histories)
     @rule(data=st.data(), new=st.lists(st.integers(1, 2), max_size=5).map(tuple), tenant=st.sampled_from(TENANTS))
     def a_fork_arrives(self, data: st.DataObject, new: tuple[int, ...], tenant: str) -> None:
-        """Another conversation, perhaps of another tenant, begins with any part of a history; the whole of it again
-        included.
-        """
+        """Another conversation, perhaps of another tenant, begins with any part of a history, or all of it."""
         _, _, history = data.draw(st.sampled_from(self.histories))
         length = data.draw(st.integers(1, len(history)))
         self.add(tenant, f"fork of {length}", history[:length] + new)
@@ -255,9 +253,10 @@ class CacheManagerMachine(RuleBasedStateMachine):
         )
 
     def cached_by_brute_force(self, request: Request) -> tuple[int, ContextAccount]:
-        """Tokens of the context that some named chunk holds, the last one left out, by looking at every chunk: those to be
-        used; and of the prompt those to be loaded, those that cost more to load than to compute, and those that were
-        cached.
+        """Tokens of the context that named chunks hold, the last one left out, by looking at every chunk.
+
+        First those to be used; then, of the prompt, those to be loaded, those that cost more to load than to compute,
+        and those that were cached.
         """
         best: dict[int, Chunk] = {}
         for chunk in self.cache.index:
@@ -378,8 +377,9 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.a_step_is_computed(lengths, next_tokens, ends, swap_outs)
 
     def find_history(self, where: str, number: int) -> tuple[str, str, tuple[int, ...]]:
-        """A finished turn; if there is one, the context of a chunk that this very plan evicts or loads, or that is in the CPU
-        tier only.
+        """A finished turn, or the context of a chunk that is where `where` says.
+
+        That is one that this very plan evicts or loads, or that is not in the GPU tier.
         """
         planned = self.cache.transfers.planned
         chunks = {

@@ -156,8 +156,9 @@ def test_unknown_policy_is_refused_by_name():
 
 
 def test_retention_value_equals_brute_force():
-    """The search over list heads finds the minimum over all chunks, whatever was inserted, removed and evicted before, in
-    whatever order of last use.
+    """The search over list heads finds the minimum over all chunks.
+
+    Whatever was inserted, removed and evicted before, in whatever order of last use.
     """
     num_choices = 0
     for seed in range(1000):
@@ -189,8 +190,10 @@ def retention_value(costs: CostModel):
 
 
 def check_history(policy, rank, rng: random.Random) -> int:
-    """A random history; each victim is the minimum by `rank` over all chunks, of equal ones the first that came in; and of
-    any two chunks, held or not, the one of smaller rank goes before the other. Returns how often there was a choice.
+    """A random history, in which each victim is the minimum by `rank` over all chunks.
+
+    Of equal ones it is the first that came in; and of any two chunks, held or not, the one of smaller rank goes before
+    the other. Returns how often there was a choice.
     """
     held: list[Chunk] = []  # in order of insertion
     away: list[Chunk] = []  # removed, and may come back with the last use they had

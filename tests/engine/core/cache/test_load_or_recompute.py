@@ -1,5 +1,6 @@
-"""Which chunks of the CPU tier are loaded and which computed again: judged by what the whole context costs, against all ways
-to split it, and on the figures of real models.
+"""Which chunks of the CPU tier are loaded and which computed again.
+
+Judged by what the whole context costs, against all ways to split it, and on the figures of real models.
 """
 
 from itertools import product
