@@ -33,9 +33,8 @@ from engine.engine_thread import EngineThread
 from engine.errors import OverloadedError
 from engine.executor.group import make_executor
 from engine.generation import Generation
-from engine.grammar.interface import CompiledGrammar
+from engine.grammar.interface import CompiledGrammar, GrammarCompiler, Vocabulary
 from engine.grammar.store import GrammarStore
-from engine.grammar.trial import TriedCompiler
 from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
 from engine.statistics_log import StatisticsLog
@@ -93,7 +92,7 @@ class AsyncEngine:
             max_num_waiting=config.max_num_queued_reqs,
         )
         self._grammars = GrammarStore(
-            lambda: TriedCompiler(self._tokenizer.vocabulary(facts.model.vocab_size, self._eos_token_ids))
+            lambda: _start_compiler(self._tokenizer.vocabulary(facts.model.vocab_size, self._eos_token_ids))
         )
         # Of its own, so that no prompt waits for a grammar.
         self._grammar_pool = TokenizerPool(config.max_num_queued_reqs, "grammar", "grammars wait to be compiled")
@@ -254,6 +253,13 @@ class AsyncEngine:
     async def _call(self, function: Callable[[], Any]) -> Any:
         """Run `function` in the engine thread between two steps; its result or exception."""
         return await asyncio.wrap_future(self._thread.submit(function))
+
+
+def _start_compiler(vocabulary: Vocabulary) -> GrammarCompiler:
+    """A compiler of grammars, whose library is imported only now: most engines never get a grammar."""
+    from engine.grammar.trial import TriedCompiler
+
+    return TriedCompiler(vocabulary)
 
 
 def _choose_look_ahead(config: EngineConfig, executor: Executor) -> LookAhead:
