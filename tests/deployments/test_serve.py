@@ -632,7 +632,7 @@ async def test_a_client_that_says_it_never_leaves_frees_what_it_held_when_it_doe
 
 async def test_the_page_and_a_demonstration_of_evictions(http: httpx.AsyncClient) -> None:
     """The page shows a chat's chunks and what becomes of them in smaller tiers; no answer changes."""
-    for path, beginning in (("/", "<!doctype html>"), ("/page.js", "/"), ("/page.css", "/")):
+    for path, beginning in (("/", "<!doctype html>"), ("/page.js", "/"), ("/page.css", ":root")):
         page = await http.get(path)
         assert page.status_code == 200
         assert page.text.startswith(beginning)
