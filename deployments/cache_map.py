@@ -1,6 +1,6 @@
 """GET /v1/cache/map and POST /v1/cache/demo: where the chunks of conversations are, as server-sent events.
 
-Asks the engines only while somebody watches, once for all watchers. Knows no engine and no Ray.
+Asks the engines only while there are watchers, and once for all of them. Depends on neither the engine nor Ray.
 """
 
 from __future__ import annotations

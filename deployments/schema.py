@@ -42,7 +42,7 @@ class AppArgs(ReplicaOptions, IngressOptions):
     def _check_engine(cls, options: dict[str, Any]) -> dict[str, Any]:
         misplaced = [name for name in options if name in AppArgs.model_fields and name != "engine"]
         if misplaced:
-            raise ValueError(f"{misplaced[0]} is an option of the application; write it beside engine, not in it")
+            raise ValueError(f"{misplaced[0]} is an option of the application; write it next to engine, not inside it")
         try:
             EngineConfig.from_options(options)
         except ConfigError as error:

@@ -94,8 +94,8 @@ class TenantConfig(BaseModel):
     @field_validator("api_keys_sha256")
     @classmethod
     def _check_not_empty(cls, hashes: tuple[str, ...]) -> tuple[str, ...]:
-        if hash_key("") in hashes:  # of a variable that was not set: everybody would have that key
-            raise ValueError("one of them is the hash of nothing; hash the key itself")
+        if hash_key("") in hashes:  # the hash of an unset variable: every client would have that key
+            raise ValueError("one of them is the hash of an empty key; hash the key itself")
         return hashes
 
     @property
@@ -115,7 +115,7 @@ class _TenantsFile(BaseModel):
             ("API key", [key for tenant in self.tenants for key in tenant.api_keys_sha256]),
         ):
             if len(set(values)) < len(values):
-                raise ValueError(f"the same {what} twice")
+                raise ValueError(f"the same {what} is given twice")
         return self
 
 
@@ -145,7 +145,7 @@ def _read(path: str) -> tuple[TenantConfig, ...]:
 def _joined(of_file: tuple[TenantConfig, ...], of_environment: tuple[TenantConfig, ...]) -> tuple[TenantConfig, ...]:
     if of_environment and any(tenant.id == "default" for tenant in of_file):
         raise ConfigError(
-            f"{API_KEY_VARIABLE} stands for the tenant 'default', which the file has too; rename or unset one of them",
+            f"{API_KEY_VARIABLE} defines the tenant 'default', but the file has one, too; rename that or unset the variable",
             param="tenants_file",
         )
     return of_file + of_environment

@@ -72,8 +72,8 @@ def check_weights(model: str, num_bytes: int) -> None:
     memory = host_memory()
     if memory is not None and num_bytes > memory.total:
         raise ConfigError(
-            f"the weights of {model!r} take {num_bytes / GIB:.1f} GiB of host memory, but this process can have {memory}; "
-            "take a smaller model, or dtype bfloat16 instead of float32",
+            f"the weights of {model!r} take {num_bytes / GIB:.1f} GiB of host memory, but this process can use {memory}; "
+            "use a smaller model, or dtype bfloat16 instead of float32",
             param="model",
         )
 
@@ -91,7 +91,7 @@ def check_tiers(config: EngineConfig, num_gpu_tier_bytes: int, num_cpu_tier_byte
     parts = ", ".join(f"{size / GIB:.1f} GiB for {name}" for name, size in sizes.items() if size)
     if num_bytes > memory.total:
         raise ConfigError(
-            f"the tiers take {num_bytes / GIB:.1f} GiB of host memory ({parts}), but this process can have {memory}; "
+            f"the tiers take {num_bytes / GIB:.1f} GiB of host memory ({parts}), but this process can use {memory}; "
             f"lower {option}",
             param=option,
         )

@@ -122,7 +122,7 @@ def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         kind = "a folder without a config.json" if folder.is_dir() else "a file"
         raise ModelLoadError(
-            f"{str(folder)!r} is {kind}, so it is no model; give the folder of a checkpoint as transformers saves it, or a "
+            f"{str(folder)!r} is {kind}, not a model; give the folder of a checkpoint as transformers saves it, or a "
             ".gguf file",
             param="model",
         )

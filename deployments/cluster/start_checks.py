@@ -39,8 +39,8 @@ def find_problems(path: str, fast_path: bool) -> Iterator[str]:
         yield error.message
     if is_cluster and API_KEY_VARIABLE in os.environ:
         yield (
-            f"{API_KEY_VARIABLE} counts on the nodes of the cluster that RAY_ADDRESS names, not here, and without keys "
-            "everybody on those nodes is served: put the keys into args.tenants_file"
+            f"{API_KEY_VARIABLE} has no effect here, only on the nodes of the cluster that RAY_ADDRESS names, where without "
+            "keys every local program is served: put the keys into args.tenants_file"
         )
     token_path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     if token_path and not os.environ.get("RAY_AUTH_TOKEN"):
@@ -52,7 +52,7 @@ def find_problems(path: str, fast_path: bool) -> Iterator[str]:
 
 
 def _open_applications(config: dict[str, Any]) -> Iterator[str]:
-    """Behind HAProxy every client looks like this machine, so that an application without keys could serve nobody."""
+    """Applications without API keys: behind HAProxy every client looks local, so they would reject all requests."""
     from deployments.schema import IMPORT_PATH
     from deployments.tenants import API_KEY_VARIABLE, load_tenants
 
@@ -61,13 +61,13 @@ def _open_applications(config: dict[str, Any]) -> Iterator[str]:
             path = (application.get("args") or {}).get("tenants_file")
             if not load_tenants(path, os.environ):
                 yield (
-                    f"applications[{index}]: --fast-path needs API keys, for HAProxy does not say who asks: set "
+                    f"applications[{index}]: --fast-path needs API keys, because HAProxy hides the client's address: set "
                     f"args.tenants_file or {API_KEY_VARIABLE}"
                 )
 
 
 def _port_problems(config: dict[str, Any]) -> Iterator[str]:
-    """Why Serve could not listen where the file says. Found out here in no time; Serve would after Ray has started."""
+    """Why Serve could not listen on the configured port; Serve itself would notice only after Ray has started."""
     from ray.serve.schema import ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(config)

@@ -67,8 +67,8 @@ class RayWorkers:
         num_bundles = 0 if group is None else group.bundle_count
         if group is None or num_bundles < size:
             raise ConfigError(
-                f"tensor_parallel_size is {size}, but the replica has a placement group of {num_bundles} bundles; leave "
-                "placement_group_bundles to deployments.app:build",
+                f"tensor_parallel_size is {size}, but the replica has a placement group of {num_bundles} bundles; do not "
+                "set placement_group_bundles, deployments.app:build does",
                 param="tensor_parallel_size",
             )
         self._name = name

@@ -28,7 +28,8 @@ FORWARDED = frozenset(
     }
 )
 REMEDY = (
-    "no API keys are configured, so only this machine is served; configure keys: see docs/http_api.md, tenants_file"
+    "no API keys are configured, so only clients on this machine are served; to configure keys, see tenants_file in "
+    "docs/http_api.md"
 )
 
 

@@ -42,7 +42,7 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         if len(data) > MAX_FIELDS:
-            raise PydanticCustomError("invalid", f"an object has at most {MAX_FIELDS} fields here")
+            raise PydanticCustomError("invalid", f"must have at most {MAX_FIELDS} fields")
         for name, neutral in cls.not_implemented.items():
             if not _is_neutral(data.get(name), neutral):
                 passing = "".join(f" or {value!r}" for value in neutral)

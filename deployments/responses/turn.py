@@ -136,7 +136,7 @@ class Turn:
         )
         if not (history.is_whole or is_cut):
             raise ContextLengthError(
-                f"the context window is {max_model_len} tokens, and what came before is longer than that; send "
+                f"the context window is {max_model_len} tokens, and the stored history is longer; send "
                 "truncation: auto, or begin a new conversation",
                 param=None,
             )

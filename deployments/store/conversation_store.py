@@ -132,7 +132,7 @@ class ConversationStore:
         """
         if new.previous_response_id is not None and new.conversation_id is not None:
             raise InvalidParameterError(
-                "give either 'previous_response_id' or 'conversation': a conversation knows what came before",
+                "give either 'previous_response_id' or 'conversation': a conversation has its own history",
                 "previous_response_id",
             )
         named = name_items(new.input, self.new_id)

@@ -42,7 +42,7 @@ _T = TypeVar("_T")
 Work = Callable[[AsyncConnection], Awaitable[_T]]
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
-# What processes that bring one PostgreSQL database up to date agree on; any number that nobody else uses.
+# The lock of processes that migrate the same PostgreSQL database: an arbitrary number that no other program uses.
 _ADVISORY_LOCK = 0x70656E7369657665
 _OPEN_TIMEOUT_S = 60.0  # migrations move data, and other processes wait for them
 
@@ -239,7 +239,7 @@ class Database:
         current = MigrationContext.configure(connection).get_current_heads()
         if unknown := set(current) - known:
             raise StoreVersionError(
-                f"the conversation store has schema revision {', '.join(sorted(unknown))}, this version knows up to "
+                f"the conversation store has schema revision {', '.join(sorted(unknown))}, but this version supports up to "
                 f"{script.get_current_head()}: run the version that wrote it or a later one, or restore a backup"
             )
         if set(current) != set(script.get_heads()):

@@ -126,7 +126,7 @@ async def load_transcript(connection: AsyncConnection, response_id: str | None) 
     if not found:
         return None
     try:
-        # What an older one of them kept is the same ids, whoever made those: the latest says by whom they were made.
+        # The chain's latest response says which tokenizer and template made the ids, including those of older responses.
         return apply_deltas([TranscriptDelta(*row[:-1]) for row in found], found[0].fingerprint)
     except ValueError:
         raise StoreCorruptedError from None

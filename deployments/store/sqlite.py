@@ -126,7 +126,7 @@ def listen(engine: AsyncEngine, path: Path) -> None:
     def _checkout(connection: Any, record: Any, proxy: Any) -> None:
         # A file that was deleted or replaced lives on in open connections, and writes to it would be lost.
         if record.info["file"] != _identity(path):
-            raise DisconnectionError("the file is not the one that it was")
+            raise DisconnectionError("the database file was replaced")
 
     @event.listens_for(engine.sync_engine, "begin")
     def _begin(connection: Connection) -> None:

@@ -63,7 +63,7 @@ def load_kernel() -> str:
         try:
             torch.ops.load_library(str(_build(capability)))
         except OSError as error:  # a cache folder that cannot be written, a library that does not fit this machine
-            raise KernelBuildError(f"the attention kernel cannot be kept or loaded: {error}") from error
+            raise KernelBuildError(f"the attention kernel cannot be stored or loaded: {error}") from error
     return capability
 
 
@@ -154,7 +154,7 @@ def _find_compiler() -> tuple[list[str], str]:
         commands = [shlex.split(os.environ["CXX"])]
     if not commands:
         raise KernelBuildError(
-            f"no C++ compiler: none of {', '.join(COMPILERS)} is there; install one (Debian: apt-get install g++), or set CXX"
+            f"no C++ compiler: found none of {', '.join(COMPILERS)}; install one (Debian: apt-get install g++), or set CXX"
         )
     try:
         version = subprocess.run([*commands[0], "--version"], capture_output=True, text=True, check=True).stdout

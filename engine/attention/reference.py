@@ -50,7 +50,7 @@ def attend(
     out = query.new_empty(num_tokens, num_heads, v_pool.shape[-1])
     for row, query_len, context_len, table_row in metadata.segments.tolist():
         rows = slice(row, row + query_len)
-        # A window's first tokens may be cut off before the gather: nobody in the segment sees them.
+        # Tokens before the window can be skipped in the gather: no row of the segment attends to them.
         first_block = 0
         if params.sliding_window is not None:
             first_seen = max(0, context_len - query_len - params.sliding_window + 1)

@@ -89,7 +89,7 @@ class ServerPartner:
         """model: None = the first one that the server has. Raises ConfigError or EngineError."""
         base = url.rstrip("/").removesuffix("/v1")
         if not base.startswith(("http://", "https://")):
-            raise ConfigError(f"--url {url} is no URL; give one such as http://127.0.0.1:8000", param="url")
+            raise ConfigError(f"--url {url} is not a URL; give one such as http://127.0.0.1:8000", param="url")
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         try:
@@ -158,7 +158,9 @@ class ServerPartner:
         try:
             return {card["id"]: card.get("max_model_len") or DEFAULT_WINDOW for card in response.json()["data"]}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{self._url} is no server with OpenAI's API; check --url", param="url") from error
+            raise ConfigError(
+                f"{self._url} does not answer like a server with OpenAI's API; check --url", param="url"
+            ) from error
 
     def _take(self, models: dict[str, int], model: str | None) -> None:
         """Raises ConfigError if the server has no such model."""

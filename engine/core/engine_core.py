@@ -83,7 +83,9 @@ class EngineCore:
         """
         num_prompt, window = request.num_prompt_tokens, self.scheduling_config.max_model_len
         if request.request_id in self._requests:
-            raise InvalidParameterError(f"a request with id {request.request_id!r} is running", param="request_id")
+            raise InvalidParameterError(
+                f"a request with id {request.request_id!r} is running already; use another id", param="request_id"
+            )
         if not num_prompt:
             raise InvalidParameterError("the prompt is empty; give at least one token", param="prompt")
         max_tokens = request.sampling.max_tokens

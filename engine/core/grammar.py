@@ -76,7 +76,7 @@ class GrammarSpec:
     def choice(cls, strings: Sequence[str], begins_behind: str = "") -> GrammarSpec:
         """One of these strings; at least one, and none of them empty."""
         if not strings or not all(isinstance(string, str) and string for string in strings):
-            raise InvalidParameterError("a choice needs at least one string, and none that is empty", param="grammar")
+            raise InvalidParameterError("a choice needs at least one string, and no empty one", param="grammar")
         return cls("choice", _to_json(list(strings)), begins_behind)
 
 

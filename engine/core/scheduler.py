@@ -199,7 +199,7 @@ class Scheduler:
         if ahead is not None:
             self._stats.num_used_drafts += draft is ahead
             self._stats.num_discarded_drafts += draft is not ahead
-        # Whoever is alone finds room: nothing but running requests and transfers pins, and those end with their step.
+        # A lone request always fits: only running requests and in-flight transfers hold pins, and those end with their step.
         assert draft.segments or not (self.running or self.waiting), "requests but nothing to compute"
         return self._make_plan(draft, starts, appends, now)
 

@@ -47,13 +47,13 @@ def tier_row(num_gpu_blocks: int, num_cpu_blocks: int, slow_tiers: Sequence[Tier
     )
     row = (*fast, *slow_tiers)
     if len({tier.name for tier in row}) < len(row):
-        raise ConfigError(f"two tiers have one name: {', '.join(tier.name for tier in row)}", param="slow_tiers")
+        raise ConfigError(f"tier names must be unique, got {', '.join(tier.name for tier in row)}", param="slow_tiers")
     for tier in slow_tiers:
         if tier.is_fast:
             raise ConfigError(f"the tier {tier.name} has to be declared with is_fast=False", param="slow_tiers")
     if slow_tiers and not num_cpu_blocks:
         raise ConfigError(
-            f"the tier {slow_tiers[0].name} needs a CPU tier, through which its blocks go; set num_cpu_blocks or "
+            f"the tier {slow_tiers[0].name} needs a CPU tier, because its blocks pass through it; set num_cpu_blocks or "
             "kv_offloading_size",
             param="slow_tiers",
         )

@@ -90,7 +90,7 @@ class WaitingQueue:
         self.remove(request)
         if not self._by_tenant:  # no request was kept waiting: all tenants are even
             self._virtual_now = max(self._virtual_times.values(), default=self._virtual_now)
-        # Whoever does not wait and is not ahead would start from the same virtual time without an entry.
+        # A tenant that has no waiting request and is not ahead starts from the same virtual time without an entry.
         for tenant, virtual_time in list(self._virtual_times.items()):
             if virtual_time <= self._virtual_now and tenant not in self._by_tenant:
                 del self._virtual_times[tenant]

@@ -63,7 +63,7 @@ def template_kwargs(
     for name in given:
         if name in RESERVED or not name.isidentifier():
             raise InvalidParameterError(
-                f"chat_template_kwargs may not have {name!r}: that is no variable of a chat template; leave it out",
+                f"chat_template_kwargs must not contain {name!r}: it is not a variable for chat templates; omit it",
                 param=f"chat_template_kwargs.{name}",
             )
     values: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """Grammars that hold an answer to calls: for a tool_choice that asks for one, and for strict tools.
 
-Texts in llguidance's Lark syntax, pure functions of the tools; whoever compiles one says what is wrong with a schema. What is
-written is what the model's chat template writes, spaces included, so that history is as it was generated.
+The functions return texts in llguidance's Lark syntax and depend on the tools alone; a schema's faults are found when
+the text is compiled. Calls have the format of the model's chat template, spaces included, so that history is as it was generated.
 """
 
 from __future__ import annotations

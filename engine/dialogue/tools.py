@@ -53,7 +53,7 @@ class ToolChoice:
         """Raises InvalidParameterError if the choice cannot be met with these tools."""
         if self.mode not in ("auto", "none", "required", "named"):
             raise InvalidParameterError(
-                f"tool_choice {self.mode!r} is none of auto, none, required and named", param="tool_choice"
+                f"tool_choice must be auto, none, required or named, got {self.mode!r}", param="tool_choice"
             )
         if self.is_forced and not tools:
             raise InvalidParameterError("tool_choice asks for a call, but there are no tools", param="tool_choice")
@@ -143,4 +143,4 @@ def _kinds(value: Any) -> frozenset[str]:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")

@@ -217,7 +217,7 @@ class LocalExecutor:
         num_blocks = int(num_bytes // bytes_per_block)
         if num_blocks < 1:
             raise ConfigError(
-                f"{num_bytes / GIB:.3f} GiB are left for the GPU tier, less than one block of {bytes_per_block} bytes; raise "
+                f"only {num_bytes / GIB:.3f} GiB are left for the GPU tier, but one block has {bytes_per_block} bytes; raise "
                 "gpu_memory_utilization or gpu_memory_gib, or lower chunk_size, max_num_batched_tokens or max_num_seqs",
                 param="gpu_memory_gib" if config.gpu_memory_gib is not None else "gpu_memory_utilization",
             )

@@ -94,20 +94,20 @@ def check_attention(config: EngineConfig, model: Any, text_config: Any, dtype: t
         )
     if comparison.fault is not None:
         raise UnsupportedModelError(
-            f"{name!r} ({family}) cannot be served from a paged KV cache: {comparison.fault}, where its own code and the "
-            "engine's have to agree"
+            f"{name!r} ({family}) cannot be served from a paged KV cache: {comparison.fault}, but its own code and the "
+            "engine's must agree"
         )
     num_windows = sum(call.params.sliding_window is not None for call in probe.calls)
     has_unknown_masks = comparison.num_unknown_masks > 0 or comparison.num_calls < num_layers
     if has_unknown_masks and num_windows < _num_sliding_layers(text_config):
         # The probe is too short to show it: such a family puts the window into the mask alone.
         raise UnsupportedModelError(
-            f"{name!r} ({family}) has layers with a sliding window but does not tell the attention interface: its "
-            "KV cannot be paged"
+            f"{name!r} ({family}) has layers with a sliding window but does not pass it to the attention "
+            "interface, so its KV cannot be paged"
         )
     if not expected.isfinite().all(dim=-1).any():
         raise UnsupportedModelError(
-            f"{name!r} ({family}) computes no number in {dtype}, with transformers' own attention either; use dtype "
+            f"{name!r} ({family}) yields no finite logits in {dtype}, also with transformers' own attention; use dtype "
             "'bfloat16' or 'float32'",
             param="dtype",
         )
@@ -116,8 +116,8 @@ def check_attention(config: EngineConfig, model: Any, text_config: Any, dtype: t
     if not error <= tolerance:
         raise UnsupportedModelError(
             f"{name!r} ({family}) gives other logits with paged attention than with transformers' own (relative difference "
-            f"{error:.1e}, of which {tolerance:.1e} may be rounding): its attention does something that the paged cache does "
-            "not know"
+            f"{error:.1e}, of which {tolerance:.1e} may be rounding): its attention uses a feature that the paged cache "
+            "does not support"
         )
     return probe, tolerance
 

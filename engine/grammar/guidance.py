@@ -75,7 +75,7 @@ class GuidanceCompiler:
             raise _refusal(_reason(matcher.get_error()))
         matcher.compute_bitmask()  # the first one takes long; what it found out, copies know too
         if matcher.is_error():
-            raise _refusal("no answer matches it, or none that this model's tokens could spell")
+            raise _refusal("no answer matches it, or none that this model's tokens can spell")
         return GuidanceGrammar(matcher, frozenset(self._vocabulary.eos_ids))
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ def _read_json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _refusal(f"it is no JSON: {error}") from error
+        raise _refusal(f"it is not JSON: {error}") from error
 
 
 def _refusal(reason: str) -> InvalidParameterError:

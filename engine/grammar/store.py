@@ -16,7 +16,7 @@ MAX_KEPT_CHARS = 1 << 21
 
 
 class GrammarStore:
-    """Thread-safe. A grammar stays as long as somebody holds it, and those used last stay besides."""
+    """Keeps compiled grammars while a request holds them, and those used last; thread-safe."""
 
     def __init__(self, make_compiler: Callable[[], GrammarCompiler]) -> None:
         """make_compiler: called once, by the first call of `compile`; it may take a second."""

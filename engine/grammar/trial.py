@@ -84,7 +84,7 @@ def _start(vocabulary: Vocabulary) -> subprocess.Popen[bytes]:
         _read(process)
     except (EOFError, OSError, pickle.UnpicklingError) as error:
         process.kill()
-        raise EngineError(f"the process that tries grammars did not start: {error!r}; see standard error") from error
+        raise EngineError(f"the process that compiles grammars did not start: {error!r}; see standard error") from error
     return process
 
 

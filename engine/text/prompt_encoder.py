@@ -124,7 +124,7 @@ class PromptEncoder:
         if len(prompt.messages) > max_tokens:  # each has a token at least
             raise ContextLengthError(
                 f"the context window is {max_tokens} tokens, but the prompt has {len(prompt.messages)} messages; "
-                "leave some out"
+                "remove some"
             )
         text = self._tokenizer.render_chat(prompt.dialogue)
         return self._encode(text, conversation_id, history, max_tokens, is_chat=True)

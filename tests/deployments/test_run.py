@@ -161,7 +161,7 @@ def test_too_little_memory_is_told_before_anything_starts(
     assert bool(nothing_starts) != is_refused
     if is_refused:
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"this process can have {total_gib:.1f} GiB, of which 1.0 are free; lower gpu_memory_gib" in line
+        assert f"this process can use {total_gib:.1f} GiB, of which 1.0 are free; lower gpu_memory_gib" in line
 
 
 def test_another_clusters_ports_are_not_this_machines(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

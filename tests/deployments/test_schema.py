@@ -80,7 +80,7 @@ def test_a_bad_engine_option_is_found_before_anything_starts(config: dict, tmp_p
         ("args", {"max-num-seq": 2}, "args.max-num-seq: unknown key; did you mean max_num_seqs, under engine?"),
         ("args", {"colour": 2}, "args.colour: unknown key; known are demo, engine, engine_wait_s,"),
         ("args", {"port": 80}, "args.port: unknown key; give it in the Serve config file, under http_options"),
-        ("engine", {"num_gpus": 1}, "args.engine: num_gpus is an option of the application; write it beside engine"),
+        ("engine", {"num_gpus": 1}, "args.engine: num_gpus is an option of the application; write it next to engine"),
         ("engine", {"block_size": 16}, "args.engine: unknown option 'block_size'; it is called 'chunk_size' here"),
         ("engine", {"max_num_seqs": 0}, "args.engine: max_num_seqs must be at least 1, got 0"),
     ],

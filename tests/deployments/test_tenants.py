@@ -98,13 +98,13 @@ def test_the_time_of_a_comparison_tells_nothing(tenants_file: Path, monkeypatch:
         ("tenants: [{id: a, api_keys_sha256: ['" + "0" * 64 + "'], colour: red}]", "colour"),
         (
             "tenants: [{id: a, api_keys_sha256: ['" + "0" * 64 + "']}, {id: b, api_keys_sha256: ['" + "0" * 64 + "']}]",
-            "API key twice",
+            "API key is given twice",
         ),
         (
             "tenants: [{id: a, api_keys_sha256: ['" + "0" * 64 + "']}, {id: a, api_keys_sha256: ['" + "1" * 64 + "']}]",
-            "tenant id twice",
+            "tenant id is given twice",
         ),
-        (f"tenants: [{{id: a, api_keys_sha256: [{hash_key('')}]}}]", "the hash of nothing"),
+        (f"tenants: [{{id: a, api_keys_sha256: [{hash_key('')}]}}]", "the hash of an empty key"),
         ("tenants: [", "cannot be read"),
         ("[]", "valid dictionary"),
     ],

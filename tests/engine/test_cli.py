@@ -588,7 +588,7 @@ def test_a_server_that_cannot_be_used_is_one_line(server_url, no_model, monkeypa
             (["--url", server_url, "--api-key", "sk-a", "--model", "big"], "has no model 'big'; it has: tiny"),
             (["--url", server_url, "--chunk-size", "8"], "--chunk-size is for an engine of this program"),
             (["--url", "http://127.0.0.1:x"], "cannot be used"),
-            (["--url", "127.0.0.1:8000"], "--url 127.0.0.1:8000 is no URL; give one such as http://127.0.0.1:8000"),
+            (["--url", "127.0.0.1:8000"], "--url 127.0.0.1:8000 is not a URL; give one such as http://127.0.0.1:8000"),
             (["--url", server_url, "--api-key", "schlüssel"], "cannot be used"),
         ):
             assert cli.main(["chat", *arguments]) == 1

@@ -28,7 +28,7 @@ def test_tiers_that_host_memory_cannot_hold_name_the_option_and_what_there_is(op
     with pytest.raises(ConfigError, match=f"lower {option}") as error:
         LocalExecutor(EngineConfig(num_threads=1, **options))
     assert error.value.param == option
-    assert f"but this process can have {total.total / GIB:.1f} GiB" in error.value.message
+    assert f"but this process can use {total.total / GIB:.1f} GiB" in error.value.message
 
 
 def test_memory_that_is_there_but_taken_is_a_warning(monkeypatch, caplog):

@@ -108,7 +108,7 @@ def test_what_is_no_gguf_file_is_told(contents, message, tmp_path, cache):
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
-        ("notes.md", b"hello", r"notes.md' is a file, so it is no model; give the folder"),
+        ("notes.md", b"hello", r"notes.md' is a file, not a model; give the folder"),
         ("folder/notes.md", b"hello", r"folder' is a folder without a config.json"),
         ("folder/config.json", b"{", r"config.json' cannot be read as JSON .*get the checkpoint again"),
         ("folder/config.json", b"\xff", r"config.json' cannot be read as JSON"),

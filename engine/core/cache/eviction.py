@@ -198,5 +198,7 @@ EVICTION_POLICIES = tuple(POLICIES)
 def make_policy(name: str, cost_model: CostModel) -> EvictionPolicy:
     """A policy by its name in the configuration. Raises ConfigError."""
     if name not in POLICIES:
-        raise ConfigError(f"eviction_policy {name!r} is none of {', '.join(POLICIES)}", param="eviction_policy")
+        raise ConfigError(
+            f"eviction_policy must be one of {', '.join(POLICIES)}, got {name!r}", param="eviction_policy"
+        )
     return POLICIES[name](cost_model)

@@ -55,8 +55,8 @@ def pin_pages(pages: memoryview, unit_bytes: int) -> weakref.finalize[..., memor
             unpin()
             raise ConfigError(
                 f"{len(memory) / GIB:.1f} GiB of host memory cannot be pinned for the CPU tier (CUDA error {error}, after "
-                f"{start / GIB:.1f} GiB); lower kv_offloading_size or num_cpu_blocks, and start the process anew: CUDA "
-                "reports the error again, at some later operation, to a process that goes on",
+                f"{start / GIB:.1f} GiB); lower kv_offloading_size or num_cpu_blocks, and restart the process, "
+                "because CUDA reports the error again at a later operation",
                 param="kv_offloading_size",
             )
         registered.append(address)

@@ -54,8 +54,8 @@ class KVStore:
                 pages = map_pages(num_bytes)
             except (OSError, OverflowError, ValueError) as error:
                 raise ConfigError(
-                    f"{num_bytes / 2**30:.1f} GiB of host memory cannot be had for a tier of {num_blocks} blocks; lower "
-                    "gpu_memory_gib or num_gpu_blocks (GPU tier, on a CPU), or kv_offloading_size or num_cpu_blocks "
+                    f"{num_bytes / 2**30:.1f} GiB of host memory cannot be allocated for a tier of {num_blocks} blocks; "
+                    "lower gpu_memory_gib or num_gpu_blocks (GPU tier, on a CPU), or kv_offloading_size or num_cpu_blocks "
                     "(CPU tier)",
                     param="kv_offloading_size",
                 ) from error

@@ -210,7 +210,7 @@ def test_the_loads_above_have_everything_in_them(make_core):
     ("num_cpu_blocks", "tiers", "complaint"),
     [
         (0, (dict_tier(4),), "needs a CPU tier"),
-        (4, (replace(dict_tier(4), name="cpu"),), "one name"),
+        (4, (replace(dict_tier(4), name="cpu"),), "must be unique"),
         (4, (replace(dict_tier(4), is_fast=True),), "is_fast=False"),
     ],
 )
