@@ -107,7 +107,7 @@ def _memory_problems(config: dict[str, Any]) -> Iterator[str]:
     if memory is not None and needed_gib * GIB > memory.total:
         yield (
             f"too little memory: the processes and one replica's cache take {needed_gib:.1f} GiB, the model comes on top, "
-            f"and this process can have {memory}; lower gpu_memory_gib or kv_offloading_size, or use `pensieve chat`"
+            f"and this process can use {memory}; lower gpu_memory_gib or kv_offloading_size, or use `pensieve chat`"
         )
 
 

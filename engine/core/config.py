@@ -69,7 +69,8 @@ class SchedulingOptions:
         int, Option("Token budget of a step.", "Longer prompts are computed in pieces.", at_least=1)
     ] = 512
     max_num_queued_reqs: Annotated[
-        int, Option("Most requests that wait to be started; further ones are refused with HTTP status 429.", at_least=1)
+        int,
+        Option("Most requests that wait to be started; further ones are rejected with HTTP status 429.", at_least=1),
     ] = 256
     max_num_queued_tokens: Annotated[
         int | None,

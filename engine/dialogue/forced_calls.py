@@ -1,7 +1,8 @@
 """Grammars that hold an answer to calls: for a tool_choice that asks for one, and for strict tools.
 
 The functions return texts in llguidance's Lark syntax and depend on the tools alone; a schema's faults are found when
-the text is compiled. Calls have the format of the model's chat template, spaces included, so that history is as it was generated.
+the text is compiled. Calls have the format of the model's chat template, spaces included, so that history is as it was
+generated.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def test_a_file_that_is_not_there() -> None:
 def test_a_default_tenant_twice(tmp_path: Path) -> None:
     path = tmp_path / "tenants.yaml"
     path.write_text("tenants: [{id: default, api_keys_sha256: ['" + "0" * 64 + "']}]")
-    with pytest.raises(ConfigError, match="rename or unset"):
+    with pytest.raises(ConfigError, match="rename that or unset"):
         load_tenants(str(path), {"PENSIEVE_API_KEY": "x"})
 
 

@@ -76,5 +76,5 @@ def test_a_system_that_does_not_say(machine):
 
 def test_weights_larger_than_memory_are_refused_before_they_are_read(monkeypatch):
     monkeypatch.setattr(memory, "host_memory", lambda: memory.HostMemory(total=1 << 20, available=1 << 19))
-    with pytest.raises(ConfigError, match=r"'embedded' take .* GiB .* take a smaller model"):
+    with pytest.raises(ConfigError, match=r"'embedded' take .* GiB .* use a smaller model"):
         load_model(EngineConfig(num_threads=1, dtype="float32"))
