@@ -4,9 +4,10 @@ Everything in a body is done, or rejected with the name of the parameter. Knows 
 
     implemented      model, messages | prompt, max_tokens, max_completion_tokens, temperature, top_p, seed, stop,
                      stream, stream_options (include_usage, continuous_usage_stats), presence_penalty,
-                     frequency_penalty, logprobs, top_logprobs
+                     frequency_penalty, logprobs, top_logprobs, response_format
     beyond OpenAI    top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids,
-                     return_token_ids; timeout (seconds for the whole answer); prompt as token ids;
+                     return_token_ids; structured_outputs, as vLLM has it; timeout (seconds for the
+                     whole answer); prompt as token ids;
                      session_id, conversation and prompt_cache_key name the session
     rejected, unless *_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass
     ignored          IGNORED in http/generation_body.py: they ask for nothing of the answer (labels, obfuscation) or
@@ -24,7 +25,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.http.generation_body import MAX_MESSAGES, GenerationBody, TokenId
+from deployments.completions.answer_forms import FormedBody
+from deployments.http.generation_body import MAX_MESSAGES, TokenId
 from deployments.http.parsing import Body
 from engine.core.request import MAX_LOGPROBS, SamplingParams
 from engine.dialogue.messages import Dialogue
@@ -41,7 +43,6 @@ CHAT_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = NOT_IMPLEMENTED | {
     "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -110,7 +111,7 @@ class Message(Body):
     content: Annotated[str, BeforeValidator(_joined_text, json_schema_input_type=str | list[ChatTextPart])]
 
 
-class ChatCompletionBody(GenerationBody):
+class ChatCompletionBody(FormedBody):
     """POST /v1/chat/completions."""
 
     not_implemented = CHAT_NOT_IMPLEMENTED
@@ -137,7 +138,8 @@ class ChatCompletionBody(GenerationBody):
 
     def sampling_params(self) -> SamplingParams:
         max_tokens = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
-        return self._sampling_params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._sampling_params(max_tokens, logprobs, self._grammar())
 
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -150,7 +152,7 @@ PromptInput = (
 )
 
 
-class CompletionBody(GenerationBody):
+class CompletionBody(FormedBody):
     """POST /v1/completions."""
 
     not_implemented = COMPLETION_NOT_IMPLEMENTED
@@ -166,5 +168,5 @@ class CompletionBody(GenerationBody):
 
     def sampling_params(self) -> SamplingParams:
         return self._sampling_params(
-            COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens, self.logprobs
+            COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens, self.logprobs, self._grammar()
         )

@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from deployments.generation import ErrorItem, GenerationRequest
 from deployments.http.parsing import Body
+from engine.core.grammar import GrammarSpec
 from engine.core.request import MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 from engine.tenant import Tenant
 from engine.text.prompt import Prompt
@@ -130,10 +131,21 @@ class GenerationBody(Body):
 
     def in_own_words(self, error: ErrorItem) -> ErrorItem:
         """The same error, whose `param` is this endpoint's name for it and not the engine's."""
-        return replace(error, param=self.prompt_param) if error.param == "prompt" else error
+        own = {"prompt": self.prompt_param, "grammar": self.form_param}
+        return replace(error, param=own[error.param]) if error.param in own else error
 
-    def _sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Raises InvalidParameterError for a value out of range."""
+    @property
+    def form_param(self) -> str | None:
+        """This request's name for what the engine calls `grammar`; None = it asks for none."""
+        return None
+
+    def _sampling_params(
+        self, max_tokens: int | None, logprobs: int | None, grammar: GrammarSpec | None = None
+    ) -> SamplingParams:
+        """Raises InvalidParameterError for a value out of range.
+
+        grammar: what the answer is held to; None = any text.
+        """
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
@@ -149,4 +161,5 @@ class GenerationBody(Body):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            grammar=grammar,
         )

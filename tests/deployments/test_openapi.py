@@ -102,6 +102,10 @@ REFUSALS = re.compile(
     r"|^previous_response_id: cannot be combined with conversation"
     r"|^min_tokens must be at most (max_tokens|\d+, the size of the context window)"
     r"|^the context window is \d+ tokens"
+    r"|^response_format.json_schema: has to be there if, and only if"
+    r"|^structured_outputs: (has to have exactly one|cannot be combined with response_format)"
+    r"|^(min_tokens|ignore_eos) must be (0|false) with a grammar"
+    r"|^the grammar cannot be used: "
     r"|^token id \d+ is outside the vocabulary"
     # 1.0 is an integer for JSON Schema, and a mistake here.
     r"|Input should be a valid integer$"
