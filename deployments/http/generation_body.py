@@ -15,11 +15,12 @@ from deployments.generation import ErrorItem, GenerationRequest
 from deployments.http.parsing import Body
 from engine.core.grammar import GrammarSpec
 from engine.core.request import MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
+from engine.dialogue.tools import AS_THE_MODEL_LIKES, ToolChoice
 from engine.tenant import Tenant
 from engine.text.prompt import Prompt
 from engine.text.transcript import Transcript
 
-IGNORED = frozenset({"metadata", "parallel_tool_calls", "prompt_cache_retention", "safety_identifier", "user"})
+IGNORED = frozenset({"metadata", "prompt_cache_retention", "safety_identifier", "user"})
 MAX_SESSION_KEY_CHARS = 512
 MAX_MESSAGES = 8192  # or items, or parts of the content of one
 
@@ -50,6 +51,7 @@ class GenerationBody(Body):
     """What all endpoints that generate share. The ranges are those of SamplingParams, repeated for the served document."""
 
     ignored = IGNORED
+    reads_answer_format: ClassVar[bool] = False  # the answer is taken apart into content, thinking and calls
     prompt_param: ClassVar[str]  # this endpoint's name for what the engine calls `prompt`
 
     model: str
@@ -120,10 +122,23 @@ class GenerationBody(Body):
             sampling=self.sampling_params(),
             stream=self.stream,
             return_prompt_token_ids=self.return_token_ids,
+            return_answer_format=self.reads_answer_format,
+            tool_choice=self.chosen_calls,
+            has_parallel_calls=self.has_parallel_calls,
             tenant=tenant,
             history=history,
             returns_transcript=returns_transcript,
         )
+
+    @property
+    def chosen_calls(self) -> ToolChoice:
+        """Whether the answer has to call something."""
+        return AS_THE_MODEL_LIKES
+
+    @property
+    def has_parallel_calls(self) -> bool:
+        """Whether the answer may make several calls."""
+        return True
 
     def sampling_params(self) -> SamplingParams:
         """How to sample, in the engine's words. Raises InvalidParameterError for a value out of range."""

@@ -106,6 +106,10 @@ REFUSALS = re.compile(
     r"|^structured_outputs: (has to have exactly one|cannot be combined with response_format)"
     r"|^(min_tokens|ignore_eos) must be (0|false) with a grammar"
     r"|^the grammar cannot be used: "
+    r"|^(response_format|structured_outputs): cannot be combined with tools that may be called"
+    r"|^tools: (two tools have the same name|have more than \d+ characters)"
+    r"|^tool_choice: tool_choice (asks for a call, but there are no tools|names .*, but no tool has that name)$"
+    r"|^messages\[\d+\]\.\w+: (required in a message of|only allowed in a message of)"
     r"|^token id \d+ is outside the vocabulary"
     # 1.0 is an integer for JSON Schema, and a mistake here.
     r"|Input should be a valid integer$"

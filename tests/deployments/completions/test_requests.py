@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from deployments.completions.chat_messages import MESSAGE_NOT_IMPLEMENTED
 from deployments.completions.requests import (
     CHAT_NOT_IMPLEMENTED,
     COMPLETION_NOT_IMPLEMENTED,
-    MESSAGE_NOT_IMPLEMENTED,
     ChatCompletionBody,
     CompletionBody,
 )
@@ -135,7 +135,7 @@ def test_ignored_parameters_change_nothing(name: str) -> None:
         ({"messages": "hi"}, "messages", "invalid_value"),
         ({"messages": ["hi"]}, "messages[0]", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_value"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -144,8 +144,8 @@ def test_ignored_parameters_change_nothing(name: str) -> None:
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
-            "messages[0].tool_calls",
-            "unsupported_parameter",
+            "messages[0].tool_calls[0].id",
+            "missing_required_parameter",
         ),
         ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood", "unknown_parameter"),
         ({"n": 2}, "n", "unsupported_parameter"),
