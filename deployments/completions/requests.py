@@ -4,9 +4,10 @@ Everything in a body is done, or rejected with the name of the parameter. Knows 
 
     implemented      model, messages | prompt, max_tokens, max_completion_tokens, temperature, top_p, seed, stop,
                      stream, stream_options (include_usage, continuous_usage_stats), presence_penalty,
-                     frequency_penalty, logprobs, top_logprobs, response_format, tools, tool_choice, parallel_tool_calls
+                     frequency_penalty, logprobs, top_logprobs, response_format, tools, tool_choice, parallel_tool_calls,
+                     reasoning_effort
     beyond OpenAI    top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids,
-                     return_token_ids; structured_outputs, as vLLM has it; timeout (seconds for the
+                     return_token_ids; structured_outputs and chat_template_kwargs, as vLLM has them; timeout (seconds for the
                      whole answer); prompt as token ids;
                      session_id, conversation and prompt_cache_key name the session
     rejected, unless *_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass
@@ -34,8 +35,10 @@ from deployments.completions.chat_messages import (
     choice_as_object,
 )
 from deployments.http.generation_body import MAX_MESSAGES, TokenId
+from deployments.http.parsing import MAX_NAME_CHARS
 from engine.core.request import MAX_LOGPROBS, SamplingParams
 from engine.dialogue import tools as dialogue_tools
+from engine.dialogue.template_values import template_kwargs
 from engine.errors import InvalidParameterError
 from engine.text.prompt import ChatPrompt, TextPrompt, TokenPrompt
 
@@ -51,7 +54,6 @@ CHAT_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = NOT_IMPLEMENTED | {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
     "moderation": (),
@@ -61,6 +63,7 @@ COMPLETION_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = NOT_IMPLEMENTED | {
     "echo": (False,),
     "suffix": ("",),
 }
+MAX_TEMPLATE_VALUES = 32
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
 
@@ -94,6 +97,10 @@ class ChatCompletionBody(FormedBody):
         ),
     ] = None
     parallel_tool_calls: bool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: Annotated[
+        dict[Annotated[str, Field(max_length=MAX_NAME_CHARS)], Any], Field(max_length=MAX_TEMPLATE_VALUES)
+    ] = Field(default={})
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -148,7 +155,14 @@ class ChatCompletionBody(FormedBody):
         return tuple(tool.value() for tool in self.tools)
 
     def prompt_value(self) -> ChatPrompt:
-        return ChatPrompt(tuple(message.value() for message in self.messages), tools=self._tools())
+        """Raises InvalidParameterError."""
+        values = template_kwargs(
+            self.chat_template_kwargs,
+            reasoning_effort=self.reasoning_effort,
+            enable_thinking=None if self.reasoning_effort is None else self.reasoning_effort != "none",
+        )
+        messages = tuple(message.value() for message in self.messages)
+        return ChatPrompt(messages, tools=self._tools(), template_kwargs=values)
 
     def sampling_params(self) -> SamplingParams:
         max_tokens = self.max_completion_tokens if self.max_tokens is None else self.max_tokens

@@ -110,6 +110,7 @@ REFUSALS = re.compile(
     r"|^tools: (two tools have the same name|have more than \d+ characters)"
     r"|^tool_choice: tool_choice (asks for a call, but there are no tools|names .*, but no tool has that name)$"
     r"|^messages\[\d+\]\.\w+: (required in a message of|only allowed in a message of)"
+    r"|^chat_template_kwargs(\.\S+:| may not have)"
     r"|^token id \d+ is outside the vocabulary"
     # 1.0 is an integer for JSON Schema, and a mistake here.
     r"|Input should be a valid integer$"

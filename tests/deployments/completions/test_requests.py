@@ -293,3 +293,35 @@ def test_as_many_as_may_be() -> None:
 def test_text_of_any_length_and_long_prompts_of_ids_pass() -> None:
     assert len(parse_completion(prompt="x" * 3_000_000).prompt) == 3_000_000
     assert len(parse_completion(prompt=[300] * 500_000).prompt) == 500_000
+
+
+# -- thinking ----------------------------------------------------------------------------------------------------------
+
+
+def test_values_for_the_chat_template() -> None:
+    def values(**changes: Any) -> Any:
+        return parse_chat(**changes).prompt_value().template_kwargs
+
+    assert values() == {}
+    assert values(reasoning_effort="none") == {"reasoning_effort": "none", "enable_thinking": False, "thinking": False}
+    assert values(reasoning_effort="high", chat_template_kwargs={"enable_thinking": False, "x": [1]}) == {
+        "reasoning_effort": "high",
+        "enable_thinking": False,
+        "thinking": True,
+        "x": [1],
+    }
+    assert values(chat_template_kwargs=None, reasoning_effort=None) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"reasoning_effort": "huge"}, "reasoning_effort"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": dict.fromkeys(map("x{}".format, range(33)))}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"no name": 1}}, "chat_template_kwargs.no name"),
+    ],
+)
+def test_refused_values_for_the_chat_template(changes: dict[str, Any], param: str) -> None:
+    assert refusal(lambda: parse_chat(**changes).prompt_value()) == (param, "invalid_value")
