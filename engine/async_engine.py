@@ -23,6 +23,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from engine.answer_grammar import answer_grammar
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
 from engine.core.executor_protocol import Executor
@@ -211,7 +212,11 @@ class AsyncEngine:
         self._prompts.check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
         if beginning is not None:
             self._prompts.check_vocabulary(beginning.token_ids, "beginning")
-        grammar = None if sampling.grammar is None else await self._compile(sampling.grammar, generation.tenant)
+        answer_format = prompt.answer_format if generation.return_answer_format else None
+        spec = answer_grammar(generation, answer_format, self._tokenizer.marker_ids)
+        if spec is not sampling.grammar:
+            sampling = replace(sampling, grammar=spec)
+        grammar = None if spec is None else await self._compile(spec, generation.tenant)
         if sampling.seed is None and not sampling.is_greedy:
             sampling = replace(sampling, seed=secrets.randbits(62))
         request = Request(
@@ -224,8 +229,7 @@ class AsyncEngine:
             eos_token_ids=self._eos_token_ids,
             output_token_ids=() if beginning is None else beginning.token_ids,
         )
-        keeps_markers = generation.return_answer_format and prompt.answer_format is not None
-        detokenizer = self._tokenizer.detokenizer(sampling.stop, keeps_markers=keeps_markers)
+        detokenizer = self._tokenizer.detokenizer(sampling.stop, keeps_markers=answer_format is not None)
         if beginning is not None:
             detokenizer.resume(beginning.token_ids, beginning.num_chars)
         stream = Stream(request, prompt.transcript, detokenizer, asyncio.get_running_loop(), grammar)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.core.request import SamplingParams
+from engine.dialogue.tools import AS_THE_MODEL_LIKES, ToolChoice
 from engine.tenant import LOCAL_TENANT, Tenant
 from engine.text.prompt import AnswerBeginning, Prompt
 from engine.text.transcript import Transcript
@@ -21,6 +22,8 @@ class Generation:
     return_prompt_token_ids: the first delta is to bring them.
     return_answer_format: the first delta of an answer in a chat is to bring it; special tokens that mean something in it are
         in the text then, for its parser to take out.
+    tool_choice: which of the prompt's tools the answer has to call; with return_answer_format only, as strict tools are.
+    has_parallel_calls: where calls are forced or strict, the answer may make several.
     tenant: two tenants share nothing.
     history: what the conversation has said, for an engine that has not heard it.
     beginning: an answer to go on from; counts of the deltas include it, their texts and tokens do not.
@@ -32,6 +35,8 @@ class Generation:
     sampling: SamplingParams
     return_prompt_token_ids: bool = False
     return_answer_format: bool = False
+    tool_choice: ToolChoice = AS_THE_MODEL_LIKES
+    has_parallel_calls: bool = True
     tenant: Tenant = LOCAL_TENANT
     history: Transcript | None = None
     beginning: AnswerBeginning | None = None

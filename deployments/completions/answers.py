@@ -6,14 +6,18 @@ built for each chunk. Knows no engine and no Ray.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from deployments.completions.requests import ChatCompletionBody
 from deployments.generation import ErrorItem
 from deployments.http.answer_stream import EventFormat
 from deployments.http.errors import error_body
 from deployments.http.event_stream import DONE, sse_event
 from deployments.http.generation_body import GenerationBody
+from engine.dialogue.events import Arguments, CallStart, Event, Parser, Reasoning, Text, gather, merge_events
+from engine.dialogue.program import PlainParser
 from engine.text.output import OutputDelta, TokenLogprob
 
 
@@ -75,14 +79,31 @@ class _Envelope:
 
 
 class ChatFormat(_Envelope):
-    """chat.completion and chat.completion.chunk."""
+    """chat.completion and chat.completion.chunk. The text is taken apart into content, thinking and calls."""
+
+    def __init__(self, answer_id: str, created: int, body: ChatCompletionBody) -> None:
+        super().__init__(answer_id, created, body)
+        self._answer_id = answer_id
+        self._tools = body.offered_tools
+        self._parser: Parser | None = None
+        self._has_calls = False
 
     def whole(self, delta: OutputDelta) -> dict[str, Any]:
+        answer_said = gather(self._read(delta))
+        content = answer_said.content or (None if answer_said.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if answer_said.reasoning:
+            message |= _reasoning(answer_said.reasoning)
+        if answer_said.calls:
+            message["tool_calls"] = [
+                self._call(index, call.name, call.arguments, call.call_id)
+                for index, call in enumerate(answer_said.calls)
+            ]
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "message": message,
             "logprobs": _chat_logprobs(delta.logprobs),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": self._finish_reason(delta),
         }
         answer = {**self._head, "object": "chat.completion", "choices": [choice], "usage": completion_usage(delta)}
         if self._body.return_token_ids:
@@ -99,17 +120,56 @@ class ChatFormat(_Envelope):
             role = {"role": "assistant", "content": "", "refusal": None}
             choice = {"index": 0, "delta": role, "logprobs": None, "finish_reason": None}
             chunks.append(self._chunk("chat.completion.chunk", [choice], delta, **more))
-        if not self._says_nothing(delta):
+        pieces = [piece for event in self._read(delta) if (piece := self._piece(event))]
+        if not pieces and (delta.logprobs or self._body.return_token_ids):
+            pieces.append({})
+        if delta.finish_reason is not None and (not pieces or self._has_calls):
+            pieces.append({})  # behind calls the end comes alone, as OpenAI sends it
+        for index, piece in enumerate(pieces):
             choice = {
                 "index": 0,
-                "delta": {"content": delta.text} if delta.text else {},
-                "logprobs": _chat_logprobs(delta.logprobs),
-                "finish_reason": delta.finish_reason,
+                "delta": piece,
+                "logprobs": None if index else _chat_logprobs(delta.logprobs),
+                "finish_reason": self._finish_reason(delta) if index == len(pieces) - 1 else None,
             }
             if self._body.return_token_ids:
-                choice["token_ids"] = list(delta.token_ids)
+                choice["token_ids"] = [] if index else list(delta.token_ids)
             chunks.append(self._chunk("chat.completion.chunk", [choice], delta))
         return chunks
+
+    def _read(self, delta: OutputDelta) -> list[Event]:
+        """What the delta's text says. The parser is here, so it does not matter which replica the text comes from."""
+        if self._parser is None:
+            form = delta.answer_format
+            self._parser = PlainParser() if form is None else form.parser(self._tools)
+        events = self._parser.feed(delta.text)
+        if delta.finish_reason is not None:
+            events += self._parser.finish()
+        self._has_calls = self._has_calls or any(isinstance(event, CallStart) for event in events)
+        return merge_events(events)
+
+    def _finish_reason(self, delta: OutputDelta) -> str | None:
+        return "tool_calls" if delta.finish_reason == "stop" and self._has_calls else delta.finish_reason
+
+    def _piece(self, event: Event) -> dict[str, Any] | None:
+        """What a chunk says of one event; None = nothing."""
+        match event:
+            case Text(text):
+                return {"content": text}
+            case Reasoning(text):
+                return _reasoning(text)
+            case CallStart(index, name, call_id):
+                return {"tool_calls": [{"index": index, **self._call(index, name, "", call_id)}]}
+            case Arguments(index, text):
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+            case _:
+                return None
+
+    def _call(self, index: int, name: str, arguments: str, call_id: str) -> dict[str, Any]:
+        """call_id: the model's own; where its format has none, the id is made from the answer's."""
+        made = hashlib.blake2b(f"{self._answer_id} {index}".encode(), digest_size=12).hexdigest()
+        function = {"name": name, "arguments": arguments}
+        return {"id": call_id or f"call_{made}", "type": "function", "function": function}
 
     def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]:
         return self._chunk("chat.completion.chunk", [], delta)
@@ -147,6 +207,11 @@ class CompletionFormat(_Envelope):
                 choice["prompt_token_ids"] = list(delta.prompt_token_ids)
         self._is_first = False
         return choice
+
+
+def _reasoning(text: str) -> dict[str, Any]:
+    """Under both names that clients look for."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def _chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:

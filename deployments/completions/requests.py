@@ -4,30 +4,42 @@ Everything in a body is done, or rejected with the name of the parameter. Knows 
 
     implemented      model, messages | prompt, max_tokens, max_completion_tokens, temperature, top_p, seed, stop,
                      stream, stream_options (include_usage, continuous_usage_stats), presence_penalty,
-                     frequency_penalty, logprobs, top_logprobs
+                     frequency_penalty, logprobs, top_logprobs, response_format, tools, tool_choice, parallel_tool_calls,
+                     reasoning_effort
     beyond OpenAI    top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids,
-                     return_token_ids; timeout (seconds for the whole answer); prompt as token ids;
+                     return_token_ids; structured_outputs and chat_template_kwargs, as vLLM has them; timeout (seconds for the
+                     whole answer); prompt as token ids;
                      session_id, conversation and prompt_cache_key name the session
     rejected, unless *_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass
-    ignored          IGNORED in http/generation_body.py: they ask for nothing of the answer (labels, obfuscation) or
-                     concern only what is rejected anyway (parallel_tool_calls without tools)
+    ignored          IGNORED in http/generation_body.py: they ask for nothing of the answer (labels, obfuscation)
     anything else    rejected as unknown
 
-null is the same as absent everywhere. Roles: system, developer (the same), user, assistant.
+null is the same as absent everywhere. Roles: system, developer (the same), user, assistant, tool, function (the same).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.http.generation_body import MAX_MESSAGES, GenerationBody, TokenId
-from deployments.http.parsing import Body
+from deployments.completions.answer_forms import FormedBody
+from deployments.completions.chat_messages import (
+    MAX_TOOLS,
+    MAX_TOOLS_CHARS,
+    Message,
+    NamedToolChoice,
+    ToolChoice,
+    ToolDefinition,
+    choice_as_object,
+)
+from deployments.http.generation_body import MAX_MESSAGES, TokenId
+from deployments.http.parsing import MAX_NAME_CHARS
 from engine.core.request import MAX_LOGPROBS, SamplingParams
-from engine.dialogue.messages import Dialogue
+from engine.dialogue import tools as dialogue_tools
+from engine.dialogue.template_values import template_kwargs
+from engine.errors import InvalidParameterError
 from engine.text.prompt import ChatPrompt, TextPrompt, TokenPrompt
 
 NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
@@ -37,15 +49,11 @@ NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "store": (False,),
 }
 CHAT_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = NOT_IMPLEMENTED | {
-    "tools": ([],),
-    "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
     "moderation": (),
@@ -55,34 +63,8 @@ COMPLETION_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = NOT_IMPLEMENTED | {
     "echo": (False,),
     "suffix": ("",),
 }
-MESSAGE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
-    # What OpenAI's client puts in an assistant message that is sent back as it came.
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "refusal": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
-
+MAX_TEMPLATE_VALUES = 32
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
-
-
-def _joined_text(content: Any) -> Any:
-    """A list of text parts as one text; everything else is for pydantic to judge."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for index, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise PydanticCustomError(
-                "unsupported_parameter",
-                'only {"type": "text", "text": ...} parts are supported',
-                {"param": index},
-            )
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def _one_prompt(prompt: Any) -> Any:
@@ -98,26 +80,27 @@ def _one_prompt(prompt: Any) -> Any:
     raise PydanticCustomError("invalid", "must be a string or a list of token ids (integers of at least 0)")
 
 
-class ChatTextPart(BaseModel):  # for the served document; _joined_text takes these apart
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    not_implemented = MESSAGE_NOT_IMPLEMENTED
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_joined_text, json_schema_input_type=str | list[ChatTextPart])]
-
-
-class ChatCompletionBody(GenerationBody):
+class ChatCompletionBody(FormedBody):
     """POST /v1/chat/completions."""
 
     not_implemented = CHAT_NOT_IMPLEMENTED
     prompt_param = "messages"
+    reads_answer_format = True
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(default=[])
+    tool_choice: Annotated[
+        ToolChoice | None,
+        BeforeValidator(
+            choice_as_object, json_schema_input_type=Literal["auto", "none", "required"] | NamedToolChoice | None
+        ),
+    ] = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: Annotated[
+        dict[Annotated[str, Field(max_length=MAX_NAME_CHARS)], Any], Field(max_length=MAX_TEMPLATE_VALUES)
+    ] = Field(default={})
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -131,13 +114,60 @@ class ChatCompletionBody(GenerationBody):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("invalid", "two tools have the same name", {"param": "tools"})
+        tools = self._tools()
+        if sum(tool.num_chars for tool in tools) > MAX_TOOLS_CHARS:
+            message = f"have more than {MAX_TOOLS_CHARS} characters as JSON; shorten them"
+            raise PydanticCustomError("invalid", message, {"param": "tools"})
+        choice = self.chosen_calls
+        try:
+            choice.check(tools)
+        except InvalidParameterError as error:
+            raise PydanticCustomError("invalid", error.message, {"param": "tool_choice"}) from None
+        if self.form_param != "tools" and choice.offered(tools):
+            message = "cannot be combined with tools that may be called; leave it out, or set tool_choice to none"
+            raise PydanticCustomError("invalid", message, {"param": self.form_param})
+        return self
+
+    @property
+    def chosen_calls(self) -> dialogue_tools.ToolChoice:
+        return dialogue_tools.AS_THE_MODEL_LIKES if self.tool_choice is None else self.tool_choice.value()
+
+    @property
+    def offered_tools(self) -> tuple[dialogue_tools.Tool, ...]:
+        """The tools that the answer may call."""
+        return self.chosen_calls.offered(self._tools())
+
+    @property
+    def has_parallel_calls(self) -> bool:
+        return self.parallel_tool_calls
+
+    @property
+    def form_param(self) -> str | None:
+        """Without a form of the answer, only tools make a grammar."""
+        return super().form_param or "tools"
+
+    def _tools(self) -> tuple[dialogue_tools.Tool, ...]:
+        return tuple(tool.value() for tool in self.tools)
+
     def prompt_value(self) -> ChatPrompt:
-        role_of = {"developer": "system"}
-        return ChatPrompt(Dialogue.of([(role_of.get(m.role, m.role), m.content) for m in self.messages]).messages)
+        """Raises InvalidParameterError."""
+        values = template_kwargs(
+            self.chat_template_kwargs,
+            reasoning_effort=self.reasoning_effort,
+            enable_thinking=None if self.reasoning_effort is None else self.reasoning_effort != "none",
+        )
+        messages = tuple(message.value() for message in self.messages)
+        return ChatPrompt(messages, tools=self._tools(), template_kwargs=values)
 
     def sampling_params(self) -> SamplingParams:
         max_tokens = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
-        return self._sampling_params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._sampling_params(max_tokens, logprobs, self._grammar())
 
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -150,7 +180,7 @@ PromptInput = (
 )
 
 
-class CompletionBody(GenerationBody):
+class CompletionBody(FormedBody):
     """POST /v1/completions."""
 
     not_implemented = COMPLETION_NOT_IMPLEMENTED
@@ -166,5 +196,5 @@ class CompletionBody(GenerationBody):
 
     def sampling_params(self) -> SamplingParams:
         return self._sampling_params(
-            COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens, self.logprobs
+            COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens, self.logprobs, self._grammar()
         )

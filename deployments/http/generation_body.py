@@ -13,12 +13,14 @@ from pydantic_core import PydanticCustomError
 
 from deployments.generation import ErrorItem, GenerationRequest
 from deployments.http.parsing import Body
+from engine.core.grammar import GrammarSpec
 from engine.core.request import MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
+from engine.dialogue.tools import AS_THE_MODEL_LIKES, ToolChoice
 from engine.tenant import Tenant
 from engine.text.prompt import Prompt
 from engine.text.transcript import Transcript
 
-IGNORED = frozenset({"metadata", "parallel_tool_calls", "prompt_cache_retention", "safety_identifier", "user"})
+IGNORED = frozenset({"metadata", "prompt_cache_retention", "safety_identifier", "user"})
 MAX_SESSION_KEY_CHARS = 512
 MAX_MESSAGES = 8192  # or items, or parts of the content of one
 
@@ -49,6 +51,7 @@ class GenerationBody(Body):
     """What all endpoints that generate share. The ranges are those of SamplingParams, repeated for the served document."""
 
     ignored = IGNORED
+    reads_answer_format: ClassVar[bool] = False  # the answer is taken apart into content, thinking and calls
     prompt_param: ClassVar[str]  # this endpoint's name for what the engine calls `prompt`
 
     model: str
@@ -119,10 +122,23 @@ class GenerationBody(Body):
             sampling=self.sampling_params(),
             stream=self.stream,
             return_prompt_token_ids=self.return_token_ids,
+            return_answer_format=self.reads_answer_format,
+            tool_choice=self.chosen_calls,
+            has_parallel_calls=self.has_parallel_calls,
             tenant=tenant,
             history=history,
             returns_transcript=returns_transcript,
         )
+
+    @property
+    def chosen_calls(self) -> ToolChoice:
+        """Whether the answer has to call something."""
+        return AS_THE_MODEL_LIKES
+
+    @property
+    def has_parallel_calls(self) -> bool:
+        """Whether the answer may make several calls."""
+        return True
 
     def sampling_params(self) -> SamplingParams:
         """How to sample, in the engine's words. Raises InvalidParameterError for a value out of range."""
@@ -130,10 +146,21 @@ class GenerationBody(Body):
 
     def in_own_words(self, error: ErrorItem) -> ErrorItem:
         """The same error, whose `param` is this endpoint's name for it and not the engine's."""
-        return replace(error, param=self.prompt_param) if error.param == "prompt" else error
+        own = {"prompt": self.prompt_param, "grammar": self.form_param}
+        return replace(error, param=own[error.param]) if error.param in own else error
 
-    def _sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Raises InvalidParameterError for a value out of range."""
+    @property
+    def form_param(self) -> str | None:
+        """This request's name for what the engine calls `grammar`; None = it asks for none."""
+        return None
+
+    def _sampling_params(
+        self, max_tokens: int | None, logprobs: int | None, grammar: GrammarSpec | None = None
+    ) -> SamplingParams:
+        """Raises InvalidParameterError for a value out of range.
+
+        grammar: what the answer is held to; None = any text.
+        """
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
@@ -149,4 +176,5 @@ class GenerationBody(Body):
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
+            grammar=grammar,
         )

@@ -51,12 +51,17 @@ class Body(BaseModel):
                     f"not supported; omit it (null{passing} is accepted)",
                     {"param": name},
                 )
-        known_none = {name for name, value in data.items() if value is None and name in cls.model_fields}
+        known_none = {name for name, value in data.items() if value is None and name in cls._names()}
         return {
             name: value
             for name, value in data.items()
             if name not in cls.not_implemented and name not in cls.ignored and name not in known_none
         }
+
+    @classmethod
+    def _names(cls) -> frozenset[str]:
+        """The fields as clients call them."""
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

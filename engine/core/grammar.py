@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.errors import InvalidParameterError
 
-KINDS = ("json_schema", "json_object", "regex", "choice", "lark", "gbnf")
+KINDS = ("json_schema", "lenient_json_schema", "json_object", "regex", "choice", "lark", "gbnf")
 # Bounds the work before it is done, together with the limits of engine/grammar/trial.py.
 MAX_GRAMMAR_CHARS = 1 << 17
 MAX_BEGINS_BEHIND_CHARS = 256
@@ -23,8 +23,9 @@ class GrammarSpec:
     """What every complete answer has to match, from its first character to its last.
 
     kind: one of KINDS.
-    text: the schema as JSON (json_schema), nothing (json_object: any JSON object), the expression (regex), a JSON list of
-        strings (choice), or the grammar's text (lark, gbnf); at most MAX_GRAMMAR_CHARS characters.
+    text: the schema as JSON (json_schema; lenient_json_schema leaves out what cannot be enforced), nothing (json_object: any
+        JSON object), the expression (regex), a JSON list of strings (choice), or the grammar's text (lark, gbnf); at most
+        MAX_GRAMMAR_CHARS characters.
     begins_behind: a text or a special token, such as the end of the model's thinking, up to which anything may be said. The
         grammar holds for what follows it, after at most two line breaks or spaces. Empty = from the start.
 
@@ -60,12 +61,14 @@ class GrammarSpec:
         )
 
     @classmethod
-    def json_schema(cls, schema: Any, begins_behind: str = "") -> GrammarSpec:
+    def json_schema(cls, schema: Any, begins_behind: str = "", *, is_lenient: bool = False) -> GrammarSpec:
         """JSON that is valid under `schema`, a JSON schema as parsed JSON; its properties come in the order of the schema.
+
+        is_lenient: what of it cannot be enforced is left out; else it is refused when it is compiled.
 
         Raises InvalidParameterError for what cannot be written as JSON.
         """
-        return cls("json_schema", _to_json(schema), begins_behind)
+        return cls("lenient_json_schema" if is_lenient else "json_schema", _to_json(schema), begins_behind)
 
     @classmethod
     def json_object(cls, begins_behind: str = "") -> GrammarSpec:

@@ -7,7 +7,6 @@ results are written as texts in the Hermes form.
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from engine.dialogue.events import ParsedAnswer, parse_answer
 from engine.dialogue.formats import CALL_FORMATS, AnswerFormat, AnswerParser
@@ -31,13 +29,6 @@ logger = logging.getLogger(__name__)
 
 TOOL_CALL_PARSERS = ("auto", "none", "response_template", *CALL_FORMATS)
 REASONING_PARSERS = ("auto", "none", *REASONING_FORMATS)
-# Names that apply_chat_template gives a meaning of its own, so that a client's template_kwargs may not have them.
-RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
-    "messages",
-    "self",
-    "bos_token",
-    "eos_token",
-}
 # The end of a prompt in which thinking is looked for if it is not known what begins an answer.
 TAIL_CHARS = 64
 # The end of a prompt that transformers' parser gets to see.
@@ -49,30 +40,6 @@ HERMES_TOOLS = (
     '<tool_call>\n{{"name": <function-name>, "arguments": <args-json-object>}}\n</tool_call>'
 )
 TOOLS_LIST = "You may call these functions:\n{tools}"
-
-
-def template_kwargs(
-    given: Mapping[str, Any], *, reasoning_effort: str | None = None, enable_thinking: bool | None = None
-) -> dict[str, Any]:
-    """A request's values for the template's variables.
-
-    Raises InvalidParameterError for names that are not for clients.
-    given: the client's own, JSON values by name.
-    reasoning_effort, enable_thinking: what the API has parameters for; they count less than `given`. None = not said.
-    """
-    for name in given:
-        if name in RESERVED or not name.isidentifier():
-            raise InvalidParameterError(
-                f"chat_template_kwargs must not contain {name!r}: it is not a variable for chat templates; omit it",
-                param=f"chat_template_kwargs.{name}",
-            )
-    values: dict[str, Any] = {}
-    if reasoning_effort is not None:
-        values["reasoning_effort"] = reasoning_effort
-    if enable_thinking is not None:
-        # DeepSeek V3.1's name for it comes second.
-        values |= {"enable_thinking": enable_thinking, "thinking": enable_thinking}
-    return values | dict(given)
 
 
 class ChatTemplate:

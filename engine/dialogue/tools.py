@@ -69,6 +69,8 @@ class ToolChoice:
         return tuple(tool for tool in tools if self.mode != "named" or tool.name == self.name)
 
 
+AS_THE_MODEL_LIKES = ToolChoice()
+
 # Names of JSON Schema's types for Python's values.
 TYPE_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
 

@@ -160,12 +160,12 @@ class _Tokens:
 
 def _lark(spec: GrammarSpec) -> str:
     """The grammar in llguidance's Lark syntax. Raises InvalidParameterError."""
-    if spec.kind in ("json_schema", "json_object"):
-        schema = _read_json(spec.text) if spec.kind == "json_schema" else {"type": "object"}
+    if spec.kind in ("json_schema", "lenient_json_schema", "json_object"):
+        schema = {"type": "object"} if spec.kind == "json_object" else _read_json(spec.text)
         schema = {} if schema is True else {"enum": []} if schema is False else schema
         if not isinstance(schema, dict):
             raise _refusal(f"a JSON schema must be an object, got {json.dumps(schema)[:40]}")
-        options = {"whitespace_pattern": JSON_WHITESPACE}
+        options = {"whitespace_pattern": JSON_WHITESPACE, "lenient": spec.kind == "lenient_json_schema"}
         return "start: %json " + json.dumps({**_without_notes(schema), "x-guidance": options})
     if spec.kind == "choice":
         choices = _read_json(spec.text)

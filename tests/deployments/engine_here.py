@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from unittest import mock
 
+from deployments import llm_server
 from deployments.generation import CacheHold, ModelCard, ReplicaCache
 from deployments.llm_server import LLMServer
 from engine.cache_view import CacheQuery
+from engine.config import EngineConfig
 
 
 class EngineHere(LLMServer):
     """The only replica. num_looks: how often its cache was looked at."""
 
     num_looks = 0
+
+    def __init__(self, config: EngineConfig, stream_interval_s: float) -> None:
+        # The engine's log stays where it is: it would be moved for the whole process, and with it for all later tests.
+        with mock.patch.object(llm_server, "log_engine_with_serve"):
+            super().__init__(config, stream_interval_s)
 
     def replica_rank(self) -> int:
         return 0

@@ -176,7 +176,7 @@ async def test_an_error_in_mid_stream_is_an_event_and_the_end(client: httpx.Asyn
         (json.dumps(CHAT | {"temperature": "hot"}).encode(), "temperature", "invalid_value"),
         (json.dumps(CHAT | {"temperature": -1}).encode(), "temperature", "invalid_value"),
         (json.dumps(CHAT | {"messages": []}).encode(), "messages", "invalid_value"),
-        (json.dumps(CHAT | {"tools": [{}]}).encode(), "tools", "unsupported_parameter"),
+        (json.dumps(CHAT | {"tools": [{}]}).encode(), "tools[0].type", "missing_required_parameter"),
         (json.dumps(CHAT | {"mystery": 1}).encode(), "mystery", "unknown_parameter"),
     ],
 )

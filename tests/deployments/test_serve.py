@@ -317,7 +317,7 @@ BAD_REQUESTS: dict[str, tuple[bytes, int, str | None]] = {
             ("stop", [""], None),
             ("stop_token_ids", [10**12], None),
             ("tools", [{"type": "function"}], None),
-            ("response_format", {"type": "json_object"}, None),
+            ("structured_outputs", {"regex": "(a"}, None),
             ("frobnicate", True, None),
         )
     },

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from deployments.completions.chat_messages import MESSAGE_NOT_IMPLEMENTED
 from deployments.completions.requests import (
     CHAT_NOT_IMPLEMENTED,
     COMPLETION_NOT_IMPLEMENTED,
-    MESSAGE_NOT_IMPLEMENTED,
     ChatCompletionBody,
     CompletionBody,
 )
@@ -135,7 +135,7 @@ def test_ignored_parameters_change_nothing(name: str) -> None:
         ({"messages": "hi"}, "messages", "invalid_value"),
         ({"messages": ["hi"]}, "messages[0]", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_value"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -144,8 +144,8 @@ def test_ignored_parameters_change_nothing(name: str) -> None:
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
-            "messages[0].tool_calls",
-            "unsupported_parameter",
+            "messages[0].tool_calls[0].id",
+            "missing_required_parameter",
         ),
         ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood", "unknown_parameter"),
         ({"n": 2}, "n", "unsupported_parameter"),
@@ -293,3 +293,35 @@ def test_as_many_as_may_be() -> None:
 def test_text_of_any_length_and_long_prompts_of_ids_pass() -> None:
     assert len(parse_completion(prompt="x" * 3_000_000).prompt) == 3_000_000
     assert len(parse_completion(prompt=[300] * 500_000).prompt) == 500_000
+
+
+# -- thinking ----------------------------------------------------------------------------------------------------------
+
+
+def test_values_for_the_chat_template() -> None:
+    def values(**changes: Any) -> Any:
+        return parse_chat(**changes).prompt_value().template_kwargs
+
+    assert values() == {}
+    assert values(reasoning_effort="none") == {"reasoning_effort": "none", "enable_thinking": False, "thinking": False}
+    assert values(reasoning_effort="high", chat_template_kwargs={"enable_thinking": False, "x": [1]}) == {
+        "reasoning_effort": "high",
+        "enable_thinking": False,
+        "thinking": True,
+        "x": [1],
+    }
+    assert values(chat_template_kwargs=None, reasoning_effort=None) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"reasoning_effort": "huge"}, "reasoning_effort"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": dict.fromkeys(map("x{}".format, range(33)))}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ({"chat_template_kwargs": {"no name": 1}}, "chat_template_kwargs.no name"),
+    ],
+)
+def test_refused_values_for_the_chat_template(changes: dict[str, Any], param: str) -> None:
+    assert refusal(lambda: parse_chat(**changes).prompt_value()) == (param, "invalid_value")

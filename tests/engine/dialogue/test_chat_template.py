@@ -1,5 +1,6 @@
 """Chat templates of real models: what is found out about them, and that what they write of a message is read back."""
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from engine.dialogue.chat_template import ChatTemplate, template_kwargs
+from engine.dialogue.chat_template import ChatTemplate
 from engine.dialogue.events import parse_answer
 from engine.dialogue.messages import Dialogue, Message, ToolCall
+from engine.dialogue.template_values import RESERVED, template_kwargs
 from engine.dialogue.tools import Tool
 from engine.embedded_model import embedded_model_path
 from engine.errors import ConfigError, InvalidParameterError
@@ -333,6 +335,10 @@ def test_a_clients_values_for_the_template_are_filtered():
         with pytest.raises(InvalidParameterError, match="chat_template_kwargs") as error:
             template_kwargs({name: 1})
         assert error.value.param == f"chat_template_kwargs.{name}"
+
+
+def test_no_value_is_taken_for_an_argument_of_the_renderer():
+    assert set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) <= RESERVED
 
 
 def test_values_for_the_template_reach_it(make):
