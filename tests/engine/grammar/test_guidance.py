@@ -290,7 +290,6 @@ def test_a_vocabulary_that_cannot_say_it_has_an_error_in_time():
         (lambda: GrammarSpec.json_schema({"const": float("nan")}), "cannot be written as JSON"),
         (lambda: GrammarSpec.json_schema({"const": {1, 2}}), "cannot be written as JSON"),
     ],
-    ids=str,
 )
 def test_wrong_forms(make, reason):
     with pytest.raises(InvalidParameterError, match=reason) as caught:
