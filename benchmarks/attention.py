@@ -28,7 +28,7 @@ from machine import RESULTS, write_result
 from tqdm import tqdm
 
 from engine.attention import cpu, reference
-from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.attention.protocol import AttentionMetadata, AttentionParams
 
 CHUNK_SIZE = 32
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from engine.attention import triton_paged, whole_prompts
 from engine.attention.choice import choose_backend
 from engine.attention.device_health import check_device
-from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.errors import ConfigError
 
 KERNELS = {

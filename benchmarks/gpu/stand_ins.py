@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from engine.attention.metadata import AttentionBackend, AttentionMetadata
+from engine.attention.protocol import AttentionBackend, AttentionMetadata
 from engine.executor.decode_graphs import bucket_sizes
 from engine.executor.local import LocalExecutor
 from engine.executor.model_runner import ModelRunner

@@ -12,7 +12,7 @@ import torch
 from engine.attention import reference, trial
 from engine.attention.device_clock import SecondsOf, seconds_on
 from engine.attention.device_health import check_device
-from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionLoader
+from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionLoader
 from engine.attention.registry import BACKENDS, BackendRow
 from engine.attention.self_check import find_fault
 from engine.errors import ConfigError, KernelBuildError

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from engine.attention import reference
-from engine.attention.metadata import AttentionCall, AttentionParams, LayerShape
+from engine.attention.protocol import AttentionCall, AttentionParams, LayerShape
 from engine.attention.transformers_door import WIDER, attention_handled_by, paged_attention
 
 OWN_NAME = "eager"

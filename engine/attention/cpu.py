@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams
+from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams
 from engine.errors import KernelBuildError
 from engine.paths import cache_folder, private_folder
 

@@ -17,7 +17,7 @@ import torch
 
 from engine.attention import triton_paged
 from engine.attention.device_health import check_device
-from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, to_device
+from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, to_device
 from engine.errors import KernelBuildError
 
 DTYPES = (torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams
+from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams
 
 CAN_REPLAY_DECODES = False
 SKIPS_EMPTY_SEGMENTS = False

@@ -12,7 +12,7 @@ import torch
 
 from engine.attention import reference
 from engine.attention.device_health import check_device
-from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata
+from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata
 from engine.attention.trial import LayerInputs, Trial, make_trials
 
 # (query_len, context_len) of a batch's segments: prompts, prompts behind a context and decodes, of few rows and of many, side

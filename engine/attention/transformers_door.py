@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from engine.attention import reference, whole_prompts
-from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 
 ATTENTION_NAME = "pensieve_paged"
 

@@ -16,7 +16,7 @@ import torch
 
 from engine.attention.device_clock import SecondsOf
 from engine.attention.device_health import check_device
-from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, LayerShape
+from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, LayerShape
 
 logger = logging.getLogger(__name__)
 

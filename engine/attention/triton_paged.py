@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from engine.attention.device_health import check_device
-from engine.attention.metadata import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, to_device
+from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, to_device
 from engine.attention.tiling import MAX_SPLITS, SPLIT_STEP, Tiling, tile_decode_batch, tile_segments
 from engine.errors import KernelBuildError
 

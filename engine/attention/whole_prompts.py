@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from engine.attention.metadata import AttentionBackend, AttentionMetadata, AttentionParams
+from engine.attention.protocol import AttentionBackend, AttentionMetadata, AttentionParams
 
 # Shorter ones are not worth a call of their own.
 MIN_PROMPT_LEN = 512

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from engine.attention.choice import choose_backend
-from engine.attention.metadata import AttentionBackend
+from engine.attention.protocol import AttentionBackend
 from engine.config import EngineConfig
 from engine.core.executor_protocol import ExecutorFacts, Grammars, PendingStep
 from engine.core.plan import StepPlan, StepResult

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from engine.attention.metadata import AttentionBackend
+from engine.attention.protocol import AttentionBackend
 from engine.config import EngineConfig
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.distributed import DistributedConfig
 
 from engine.attention.device_health import check_device
-from engine.attention.metadata import AttentionCall, LayerShape
+from engine.attention.protocol import AttentionCall, LayerShape
 from engine.attention.transformers_door import ATTENTION_NAME, ShapeProbe
 from engine.config import EngineConfig
 from engine.core.executor_protocol import ModelFacts

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from engine.attention.device_health import check_device
-from engine.attention.metadata import AttentionBackend, AttentionMetadata
+from engine.attention.protocol import AttentionBackend, AttentionMetadata
 from engine.attention.transformers_door import PagedAttention, attention_handled_by
 from engine.core.executor_protocol import ComputationFailedError, Grammars, SamplingFailedError
 from engine.core.plan import Logprobs, RequestStart, StepPlan, StepResult

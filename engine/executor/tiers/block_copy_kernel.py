@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine.attention.metadata import to_device
+from engine.attention.protocol import to_device
 from engine.core.plan import BlockCopy
 
 IS_INTERPRETED: bool = triton.knobs.runtime.interpret

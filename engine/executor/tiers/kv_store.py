@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.attention.metadata import LayerShape, to_device
+from engine.attention.protocol import LayerShape, to_device
 from engine.core.plan import BlockCopy
 from engine.errors import ConfigError
 from engine.executor.tiers.host_pages import map_pages, pin_pages

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engine.attention import triton_paged
-from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.attention.protocol import AttentionMetadata, AttentionParams
 from engine.core.plan import BlockCopy
 from engine.core.tier_table import GPU
 from engine.executor.tiers import block_copy_kernel

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.attention.choice import choose_backend
-from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.attention.protocol import AttentionMetadata, AttentionParams
 from engine.config import EngineConfig
 from engine.core.plan import BlockAppend, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from engine.attention import cpu, reference
 from engine.attention.choice import choose_backend
-from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.protocol import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.attention.self_check import find_fault
 from engine.errors import ConfigError, KernelBuildError
 

@@ -17,7 +17,7 @@ import torch
 
 from engine.attention import choice, reference
 from engine.attention.choice import choose_backend
-from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.protocol import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.errors import ConfigError
 from tests.engine.attention.test_cpu import make_batch
 

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="triton, which is optional, is not installed")
 
 from engine.attention.choice import choose_backend
-from engine.attention.metadata import AttentionCall, AttentionParams, LayerShape
+from engine.attention.protocol import AttentionCall, AttentionParams, LayerShape
 from engine.errors import ConfigError
 from tests.engine.attention.test_cpu import expected_output, make_batch
 

@@ -15,7 +15,7 @@ import torch
 from engine.attention import choice, device_clock, reference, self_check
 from engine.attention import trial as trials
 from engine.attention.choice import choose_backend
-from engine.attention.metadata import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
+from engine.attention.protocol import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.attention.registry import BackendRow
 from engine.errors import ConfigError, DeviceFailedError, KernelBuildError
 

@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="triton, which is optional, is not installe
 import engine.attention
 from engine.attention import reference, triton_paged
 from engine.attention.choice import choose_backend
-from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.attention.protocol import AttentionMetadata, AttentionParams
 from engine.attention.tiling import Tiling
 from engine.errors import ConfigError
 from tests.engine.attention.test_cpu import NUM_GUARD_BLOCKS, expected_output, make_batch

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.attention import reference, whole_prompts
-from engine.attention.metadata import AttentionMetadata, AttentionParams
+from engine.attention.protocol import AttentionMetadata, AttentionParams
 from tests.engine.attention.test_cpu import expected_output, make_batch
 
 LEAST = 6
@@ -92,7 +92,7 @@ def test_random_batches_equal_the_reference(seed, segments, heads, window):
         {"dims": (8, 4)},
         {"backend": Backend(skips=False)},
     ],
-    ids=str,
+    ids=lambda case: next(iter(case)),
 )
 def test_what_torch_does_not_compute_alike_stays_with_the_backend(case):
     backend = case.pop("backend", None) or Backend()

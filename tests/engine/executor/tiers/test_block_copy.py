@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from engine.attention import device_clock
 from engine.attention.device_clock import seconds_on
-from engine.attention.metadata import LayerShape
+from engine.attention.protocol import LayerShape
 from engine.errors import ConfigError, DeviceFailedError
 from engine.executor.tiers import block_copy
 from engine.executor.tiers.block_copy import DmaCopier, choose_copiers, columns_of, layer_groups, max_group_layers

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.attention.metadata import LayerShape
+from engine.attention.protocol import LayerShape
 from engine.errors import ConfigError
 from engine.executor.tiers import host_pages
 from engine.executor.tiers.kv_store import KVStore, block_bytes

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.attention.metadata import LayerShape
+from engine.attention.protocol import LayerShape
 from engine.core.plan import QuerySegment, StepPlan
 from engine.executor.tiers import block_copy
 from engine.executor.tiers.block_copy import DmaCopier

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from engine.attention.metadata import LayerShape
+from engine.attention.protocol import LayerShape
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
 from engine.executor.tiers.kv_store import KVStore
@@ -85,7 +85,7 @@ def test_a_copy_that_fails_reaches_whoever_waits_and_the_step(stores):
 
 THREADS = """
 import os, torch
-from engine.attention.metadata import LayerShape
+from engine.attention.protocol import LayerShape
 from engine.core.plan import BlockCopy, StepPlan
 from engine.executor.tiers.kv_store import KVStore
 from engine.executor.tiers.swapper import ThreadSwapper
