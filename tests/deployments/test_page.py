@@ -311,9 +311,9 @@ def test_forced_evictions(page: Page) -> None:
     assert "None" in page.text("#evictions")
     page.click("#shrink")
     wait_for(lambda: "held back" in page.text(".tier.gpu"))
-    page.click("#shrink")
+    # How often it takes depends on what the tests before this one have left in the tiers.
+    wait_for(lambda: "dropped" in page.states("my cat is called Mia") or page.click("#shrink"))
     wait_for(lambda: page.all("#evictions li[data-reason]"))
-    wait_for(lambda: "dropped" in page.states("my cat is called Mia"))
     assert "retention value" in page.text("#evictions")
     wait_for(lambda: not {"storing", "loading"} & set(page.states("my cat is called Mia")))
     page.take_picture("page-evictions")
