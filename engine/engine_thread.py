@@ -104,25 +104,26 @@ class EngineThread:
         try:
             while not self._is_stopping:
                 self._step_start_s = time.monotonic()
-                self._run_commands(wait=False)
+                self._run_commands(max_wait_s=0.0)
                 if self._loop.step() is not None:
                     self._after_step()
                 elif not self._is_stopping:  # a shutdown's wake-up call may have been taken already
                     self._step_start_s = None
-                    self._run_commands(wait=True)
+                    self._run_commands(max_wait_s=self._loop.max_pause_s())
         except BaseException as error:
             logger.exception("the engine thread died")
             self._fatal = error
         finally:
             self._on_end(EngineStoppedError("the engine stopped while the request was running"))
             self._is_stopping = True
-            self._run_commands(wait=False)
+            self._run_commands(max_wait_s=0.0)
 
-    def _run_commands(self, *, wait: bool) -> None:
+    def _run_commands(self, *, max_wait_s: float | None) -> None:
+        """Run all commands that are there. If there is none, wait so long for one; None = for ever."""
         while True:
             try:
-                command = self._commands.get(block=wait)
+                command = self._commands.get(timeout=max_wait_s)
             except queue.Empty:
                 return
             command()
-            wait = False
+            max_wait_s = 0.0

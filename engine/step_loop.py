@@ -121,6 +121,14 @@ class StepLoop:
             self._outputs.deliver()
         return launched.plan
 
+    def max_pause_s(self) -> float | None:
+        """How long to wait at most before `step` is called again, after it had nothing to do, if nothing else happens.
+
+        In seconds; None = for ever.
+        """
+        deadline_s = self._core.next_deadline_s()
+        return None if deadline_s is None else max(0.0, deadline_s - self._now())
+
     @property
     def in_flight(self) -> tuple[StepPlan, ...]:
         """The plans that were launched and have no result yet, the oldest first."""

@@ -105,6 +105,7 @@ class Scheduler:
 
         None, and no more than a draft is made, if a request may be started or has to be suspended: that waits for the result.
         """
+        self._end_late_loading(now)  # one that no longer waits may be started
         draft = self._draft(executing)
         if (
             not draft.segments
@@ -140,7 +141,8 @@ class Scheduler:
     @property
     def num_waiting_tokens(self) -> int:
         """The tokens of these requests."""
-        return self.waiting.num_tokens + sum(request.num_tokens for request in self.loading)
+        # Of a copy, because statistics are asked for from other threads.
+        return self.waiting.num_tokens + sum(request.num_tokens for request in tuple(self.loading))
 
     def end_transfer(self, transfer_id: int) -> None:
         """A slow transfer has ended: the requests that waited for nothing else are next again."""
@@ -160,7 +162,12 @@ class Scheduler:
         self._refused = None
 
     def _try_start_loading(self, request: Request, now: float) -> bool:
-        """Let the request whose turn it is wait for what slow tiers have of its context, outside of the queue."""
+        """Let the request whose turn it is wait for what slow tiers have of its context, outside of the queue.
+
+        No more of them than may run: they fill the queue of other tenants too, and are never shed.
+        """
+        if len(self.loading) >= self._config.max_num_seqs:
+            return False
         if request.load_deadline_s is None:
             request.load_deadline_s = now + self._cache.max_load_wait_s
         elif now >= request.load_deadline_s:
@@ -182,8 +189,7 @@ class Scheduler:
         """
         # Whatever unforeseen happens to a running request (it ends, fails, is aborted or has to start again) takes it out of
         # the running ones. So where those are the foreseen ones, the step did for each what was foreseen.
-        if self.loading:
-            self._end_late_loading(now)
+        self._end_late_loading(now)
         ahead, self._ahead = self._ahead, None
         draft = ahead if ahead is not None and ahead.running == self.running else self._draft()
         appends = self._append_blocks(draft.growing, now)

@@ -75,7 +75,8 @@ class Tier:
 
     def count_idle_chunks(self) -> int:
         """Unpinned chunks that have a block here, those included whose block is lent."""
-        lent = sum(chunk is not None and not chunk.pins for chunk in self.lent.values())
+        # Of a copy, because statistics are asked for from other threads.
+        lent = sum(chunk is not None and not chunk.pins for chunk in tuple(self.lent.values()))
         return len(self.sole) + len(self.copied) + lent
 
     def note_spare_copy(self, chunk: Chunk) -> None:

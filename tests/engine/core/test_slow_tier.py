@@ -6,12 +6,15 @@ Every answer is right all the same, and a request that waits for it keeps no oth
 from __future__ import annotations
 
 import random
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 
 from engine.core.cache.cost_model import CostModel
-from engine.core.request import RequestStatus
+from engine.core.request import Request, RequestStatus, SamplingParams
+from engine.engine_thread import EngineThread
 from engine.errors import ConfigError
 from engine.step_loop import LookAhead
 from tests.delayed_tier import NAME, dict_tier
@@ -75,6 +78,88 @@ def test_a_request_waits_no_longer_than_the_tier_says(make_core, answer):
     driver.slow_tier.wake()  # what arrives too late is kept
     driver.settle()
     driver.core.check_integrity()
+
+
+def test_a_deadline_is_kept_while_steps_are_launched_ahead(make_core, answer):
+    """`schedule` is not called as long as `schedule_ahead` gives plans."""
+    driver = with_a_context_in_the_slow_tier(make_core, max_num_seqs=2)
+    driver.loop.look_ahead = LookAhead.LAUNCH
+    driver.slow_tier._hangs = 1.0
+    waiting = driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    driver.add("long", range(60, 62), max_tokens=12)
+    driver.run_steps(3)
+    assert waiting.status is RequestStatus.LOADING
+    assert driver.core.stats.num_steps_ahead >= 3
+    driver.now = driver.core.next_deadline_s()
+    driver.run_steps(3)
+    assert waiting.status is not RequestStatus.LOADING
+    assert "long" not in driver.finished
+    driver.run()
+    assert driver.tokens["a2"] == answer(tuple(range(14)), 2)
+    assert driver.tokens["long"] == answer(tuple(range(60, 62)), 12)
+
+
+def test_the_engine_thread_goes_on_when_a_deadline_is_there(make_core):
+    """Though no command comes, and the transfer never ends."""
+    driver = with_a_context_in_the_slow_tier(make_core)
+    driver.slow_tier._hangs = 1.0
+    driver.loop._now = lambda: driver.now + time.monotonic() - begin_s
+    begin_s = time.monotonic()
+    ended = threading.Event()
+    request = driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    assert driver.loop.step() is None
+    assert request.status is RequestStatus.LOADING
+    request.load_deadline_s = driver.loop._now() + 0.05
+    thread = EngineThread(
+        driver.loop, after_step=lambda: driver.core.has_requests or ended.set(), on_end=lambda error: None
+    )
+    try:
+        assert ended.wait(60)
+    finally:
+        thread.stop()
+    assert "a2" in driver.finished
+    driver.core.check_integrity()
+
+
+def test_how_long_the_loop_may_pause(make_core):
+    driver = with_a_context_in_the_slow_tier(make_core)
+    assert driver.loop.max_pause_s() is None
+    driver.slow_tier._hangs = 1.0
+    driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    assert driver.step() is None
+    assert driver.loop.max_pause_s() == 30.0
+    driver.now += 31
+    assert driver.loop.max_pause_s() == 0.0
+
+
+def test_a_tenant_whose_requests_wait_for_a_slow_tier_leaves_room_in_the_queue(make_core):
+    """Requests whose turn had come are never shed, so only so many may wait outside of their tenant's queue."""
+    driver = with_a_context_in_the_slow_tier(make_core, max_num_seqs=2, max_num_queued_reqs=4)
+    driver.slow_tier._hangs = 1.0
+    requests = [driver.add(f"fork {n}", (*range(12), 70 + n, 80), max_tokens=2) for n in range(4)]
+    driver.core.schedule(driver.now)
+    while driver.core.get_statistics()["num_requests_waiting"] < 4:
+        requests.append(driver.add(f"fork {len(requests)}", (*range(12), 70 + len(requests), 80), max_tokens=2))
+    newcomer = Request("other", (1, 2, 3), SamplingParams(max_tokens=2), tenant="other")
+    assert driver.core.add_request(newcomer, driver.now) == [requests[-1].request_id]
+    assert [request.status for request in requests].count(RequestStatus.LOADING) == 2
+
+
+def test_statistics_may_be_asked_for_while_a_transfer_ends(make_core, monkeypatch):
+    """From another thread, so at any moment."""
+    driver = with_a_context_in_the_slow_tier(make_core)
+    driver.slow_tier._hangs = 1.0
+    driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    driver.step()
+    driver.slow_tier.wake()
+
+    def count_tokens(request):
+        for transfer_id, ok in driver.slow_tier.poll():
+            driver.core.complete_transfer(transfer_id, ok=ok, now=driver.now)
+        return len(request.token_ids)
+
+    monkeypatch.setattr(Request, "num_tokens", property(count_tokens))
+    assert driver.core.get_statistics()["num_tokens_waiting"] == 14
 
 
 def test_what_cannot_be_loaded_is_forgotten_and_computed(make_core, answer):
