@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from engine.core.cache_map import EVICTION_MOVES, Cell, ContextKeys, MappedContext, context_keys
+from engine.core.cache_map import Cell, ContextKeys, MappedContext, context_keys
 from engine.core.engine_core import EngineCore
+from engine.core.tier_table import eviction_moves
 from engine.text.transcript import ConversationTable, Transcript
 
 # Conversations that are shown: of one tenant, and in all. Chunks of one conversation, from its front on.
@@ -36,7 +37,7 @@ class CacheQuery:
 class ConversationView(NamedTuple):
     """A conversation as a row of chunks.
 
-    status: "idle", "running", "waiting" or "suspended".
+    status: "idle", or that of its request; see RequestStatus.
     num_chunks: of the whole context.
     cells: its first chunks, at most MAX_CHUNKS; none for a request that has not begun.
     """
@@ -113,6 +114,7 @@ class CacheWatch:
         self._call = call
         self._clock = clock
         self._named: dict[str, tuple[Transcript, ContextKeys]] = {}
+        self._moves = eviction_moves([tier.name for tier in core.cache_config.tiers])
 
     async def look(self, query: CacheQuery, run_aside: Callable[..., Awaitable[Any]]) -> CacheView:
         """The view for those who watch. Runs two short commands in the engine thread.
@@ -122,9 +124,9 @@ class CacheWatch:
         run_aside: runs a function in another thread.
         """
         chosen: dict[str, tuple[str, Transcript | None]] = await self._call(lambda: dict(self._choose(query)))
-        known = self._named
-        self._named = await run_aside(self._name, chosen, known)
-        view: CacheView = await self._call(lambda: self._view(chosen))
+        named = await run_aside(self._name, chosen, self._named)
+        self._named = named  # for the next one; others may look at the same time, at other conversations
+        view: CacheView = await self._call(lambda: self._view(chosen, named))
         return view
 
     def _choose(self, query: CacheQuery) -> Iterator[tuple[str, tuple[str, Transcript | None]]]:
@@ -168,10 +170,12 @@ class CacheWatch:
             named[conversation_id] = branch, keys
         return named
 
-    def _view(self, chosen: dict[str, tuple[str, Transcript | None]]) -> CacheView:
+    def _view(
+        self, chosen: dict[str, tuple[str, Transcript | None]], named: dict[str, tuple[Transcript, ContextKeys]]
+    ) -> CacheView:
         now = self._clock()
         contexts = {
-            conversation_id: self._named[conversation_id][1] if conversation_id in self._named else None
+            conversation_id: named[conversation_id][1] if conversation_id in named else None
             for conversation_id in chosen
         }
         mapped = self._core.map_contexts(contexts, MAX_CHUNKS, now)
@@ -190,7 +194,7 @@ class CacheWatch:
         for eviction in self._core.latest_evictions():
             owner = owners.get(eviction.key)
             tenant, session_id = (None, None) if owner is None else names(owner)
-            source, target = EVICTION_MOVES[eviction.reason]
+            source, target = self._moves[eviction.reason]
             evictions.append(
                 EvictionView(
                     *(eviction.number, now - eviction.now_s, eviction.reason, source, target, tenant, session_id),

@@ -14,14 +14,12 @@ from engine.core.cache.cost_model import CostModel
 from engine.core.cache.index import Chunk, ChunkIndex, chunk_key, root_key
 from engine.core.cache.tier import Tiers
 from engine.core.request import Request
-from engine.core.tier_table import BOTH, DROPPED, FAST_TIERS, eviction_moves
+from engine.core.tier_table import BOTH, DROPPED, FAST_TIERS
 
 # Evictions that are remembered while the cache is watched.
 MAX_EVICTIONS = 64
 # So long after the last look the cache counts as watched, in seconds.
 WATCH_S = 10.0
-# From which tier to which, by reason.
-EVICTION_MOVES = eviction_moves(FAST_TIERS)
 
 
 class Cell(NamedTuple):

@@ -222,7 +222,7 @@ class EngineCore:
         self._scheduler.end_transfer(transfer_id)
 
     def next_deadline_s(self) -> float | None:
-        """The time at which a request stops waiting for a slow tier, and steps go on if they had paused; None = none waits."""
+        """The time at which a request stops waiting for a slow tier, so that steps go on; None = none waits."""
         deadlines = [request.load_deadline_s for request in self._scheduler.loading]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 

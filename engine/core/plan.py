@@ -146,6 +146,7 @@ class StepResult:
     token_ids: one for each segment with `samples`, in the order of the segments.
     logprobs: as many, None for those that did not ask; empty if none did.
     failed_swap_ins: target blocks to which a swap-in brought something else than was swapped out.
+    failed_requests: (request id, reason) of those whose answers cannot go on within their grammars.
     """
 
     step_id: int

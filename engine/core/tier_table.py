@@ -66,25 +66,19 @@ def eviction_reasons(tiers: Sequence[str]) -> tuple[str, ...]:
     reclaimed: a slower tier has the chunk too, so its block was free to take. swapped_out: its block was wanted, and the
     chunk left for the next tier. dropped: its KV is gone. copy_dropped: it lost a copy, and a faster tier still has it.
     """
-    first, *others = tiers
-    reasons = [f"{first}_{what}" for what in ("reclaimed", "swapped_out", "dropped")]
-    for index, name in enumerate(others):
-        is_last = index == len(others) - 1
-        reasons += [f"{name}_{what}" for what in ("dropped", "copy_dropped", *(() if is_last else ("reclaimed",)))]
-    return tuple(reasons)
+    return tuple(eviction_moves(tiers))
 
 
 def eviction_moves(tiers: Sequence[str]) -> dict[str, tuple[str, str]]:
     """From where to where an eviction took the chunk, by reason; see eviction_reasons."""
     moves = {}
-    for reason in eviction_reasons(tiers):
-        tier, what = reason.split("_", 1)
-        index = tiers.index(tier)
-        target = {
-            "dropped": DROPPED,
-            "copy_dropped": tiers[index - 1],
-            "reclaimed": tiers[min(index + 1, len(tiers) - 1)],
-            "swapped_out": tiers[min(index + 1, len(tiers) - 1)],
-        }[what]
-        moves[reason] = (tier, target)
+    for index, name in enumerate(tiers):
+        slower = tiers[min(index + 1, len(tiers) - 1)]
+        if index == 0:
+            targets = {"reclaimed": slower, "swapped_out": slower, "dropped": DROPPED}
+        else:
+            targets = {"dropped": DROPPED, "copy_dropped": tiers[index - 1]}
+            if slower != name:
+                targets["reclaimed"] = slower
+        moves |= {f"{name}_{what}": (name, target) for what, target in targets.items()}
     return moves

@@ -14,9 +14,11 @@ from engine import cache_view
 from engine.async_engine import AsyncEngine
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
+from engine.core.cache_map import Eviction
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.request import SamplingParams
+from engine.core.tier_table import TierSpec
 from engine.generation import Generation
 from engine.tenant import Tenant
 from engine.text.prompt import ChatPrompt
@@ -110,6 +112,16 @@ async def test_nothing_is_queued_while_nobody_looks(engine: AsyncEngine, monkeyp
     assert len(commands) == 3  # the request itself
 
 
+async def call(function: Callable[[], Any]) -> Any:
+    """As an engine thread with nothing else to do."""
+    return function()
+
+
+async def at_once(function: Callable[..., Any], *args: Any) -> Any:
+    """As another thread."""
+    return function(*args)
+
+
 async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many conversations there are, and however long they are; and names are found anew only for what has changed."""
     core = EngineCore(CacheConfig(num_gpu_blocks=4, chunk_size=4), SchedulingConfig(max_model_len=16))
@@ -127,18 +139,54 @@ async def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     make_keys = cache_view.context_keys
     monkeypatch.setattr(cache_view, "context_keys", count_keys)
 
-    async def call(function: Callable[[], Any]) -> Any:
-        return function()
-
-    async def beside(function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
-
     watch = CacheWatch(core, table, call, time.monotonic)
-    view = await watch.look(CacheQuery(("acme",), sees_all=True), beside)
+    view = await watch.look(CacheQuery(("acme",), sees_all=True), at_once)
     assert sum(row.tenant == "acme" for row in view.conversations) == cache_view.MAX_TENANT_CONVERSATIONS
     assert len(view.conversations) <= cache_view.MAX_CONVERSATIONS
     assert {len(row.cells) for row in view.conversations} == {cache_view.MAX_CHUNKS}
     assert {row.num_chunks for row in view.conversations} == {1000}
     assert num_named == len(view.conversations)
-    await watch.look(CacheQuery(("acme",), sees_all=True), beside)
+    await watch.look(CacheQuery(("acme",), sees_all=True), at_once)
     assert num_named == len(view.conversations)
+
+
+async def test_two_that_look_at_the_same_time_see_their_own() -> None:
+    """Two replicas of the ingress, for instance."""
+    core = EngineCore(CacheConfig(num_gpu_blocks=4, chunk_size=4), SchedulingConfig(max_model_len=16))
+    table = ConversationTable(1 << 30, {})
+    for tenant in ("acme", "other"):
+        table.record_turn(f"{tenant}\n1", Transcript(array("I", range(8)), "text"), [1], "a")
+
+    async def call_late(function: Callable[[], Any]) -> Any:
+        """The engine thread has another command before this one."""
+        if is_named:
+            is_named.clear()
+            await watch.look(CacheQuery(("other",)), at_once)
+        return function()
+
+    async def note_named(function: Callable[..., Any], *args: Any) -> Any:
+        is_named.append(True)
+        return function(*args)
+
+    is_named: list[bool] = []
+    watch = CacheWatch(core, table, call_late, time.monotonic)
+    (row,) = (await watch.look(CacheQuery(("acme",)), note_named)).conversations
+    assert (row.session_id, len(row.cells)) == ("1", 2)
+
+
+async def test_evictions_of_a_slow_tier_have_a_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = TierSpec(name="local_ssd", num_blocks=4, is_fast=False)
+    cache = CacheConfig(num_gpu_blocks=4, num_cpu_blocks=4, chunk_size=4, slow_tiers=(slow,))
+    core = EngineCore(cache, SchedulingConfig(max_model_len=16))
+    watch = CacheWatch(core, ConversationTable(1 << 30, {}), call, time.monotonic)
+    evictions = [
+        Eviction(number, 0.0, reason, b"", 0, 4, 1.0, None) for number, reason in enumerate(core.stats.evictions)
+    ]
+    monkeypatch.setattr(core, "latest_evictions", lambda: evictions)
+
+    view = await watch.look(CacheQuery(), at_once)
+    assert {(e.reason, e.source, e.target) for e in view.evictions} >= {
+        ("cpu_reclaimed", "cpu", "local_ssd"),
+        ("local_ssd_dropped", "local_ssd", "dropped"),
+        ("local_ssd_copy_dropped", "local_ssd", "cpu"),
+    }
