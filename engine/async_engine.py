@@ -75,14 +75,18 @@ class AsyncEngine:
         location = model_location(config.model)
         self.model_name = config.served_model_name or default_model_name(config.model)
         executor = make_executor(config)
+        try:
+            self._tokenizer = Tokenizer(location)
+            self._core = make_core(config, executor)
+        except BaseException:
+            executor.shutdown()  # it may have other processes
+            raise
         self._executor = executor
-        self._tokenizer = Tokenizer(location)
         self.identity = f"{config.model} {self._tokenizer.fingerprint}"
         facts = executor.facts
         self._bytes_per_block = facts.bytes_per_block
         eos_token_id = self._tokenizer.eos_token_id
         self._eos_token_ids = tuple({*facts.model.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
-        self._core = make_core(config, executor)
         self.max_model_len = self._core.scheduling_config.max_model_len
         self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens)
         self._prompts = PromptEncoder(

@@ -71,7 +71,7 @@ def eviction_reasons(tiers: Sequence[str]) -> tuple[str, ...]:
 
 def eviction_moves(tiers: Sequence[str]) -> dict[str, tuple[str, str]]:
     """From where to where an eviction took the chunk, by reason; see eviction_reasons."""
-    moves = {}
+    moves: dict[str, tuple[str, str]] = {}
     for index, name in enumerate(tiers):
         slower = tiers[min(index + 1, len(tiers) - 1)]
         if index == 0:

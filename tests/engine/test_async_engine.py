@@ -24,6 +24,7 @@ from engine.dialogue.events import parse_answer
 from engine.dialogue.messages import Message
 from engine.dialogue.tools import Tool
 from engine.errors import (
+    ConfigError,
     ContextLengthError,
     EngineError,
     EngineStoppedError,
@@ -31,6 +32,7 @@ from engine.errors import (
     GrammarFailedError,
     InvalidParameterError,
 )
+from engine.executor.local import LocalExecutor
 from engine.generation import Generation
 from engine.grammar import guidance
 from engine.step_loop import MAX_FAILURES_IN_A_ROW
@@ -792,6 +794,20 @@ async def test_shutdown_ends_running_and_waiting_requests(make_engine):
     with pytest.raises(EngineStoppedError, match="shut down"):
         await engine.check_integrity()
     await engine.shutdown()
+
+
+async def test_an_engine_that_cannot_start_gives_its_executor_back():
+    stopped = []
+
+    class Noting(LocalExecutor):
+        def shutdown(self) -> None:
+            super().shutdown()
+            stopped.append(self)
+
+    config = EngineConfig(num_gpu_blocks=8, chunk_size=8, max_model_len=128, num_threads=1)
+    with pytest.raises(ConfigError, match="GPU tier holds only 8 blocks"):
+        AsyncEngine(config, Noting)
+    assert len(stopped) == 1
 
 
 async def test_a_call_that_comes_as_the_thread_ends_is_not_left_waiting(engine, monkeypatch):
