@@ -59,7 +59,8 @@ class Outputs(Protocol):
 class Transport(Protocol):
     """Carries out the transfers of slow tiers, beside the steps. Both calls return at once.
 
-    If the thread that steps waits for commands, the end of a transfer has to wake it (EngineThread.put).
+    If the thread that steps waits for commands, the end of a transfer has to wake it (EngineThread.put). Its owner has to
+    end it before the executor is shut down, which frees the blocks.
     """
 
     def start(self, transfer: SlowTransfer) -> None:

@@ -171,7 +171,7 @@ def _compared_attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, Any]:
-    """See interface.paged_attention."""
+    """See transformers_door.paged_attention."""
     namespace = vars(sys.modules[type(module).__module__])
     own: AttentionFunction | None = next((namespace[name] for name in OWN_FUNCTIONS if name in namespace), None)
     if own is None:
