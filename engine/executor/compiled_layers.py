@@ -43,7 +43,7 @@ def find_layers(model: nn.Module, num_layers: int) -> list[nn.Module]:
 
 
 def logits_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference in a row of logits, relative to its largest logit; the median over the rows.
+    """The largest difference in a row of logits, relative to the largest logit of all; the median over the rows.
 
     actual, expected: [..., vocabulary].
 
