@@ -7,6 +7,7 @@ built for each chunk. Knows no engine and no Ray.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -37,7 +38,7 @@ def completion_usage(delta: OutputDelta) -> dict[str, Any]:
     }
 
 
-class _Envelope:
+class _Envelope(ABC):
     """What all objects of one answer have around their choice, and the stream that they are sent in.
 
     created: Unix time in seconds.
@@ -48,13 +49,13 @@ class _Envelope:
         self._body = body
         self._is_first = True
 
+    @abstractmethod
     def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]:
         """What is new; none if it says nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]:
         """The last chunk, for clients that want one with the usage alone."""
-        raise NotImplementedError
 
     async def events(self, delta: OutputDelta) -> str:
         """All chunks in one message, because each message has its price."""
@@ -72,10 +73,6 @@ class _Envelope:
         if self._body.include_usage:
             chunk["usage"] = completion_usage(delta) if self._body.continuous_usage or not choices else None
         return chunk
-
-    def _says_nothing(self, delta: OutputDelta) -> bool:
-        """Text lags behind tokens: a character may take several."""
-        return not (delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids)
 
 
 class ChatFormat(_Envelope):
@@ -187,8 +184,8 @@ class CompletionFormat(_Envelope):
         }
 
     def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]:
-        if self._says_nothing(delta):
-            return []
+        if not (delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids):
+            return []  # text lags behind tokens: a character may take several
         return [self._chunk("text_completion", [self._choice(delta)], delta)]
 
     def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]:
