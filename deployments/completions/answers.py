@@ -17,7 +17,7 @@ from deployments.http.answer_stream import EventFormat
 from deployments.http.errors import error_body
 from deployments.http.event_stream import DONE, sse_event
 from deployments.http.generation_body import GenerationBody
-from engine.dialogue.events import Arguments, CallStart, Event, Parser, Reasoning, Text, gather, merge_events
+from engine.dialogue.events import Arguments, CallCut, CallStart, Event, Parser, Reasoning, Text, gather, merge_events
 from engine.dialogue.program import PlainParser
 from engine.text.output import OutputDelta, TokenLogprob
 
@@ -84,6 +84,7 @@ class ChatFormat(_Envelope):
         self._tools = body.offered_tools
         self._parser: Parser | None = None
         self._has_calls = False
+        self._is_cut = False  # within a call
 
     def whole(self, delta: OutputDelta) -> dict[str, Any]:
         answer_said = gather(self._read(delta))
@@ -142,11 +143,14 @@ class ChatFormat(_Envelope):
         events = self._parser.feed(delta.text)
         if delta.finish_reason is not None:
             events += self._parser.finish()
-        self._has_calls = self._has_calls or any(isinstance(event, CallStart) for event in events)
+        self._has_calls |= any(isinstance(event, CallStart) for event in events)
+        self._is_cut |= any(isinstance(event, CallCut) for event in events)
         return merge_events(events)
 
     def _finish_reason(self, delta: OutputDelta) -> str | None:
-        return "tool_calls" if delta.finish_reason == "stop" and self._has_calls else delta.finish_reason
+        """Clients make the calls of an answer that ends with "tool_calls": all of them have to be whole."""
+        makes_calls = self._has_calls and not self._is_cut
+        return "tool_calls" if delta.finish_reason == "stop" and makes_calls else delta.finish_reason
 
     def _piece(self, event: Event) -> dict[str, Any] | None:
         """What a chunk says of one event; None = nothing."""

@@ -144,6 +144,7 @@ ANSWERS = {
     "nothing": ("", "stop"),
     "cut": (CALLS[:-20], "length"),
     "cut name": (CALLS[:35], "length"),
+    "cut by a stop string": (CALLS[:-20], "stop"),
     "malformed": ('<tool_call>\n{"name" "weather"}\n</tool_call> oh', "stop"),
     "cut thinking": ("<think>\nI won", "length"),
 }
@@ -226,6 +227,13 @@ def test_an_answer_that_is_cut_in_a_call_ends_by_its_length() -> None:
     choice = told_whole(*ANSWERS["cut"])
     assert choice["finish_reason"] == "length"
     assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["weather", "time"]
+
+
+def test_an_answer_that_a_stop_string_ends_asks_for_its_calls_only_if_they_are_whole() -> None:
+    choice = told_whole(*ANSWERS["cut by a stop string"])
+    assert choice["finish_reason"] == "stop"
+    assert len(choice["message"]["tool_calls"]) == 2
+    assert told_whole(CALLS.removesuffix("</tool_call>"), "stop")["finish_reason"] == "tool_calls"
 
 
 def test_thinking_has_both_names() -> None:
