@@ -52,7 +52,7 @@ from deployments.tenants import TenantConfig, WatchedTenants
 from engine.cache_view import CacheQuery
 from engine.paths import data_folder, private_folder
 
-# How often readiness asks the engines and the store, at most, in seconds: anybody may ask for it.
+# How often readiness asks the engines and the store, at most, in seconds: that needs no key.
 READY_PERIOD_S = 1.0
 # Until Serve has said how many engine replicas there are: no limit.
 MANY_REPLICAS = 1_000_000

@@ -117,6 +117,7 @@ class FormedBody(GenerationBody):
                 "cannot be combined with response_format; give only one of them",
                 {"param": "structured_outputs"},
             )
+        self._grammar()  # refuses one that is too large here, where large bodies are parsed, and not in the event loop
         return self
 
     @property

@@ -7,6 +7,7 @@ built for each chunk. Knows no engine and no Ray.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from deployments.http.answer_stream import EventFormat
 from deployments.http.errors import error_body
 from deployments.http.event_stream import DONE, sse_event
 from deployments.http.generation_body import GenerationBody
-from engine.dialogue.events import Arguments, CallStart, Event, Parser, Reasoning, Text, gather, merge_events
+from engine.dialogue.events import Arguments, CallCut, CallStart, Event, Parser, Reasoning, Text, gather, merge_events
 from engine.dialogue.program import PlainParser
 from engine.text.output import OutputDelta, TokenLogprob
 
@@ -37,7 +38,7 @@ def completion_usage(delta: OutputDelta) -> dict[str, Any]:
     }
 
 
-class _Envelope:
+class _Envelope(ABC):
     """What all objects of one answer have around their choice, and the stream that they are sent in.
 
     created: Unix time in seconds.
@@ -48,13 +49,13 @@ class _Envelope:
         self._body = body
         self._is_first = True
 
+    @abstractmethod
     def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]:
         """What is new; none if it says nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]:
         """The last chunk, for clients that want one with the usage alone."""
-        raise NotImplementedError
 
     async def events(self, delta: OutputDelta) -> str:
         """All chunks in one message, because each message has its price."""
@@ -73,10 +74,6 @@ class _Envelope:
             chunk["usage"] = completion_usage(delta) if self._body.continuous_usage or not choices else None
         return chunk
 
-    def _says_nothing(self, delta: OutputDelta) -> bool:
-        """Text lags behind tokens: a character may take several."""
-        return not (delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids)
-
 
 class ChatFormat(_Envelope):
     """chat.completion and chat.completion.chunk. The text is taken apart into content, thinking and calls."""
@@ -87,6 +84,7 @@ class ChatFormat(_Envelope):
         self._tools = body.offered_tools
         self._parser: Parser | None = None
         self._has_calls = False
+        self._is_cut = False  # within a call
 
     def whole(self, delta: OutputDelta) -> dict[str, Any]:
         answer_said = gather(self._read(delta))
@@ -145,11 +143,14 @@ class ChatFormat(_Envelope):
         events = self._parser.feed(delta.text)
         if delta.finish_reason is not None:
             events += self._parser.finish()
-        self._has_calls = self._has_calls or any(isinstance(event, CallStart) for event in events)
+        self._has_calls |= any(isinstance(event, CallStart) for event in events)
+        self._is_cut |= any(isinstance(event, CallCut) for event in events)
         return merge_events(events)
 
     def _finish_reason(self, delta: OutputDelta) -> str | None:
-        return "tool_calls" if delta.finish_reason == "stop" and self._has_calls else delta.finish_reason
+        """Clients make the calls of an answer that ends with "tool_calls": all of them have to be whole."""
+        makes_calls = self._has_calls and not self._is_cut
+        return "tool_calls" if delta.finish_reason == "stop" and makes_calls else delta.finish_reason
 
     def _piece(self, event: Event) -> dict[str, Any] | None:
         """What a chunk says of one event; None = nothing."""
@@ -187,8 +188,8 @@ class CompletionFormat(_Envelope):
         }
 
     def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]:
-        if self._says_nothing(delta):
-            return []
+        if not (delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids):
+            return []  # text lags behind tokens: a character may take several
         return [self._chunk("text_completion", [self._choice(delta)], delta)]
 
     def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]:

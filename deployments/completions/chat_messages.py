@@ -98,9 +98,9 @@ class Message(Body):
             if getattr(self, name) and self.role not in roles:
                 message = f"only allowed in a message of {' or '.join(roles)}"
                 raise PydanticCustomError("invalid", message, {"param": name})
-        is_empty = self.role == "assistant" and (self.tool_calls or self.reasoning_content or self.reasoning)
+        may_be_empty = self.role == "assistant" and (self.tool_calls or self.reasoning_content or self.reasoning)
         for name, is_needed in (
-            ("content", not is_empty),
+            ("content", not may_be_empty),
             ("tool_call_id", self.role == "tool"),
             ("name", self.role == "function"),
         ):

@@ -5,6 +5,7 @@ Each endpoint adds its prompt and names a few parameters in its own words. Knows
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Self
 
@@ -140,9 +141,9 @@ class GenerationBody(Body):
         """Whether the answer may make several calls."""
         return True
 
+    @abstractmethod
     def sampling_params(self) -> SamplingParams:
         """How to sample, in the engine's words. Raises InvalidParameterError for a value out of range."""
-        raise NotImplementedError
 
     def in_own_words(self, error: ErrorItem) -> ErrorItem:
         """The same error, whose `param` is this endpoint's name for it and not the engine's."""

@@ -69,7 +69,7 @@ def is_loopback(host: str) -> bool:
 def _is_loopback_authority(url: str) -> bool:
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018  raises where it is no number
+        parts.port  # noqa: B018  raises if it is no number
         return parts.hostname is not None and parts.username is None and is_loopback(parts.hostname)
     except ValueError:
         return False

@@ -35,7 +35,7 @@ def add_model_routes(app: FastAPI, gate: Gate, model_card: Callable[[], Awaitabl
 def add_status_routes(
     app: FastAPI, check_ready: Callable[[], Awaitable[None]], warnings: Callable[[], list[str]]
 ) -> None:
-    """/health, /ready and /version, which anybody may ask.
+    """/health, /ready and /version, which need no key.
 
     check_ready: raises what keeps the server from working.
     warnings: what an operator should see to although it works.

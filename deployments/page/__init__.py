@@ -30,7 +30,7 @@ _HEADERS = {
 
 
 def add_page(app: FastAPI) -> None:
-    """Anybody gets the files, as there is nothing in them."""
+    """The files are sent without a key, as there is nothing in them."""
     folder = Path(__file__).parent
     for path, (name, media_type) in _FILES.items():
         text = (folder / name).read_text(encoding="utf-8")

@@ -40,7 +40,7 @@ async function request(method, path, body, signal) {
 
 const ask = async (method, path, body) => (await request(method, path, body)).json();
 
-/** Resolves when somebody has given one. However many requests want it, they share the dialog. */
+/** Resolves when a key has been given. However many requests want it, they share the dialog. */
 function askForKey(reason) {
   if (!asking) {
     if (reason) $("key-reason").textContent = `${reason} Which one is to be used until this tab is closed?`;
@@ -382,7 +382,7 @@ const MAX_SHOWN_EVICTIONS = 12;
 let map = { replicas: [] };
 let watching = null; // an AbortController
 
-/** Follow the cache while the page can be seen; while it can't, nobody looks and nothing is asked. */
+/** Follow the cache while the page can be seen; while it can't, nothing is asked. */
 async function watch() {
   if (watching || document.hidden) return;
   const controller = (watching = new AbortController());
@@ -450,7 +450,7 @@ const rows = new Map(); // key -> {node, name, what, cells, selected}
 const cellData = new WeakMap();
 let pointed = null; // the cell that is described
 
-/** Rows stay the same nodes, so that whoever points at a cell, or is in a row with the keyboard, stays there. */
+/** Rows stay the same nodes, so that the pointer stays at its cell, and the keyboard in its row. */
 function drawRows() {
   const wanted = new Set();
   const nodes = [];

@@ -174,7 +174,7 @@ class ResponseStream:
 
 def sse_named_event(event: Event) -> str:
     name, data = event
-    return f"event: {name}\n{sse_event(data)}"
+    return sse_event(data, name)
 
 
 def final_status(delta: OutputDelta) -> str:

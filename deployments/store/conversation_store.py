@@ -23,7 +23,7 @@ from deployments.store.database import Database
 from deployments.store.history import chain_items, conversation_items, load_transcript
 from deployments.store.item_rows import insert_items, name_items, read_page, refuse_odd_id
 from deployments.store.leases import IS_RUNNING, Leases, interrupt
-from deployments.store.purge import find_purgeable, hide_old, purge_above, purge_conversations
+from deployments.store.purge import find_purgeable, hide_old, purge, purge_conversations
 from deployments.store.response_rows import (
     find_previous,
     find_response,
@@ -330,7 +330,7 @@ class ConversationStore:
             await connection.execute(update(responses).where(responses.c.id == response_id).values(deleted=True))
 
         await self._database.write(mark)
-        await self._purge([response_id])
+        await purge(self._database, self._accounts, [response_id])
 
     async def delete_older_than(self, cutoff: float) -> int:
         """Deletes responses created and conversations last used before `cutoff`; returns how many.
@@ -342,15 +342,7 @@ class ConversationStore:
         """
         num_deleted = await self._database.write(lambda connection: hide_old(connection, cutoff))
         while purgeable := await self._database.read(find_purgeable):
-            await self._purge(purgeable)
+            await purge(self._database, self._accounts, purgeable)
         while await self._database.write(lambda connection: purge_conversations(connection, self._accounts)):
             pass
         return num_deleted
-
-    async def _purge(self, response_ids: list[str]) -> None:
-        """In short transactions; one that does not come to pass is made up for by the next `delete_older_than`."""
-        while response_ids:
-            above = response_ids
-            response_ids = await self._database.write(
-                lambda connection: purge_above(connection, self._accounts, above)  # noqa: B023  # awaited
-            )

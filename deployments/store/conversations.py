@@ -15,7 +15,7 @@ from deployments.store.database import Database
 from deployments.store.errors import NotFoundError
 from deployments.store.item_rows import find_item, insert_items, name_items, read_page, refuse_odd_id
 from deployments.store.leases import Leases
-from deployments.store.purge import purge_above, purge_conversations
+from deployments.store.purge import purge, purge_conversations
 from deployments.store.tables import conversations, items
 from deployments.store.usage import Accounts, Freed, measure, remove
 from deployments.store.values import NewItem, Order, Page, StoredConversation, StoredItem
@@ -98,12 +98,7 @@ class Conversations:
             await purge_conversations(connection, self._accounts, [conversation_id])
             return [] if row.tip_response_id is None else [row.tip_response_id]
 
-        purgeable = await self._database.write(mark)
-        while purgeable:
-            above = purgeable
-            purgeable = await self._database.write(
-                lambda connection: purge_above(connection, self._accounts, above)  # noqa: B023  # awaited
-            )
+        await purge(self._database, self._accounts, await self._database.write(mark))
 
     async def list_items(
         self, tenant: str, conversation_id: str, after: str | None = None, limit: int = 20, order: Order = "desc"

@@ -1,16 +1,18 @@
 """Removes what was deleted once nothing that lives depends on it.
 
 A deleted response is hidden at once, but its rows stay while a later response, or a conversation's next turn, would
-continue it. Works inside a transaction of the caller's.
+continue it. All but `purge` works inside a transaction of the caller's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 from sqlalchemy import ColumnElement, and_, exists, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from deployments.store.database import Database
 from deployments.store.leases import IS_RUNNING
 from deployments.store.tables import conversations, items, responses, transcripts
 from deployments.store.usage import Accounts, Freed, remove
@@ -36,7 +38,16 @@ async def hide_old(connection: AsyncConnection, cutoff: float) -> int:
     return old.rowcount + unused.rowcount
 
 
-async def purge_above(connection: AsyncConnection, accounts: Accounts, response_ids: Collection[str]) -> list[str]:
+async def purge(database: Database, accounts: Accounts, response_ids: Collection[str]) -> None:
+    """Removes those of these deleted responses that can go, and what they continued, in short transactions.
+
+    One that does not come to pass is made up for by the next `delete_older_than`.
+    """
+    while response_ids:
+        response_ids = await database.write(partial(_purge_above, accounts=accounts, response_ids=response_ids))
+
+
+async def _purge_above(connection: AsyncConnection, accounts: Accounts, response_ids: Collection[str]) -> list[str]:
     """Removes those of these responses that can go, then what they continued, and so on.
 
     Returns where to go on in another transaction; empty = done.

@@ -135,10 +135,6 @@ class ParsedAnswer:
     reasoning: str = ""
     calls: tuple[ParsedCall, ...] = field(default=())
 
-    def finish_reason(self, reason: str) -> str:
-        """Why the answer ended, in a client's words: "tool_calls" if the model stopped and called something."""
-        return "tool_calls" if reason == "stop" and self.calls else reason
-
 
 def gather(events: Iterable[Event]) -> ParsedAnswer:
     """The message that all events of an answer make."""

@@ -29,7 +29,7 @@ from engine.text.output import OutputDelta
 from tests.deployments.local_ray import LocalServe
 
 MAX_BODY_BYTES = 4096
-USER_WITH_PASSWORD = "careful"  # of the PostgreSQL server; everybody else needs none
+USER_WITH_PASSWORD = "careful"  # of the PostgreSQL server; the other users need none
 
 
 class NoMetric:

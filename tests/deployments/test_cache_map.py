@@ -1,4 +1,4 @@
-"""GET /v1/cache/map and POST /v1/cache/demo: who sees what, and that nobody is asked while nobody looks."""
+"""GET /v1/cache/map and POST /v1/cache/demo: which key sees what, and that no engine is asked while no client watches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ VIEW = CacheView(
 
 
 class MappedEngine(ScriptedEngine):
-    """Shows VIEW, whoever watches, and notes who does."""
+    """Shows VIEW to every watcher, and notes each query."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -76,7 +76,7 @@ SCHEMA = schemathesis.openapi.from_dict(
     config=SchemathesisConfig.from_dict(
         {
             "phases": {"coverage": {"enabled": NUM_CASES >= 2000}},
-            "generation": {"with-security-parameters": False},  # without tenants nobody needs a key
+            "generation": {"with-security-parameters": False},  # without tenants no client needs a key
         }
     ),
 )
@@ -88,7 +88,7 @@ LEFT_OUT = {
     "use_after_free",
     "ensure_resource_availability",
     "object_level_authorization",
-    # Without tenants nobody needs a key; test_tenants and test_responses_api have them.
+    # Without tenants no client needs a key; test_tenants and test_responses_api have them.
     "ignored_auth",
     # A defect is a 500, and promised as such; see check_status.
     "not_a_server_error",

@@ -107,7 +107,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 class Page:
-    """What somebody does at the page, and sees there."""
+    """What a user does at the page, and sees there."""
 
     def __init__(self, browser: Any, address: str) -> None:
         self.browser = browser

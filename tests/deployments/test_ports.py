@@ -1,4 +1,4 @@
-"""Nothing runs for somebody who reaches the ports of a running pensieve-serve, and does not know Ray's token."""
+"""A client that reaches the ports of a running pensieve-serve can run nothing without Ray's token."""
 
 from __future__ import annotations
 

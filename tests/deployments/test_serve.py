@@ -430,7 +430,7 @@ async def test_clients_that_leave_leave_nothing_behind(
     await ask_all(engines, "check_integrity")
 
     async def is_marked() -> bool:
-        """No ingress holds a turn that nobody waits for: it would renew the turn's lease for ever."""
+        """No ingress holds a turn that no client waits for: it would renew the turn's lease for ever."""
         with contextlib.closing(sqlite3.connect(store)) as database:
             num_turns = dict(database.execute("SELECT status, count(*) FROM responses GROUP BY status"))
         assert num_turns["incomplete"] > 5
@@ -438,7 +438,7 @@ async def test_clients_that_leave_leave_nothing_behind(
 
     await until(is_marked)
 
-    # Every place is free again: as many as fit the home and its fallback at once, and nobody is refused.
+    # Every place is free again: as many as fit the home and its fallback at once, and none is refused.
     async def follow() -> int:
         body = chat("hello", max_tokens=20, ignore_eos=True)
         return (await http.post("/v1/chat/completions", json=body, headers={"x-session-id": "after"})).status_code

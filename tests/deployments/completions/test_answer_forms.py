@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from deployments.completions.requests import ChatCompletionBody, CompletionBody
 from deployments.http.parsing import parse_request
 from deployments.ingress import IngressConfig, create_app
 from engine.config import EngineConfig
-from engine.core.grammar import GrammarSpec
+from engine.core.grammar import MAX_GRAMMAR_CHARS, GrammarSpec
 from tests.deployments.engine_here import EngineHere
 from tests.deployments.refusals import refusal
 
@@ -106,6 +107,18 @@ def test_each_form_is_a_grammar(kind: Any, changes: dict[str, Any], grammar: Gra
 @pytest.mark.parametrize("kind", [ChatCompletionBody, CompletionBody])
 def test_refusals(kind: Any, changes: dict[str, Any], param: str, code: str) -> None:
     assert refusal(lambda: grammar_of(kind, **changes)) == (param, code)
+
+
+@pytest.mark.parametrize("kind", [ChatCompletionBody, CompletionBody])
+def test_what_is_too_large_is_refused_with_the_body(kind: type[ChatCompletionBody] | type[CompletionBody]) -> None:
+    prompt = URLS["/v1/chat/completions" if kind is ChatCompletionBody else "/v1/completions"]
+    schema = {"const": "x" * MAX_GRAMMAR_CHARS}
+    for form, param in (
+        (schema_format(schema), "response_format"),
+        ({"structured_outputs": {"json": schema}}, "structured_outputs"),
+    ):
+        raw = json.dumps({"model": "m", **prompt, **form}).encode()
+        assert refusal(partial(parse_request, kind, raw)) == (param, "invalid_value")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from engine.core.request import MAX_STOP_TOKEN_IDS, SamplingParams
 from engine.errors import RequestError
 from engine.text.prompt import ChatPrompt, TextPrompt, TokenPrompt
 from tests.deployments.refusals import refusal
+from tests.deployments.sampling import SAMPLING
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
@@ -46,20 +47,8 @@ def test_plain_chat() -> None:
 
 
 def test_everything_implemented_reaches_the_sampling_parameters() -> None:
-    common = {
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "seed": 7,
-        "presence_penalty": 0.1,
-        "frequency_penalty": 0.2,
-        "top_k": 5,
-        "min_p": 0.05,
-        "repetition_penalty": 1.1,
-        "min_tokens": 2,
-        "ignore_eos": True,
-    }
-    expected = SamplingParams(max_tokens=9, stop=("a", "b"), stop_token_ids=(4,), logprobs=3, **common)
-    common |= {"stop": ["a", "b"], "stop_token_ids": [4]}
+    expected = SamplingParams(max_tokens=9, stop=("a", "b"), stop_token_ids=(4,), logprobs=3, **SAMPLING)
+    common = SAMPLING | {"stop": ["a", "b"], "stop_token_ids": [4]}
     chat = parse_chat(max_completion_tokens=9, logprobs=True, top_logprobs=3, **common)
     assert chat.sampling_params() == expected
     assert parse_completion(max_tokens=9, logprobs=3, **common).sampling_params() == expected

@@ -144,6 +144,7 @@ ANSWERS = {
     "nothing": ("", "stop"),
     "cut": (CALLS[:-20], "length"),
     "cut name": (CALLS[:35], "length"),
+    "cut by a stop string": (CALLS[:-20], "stop"),
     "malformed": ('<tool_call>\n{"name" "weather"}\n</tool_call> oh', "stop"),
     "cut thinking": ("<think>\nI won", "length"),
 }
@@ -158,10 +159,13 @@ def told_whole(text: str, reason: str, **changes: Any) -> dict[str, Any]:
     return dict(choice)
 
 
-def told_in_chunks(pieces: list[str], reason: str) -> dict[str, Any]:
-    """The choice that a client puts together. Checks the order of what comes."""
+def told_in_chunks(pieces: list[str], reason: str, firsts: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    """The choice that a client puts together. Checks the order of what comes.
+
+    firsts: the pieces that are the first ones of a replica.
+    """
     form = make_format()
-    deltas = [OutputDelta(piece, answer_format=None if index else FORM) for index, piece in enumerate(pieces)]
+    deltas = [OutputDelta(piece, answer_format=FORM if index in firsts else None) for index, piece in enumerate(pieces)]
     deltas.append(OutputDelta("", finish_reason=reason, answer_format=None if pieces else FORM))
     message: dict[str, Any] = {"role": "", "content": "", "refusal": None}
     calls: list[dict[str, Any]] = []
@@ -196,6 +200,7 @@ def test_streamed_is_whole_however_it_is_cut(name: str) -> None:
     assert told_in_chunks(list(text), reason) == whole
     for at in range(len(text) + 1):
         assert told_in_chunks([text[:at], text[at:]], reason) == whole
+        assert told_in_chunks([text[:at], text[at:]], reason, firsts=(0, 1)) == whole  # another replica went on
 
 
 def test_calls_have_ids_and_the_arguments_as_they_were_written() -> None:
@@ -226,6 +231,13 @@ def test_an_answer_that_is_cut_in_a_call_ends_by_its_length() -> None:
     choice = told_whole(*ANSWERS["cut"])
     assert choice["finish_reason"] == "length"
     assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["weather", "time"]
+
+
+def test_an_answer_that_a_stop_string_ends_asks_for_its_calls_only_if_they_are_whole() -> None:
+    choice = told_whole(*ANSWERS["cut by a stop string"])
+    assert choice["finish_reason"] == "stop"
+    assert len(choice["message"]["tool_calls"]) == 2
+    assert told_whole(CALLS.removesuffix("</tool_call>"), "stop")["finish_reason"] == "tool_calls"
 
 
 def test_thinking_has_both_names() -> None:

@@ -129,7 +129,7 @@ async def test_what_runs_has_its_tokens_set_aside() -> None:
     assert [isinstance(item, DeltaItem) for item in begun] == [True] * 4 + [False] * 4
     assert isinstance(begun[4], ErrorItem)
     assert "running requests count with their max_tokens" in begun[4].message
-    assert begun[4].retry_after_s == 1.0  # when one of them ends, which nobody can know, and not when a debt is paid
+    assert begun[4].retry_after_s == 1.0  # when one of them ends, which cannot be known, and not when a debt is paid
     engine.go.set()
     for items in running:
         await drain(items)

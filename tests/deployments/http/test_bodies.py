@@ -1,4 +1,4 @@
-"""Bodies under way: how many bytes of them, for whom, and what is made of them."""
+"""Bodies under way: how many bytes of them, for which tenants, and what is made of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whom a server without API keys serves."""
+"""Which clients a server without API keys serves."""
 
 from __future__ import annotations
 

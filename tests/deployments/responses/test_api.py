@@ -625,7 +625,7 @@ async def test_conversations_survive_a_restart_of_everything(url: str) -> None:
 
 
 def save_chat_model(folder: Path, vocab_size: int, first_id: int) -> Path:
-    """A random model with a byte-level vocabulary from that id on, and everybody's chat template."""
+    """A random model with a byte-level vocabulary from that id on, and a common chat template."""
     save_tiny_model("llama", folder, vocab_size=vocab_size)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: first_id + i for i, token in enumerate(alphabet)}, merges=[]))
@@ -678,7 +678,7 @@ async def test_without_its_store_the_server_says_so_and_recovers(
     database = [path for path in tmp_path.iterdir() if path.name.startswith("conversations.db")]
     for path in database:
         os.rename(path, hidden / path.name)
-    (tmp_path / "conversations.db").mkdir()  # so that nobody makes an empty one
+    (tmp_path / "conversations.db").mkdir()  # so that no process makes an empty one
     answer = await http.post("/v1/responses", json=GREEDY | {"input": "hi", "previous_response_id": root.id})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
     assert "retry-after" in answer.headers
@@ -717,7 +717,7 @@ async def test_many_who_find_no_store_wait_for_one_attempt(engine: EngineHere) -
             assert {answer.json()["error"]["code"] for answer in answers} == {"store_unavailable"}
             num_first = num_connections
             assert num_first < 4  # with TLS and without
-            assert (await http.post("/v1/conversations")).status_code == 503  # and whoever comes later tries again
+            assert (await http.post("/v1/conversations")).status_code == 503  # and a later request tries again
             assert num_connections > num_first
 
 

@@ -38,6 +38,7 @@ from deployments.responses.requests import (
 from engine.core.request import SamplingParams
 from engine.errors import RequestError
 from tests.deployments.refusals import refusal
+from tests.deployments.sampling import SAMPLING
 
 RESPONSE: dict[str, Any] = {"model": "m", "input": "hi"}
 USER = {"role": "user", "content": "hi"}
@@ -87,20 +88,8 @@ def test_plain_text() -> None:
 
 
 def test_everything_implemented_is_taken() -> None:
-    common = {
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "seed": 7,
-        "presence_penalty": 0.1,
-        "frequency_penalty": 0.2,
-        "top_k": 5,
-        "min_p": 0.05,
-        "repetition_penalty": 1.1,
-        "min_tokens": 2,
-        "ignore_eos": True,
-    }
     body = parse(
-        **common,
+        **SAMPLING,
         max_output_tokens=9,
         stop="a",
         stop_token_ids=[4],
@@ -116,7 +105,7 @@ def test_everything_implemented_is_taken() -> None:
         prompt_cache_key="cache",
         session_id="session",
     )
-    assert body.sampling_params() == SamplingParams(max_tokens=9, stop=("a",), stop_token_ids=(4,), **common)
+    assert body.sampling_params() == SamplingParams(max_tokens=9, stop=("a",), stop_token_ids=(4,), **SAMPLING)
     assert body.previous_response_id == "resp_1"
     assert not body.store
     assert body.instructions == "Be brief."

@@ -1,4 +1,7 @@
-"""A turn that is stopped, whoever reads it: the computation ends, the reader hears of it once, and the store has one end."""
+"""A turn that is stopped, with a reader or without.
+
+The computation ends, the reader hears of it once, and the store has one end.
+"""
 
 from __future__ import annotations
 

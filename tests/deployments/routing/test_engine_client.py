@@ -1,4 +1,7 @@
-"""The ingress's side of the handle: sessions are passed on, Ray's exceptions become items, nobody's request is cancelled."""
+"""The ingress's side of the handle.
+
+Sessions are passed on, Ray's exceptions become items, and what is read no more is cancelled.
+"""
 
 from __future__ import annotations
 
@@ -261,7 +264,7 @@ async def test_new_sessions_go_where_less_is_going_on() -> None:
     client = EngineClient(handle)
     ids = [f"id-{i}" for i in range(200)]
     home = {name: rank_replicas(name, [0, 1])[0] for name in ids}
-    assert client.choose_session_id(ids) == ids[0]  # nothing is known, and nobody waits for it
+    assert client.choose_session_id(ids) == ids[0]  # nothing is known, and no request waits for it
     await asyncio.sleep(0.01)
     chosen = [home[client.choose_session_id(ids)] for _ in range(7)]
     assert (chosen.count(0), chosen.count(1)) == (5, 2)  # 3 more than the other had, then in turn

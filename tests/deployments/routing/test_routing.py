@@ -141,7 +141,7 @@ async def test_sessions_stay_home_through_growth_and_loss(cluster: Cluster, http
     ]
     assert len(pids) == 4
     os.kill(pids[0], signal.SIGKILL)
-    await ask_all(http, sessions)  # nobody is refused meanwhile
+    await ask_all(http, sessions)  # none of them is refused meanwhile
     await cluster.wait_for(4)
     assert [replica for replica, _ in await ask_all(http, sessions)] == home
     print(

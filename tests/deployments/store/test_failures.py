@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from deployments.store.errors import StoreCorruptedError, StoreError, StoreFullError, StoreUnavailableError
 from deployments.store.failures import classify
 
-SECRET = "somebody's words"
+SECRET = "a client's words"
 
 
 def sqlite_error(name: str) -> sqlite3.Error:

@@ -125,7 +125,7 @@ def test_the_default_store_is_in_a_folder_of_its_own(
 async def test_sqlite_file_taken_away_and_put_back(
     sqlite_store: ConversationStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The connections are still open on it; a turn must not go into a file that nobody will ever find."""
+    """The connections are still open on it; a turn must not go into a file that cannot be found any more."""
     away = tmp_path / "away"
     away.mkdir()
     files = [path for path in sqlite_files(tmp_path) if path != away]
