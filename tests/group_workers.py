@@ -51,7 +51,7 @@ class WarmWorkers:
 
 
 class WarmStarter:
-    """A WorkerStarter. A worker that has left its group goes back to the others; whoever has not is killed."""
+    """A WorkerStarter. A worker that has left its group goes back to the others; one that has not is killed."""
 
     host: str | None = None
 

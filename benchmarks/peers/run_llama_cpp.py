@@ -60,7 +60,7 @@ async def serve(options: Options, server: Path, details: dict[str, Any]) -> Asyn
         async for event in post_events(port, "/completion", body):
             yield event.get("tokens", ())
 
-    # A file, since a pipe that nobody reads fills up.
+    # A file, since a pipe that is not read fills up.
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([*command, *tuning], stdout=log, stderr=log)
         try:

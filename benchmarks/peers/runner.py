@@ -97,7 +97,7 @@ def run(
             num_turns += 1
             print(json.dumps({"turn": num_turns}), flush=True)
 
-        # Whoever ends a runner wants the server that it started to end as well.
+        # The server that a runner started ends with it.
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)

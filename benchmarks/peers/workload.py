@@ -4,7 +4,7 @@ The same code for all systems, and the standard library alone, because it runs i
 
 Sessions are rows of turns. Each turn sends the whole history as token ids, the answers being those that this system
 generated, and `prompt_len` new ids. At most `num_active` turns run at once: a session that got its answer goes to the end of
-the row, and the first one there sends its next turn. With as many active as there are sessions, nobody waits.
+the row, and the first one there sends its next turn. With as many active as there are sessions, none waits.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ async def _run_sessions(
             if number + 1 < num_turns:
                 ready.append((session, number + 1))
 
-    # A worker that finds nobody in the row may stop: whoever is under way comes back to it with a worker of its own.
+    # A worker that finds the row empty may stop: each session under way comes back to it with a worker of its own.
     await asyncio.gather(*(work() for _ in range(workload.num_active)))
     return records
 

@@ -1,4 +1,4 @@
-"""What an engine shows of its cache, and to whom: with the embedded model, over real turns."""
+"""What an engine shows of its cache to each tenant: with the embedded model, over real turns."""
 
 from __future__ import annotations
 

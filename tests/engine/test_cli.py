@@ -117,7 +117,7 @@ def test_a_plot_without_matplotlib_names_the_extra_that_brings_it(no_model, monk
 
 
 def test_the_flags_are_what_they_were_and_mean_the_same_as_in_yaml():
-    """A literal list: nobody's script or configuration file may break."""
+    """A literal list, so that existing scripts and configuration files do not break."""
     flags = FLAGS.split()
     values = vars(cli.build_parser()[0].parse_args(["chat", *flags]))
     given = {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags if flag.startswith("--")}

@@ -174,8 +174,8 @@ def test_no_request_waits_for_ever_when_both_tiers_are_full(tiny_model, make_dri
     for i in range(12):
         prompt = rng.choices(range(3, 250), k=num_prompt)
         driver.add(f"r{i}", prompt, f"c{i}", SamplingParams(temperature=0.0, max_tokens=num_output))
-    # One after the other: a request's prompt takes at most two steps here, its answer one per token, and whoever was
-    # suspended computes its context again in at most four.
+    # One after the other: a request's prompt takes at most two steps here, its answer one per token, and a preempted one
+    # computes its context again in at most four.
     bound = 12 * (2 + num_output + 4)
     ended = []
     while driver.core.has_requests:

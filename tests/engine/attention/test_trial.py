@@ -121,7 +121,7 @@ def test_what_fails_in_a_later_batch_is_left_out_too():
 
 
 def test_the_trial_has_the_windows_and_softcaps_of_the_model():
-    """For which a backend may have kernels of their own. Whoever is wrong in one kind of call is left out."""
+    """A backend may have other kernels for them; one that is wrong in one kind of call is left out."""
 
     class WrongInWindows(Backend):
         def attend(self, query, k_pool, v_pool, metadata, params):

@@ -201,7 +201,7 @@ def test_a_padded_decode_batch_is_right_and_launches_the_same_whatever_it_holds(
         expected = batch.fill(seed, context_lens)
         out = triton_paged.attend(batch.query, *batch.pools, batch.metadata, PARAMS)
         torch.testing.assert_close(out[: len(context_lens)], expected, atol=1e-5, rtol=1e-5)
-        assert out[len(context_lens) :].isnan().all()  # nobody wrote there
+        assert out[len(context_lens) :].isnan().all()  # nothing was written there
         tilings.append(next(iter(batch.metadata.derived.values())))
     assert tilings[0] is tilings[1] is tilings[2]
     assert len(tilings[0].work) == 7 * 3

@@ -314,7 +314,7 @@ class CoreDriver:
             assert self.step() is not None
 
     def settle(self) -> list[StepPlan]:
-        """The plans that move blocks while nobody waits."""
+        """The plans that move blocks while there are no requests."""
         assert not self.core.has_requests
         plans = []
         while (plan := self.step()) is not None or (self.slow_tier is not None and self.slow_tier.num_open):

@@ -90,7 +90,7 @@ def test_evictions_are_noted_while_somebody_watches() -> None:
     cache.eviction_log.watch(3.0)
     use(cache, "c", A[:8], 4.0)
     use(cache, "d", B, 4.0 + WATCH_S)
-    # The CPU tier's block is being read, so what goes for `c` is dropped; and nobody watches any more when `d` comes.
+    # The CPU tier's block is being read, so what goes for `c` is dropped; and there is no watcher any more when `d` comes.
     assert evictions(cache) == [("gpu_dropped", 0, 2.0, 1.0), ("gpu_dropped", 1, 2.0, 1.5)]
     cache.eviction_log.watch(4.0 + WATCH_S)  # a gap would be behind what was noted before
     assert evictions(cache) == []

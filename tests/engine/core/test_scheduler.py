@@ -476,7 +476,7 @@ def found(driver, history, conversation: str) -> int:
 
 
 def test_a_failed_step_drops_what_had_its_only_copy_on_the_way_and_nothing_else(make_core, answer):
-    """ "turn 2" loads a's three blocks; for that and a new one, all four of b's leave, which nobody knows to have arrived."""
+    """ "turn 2" loads a's three blocks; for that and a new one, all four of b's leave, and it is unknown which arrived."""
     driver, history = with_turn_1_in_the_cpu_tier(make_core)
     safe = converse(driver, "safe", range(30, 34), conversation="c")  # one of b's chunks has left before
     assert driver.plans[-1].evictions == swaps_out((3, 3))
@@ -937,7 +937,7 @@ def test_what_was_never_evicted_is_not_dropped(make_core):
 
 
 def test_a_stranger_that_sends_what_was_dropped_finds_it_dropped(make_core):
-    """By content, whatever the conversation; once computed again it is cached, and what nobody has sent is new."""
+    """By content, whatever the conversation; once computed again it is cached, and what was never sent is new."""
     driver = make_core(4)
     converse(driver, "first", range(9), conversation="a")
     converse(driver, "filler", range(50, 65), conversation="b")

@@ -96,7 +96,7 @@ def test_idling_earns_no_credit() -> None:
 
 
 def test_what_others_generate_while_a_tenant_is_idle_is_no_credit() -> None:
-    """ "a" generates while nobody is served: "b" does not start behind that, and neither does a tenant of long ago."""
+    """ "a" generates while no request is waiting: "b" does not start behind that, and neither does a tenant of long ago."""
     queue = WaitingQueue()
     queue.append(make("b"))
     queue.append(make("a"))

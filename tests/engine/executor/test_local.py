@@ -143,7 +143,7 @@ def test_freed_activations_are_used_again():
 
 
 def test_a_step_that_breaks_the_device_is_the_last_one(executor, monkeypatch):
-    """Unlike any other fault: what comes after an illegal address fails, too, whoever asks for it."""
+    """Unlike after any other fault: what comes after an illegal address fails, too, in whatever request."""
 
     def fail(*_: object) -> None:
         raise DeviceFailedError("cuda:0 failed; restart this process")

@@ -120,7 +120,7 @@ def test_what_is_left_is_the_share_without_the_steps_the_graphs_and_the_others(c
     free = iter([60 * GIB, 60 * GIB, 59 * GIB, 59 * GIB, 58.5 * GIB])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(free), 80 * GIB))
     left = bytes_left_for_blocks(config, loaded, Replaying())
-    # 72 are ours; 3 belong to somebody else; 4 sizes of graphs.
+    # 72 are ours; 3 belong to another process; 4 sizes of graphs.
     assert left == pytest.approx((72 - 20 - (1 + 3 * 0.5) - 3) * GIB)
     in_flight = ["launch", "launch", "complete", "complete"]
     steps = [*in_flight, "launch", "complete"] * 4  # whose requests end then

@@ -218,7 +218,7 @@ def test_filters_sort_no_more_than_they_keep_and_widen_where_they_must(monkeypat
         assert not probs[row, num_kept:].any()
 
 
-def test_equal_logits_are_kept_by_id_whoever_else_is_in_the_batch():
+def test_equal_logits_are_kept_by_id_whatever_else_is_in_the_batch():
     """Half-precision logits are often equal; which of them a filter keeps must not depend on the neighbours."""
     logits = torch.zeros(2, 5000)
     logits[0, 100:400] = 3.0
@@ -358,7 +358,7 @@ def test_logprobs_are_the_models_own():
         assert [value for _, value in logprobs[row].top] == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
-def test_where_nobody_wants_logprobs_there_are_none():
+def test_without_a_request_for_logprobs_there_are_none():
     assert sample(make_logits(2), [state(), state(temperature=0.0)])[1] == ()
 
 

@@ -571,7 +571,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.corrupted.add(cpu_block)
 
     def plan_segments(self, lengths: list[int]) -> Iterator[tuple[Request, int, int]]:
-        """As the scheduler does: pending ranges front first; whoever is admitted computes something at once."""
+        """As the scheduler does: pending ranges front first; a request that is admitted computes something at once."""
         for index, request in enumerate(self.running):
             budget = lengths[index % 8]
             if request in self.starts:

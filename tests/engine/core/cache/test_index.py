@@ -1,4 +1,4 @@
-"""Chunks are found by content, by whoever may know that content, and by nobody else."""
+"""Chunks are found by content, by all who may know that content, and by no others."""
 
 import itertools
 

@@ -185,7 +185,7 @@ def shapes_of(num_layers: int, num_kv_heads: int, head_dim: int = 128) -> tuple[
 
 
 class Sizes:
-    """The sizes of a tier whose memory nobody needs."""
+    """The sizes of a tier, without its memory."""
 
     def __init__(self, layers: tuple[LayerShape, ...], num_blocks: int = 40) -> None:
         widths = [layer.numel_per_token * 32 for layer in layers]

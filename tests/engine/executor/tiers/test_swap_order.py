@@ -76,7 +76,7 @@ class FakeStream:
 
 
 class FakeDevice:
-    """Runs nothing until it likes to, or somebody waits."""
+    """Runs queued work at any time, but before a wait for it ends."""
 
     def __init__(self, rng: random.Random, without_waits: str | None = None) -> None:
         self._rng = rng
@@ -124,7 +124,7 @@ def random_plan(rng: random.Random, step_id: int, swapped_out: set[int]) -> tupl
     leaving = gpu[: rng.randint(0, 2)]
     evictions = tuple(swap_out(block, cpu.pop()) for block in leaving)
     swapped_out |= {copy.target for copy in evictions}
-    # Blocks to overwrite: those that leave, and others that nobody wants any more.
+    # Blocks to overwrite: those that leave, and others that are no longer in use.
     free = [*leaving, *gpu[2 : 2 + rng.randint(0, 3)]]
     rng.shuffle(free)
     local_copies = tuple(local_copy(rng.choice(gpu), free.pop()) for _ in range(min(len(free), rng.randint(0, 2))))
