@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
-from engine.core.stats import EVICTION_REASONS
 from engine.core.tier_table import BOTH, FAST_TIERS
 from engine.text.output import OutputDelta
 
@@ -105,7 +104,6 @@ _COUNTS: dict[Series, str] = {
     Series("pensieve_requests_total", ("refused",)): "num_refused",
     Series("pensieve_prompt_tokens_total"): "num_prompt_tokens",
     Series("pensieve_generation_tokens_total"): "num_output_tokens",
-    **{Series("pensieve_cached_tokens_total", (tier,)): f"num_{tier}_cached_tokens" for tier in FAST_TIERS},
     Series("pensieve_recomputed_tokens_total", ("not_loaded",)): "num_not_loaded_tokens",
     Series("pensieve_recomputed_tokens_total", ("dropped",)): "num_dropped_tokens",
     Series("pensieve_recomputed_tokens_total", ("new",)): "num_new_tokens",
@@ -114,15 +112,16 @@ _COUNTS: dict[Series, str] = {
     Series("pensieve_awaited_swap_bytes_total"): "num_awaited_swap_out_bytes",
     Series("pensieve_suspensions_total"): "num_suspensions",
 }
-_EVICTIONS: dict[Series, str] = {
-    Series("pensieve_evictions_total", tuple(key.split("_", 1))): key for key in EVICTION_REASONS
-}
 
 
 def read_counters(statistics: Statistics) -> dict[Series, int]:
     """The counters of one snapshot, since the engine's start."""
     counts = {series: statistics[key] for series, key in _COUNTS.items()}
-    return counts | {series: statistics["evictions"][key] for series, key in _EVICTIONS.items()}
+    for tier in _tiers(statistics):
+        counts[Series("pensieve_cached_tokens_total", (tier,))] = statistics[f"num_{tier}_cached_tokens"]
+    for reason, count in statistics["evictions"].items():
+        counts[Series("pensieve_evictions_total", tuple(reason.split("_", 1)))] = count
+    return counts
 
 
 def read_gauges(statistics: Statistics) -> dict[Series, int]:
@@ -135,13 +134,18 @@ def read_gauges(statistics: Statistics) -> dict[Series, int]:
         Series("pensieve_num_requests_running"): statistics["num_requests_running"],
         Series("pensieve_num_requests_waiting"): statistics["num_requests_waiting"],
     }
-    for tier in FAST_TIERS:
-        free, used = statistics[f"num_{tier}_blocks_free"], idle[tier] + idle[BOTH]
+    for tier in _tiers(statistics):
+        free, used = statistics[f"num_{tier}_blocks_free"], idle[tier] + (idle[BOTH] if tier in FAST_TIERS else 0)
         gauges[Series("pensieve_kv_blocks", (tier, "free"))] = free
         gauges[Series("pensieve_kv_blocks", (tier, "used"))] = used
         # The engine went on while its statistics were read: they may be out by a few blocks.
         gauges[Series("pensieve_kv_blocks", (tier, "pinned"))] = max(0, statistics[f"num_{tier}_blocks"] - free - used)
     return gauges
+
+
+def _tiers(statistics: Statistics) -> list[str]:
+    """Names of all tiers of the engine."""
+    return [place for place in statistics["num_idle_chunks"] if place != BOTH]
 
 
 class CounterIncrements:

@@ -11,7 +11,6 @@ from typing import Any
 
 from engine.core.tier_table import FAST_TIERS, eviction_reasons
 
-EVICTION_REASONS = eviction_reasons(FAST_TIERS)
 # How the transfers of a slow tier ended.
 SLOW_OUTCOMES = ("loaded", "stored", "load_failed", "store_failed")
 

@@ -18,6 +18,7 @@ from deployments import metrics
 from deployments.metrics import METRICS, CounterIncrements, EngineMetrics, Series, read_gauges
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
+from engine.core.tier_table import TierSpec
 from engine.text.output import OutputDelta
 
 
@@ -93,6 +94,26 @@ def test_the_states_of_a_tier_are_all_of_its_blocks() -> None:
         Series("pensieve_kv_blocks", ("cpu", "used")): 75,
         Series("pensieve_kv_blocks", ("cpu", "pinned")): 5,
     }
+
+
+def test_a_further_tier_has_series_of_its_own() -> None:
+    disk = TierSpec(name="disk", num_blocks=16, is_fast=False)
+    engine_core = EngineCore(
+        CacheConfig(num_gpu_blocks=4, num_cpu_blocks=8, chunk_size=8, slow_tiers=(disk,)),
+        SchedulingConfig(max_model_len=32),
+    )
+    engine_core.stats.cached_tokens["disk"] = 3
+    engine_core.stats.evictions |= {"cpu_reclaimed": 2, "disk_dropped": 1}
+    statistics = statistics_of(engine_core)
+    assert CounterIncrements().take(statistics) == {
+        Series("pensieve_cached_tokens_total", ("disk",)): 3,
+        Series("pensieve_evictions_total", ("cpu", "reclaimed")): 2,
+        Series("pensieve_evictions_total", ("disk", "dropped")): 1,
+    }
+    idle = {"gpu": 1, "both": 1, "cpu": 2, "disk": 5}
+    gauges = read_gauges(statistics | {"num_disk_blocks_free": 10, "num_idle_chunks": idle})
+    states = {series.values[1]: value for series, value in gauges.items() if series.values[:1] == ("disk",)}
+    assert states == {"free": 10, "used": 5, "pinned": 1}
 
 
 def test_names_are_what_prometheus_expects() -> None:

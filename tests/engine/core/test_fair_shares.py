@@ -172,7 +172,7 @@ def test_who_has_all_blocks_gives_up_as_many_as_it_takes(make_core, answer, num_
 
 
 def test_none_gives_way_in_vain(make_core, answer):
-    """12 of 16 blocks are those of the oldest, so 6 blocks could not be had: "b" waits, and no request is preempted for it."""
+    """12 of 16 blocks are those of the oldest, so 6 could not be had: "b" waits, and no request is preempted for it."""
     driver = make_core(16, max_num_seqs=8, max_num_batched_tokens=64)
     driver.add("a0", range(45), max_tokens=4, tenant="a")
     driver.add("a1", range(60, 66), max_tokens=3, tenant="a")
