@@ -223,3 +223,13 @@ def test_a_grammar_is_valid_for_any_names(name, types, data):
     if answer is not None:
         parsed = parse_answer(form.parser([tool]), answer)
         assert {call.name for call in parsed.calls} == {name}
+
+
+@pytest.mark.parametrize("schema", [{"type": "string", "format": "password"}, {"type": "array", "uniqueItems": False}])
+def test_a_strict_tool_may_have_what_bars_nothing(schema):
+    """The same schema is taken as the form of an answer."""
+    tool = Tool("f", parameters={"type": "object", "properties": {"a": schema}}, strict=True)
+    walker = walker_of(CALL_FORMATS["hermes"][0], are_special=False)
+    grammar = call_grammar(CALL_FORMATS["hermes"][0], (tool,), ToolChoice("required"))
+    (call,) = parse_answer(CALL_FORMATS["hermes"][0].parser((tool,)), walker.walk(grammar.text, random.Random(1))).calls
+    assert json.loads(call.arguments).keys() <= {"a"}
