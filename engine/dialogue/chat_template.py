@@ -134,7 +134,7 @@ class ChatTemplate:
         Only for those: the text of an answer without them is what counts, to the last space. Nothing is the same that one of
         them leaves out, be it what was thought.
 
-        tools: of the prompt; their schemas say whether 1.10 is a number or a text. Without tools, what looks like a call is text.
+        tools: of the prompt; their schemas say whether 1.10 is a number or a text. Without any, no text is a call.
         """
         form = AnswerFormat(self.form, self.reasoning, self.thinking_state(prompt))
         answers = [parse_answer(form.parser(tools), text) for text in (generated, written)]
