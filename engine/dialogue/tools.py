@@ -71,6 +71,8 @@ class ToolChoice:
 
 AS_THE_MODEL_LIKES = ToolChoice()
 
+# Parts of a schema that are looked at for its types: references can lead to one part in any number of ways, or in circles.
+MAX_PARTS = 64
 # Names of JSON Schema's types for Python's values.
 TYPE_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
 
@@ -88,19 +90,17 @@ def schema_types(schema: Mapping[str, Any], root: Mapping[str, Any]) -> frozense
     root: the whole schema, into which local references point.
     """
     found: set[str] = set()
-    seen: set[int] = set()  # ids of the parts of `root`: references can lead to one of them in any number of ways
     waiting: list[Any] = [schema]
-    while waiting:
+    for _ in range(MAX_PARTS):
+        if not waiting:
+            return frozenset(found)
         part = waiting.pop()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
         types, parts = _stated_types(part, root) if isinstance(part, Mapping) else (frozenset(), [])
         if not types and not parts:
-            return frozenset()
+            break
         found |= types
         waiting += parts
-    return frozenset(found)
+    return frozenset()
 
 
 def _stated_types(schema: Mapping[str, Any], root: Mapping[str, Any]) -> tuple[frozenset[str], list[Any]]:

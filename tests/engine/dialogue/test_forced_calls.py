@@ -240,3 +240,24 @@ def test_a_strict_tool_may_have_what_bars_nothing(schema):
     grammar = call_grammar(CALL_FORMATS["hermes"][0], (tool,), ToolChoice("required"))
     (call,) = parse_answer(CALL_FORMATS["hermes"][0].parser((tool,)), walker.walk(grammar.text, random.Random(1))).calls
     assert json.loads(call.arguments).keys() <= {"a"}
+
+
+DEFINED = {
+    "type": "object",
+    "properties": {f"p{n}": {"anyOf": [{"$ref": "#/$defs/d"}, {"const": n}]} for n in range(300)},
+    "$defs": {"d": {"enum": list(range(1000))}},
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "gemma4", "pythonic"])
+def test_definitions_are_written_for_each_parameter_up_to_a_bound(name):
+    """Else the work would be as much as parameters times definitions."""
+    with pytest.raises(InvalidParameterError, match="too large") as caught:
+        call_grammar(CALL_FORMATS[name][0], (Tool("f", parameters=DEFINED),), ToolChoice("required"))
+    assert caught.value.param == "tools"
+
+
+def test_definitions_are_written_only_where_something_refers_to_them():
+    plain = {**DEFINED, "properties": {"n": {"type": "integer"}}}
+    grammar = call_grammar(CALL_FORMATS["pythonic"][0], (Tool("f", parameters=plain),), ToolChoice("required"))
+    assert "$defs" not in grammar.text

@@ -457,11 +457,12 @@ def test_a_text_without_an_end_is_not_looked_for_at_each_of_its_quotation_marks(
     assert [match.start() for match in KEY.finditer(broken)] == [broken.index("{"), broken.index('"')]
 
 
-def test_types_are_found_however_often_a_schema_refers_to_its_parts():
-    """Each part is looked at once; by all ways that lead to the last one it would be 100^20 times."""
-    definitions = {f"a{n}": {"anyOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 100} for n in range(20)}
-    root = {"$defs": {**definitions, "a20": {"type": ["string", "null"]}}}
-    assert schema_types({"$ref": "#/$defs/a0"}, root) == {"string", "null"}
+def test_a_schema_that_refers_to_its_parts_in_too_many_ways_does_not_say():
+    """By all ways that lead to the last one it would be 100^8 parts."""
+    definitions = {f"a{n}": {"anyOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 100} for n in range(8)}
+    root = {"$defs": {**definitions, "a8": {"type": "string"}}}
+    assert schema_types({"$ref": "#/$defs/a0"}, root) == set()
+    assert schema_types({"$ref": "#/$defs/a8"}, root) == {"string"}
 
 
 @pytest.mark.parametrize(
