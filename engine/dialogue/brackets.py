@@ -25,6 +25,12 @@ PLAIN = {brackets.quotes: brackets.plain for brackets in (JSON_BRACKETS, PYTHON_
 IN_STRING = {quote: re.compile(rf"[^\\{quote}]*") for quote in "\"'"}
 
 
+def run_end(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """Where the characters end that `pattern` takes from `at` on; `at` itself if it takes none."""
+    match = pattern.match(text, at)
+    return at if match is None else match.end()
+
+
 class BracketScanner:
     """Reads one value from its opening bracket on.
 
@@ -48,13 +54,13 @@ class BracketScanner:
                 self._is_escaped = False
                 at += 1
             elif self._quote:
-                at = IN_STRING[self._quote].match(text, at).end()  # type: ignore[union-attr]  # matches anywhere
+                at = run_end(IN_STRING[self._quote], text, at)
                 if at < len(text):
                     self._is_escaped = text[at] == "\\"
                     self._quote = self._quote if self._is_escaped else ""
                     at += 1
             else:
-                at = self._plain.match(text, at).end()  # type: ignore[union-attr]
+                at = run_end(self._plain, text, at)
                 if at < len(text):
                     at += self._take_bracket(text[at])
         return at

@@ -15,14 +15,13 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from engine.dialogue.events import ParsedAnswer, parse_answer
-from engine.dialogue.formats import CALL_FORMATS, AnswerFormat, AnswerParser
+from engine.dialogue.events import parse_answer
+from engine.dialogue.formats import CALL_FORMATS, AnswerFormat
 from engine.dialogue.messages import Dialogue, Message, ToolCall
-from engine.dialogue.program import PlainParser
 from engine.dialogue.reasoning import REASONING_FORMATS
 from engine.dialogue.same_message import same_calls
-from engine.dialogue.tagged_calls import TaggedCalls
 from engine.dialogue.template_traits import PROBE_TOOLS, choose_format, choose_reasoning, probe_template
+from engine.dialogue.tools import Tool
 from engine.errors import ConfigError, InvalidParameterError
 
 logger = logging.getLogger(__name__)
@@ -129,24 +128,20 @@ class ChatTemplate:
             return AnswerFormat(response_template=self._response_template, prompt_end=prompt[-PROMPT_END_CHARS:])
         return AnswerFormat(self.form, self.reasoning, self.thinking_state(prompt))
 
-    def is_same_answer(self, prompt: str, generated: str, written: str) -> bool:
+    def is_same_answer(self, tools: Sequence[Tool], prompt: str, generated: str, written: str) -> bool:
         """Whether two texts behind a prompt are one message with calls or thinking, though they are not equal.
 
         Only for those: the text of an answer without them is what counts, to the last space. Nothing is the same that one of
         them leaves out, be it what was thought.
+
+        tools: of the prompt; their schemas say whether 1.10 is a number or a text. Without any, no text is a call.
         """
-        answers = [self._read(prompt, text) for text in (generated, written)]
+        form = AnswerFormat(self.form, self.reasoning, self.thinking_state(prompt))
+        answers = [parse_answer(form.parser(tools), text) for text in (generated, written)]
         if not (answers[0].calls or answers[0].reasoning) or not all(call.is_complete for call in answers[0].calls):
             return False
         one, other = ((a.content.strip(), a.reasoning.strip(), a.calls) for a in answers)
-        return one[:2] == other[:2] and same_calls(one[2], other[2], are_texts=isinstance(self.form, TaggedCalls))
-
-    def _read(self, prompt: str, text: str) -> ParsedAnswer:
-        """The message that a text is, whatever tools there are."""
-        calls = PlainParser() if self.form is None else self.form.parser(())
-        if self.reasoning is None:
-            return parse_answer(calls, text)
-        return parse_answer(AnswerParser(self.reasoning.parser(self.thinking_state(prompt)), calls), text)
+        return one[:2] == other[:2] and same_calls(one[2], other[2])
 
     def _render(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Protocol
 
 
@@ -98,18 +99,17 @@ class Parser(Protocol):
 def merge_events(events: Iterable[Event]) -> list[Event]:
     """The same events with neighbours of one kind made one: equal however the answer was cut."""
     merged: list[Event] = []
-    for event in events:
-        last = merged[-1] if merged else None
-        if isinstance(event, Text) and isinstance(last, Text):
-            merged[-1] = Text(last.text + event.text)
-        elif isinstance(event, Reasoning) and isinstance(last, Reasoning):
-            merged[-1] = Reasoning(last.text + event.text)
-        elif isinstance(event, Markup) and isinstance(last, Markup):
-            merged[-1] = Markup(last.source + event.source)
-        elif isinstance(event, Arguments) and isinstance(last, Arguments) and event.index == last.index:
-            merged[-1] = replace(last, text=last.text + event.text, source=last.source + event.source)
-        else:
-            merged.append(event)
+    # Joined at once: one after the other, the first pieces would be copied as often as there are pieces.
+    for _, neighbours in groupby(events, key=lambda event: (type(event), getattr(event, "index", None))):
+        row = list(neighbours)
+        source = "".join(event.source for event in row)
+        match row[0]:
+            case Text() | Reasoning() | Markup() as first:
+                merged.append(type(first)(source))
+            case Arguments(index):
+                merged.append(Arguments(index, "".join(e.text for e in row if isinstance(e, Arguments)), source))
+            case _:
+                merged += row
     return merged
 
 

@@ -20,15 +20,14 @@ from engine.dialogue.python_calls import PythonCalls
 from engine.dialogue.reasoning import ReasoningFormat
 from engine.dialogue.tagged_calls import TaggedCalls
 from engine.dialogue.tools import Tool, ToolChoice, schema_types
+from engine.errors import InvalidParameterError
+from engine.grammar.json_schema import without_notes
 
 ANY_TEXT = "/(?s:.)*/"
 # An answer that is no call in a format in which a call is the whole answer.
 NO_CALL_TEXT = r"/([^\[{\s](?s:.)*)?/"
-# Keywords of JSON Schema that say nothing of what is valid, and those that have schemas in them.
-NOTES = frozenset(["description", "title", "examples", "default", "$comment", "deprecated"])
-NAMED_SCHEMAS = frozenset(["properties", "patternProperties", "$defs", "definitions"])
-LISTED_SCHEMAS = frozenset(["anyOf", "oneOf", "allOf", "prefixItems"])
-INNER_SCHEMAS = frozenset(["items", "additionalProperties"])
+# Of all schemas that are written into one grammar: each that refers to definitions has all of them.
+MAX_SCHEMA_CHARS = 1 << 20
 # As templates write JSON: a space behind each comma and colon and nothing else.
 AS_TEMPLATES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -89,6 +88,7 @@ class _Rules:
     special_ids: Mapping[str, int]
     lines: dict[str, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    num_schema_chars: int = 0
 
     def add(self, name: str, body: str) -> str:
         """A rule; returns its name."""
@@ -137,7 +137,15 @@ class _Rules:
         strict: what the grammar engine cannot enforce is an error; else it is ignored.
         """
         options = {**AS_TEMPLATES, "lenient": not strict}
-        return self.share("json", "%json " + json.dumps({**_without_notes(schema), "x-guidance": options}))
+        body = "%json " + json.dumps({**without_notes(schema), "x-guidance": options})
+        self.num_schema_chars += len(body)
+        if self.num_schema_chars > MAX_SCHEMA_CHARS:
+            raise InvalidParameterError(
+                "the schemas of the tools are too large for strict tools or a forced call: definitions that parameters refer "
+                "to count once for each; shorten them",
+                param="tools",
+            )
+        return self.share("json", body)
 
     def arguments(self, tool: Tool) -> str:
         """A tool's arguments as a JSON object. Other keys than the schema's are barred unless it allows them."""
@@ -148,25 +156,10 @@ class _Rules:
 
     def value(self, tool: Tool, schema: Mapping[str, Any], *, strict: bool) -> str:
         """The value of one parameter as JSON."""
-        shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+        shared = {}
+        if '"$ref"' in json.dumps(schema):
+            shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
         return self.json({**schema, **shared}, strict=strict)
-
-
-def _without_notes(schema: Any) -> Any:
-    """A schema without what is for readers only: agents' schemas are mostly that."""
-    if not isinstance(schema, Mapping):
-        return schema
-    kept: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in NOTES:
-            continue
-        if key in NAMED_SCHEMAS and isinstance(value, Mapping):
-            kept[key] = {name: _without_notes(part) for name, part in value.items()}
-        elif key in LISTED_SCHEMAS and isinstance(value, list):
-            kept[key] = [_without_notes(part) for part in value]
-        else:
-            kept[key] = _without_notes(value) if key in INNER_SCHEMAS else value
-    return kept
 
 
 def _quote(text: str) -> str:

@@ -15,8 +15,9 @@ from engine.dialogue.tools import Tool
 
 OPENING, CLOSING, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
 NAME = re.compile(r"[^\s{}<>]*")
-# A text in JSON's own quotation marks, which nested objects may have, or a bare key behind a bracket or a comma.
-KEY = re.compile(r""""(?:[^"\\]|\\.)*(?:"|\Z)|([{,])([^{}\[\],:"]*):""", re.DOTALL)
+# A text in JSON's own quotation marks, which nested objects may have, or a bare key behind a bracket or a comma. What begins
+# such a text always matches: else each escaped quotation mark within would be tried as a beginning.
+KEY = re.compile(r""""(?:[^"\\]|\\.)*(?:"|\\?\Z)|([{,])([^{}\[\],:"]*):""", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from functools import cache
 from typing import TypeVar
 
-from engine.dialogue.brackets import Brackets, BracketScanner
+from engine.dialogue.brackets import Brackets, BracketScanner, run_end
 from engine.dialogue.events import Arguments, CallCut, CallEnd, CallStart, Event, Markup, Text, merge_events
 
 T = TypeVar("T")
@@ -94,7 +94,7 @@ class ProgramParser(ABC):
 
     def _skip_blank(self) -> Program[None]:
         while True:
-            self._take(BLANKS.match(self._text, self._at).end() - self._at)  # type: ignore[union-attr]  # matches anywhere
+            self._take(run_end(BLANKS, self._text, self._at) - self._at)
             if self._unread or self._is_final:
                 return
             yield
@@ -105,7 +105,7 @@ class ProgramParser(ABC):
             if self._text.startswith(literal, self._at):
                 self._take(len(literal))
                 return True
-            if self._is_final or not literal.startswith(self._text[self._at :]):
+            if self._is_final or not literal.startswith(self._text[self._at : self._at + len(literal)]):
                 return False
             yield
 
@@ -117,7 +117,7 @@ class ProgramParser(ABC):
     def _read_name(self, pattern: re.Pattern[str]) -> Program[str]:
         """The characters, one at least, that `pattern` matches: up to one that it does not, which must come."""
         while True:
-            end = pattern.match(self._text, self._at).end()  # type: ignore[union-attr]  # matches anywhere, also nothing
+            end = run_end(pattern, self._text, self._at)
             if end - self._at > MAX_NAME_CHARS:
                 raise BrokenCallError
             if end < len(self._text):
@@ -176,7 +176,7 @@ class ProgramParser(ABC):
         yield from self._expect('"')
         pieces = ['"']
         while True:
-            piece = self._take(STRING_PIECE.match(self._text, self._at).end() - self._at)  # type: ignore[union-attr]
+            piece = self._take(run_end(STRING_PIECE, self._text, self._at) - self._at)
             pieces.append(piece)
             num_needed = 2 if (yield from self._next_char()) == "\\" else 1
             while self._unread < num_needed:

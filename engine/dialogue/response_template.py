@@ -35,11 +35,15 @@ class ResponseTemplateParser:
         """See Parser.feed."""
         if self._has_failed:
             return [Text(text)] if text else []
-        self._unaccounted += text
-        try:
-            self._take(self._parser.feed(text))
-        except Exception:  # it raises ValueError by design, but runs a model's own patterns over any text
-            self._fail()
+        # By characters: an exception takes with it the events of all that was given in the same call.
+        for num_read, character in enumerate(text, start=1):
+            self._unaccounted += character
+            try:
+                self._take(self._parser.feed(character))
+            except Exception:  # it raises ValueError by design, but runs a model's own patterns over any text
+                self._unaccounted += text[num_read:]
+                self._fail()
+                break
         return self._told()
 
     def finish(self, end_token: str = "") -> list[Event]:

@@ -71,6 +71,8 @@ class ToolChoice:
 
 AS_THE_MODEL_LIKES = ToolChoice()
 
+# Parts of a schema that are looked at for its types: references can lead to one part in any number of ways, or in circles.
+MAX_PARTS = 64
 # Names of JSON Schema's types for Python's values.
 TYPE_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
 
@@ -82,37 +84,44 @@ def parameter_schema(tool: Tool, name: str) -> Mapping[str, Any] | None:
     return schema if isinstance(schema, Mapping) else None
 
 
-def schema_types(schema: Mapping[str, Any], root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
+def schema_types(schema: Mapping[str, Any], root: Mapping[str, Any]) -> frozenset[str]:
     """The JSON types that a schema allows; empty if it does not say.
 
     root: the whole schema, into which local references point.
     """
-    if depth > 16:
-        return frozenset()
+    found: set[str] = set()
+    waiting: list[Any] = [schema]
+    for _ in range(MAX_PARTS):
+        if not waiting:
+            return frozenset(found)
+        part = waiting.pop()
+        types, parts = _stated_types(part, root) if isinstance(part, Mapping) else (frozenset(), [])
+        if not types and not parts:
+            break
+        found |= types
+        waiting += parts
+    return frozenset()
+
+
+def _stated_types(schema: Mapping[str, Any], root: Mapping[str, Any]) -> tuple[frozenset[str], list[Any]]:
+    """(the types that a schema says itself, else the schemas that it refers to for them)."""
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.startswith("#/"):
         target: Any = root
-        for part in reference[2:].split("/"):
-            target = target.get(part) if isinstance(target, Mapping) else None
-        return schema_types(target, root, depth + 1) if isinstance(target, Mapping) else frozenset()
+        for name in reference[2:].split("/"):
+            target = target.get(name) if isinstance(target, Mapping) else None
+        return frozenset(), [target]
     stated = schema.get("type")
     if isinstance(stated, str):
-        return frozenset([stated])
+        return frozenset([stated]), []
     if isinstance(stated, Sequence):
-        return frozenset(name for name in stated if isinstance(name, str))
-    values = (
-        schema["enum"] if isinstance(schema.get("enum"), Sequence) else [schema["const"]] if "const" in schema else []
-    )
-    if values:
-        return frozenset("null" if value is None else TYPE_NAMES.get(type(value), "") for value in values)
-    found: set[str] = set()
-    for key in ("anyOf", "oneOf"):
-        for part in schema[key] if isinstance(schema.get(key), Sequence) else ():
-            types = schema_types(part, root, depth + 1) if isinstance(part, Mapping) else frozenset()
-            if not types:
-                return frozenset()
-            found |= types
-    return frozenset(found)
+        return frozenset(name for name in stated if isinstance(name, str)), []
+    values = schema["enum"] if isinstance(schema.get("enum"), Sequence) else []
+    if values or "const" in schema:
+        kinds = (type(value) for value in values or [schema["const"]])
+        return frozenset("null" if kind is type(None) else TYPE_NAMES.get(kind, "") for kind in kinds), []
+    unions = [schema[key] for key in ("anyOf", "oneOf") if isinstance(schema.get(key), Sequence)]
+    return frozenset(), [part for union in unions for part in union]
 
 
 # What templates write for these values with Jinja's `string` filter.

@@ -19,16 +19,11 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from engine.core.grammar import GrammarSpec
 from engine.errors import InvalidParameterError
 from engine.grammar.interface import Vocabulary
+from engine.grammar.json_schema import without_notes
 
 # Between the parts of a JSON text: nothing, a space, or a line break with its indentation. A model that knows no end to
 # whitespace has to come to one.
 JSON_WHITESPACE = r" |\n {0,16}|\n\t{1,8}"
-# Of a schema, the keywords whose value is a schema, a list of schemas, or schemas by name.
-ONE_SCHEMA = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else")
-SCHEMA_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-# Those that are enforced. To JSON Schema a format is a note, so others ("password", "int32", "path") are left out.
-FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"))
 # Counts, not times: what is refused does not depend on the machine. A mask takes at most some milliseconds with them. What
 # compiling costs they do not bound: trial.py does.
 LIMITS = llguidance.LLParserLimits(
@@ -166,7 +161,7 @@ def _lark(spec: GrammarSpec) -> str:
         if not isinstance(schema, dict):
             raise _refusal(f"a JSON schema must be an object, got {json.dumps(schema)[:40]}")
         options = {"whitespace_pattern": JSON_WHITESPACE, "lenient": spec.kind == "lenient_json_schema"}
-        return "start: %json " + json.dumps({**_without_notes(schema), "x-guidance": options})
+        return "start: %json " + json.dumps({**without_notes(schema), "x-guidance": options})
     if spec.kind == "choice":
         choices = _read_json(spec.text)
         if not isinstance(choices, list) or not choices or not all(isinstance(text, str) and text for text in choices):
@@ -180,26 +175,6 @@ def _lark(spec: GrammarSpec) -> str:
         except Exception as error:  # plain Exception among others, and RecursionError
             raise _refusal(str(error)) from error
     return spec.text
-
-
-def _without_notes(schema: Any) -> Any:
-    """The schema without what the library refuses although it says nothing: formats beyond FORMATS, and what is false."""
-    if not isinstance(schema, dict):
-        return schema
-    said = {}
-    for keyword, value in schema.items():
-        if (keyword == "format" and isinstance(value, str) and value not in FORMATS) or (
-            keyword == "uniqueItems" and value is False
-        ):
-            continue
-        if keyword in ONE_SCHEMA:
-            value = _without_notes(value)
-        elif keyword in SCHEMA_LISTS and isinstance(value, list):
-            value = [_without_notes(item) for item in value]
-        elif keyword in NAMED_SCHEMAS and isinstance(value, dict):
-            value = {name: _without_notes(item) for name, item in value.items()}
-        said[keyword] = value
-    return said
 
 
 def _read_json(text: str) -> Any:

@@ -42,7 +42,8 @@ class TriedCompiler:
     def compile(self, spec: GrammarSpec) -> CompiledGrammar:
         """Raises InvalidParameterError, as GrammarCompiler.compile."""
         with self._lock:
-            if self._process is None:
+            if self._process is None or self._process.poll() is not None:  # what ended it was not this grammar
+                self._end()
                 self._process = _start(self._vocabulary)
             try:
                 _write(self._process, spec)
@@ -63,9 +64,7 @@ class TriedCompiler:
     def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
-            with suppress(OSError):  # what was not read yet cannot be written any more
-                process.communicate()
+            _stop(process)
 
 
 def _start(vocabulary: Vocabulary) -> subprocess.Popen[bytes]:
@@ -83,9 +82,16 @@ def _start(vocabulary: Vocabulary) -> subprocess.Popen[bytes]:
         _write(process, vocabulary)
         _read(process)
     except (EOFError, OSError, pickle.UnpicklingError) as error:
-        process.kill()
+        _stop(process)
         raise EngineError(f"the process that compiles grammars did not start: {error!r}; see standard error") from error
     return process
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End it, and close what leads to it."""
+    process.kill()
+    with suppress(OSError):  # what was not read yet cannot be written any more
+        process.communicate()
 
 
 def _write(process: subprocess.Popen[bytes], message: Any) -> None:

@@ -33,10 +33,9 @@ BYTE_OF_CHAR = _byte_of_char()
 class TokenBytes(dict[int, bytes]):
     """The bytes that each token id adds to a text, computed when first asked for.
 
-    Ids beyond the vocabulary have none, and a special token counts as its content. The tokenizer's own decoder says
-    which bytes a
-    token stands for: it is asked for the token between two letters. Only a token that is part of a character is looked
-        at itself.
+    Ids beyond the vocabulary have none, and a special token counts as its content. The tokenizer's own decoder says which
+    bytes a token stands for: it is asked for the token between two letters. Only a token that is part of a character is
+    looked at itself.
     """
 
     def __init__(self, backend: Any) -> None:

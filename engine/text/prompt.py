@@ -32,7 +32,8 @@ class ChatPrompt:
     @property
     def num_chars(self) -> int:
         """About the length of that text."""
-        return sum(message.num_chars for message in self.messages) + sum(tool.num_chars for tool in self.tools)
+        values = len(repr(self.template_kwargs)) if self.template_kwargs else 0
+        return sum(message.num_chars for message in self.messages) + sum(tool.num_chars for tool in self.tools) + values
 
     @property
     def dialogue(self) -> Dialogue:

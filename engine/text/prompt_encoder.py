@@ -16,7 +16,7 @@ from engine.tenant import Tenant
 from engine.text.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_pool import TokenizerPool
-from engine.text.transcript import NO_MATCH, ConversationTable, Transcript
+from engine.text.transcript import NO_MATCH, ConversationTable, SameAnswer, Transcript
 
 # Characters that are tokenised in the event loop itself, about a millisecond's worth.
 MAX_INLINE_CHARS = 4096
@@ -102,7 +102,7 @@ class PromptEncoder:
     ) -> EncodedPrompt:
         """As `encode`. Any thread may call it."""
         if isinstance(prompt, TextPrompt):
-            return self._encode(prompt.text, conversation_id, history, self._max_model_len, is_chat=False)
+            return self._encode(prompt.text, conversation_id, history, self._max_model_len)
         if not prompt.drops_oldest:
             return self._encode_chat(prompt, conversation_id, history, self._max_model_len)
         try:
@@ -127,15 +127,21 @@ class PromptEncoder:
                 "remove some"
             )
         text = self._tokenizer.render_chat(prompt.dialogue)
-        return self._encode(text, conversation_id, history, max_tokens, is_chat=True)
+        is_same = partial(self._tokenizer.chat.is_same_answer, prompt.tools)
+        return self._encode(text, conversation_id, history, max_tokens, is_same)
 
     def _encode(
-        self, text: str, conversation_id: str | None, history: Transcript | None, max_tokens: int, *, is_chat: bool
+        self,
+        text: str,
+        conversation_id: str | None,
+        history: Transcript | None,
+        max_tokens: int,
+        is_same: SameAnswer | None = None,
     ) -> EncodedPrompt:
-        tokenizer, known = self._tokenizer, NO_MATCH
+        """As `encode`, from the text. is_same: in a chat, see Transcript.match_answer."""
+        tokenizer, known, is_chat = self._tokenizer, NO_MATCH, is_same is not None
         fingerprint = tokenizer.fingerprint if is_chat else tokenizer.text_fingerprint
         if conversation_id is not None:
-            is_same = tokenizer.chat.is_same_answer if is_chat else None
             known = self._conversations.match_text(conversation_id, text, fingerprint, is_same)
         if history is not None and fingerprint and history.fingerprint == fingerprint:
             by_history = history.match_text(text, tuple(tokenizer.cut_tokens.values()))

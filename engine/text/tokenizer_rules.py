@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine.text.detokenizer import BYTE_OF_CHAR
+
 # Most characters of which Unicode's canonical composition makes one.
 MAX_COMPOSED_CHARS = 4
 # Pre-tokenizers after which every character is still there. Split and Punctuation: unless they remove what they find.
@@ -138,16 +140,9 @@ def _lost_characters(model: Mapping[str, Any], names: set[str], *, is_byte_level
     if model.get("byte_fallback"):
         return "" if all(f"<0x{byte:02X}>" in names for byte in range(256)) else None
     if is_byte_level and model["type"] == "BPE":
-        letters = _byte_letters()
+        letters = {byte: char for char, byte in BYTE_OF_CHAR.items()}
         lost = "".join(chr(byte) for byte in range(0x80) if letters[byte] not in names)
         # A character of several bytes has at least the tokens of its last ones.
         if all(letters[byte] in names for byte in range(0x80, 0xC0)) and not (lost and model["unk_token"]):
             return lost
     return "" if model["type"] == "BPE" and model["unk_token"] is not None and not model["fuse_unk"] else None
-
-
-def _byte_letters() -> list[str]:
-    """The character by which byte-level tokenizers (GPT-2's kind) write each of the 256 bytes."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]

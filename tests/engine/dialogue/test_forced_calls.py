@@ -217,9 +217,47 @@ def test_a_grammar_is_valid_for_any_names(name, types, data):
     required = sorted(data.draw(st.sets(st.sampled_from(sorted(types))))) if types else []
     properties = {key: {"type": kind, **({"maxItems": 1} if kind == "array" else {})} for key, kind in types.items()}
     tool = Tool(name, parameters={"type": "object", "properties": properties, "required": required})
-    walker = walker_of(form, are_special=form.frames_answers)
+    # Else a text within a list could say what ends the call, which this random writer does often.
+    walker = walker_of(form, are_special=True)
     grammar = call_grammar(form, [tool], ToolChoice("required"), special_ids=walker.special_ids)
     answer = walker.walk(grammar.text, random.Random(0))
     if answer is not None:
         parsed = parse_answer(form.parser([tool]), answer)
         assert {call.name for call in parsed.calls} == {name}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": 4, "format": "password"},
+        {"type": "array", "maxItems": 2, "items": {"type": "null"}, "uniqueItems": False},
+    ],
+)
+def test_a_strict_tool_may_have_what_bars_nothing(schema):
+    """The same schema is taken as the form of an answer."""
+    tool = Tool("f", parameters={"type": "object", "properties": {"a": schema}}, strict=True)
+    walker = walker_of(CALL_FORMATS["hermes"][0], are_special=False)
+    grammar = call_grammar(CALL_FORMATS["hermes"][0], (tool,), ToolChoice("required"))
+    (call,) = parse_answer(CALL_FORMATS["hermes"][0].parser((tool,)), walker.walk(grammar.text, random.Random(1))).calls
+    assert json.loads(call.arguments).keys() <= {"a"}
+
+
+DEFINED = {
+    "type": "object",
+    "properties": {f"p{n}": {"anyOf": [{"$ref": "#/$defs/d"}, {"const": n}]} for n in range(300)},
+    "$defs": {"d": {"enum": list(range(1000))}},
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "gemma4", "pythonic"])
+def test_definitions_are_written_for_each_parameter_up_to_a_bound(name):
+    """Else the work would be as much as parameters times definitions."""
+    with pytest.raises(InvalidParameterError, match="too large") as caught:
+        call_grammar(CALL_FORMATS[name][0], (Tool("f", parameters=DEFINED),), ToolChoice("required"))
+    assert caught.value.param == "tools"
+
+
+def test_definitions_are_written_only_where_something_refers_to_them():
+    plain = {**DEFINED, "properties": {"n": {"type": "integer"}}}
+    grammar = call_grammar(CALL_FORMATS["pythonic"][0], (Tool("f", parameters=plain),), ToolChoice("required"))
+    assert "$defs" not in grammar.text

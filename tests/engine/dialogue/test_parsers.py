@@ -7,11 +7,22 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine.dialogue.events import CallCut, CallEnd, gather, merge_events, parse_answer
+from engine.dialogue.events import (
+    Arguments,
+    CallCut,
+    CallEnd,
+    Markup,
+    Reasoning,
+    Text,
+    gather,
+    merge_events,
+    parse_answer,
+)
 from engine.dialogue.formats import CALL_FORMATS, AnswerParser, find_form
+from engine.dialogue.gemma_calls import KEY
 from engine.dialogue.program import PlainParser
 from engine.dialogue.reasoning import REASONING_FORMATS, THINK
-from engine.dialogue.tools import Tool, value_text
+from engine.dialogue.tools import Tool, schema_types, value_text
 
 PARAMETERS = {
     "type": "object",
@@ -404,3 +415,69 @@ def test_work_is_linear_in_the_answer(name):
             parser.feed(char)
             longest = max(longest, len(parser._text))
     assert longest <= 600
+
+
+class _NeverAppended(str):
+    """A text that cannot be made longer piece by piece, which would copy it once for each piece."""
+
+    def __add__(self, other):
+        raise AssertionError("copied for each piece that follows")
+
+
+@pytest.mark.parametrize("make", [Text, Reasoning, Markup, lambda text: Arguments(0, text, text)])
+def test_neighbours_are_joined_at_once(make):
+    assert merge_events([make(_NeverAppended("a")), make(_NeverAppended("b")), make("c")]) == [make("abc")]
+
+
+class _Counted(str):
+    """A text that counts the characters which are copied from it; its parts count, too."""
+
+    num_copied = 0
+
+    def __getitem__(self, key):
+        part = str.__getitem__(self, key)
+        type(self).num_copied += len(part)
+        return part
+
+
+def test_a_whole_answer_is_not_copied_for_each_marker_in_it():
+    parser = FORMS["hermes0"].parser(TOOLS)
+    text = _Counted("<tool_call>x" * 500)
+    _Counted.num_copied = 0
+    parser._text = text
+    assert "".join(event.source for event in parser._go_on()) == text
+    assert _Counted.num_copied < 20 * len(text)
+
+
+def test_a_text_without_an_end_is_not_looked_for_at_each_of_its_quotation_marks():
+    """Escaped ones are no beginnings, even if the answer ends within an escape."""
+    broken = 'call:weather{city:"' + '\\"' * 20 + "\\"
+    assert [match.start() for match in KEY.finditer(broken)] == [broken.index("{"), broken.index('"')]
+
+
+def test_a_schema_that_refers_to_its_parts_in_too_many_ways_does_not_say():
+    """By all ways that lead to the last one it would be 100^8 parts."""
+    definitions = {f"a{n}": {"anyOf": [{"$ref": f"#/$defs/a{n + 1}"}] * 100} for n in range(8)}
+    root = {"$defs": {**definitions, "a8": {"type": "string"}}}
+    assert schema_types({"$ref": "#/$defs/a0"}, root) == set()
+    assert schema_types({"$ref": "#/$defs/a8"}, root) == {"string"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "types"),
+    [
+        ({"type": "string"}, {"string"}),
+        ({"type": ["integer", "null"]}, {"integer", "null"}),
+        ({"enum": [1, None, True]}, {"integer", "null", "boolean"}),
+        ({"const": None}, {"null"}),
+        ({"anyOf": [{"type": "string"}, {"$ref": "#/$defs/n"}]}, {"string", "number"}),
+        ({"anyOf": [{"type": "string"}, {}]}, set()),
+        ({"anyOf": [{"type": "string"}, True]}, set()),
+        ({"anyOf": []}, set()),
+        ({"$ref": "#/$defs/none"}, set()),
+        ({"$ref": "#/$defs/self"}, set()),
+        ({}, set()),
+    ],
+)
+def test_a_schema_says_which_types_it_allows(schema, types):
+    assert schema_types(schema, {"$defs": {"n": {"type": "number"}, "self": {"$ref": "#/$defs/self"}}}) == types

@@ -103,6 +103,11 @@ def test_no_answer_raises_and_no_character_is_lost(template, pieces, data):
     assert (gather(events).calls, gather(events).reasoning) == (told.calls, told.reasoning)
 
 
+def test_what_was_thought_before_a_malformed_call_is_told_however_the_answer_is_cut():
+    parser = ResponseTemplateParser(QWEN, TOOLS, "")
+    assert gather([*parser.feed("<think>a</think><tool_call>{</tool_call>"), *parser.finish()]).reasoning == "a"
+
+
 VALUES = st.dictionaries(
     st.sampled_from(["city", "note"]), st.text('ab 0Ü{}<"\\', max_size=6).map(str.strip), max_size=2
 )

@@ -1,6 +1,7 @@
 """An answer with calls that the template writes in its own way keeps the tokens that the model generated."""
 
 from array import array
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,15 +48,16 @@ class Session:
         self.table = ConversationTable(1 << 20, self.tokenizer.cut_tokens)
         self.end = self.tokenizer.eos_token_id
 
-    def encode(self, messages, known=None):
-        text = self.tokenizer.chat.render(Dialogue(messages, TOOLS))
+    def encode(self, messages, known=None, tools=TOOLS):
+        text = self.tokenizer.chat.render(Dialogue(messages, tools))
         if known is None:
-            known = self.table.match_text("a", text, self.tokenizer.fingerprint, self.tokenizer.chat.is_same_answer)
+            is_same = partial(self.tokenizer.chat.is_same_answer, tools)
+            known = self.table.match_text("a", text, self.tokenizer.fingerprint, is_same)
         return self.tokenizer.encode_prompt(text, known, is_chat=True, max_tokens=100_000), known
 
-    def answer(self, messages, text):
+    def answer(self, messages, text, tools=TOOLS):
         """The ids of an answer to `messages`, which end with the model's end token."""
-        prompt, _ = self.encode(messages)
+        prompt, _ = self.encode(messages, tools=tools)
         ids = [*self.tokenizer._encode(text).ids, self.end]
         self.table.record_turn("a", prompt, ids, self.tokenizer.token_bytes.text(ids))
         return prompt.token_ids + array("I", ids)
@@ -134,6 +136,29 @@ def test_an_answer_without_calls_is_the_same_only_to_the_last_space(folder):
     history = (*asked, Message("assistant", "Hello there."), Message("user", "x"))
     fresh, _ = session.encode(history, NO_MATCH)
     assert session.encode(history)[0].token_ids == fresh.token_ids
+
+
+def test_a_text_that_looks_like_a_number_is_the_same_only_to_the_last_digit(folder):
+    """The schema says that it is a text: 1.1 is another one than 1.10."""
+    session = Session(folder, "qwen3_5_think")
+    asked = (Message("user", "How is it there?"),)
+    value = "<tool_call><function=weather><parameter=city>1.10</parameter></function></tool_call>"
+    session.answer(asked, f"I think.\n</think>\n{value}")
+    for city, is_same in (("1.10", True), ("1.1", False)):
+        call = ToolCall("weather", f'{{"city": "{city}"}}')
+        history = (*asked, Message("assistant", "", "I think.", (call,)), Message("tool", "sunny"))
+        fresh, _ = session.encode(history, NO_MATCH)
+        assert (session.encode(history)[0].token_ids != fresh.token_ids) == is_same
+
+
+def test_what_looks_like_a_call_is_text_if_nothing_can_be_called(folder):
+    session = Session(folder, "qwen3")
+    asked = (Message("user", "How is a call written?"),)
+    session.answer(asked, '<tool_call>{"name":"f","arguments":{}}</tool_call>', tools=())
+    written = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    history = (*asked, Message("assistant", written), Message("user", "Thanks."))
+    fresh, _ = session.encode(history, NO_MATCH, tools=())
+    assert session.encode(history, tools=())[0].token_ids == fresh.token_ids
 
 
 def test_an_agents_loop_computes_only_what_is_new(folder):

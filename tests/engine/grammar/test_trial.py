@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from engine.core.grammar import GrammarSpec
-from engine.errors import InvalidParameterError
+from engine.errors import EngineError, InvalidParameterError
 from engine.grammar import trial
 from engine.grammar.guidance import GuidanceCompiler
 from engine.grammar.trial import TriedCompiler
@@ -48,13 +48,27 @@ def test_a_grammar_that_takes_years_is_refused_and_the_next_one_is_compiled(comp
     assert compiler._process.pid != tried
 
 
-def test_the_process_that_ends_is_replaced(compiler):
+def test_the_process_that_ended_between_two_grammars_is_replaced(compiler):
+    """The system may end it for want of memory: that says nothing of the next grammar."""
     compiler.compile(GOOD)
-    compiler._process.kill()
-    compiler._process.wait()
-    with pytest.raises(InvalidParameterError, match="too much time or memory"):
-        compiler.compile(GOOD)
+    ended = compiler._process
+    ended.kill()
+    ended.wait()
     assert compiler.compile(GOOD)
+    assert compiler._process is not ended
+    assert ended.stdin.closed
+    assert ended.stdout.closed
+
+
+def test_a_process_that_does_not_start_is_reported_and_leaves_nothing_behind(monkeypatch):
+    started = []
+    monkeypatch.setattr(trial.sys, "executable", "/bin/true")
+    popen = trial.subprocess.Popen
+    monkeypatch.setattr(trial.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with pytest.raises(EngineError, match="did not start"):
+        TriedCompiler(bytes_vocabulary())
+    assert started[0].returncode is not None
+    assert started[0].stdout.closed
 
 
 def test_the_process_answers_once_for_each_grammar(monkeypatch):

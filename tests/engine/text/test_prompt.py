@@ -18,9 +18,10 @@ def test_a_prompt_travels_between_processes():
     assert pickle.loads(pickle.dumps(prompt)) == prompt
 
 
-def test_tools_and_calls_count():
+def test_tools_calls_and_values_of_the_template_count():
     short = ChatPrompt((Message("user", "hi"),))
     assert ChatPrompt(short.messages, tools=(Tool("f", "x" * 1000),)).num_chars > short.num_chars + 1000
+    assert ChatPrompt(short.messages, template_kwargs={"a": ["x" * 1000]}).num_chars > short.num_chars + 1000
     called = Message("assistant", tool_calls=(ToolCall("f", "x" * 1000),))
     assert ChatPrompt((*short.messages, called)).num_chars > short.num_chars + 1000
 
