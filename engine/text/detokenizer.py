@@ -78,16 +78,16 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]) -> None:
         """`strings`: not empty ones."""
         self._next: list[dict[str, int]] = [{}]
-        self._match_len = [0]  # of the longest string that ends in this state
+        self._match = [""]  # the longest string that ends in this state
         for string in strings:
             state = 0
             for char in string:
                 if char not in self._next[state]:
                     self._next[state][char] = len(self._next)
                     self._next.append({})
-                    self._match_len.append(0)
+                    self._match.append("")
                 state = self._next[state][char]
-            self._match_len[state] = len(string)
+            self._match[state] = string
         self._shorter = [0] * len(self._next)  # the state of the longest shorter end
         self._num_open = [0] * len(self._next)  # length of the longest end that could go on to a string
         self._state = 0
@@ -99,7 +99,7 @@ class StopStrings:
     def _link(self, state: int, char: str, child: int, depth: int) -> int:
         shorter = self._step(self._shorter[state], char) if state else 0
         self._shorter[child] = shorter
-        self._match_len[child] = self._match_len[child] or self._match_len[shorter]
+        self._match[child] = self._match[child] or self._match[shorter]
         self._num_open[child] = depth if self._next[child] else self._num_open[shorter]
         return child
 
@@ -113,16 +113,16 @@ class StopStrings:
         """How many characters at the end of the text could be the beginning of a string."""
         return self._num_open[self._state]
 
-    def find(self, piece: str) -> tuple[int, int] | None:
+    def find(self, piece: str) -> tuple[int, str] | None:
         """Go on with `piece`, up to the first string that ends in it.
 
-        Returns [start, end) of that string, counted from the beginning of `piece`; start may be negative. Of several
-        that end in the same place, the longest. None: `piece` was read to its end.
+        Returns where that string starts, counted from the beginning of `piece` (it may be negative), and the string. Of
+        several that end in the same place, the longest. None: `piece` was read to its end.
         """
         for index, char in enumerate(piece, start=1):
             self._state = self._step(self._state, char)
-            if length := self._match_len[self._state]:
-                return index - length, index
+            if string := self._match[self._state]:
+                return index - len(string), string
         return None
 
     def pass_over(self, piece: str) -> None:
@@ -146,8 +146,8 @@ class Detokenizer:
     """The text of one answer as its tokens come, which ends at a stop string.
 
     A character is text once all its bytes are there; bytes that cannot become one are U+FFFD at once. Special tokens are
-    no text. num_chars: length of `text`. is_stopped: a stop string is complete; `text` ends before it, and no more tokens
-    may come.
+    no text. num_chars: length of `text`. stopped_by: the stop string that is complete; `text` ends before it, and no more
+    tokens may come. None = none is.
     """
 
     def __init__(self, token_bytes: Mapping[int, bytes], special_ids: Collection[int], stop: Sequence[str]) -> None:
@@ -160,7 +160,11 @@ class Detokenizer:
         # How much text there was after each token; None if that ended in a part of a character.
         self._num_chars_after: list[int | None] = []
         self.num_chars = 0
-        self.is_stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.stopped_by is not None
 
     @property
     def text(self) -> str:
@@ -182,7 +186,7 @@ class Detokenizer:
         return piece
 
     def append(self, token_id: int, *, may_stop: bool = True) -> None:
-        """Take in a token. Sets `is_stopped`, and cuts `text` before the stop string, if one is complete."""
+        """Take in a token. Sets `stopped_by`, and cuts `text` before the stop string, if one is complete."""
         piece = "" if token_id in self._special_ids else self._decode(self._token_bytes[token_id])
         num_chars_before = self.num_chars
         self._untaken += piece
@@ -194,10 +198,10 @@ class Detokenizer:
             # Such a string can still be the beginning of one that is complete later, when it may.
             self._stop.pass_over(piece)
         elif found := self._stop.find(piece):
-            num_cut_chars = self.num_chars - (num_chars_before + found[0])
+            start, self.stopped_by = found
+            num_cut_chars = self.num_chars - (num_chars_before + start)
             self._untaken = self._untaken[: max(0, len(self._untaken) - num_cut_chars)]
             self.num_chars -= num_cut_chars
-            self.is_stopped = True
 
     def text_offset(self, token_id: int) -> int:
         """Characters of the answer before the one that `token_id` would begin in, if it came next."""

@@ -38,6 +38,7 @@ class OutputDelta:
         held back.
     num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
     finish_reason: "stop" or "length"; it ends the stream.
+    stop_string: with the finish_reason, the stop string that ended the answer; None = none did.
     stats: the account of the request, with the finish_reason.
     transcript: with the finish_reason, if there is a conversation: all that was said in it, as it was computed.
     prompt_token_ids: in the first delta, if they were asked for.
@@ -58,6 +59,7 @@ class OutputDelta:
     transcript: Transcript | None = None
     prompt_transcript: Transcript | None = None
     answer_format: AnswerFormat | None = None
+    stop_string: str | None = None
 
 
 def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
@@ -78,4 +80,5 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         transcript=last.transcript,
         prompt_transcript=deltas[0].prompt_transcript,
         answer_format=deltas[0].answer_format,
+        stop_string=last.stop_string,
     )

@@ -155,6 +155,7 @@ class OutputProcessor:
             finish_reason=None if reason is None else reason.value,
             stats=stats,
             transcript=transcript,
+            stop_string=detokenizer.stopped_by,
         )
 
     def _logprobs(self, output: RequestOutput, detokenizer: Detokenizer) -> tuple[TokenLogprob, ...]:

@@ -401,15 +401,16 @@ def test_a_stop_string_that_was_complete_too_early_is_text(tokenizer):
     assert (detokenizer.text, "".join(taken)) == ("a", "a")
 
 
-def expected_cut(pieces: Sequence[str], stop: Sequence[str], may_stop_from: int) -> str | None:
-    """By brute force: the text before the first stop string that ends in a token that may end the answer."""
+def expected_cut(pieces: Sequence[str], stop: Sequence[str], may_stop_from: int) -> tuple[str, str] | None:
+    """By brute force: the text before the first stop string that ends in a token that may end the answer, and the string."""
     text = ""
     for index, piece in enumerate(pieces):
         for char in piece:
             text += char
             ending = [string for string in stop if text.endswith(string)]
             if ending and index >= may_stop_from:
-                return text[: -max(map(len, ending))]
+                longest = max(ending, key=len)
+                return text[: -len(longest)], longest
     return None
 
 
@@ -430,7 +431,8 @@ FEW_LETTERS = st.text(alphabet="ab", min_size=1, max_size=6)
 def test_stop_strings_are_found_as_by_brute_force(pieces, stop, may_stop_from):
     """Overlapping, over the borders of tokens, one inside the other, complete before they may end the answer."""
     detokenizer = Detokenizer(dict(enumerate(piece.encode() for piece in pieces)), (), stop)
-    cut, taken = expected_cut(pieces, stop, may_stop_from), ""
+    cut, stopped_by = expected_cut(pieces, stop, may_stop_from) or (None, None)
+    taken = ""
     for index in range(len(pieces)):
         detokenizer.append(index, may_stop=index >= may_stop_from)
         if detokenizer.is_stopped:
@@ -438,7 +440,7 @@ def test_stop_strings_are_found_as_by_brute_force(pieces, stop, may_stop_from):
         taken += detokenizer.take_text(final=False)
         text = "".join(pieces[: index + 1])
         assert taken == text[: len(text) - can_go_on(text, stop)], "no less and no more is held back than has to be"
-    assert detokenizer.is_stopped == (cut is not None)
+    assert detokenizer.stopped_by == stopped_by
     assert taken + detokenizer.take_text(final=True) == detokenizer.text == ("".join(pieces) if cut is None else cut)
 
 
