@@ -8,39 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.http.generation_body import GenerationBody
+from deployments.http.json_form import JsonSchemaFormat, Schema
 from deployments.http.parsing import Body
 from engine.core.grammar import GrammarSpec
 from engine.errors import InvalidParameterError
 
 MAX_CHOICES = 1024
-
-
-def _check_schema(schema: Any) -> Any:
-    """One error instead of one for each type that it could be."""
-    if not isinstance(schema, (dict, bool)):
-        raise PydanticCustomError("invalid", "must be a JSON schema: an object, or true or false")
-    return schema
-
-
-Schema = Annotated[
-    Any, BeforeValidator(_check_schema), WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "boolean"}]})
-]
-
-
-class JsonSchemaFormat(Body):
-    """A schema with a name.
-
-    strict: what of the schema cannot be enforced is an error; else it is left out.
-    """
-
-    name: Annotated[str, Field(min_length=1, max_length=64)]
-    description: str | None = None
-    schema_: Annotated[Schema, Field(alias="schema")] = True
-    strict: bool = False
 
 
 class ResponseFormat(Body):
@@ -59,7 +36,7 @@ class ResponseFormat(Body):
     def grammar(self) -> GrammarSpec | None:
         """None = any text. Raises InvalidParameterError."""
         if self.json_schema is not None:
-            return GrammarSpec.json_schema(self.json_schema.schema_, is_lenient=not self.json_schema.strict)
+            return self.json_schema.grammar()
         return GrammarSpec.json_object() if self.type == "json_object" else None
 
 

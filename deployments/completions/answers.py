@@ -6,19 +6,18 @@ built for each chunk. Knows no engine and no Ray.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from deployments.completions.requests import ChatCompletionBody
 from deployments.generation import ErrorItem
+from deployments.http.answer_reader import AnswerReader, made_call_id
 from deployments.http.answer_stream import EventFormat
 from deployments.http.errors import error_body
 from deployments.http.event_stream import DONE, sse_event
 from deployments.http.generation_body import GenerationBody
-from engine.dialogue.events import Arguments, CallCut, CallStart, Event, Parser, Reasoning, Text, gather, merge_events
-from engine.dialogue.program import PlainParser
+from engine.dialogue.events import Arguments, CallStart, Event, Reasoning, Text, gather
 from engine.text.output import OutputDelta, TokenLogprob
 
 
@@ -81,13 +80,10 @@ class ChatFormat(_Envelope):
     def __init__(self, answer_id: str, created: int, body: ChatCompletionBody) -> None:
         super().__init__(answer_id, created, body)
         self._answer_id = answer_id
-        self._tools = body.offered_tools
-        self._parser: Parser | None = None
-        self._has_calls = False
-        self._is_cut = False  # within a call
+        self._reader = AnswerReader(body.offered_tools)
 
     def whole(self, delta: OutputDelta) -> dict[str, Any]:
-        answer_said = gather(self._read(delta))
+        answer_said = gather(self._reader.read(delta))
         content = answer_said.content or (None if answer_said.calls else "")
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if answer_said.reasoning:
@@ -118,10 +114,10 @@ class ChatFormat(_Envelope):
             role = {"role": "assistant", "content": "", "refusal": None}
             choice = {"index": 0, "delta": role, "logprobs": None, "finish_reason": None}
             chunks.append(self._chunk("chat.completion.chunk", [choice], delta, **more))
-        pieces = [piece for event in self._read(delta) if (piece := self._piece(event))]
+        pieces = [piece for event in self._reader.read(delta) if (piece := self._piece(event))]
         if not pieces and (delta.logprobs or self._body.return_token_ids):
             pieces.append({})
-        if delta.finish_reason is not None and (not pieces or self._has_calls):
+        if delta.finish_reason is not None and (not pieces or self._reader.has_calls):
             pieces.append({})  # behind calls the end comes alone, as OpenAI sends it
         for index, piece in enumerate(pieces):
             choice = {
@@ -135,21 +131,9 @@ class ChatFormat(_Envelope):
             chunks.append(self._chunk("chat.completion.chunk", [choice], delta))
         return chunks
 
-    def _read(self, delta: OutputDelta) -> list[Event]:
-        """What the delta's text says. The parser is here, so it does not matter which replica the text comes from."""
-        if self._parser is None:
-            form = delta.answer_format
-            self._parser = PlainParser() if form is None else form.parser(self._tools)
-        events = self._parser.feed(delta.text)
-        if delta.finish_reason is not None:
-            events += self._parser.finish()
-        self._has_calls |= any(isinstance(event, CallStart) for event in events)
-        self._is_cut |= any(isinstance(event, CallCut) for event in events)
-        return merge_events(events)
-
     def _finish_reason(self, delta: OutputDelta) -> str | None:
         """Clients make the calls of an answer that ends with "tool_calls": all of them have to be whole."""
-        makes_calls = self._has_calls and not self._is_cut
+        makes_calls = self._reader.has_calls and not self._reader.is_cut
         return "tool_calls" if delta.finish_reason == "stop" and makes_calls else delta.finish_reason
 
     def _piece(self, event: Event) -> dict[str, Any] | None:
@@ -168,9 +152,8 @@ class ChatFormat(_Envelope):
 
     def _call(self, index: int, name: str, arguments: str, call_id: str) -> dict[str, Any]:
         """call_id: the model's own; where its format has none, the id is made from the answer's."""
-        made = hashlib.blake2b(f"{self._answer_id} {index}".encode(), digest_size=12).hexdigest()
         function = {"name": name, "arguments": arguments}
-        return {"id": call_id or f"call_{made}", "type": "function", "function": function}
+        return {"id": call_id or made_call_id(self._answer_id, index), "type": "function", "function": function}
 
     def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]:
         return self._chunk("chat.completion.chunk", [], delta)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from deployments.http.function_tools import MAX_CALLS, Function, Name
 from deployments.http.parsing import Body
 from engine.dialogue import messages as dialogue
 from engine.dialogue import tools as dialogue_tools
@@ -22,13 +23,6 @@ MESSAGE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "function_call": (),
     "refusal": (),
 }
-MAX_CALLS = 128  # of one message
-MAX_ID_CHARS = 256
-MAX_TOOLS = 128
-MAX_TOOLS_CHARS = 1 << 18  # of all definitions as JSON
-
-Name = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
-FunctionName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
 
 
 def _joined_text(content: Any) -> Any:
@@ -119,40 +113,6 @@ class Message(Body):
         return dialogue.Message(role, self.content or "", reasoning, calls, self.tool_call_id or "", self.name or "")
 
 
-def _check_parameters(parameters: Any) -> Any:
-    """What is not looked into here is for the compiler of grammars to judge."""
-    if isinstance(parameters, dict):
-        properties, required = parameters.get("properties", {}), parameters.get("required", [])
-        if parameters.get("type", "object") != "object":
-            raise PydanticCustomError("invalid", "must be the schema of an object", {"param": "type"})
-        if not isinstance(properties, dict):
-            raise PydanticCustomError("invalid", "must be an object", {"param": "properties"})
-        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            raise PydanticCustomError("invalid", "must be a list of names", {"param": "required"})
-    return parameters
-
-
-PARAMETERS_SCHEMA = {  # _check_parameters' rules, for the served document
-    "type": "object",
-    "properties": {
-        "type": {"const": "object"},
-        "properties": {"type": "object"},
-        "required": {"type": "array", "items": {"type": "string"}},
-    },
-}
-
-
-class Function(Body):
-    """A function that the client offers. parameters: the JSON schema of an object."""
-
-    name: FunctionName
-    description: str = ""
-    parameters: Annotated[
-        dict[str, Any], BeforeValidator(_check_parameters), Field(json_schema_extra=PARAMETERS_SCHEMA)
-    ] = Field(default={})
-    strict: bool = False
-
-
 class ToolDefinition(Body):
     """A tool; only functions are."""
 
@@ -161,8 +121,7 @@ class ToolDefinition(Body):
 
     def value(self) -> dialogue_tools.Tool:
         """As the engine takes it."""
-        function = self.function
-        return dialogue_tools.Tool(function.name, function.description, function.parameters, function.strict)
+        return self.function.value()
 
 
 class NamedFunction(Body):

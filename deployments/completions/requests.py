@@ -26,20 +26,18 @@ from pydantic_core import PydanticCustomError
 
 from deployments.completions.answer_forms import FormedBody
 from deployments.completions.chat_messages import (
-    MAX_TOOLS,
-    MAX_TOOLS_CHARS,
     Message,
     NamedToolChoice,
     ToolChoice,
     ToolDefinition,
     choice_as_object,
 )
+from deployments.http.function_tools import MAX_TOOLS, check_tools
 from deployments.http.generation_body import MAX_MESSAGES, TokenId
 from deployments.http.parsing import MAX_NAME_CHARS
 from engine.core.request import MAX_LOGPROBS, SamplingParams
 from engine.dialogue import tools as dialogue_tools
 from engine.dialogue.template_values import template_kwargs
-from engine.errors import InvalidParameterError
 from engine.text.prompt import ChatPrompt, TextPrompt, TokenPrompt
 
 NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
@@ -116,21 +114,7 @@ class ChatCompletionBody(FormedBody):
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
-        names = [tool.function.name for tool in self.tools]
-        if len(set(names)) < len(names):
-            raise PydanticCustomError("invalid", "two tools have the same name", {"param": "tools"})
-        tools = self._tools()
-        if sum(tool.num_chars for tool in tools) > MAX_TOOLS_CHARS:
-            message = f"have more than {MAX_TOOLS_CHARS} characters as JSON; shorten them"
-            raise PydanticCustomError("invalid", message, {"param": "tools"})
-        choice = self.chosen_calls
-        try:
-            choice.check(tools)
-        except InvalidParameterError as error:
-            raise PydanticCustomError("invalid", error.message, {"param": "tool_choice"}) from None
-        if self.form_param != "tools" and choice.offered(tools):
-            message = "cannot be combined with tools that may be called; leave it out, or set tool_choice to none"
-            raise PydanticCustomError("invalid", message, {"param": self.form_param})
+        check_tools(self._tools(), self.chosen_calls, super().form_param)
         return self
 
     @property

@@ -15,8 +15,8 @@ import pytest
 from openai import AsyncOpenAI
 
 from deployments.completions.answers import ChatFormat
-from deployments.completions.chat_messages import MAX_TOOLS, MAX_TOOLS_CHARS
 from deployments.completions.requests import ChatCompletionBody
+from deployments.http.function_tools import MAX_TOOLS, MAX_TOOLS_CHARS
 from deployments.http.parsing import parse_request
 from deployments.ingress import IngressConfig, create_app
 from engine.config import EngineConfig
