@@ -121,7 +121,8 @@ class LLMServer:
             # aclosing: the engine has to hear of it now, and not when garbage is collected.
             async with aclosing(cast(AsyncGenerator[OutputDelta, None], answer)) as deltas:
                 async for delta in deltas:
-                    observe(delta)
+                    if not request.only_encodes:
+                        observe(delta)
                     if not request.stream:
                         parts.append(delta)
                         continue

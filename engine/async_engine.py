@@ -116,6 +116,11 @@ class AsyncEngine:
         at fault, OverloadedError before it if too many requests wait, EngineError at any time if the engine is at fault.
         """
         self.check_health()
+        if generation.only_encodes:
+            token_ids = (await self._encode(generation)).transcript.token_ids
+            shown = tuple(token_ids) if generation.return_prompt_token_ids else ()
+            yield OutputDelta(prompt_token_ids=shown, num_prompt_tokens=len(token_ids), finish_reason="stop")
+            return
         stream, prompt = await self._open(generation)
         is_first, is_finished = True, False
         try:
@@ -202,17 +207,24 @@ class AsyncEngine:
             self._is_shut_down = True
             self._executor.shutdown()
 
-    async def _open(self, generation: Generation) -> tuple[Stream, EncodedPrompt]:
-        """A stream for the answer, and the prompt."""
-        sampling, beginning = generation.sampling, generation.beginning
-        prompt = await self._prompts.encode(
+    async def _encode(self, generation: Generation) -> EncodedPrompt:
+        """The prompt as token ids."""
+        return await self._prompts.encode(
             generation.prompt,
             tenant=generation.tenant,
             # Another engine began with the ids that its history gave: whatever was said here since does not count.
-            conversation_id=generation.conversation_id if beginning is None else None,
+            conversation_id=generation.conversation_id if generation.beginning is None else None,
             history=generation.history,
-            room=self.max_model_len - (sampling.max_tokens or 1),
+            room=self.max_model_len - (generation.sampling.max_tokens or 1),
         )
+
+    async def _open(self, generation: Generation) -> tuple[Stream, EncodedPrompt]:
+        """A stream for the answer, and the prompt."""
+        sampling, beginning = generation.sampling, generation.beginning
+        prompt = await self._encode(generation)
+        if generation.clamps_max_tokens and sampling.max_tokens is not None:
+            num_left = self.max_model_len - len(prompt.transcript.token_ids)
+            sampling = replace(sampling, max_tokens=max(1, min(sampling.max_tokens, num_left)))
         self._prompts.check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
         if beginning is not None:
             self._prompts.check_vocabulary(beginning.token_ids, "beginning")

@@ -27,6 +27,8 @@ class Generation:
     tenant: two tenants share nothing.
     history: what the conversation has said, for an engine that has not heard it.
     beginning: an answer to go on from; counts of the deltas include it, their texts and tokens do not.
+    clamps_max_tokens: if the window leaves less than max_tokens, the answer may have what it leaves; else that is an error.
+    only_encodes: nothing is computed: the one delta counts the prompt's tokens, and brings them if they were asked for.
     """
 
     request_id: str
@@ -40,6 +42,8 @@ class Generation:
     tenant: Tenant = LOCAL_TENANT
     history: Transcript | None = None
     beginning: AnswerBeginning | None = None
+    clamps_max_tokens: bool = False
+    only_encodes: bool = False
 
     @property
     def conversation_id(self) -> str | None:

@@ -268,7 +268,7 @@ async def test_a_stop_string_over_several_tokens_ends_the_answer_and_is_never_sh
     end = whole.text.index(stop)
     answer = await ask(engine, CAT, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, stop=(stop,)))
     assert answer.text == whole.text[:end]
-    assert answer.last.finish_reason == "stop"
+    assert (answer.last.finish_reason, answer.last.stop_string) == ("stop", stop)
     assert len(answer.token_ids) < 20
     shown = ""
     for delta in answer.deltas:
@@ -282,6 +282,33 @@ async def test_text_held_back_for_a_stop_string_that_does_not_come_is_shown_at_t
     stop = (whole.text[-3:] + "\x00", whole.text[5:8] + "\x00")
     answer = await ask(engine, CAT, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, stop=stop))
     assert (answer.text, answer.last.finish_reason) == (whole.text, "length")
+    assert answer.last.stop_string is None
+
+
+async def test_a_prompt_that_is_only_encoded_has_the_tokens_that_it_would_be_computed_with(engine):
+    for question in (CAT, (*CAT, ("assistant", "Nice."), QUESTION)):  # the second one in a conversation that is known
+        options = {"session": "encoded", "return_prompt_token_ids": True}
+        counted = await ask(engine, question, only_encodes=True, **options)
+        answered = await ask(engine, question, **options)
+        assert counted.token_ids == ()
+        assert counted.last.prompt_token_ids == answered.deltas[0].prompt_token_ids
+        assert counted.last.num_prompt_tokens == len(counted.last.prompt_token_ids) > 0
+        assert (await ask(engine, question, only_encodes=True)).last.prompt_token_ids == ()
+    with pytest.raises(ContextLengthError):
+        await ask(engine, (("user", "x " * 10 * engine.max_model_len),), only_encodes=True)
+
+
+async def test_more_tokens_than_the_window_leaves_are_an_error_or_what_it_leaves(engine):
+    many = SamplingParams(temperature=0.0, max_tokens=10 * engine.max_model_len, ignore_eos=True)
+    with pytest.raises(ContextLengthError, match="lower max_tokens"):
+        await ask(engine, CAT, many)
+    answer = await ask(engine, CAT, many, clamps_max_tokens=True)
+    assert answer.last.finish_reason == "length"
+    assert answer.last.num_prompt_tokens + answer.last.num_output_tokens == engine.max_model_len
+    few = replace(many, max_tokens=3)
+    assert (await ask(engine, CAT, few, clamps_max_tokens=True)).last.num_output_tokens == 3
+    with pytest.raises(ContextLengthError):
+        await ask(engine, TokenPrompt((1,) * engine.max_model_len), many, clamps_max_tokens=True)
 
 
 async def test_a_stop_id_ends_the_answer_and_is_not_in_its_text(engine):
