@@ -263,7 +263,7 @@ class Terminal:
         self._pid, self._terminal = pty.fork()
         if not self._pid:
             os.execv(sys.executable, [sys.executable, "-m", "engine.cli", *arguments])
-        termios.tcsetwinsize(self._terminal, (24, 80))
+        termios.tcsetwinsize(self._terminal, (100, 80))  # room for a whole answer: its beginning is in every redraw
 
     def wait_for(self, text: bytes) -> None:
         end_s = time.monotonic() + WAIT_S
