@@ -20,38 +20,32 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from engine.answer_grammar import answer_grammar
+from engine.answer_grammars import AnswerGrammars
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
 from engine.core.executor_protocol import Executor
-from engine.core.grammar import GrammarSpec
 from engine.core.request import Request
 from engine.core.tier_table import FAST_TIERS
 from engine.engine_thread import EngineThread
 from engine.errors import OverloadedError
 from engine.executor.group import make_executor
 from engine.generation import Generation
-from engine.grammar.interface import CompiledGrammar, GrammarCompiler, Vocabulary
+from engine.grammar.interface import GrammarCompiler, Vocabulary
 from engine.grammar.store import GrammarStore
 from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
 from engine.statistics_log import StatisticsLog
 from engine.step_loop import LookAhead, StepLoop
-from engine.tenant import Tenant
 from engine.text.output import OutputDelta
 from engine.text.output_processor import OutputProcessor, Stream
 from engine.text.prompt_encoder import EncodedPrompt, PromptEncoder
 from engine.text.tokenizer import Tokenizer
-from engine.text.tokenizer_pool import TokenizerPool
 from engine.text.transcript import ConversationTable
 
 # Memory for what conversations have said, their texts and token ids; about.
 MAX_CONVERSATION_BYTES = 1 << 28
-# Compiling a character of a grammar takes about as long as tokenising so many of a prompt.
-CHARS_PER_GRAMMAR_CHAR = 8
 
 
 class AsyncEngine:
@@ -99,8 +93,7 @@ class AsyncEngine:
         self._grammars = GrammarStore(
             lambda: _start_compiler(self._tokenizer.vocabulary(facts.model.vocab_size, self._eos_token_ids))
         )
-        # Of its own, so that no prompt waits for a grammar.
-        self._grammar_pool = TokenizerPool(config.max_num_queued_reqs, "grammar", "grammars wait to be compiled")
+        self._answer_grammars = AnswerGrammars(self._grammars, self._tokenizer.marker_ids, config.max_num_queued_reqs)
         executor.use_grammars(self._grammars)
         self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
         loop = StepLoop(self._core, executor, self._outputs, time.monotonic, _choose_look_ahead(config, executor))
@@ -201,7 +194,7 @@ class AsyncEngine:
         """End all requests with EngineStoppedError, stop the thread, free the model. May be called again."""
         await asyncio.to_thread(self._thread.stop)
         await asyncio.to_thread(self._prompts.shutdown)
-        await asyncio.to_thread(self._grammar_pool.shutdown)
+        await asyncio.to_thread(self._answer_grammars.shutdown)
         await asyncio.to_thread(self._grammars.close)
         if not self._is_shut_down:
             self._is_shut_down = True
@@ -228,11 +221,12 @@ class AsyncEngine:
         self._prompts.check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
         if beginning is not None:
             self._prompts.check_vocabulary(beginning.token_ids, "beginning")
+        if sampling.grammar is not None and prompt.answer_format is not None:
+            prompt = prompt._replace(answer_format=replace(prompt.answer_format, calls_first=True))
         answer_format = prompt.answer_format if generation.return_answer_format else None
-        spec = answer_grammar(generation, answer_format, self._tokenizer.marker_ids)
+        spec, grammar = await self._answer_grammars.hold(generation, answer_format)
         if spec is not sampling.grammar:
             sampling = replace(sampling, grammar=spec)
-        grammar = None if spec is None else await self._compile(spec, generation.tenant)
         if sampling.seed is None and not sampling.is_greedy:
             sampling = replace(sampling, seed=secrets.randbits(62))
         request = Request(
@@ -250,17 +244,6 @@ class AsyncEngine:
             detokenizer.resume(beginning.token_ids, beginning.num_chars)
         stream = Stream(request, prompt.transcript, detokenizer, asyncio.get_running_loop(), grammar)
         return stream, prompt
-
-    async def _compile(self, spec: GrammarSpec, tenant: Tenant) -> CompiledGrammar:
-        """A grammar, which the executor finds from then on, as long as it is held.
-
-        Raises InvalidParameterError, which says why it cannot be used; OverloadedError if too many wait.
-        """
-        grammar = self._grammars.find(spec)
-        if grammar is not None:
-            return grammar
-        work = partial(self._grammars.compile, spec)
-        return await self._grammar_pool.run(work, tenant, CHARS_PER_GRAMMAR_CHAR * len(spec.text))
 
     def _add(self, stream: Stream) -> None:
         """Queue the request of a stream; in the engine thread."""

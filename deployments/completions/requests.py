@@ -114,7 +114,7 @@ class ChatCompletionBody(FormedBody):
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
-        check_tools(self._tools(), self.chosen_calls, super().form_param)
+        check_tools(self._tools(), self.chosen_calls)
         return self
 
     @property

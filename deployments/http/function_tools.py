@@ -62,11 +62,8 @@ class Function(Body):
         return Tool(self.name, self.description, self.parameters, self.strict)
 
 
-def check_tools(tools: Sequence[Tool], choice: ToolChoice, form_param: str | None) -> None:
-    """Raises PydanticCustomError, which names the parameter, for tools and a choice that cannot be met together.
-
-    form_param: the parameter that gives the answer a form; None = none does.
-    """
+def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
+    """Raises PydanticCustomError, which names the parameter, for tools and a choice that cannot be met together."""
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
         raise PydanticCustomError("invalid", "two tools have the same name", {"param": "tools"})
@@ -77,6 +74,3 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice, form_param: str | Non
         choice.check(tools)
     except InvalidParameterError as error:
         raise PydanticCustomError("invalid", error.message, {"param": "tool_choice"}) from None
-    if form_param is not None and choice.offered(tools):
-        message = "cannot be combined with tools that may be called; leave it out, or set tool_choice to none"
-        raise PydanticCustomError("invalid", message, {"param": form_param})

@@ -16,6 +16,7 @@ KINDS = ("json_schema", "lenient_json_schema", "json_object", "regex", "choice",
 # Bounds the work before it is done, together with the limits of engine/grammar/trial.py.
 MAX_GRAMMAR_CHARS = 1 << 17
 MAX_BEGINS_BEHIND_CHARS = 256
+MAX_BEGINNINGS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class GrammarSpec:
         MAX_GRAMMAR_CHARS characters.
     begins_behind: a text or a special token, such as the end of the model's thinking, up to which anything may be said. The
         grammar holds for what follows it, after at most two line breaks or spaces. Empty = from the start.
+    form: what `@form` stands for in the text of a lark grammar; None = nothing.
+    never_begins: texts of a regex do not begin with any of these, at most MAX_BEGINNINGS.
 
     Raises InvalidParameterError with param "grammar" for what is wrong in form; only compiling it shows the rest.
     """
@@ -35,6 +38,8 @@ class GrammarSpec:
     kind: str
     text: str = ""
     begins_behind: str = ""
+    form: GrammarSpec | None = None
+    never_begins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         def check(ok: bool, message: str) -> None:
@@ -59,6 +64,18 @@ class GrammarSpec:
             (self.kind == "json_object") == (not self.text),
             f"a grammar of kind {self.kind!r} " + ("takes no text" if self.text else "needs a text"),
         )
+        check(self.form is None or self.kind == "lark", "only a lark grammar can refer to a form")
+        check(len(self.never_begins) <= MAX_BEGINNINGS, f"at most {MAX_BEGINNINGS} beginnings can be excluded")
+
+    @property
+    def is_json(self) -> bool:
+        """Whether what matches is JSON."""
+        return self.kind in ("json_schema", "lenient_json_schema", "json_object")
+
+    @property
+    def num_chars(self) -> int:
+        """The length of its text, that of its form included."""
+        return len(self.text) + (0 if self.form is None else self.form.num_chars)
 
     @classmethod
     def json_schema(cls, schema: Any, begins_behind: str = "", *, is_lenient: bool = False) -> GrammarSpec:

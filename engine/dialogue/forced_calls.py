@@ -1,4 +1,4 @@
-"""Grammars that hold an answer to calls: for a tool_choice that asks for one, and for strict tools.
+"""Grammars that hold an answer to calls: forced ones, strict ones, one at most, or calls beside an answer of a given form.
 
 The functions return texts in llguidance's Lark syntax and depend on the tools alone; a schema's faults are found when
 the text is compiled. Calls have the format of the model's chat template, spaces included, so that history is as it was
@@ -7,44 +7,56 @@ generated.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from engine.dialogue.formats import CallFormat
 from engine.dialogue.gemma_calls import CLOSING, OPENING, QUOTE, GemmaCalls
 from engine.dialogue.harmony import Harmony
 from engine.dialogue.json_calls import BareJson, MarkedJson, NamedJson
+from engine.dialogue.lark_rules import ANY_TEXT, AS_ANSWERS, AS_TEMPLATES, LarkRules
 from engine.dialogue.python_calls import PythonCalls
 from engine.dialogue.reasoning import ReasoningFormat
 from engine.dialogue.tagged_calls import TaggedCalls
 from engine.dialogue.tools import Tool, ToolChoice, schema_types
-from engine.errors import InvalidParameterError
-from engine.grammar.json_schema import without_notes
+from engine.grammar.lark import escaped, quoted
 
-ANY_TEXT = "/(?s:.)*/"
 # An answer that is no call in a format in which a call is the whole answer.
 NO_CALL_TEXT = r"/([^\[{\s](?s:.)*)?/"
-# Of all schemas that are written into one grammar: each that refers to definitions has all of them.
-MAX_SCHEMA_CHARS = 1 << 20
-# As templates write JSON: a space behind each comma and colon and nothing else.
-AS_TEMPLATES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+FORM = "@form"
+
+
+class Beside(Enum):
+    """What an answer may have beside calls."""
+
+    NOTHING = "nothing: it has to call"
+    ANY_TEXT = "any text around them, or any text alone"
+    JSON = "JSON of a given form instead of them"
+    FORM = "another text of a given form instead of them"
+
+    @property
+    def is_form(self) -> bool:
+        return self in (Beside.JSON, Beside.FORM)
 
 
 @dataclass(frozen=True, slots=True)
 class CallGrammar:
     """A grammar for an answer.
 
-    text: in Lark. begins_behind: a text up to which anything may be said; empty = it holds from the start.
+    text: in Lark; the rule @form stands for the given form, if there is one.
+    begins_behind: a text up to which anything may be said; empty = it holds from the start.
+    beginnings: of all that is not of that form, so that no text of it may begin so.
     """
 
     text: str
     begins_behind: str = ""
+    beginnings: tuple[str, ...] = ()
 
 
 def call_grammar(
-    form: CallFormat,
+    form: CallFormat | None,
     tools: Sequence[Tool],
     choice: ToolChoice,
     *,
@@ -52,130 +64,58 @@ def call_grammar(
     reasoning: ReasoningFormat | None = None,
     thinking_state: str = "closed",
     special_ids: Mapping[str, int] | None = None,
+    beside: Beside = Beside.ANY_TEXT,
 ) -> CallGrammar | None:
-    """What the answer has to match; None if it may be anything.
+    """What the answer has to match.
+
+    None if it may be anything, or if all of it has to be of the given form.
 
     Raises InvalidParameterError for a choice that cannot be met.
-    form: how the model writes calls.
+    form: how the model writes calls; None = in no known way, and none is asked for.
     is_parallel: several calls may be made.
     reasoning, thinking_state: how the model thinks and where its answer begins: see ChatTemplate.thinking_state.
     special_ids: the ids of the special tokens among the markers, by their texts; other markers are written as text.
+    beside: what it may be if it is no call; counts only if the call is not forced.
     """
     choice.check(tools)
-    offered = choice.offered(tools)
-    if not choice.is_forced and not any(tool.strict for tool in offered):
+    offered = () if form is None else choice.offered(tools)
+    if choice.is_forced:
+        beside = Beside.NOTHING
+    is_framed = form is not None and form.frames_answers
+    may_think = reasoning is not None and not is_framed and thinking_state == ""
+    holds_calls = choice.is_forced or any(tool.strict for tool in offered) or (offered and not is_parallel)
+    if not holds_calls and not (beside.is_form and (offered or is_framed or may_think)):
         return None
-    rules = _Rules(special_ids or {})
-    calls = _calls(form, rules, offered, is_parallel, is_free=not choice.is_forced)
+    is_json = beside is Beside.JSON and isinstance(form, BareJson)
+    rules = LarkRules(special_ids or {}, AS_ANSWERS if is_json else AS_TEMPLATES)
+    answer = FORM if form is None or not (offered or is_framed) else _calls(form, rules, offered, is_parallel, beside)
+    beginnings = list(_beginnings(form, offered))
     begins_behind = ""
-    if reasoning is not None and not form.frames_answers and thinking_state != "closed":
-        if thinking_state == "open":
-            begins_behind = reasoning.closing
-        else:
-            rules.add("gap", r"/[ \n]{0,2}/")
-            thought = f"{rules.text(reasoning.opening)} {rules.until(reasoning.closing)} gap"
-            calls = f"({thought})? {calls}"
-    return CallGrammar(rules.lark(calls), begins_behind)
+    if reasoning is not None and not is_framed and thinking_state == "open":
+        begins_behind = reasoning.closing
+    elif reasoning is not None and may_think:
+        rules.add("gap", r"/[ \n]{0,2}/")
+        answer = f"({rules.text(reasoning.opening)} {rules.until(reasoning.closing)} gap)? ({answer})"
+        beginnings.append(reasoning.opening.strip())
+    return CallGrammar(rules.lark(answer), begins_behind, tuple(beginnings) if beside.is_form else ())
 
 
-@dataclass
-class _Rules:
-    """A grammar in the making.
-
-    special_ids: see call_grammar.
-    """
-
-    special_ids: Mapping[str, int]
-    lines: dict[str, str] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    num_schema_chars: int = 0
-
-    def add(self, name: str, body: str) -> str:
-        """A rule; returns its name."""
-        self.lines[name] = body
-        return name
-
-    def share(self, kind: str, body: str, mark: str = "") -> str:
-        """The name of a rule with this body, which is made if there is none yet."""
-        name = self.names.get(body)
-        if name is None:
-            name = self.names[body] = f"{kind}{len(self.names)}"
-            self.add(name + mark, body)
-        return name
-
-    def lark(self, start: str) -> str:
-        return "\n".join((f"start: {start}", *(f"{name}: {body}" for name, body in self.lines.items())))
-
-    def text(self, text: str) -> str:
-        """Exactly this text, in which special tokens stand as such."""
-        parts: list[str] = []
-        while text:
-            found = [(text.find(marker), marker) for marker in self.special_ids if marker in text]
-            start, marker = min(found, key=lambda place: (place[0], -len(place[1])), default=(len(text), ""))
-            if start:
-                parts.append(_quote(text[:start]))
-            if marker:
-                parts.append(f"<[{self.special_ids[marker]}]>")
-            text = text[start + len(marker) :]
-        return " ".join(parts)
-
-    def until(self, marker: str) -> str:
-        """Any text up to a marker, and the marker."""
-        if marker in self.special_ids:
-            return f"{self.add('any', ANY_TEXT)} {self.text(marker)}"
-        return self.share("until", f"{ANY_TEXT} {_quote(marker)}", "[lazy]")
-
-    def without(self, marker: str) -> str:
-        """Any text in which a marker does not occur."""
-        if marker in self.special_ids:
-            return self.add("any", ANY_TEXT)
-        return self.add("FREE", f"{ANY_TEXT} & ~/(?s:.)*{_escape(marker)}(?s:.)*/")
-
-    def json(self, schema: Mapping[str, Any], *, strict: bool) -> str:
-        """JSON that is valid under a schema.
-
-        strict: what the grammar engine cannot enforce is an error; else it is ignored.
-        """
-        options = {**AS_TEMPLATES, "lenient": not strict}
-        body = "%json " + json.dumps({**without_notes(schema), "x-guidance": options})
-        self.num_schema_chars += len(body)
-        if self.num_schema_chars > MAX_SCHEMA_CHARS:
-            raise InvalidParameterError(
-                "the schemas of the tools are too large for strict tools or a forced call: definitions that parameters refer "
-                "to count once for each; shorten them",
-                param="tools",
-            )
-        return self.share("json", body)
-
-    def arguments(self, tool: Tool) -> str:
-        """A tool's arguments as a JSON object. Other keys than the schema's are barred unless it allows them."""
-        schema = {"type": "object", **tool.parameters}
-        if schema.get("properties") or not tool.parameters:
-            schema.setdefault("additionalProperties", False)
-        return self.json(schema, strict=tool.strict)
-
-    def value(self, tool: Tool, schema: Mapping[str, Any], *, strict: bool) -> str:
-        """The value of one parameter as JSON."""
-        shared = {}
-        if '"$ref"' in json.dumps(schema):
-            shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
-        return self.json({**schema, **shared}, strict=strict)
+def _beginnings(form: CallFormat | None, tools: Sequence[Tool]) -> Sequence[str]:
+    """Texts with one of which each answer begins that begins with a call of these tools."""
+    match form:
+        case BareJson():
+            return [_object_head(tool, form.arguments_key) for tool in tools]
+        case PythonCalls() if not form.opening:
+            return [f"[{tool.name}(" for tool in tools]
+        case NamedJson():
+            return [form.section[0] or form.opening]
+        case MarkedJson() | TaggedCalls() | PythonCalls() | GemmaCalls():
+            return [form.opening]
+    return []
 
 
-def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _escape(text: str) -> str:
-    """For use within a regular expression."""
-    return "".join(f"\\{char}" if char in r"\.[]{}()*+?|^$/" else char for char in text)
-
-
-def _calls(form: CallFormat, rules: _Rules, tools: Sequence[Tool], is_parallel: bool, *, is_free: bool) -> str:
-    """The rule of the calls of an answer.
-
-    is_free: text may stand before and behind them, and there may be none.
-    """
+def _calls(form: CallFormat, rules: LarkRules, tools: Sequence[Tool], is_parallel: bool, beside: Beside) -> str:
+    """The rule of an answer."""
     match form:
         case MarkedJson():
             one = _alternatives([_named_object(rules, tool, "arguments") for tool in tools])
@@ -184,64 +124,82 @@ def _calls(form: CallFormat, rules: _Rules, tools: Sequence[Tool], is_parallel: 
             one = _alternatives([_named_object(rules, tool, "arguments") for tool in tools])
             opening, rest, separator = _marked(MarkedJson(form.opening, is_list=True), rules, one, is_parallel)
         case NamedJson():
-            return _named_calls(form, rules, tools, is_parallel, is_free)
+            opening, rest, separator = _named_calls(form, rules, tools, is_parallel)
         case TaggedCalls():
             opening = form.opening
             one = _alternatives([_tagged(form, rules, tool) for tool in tools])
             rest, separator = one, "\n"
         case PythonCalls():
             one = _alternatives([_python_call(rules, tool) for tool in tools])
-            listed = f'"[" {one} (", " {one})* "]"' if is_parallel else f'"[" {one} "]"'
+            first = f'"[" {one}'
+            if beside is Beside.FORM and not form.opening:  # one piece, for a text of the form may begin with a bracket
+                first = _alternatives([_python_call(rules, tool, "[") for tool in tools])
+            listed = f'{first} (", " {one})* "]"' if is_parallel else f'{first} "]"'
             opening, rest, separator = form.opening, f"{listed} {rules.text(form.closing)}".strip(), None
         case GemmaCalls():
             opening, rest, separator = OPENING, _alternatives([_gemma_call(rules, tool) for tool in tools]), ""
         case BareJson():
-            one = _alternatives([_named_object(rules, tool, form.arguments_key) for tool in tools])
-            if not is_free:
+            # Beside JSON it is written as such, for the two may begin with the same characters.
+            write = LarkRules.call_object if beside is Beside.JSON else _named_object
+            one = _alternatives([write(rules, tool, form.arguments_key) for tool in tools])
+            if beside is Beside.NOTHING:
                 return one
-            begins_so = "" if form.opening in rules.special_ids else f" & ~/{_escape(form.opening)}(?s:.)*/"
-            return f"({rules.text(form.opening)})? {one} | {rules.add('FREE', NO_CALL_TEXT + begins_so)}"
+            begins_so = "" if form.opening in rules.special_ids else f" & ~/{escaped(form.opening)}(?s:.)*/"
+            other = FORM if beside.is_form else rules.add("FREE", NO_CALL_TEXT + begins_so)
+            return f"({rules.text(form.opening)})? {one} | {other}"
         case Harmony():
-            return _harmony(rules, tools, is_free)
+            return _harmony(rules, tools, beside)
         case _:
             raise TypeError(f"no grammar of {form}")
-    return _framed(rules, opening, rest, separator if is_parallel else None, is_free)
+    if beside is Beside.ANY_TEXT:
+        return _free(rules, opening, rest, separator, is_parallel)
+    held = rest
+    if opening:
+        one = rules.add("call", f"{rules.text(opening)} {rest}")
+        held = one if separator is None or not is_parallel else f"{one} ({rules.text(separator)} {one})*"
+    return f"{held} | {FORM}" if beside.is_form else held
 
 
 def _alternatives(rules: Sequence[str]) -> str:
     return "(" + " | ".join(rules) + ")"
 
 
-def _framed(rules: _Rules, opening: str, rest: str, separator: str | None, is_free: bool) -> str:
-    """Calls that begin with `opening` and go on with `rest`.
+def _free(rules: LarkRules, opening: str, rest: str, separator: str | None, is_parallel: bool) -> str:
+    """Text in which calls may begin with `opening` and go on with `rest`.
 
-    separator: between two of them; None = there is one at most.
+    separator: between two of them; None = the text begins them once at most.
+    is_parallel: text may follow them, and further calls; else the first one ends the answer.
     """
     if not opening:
         # The whole answer is the call. What begins otherwise is free, what begins so is held to it.
-        return f"{rest} | {rules.add('FREE', NO_CALL_TEXT)}" if is_free else rest
-    if not is_free:
-        one = rules.add("call", f"{rules.text(opening)} {rest}")
-        return one if separator is None else f"{one} ({rules.text(separator)} {one})*"
+        return f"{rest} | {rules.add('FREE', NO_CALL_TEXT)}"
     free = rules.without(opening)
     called = rules.add("called", f"{rules.until(opening)} {rest}")
-    return f"{called}* {free}" if separator is not None else f"{called}? {free}"
+    if not is_parallel:
+        return f"{called} | {free}"
+    return f"{called}? {free}" if separator is None else f"{called}* {free}"
 
 
-def _named_object(rules: _Rules, tool: Tool, key: str) -> str:
-    head = rules.text('{"name": ' + _quote(tool.name) + f', "{key}": ')
-    return f'{head} {rules.arguments(tool)} "}}"'
+def _object_head(tool: Tool, key: str) -> str:
+    return f'{{"name": {quoted(tool.name)}, "{key}": '
 
 
-def _marked(form: MarkedJson, rules: _Rules, one: str, is_parallel: bool) -> tuple[str, str, str | None]:
+def _named_object(rules: LarkRules, tool: Tool, key: str) -> str:
+    return f'{rules.text(_object_head(tool, key))} {rules.arguments(tool)} "}}"'
+
+
+def _marked(form: MarkedJson, rules: LarkRules, one: str, is_parallel: bool) -> tuple[str, str, str | None]:
     """(opening, the rest of a call, separator)."""
     if form.is_list:
         more = f'(", " {one})*' if is_parallel else ""
         return form.opening, f'"[" {one} {more} "]" {rules.text(form.closing)}'.strip(), None
-    return form.opening, f"{_quote(chr(10))} {one} {rules.text(chr(10) + form.closing)}", "\n"
+    return form.opening, f"{quoted(chr(10))} {one} {rules.text(chr(10) + form.closing)}", "\n"
 
 
-def _named_calls(form: NamedJson, rules: _Rules, tools: Sequence[Tool], is_parallel: bool, is_free: bool) -> str:
+def _named_calls(
+    form: NamedJson, rules: LarkRules, tools: Sequence[Tool], is_parallel: bool
+) -> tuple[str, str, str | None]:
+    """(opening, the rest of all calls, no separator)."""
     bodies: list[str] = []
     for tool in tools:
         head, _, behind = form.head_text.replace("{name}", tool.name).partition("{index}")
@@ -251,11 +209,11 @@ def _named_calls(form: NamedJson, rules: _Rules, tools: Sequence[Tool], is_paral
     more = f"({rules.text(form.separator + form.opening)} {body})*" if is_parallel else ""
     begin, end = form.section
     if begin:
-        return _framed(rules, begin, f"{rules.text(form.opening)} {body} {more} {rules.text(end)}", None, is_free)
-    return _framed(rules, form.opening, f"{body} {more}", None, is_free)
+        return begin, f"{rules.text(form.opening)} {body} {more} {rules.text(end)}", None
+    return form.opening, f"{body} {more}", None
 
 
-def _tagged(form: TaggedCalls, rules: _Rules, tool: Tool) -> str:
+def _tagged(form: TaggedCalls, rules: LarkRules, tool: Tool) -> str:
     """A call from behind its opening on."""
     line = form.line
     parts = [rules.text((line if form.name[0] else "") + form.name[0] + tool.name + form.name[1] + line)]
@@ -267,28 +225,28 @@ def _tagged(form: TaggedCalls, rules: _Rules, tool: Tool) -> str:
     return " ".join(parts)
 
 
-def _tagged_value(form: TaggedCalls, rules: _Rules, tool: Tool, schema: Mapping[str, Any]) -> str:
+def _tagged_value(form: TaggedCalls, rules: LarkRules, tool: Tool, schema: Mapping[str, Any]) -> str:
     """A value and what ends it: text as it is if it may be a string, else JSON."""
     types = schema_types(schema, tool.parameters)
     values = schema.get("enum")
     end = rules.text(form.pad + form.value[1])
     if isinstance(values, Sequence) and values and all(isinstance(value, str) for value in values):
-        return f"{_alternatives([_quote(value) for value in values])} {end}"
+        return f"{_alternatives([quoted(value) for value in values])} {end}"
     if not types or "string" in types:
         return rules.until(form.value[1])
     return f"{rules.value(tool, schema, strict=tool.strict)} {end}"
 
 
-def _python_call(rules: _Rules, tool: Tool) -> str:
-    """f(a="x", b=1)."""
+def _python_call(rules: LarkRules, tool: Tool, before: str = "") -> str:
+    """f(a="x", b=1). before: stands in front of it."""
     parts = [
-        (f"{_quote(name + '=')} {rules.value(tool, schema, strict=tool.strict)}", is_required)
+        (f"{quoted(name + '=')} {rules.value(tool, schema, strict=tool.strict)}", is_required)
         for name, schema, is_required in _parameters(tool)
     ]
-    return f'{_quote(tool.name + "(")} {_listed(rules, parts, ", ")} ")"'
+    return f'{quoted(f"{before}{tool.name}(")} {_listed(rules, parts, ", ")} ")"'
 
 
-def _gemma_call(rules: _Rules, tool: Tool) -> str:
+def _gemma_call(rules: LarkRules, tool: Tool) -> str:
     """A call from behind its opening on: call:f{a:<|"|>x<|"|>,b:1} and the closing."""
     parts: list[tuple[str, bool]] = []
     for name, schema, is_required in _parameters(tool):
@@ -299,9 +257,9 @@ def _gemma_call(rules: _Rules, tool: Tool) -> str:
             value = f"{rules.text(QUOTE)} {rules.until(QUOTE)}"
         else:
             value = rules.value(tool, schema, strict=tool.strict)
-        parts.append((f"{_quote(name + ':')} {value}", is_required))
+        parts.append((f"{quoted(name + ':')} {value}", is_required))
     head = f"call:{tool.name}{{"
-    return f"{_quote(head)} {_listed(rules, parts, ',')} {rules.text('}' + CLOSING)}"
+    return f"{quoted(head)} {_listed(rules, parts, ',')} {rules.text('}' + CLOSING)}"
 
 
 def _parameters(tool: Tool) -> list[tuple[str, Mapping[str, Any], bool]]:
@@ -313,7 +271,7 @@ def _parameters(tool: Tool) -> list[tuple[str, Mapping[str, Any], bool]]:
     ]
 
 
-def _listed(rules: _Rules, parts: Sequence[tuple[str, bool]], separator: str) -> str:
+def _listed(rules: LarkRules, parts: Sequence[tuple[str, bool]], separator: str) -> str:
     """The rule of a list of parts in this order, with a separator between.
 
     parts: (rule, whether it is required).
@@ -323,25 +281,24 @@ def _listed(rules: _Rules, parts: Sequence[tuple[str, bool]], separator: str) ->
     for one, is_required in reversed(parts):
         next_later, next_first = later, first
         later = rules.share(
-            "later", f"{_quote(separator)} {one} {next_later}" + ("" if is_required else f" | {next_later}")
+            "later", f"{quoted(separator)} {one} {next_later}" + ("" if is_required else f" | {next_later}")
         )
         first = rules.share("first", f"{one} {next_later}" + ("" if is_required else f" | {next_first}"))
     return first
 
 
-def _harmony(rules: _Rules, tools: Sequence[Tool], is_free: bool) -> str:
-    """Analysis as the model likes, then one call."""
-    one = _alternatives(
-        [
-            rules.text(f"<|channel|>commentary to=functions.{tool.name} <|constrain|>json<|message|>")
-            + f" {rules.arguments(tool)}"
-            for tool in tools
-        ]
-    )
+def _harmony(rules: LarkRules, tools: Sequence[Tool], beside: Beside) -> str:
+    """Analysis as the model likes, then one call, or what may stand beside."""
+    calls = [
+        rules.text(f"<|channel|>commentary to=functions.{tool.name} <|constrain|>json<|message|>")
+        + f" {rules.arguments(tool)}"
+        for tool in tools
+    ]
     between = rules.text("<|start|>assistant")
     thought = f"{rules.text('<|channel|>analysis<|message|>')} {rules.until('<|end|>')} {between}"
-    if not is_free:
-        return f"({thought})? {one}"
+    if beside is Beside.NOTHING:
+        return f"({thought})? {_alternatives(calls)}"
     said = f"{rules.text('<|channel|>commentary<|message|>')} {rules.until('<|end|>')} {between}"
-    final = f"{rules.text('<|channel|>final<|message|>')} {rules.add('any', ANY_TEXT)}"
-    return f"({thought} | {said})* ({one} | {final})"
+    before = f"({thought})*" if beside.is_form else f"({thought} | {said})*"
+    last = FORM if beside.is_form else rules.add("any", ANY_TEXT)
+    return f"{before} {_alternatives([*calls, rules.text('<|channel|>final<|message|>') + f' {last}'])}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from engine.dialogue.calls_first import CallsFirstParser
 from engine.dialogue.events import Event, Parser, Text
 from engine.dialogue.gemma_calls import GemmaCalls
 from engine.dialogue.harmony import Harmony
@@ -145,6 +146,7 @@ class AnswerFormat:
     thinking_state: where it begins: see ReasoningFormat.state_at.
     response_template: for transformers' parser, which then reads all of it.
     prompt_end: what that parser has to see of the prompt.
+    calls_first: an answer that does not begin with a call, behind its thinking, is a text of a given form as a whole.
     """
 
     form: CallFormat | None = None
@@ -152,6 +154,7 @@ class AnswerFormat:
     thinking_state: str = "closed"
     response_template: Mapping[str, Any] | None = None
     prompt_end: str = ""
+    calls_first: bool = False
 
     def parser(self, tools: Sequence[Tool] = ()) -> Parser:
         """A parser of the answer.
@@ -162,7 +165,11 @@ class AnswerFormat:
             return ResponseTemplateParser(self.response_template, tools, self.prompt_end)
         frames_answers = self.form is not None and self.form.frames_answers
         calls = self.form.parser(tools) if self.form is not None and (tools or frames_answers) else PlainParser()
-        if self.reasoning is None or frames_answers:
+        if frames_answers:
+            return calls
+        if self.calls_first:
+            calls = CallsFirstParser(calls)
+        if self.reasoning is None:
             return calls
         return AnswerParser(self.reasoning.parser(self.thinking_state), calls)
 

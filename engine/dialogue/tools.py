@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import InvalidParameterError
@@ -27,6 +27,15 @@ class Tool:
     def num_chars(self) -> int:
         """The length of its definition, about."""
         return len(json.dumps(self.definition()))
+
+    def with_any_values(self) -> Tool:
+        """The same tool, with parameters of the same names whose values may be anything."""
+        kept = {key: self.parameters[key] for key in ("required", "additionalProperties") if key in self.parameters}
+        if not isinstance(kept.get("additionalProperties", False), bool):
+            kept["additionalProperties"] = True
+        names = self.parameters.get("properties") or {}
+        parameters = {**kept, "properties": {name: {} for name in names}} if self.parameters else {}
+        return replace(self, parameters=parameters)
 
     def definition(self) -> dict[str, Any]:
         """As chat templates read it; some fail without a description."""

@@ -19,11 +19,9 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from engine.core.grammar import GrammarSpec
 from engine.errors import InvalidParameterError
 from engine.grammar.interface import Vocabulary
-from engine.grammar.json_schema import without_notes
+from engine.grammar.json_schema import JSON_WHITESPACE, without_notes
+from engine.grammar.lark import escaped, quoted
 
-# Between the parts of a JSON text: nothing, a space, or a line break with its indentation. A model that knows no end to
-# whitespace has to come to one.
-JSON_WHITESPACE = r" |\n {0,16}|\n\t{1,8}"
 # Counts, not times: what is refused does not depend on the machine. A mask takes at most some milliseconds with them. What
 # compiling costs they do not bound: trial.py does.
 LIMITS = llguidance.LLParserLimits(
@@ -40,6 +38,7 @@ ASCII_CLASSES = "dws"
 # The library's words for a mask in which no token is allowed.
 NOTHING_CAN_FOLLOW = "NoExtension"
 MAX_REASON_CHARS = 300
+NO_FORCING = "%llguidance " + json.dumps({"no_forcing": True}) + "\n"
 # The library's mark of a special token. No text in UTF-8 has this byte.
 SPECIAL = b"\xff"
 
@@ -77,12 +76,13 @@ class GuidanceCompiler:
         """There is nothing outside this process."""
 
     def _grammar(self, spec: GrammarSpec) -> str:
-        body = "%llguidance " + json.dumps({"no_forcing": True}) + "\n" + _lark(spec)
-        if not spec.begins_behind:
-            grammars: list[dict[str, str]] = [{"lark_grammar": body}]
-        else:
+        body = NO_FORCING + _lark(spec)
+        grammars: list[dict[str, str]] = [{"lark_grammar": body}]
+        if spec.begins_behind:
             head = "start: before gap @body\ngap: /[ \\n]{0,2}/\n" + self._before(spec.begins_behind)
             grammars = [{"lark_grammar": head}, {"name": "body", "lark_grammar": body}]
+        if spec.form is not None:
+            grammars.append({"name": "form", "lark_grammar": NO_FORCING + _lark(spec.form)})
         return json.dumps({"grammars": grammars})
 
     def _before(self, marker: str) -> str:
@@ -91,7 +91,7 @@ class GuidanceCompiler:
         for token_id in self._vocabulary.special_ids:
             if self._vocabulary.token_bytes[token_id] == data:
                 return f"before: any <[{token_id}]>\nany: /(?s:.)*/"
-        return "before[lazy]: /(?s:.)*/ " + json.dumps(marker, ensure_ascii=False)
+        return "before[lazy]: /(?s:.)*/ " + quoted(marker)
 
 
 class GuidanceGrammar:
@@ -166,9 +166,11 @@ def _lark(spec: GrammarSpec) -> str:
         choices = _read_json(spec.text)
         if not isinstance(choices, list) or not choices or not all(isinstance(text, str) and text for text in choices):
             raise _refusal("a choice must be a JSON list of strings that are not empty")
-        return "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choices)
+        return "start: " + " | ".join(quoted(text) for text in choices)
     if spec.kind == "regex":
-        return f"start: /{llguidance.regex_to_lark(spec.text, ASCII_CLASSES)}/"
+        text = f"/{llguidance.regex_to_lark(spec.text, ASCII_CLASSES)}/"
+        bars = "".join(f" & ~/{escaped(beginning)}(?s:.)*/" for beginning in spec.never_begins)
+        return f"start: TEXT\nTEXT: {text}{bars}" if bars else f"start: {text}"
     if spec.kind == "gbnf":
         try:
             return gbnf_to_lark(spec.text)

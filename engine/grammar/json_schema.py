@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# Between the parts of a JSON text: nothing, a space, or a line break with its indentation. A model that knows no end to
+# whitespace has to come to one.
+JSON_WHITESPACE = r" |\n {0,16}|\n\t{1,8}"
 # Keywords for readers, of which agents' schemas mostly consist.
 NOTES = frozenset(("description", "title", "examples", "default", "$comment", "deprecated"))
 # Those whose value is a schema, a list of schemas, or schemas by name.

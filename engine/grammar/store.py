@@ -64,9 +64,9 @@ class GrammarStore:
 
     def _keep(self, spec: GrammarSpec, grammar: CompiledGrammar) -> None:
         if spec not in self._kept:
-            self._num_kept_chars += len(spec.text)
+            self._num_kept_chars += spec.num_chars
         self._kept[spec] = grammar
         self._kept.move_to_end(spec)
         while len(self._kept) > MAX_NUM_KEPT or self._num_kept_chars > MAX_KEPT_CHARS:
             oldest, _ = self._kept.popitem(last=False)
-            self._num_kept_chars -= len(oldest.text)
+            self._num_kept_chars -= oldest.num_chars

@@ -108,8 +108,6 @@ def test_messages_of_an_agent() -> None:
         ({"tools": TOOLS, "tool_choice": "function"}, "tool_choice", "invalid_value"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice.function", "invalid_value"),
         ({"tools": TOOLS, "tool_choice": "some"}, "tool_choice.type", "invalid_value"),
-        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "invalid_value"),
-        ({"tools": TOOLS, "structured_outputs": {"regex": "a"}}, "structured_outputs", "invalid_value"),
         ({"messages": [USER | {"tool_calls": [CALL]}]}, "messages[0].tool_calls", "invalid_value"),
         ({"messages": [USER | {"tool_call_id": "x"}]}, "messages[0].tool_call_id", "invalid_value"),
         ({"messages": [{"role": "assistant"}]}, "messages[0].content", "missing_required_parameter"),
@@ -125,9 +123,11 @@ def test_refusals(changes: dict[str, Any], param: str, code: str) -> None:
     assert refusal(lambda: parse(**changes)) == (param, code)
 
 
-def test_a_form_goes_with_tools_that_may_not_be_called() -> None:
-    body = parse(tools=TOOLS, tool_choice="none", response_format={"type": "json_object"})
+@pytest.mark.parametrize("choice", ["auto", "none", "required"])
+def test_a_form_goes_with_tools(choice: str) -> None:
+    body = parse(tools=TOOLS, tool_choice=choice, response_format={"type": "json_object"})
     assert body.sampling_params().grammar is not None
+    assert body.form_param == "response_format"
 
 
 # -- how answers are told ----------------------------------------------------------------------------------------------
@@ -329,6 +329,47 @@ async def test_strict_tools_hold_calls_to_their_schema(client: AsyncOpenAI) -> N
             assert json.loads(call.function.arguments) in ({"city": "Rome"}, {"city": "Paris"})
 
 
+VERDICT = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]} | {
+    "additionalProperties": False
+}
+
+
+async def test_an_answer_beside_tools_has_the_form_or_calls(client: AsyncOpenAI) -> None:
+    """As frameworks ask for it that let an agent end with a value of a type."""
+    form = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": VERDICT, "strict": True}}
+    for choice in ("auto", "none", "required"):
+        for seed in range(4):
+            completion = await ask(
+                client,
+                stream=False,
+                messages=[USER],
+                tools=TOOLS,
+                tool_choice=choice,
+                seed=seed,
+                temperature=2.0,
+                parallel_tool_calls=False,
+                extra_body={"response_format": form},
+            )
+            (answer,) = completion.choices
+            calls = answer.message.tool_calls or []
+            assert bool(calls) != bool(answer.message.content)
+            for call in calls:
+                assert json.loads(call.function.arguments) in ({"city": "Rome"}, {"city": "Paris"})
+            if not calls:
+                assert json.loads(answer.message.content or "") in ({"ok": True}, {"ok": False})
+            assert choice == "auto" or bool(calls) == (choice == "required")
+
+
+@pytest.mark.parametrize("bad", [{"pattern": "^(?=a)b$"}, {"$ref": "http://localhost/x"}, {"type": "file"}])
+async def test_a_fault_in_the_schema_of_a_tool_that_is_not_strict_keeps_nothing_from_working(
+    client: AsyncOpenAI, bad: dict[str, Any]
+) -> None:
+    tools = [tool(parameters={"type": "object", "properties": {"a": bad}, "required": ["a"]})]
+    completion = await ask(client, stream=False, messages=[USER], tools=tools, tool_choice="required", max_tokens=40)
+    assert completion.choices[0].message.tool_calls[0].function.arguments.startswith('{"')
+    await ask(client, stream=False, messages=[USER], tools=tools, parallel_tool_calls=False, max_tokens=5)
+
+
 async def test_a_schema_that_cannot_be_enforced_names_the_tools(client: AsyncOpenAI) -> None:
     bad = tool(strict=True, parameters=CITY | {"not": {}})
     with pytest.raises(Exception, match="grammar cannot be used") as caught:
@@ -336,14 +377,23 @@ async def test_a_schema_that_cannot_be_enforced_names_the_tools(client: AsyncOpe
     assert (caught.value.status_code, caught.value.param) == (400, "tools")  # type: ignore[attr-defined]
 
 
-async def test_another_replica_goes_on_within_a_forced_call(engine: EngineHere) -> None:
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"tool_choice": "required"},
+        {"response_format": {"type": "json_object"}, "max_tokens": 40},
+        {"parallel_tool_calls": False, "max_tokens": 40},
+    ],
+    ids=["forced", "form", "one"],
+)
+async def test_another_replica_goes_on_within_an_answer_that_is_held(engine: EngineHere, held: dict[str, Any]) -> None:
     """The grammar is made again there from the request; the text so far is with the ingress."""
-    body = parse(tools=TOOLS, tool_choice="required", temperature=1.5, seed=3, stream=True)
+    body = parse(tools=TOOLS, temperature=1.5, seed=3, stream=True, **held)
     request = body.generation_request(body.prompt_value(), request_id="r", session_id="s", tenant=TENANT)
     deltas = [delta async for delta in engine._engine.generate(request)]
     text = "".join(delta.text for delta in deltas)
     token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
-    assert "tool_call" in text
+    assert "tool_call" in text or "tool_choice" not in held
     num_chars, beginning = 0, []
     for delta in deltas[: len(deltas) // 2]:
         num_chars += len(delta.text)

@@ -2,21 +2,24 @@
 
 import json
 import random
+import re
+from dataclasses import replace
 from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from engine.core.grammar import GrammarSpec
-from engine.dialogue.events import parse_answer
-from engine.dialogue.forced_calls import call_grammar
-from engine.dialogue.formats import CALL_FORMATS, AnswerParser
+from engine.dialogue.events import CallStart, Text, parse_answer
+from engine.dialogue.forced_calls import Beside, call_grammar
+from engine.dialogue.formats import CALL_FORMATS, AnswerFormat, AnswerParser
 from engine.dialogue.reasoning import THINK
 from engine.dialogue.tools import Tool, ToolChoice
 from engine.embedded_model import embedded_model_path
 from engine.errors import InvalidParameterError
-from engine.grammar.guidance import GuidanceCompiler
+from engine.grammar.guidance import GuidanceCompiler, _lark
 from engine.grammar.interface import Vocabulary
 from engine.text.tokenizer import Tokenizer
 from tests.engine.dialogue.walks import Walker
@@ -112,6 +115,94 @@ def test_strict_tools_leave_the_model_free_until_it_calls(form, are_special):
             num_free += not parsed.calls
     assert num_free
     assert num_calls
+
+
+@pytest.mark.parametrize(("form", "are_special"), FORMS)
+def test_at_most_one_call_ends_the_answer(form, are_special):
+    """What stands before it is free, and nothing follows it."""
+    rng = random.Random(4)
+    walker = walker_of(form, are_special=are_special)
+    grammar = call_grammar(form, TOOLS, ToolChoice(), is_parallel=False, special_ids=walker.special_ids)
+    numbers = []
+    for _ in range(400):
+        if len(numbers) >= 2 * NUM_WALKS and set(numbers) == {0, 1}:
+            break
+        answer = walker.walk(grammar.text, rng, max_tokens=300)
+        if answer is not None:
+            parser = form.parser(TOOLS)
+            events = [*parser.feed(answer), *parser.finish()]
+            parsed = parse_answer(form.parser(TOOLS), answer)
+            check_calls(parsed.calls)
+            last_text = max((place for place, event in enumerate(events) if isinstance(event, Text)), default=-1)
+            assert all(place > last_text for place, event in enumerate(events) if isinstance(event, CallStart)), answer
+            numbers.append(len(parsed.calls))
+    assert set(numbers) == {0, 1}
+
+
+FORM_SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["a_b", "b"]}, "n": {"enum": [1, "<tool_call>"]}},
+    "required": ["name", "n"],
+    "additionalProperties": False,
+}
+JSON_FORM = GrammarSpec.json_schema(FORM_SCHEMA)
+LIST_FORM = GrammarSpec.json_schema({"type": "array", "items": {"enum": [False, "a"]}, "minItems": 1, "maxItems": 2})
+TEXT_FORM = GrammarSpec("regex", r"[\[{<]{1,3}c?")
+
+
+@pytest.mark.parametrize("asked", [JSON_FORM, LIST_FORM, TEXT_FORM], ids=["object", "list", "text"])
+@pytest.mark.parametrize(("form", "are_special"), FORMS)
+def test_beside_a_form_an_answer_is_calls_or_of_that_form(form, are_special, asked):
+    rng = random.Random(5)
+    walker = walker_of(form, are_special=are_special)
+    beside = Beside.JSON if asked.is_json else Beside.FORM
+    for is_parallel in (True, False):
+        kinds = []
+        grammar = call_grammar(
+            form, TOOLS, ToolChoice(), is_parallel=is_parallel, special_ids=walker.special_ids, beside=beside
+        )
+        body = _lark(asked if asked.is_json else replace(asked, never_begins=grammar.beginnings))
+        for _ in range(400):
+            if len(kinds) >= NUM_WALKS and set(kinds) == {False, True}:
+                break
+            answer = walker.walk(grammar.text, rng, form=body)
+            if answer is None:
+                continue
+            parsed = parse_answer(AnswerFormat(form, calls_first=True).parser(TOOLS), answer)
+            kinds.append(bool(parsed.calls))
+            if parsed.calls:
+                assert parsed.content == "", answer
+                assert is_parallel or len(parsed.calls) == 1
+                check_calls(parsed.calls)
+            elif asked.is_json:
+                Draft202012Validator(json.loads(asked.text)).validate(json.loads(parsed.content))
+            else:
+                assert re.fullmatch(asked.text, parsed.content)
+        assert set(kinds) == {False, True}
+
+
+def test_a_form_holds_alone_if_nothing_can_be_called():
+    form = CALL_FORMATS["hermes"][0]
+    assert call_grammar(form, TOOLS, ToolChoice("none"), beside=Beside.JSON) is None
+    assert call_grammar(form, (), ToolChoice(), beside=Beside.JSON) is None
+    forced = call_grammar(form, TOOLS, ToolChoice("required"), beside=Beside.JSON)
+    assert forced == call_grammar(form, TOOLS, ToolChoice("required"))
+
+
+def test_thinking_may_come_before_a_form_and_before_calls():
+    rng = random.Random(6)
+    form = CALL_FORMATS["hermes"][0]
+    walker = walker_of(form, are_special=False)
+    for tools in (TOOLS, ()):
+        grammar = call_grammar(form, tools, ToolChoice(), reasoning=THINK, thinking_state="", beside=Beside.JSON)
+        seen = set()
+        for _ in range(8 * NUM_WALKS):
+            answer = walker.walk(grammar.text, rng, form=_lark(JSON_FORM))
+            if answer is not None:
+                parsed = parse_answer(AnswerFormat(form, THINK, "", calls_first=True).parser(tools), answer)
+                assert bool(parsed.calls) != bool(parsed.content)
+                seen.add((bool(parsed.reasoning), bool(parsed.calls)))
+        assert seen == {(thinks, calls) for thinks in (True, False) for calls in (True, False) if tools or not calls}
 
 
 def test_without_strict_tools_an_answer_is_free():

@@ -3,6 +3,7 @@
 They are special tokens in it or ordinary ones, as they are in one model or another.
 """
 
+import json
 import random
 import string
 
@@ -10,6 +11,7 @@ import llguidance
 import numpy as np
 
 END = "<|eos|>"
+NO_FORCING = '%llguidance {"no_forcing": true}\n'
 # How much likelier than a character a marker or the end is: free text has to come to an end.
 MARKER_WEIGHT = 30
 
@@ -51,10 +53,15 @@ class Walker:
             llguidance.TokenizerWrapper(_Tokens([*tokens, *rest], [*ids, eos], eos)), eos_token=[eos]
         )
 
-    def walk(self, grammar: str, rng: random.Random, max_tokens: int = 600) -> str | None:
-        """A complete answer; None if it came to no end. Fails if the grammar is wrong or runs into a dead end."""
-        body = '%llguidance {"no_forcing": true}\n' + grammar
-        matcher = llguidance.LLMatcher(self._tokenizer, body, log_level=0)
+    def walk(self, grammar: str, rng: random.Random, max_tokens: int = 600, form: str = "") -> str | None:
+        """A complete answer; None if it came to no end. Fails if the grammar is wrong or runs into a dead end.
+
+        form: the grammar of @form.
+        """
+        grammars = [{"lark_grammar": NO_FORCING + grammar}]
+        if form:
+            grammars.append({"name": "form", "lark_grammar": NO_FORCING + form})
+        matcher = llguidance.LLMatcher(self._tokenizer, json.dumps({"grammars": grammars}), log_level=0)
         assert not matcher.is_error(), matcher.get_error()
         answer = b""
         for _ in range(max_tokens):
