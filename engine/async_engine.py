@@ -219,6 +219,7 @@ class AsyncEngine:
             num_left = self.max_model_len - len(prompt.transcript.token_ids)
             sampling = replace(sampling, max_tokens=max(1, min(sampling.max_tokens, num_left)))
         self._prompts.check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
+        self._prompts.check_vocabulary([token_id for token_id, _ in sampling.logit_bias], "logit_bias")
         if beginning is not None:
             self._prompts.check_vocabulary(beginning.token_ids, "beginning")
         if sampling.grammar is not None and prompt.answer_format is not None:

@@ -1,7 +1,7 @@
 """The answers of OpenAI's chat and completions endpoints, made from OutputDeltas: whole, or as events.
 
-One object formats one answer; it remembers what later chunks need to know of earlier ones. Plain dicts, because one is
-built for each chunk. Knows no engine and no Ray.
+One object formats one answer with all its choices; it remembers what later chunks need to know of earlier ones. Plain dicts,
+because one is built for each chunk. Knows no engine and no Ray.
 """
 
 from __future__ import annotations
@@ -10,67 +10,87 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from deployments.completions.choices_body import ChoicesBody
 from deployments.completions.requests import ChatCompletionBody
 from deployments.generation import ErrorItem
 from deployments.http.answer_reader import AnswerReader, made_call_id
-from deployments.http.answer_stream import EventFormat
 from deployments.http.errors import error_body
 from deployments.http.event_stream import DONE, sse_event
-from deployments.http.generation_body import GenerationBody
 from engine.dialogue.events import Arguments, CallStart, Event, Reasoning, Text, gather
 from engine.text.output import OutputDelta, TokenLogprob
 
 
-class AnswerFormat(EventFormat, Protocol):
+class AnswerFormat(Protocol):
     """How one endpoint words its answers, whole or as events."""
 
-    def whole(self, delta: OutputDelta) -> dict[str, Any]: ...
+    def whole(self, *deltas: OutputDelta) -> dict[str, Any]:
+        """The answer, from the whole of each choice."""
+        ...
 
+    def events(self, delta: OutputDelta, index: int = 0) -> str:
+        """What is new of the choice `index`, as events, perhaps none. The end of the last choice gives that of the stream."""
+        ...
 
-def completion_usage(delta: OutputDelta) -> dict[str, Any]:
-    """cached_tokens is there also when it is 0."""
-    return {
-        "prompt_tokens": delta.num_prompt_tokens,
-        "completion_tokens": delta.num_output_tokens,
-        "total_tokens": delta.num_prompt_tokens + delta.num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": delta.num_cached_tokens},
-    }
+    def error(self, error: ErrorItem) -> str:
+        """The end of a stream that was begun and cannot go on."""
+        ...
 
 
 class _Envelope(ABC):
-    """What all objects of one answer have around their choice, and the stream that they are sent in.
+    """What all objects of one answer have around their choices, and the stream that they are sent in.
 
     created: Unix time in seconds.
     """
 
-    def __init__(self, answer_id: str, created: int, body: GenerationBody) -> None:
+    def __init__(self, answer_id: str, created: int, body: ChoicesBody) -> None:
         self._head = {"id": answer_id, "created": created, "model": body.model, "system_fingerprint": None}
+        self._answer_id = answer_id
         self._body = body
-        self._is_first = True
+        self._latest: dict[int, OutputDelta] = {}
+        self._num_open = body.num_choices
 
     @abstractmethod
-    def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]:
-        """What is new; none if it says nothing."""
+    def chunks(self, delta: OutputDelta, index: int = 0) -> list[dict[str, Any]]:
+        """What is new of the choice `index`; none if it says nothing."""
 
     @abstractmethod
-    def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]:
+    def usage_chunk(self) -> dict[str, Any]:
         """The last chunk, for clients that want one with the usage alone."""
 
-    async def events(self, delta: OutputDelta) -> str:
+    def events(self, delta: OutputDelta, index: int = 0) -> str:
         """All chunks in one message, because each message has its price."""
-        said = "".join(map(sse_event, self.chunks(delta)))
-        if delta.finish_reason is None:
+        said = "".join(map(sse_event, self.chunks(delta, index)))
+        self._num_open -= delta.finish_reason is not None
+        if self._num_open:
             return said
-        return said + (sse_event(self.usage_chunk(delta)) if self._body.include_usage else "") + DONE
+        return said + (sse_event(self.usage_chunk()) if self._body.include_usage else "") + DONE
 
-    async def error(self, error: ErrorItem) -> str:
+    def error(self, error: ErrorItem) -> str:
         """An error after the start is an event; no [DONE] follows, because the answer is not done."""
-        return sse_event(error_body(error))
+        return sse_event(error_body(self._body.in_own_words(error)))
 
-    def _chunk(self, kind: str, choices: list[dict[str, Any]], delta: OutputDelta, **more: Any) -> dict[str, Any]:
+    def _note(self, delta: OutputDelta, index: int) -> bool:
+        """Take in what comes of a choice; whether it is the first that does."""
+        is_first = index not in self._latest
+        self._latest[index] = delta
+        return is_first
+
+    def _usage(self) -> dict[str, Any]:
+        """Each prompt counts once, and all answers do. cached_tokens is there also when it is 0."""
+        firsts = [delta for index, delta in self._latest.items() if index % self._body.n == 0]
+        num_prompt_tokens = sum(delta.num_prompt_tokens for delta in firsts)
+        num_output_tokens = sum(delta.num_output_tokens for delta in self._latest.values())
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_output_tokens,
+            "total_tokens": num_prompt_tokens + num_output_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(delta.num_cached_tokens for delta in firsts)},
+        }
+
+    def _chunk(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         chunk = {**self._head, "object": kind, "choices": choices, **more}
         if self._body.include_usage:
-            chunk["usage"] = completion_usage(delta) if self._body.continuous_usage or not choices else None
+            chunk["usage"] = self._usage() if self._body.continuous_usage or not choices else None
         return chunk
 
 
@@ -79,117 +99,120 @@ class ChatFormat(_Envelope):
 
     def __init__(self, answer_id: str, created: int, body: ChatCompletionBody) -> None:
         super().__init__(answer_id, created, body)
-        self._answer_id = answer_id
-        self._reader = AnswerReader(body.offered_tools)
+        self._readers = [AnswerReader(body.offered_tools) for _ in range(body.n)]
 
-    def whole(self, delta: OutputDelta) -> dict[str, Any]:
-        answer_said = gather(self._reader.read(delta))
+    def whole(self, *deltas: OutputDelta) -> dict[str, Any]:
+        choices = [self._whole_choice(delta, index) for index, delta in enumerate(deltas)]
+        answer = {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
+        if self._body.return_token_ids:
+            answer["prompt_token_ids"] = list(deltas[0].prompt_token_ids)
+        return answer
+
+    def _whole_choice(self, delta: OutputDelta, index: int) -> dict[str, Any]:
+        self._note(delta, index)
+        answer_said = gather(self._readers[index].read(delta))
         content = answer_said.content or (None if answer_said.calls else "")
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if answer_said.reasoning:
             message |= _reasoning(answer_said.reasoning)
         if answer_said.calls:
             message["tool_calls"] = [
-                self._call(index, call.name, call.arguments, call.call_id)
-                for index, call in enumerate(answer_said.calls)
+                self._call(index, number, call.name, call.arguments, call.call_id)
+                for number, call in enumerate(answer_said.calls)
             ]
         choice = {
-            "index": 0,
+            "index": index,
             "message": message,
             "logprobs": _chat_logprobs(delta.logprobs),
-            "finish_reason": self._finish_reason(delta),
+            "finish_reason": self._finish_reason(delta, index),
         }
-        answer = {**self._head, "object": "chat.completion", "choices": [choice], "usage": completion_usage(delta)}
         if self._body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
-            answer["prompt_token_ids"] = list(delta.prompt_token_ids)
-        return answer
+        return choice
 
-    def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]:
+    def chunks(self, delta: OutputDelta, index: int = 0) -> list[dict[str, Any]]:
         """The first delta also gives the chunk that names the role."""
         chunks = []
-        if self._is_first:
-            self._is_first = False
+        if self._note(delta, index):
             more = {"prompt_token_ids": list(delta.prompt_token_ids)} if self._body.return_token_ids else {}
             role = {"role": "assistant", "content": "", "refusal": None}
-            choice = {"index": 0, "delta": role, "logprobs": None, "finish_reason": None}
-            chunks.append(self._chunk("chat.completion.chunk", [choice], delta, **more))
-        pieces = [piece for event in self._reader.read(delta) if (piece := self._piece(event))]
+            choice = {"index": index, "delta": role, "logprobs": None, "finish_reason": None}
+            chunks.append(self._chunk("chat.completion.chunk", [choice], **more))
+        reader = self._readers[index]
+        pieces = [piece for event in reader.read(delta) if (piece := self._piece(event, index))]
         if not pieces and (delta.logprobs or self._body.return_token_ids):
             pieces.append({})
-        if delta.finish_reason is not None and (not pieces or self._reader.has_calls):
+        if delta.finish_reason is not None and (not pieces or reader.has_calls):
             pieces.append({})  # behind calls the end comes alone, as OpenAI sends it
-        for index, piece in enumerate(pieces):
+        for number, piece in enumerate(pieces):
             choice = {
-                "index": 0,
+                "index": index,
                 "delta": piece,
-                "logprobs": None if index else _chat_logprobs(delta.logprobs),
-                "finish_reason": self._finish_reason(delta) if index == len(pieces) - 1 else None,
+                "logprobs": None if number else _chat_logprobs(delta.logprobs),
+                "finish_reason": self._finish_reason(delta, index) if number == len(pieces) - 1 else None,
             }
             if self._body.return_token_ids:
-                choice["token_ids"] = [] if index else list(delta.token_ids)
-            chunks.append(self._chunk("chat.completion.chunk", [choice], delta))
+                choice["token_ids"] = [] if number else list(delta.token_ids)
+            chunks.append(self._chunk("chat.completion.chunk", [choice]))
         return chunks
 
-    def _finish_reason(self, delta: OutputDelta) -> str | None:
+    def _finish_reason(self, delta: OutputDelta, index: int) -> str | None:
         """Clients make the calls of an answer that ends with "tool_calls": all of them have to be whole."""
-        makes_calls = self._reader.has_calls and not self._reader.is_cut
+        makes_calls = self._readers[index].has_calls and not self._readers[index].is_cut
         return "tool_calls" if delta.finish_reason == "stop" and makes_calls else delta.finish_reason
 
-    def _piece(self, event: Event) -> dict[str, Any] | None:
+    def _piece(self, event: Event, index: int) -> dict[str, Any] | None:
         """What a chunk says of one event; None = nothing."""
         match event:
             case Text(text):
                 return {"content": text}
             case Reasoning(text):
                 return _reasoning(text)
-            case CallStart(index, name, call_id):
-                return {"tool_calls": [{"index": index, **self._call(index, name, "", call_id)}]}
-            case Arguments(index, text):
-                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+            case CallStart(number, name, call_id):
+                return {"tool_calls": [{"index": number, **self._call(index, number, name, "", call_id)}]}
+            case Arguments(number, text):
+                return {"tool_calls": [{"index": number, "function": {"arguments": text}}]}
             case _:
                 return None
 
-    def _call(self, index: int, name: str, arguments: str, call_id: str) -> dict[str, Any]:
-        """call_id: the model's own; where its format has none, the id is made from the answer's."""
+    def _call(self, index: int, number: int, name: str, arguments: str, call_id: str) -> dict[str, Any]:
+        """call_id: the model's own; where its format has none, the id is made from the choice's."""
+        choice_id = f"{self._answer_id}.{index}" if index else self._answer_id
         function = {"name": name, "arguments": arguments}
-        return {"id": call_id or made_call_id(self._answer_id, index), "type": "function", "function": function}
+        return {"id": call_id or made_call_id(choice_id, number), "type": "function", "function": function}
 
-    def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]:
-        return self._chunk("chat.completion.chunk", [], delta)
+    def usage_chunk(self) -> dict[str, Any]:
+        return self._chunk("chat.completion.chunk", [])
 
 
 class CompletionFormat(_Envelope):
     """text_completion, whole and in chunks."""
 
-    def whole(self, delta: OutputDelta) -> dict[str, Any]:
-        return {
-            **self._head,
-            "object": "text_completion",
-            "choices": [self._choice(delta)],
-            "usage": completion_usage(delta),
-        }
+    def whole(self, *deltas: OutputDelta) -> dict[str, Any]:
+        choices = [self._choice(delta, index) for index, delta in enumerate(deltas)]
+        return {**self._head, "object": "text_completion", "choices": choices, "usage": self._usage()}
 
-    def chunks(self, delta: OutputDelta) -> list[dict[str, Any]]:
+    def chunks(self, delta: OutputDelta, index: int = 0) -> list[dict[str, Any]]:
+        choice = self._choice(delta, index)
         if not (delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids):
             return []  # text lags behind tokens: a character may take several
-        return [self._chunk("text_completion", [self._choice(delta)], delta)]
+        return [self._chunk("text_completion", [choice])]
 
-    def usage_chunk(self, delta: OutputDelta) -> dict[str, Any]:
-        return self._chunk("text_completion", [], delta)
+    def usage_chunk(self) -> dict[str, Any]:
+        return self._chunk("text_completion", [])
 
-    def _choice(self, delta: OutputDelta) -> dict[str, Any]:
+    def _choice(self, delta: OutputDelta, index: int) -> dict[str, Any]:
+        is_first = self._note(delta, index)
         choice: dict[str, Any] = {
-            "index": 0,
+            "index": index,
             "text": delta.text,
             "logprobs": _completion_logprobs(delta.logprobs),
             "finish_reason": delta.finish_reason,
         }
         if self._body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
-            if self._is_first:
+            if is_first:
                 choice["prompt_token_ids"] = list(delta.prompt_token_ids)
-        self._is_first = False
         return choice
 
 

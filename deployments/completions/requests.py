@@ -4,14 +4,14 @@ Everything in a body is done, or rejected with the name of the parameter. Knows 
 
     implemented      model, messages | prompt, max_tokens, max_completion_tokens, temperature, top_p, seed, stop,
                      stream, stream_options (include_usage, continuous_usage_stats), presence_penalty,
-                     frequency_penalty, logprobs, top_logprobs, response_format, tools, tool_choice, parallel_tool_calls,
-                     reasoning_effort
+                     frequency_penalty, logprobs, top_logprobs, n, best_of (= n), logit_bias, response_format,
+                     tools, tool_choice, parallel_tool_calls, reasoning_effort
     beyond OpenAI    top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids,
                      return_token_ids; structured_outputs and chat_template_kwargs, as vLLM has them; timeout (seconds for the
-                     whole answer); prompt as token ids;
+                     whole answer); prompt as token ids, or a list of prompts;
                      session_id, conversation and prompt_cache_key name the session
     rejected, unless *_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass
-    ignored          IGNORED in http/generation_body.py: they ask for nothing of the answer (labels, obfuscation)
+    ignored          CHOICES_IGNORED in choices_body.py: they ask for nothing of the answer (labels, obfuscation)
     anything else    rejected as unknown
 
 null is the same as absent everywhere. Roles: system, developer (the same), user, assistant, tool, function (the same).
@@ -24,7 +24,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.completions.answer_forms import FormedBody
 from deployments.completions.chat_messages import (
     Message,
     NamedToolChoice,
@@ -32,6 +31,7 @@ from deployments.completions.chat_messages import (
     ToolDefinition,
     choice_as_object,
 )
+from deployments.completions.choices_body import CHOICES_NOT_IMPLEMENTED, MAX_N, MAX_PROMPTS, ChoicesBody
 from deployments.http.function_tools import MAX_TOOLS, check_tools
 from deployments.http.generation_body import MAX_MESSAGES, TokenId
 from deployments.http.parsing import MAX_NAME_CHARS
@@ -40,13 +40,7 @@ from engine.dialogue import tools as dialogue_tools
 from engine.dialogue.template_values import template_kwargs
 from engine.text.prompt import ChatPrompt, TextPrompt, TokenPrompt
 
-NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "logit_bias": ({},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-}
-CHAT_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = NOT_IMPLEMENTED | {
+CHAT_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = CHOICES_NOT_IMPLEMENTED | {
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),
@@ -56,8 +50,7 @@ CHAT_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = NOT_IMPLEMENTED | {
     "web_search_options": (),
     "moderation": (),
 }
-COMPLETION_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = NOT_IMPLEMENTED | {
-    "best_of": (1,),
+COMPLETION_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = CHOICES_NOT_IMPLEMENTED | {
     "echo": (False,),
     "suffix": ("",),
 }
@@ -65,20 +58,22 @@ MAX_TEMPLATE_VALUES = 32
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
 
-def _one_prompt(prompt: Any) -> Any:
-    """A text or token ids; a batch of one is the same as the one."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
-        if len(prompt) > 1:
-            raise PydanticCustomError(
-                "unsupported_parameter", "several prompts in one request are not supported; send one request for each"
-            )
-        prompt = prompt[0]
-    if isinstance(prompt, str) or (isinstance(prompt, list) and all(type(i) is int and i >= 0 for i in prompt)):
-        return prompt
-    raise PydanticCustomError("invalid", "must be a string or a list of token ids (integers of at least 0)")
+def _prompt_list(prompt: Any) -> Any:
+    """A text or token ids is short for a list of one."""
+    prompts = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)) else [prompt]
+    if len(prompts) > MAX_PROMPTS:
+        raise PydanticCustomError("invalid", f"must be at most {MAX_PROMPTS} prompts")
+    are_texts = all(isinstance(each, str) for each in prompts)
+    if not are_texts and not all(isinstance(each, list) for each in prompts):
+        raise PydanticCustomError("invalid", "must be a string, a list of token ids, or a list of either")
+    if not are_texts and not all(type(i) is int and i >= 0 for ids in prompts for i in ids):
+        raise PydanticCustomError("invalid", "must have integers of at least 0 as its token ids")
+    if not all(prompts):
+        raise PydanticCustomError("invalid", "must not be empty")
+    return prompts
 
 
-class ChatCompletionBody(FormedBody):
+class ChatCompletionBody(ChoicesBody):
     """POST /v1/chat/completions."""
 
     not_implemented = CHAT_NOT_IMPLEMENTED
@@ -148,6 +143,11 @@ class ChatCompletionBody(FormedBody):
         messages = tuple(message.value() for message in self.messages)
         return ChatPrompt(messages, tools=self._tools(), template_kwargs=values)
 
+    @property
+    def prompts(self) -> tuple[ChatPrompt, ...]:
+        """Raises InvalidParameterError."""
+        return (self.prompt_value(),)
+
     def sampling_params(self) -> SamplingParams:
         max_tokens = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
@@ -159,24 +159,37 @@ PromptText = Annotated[str, Field(min_length=1)]
 PromptInput = (
     PromptText
     | TokenIds
-    | Annotated[list[PromptText], Field(min_length=1, max_length=1)]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=1)]
+    | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
 )
 
 
-class CompletionBody(FormedBody):
+class CompletionBody(ChoicesBody):
     """POST /v1/completions."""
 
     not_implemented = COMPLETION_NOT_IMPLEMENTED
     prompt_param = "prompt"
 
-    prompt: Annotated[
-        str | list[int], Field(min_length=1), BeforeValidator(_one_prompt, json_schema_input_type=PromptInput)
-    ]
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompt_list, json_schema_input_type=PromptInput)]
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
-    def prompt_value(self) -> TextPrompt | TokenPrompt:
-        return TextPrompt(self.prompt) if isinstance(self.prompt, str) else TokenPrompt(tuple(self.prompt))
+    @model_validator(mode="after")
+    def _check_best_of(self) -> Self:
+        if self.best_of not in (None, self.n):
+            message = "must be equal to n: all answers are returned, and choosing among them is left to the client"
+            raise PydanticCustomError("invalid", message, {"param": "best_of"})
+        return self
+
+    @property
+    def prompts(self) -> tuple[TextPrompt | TokenPrompt, ...]:
+        return tuple(
+            TextPrompt(prompt) if isinstance(prompt, str) else TokenPrompt(tuple(prompt)) for prompt in self.prompt
+        )
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompt)
 
     def sampling_params(self) -> SamplingParams:
         return self._sampling_params(

@@ -1,10 +1,12 @@
-"""/v1/chat/completions and /v1/completions: one body, one answer, nothing kept between them."""
+"""/v1/chat/completions and /v1/completions: one body, one answer with its choices, nothing kept between them."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from functools import partial
 from typing import TypeVar
 
@@ -12,15 +14,17 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from deployments.completions.answers import AnswerFormat, ChatFormat, CompletionFormat
+from deployments.completions.choices import ChoiceItem, generate_choices
 from deployments.completions.requests import ChatCompletionBody, CompletionBody
-from deployments.generation import ErrorItem, GenerationRequest, ModelCard, drain
+from deployments.generation import DeltaItem, ErrorItem, GenerationRequest, ModelCard
 from deployments.http.admission import Admission
-from deployments.http.answer_stream import answer_events
 from deployments.http.errors import error_response
 from deployments.http.event_stream import EventStream
-from deployments.http.gate import Gate
+from deployments.http.gate import Gate, num_running_choices
 from deployments.http.served_model import check_prompt
 from deployments.routing.session_key import session_key
+from engine.tenant import Tenant
+from engine.text.output import OutputDelta, merge_deltas
 
 PromptBodyT = TypeVar("PromptBodyT", ChatCompletionBody, CompletionBody)
 
@@ -35,32 +39,51 @@ def add_completion_routes(app: FastAPI, gate: Gate, admission: Admission, ingres
         id_prefix: str,
     ) -> Response:
         tenant, body, data = await gate.read(kind, request)
-        generation = body.generation_request(
-            body.prompt_value(),
-            request_id=id_prefix + uuid.uuid4().hex,
-            session_id=session_key(request.headers.items(), data),
-            tenant=tenant,
-        )
-        return await gate.in_a_place(tenant, body, partial(respond, generation, body, make_format))
+        answer_id = id_prefix + uuid.uuid4().hex
+        generations = []
+        for number, prompt in enumerate(body.prompts):
+            of_prompt = data if body.num_prompts == 1 else {**data, body.prompt_param: data[body.prompt_param][number]}
+            generations.append(
+                body.generation_request(
+                    prompt,
+                    request_id=f"{answer_id}.{number * body.n}" if number else answer_id,
+                    session_id=session_key(request.headers.items(), of_prompt),
+                    tenant=tenant,
+                )
+            )
+        form = make_format(answer_id, int(time.time()), body)
+        return await gate.in_a_place(tenant, body, partial(respond, tenant, generations, body, form))
 
     async def respond(
-        generation: GenerationRequest,
-        body: PromptBodyT,
-        make_format: Callable[[str, int, PromptBodyT], AnswerFormat],
-        card: ModelCard,
+        tenant: Tenant, generations: list[GenerationRequest], body: PromptBodyT, form: AnswerFormat, card: ModelCard
     ) -> Response:
-        check_prompt(generation.prompt, card, body.prompt_param)
-        form = make_format(generation.request_id, int(time.time()), body)
-        items = admission.generate(generation, body.timeout)
+        for generation in generations:
+            check_prompt(generation.prompt, card, body.prompt_param)
+        refusal = admission.refusal(tenant.tenant_id)
+        if refusal is not None:
+            return error_response(refusal)
+        items = generate_choices(
+            generations,
+            body.n,
+            partial(admission.generate, timeout_s=body.timeout, admitted_s=asyncio.get_running_loop().time()),
+            max_running=num_running_choices(body, card),
+            num_places=partial(admission.num_places, tenant.tenant_id),
+        )
         first = await anext(items)  # decides on the status; nothing is sent before
-        if isinstance(first, ErrorItem):
-            await drain(items)
-            return error_response(body.in_own_words(first))
-        headers = {"x-pensieve-replica": str(first.replica_rank), "x-pensieve-ingress": ingress_id}
+        if isinstance(first.item, ErrorItem):
+            await items.aclose()
+            return error_response(body.in_own_words(first.item))
+        headers = {"x-pensieve-replica": str(first.item.replica_rank), "x-pensieve-ingress": ingress_id}
         if body.stream:
-            return EventStream(answer_events(first, items, form), items.aclose, headers)
-        await drain(items)
-        return JSONResponse(form.whole(first.delta), headers=headers)
+            return EventStream(_events(first, items, form), items.aclose, headers)
+        deltas: list[list[OutputDelta]] = [[] for _ in range(body.num_choices)]
+        deltas[first.choice].append(first.item.delta)
+        async with aclosing(items):
+            async for index, item in items:
+                if isinstance(item, ErrorItem):
+                    return error_response(body.in_own_words(item))
+                deltas[index].append(item.delta)
+        return JSONResponse(form.whole(*map(merge_deltas, deltas)), headers=headers)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -69,3 +92,19 @@ def add_completion_routes(app: FastAPI, gate: Gate, admission: Admission, ingres
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await answer(request, CompletionBody, CompletionFormat, "cmpl-")
+
+
+async def _events(
+    first: ChoiceItem, rest: AsyncGenerator[ChoiceItem, None], form: AnswerFormat
+) -> AsyncGenerator[str, None]:
+    """All events of a stream that begins with `first`. Closing this closes `rest`."""
+    async with aclosing(rest):
+        choice: ChoiceItem | None = first
+        while choice is not None:
+            index, item = choice
+            if isinstance(item, DeltaItem):
+                if events := form.events(item.delta, index):
+                    yield events
+            else:
+                yield form.error(item)
+            choice = await anext(rest, None)

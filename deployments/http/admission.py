@@ -123,20 +123,24 @@ class Admission:
         self._limits = {tenant.id: tenant for tenant in tenants}
 
     async def generate(
-        self, request: GenerationRequest, timeout_s: float | None = None
+        self, request: GenerationRequest, timeout_s: float | None = None, *, admitted_s: float | None = None
     ) -> AsyncGenerator[GenerationItem, None]:
         """The engine's items; a rejection is an ErrorItem, and so is the end of the time.
 
         The request's tokens are taken from the tenant's account at once, the answer's by max_tokens; unused ones come
         back at the end.
+
+        admitted_s: when `refusal` let the whole pass of which this is a part, by the event loop's clock: it is not refused
+            now, and its time began then. None = it is a whole.
         """
-        refusal = self.refusal(request.tenant.tenant_id)
+        refusal = None if admitted_s is not None else self.refusal(request.tenant.tenant_id)
         if refusal is not None:
             yield refusal
             return
         account = self._account(request.tenant.tenant_id)
         timeout_s = self._default_timeout_s if timeout_s is None else timeout_s
-        deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
+        start_s = asyncio.get_running_loop().time() if admitted_s is None else admitted_s
+        deadline_s = None if timeout_s is None else start_s + timeout_s
         account.num_running += 1
         charge = _Charge(account)
         num_answer = request.sampling.max_tokens or UNSTATED_ANSWER_TOKENS
@@ -166,16 +170,12 @@ class Admission:
         limits = self._limits.get(tenant_id)
         if limits is None:
             return None
-        account, num_replicas = self._account(tenant_id), self._num_ingress_replicas()
-        if limits.max_concurrent_requests is not None:
-            part = math.ceil(limits.max_concurrent_requests / num_replicas)
-            if account.num_running >= part:
-                message = (
-                    f"this tenant may run {limits.max_concurrent_requests} requests at once; wait for one to finish"
-                )
-                return ErrorItem.of(TooManyRequestsError(message))
+        account = self._account(tenant_id)
+        if self.num_places(tenant_id) <= 0:
+            message = f"this tenant may run {limits.max_concurrent_requests} requests at once; wait for one to finish"
+            return ErrorItem.of(TooManyRequestsError(message))
         if limits.tokens_per_minute is not None:
-            per_minute = limits.tokens_per_minute / num_replicas
+            per_minute = limits.tokens_per_minute / self._num_ingress_replicas()
             account.tokens.refill(self._clock(), per_minute)
             if account.tokens.is_empty():
                 message = (
@@ -186,6 +186,14 @@ class Admission:
                 wait_s = RETRY_AFTER_S if settled > 0 else _wait_s(settled, per_minute)
                 return ErrorItem.of(TooManyTokensError(message, retry_after_s=wait_s))
         return None
+
+    def num_places(self, tenant_id: str) -> float:
+        """How many more requests of this tenant may run now; infinite without a limit."""
+        limits = self._limits.get(tenant_id)
+        if limits is None or limits.max_concurrent_requests is None:
+            return math.inf
+        part = math.ceil(limits.max_concurrent_requests / self._num_ingress_replicas())
+        return part - self._account(tenant_id).num_running
 
     def admit_storing(self, tenant_id: str, num_bytes: int) -> None:
         """Counts a request to a path that only stores. Raises TenantLimitError, and then counts nothing."""

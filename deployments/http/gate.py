@@ -24,6 +24,14 @@ from deployments.tenants import Authenticator, TenantConfig
 from engine.errors import OverloadedError
 from engine.tenant import LOCAL_TENANT, Tenant
 
+# Choices of one request that run at the same time; the others wait for their turn in the ingress.
+MAX_RUNNING_CHOICES = 16
+
+
+def num_running_choices(body: GenerationBody, card: ModelCard) -> int:
+    """How many of a request's choices run at the same time; no more than one engine replica takes."""
+    return min(body.num_choices, MAX_RUNNING_CHOICES, card.max_num_requests)
+
 
 class Gate:
     """One per ingress replica."""
@@ -86,7 +94,7 @@ class Gate:
     async def in_a_place(
         self, tenant: Tenant, body: GenerationBody, respond: Callable[[ModelCard], Awaitable[Response]]
     ) -> Response:
-        """Calls `respond` with what is served, and holds a place until its response is over.
+        """Calls `respond` with what is served, and holds places until its response is over: one for each choice that runs.
 
         There are as many places as requests that all engines together may run and let wait. The next one is rejected at
         once: here it would only wait where no engine knows of it, and its client could not go elsewhere. Raises
@@ -95,9 +103,10 @@ class Gate:
         card = await self._model_card()
         check_body(body, card)
         limit = card.max_num_requests * self._num_engine_replicas()
-        if not self._places.try_take(tenant.tenant_id, 1, limit):
+        num_places = num_running_choices(body, card)
+        if not self._places.try_take(tenant.tenant_id, num_places, limit):
             raise OverloadedError("the server is full; try again in a moment")
-        give_back = partial(self._places.give_back, tenant.tenant_id, 1)
+        give_back = partial(self._places.give_back, tenant.tenant_id, num_places)
         try:
             response = await respond(card)
         except BaseException:

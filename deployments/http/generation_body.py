@@ -132,6 +132,11 @@ class GenerationBody(Body):
         )
 
     @property
+    def num_choices(self) -> int:
+        """How many answers are asked for."""
+        return 1
+
+    @property
     def chosen_calls(self) -> ToolChoice:
         """Whether the answer has to call something."""
         return AS_THE_MODEL_LIKES

@@ -19,6 +19,7 @@ MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIAS = 1024
 
 
 class RequestStatus(enum.Enum):
@@ -50,8 +51,10 @@ class SamplingParams:
     filters off. seed: makes sampling repeatable, per position, so that a resumed request repeats itself; None = the
     engine draws one. logprobs: how many alternatives to report for each token; 0 = only the chosen one's, None = none.
     stop: at most MAX_STOP_STRINGS strings of at most MAX_STOP_CHARS characters that end the answer (not part of it).
-    stop_token_ids: at most MAX_STOP_TOKEN_IDS. min_tokens: end-of-sequence and stop ids are barred before. grammar: what
-    a complete answer has to match; it ends as soon as it can only end, so min_tokens and ignore_eos contradict it.
+    stop_token_ids: at most MAX_STOP_TOKEN_IDS. min_tokens: end-of-sequence and stop ids are barred before. logit_bias: at
+    most MAX_LOGIT_BIAS pairs (token id, what is added to its logit, -100 to 100), before penalties and temperature.
+    grammar: what a complete answer has to match; it ends as soon as it can only end, so min_tokens and ignore_eos
+    contradict it.
     """
 
     max_tokens: int | None = None
@@ -68,6 +71,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
@@ -109,6 +113,13 @@ class SamplingParams:
             self.grammar is None or not self.ignore_eos, "ignore_eos", "false with a grammar, which says where to end"
         )
         check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}")
+        check_len(len(self.logit_bias), MAX_LOGIT_BIAS, "logit_bias", "token ids")
+        check(
+            len(dict(self.logit_bias)) == len(self.logit_bias) and all(i >= 0 for i, _ in self.logit_bias),
+            "logit_bias",
+            "different token ids (at least 0)",
+        )
+        check(all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias), "logit_bias", "numbers between -100 and 100")
 
     @property
     def is_greedy(self) -> bool:

@@ -64,6 +64,7 @@ class SamplingState:
             and not params.needs_token_ids
             and params.min_tokens == 0
             and params.logprobs is None
+            and not params.logit_bias
             and matcher is None
         )
         self.prompt_ids: set[int] = set()
@@ -116,7 +117,7 @@ class SamplingBatch:
     need.
 
     *_rows: rows of the logits.
-    barred, seen, said: places in the flattened logits; seen_penalty and said_amount belong to them.
+    biased, barred, seen, said: places in the flattened logits; bias, seen_penalty and said_amount belong to them.
     temperature, uniform: of the rows that are drawn, first those without a filter (`plain_rows`), then the others
         (`filtered_rows`, with top_k, top_p and min_p).
     masks: uint8 [masked_rows, bytes], a bit a token, the lowest first: those that grammars allow.
@@ -172,7 +173,9 @@ class SamplingBatch:
             self.arrays[name] = np.array(values, dtype)
 
     def _add_penalties(self, vocab_size: int) -> None:
-        """Repetition counts prompt and answer; presence and frequency the answer alone."""
+        """With biases. Repetition counts prompt and answer; presence and frequency the answer alone."""
+        biased: list[int] = []
+        bias: list[float] = []
         barred: list[int] = []
         seen: list[int] = []
         said: list[int] = []
@@ -180,6 +183,9 @@ class SamplingBatch:
         said_amount: list[np.float32] = []
         for row, state in enumerate(self.states):
             params, start = state.params, row * vocab_size
+            in_vocabulary = [pair for pair in params.logit_bias if pair[0] < vocab_size]
+            biased += [start + i for i, _ in in_vocabulary]
+            bias += [amount for _, amount in in_vocabulary]
             if state.num_output_tokens < params.min_tokens:
                 barred += [start + i for i in state.stop_token_ids if i < vocab_size]
             if params.repetition_penalty != 1.0:
@@ -192,6 +198,8 @@ class SamplingBatch:
                 frequency, presence = np.float32(params.frequency_penalty), np.float32(params.presence_penalty)
                 said += [start + i for i in state.output_counts]
                 said_amount += [frequency * np.float32(n) + presence for n in state.output_counts.values()]
+        self._add("biased", biased, np.int64)
+        self._add("bias", bias, np.float32)
         self._add("barred", barred, np.int64)
         self._add("seen", seen, np.int64)
         self._add("seen_penalty", seen_penalty, np.float32)
@@ -333,11 +341,13 @@ class _HostCopy:
 
 
 def _penalised(logits: torch.Tensor, arrays: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The logits with bars and penalties applied; the same tensor if there are none."""
-    if not arrays.keys() & {"barred", "seen", "said", "masks"}:
+    """The logits with biases, bars and penalties applied; the same tensor if there are none."""
+    if not arrays.keys() & {"biased", "barred", "seen", "said", "masks"}:
         return logits
     logits = logits.clone(memory_format=torch.contiguous_format)
     flat = logits.view(-1)
+    if "biased" in arrays:
+        flat[arrays["biased"]] += arrays["bias"]
     if "barred" in arrays:
         flat.index_fill_(0, arrays["barred"], float("-inf"))
     if "seen" in arrays:

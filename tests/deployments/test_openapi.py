@@ -114,7 +114,8 @@ REFUSALS = re.compile(
     r"|^token id \d+ is outside the vocabulary"
     # 1.0 is an integer for JSON Schema, and a mistake here.
     r"|Input should be a valid integer$"
-    r"|^prompt: must be a string or a list of token ids"
+    r"|^logit_bias: must have token ids as its names"
+    r"|^best_of: must be equal to n"
 )
 
 

@@ -313,7 +313,7 @@ BAD_REQUESTS: dict[str, tuple[bytes, int, str | None]] = {
             ("max_tokens", "many", None),
             ("min_tokens", 10**12, None),
             ("seed", 2**70, None),
-            ("n", 5, None),
+            ("n", 99, None),
             ("stop", [""], None),
             ("stop_token_ids", [10**12], None),
             ("tools", [{"type": "function"}], None),

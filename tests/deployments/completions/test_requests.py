@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from deployments.completions.chat_messages import MESSAGE_NOT_IMPLEMENTED
+from deployments.completions.choices_body import CHOICES_IGNORED, MAX_N
 from deployments.completions.requests import (
     CHAT_NOT_IMPLEMENTED,
     COMPLETION_NOT_IMPLEMENTED,
@@ -14,9 +15,9 @@ from deployments.completions.requests import (
     CompletionBody,
 )
 from deployments.http.errors import wire_of
-from deployments.http.generation_body import IGNORED, MAX_MESSAGES
+from deployments.http.generation_body import MAX_MESSAGES
 from deployments.http.parsing import MAX_FIELDS, MAX_PARTS, parse_request
-from engine.core.request import MAX_STOP_TOKEN_IDS, SamplingParams
+from engine.core.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
 from engine.errors import RequestError
 from engine.text.prompt import ChatPrompt, TextPrompt, TokenPrompt
 from tests.deployments.refusals import refusal
@@ -24,6 +25,9 @@ from tests.deployments.sampling import SAMPLING
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "hi"}
+
+
+BEST_OF = ("best_of", "invalid_value")
 
 
 def parse_chat(**changes: Any) -> ChatCompletionBody:
@@ -47,8 +51,11 @@ def test_plain_chat() -> None:
 
 
 def test_everything_implemented_reaches_the_sampling_parameters() -> None:
-    expected = SamplingParams(max_tokens=9, stop=("a", "b"), stop_token_ids=(4,), logprobs=3, **SAMPLING)
-    common = SAMPLING | {"stop": ["a", "b"], "stop_token_ids": [4]}
+    bias = ((7, -100.0), (0, 2.5))
+    expected = SamplingParams(
+        max_tokens=9, stop=("a", "b"), stop_token_ids=(4,), logprobs=3, logit_bias=bias, **SAMPLING
+    )
+    common = SAMPLING | {"stop": ["a", "b"], "stop_token_ids": [4], "logit_bias": {"7": -100, "0": 2.5}}
     chat = parse_chat(max_completion_tokens=9, logprobs=True, top_logprobs=3, **common)
     assert chat.sampling_params() == expected
     assert parse_completion(max_tokens=9, logprobs=3, **common).sampling_params() == expected
@@ -61,6 +68,12 @@ def test_defaults_and_aliases() -> None:
     assert parse_chat(stop="x").sampling_params().stop == ("x",)
     assert parse_chat(top_k=-1).sampling_params().top_k == 0  # how vLLM's clients switch it off
     assert parse_chat(temperature=None, stream=None, stop=None, seed=None) == parse_chat()
+
+
+def test_best_of_has_to_mean_n() -> None:
+    assert parse_completion(n=3, best_of=3).num_choices == parse_completion(n=3).num_choices == 3
+    assert refused(parse_completion, n=2, best_of=3) == refused(parse_completion, best_of=3) == BEST_OF
+    assert parse_completion(prompt=["a", "b"], n=3).num_choices == 6
 
 
 def test_content_parts_and_roles() -> None:
@@ -77,17 +90,21 @@ def test_assistant_message_is_taken_back_as_the_client_library_dumps_it() -> Non
 @pytest.mark.parametrize(
     ("prompt", "value"),
     [
-        ("hi", TextPrompt("hi")),
-        (["hi"], TextPrompt("hi")),
-        ([1, 2], TokenPrompt((1, 2))),
-        ([[1, 2]], TokenPrompt((1, 2))),
+        ("hi", (TextPrompt("hi"),)),
+        (["hi"], (TextPrompt("hi"),)),
+        (["a", "b"], (TextPrompt("a"), TextPrompt("b"))),
+        ([1, 2], (TokenPrompt((1, 2)),)),
+        ([[1, 2]], (TokenPrompt((1, 2)),)),
+        ([[1], [2]], (TokenPrompt((1,)), TokenPrompt((2,)))),
     ],
 )
 def test_prompts(prompt: Any, value: Any) -> None:
-    assert parse_completion(prompt=prompt).prompt_value() == value
+    assert parse_completion(prompt=prompt).prompts == value
 
 
-@pytest.mark.parametrize("prompt", ["", [], [[]], [""], ["a", "b"], [[1], [2]], [1, "a"], [-1], [True], 5, {}])
+@pytest.mark.parametrize(
+    "prompt", ["", [], [[]], [""], ["a", ""], ["a", [1]], [1, "a"], [-1], [True], [[1], [-1]], ["a"] * 129, 5, {}]
+)
 def test_bad_prompts(prompt: Any) -> None:
     assert refused(parse_completion, prompt=prompt)[0] == "prompt"
 
@@ -109,7 +126,7 @@ def test_what_completions_do_not_implement_is_refused_by_name(name: str) -> None
         assert parse_completion(**{name: neutral}) == parse_completion()
 
 
-@pytest.mark.parametrize("name", sorted(IGNORED))
+@pytest.mark.parametrize("name", sorted(CHOICES_IGNORED))
 def test_ignored_parameters_change_nothing(name: str) -> None:
     assert parse_chat(**{name: "x"}) == parse_chat()
 
@@ -137,9 +154,17 @@ def test_ignored_parameters_change_nothing(name: str) -> None:
             "missing_required_parameter",
         ),
         ({"messages": [{"role": "user", "content": "x", "mood": 1}]}, "messages[0].mood", "unknown_parameter"),
-        ({"n": 2}, "n", "unsupported_parameter"),
-        ({"n": True}, "n", "unsupported_parameter"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": MAX_N + 1}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_value"),
+        ({"logit_bias": []}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5": "much"}}, "logit_bias.5", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"05": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"9" * 11: 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": dict.fromkeys(map(str, range(MAX_LOGIT_BIAS + 1)), 1)}, "logit_bias", "invalid_value"),
         ({"frobnicate": 1}, "frobnicate", "unknown_parameter"),
         ({"frobnicate": None}, "frobnicate", "unknown_parameter"),
         ({"temperature": "hot"}, "temperature", "invalid_value"),
@@ -280,8 +305,8 @@ def test_as_many_as_may_be() -> None:
 
 
 def test_text_of_any_length_and_long_prompts_of_ids_pass() -> None:
-    assert len(parse_completion(prompt="x" * 3_000_000).prompt) == 3_000_000
-    assert len(parse_completion(prompt=[300] * 500_000).prompt) == 500_000
+    assert len(parse_completion(prompt="x" * 3_000_000).prompt[0]) == 3_000_000
+    assert len(parse_completion(prompt=[300] * 500_000).prompt[0]) == 500_000
 
 
 # -- thinking ----------------------------------------------------------------------------------------------------------

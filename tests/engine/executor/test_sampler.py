@@ -505,3 +505,33 @@ def test_a_filter_that_finds_few_tokens_allowed_sorts_no_more(monkeypatch):
 def test_without_a_grammar_nothing_is_masked():
     assert "masks" not in SamplingBatch([state(), state(temperature=0.0)], VOCABULARY).arrays
     assert not SamplingBatch([state(temperature=0.0)], VOCABULARY).arrays
+
+
+@pytest.mark.parametrize("looks_later", [False, True])
+def test_a_bias_is_added_before_penalties_and_temperature(looks_later):
+    """In its own row only; log-probabilities stay the model's own."""
+    logits = make_logits(3)
+    ways = [{"temperature": 0.7, "top_k": 5}, {"temperature": 0.0, "repetition_penalty": 1.7}, {"temperature": 1.0}]
+    bias = ((3, 12.0), (1, -2.0))
+    added = logits.clone()
+    for token_id, amount in bias:
+        added[:2, token_id] += amount
+
+    def draw(rows, **more):
+        states = [state((1, 2, 3), logprobs=2, **way, **(more if row < 2 else {})) for row, way in enumerate(ways)]
+        batch = SamplingBatch(states, VOCABULARY)
+        arrays = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+        return batch.draw(rows.clone(), arrays, looks_later=looks_later).finish()
+
+    tokens, logprobs = draw(logits, logit_bias=bias)
+    assert tokens == draw(added)[0]
+    assert tokens != draw(logits)[0]
+    assert [each.top for each in logprobs] == [each.top for each in draw(logits)[1]]
+
+
+def test_a_large_bias_decides_and_one_outside_the_vocabulary_does_nothing():
+    logits = make_logits(1)
+    best = int(logits.argmax())
+    assert chosen(logits, [state(temperature=0.0, logit_bias=((best, -100.0),))]) != [best]
+    assert chosen(logits, [state(temperature=1.0, logit_bias=((5, 100.0),))]) == [5]
+    assert chosen(logits, [state(temperature=0.0, logit_bias=((VOCABULARY + 5, 100.0),))]) == [best]

@@ -1,0 +1,83 @@
+"""What chat completions and completions have in common besides the form of an answer: how many, and towards which tokens.
+
+Knows no HTTP library, no engine and no Ray.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from deployments.completions.answer_forms import FormedBody
+from deployments.http.generation_body import IGNORED
+from engine.core.grammar import GrammarSpec
+from engine.core.request import MAX_LOGIT_BIAS, SamplingParams
+from engine.text.prompt import ChatPrompt, TextPrompt, TokenPrompt
+
+MAX_N = 16
+MAX_PROMPTS = 128
+MAX_ID_DIGITS = 10
+
+# They ask for nothing that this server does otherwise; docs/http_api.md says why for each.
+CHOICES_IGNORED = IGNORED | {"priority", "request_id", "spaces_between_special_tokens"}
+CHOICES_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "cache_salt": ("",),
+    "length_penalty": (1, 1.0),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+}
+
+
+def _check_bias(bias: Any) -> Any:
+    """Token ids are texts, as JSON has them."""
+    if not isinstance(bias, dict):
+        raise PydanticCustomError("invalid", "must be an object that gives token ids a number")
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise PydanticCustomError("invalid", f"must have at most {MAX_LOGIT_BIAS} token ids")
+    for name in bias:
+        is_number = isinstance(name, str) and name.isascii() and name.isdecimal() and len(name) <= MAX_ID_DIGITS
+        if not is_number or str(int(name)) != name:
+            raise PydanticCustomError("invalid", "must have token ids as its names, such as 42")
+    return bias
+
+
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+
+
+class ChoicesBody(FormedBody):
+    """A body that may ask for several answers, to one prompt or to each of several."""
+
+    ignored = CHOICES_IGNORED
+
+    n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
+    logit_bias: Annotated[dict[str, Bias], BeforeValidator(_check_bias, json_schema_input_type=dict[str, Bias])] = (
+        Field(default={})
+    )
+
+    @property
+    @abstractmethod
+    def prompts(self) -> Sequence[ChatPrompt | TextPrompt | TokenPrompt]:
+        """What is answered, each `n` times. Raises InvalidParameterError."""
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
+    def num_choices(self) -> int:
+        return self.num_prompts * self.n
+
+    def _sampling_params(
+        self, max_tokens: int | None, logprobs: int | None, grammar: GrammarSpec | None = None
+    ) -> SamplingParams:
+        bias = tuple((int(name), amount) for name, amount in self.logit_bias.items())
+        return replace(super()._sampling_params(max_tokens, logprobs, grammar), logit_bias=bias)
