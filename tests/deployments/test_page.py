@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
-import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from deployments.generation import DeltaItem
@@ -24,6 +20,7 @@ from engine.config import EngineConfig
 from engine.text.output import OutputDelta
 from tests.deployments.conftest import ScriptedEngine
 from tests.deployments.engine_here import EngineHere
+from tests.deployments.serving import serving
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -47,27 +44,6 @@ WAIT_S = 60.0
 KEYS = {"acme": "sk-acme", "other": "sk-other"}
 # PENSIEVE_SCREENSHOTS: a folder for pictures of the tested state, as docs/images has them (-k forced_evictions).
 SCREENSHOTS = os.environ.get("PENSIEVE_SCREENSHOTS")
-
-
-@contextmanager
-def serving(make_app: Callable[[], Awaitable[FastAPI]], end: Callable[[], Any] | None = None) -> Iterator[str]:
-    """The application behind a port of this machine, in a thread of its own. Its address."""
-    server: list[uvicorn.Server] = []
-
-    async def serve() -> None:
-        server.append(uvicorn.Server(uvicorn.Config(await make_app(), port=0, log_level="critical")))
-        await server[0].serve()
-        if end is not None:
-            await end()
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    try:
-        wait_for(lambda: bool(server and server[0].started))
-        yield f"http://127.0.0.1:{server[0].servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server[0].force_exit = server[0].should_exit = True  # a page that watches would not leave
-        thread.join()
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:
