@@ -25,7 +25,7 @@ from deployments.http.errors import error_body
 from deployments.http.event_stream import EventStream, sse_event
 from deployments.http.fair_limit import FairLimit
 from deployments.http.gate import Gate
-from deployments.http.parsing import Body, Query, parse_query
+from deployments.http.parsing import Body, Query
 from engine.cache_view import CacheQuery, ConversationView, EvictionView
 from engine.errors import OverloadedError, RequestError
 from engine.tenant import Tenant
@@ -231,7 +231,7 @@ def add_cache_routes(
     @app.get("/v1/cache/map")
     async def watch_cache(request: Request) -> Response:
         tenant = gate.tenant_of(request)
-        query = parse_query(MapQuery, request.query_params.multi_items())
+        query = gate.read_query(MapQuery, request)
 
         def sees_all() -> bool:
             return gate.is_operator(gate.tenant_of(request))  # keys may be withdrawn

@@ -35,6 +35,7 @@ from deployments.generation import (
 from deployments.http.admission import Admission
 from deployments.http.errors import EXCEPTION_HANDLERS
 from deployments.http.gate import Gate
+from deployments.http.ignored import TellingRoute
 from deployments.http.request_limits import RequestLimits
 from deployments.http.status import add_model_routes, add_status_routes
 from deployments.openapi import openapi_document
@@ -144,6 +145,7 @@ def create_app(
         max_body_bytes=config.max_body_bytes,
         num_engine_replicas=num_engine_replicas,
         sees_clients=sees_clients,
+        is_strict=config.strict_parameters,
     )
     upkeep = StoreUpkeep(
         ConversationStore(
@@ -179,6 +181,7 @@ def create_app(
         redirect_slashes=False,
         exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
     )
+    app.router.route_class = TellingRoute
     app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes)
     add_completion_routes(app, gate, admission, ingress_id)
     add_response_routes(app, gate, ResponsesApi(admission, upkeep, engine.choose_session_id))
@@ -188,23 +191,24 @@ def create_app(
         add_page(app)
     add_model_routes(app, gate, engine.model_card)
     add_status_routes(app, Coalesced(check_ready, ready_period_s), lambda: upkeep.warnings)
-    _add_document_route(app)
+    _add_document_route(app, is_strict=config.strict_parameters)
     return app
 
 
-def _add_document_route(app: FastAPI) -> None:
+def _add_document_route(app: FastAPI, *, is_strict: bool) -> None:
     """Serves the document of all routes that the application has by now."""
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
         return JSONResponse(document)
 
-    document = openapi_document(
+    routes = [
         (method, route.path, route.name)
         for route in app.routes
         if isinstance(route, APIRoute)
         for method in route.methods or ()
-    )
+    ]
+    document = openapi_document(routes, is_strict=is_strict)
 
 
 def _default_store_url() -> str:

@@ -185,12 +185,18 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
 }
 
 
-def openapi_document(routes: Iterable[tuple[str, str, str]]) -> dict[str, Any]:
-    """The document of these routes (method, path as FastAPI writes it, name). KeyError: one that has no description."""
+def openapi_document(routes: Iterable[tuple[str, str, str]], *, is_strict: bool = False) -> dict[str, Any]:
+    """The document of these routes (method, path as FastAPI writes it, name). KeyError: one that has no description.
+
+    is_strict: unknown parameters are refused.
+    """
     kinds = [body for operation in _OPERATIONS.values() if (body := operation.body) is not None]
     _, definitions = models_json_schema(
         [(kind, "validation") for kind in kinds], ref_template=_SCHEMAS + "{model}", schema_generator=_Untitled
     )
+    if not is_strict:
+        for schema in definitions["$defs"].values():
+            schema.pop("additionalProperties", None)
     paths: dict[str, dict[str, Any]] = {}
     for method, path, name in routes:
         path = re.sub(r":\w+}", "}", path)

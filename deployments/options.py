@@ -88,6 +88,11 @@ class HttpOptions(_Options):
         gt=0,
         description="Seconds that an answer may take if the request does not say (`timeout`). None: any time.",
     )
+    strict_parameters: bool = Field(
+        default=False,
+        description="Refuse requests with parameters that are unknown, at any level. False: they are ignored, and the header "
+        "`x-pensieve-ignored` of the answer names them.",
+    )
     num_fallback_replicas: int = Field(
         default=1,
         ge=0,

@@ -8,42 +8,74 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetPydanticSchema,
+    ValidatorFunctionWrapHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from deployments.http.function_tools import MAX_CALLS, Function, Name
-from deployments.http.parsing import Body
+from deployments.http.generation_body import MAX_MESSAGES
+from deployments.http.parsing import MAX_NAME_CHARS, Body
 from engine.dialogue import messages as dialogue
 from engine.dialogue import tools as dialogue_tools
 
-MESSAGE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
-    # What OpenAI's client puts in an assistant message that is sent back as it came.
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "refusal": (),
-}
+MESSAGE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"audio": (), "function_call": ()}
+# What is not for the model: the content once more, from OpenAI's client; where it came from; what to cache.
+MESSAGE_IGNORED = frozenset({"annotations", "cache_control", "parsed", "prompt_cache_breakpoint"})
+PART_IGNORED = frozenset({"annotations", "cache_control", "logprobs", "prompt_cache_breakpoint"})
 
 
-def _joined_text(content: Any) -> Any:
-    """A list of text parts as one text; everything else is for pydantic to judge."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for index, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise PydanticCustomError(
-                "unsupported_parameter",
-                'only {"type": "text", "text": ...} parts are supported',
-                {"param": index},
-            )
-        texts.append(part["text"])
-    return "".join(texts)
+PART_TYPES = ("text", "input_text", "output_text", "refusal")
 
 
-class ChatTextPart(BaseModel):  # for the served document; _joined_text takes these apart
-    type: Literal["text"]
-    text: str
+def _check_part_type(kind: Any) -> Any:
+    if kind not in PART_TYPES:
+        message = f"{repr(kind)[:MAX_NAME_CHARS]} is not supported; supported: {', '.join(map(repr, PART_TYPES))}"
+        raise PydanticCustomError("unsupported_parameter", message)
+    return kind
+
+
+class ChatTextPart(Body):
+    """A part of a message's content, under the names that OpenAI's two APIs have for a text."""
+
+    ignored = PART_IGNORED
+
+    type: Annotated[Literal["text", "input_text", "output_text", "refusal"], BeforeValidator(_check_part_type)]
+    text: str | None = None
+    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _check_text(self) -> Self:
+        name = "refusal" if self.type == "refusal" else "text"
+        if getattr(self, name) is None:
+            raise PydanticCustomError("missing", f"required in a part of type {self.type}", {"param": name})
+        return self
+
+
+ChatTextParts = Annotated[list[ChatTextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+
+def _text_or_parts(source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    """A text stays one. A union of both would add names of its own to the place of an error."""
+
+    def validate(content: Any, validate_parts: ValidatorFunctionWrapHandler) -> Any:
+        if isinstance(content, str):
+            return content
+        if not isinstance(content, list):
+            raise PydanticCustomError("invalid", "must be a text, or a list of parts")
+        return validate_parts(content)
+
+    parts = handler.generate_schema(ChatTextParts)
+    either = handler.generate_schema(str | ChatTextParts)
+    return core_schema.no_info_wrap_validator_function(validate, parts, json_schema_input_schema=either)
+
+
+Content = Annotated[str | list[ChatTextPart], GetPydanticSchema(_text_or_parts)]
 
 
 class CalledFunction(Body):
@@ -58,7 +90,7 @@ class CalledFunction(Body):
 class MessageCall(Body):
     """A call that an assistant's message made."""
 
-    ignored = frozenset({"index"})
+    ignored = frozenset({"cache_control", "index"})
 
     id: Name
     type: Literal["function"] = "function"
@@ -69,12 +101,11 @@ class Message(Body):
     """One message of the conversation."""
 
     not_implemented = MESSAGE_NOT_IMPLEMENTED
-    ignored = frozenset({"parsed"})  # the content once more, from OpenAI's client
+    ignored = MESSAGE_IGNORED
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[str | None, BeforeValidator(_joined_text, json_schema_input_type=str | list[ChatTextPart])] = (
-        None
-    )
+    content: Content | None = None
+    refusal: str | None = None
     name: Name | None = None
     tool_calls: Annotated[list[MessageCall], Field(max_length=MAX_CALLS, fail_fast=True)] = Field(default=[])
     tool_call_id: Name | None = None
@@ -85,6 +116,7 @@ class Message(Body):
     def _check_role(self) -> Self:
         for name, roles in (
             ("tool_calls", ("assistant",)),
+            ("refusal", ("assistant",)),
             ("reasoning_content", ("assistant",)),
             ("reasoning", ("assistant",)),
             ("tool_call_id", ("tool", "function")),
@@ -92,7 +124,8 @@ class Message(Body):
             if getattr(self, name) and self.role not in roles:
                 message = f"only allowed in a message of {' or '.join(roles)}"
                 raise PydanticCustomError("invalid", message, {"param": name})
-        may_be_empty = self.role == "assistant" and (self.tool_calls or self.reasoning_content or self.reasoning)
+        says_else = self.tool_calls or self.refusal or self.reasoning_content or self.reasoning
+        may_be_empty = self.role == "assistant" and says_else
         for name, is_needed in (
             ("content", not may_be_empty),
             ("tool_call_id", self.role == "tool"),
@@ -103,6 +136,14 @@ class Message(Body):
                 raise PydanticCustomError("missing", message, {"param": name})
         return self
 
+    @property
+    def text(self) -> str:
+        """All that is said; who refuses says it in place of the rest."""
+        content = self.content or ""
+        if not isinstance(content, str):
+            content = "".join(part.text or part.refusal or "" for part in content)
+        return content or self.refusal or ""
+
     def value(self) -> dialogue.Message:
         """As the engine takes it."""
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
@@ -110,11 +151,13 @@ class Message(Body):
             dialogue.ToolCall(call.function.name, call.function.arguments or "{}", call.id) for call in self.tool_calls
         )
         reasoning = self.reasoning_content or self.reasoning or ""
-        return dialogue.Message(role, self.content or "", reasoning, calls, self.tool_call_id or "", self.name or "")
+        return dialogue.Message(role, self.text, reasoning, calls, self.tool_call_id or "", self.name or "")
 
 
 class ToolDefinition(Body):
     """A tool; only functions are."""
+
+    ignored = frozenset({"cache_control"})
 
     type: Literal["function"]
     function: Function

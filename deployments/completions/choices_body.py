@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from deployments.completions.answer_forms import FormedBody
-from deployments.http.generation_body import IGNORED
+from deployments.http.generation_body import IGNORED, SessionKey
 from engine.core.grammar import GrammarSpec
 from engine.core.request import MAX_LOGIT_BIAS, SamplingParams
 from engine.text.prompt import ChatPrompt, TextPrompt, TokenPrompt
@@ -23,17 +23,23 @@ MAX_N = 16
 MAX_PROMPTS = 128
 MAX_ID_DIGITS = 10
 
-# They ask for nothing that this server does otherwise; docs/http_api.md says why for each.
-CHOICES_IGNORED = IGNORED | {"priority", "request_id", "spaces_between_special_tokens"}
+CHOICES_IGNORED = IGNORED | {"spaces_between_special_tokens"}
 CHOICES_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    # vLLM's own; all but the salt change the answer, and who gives that one wants more than to be ignored.
     "allowed_token_ids": ([],),
     "bad_words": ([],),
     "cache_salt": ("",),
-    "length_penalty": (1, 1.0),
+    "chat_template": (),
+    "documents": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
 }
 
 
@@ -58,6 +64,7 @@ class ChoicesBody(FormedBody):
 
     ignored = CHOICES_IGNORED
 
+    conversation_id: SessionKey | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] = 1
     logit_bias: Annotated[dict[str, Bias], BeforeValidator(_check_bias, json_schema_input_type=dict[str, Bias])] = (
         Field(default={})

@@ -1,6 +1,6 @@
 """The bodies of OpenAI's chat and completions requests as this server takes them.
 
-Everything in a body is done, or rejected with the name of the parameter. Knows no HTTP library, no engine and no Ray.
+Everything in a body is done, or listed here as ignored, or named as unknown. Knows no HTTP library, no engine and no Ray.
 
     implemented      model, messages | prompt, max_tokens, max_completion_tokens, temperature, top_p, seed, stop,
                      stream, stream_options (include_usage, continuous_usage_stats), presence_penalty,
@@ -9,10 +9,10 @@ Everything in a body is done, or rejected with the name of the parameter. Knows 
     beyond OpenAI    top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids,
                      return_token_ids; structured_outputs and chat_template_kwargs, as vLLM has them; timeout (seconds for the
                      whole answer); prompt as token ids, or a list of prompts;
-                     session_id, conversation and prompt_cache_key name the session
+                     session_id, conversation, conversation_id and prompt_cache_key name the session
     rejected, unless *_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass
-    ignored          CHOICES_IGNORED in choices_body.py: they ask for nothing of the answer (labels, obfuscation)
-    anything else    rejected as unknown
+    ignored          CHOICES_IGNORED in choices_body.py: they change nothing in the answer (labels, hints for caching)
+    anything else    unknown: ignored by name, or rejected with strict_parameters
 
 null is the same as absent everywhere. Roles: system, developer (the same), user, assistant, tool, function (the same).
 """
@@ -33,7 +33,7 @@ from deployments.completions.chat_messages import (
 )
 from deployments.completions.choices_body import CHOICES_NOT_IMPLEMENTED, MAX_N, MAX_PROMPTS, ChoicesBody
 from deployments.http.function_tools import MAX_TOOLS, check_tools
-from deployments.http.generation_body import MAX_MESSAGES, TokenId
+from deployments.http.generation_body import MAX_MESSAGES, TokenId, TokenLimit
 from deployments.http.parsing import MAX_NAME_CHARS
 from engine.core.request import MAX_LOGPROBS, SamplingParams
 from engine.dialogue import tools as dialogue_tools
@@ -45,8 +45,6 @@ CHAT_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = CHOICES_NOT_IMPLEMENTED | {
     "function_call": ("none",),
     "modalities": (["text"],),
     "audio": (),
-    "prediction": (),
-    "verbosity": ("medium",),
     "web_search_options": (),
     "moderation": (),
 }
@@ -81,7 +79,7 @@ class ChatCompletionBody(ChoicesBody):
     reads_answer_format = True
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: TokenLimit = None
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(default=[])
     tool_choice: Annotated[
         ToolChoice | None,

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from deployments.errors import BodyTooLargeError, MalformedBodyError
 from deployments.http.fair_limit import FairLimit
+from deployments.http.ignored import note_ignored
 from deployments.http.parsing import BodyT, parse_request
 from engine.errors import OverloadedError
 from engine.tenant import Tenant
@@ -27,8 +28,10 @@ MAX_INLINE_BYTES = 64 * 2**10
 class RequestBodies:
     """All that are under way in one ingress replica."""
 
-    def __init__(self, max_body_bytes: int) -> None:
+    def __init__(self, max_body_bytes: int, *, is_strict: bool = False) -> None:
+        """is_strict: unknown parameters are refused; else they are ignored, and noted."""
         self._max_body_bytes = max_body_bytes
+        self._is_strict = is_strict
         self._max_bytes_in_flight = max(MAX_BYTES_IN_FLIGHT, max_body_bytes)
         self._in_flight = FairLimit()
         self._parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parser")
@@ -55,9 +58,14 @@ class RequestBodies:
                 chunks.append(chunk)
             raw = b"".join(chunks) or default
             chunks.clear()
+            ignored: list[str] | None = None if self._is_strict else []
             if len(raw) <= MAX_INLINE_BYTES:
-                return parse_request(kind, raw)
-            return await asyncio.get_running_loop().run_in_executor(self._parser, parse_request, kind, raw)
+                parsed = parse_request(kind, raw, ignored)
+            else:
+                loop = asyncio.get_running_loop()
+                parsed = await loop.run_in_executor(self._parser, parse_request, kind, raw, ignored)
+            note_ignored(request, ignored or ())
+            return parsed
         except ClientDisconnect:
             raise MalformedBodyError("the connection was closed before the end of the body") from None
         finally:

@@ -17,8 +17,9 @@ from deployments.http.bodies import RequestBodies
 from deployments.http.event_stream import EventStream
 from deployments.http.fair_limit import FairLimit
 from deployments.http.generation_body import GenerationBody
+from deployments.http.ignored import note_ignored
 from deployments.http.open_server import check_is_local
-from deployments.http.parsing import BodyT
+from deployments.http.parsing import BodyT, parse_query
 from deployments.http.served_model import check_body
 from deployments.tenants import Authenticator, TenantConfig
 from engine.errors import OverloadedError
@@ -44,6 +45,7 @@ class Gate:
         max_body_bytes: int,
         num_engine_replicas: Callable[[], int] = lambda: 1,
         sees_clients: bool = True,
+        is_strict: bool = False,
     ) -> None:
         """Nothing is asked yet.
 
@@ -51,11 +53,13 @@ class Gate:
         model_card: what the engines serve.
         num_engine_replicas: how many engine replicas share what is let in here.
         sees_clients: whether the address that a request comes from is its client's.
+        is_strict: unknown parameters are refused; else they are ignored, and the answer tells their names.
         """
         self._has_keys = bool(tenants)
         self._authenticator = Authenticator(tenants)
         self._model_card = model_card
-        self._bodies = RequestBodies(max_body_bytes)
+        self._bodies = RequestBodies(max_body_bytes, is_strict=is_strict)
+        self._is_strict = is_strict
         self._num_engine_replicas = num_engine_replicas
         self._sees_clients = sees_clients
         self._places = FairLimit()
@@ -90,6 +94,17 @@ class Gate:
         tenant = self.tenant_of(request)  # first: the bodies of strangers are never read
         body, data = await self._bodies.parse(kind, request, tenant, default=default)
         return tenant, body, data
+
+    def read_query(self, kind: type[BodyT], request: Request, *, without: Sequence[str] = ()) -> BodyT:
+        """The checked query string. Raises RequestError.
+
+        without: names of parameters that are left out of it.
+        """
+        ignored: list[str] | None = None if self._is_strict else []
+        pairs = [pair for pair in request.query_params.multi_items() if pair[0] not in without]
+        query = parse_query(kind, pairs, ignored)
+        note_ignored(request, ignored or ())
+        return query
 
     async def in_a_place(
         self, tenant: Tenant, body: GenerationBody, respond: Callable[[ModelCard], Awaitable[Response]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -21,12 +21,39 @@ from engine.tenant import Tenant
 from engine.text.prompt import Prompt
 from engine.text.transcript import Transcript
 
-IGNORED = frozenset({"metadata", "prompt_cache_retention", "safety_identifier", "user"})
+# What changes no answer: labels for a service's own books; hints about caching, which follows use here; hints about speed;
+# and verbosity, which models learn from their prompts. docs/http_api.md has them one by one.
+IGNORED = frozenset(
+    {
+        "metadata",
+        "prediction",
+        "priority",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    }
+)
 MAX_SESSION_KEY_CHARS = 512
 MAX_MESSAGES = 8192  # or items, or parts of the content of one
 
 TokenId = Annotated[int, Field(ge=0)]
 SessionKey = Annotated[str, Field(max_length=MAX_SESSION_KEY_CHARS)]
+
+
+def _as_limit(max_tokens: Any) -> Any:
+    """-1 is how several servers write that there is no limit."""
+    return None if type(max_tokens) is int and max_tokens == -1 else max_tokens
+
+
+TokenLimit = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    BeforeValidator(_as_limit, json_schema_input_type=Annotated[int, Field(ge=1)] | Literal[-1] | None),
+]
 
 
 def _as_list(stop: Any) -> Any:
@@ -56,7 +83,7 @@ class GenerationBody(Body):
     prompt_param: ClassVar[str]  # this endpoint's name for what the engine calls `prompt`
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: TokenLimit = None
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None

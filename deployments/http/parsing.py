@@ -1,15 +1,17 @@
 """From a body's bytes, or a query string, to a checked model, or to an error that names the parameter.
 
-Nothing is accepted and then ignored silently. Knows no endpoint.
+Nothing is accepted and then ignored silently: what is unknown is refused, or its name is told. Knows no endpoint.
 
-    Body     strict, closed, immutable; null is the same as absent everywhere
+    Body     strict, closed, immutable; null is the same as absent everywhere, and 5.0 is 5
     Query    the same for query strings, whose values come as text
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, from_json
@@ -27,10 +29,17 @@ from engine.errors import InvalidParameterError, RequestError
 MAX_PARTS = 100_000  # lists, objects and fields in a whole body
 MAX_FIELDS = 128  # of one object: each unknown one would become an error
 MAX_NAME_CHARS = 64
+# Of the unknown parameters of one request that are ignored.
+MAX_IGNORED_NAMES = 16
+UTF8_BOM = b"\xef\xbb\xbf"
 
 
 class Body(BaseModel):
-    """Strict, closed, immutable. Subclasses say which parameters they know and do not implement."""
+    """Strict, closed, immutable. Subclasses say which parameters they know and do not implement.
+
+    not_implemented: what would change the answer, each with the values that ask for nothing.
+    ignored: what changes no answer; docs/http_api.md says why.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
     not_implemented: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -51,17 +60,12 @@ class Body(BaseModel):
                     f"not supported; omit it (null{passing} is accepted)",
                     {"param": name},
                 )
-        known_none = {name for name, value in data.items() if value is None and name in cls._names()}
+        integers = _fields_of(cls).integers
         return {
-            name: value
+            name: _integral(value) if name in integers else value
             for name, value in data.items()
-            if name not in cls.not_implemented and name not in cls.ignored and name not in known_none
+            if value is not None and name not in cls.not_implemented and name not in cls.ignored
         }
-
-    @classmethod
-    def _names(cls) -> frozenset[str]:
-        """The fields as clients call them."""
-        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -90,7 +94,48 @@ def _or_null(field: dict[str, Any]) -> dict[str, Any]:
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     # True == 1, but {"n": true} is a mistake.
-    return value is None or any(type(value) is type(other) and value == other for other in neutral)
+    return value is None or any((value is True) == (other is True) and value == other for other in neutral)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """What has to be known of the fields of one kind of body.
+
+    integers: those that hold integers, as clients call them. bodies: those that hold other bodies, and as what.
+    """
+
+    integers: frozenset[str]
+    bodies: Mapping[str, str]
+
+
+@cache
+def _fields_of(kind: type[Body]) -> _Fields:
+    integers, bodies = set(), {}
+    for name, field in kind.model_fields.items():
+        held, wire_name = tuple(_types_in(field.annotation)), field.alias or name
+        if int in held and float not in held:
+            integers.add(wire_name)
+        if any(isinstance(one, type) and issubclass(one, Body) for one in held):
+            bodies[name] = wire_name
+    return _Fields(frozenset(integers), bodies)
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    """A type, or all that it is made of."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        inner = inner[:1]  # the others say what is right
+    if not inner:
+        yield annotation
+    for one in inner:
+        yield from _types_in(one)
+
+
+def _integral(value: Any) -> Any:
+    """A number without a fraction as an integer, also in lists: many clients have no other numbers than 5.0."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    return list(map(_integral, value)) if isinstance(value, list) else value
 
 
 class Query(Body):
@@ -110,20 +155,20 @@ _KINDS: Mapping[str, type[RequestError]] = {
 _REASONS = {"extra_forbidden": "unknown parameter", "model_type": "must be an object"}
 
 
-def parse_request(kind: type[BodyT], raw: bytes) -> tuple[BodyT, dict[str, Any]]:
+def parse_request(kind: type[BodyT], raw: bytes, ignored: list[str] | None = None) -> tuple[BodyT, dict[str, Any]]:
     """The request, and the plain data that it was made of.
 
-    Raises RequestError for the first thing that is wrong.
+    ignored: see validated. Raises RequestError for the first thing that is wrong.
     """
     if _num_parts(raw) > MAX_PARTS:
         raise InvalidParameterError(f"the body has more than {MAX_PARTS} lists, objects and fields")
     try:
-        data = from_json(raw, allow_inf_nan=False)
+        data = from_json(raw.removeprefix(UTF8_BOM), allow_inf_nan=False)
     except ValueError as error:
         raise MalformedBodyError(f"the body is not valid JSON in UTF-8: {error}") from None
     if not isinstance(data, dict):
         raise MalformedBodyError("the body must be a JSON object")
-    return validated(kind, data), data
+    return validated(kind, data, ignored), data
 
 
 _ALL_BUT_MARKS = bytes(set(range(256)) - set(b'"[{:'))
@@ -140,33 +185,67 @@ def _num_parts(raw: bytes) -> int:
     return sum(map(len, marks.split(b'"')[::2]))  # every other piece is what a string holds
 
 
-def validated(kind: type[BodyT], data: dict[str, Any]) -> BodyT:
-    """The checked model. Raises RequestError for the first thing that is wrong."""
+def validated(kind: type[BodyT], data: dict[str, Any], ignored: list[str] | None = None) -> BodyT:
+    """The checked model. Raises RequestError for the first thing that is wrong.
+
+    ignored: gets the names of unknown parameters, MAX_IGNORED_NAMES at most; None = they are refused.
+    """
     try:
-        return kind.model_validate(data)
+        body = kind.model_validate(data, extra=None if ignored is None else "allow")
     except ValidationError as error:
         raise _request_error(error.errors(include_url=False, include_input=False)[0]) from None
+    if ignored is not None:
+        named: dict[tuple[str, ...], tuple[str | int, ...]] = {}  # one of each kind: a list may have thousands of them
+        for path in _take_unknown(body, ()):
+            if len(named) < MAX_IGNORED_NAMES:
+                named.setdefault(tuple(step for step in path if isinstance(step, str)), path)
+        ignored.extend(map(_path_name, named.values()))
+    return body
+
+
+def _take_unknown(body: Body, path: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
+    """Takes what no field has out of a body and those in it, and gives the path of each."""
+    if unknown := body.__pydantic_extra__:
+        yield from ((*path, name) for name in list(unknown))
+        unknown.clear()
+    for name, wire_name in _fields_of(type(body)).bodies.items():
+        held = getattr(body, name)
+        if isinstance(held, Body):
+            yield from _take_unknown(held, (*path, wire_name))
+        elif isinstance(held, list | tuple):
+            for index, one in enumerate(held):
+                if isinstance(one, Body):
+                    yield from _take_unknown(one, (*path, wire_name, index))
 
 
 def _request_error(error: ErrorDetails) -> RequestError:
     inner = error.get("ctx", {}).get("param")
-    param = ""
-    for step in (*error["loc"], *(() if inner is None else (inner,))):
-        name = str(step)[:MAX_NAME_CHARS]
-        param += f"[{name}]" if isinstance(step, int) else f".{name}" if param else name
+    param = _path_name((*error["loc"], *(() if inner is None else (inner,))))
     reason = _REASONS.get(error["type"], error["msg"])
     kind = _KINDS.get(error["type"], InvalidParameterError)
     return kind(f"{param}: {reason}" if param else reason, param or None)
 
 
-def parse_query(kind: type[BodyT], pairs: Iterable[tuple[str, str]]) -> BodyT:
-    """The checked model. Raises RequestError for the first thing that is wrong."""
+def _path_name(path: Iterable[str | int]) -> str:
+    """As in messages[0].content."""
+    name = ""
+    for step in path:
+        part = str(step)[:MAX_NAME_CHARS]
+        name += f"[{part}]" if isinstance(step, int) else f".{part}" if name else part
+    return name
+
+
+def parse_query(kind: type[BodyT], pairs: Iterable[tuple[str, str]], ignored: list[str] | None = None) -> BodyT:
+    """The checked model. Raises RequestError for the first thing that is wrong.
+
+    ignored: see validated.
+    """
     data: dict[str, Any] = {}
     repeated = None
     for name, value in pairs:
         repeated = name if name in data else repeated
         data[name] = value
-    query = validated(kind, data)
+    query = validated(kind, data, ignored)
     if repeated is not None:
         raise InvalidParameterError(f"{repeated}: given twice", repeated)
     return query

@@ -9,7 +9,6 @@ from fastapi.responses import Response
 
 from deployments.generation import ModelCard
 from deployments.http.gate import Gate
-from deployments.http.parsing import parse_query
 from deployments.responses.api import ResponsesApi
 from deployments.responses.conversations import ConversationsApi
 from deployments.responses.requests import (
@@ -37,7 +36,7 @@ def add_response_routes(app: FastAPI, gate: Gate, api: ResponsesApi) -> None:
     @app.get("/v1/responses/{response_id}")
     async def get_response(request: Request, response_id: str) -> dict[str, Any]:
         tenant = gate.tenant_of(request)
-        parse_query(RetrieveQuery, request.query_params.multi_items())
+        gate.read_query(RetrieveQuery, request)
         return await api.get(tenant, response_id)
 
     @app.delete("/v1/responses/{response_id}")
@@ -50,7 +49,9 @@ def add_response_routes(app: FastAPI, gate: Gate, api: ResponsesApi) -> None:
 
     @app.get("/v1/responses/{response_id}/input_items")
     async def list_input_items(request: Request, response_id: str) -> dict[str, Any]:
-        return await api.input_items(gate.tenant_of(request), response_id, _list_query(request))
+        return await api.input_items(
+            gate.tenant_of(request), response_id, gate.read_query(ListQuery, request, without=("include",))
+        )
 
 
 def add_conversation_routes(app: FastAPI, gate: Gate, api: ConversationsApi) -> None:
@@ -76,7 +77,9 @@ def add_conversation_routes(app: FastAPI, gate: Gate, api: ConversationsApi) -> 
 
     @app.get("/v1/conversations/{conversation_id}/items")
     async def list_items(request: Request, conversation_id: str) -> dict[str, Any]:
-        return await api.list_items(gate.tenant_of(request), conversation_id, _list_query(request))
+        return await api.list_items(
+            gate.tenant_of(request), conversation_id, gate.read_query(ListQuery, request, without=("include",))
+        )
 
     @app.post("/v1/conversations/{conversation_id}/items")
     async def add_items(request: Request, conversation_id: str) -> dict[str, Any]:
@@ -90,7 +93,3 @@ def add_conversation_routes(app: FastAPI, gate: Gate, api: ConversationsApi) -> 
     @app.delete("/v1/conversations/{conversation_id}/items/{item_id}")
     async def delete_item(request: Request, conversation_id: str, item_id: str) -> dict[str, Any]:
         return await api.delete_item(gate.tenant_of(request), conversation_id, item_id)
-
-
-def _list_query(request: Request) -> ListQuery:
-    return parse_query(ListQuery, [pair for pair in request.query_params.multi_items() if pair[0] != "include"])

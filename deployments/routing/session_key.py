@@ -24,8 +24,8 @@ def session_key(headers: Iterable[tuple[str, str]], body: Mapping[str, Any]) -> 
     """The name of the request's session, or a hash of its beginning.
 
     The first that is there and not empty: header x-session-id, header x-correlation-id, then session_id, conversation
-    (an id, or an object with one) and prompt_cache_key of the body; else a hash of the first system message (or the
-    instructions) and the first user message, or of the beginning of the prompt.
+    (an id, or an object with one), conversation_id and prompt_cache_key of the body; else a hash of the first system
+    message (or the instructions) and the first user message, or of the beginning of the prompt.
 
     Header names are matched without regard to case, and `_` counts as `-`; a name is the same whichever way it comes,
     and one of more than MAX_KEY_CHARS is hashed. A completions client that continues a prompt shorter than
@@ -39,6 +39,7 @@ def session_key(headers: Iterable[tuple[str, str]], body: Mapping[str, Any]) -> 
         *(_header_text(by_name.get(name, "")) for name in SESSION_HEADERS),
         body.get("session_id"),
         conversation.get("id") if isinstance(conversation, Mapping) else conversation,
+        body.get("conversation_id"),
         body.get("prompt_cache_key"),
     )
     for key in named:
@@ -81,6 +82,6 @@ def _first(messages: Iterable[Mapping[str, Any]], roles: tuple[str, ...]) -> Any
 def _beginning_of(content: Any) -> Any:
     """Of a text, or of a list of text parts."""
     if isinstance(content, list):
-        texts = "".join(part["text"][:MESSAGE_BEGINNING] for part in content[:MESSAGE_BEGINNING])
+        texts = "".join((part.get("text") or "")[:MESSAGE_BEGINNING] for part in content[:MESSAGE_BEGINNING])
         return texts[:MESSAGE_BEGINNING]
     return content if content is None else content[:MESSAGE_BEGINNING]

@@ -177,7 +177,6 @@ async def test_an_error_in_mid_stream_is_an_event_and_the_end(client: httpx.Asyn
         (json.dumps(CHAT | {"temperature": -1}).encode(), "temperature", "invalid_value"),
         (json.dumps(CHAT | {"messages": []}).encode(), "messages", "invalid_value"),
         (json.dumps(CHAT | {"tools": [{}]}).encode(), "tools[0].type", "missing_required_parameter"),
-        (json.dumps(CHAT | {"mystery": 1}).encode(), "mystery", "unknown_parameter"),
     ],
 )
 async def test_bad_requests_do_not_reach_the_engine(
@@ -567,3 +566,54 @@ async def test_with_keys_it_does_not_matter_where_a_request_comes_from(tenants_c
     }
     response = await tenants_client.post(CHAT_URL, content=json.dumps(CHAT), headers=headers)
     assert response.status_code == 200
+
+
+UNASKED = {
+    "frobnicate": 1,
+    "messages": [{"role": "user", "content": "hi", "mood": {"a": 1}, "tone": None}],
+    "user": "u",
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_answer_names_unknown_parameters_that_were_ignored(client: httpx.AsyncClient, stream: bool) -> None:
+    response = await client.post(CHAT_URL, json=CHAT | UNASKED | {"stream": stream})
+    assert response.status_code == 200
+    assert response.headers["x-pensieve-ignored"] == "frobnicate,messages[0].mood"
+    assert "x-pensieve-ignored" not in (await client.post(CHAT_URL, json=CHAT | {"user": "u"})).headers
+
+
+async def test_so_do_answers_of_what_the_server_keeps(client: httpx.AsyncClient) -> None:
+    response = await client.post(
+        "/v1/conversations", json={"metadata": {}, "items": [{"role": "user", "x": 1, "content": "a"}]}
+    )
+    assert response.status_code == 200
+    assert response.headers["x-pensieve-ignored"] == "items[0].x"
+    listed = await client.get(f"/v1/conversations/{response.json()['id']}/items?limit=5&api-version=2026-10")
+    assert listed.status_code == 200
+    assert listed.headers["x-pensieve-ignored"] == "api-version"
+
+
+async def test_whatever_names_unknown_parameters_have_the_header_is_one(client: httpx.AsyncClient) -> None:
+    names = ["a,b", "\r\nset-cookie: x=1", "größe", *(f"{number:064}" for number in range(40))]
+    response = await client.post(CHAT_URL, json=CHAT | dict.fromkeys(names, 1))
+    assert response.status_code == 200
+    first, second, third, *others, end = response.headers["x-pensieve-ignored"].split(",")
+    assert (first, second, third) == ("a?b", "??set-cookie:?x?1", "gr??e")
+    assert others
+    assert set(others) <= set(names)
+    assert end in names or end == "..."
+    assert "set-cookie" not in response.headers
+
+
+async def test_strict_parameters_refuse_what_is_unknown(engine: Any, tmp_path: Path) -> None:
+    config = IngressConfig(store_url=f"sqlite:///{tmp_path / 'conversations.db'}", strict_parameters=True)
+    transport = httpx.ASGITransport(create_app(engine, config, ingress_id="ingress-1"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        assert_error(await client.post(CHAT_URL, json=CHAT | {"frobnicate": 1}), 400, "unknown_parameter", "frobnicate")
+        assert_error(await client.post(CHAT_URL, json=CHAT | UNASKED), 400, "unknown_parameter", "messages[0].mood")
+        listed = await client.get("/v1/conversations/conv_1/items?api-version=1")
+        assert_error(listed, 400, "unknown_parameter", "api-version")
+        document = (await client.get("/openapi.json")).json()
+        assert document["components"]["schemas"]["ChatCompletionBody"]["additionalProperties"] is False
+        assert (await client.post(CHAT_URL, json=CHAT | {"user": "u", "frobnicate": None})).status_code == 200

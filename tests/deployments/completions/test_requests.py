@@ -77,14 +77,34 @@ def test_best_of_has_to_mean_n() -> None:
 
 
 def test_content_parts_and_roles() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    parts = [
+        {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}},
+        {"type": "input_text", "text": "b"},
+        {"type": "output_text", "text": "c", "annotations": [], "logprobs": []},
+    ]
     messages = [{"role": "developer", "content": "s"}, {"role": "user", "content": parts}]
-    assert parse_chat(messages=messages).prompt_value() == ChatPrompt((("system", "s"), ("user", "ab")))
+    assert parse_chat(messages=messages).prompt_value() == ChatPrompt((("system", "s"), ("user", "abc")))
 
 
 def test_assistant_message_is_taken_back_as_the_client_library_dumps_it() -> None:
-    message = dict.fromkeys(MESSAGE_NOT_IMPLEMENTED) | {"role": "assistant", "content": "yes", "tool_calls": []}
+    message = {"role": "assistant", "content": "yes", "tool_calls": [], "annotations": [{"type": "x"}], "refusal": None}
+    message |= dict.fromkeys(MESSAGE_NOT_IMPLEMENTED)
     assert parse_chat(messages=[message]).prompt_value() == ChatPrompt((("assistant", "yes"),))
+
+
+@pytest.mark.parametrize(
+    "said", [{"content": None, "refusal": "no"}, {"content": [{"type": "refusal", "refusal": "no", "text": None}]}]
+)
+def test_a_refusal_is_what_the_assistant_said(said: dict[str, Any]) -> None:
+    assert parse_chat(messages=[{"role": "assistant"} | said]).prompt_value() == ChatPrompt((("assistant", "no"),))
+    assert refused(parse_chat, messages=[{"role": "user", "content": "x", "refusal": "no"}])[0] == "messages[0].refusal"
+
+
+def test_no_limit_of_tokens_is_minus_one() -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert parse_chat(**{name: -1}) == parse_chat()
+    assert parse_completion(max_tokens=-1) == parse_completion()
+    assert parse_chat(max_tokens=-1.0) == parse_chat()
 
 
 @pytest.mark.parametrize(
@@ -144,8 +164,18 @@ def test_ignored_parameters_change_nothing(name: str) -> None:
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_value"),
         (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content[0].text",
+            "missing_required_parameter",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "mood": 1}]}]},
+            "messages[0].content[0].mood",
+            "unknown_parameter",
+        ),
+        (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            "messages[0].content[0]",
+            "messages[0].content[0].type",
             "unsupported_parameter",
         ),
         (
@@ -166,7 +196,6 @@ def test_ignored_parameters_change_nothing(name: str) -> None:
         ({"logit_bias": {"9" * 11: 1}}, "logit_bias", "invalid_value"),
         ({"logit_bias": dict.fromkeys(map(str, range(MAX_LOGIT_BIAS + 1)), 1)}, "logit_bias", "invalid_value"),
         ({"frobnicate": 1}, "frobnicate", "unknown_parameter"),
-        ({"frobnicate": None}, "frobnicate", "unknown_parameter"),
         ({"temperature": "hot"}, "temperature", "invalid_value"),
         ({"temperature": -1}, "temperature", "invalid_value"),
         ({"temperature": 1e9}, "temperature", "invalid_value"),
