@@ -70,7 +70,9 @@ class AsyncEngine:
         self.model_name = config.served_model_name or default_model_name(config.model)
         executor = make_executor(config)
         try:
-            self._tokenizer = Tokenizer(location)
+            self._tokenizer = Tokenizer(
+                location, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
+            )
             self._core = make_core(config, executor)
         except BaseException:
             executor.shutdown()  # it may have other processes

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 from engine.attention.registry import BACKEND_NAMES
 from engine.core.config import CacheOptions, SchedulingOptions
+from engine.dialogue.formats import TOOL_CALL_PARSERS
+from engine.dialogue.reasoning import REASONING_PARSERS
 from engine.errors import ConfigError
 from engine.option_names import unknown_option
 from engine.options import Option, check_values, options_of
@@ -78,6 +80,32 @@ class ModelOptions:
             "With `dummy`, config and tokenizer are enough.",
             choices=LOAD_FORMATS,
             is_tuning=True,
+        ),
+    ] = "auto"
+    tool_call_parser: Annotated[
+        str,
+        Option(
+            "How the model writes calls of tools, by vLLM's names.",
+            "`auto` is the format whose parser reads what the model's chat template writes of a call, `response_template` "
+            "what the tokenizer says itself, if it does; with `none`, calls are not read. The log says which was chosen, and "
+            "why.",
+            choices=TOOL_CALL_PARSERS,
+            aliases=(
+                ("glm47", "glm45"),
+                ("llama4_json", "llama3_json"),
+                ("llama4_pythonic", "pythonic"),
+                ("qwen3_xml", "qwen3_coder"),
+            ),
+        ),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        str,
+        Option(
+            "How the model marks its thinking, by vLLM's names.",
+            "`auto` is the format whose markers the model's chat template contains. `deepseek_r1` takes an answer for "
+            "thinking from its first character, even if no marker begins it; with `none`, thinking is content.",
+            choices=REASONING_PARSERS,
+            aliases=(("deepseek_v31", "deepseek_v3"), ("mistral", "magistral")),
         ),
     ] = "auto"
 

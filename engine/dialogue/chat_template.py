@@ -16,9 +16,9 @@ from typing import Any
 from jinja2 import TemplateError
 
 from engine.dialogue.events import parse_answer
-from engine.dialogue.formats import CALL_FORMATS, AnswerFormat
+from engine.dialogue.formats import TOOL_CALL_PARSERS, AnswerFormat
 from engine.dialogue.messages import Dialogue, Message, ToolCall
-from engine.dialogue.reasoning import REASONING_FORMATS
+from engine.dialogue.reasoning import REASONING_FORMATS, REASONING_PARSERS
 from engine.dialogue.same_message import same_calls
 from engine.dialogue.template_traits import PROBE_TOOLS, choose_format, choose_reasoning, probe_template
 from engine.dialogue.tools import Tool
@@ -26,8 +26,6 @@ from engine.errors import ConfigError, InvalidParameterError
 
 logger = logging.getLogger(__name__)
 
-TOOL_CALL_PARSERS = ("auto", "none", "response_template", *CALL_FORMATS)
-REASONING_PARSERS = ("auto", "none", *REASONING_FORMATS)
 # The end of a prompt in which thinking is looked for if it is not known what begins an answer.
 TAIL_CHARS = 64
 # The end of a prompt that transformers' parser gets to see.

@@ -126,6 +126,8 @@ CALL_FORMATS: dict[str, tuple[CallFormat, ...]] = {
     "llama3_json": (BareJson("<|python_tag|>"),),
     "pythonic": (PythonCalls("<|tool_call_start|>", "<|tool_call_end|>"), PythonCalls()),
 }
+# The values of the option `tool_call_parser`.
+TOOL_CALL_PARSERS = ("auto", "none", "response_template", *CALL_FORMATS)
 
 
 def find_form(name: str, template: str) -> CallFormat:

@@ -87,3 +87,5 @@ REASONING_FORMATS: dict[str, ReasoningFormat] = {
     "magistral": ReasoningFormat("[THINK]", "[/THINK]"),
     "gemma4": ReasoningFormat("<|channel>thought\n", "<channel|>"),
 }
+# The values of the option `reasoning_parser`.
+REASONING_PARSERS = ("auto", "none", *REASONING_FORMATS)

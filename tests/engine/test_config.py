@@ -43,6 +43,8 @@ BOUNDS = [
     ("num_threads", [1, None], [0, -1, 1.0]),
     ("attention_backend", ["auto", "triton", "flashinfer", "cpu", "reference"], ["cuda", "", None]),
     ("load_format", ["auto", "dummy"], ["random", "", None]),
+    ("tool_call_parser", ["auto", "none", "hermes", "llama3_json", "mistral", "kimi_k2"], ["json", "", None]),
+    ("reasoning_parser", ["auto", "none", "qwen3", "deepseek_r1", "glm45", "magistral"], ["think", "", None]),
     ("enforce_eager", [True, False], [0, 1, None, "yes"]),
     ("swap_copies", ["auto", "dma", "kernel"], ["memcpy", "", None]),
     ("pack_weights", [True, False], [0, 1, None, "yes"]),
@@ -136,6 +138,7 @@ def test_the_core_gets_every_option_of_its_groups():
 
 def test_an_alias_is_the_same_configuration():
     assert EngineConfig(mode="vllm") == EngineConfig(mode="stateless")
+    assert EngineConfig(tool_call_parser="qwen3_xml") == EngineConfig(tool_call_parser="qwen3_coder")
 
 
 def test_a_configuration_cannot_be_changed():
