@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from engine.core.grammar import GrammarSpec
+from engine.core.thinking import ThinkingSpan
 from engine.dialogue.forced_calls import Beside, call_grammar
 from engine.dialogue.formats import AnswerFormat
 from engine.dialogue.tools import Tool
@@ -33,6 +34,15 @@ def answer_grammar(
     generation.tool_choice.check(tools)
     _check_format(generation, tools, form)
     return _hold(generation, tools, form, marker_ids)
+
+
+def thinking_span(form: AnswerFormat | None) -> ThinkingSpan | None:
+    """Which part of an answer is thinking; None = none of it, as far as is known."""
+    thinking = None if form is None else form.thinking
+    if form is None or thinking is None:
+        return None
+    is_begun = not thinking.repeats and form.thinking_state == "open"
+    return ThinkingSpan("" if is_begun else thinking.opening.strip(), thinking.closing, thinking.repeats)
 
 
 def has_loose_tools(generation: Generation) -> bool:

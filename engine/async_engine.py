@@ -22,11 +22,13 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
 
+from engine.answer_grammar import thinking_span
 from engine.answer_grammars import AnswerGrammars
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
 from engine.core.executor_protocol import Executor
-from engine.core.request import Request
+from engine.core.request import Request, SamplingParams
+from engine.core.thinking import ThinkingLimit, ThinkingSpan
 from engine.core.tier_table import FAST_TIERS
 from engine.engine_thread import EngineThread
 from engine.errors import OverloadedError
@@ -34,6 +36,7 @@ from engine.executor.group import make_executor
 from engine.generation import Generation
 from engine.grammar.interface import GrammarCompiler, Vocabulary
 from engine.grammar.store import GrammarStore
+from engine.grammar.thinking import ThinkingScanner
 from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
 from engine.statistics_log import StatisticsLog
@@ -93,7 +96,8 @@ class AsyncEngine:
             max_num_waiting=config.max_num_queued_reqs,
         )
         self._grammars = GrammarStore(
-            lambda: _start_compiler(self._tokenizer.vocabulary(facts.model.vocab_size, self._eos_token_ids))
+            lambda: _start_compiler(self._tokenizer.vocabulary(facts.model.vocab_size, self._eos_token_ids)),
+            self._tokenizer.token_bytes,
         )
         self._answer_grammars = AnswerGrammars(self._grammars, self._tokenizer.marker_ids, config.max_num_queued_reqs)
         executor.use_grammars(self._grammars)
@@ -230,6 +234,8 @@ class AsyncEngine:
         spec, grammar = await self._answer_grammars.hold(generation, answer_format)
         if spec is not sampling.grammar:
             sampling = replace(sampling, grammar=spec)
+        span = thinking_span(prompt.answer_format)
+        sampling = self._limit_thinking(sampling, span)
         if sampling.seed is None and not sampling.is_greedy:
             sampling = replace(sampling, seed=secrets.randbits(62))
         request = Request(
@@ -243,10 +249,20 @@ class AsyncEngine:
             output_token_ids=() if beginning is None else beginning.token_ids,
         )
         detokenizer = self._tokenizer.detokenizer(sampling.stop, keeps_markers=answer_format is not None)
+        thinking = None if span is None else ThinkingScanner(span, self._tokenizer.token_bytes)
         if beginning is not None:
             detokenizer.resume(beginning.token_ids, beginning.num_chars)
-        stream = Stream(request, prompt.transcript, detokenizer, asyncio.get_running_loop(), grammar)
+            if thinking is not None:
+                thinking.accept_all(beginning.token_ids)
+        stream = Stream(request, prompt.transcript, detokenizer, asyncio.get_running_loop(), grammar, thinking)
         return stream, prompt
+
+    def _limit_thinking(self, sampling: SamplingParams, span: ThinkingSpan | None) -> SamplingParams:
+        """The same, with the limit of thinking as the executor keeps it. A model that does not think keeps any limit."""
+        if span is None or sampling.max_thinking_tokens is None:
+            return sampling
+        closing_ids = self._tokenizer.encode_marker(span.closing)
+        return replace(sampling, thinking_limit=ThinkingLimit(span, sampling.max_thinking_tokens, closing_ids))
 
     def _add(self, stream: Stream) -> None:
         """Queue the request of a stream; in the engine thread."""

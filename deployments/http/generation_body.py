@@ -102,6 +102,7 @@ class GenerationBody(Body):
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] = Field(default=[])
+    max_thinking_tokens: Annotated[int, Field(ge=0)] | None = None
     return_token_ids: bool = False
     session_id: SessionKey | None = None
     conversation: Annotated[
@@ -210,4 +211,5 @@ class GenerationBody(Body):
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             grammar=grammar,
+            max_thinking_tokens=self.max_thinking_tokens,
         )

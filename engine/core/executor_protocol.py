@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from engine.core.grammar import GrammarSpec
 from engine.core.plan import StepPlan, StepResult
+from engine.core.thinking import ThinkingLimit
 
 
 class ComputationFailedError(Exception):
@@ -68,7 +69,7 @@ class ExecutorFacts:
 class Grammars(Protocol):
     """Where an executor finds the grammars of the requests that it starts; see engine/grammar."""
 
-    def matcher(self, spec: GrammarSpec, token_ids: Iterable[int]) -> Any:
+    def matcher(self, spec: GrammarSpec | None, token_ids: Iterable[int], thinking: ThinkingLimit | None) -> Any:
         """A Matcher that has accepted `token_ids`, the beginning of an answer. Raises InvalidParameterError."""
         ...
 

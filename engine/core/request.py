@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from engine.core.cache.index import Chunk
 from engine.core.grammar import GrammarSpec
+from engine.core.thinking import ThinkingLimit
 from engine.errors import InvalidParameterError
 
 MAX_LOGPROBS = 20
@@ -55,6 +56,8 @@ class SamplingParams:
     most MAX_LOGIT_BIAS pairs (token id, what is added to its logit, -100 to 100), before penalties and temperature.
     grammar: what a complete answer has to match; it ends as soon as it can only end, so min_tokens and ignore_eos
     contradict it.
+    max_thinking_tokens: after so many tokens of thinking its end is forced, in a chat with a model whose thinking is known;
+    None = no limit. thinking_limit: the same as the engine fits it to the answer; nothing for callers.
     """
 
     max_tokens: int | None = None
@@ -73,6 +76,8 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: GrammarSpec | None = None
+    max_thinking_tokens: int | None = None
+    thinking_limit: ThinkingLimit | None = None
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, must: str) -> None:
@@ -95,6 +100,7 @@ class SamplingParams:
         check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
         check(self.min_tokens >= 0, "min_tokens", "at least 0")
         check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens")
+        check(self.max_thinking_tokens is None or self.max_thinking_tokens >= 0, "max_thinking_tokens", "at least 0")
         check(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
         check(self.top_k >= 0, "top_k", "at least 0 (0 = off)")
         check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
@@ -132,7 +138,7 @@ class SamplingParams:
     @property
     def needs_token_ids(self) -> bool:
         """Whether choosing a token takes the ones before it."""
-        return self.has_penalties or self.grammar is not None
+        return self.has_penalties or self.grammar is not None or self.thinking_limit is not None
 
 
 class ContextAccount(NamedTuple):

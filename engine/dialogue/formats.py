@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from engine.dialogue.calls_first import CallsFirstParser
 from engine.dialogue.events import Event, Parser, Text
 from engine.dialogue.gemma_calls import GemmaCalls
-from engine.dialogue.harmony import Harmony
+from engine.dialogue.harmony import ANALYSIS, Harmony
 from engine.dialogue.json_calls import BareJson, MarkedJson, NamedJson
 from engine.dialogue.program import PlainParser
 from engine.dialogue.python_calls import PythonCalls
@@ -157,6 +157,13 @@ class AnswerFormat:
     response_template: Mapping[str, Any] | None = None
     prompt_end: str = ""
     calls_first: bool = False
+
+    @property
+    def thinking(self) -> ReasoningFormat | None:
+        """How the thinking is marked in it; None = it has none, or nothing is known of it."""
+        if self.form is not None and self.form.frames_answers:
+            return ANALYSIS
+        return None if self.thinking_state == "closed" else self.reasoning
 
     def parser(self, tools: Sequence[Tool] = ()) -> Parser:
         """A parser of the answer.

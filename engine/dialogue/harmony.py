@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from engine.dialogue.events import Reasoning, Text
 from engine.dialogue.json_calls import JsonCallParser
 from engine.dialogue.program import BrokenCallError, Program
+from engine.dialogue.reasoning import ReasoningFormat
 from engine.dialogue.tools import Tool
 
 MESSAGE = "<|message|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 MARKERS = ("<|start|>", "<|channel|>", "<|constrain|>", MESSAGE, *ENDS)
+ANALYSIS = ReasoningFormat("<|channel|>analysis<|message|>", "<|end|>", repeats=True)
 RECIPIENT = re.compile(r"to=functions\.([\w.-]+)")
 CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
 

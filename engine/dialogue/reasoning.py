@@ -14,11 +14,13 @@ class ReasoningFormat:
 
     opening, closing: around it; white space on their inner and outer sides is no part of it nor of the answer.
     is_assumed: the model thinks without an opening even if the prompt has none, so that only a closing ends it.
+    repeats: it may think anywhere in the answer, and more than once.
     """
 
     opening: str
     closing: str
     is_assumed: bool = False
+    repeats: bool = False
 
     @property
     def markers(self) -> tuple[str, ...]:

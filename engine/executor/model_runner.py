@@ -218,12 +218,13 @@ class ModelRunner:
 
     def _matcher(self, start: RequestStart) -> Matcher | None:
         """Behind what there is of the answer. A grammar that cannot be used is the fault of its own request alone."""
-        if start.sampling.grammar is None:
+        spec, thinking = start.sampling.grammar, start.sampling.thinking_limit
+        if spec is None and thinking is None:
             return None
         if self.grammars is None:
             return BrokenMatcher("this executor was given no grammars")
         try:
-            matcher: Matcher = self.grammars.matcher(start.sampling.grammar, start.token_ids[start.num_prompt_tokens :])
+            matcher: Matcher = self.grammars.matcher(spec, start.token_ids[start.num_prompt_tokens :], thinking)
             return matcher
         except InvalidParameterError as error:
             return BrokenMatcher(error.message)

@@ -31,7 +31,8 @@ class Matcher(Protocol):
     error: why it cannot go on, now or later; None = it can.
     """
 
-    error: str | None
+    @property
+    def error(self) -> str | None: ...
 
     def fill(self, mask: np.ndarray) -> None:
         """Write which tokens may come next; all of them if there is an error, so that there is something to draw from.

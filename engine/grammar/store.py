@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from weakref import WeakValueDictionary
 
 from engine.core.grammar import GrammarSpec
+from engine.core.thinking import ThinkingLimit
 from engine.grammar.interface import CompiledGrammar, GrammarCompiler, Matcher
+from engine.grammar.thinking import LimitedThinking
 
 # Of the grammars that no request uses at the moment.
 MAX_NUM_KEPT = 128
@@ -18,8 +20,14 @@ MAX_KEPT_CHARS = 1 << 21
 class GrammarStore:
     """Keeps compiled grammars while a request holds them, and those used last; thread-safe."""
 
-    def __init__(self, make_compiler: Callable[[], GrammarCompiler]) -> None:
-        """make_compiler: called once, by the first call of `compile`; it may take a second."""
+    def __init__(
+        self, make_compiler: Callable[[], GrammarCompiler], token_bytes: Mapping[int, bytes] | None = None
+    ) -> None:
+        """make_compiler: called once, by the first call of `compile`; it may take a second.
+
+        token_bytes: what each token adds to a text; needed for limits of thinking only.
+        """
+        self._token_bytes = token_bytes or {}
         self._make_compiler = make_compiler
         self._compiler: GrammarCompiler | None = None
         self._making = threading.Lock()
@@ -49,9 +57,17 @@ class GrammarStore:
             self._keep(spec, grammar)
         return grammar
 
-    def matcher(self, spec: GrammarSpec, token_ids: Iterable[int]) -> Matcher:
-        """One behind `token_ids`, the beginning of an answer. Raises InvalidParameterError."""
-        matcher = self.compile(spec).matcher()
+    def matcher(
+        self, spec: GrammarSpec | None, token_ids: Iterable[int], thinking: ThinkingLimit | None = None
+    ) -> Matcher:
+        """One behind `token_ids`, the beginning of an answer; of the two at least one is there.
+
+        Raises InvalidParameterError.
+        """
+        matcher = None if spec is None else self.compile(spec).matcher()
+        if thinking is not None:
+            matcher = LimitedThinking(thinking, self._token_bytes, matcher)
+        assert matcher is not None, "neither a grammar nor a limit"
         for token_id in token_ids:
             matcher.accept(token_id)
         return matcher

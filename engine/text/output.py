@@ -37,6 +37,7 @@ class OutputDelta:
     text: may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is
         held back.
     num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
+    num_reasoning_tokens: of the output, those of thinking and its end, in a chat.
     finish_reason: "stop" or "length"; it ends the stream.
     stop_string: with the finish_reason, the stop string that ended the answer; None = none did.
     stats: the account of the request, with the finish_reason.
@@ -54,6 +55,7 @@ class OutputDelta:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
+    num_reasoning_tokens: int = 0
     finish_reason: str | None = None
     stats: RequestStats | None = None
     transcript: Transcript | None = None
@@ -75,6 +77,7 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         num_prompt_tokens=last.num_prompt_tokens,
         num_cached_tokens=last.num_cached_tokens,
         num_output_tokens=last.num_output_tokens,
+        num_reasoning_tokens=last.num_reasoning_tokens,
         finish_reason=last.finish_reason,
         stats=last.stats,
         transcript=last.transcript,

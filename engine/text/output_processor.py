@@ -17,6 +17,7 @@ from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.request import FinishReason, Request
 from engine.errors import EngineError
 from engine.grammar.interface import CompiledGrammar
+from engine.grammar.thinking import ThinkingScanner
 from engine.text.detokenizer import Detokenizer
 from engine.text.output import OutputDelta, TokenLogprob, merge_deltas
 from engine.text.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ class Stream:
     """The way of one request's output, from the engine thread to the event loop that waits for it.
 
     grammar: of its answer; held here, so that the executor finds it as long as the request lives.
+    thinking: counts the tokens of thinking; None = there are none to count.
     """
 
     request: Request
@@ -42,6 +44,7 @@ class Stream:
     detokenizer: Detokenizer
     loop: asyncio.AbstractEventLoop
     grammar: CompiledGrammar | None = None
+    thinking: ThinkingScanner | None = None
     items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
 
     async def read(self) -> OutputDelta:
@@ -144,6 +147,8 @@ class OutputProcessor:
             del self.streams[request.request_id]
         if detokenizer.is_stopped:
             reason = FinishReason.STOP
+        if stream.thinking is not None:
+            stream.thinking.accept(output.token_id)
         transcript = None if reason is None else self._remember(stream)
         return OutputDelta(
             text=detokenizer.take_text(final=reason is not None),
@@ -152,6 +157,7 @@ class OutputProcessor:
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
             num_output_tokens=output.num_output_tokens,
+            num_reasoning_tokens=0 if stream.thinking is None else stream.thinking.num_tokens,
             finish_reason=None if reason is None else reason.value,
             stats=stats,
             transcript=transcript,

@@ -95,6 +95,10 @@ class Tokenizer:
             tuple(sorted(token_id for token_id in eos_token_ids if token_id < num_ids)),
         )
 
+    def encode_marker(self, text: str) -> tuple[int, ...]:
+        """The token ids of a text that stands anywhere."""
+        return tuple(self._encode(text).ids)
+
     def render_chat(self, chat: Dialogue | Sequence[tuple[str, str]]) -> str:
         """The text of a chat, up to where the assistant is to answer.
 

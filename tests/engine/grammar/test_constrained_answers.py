@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from jsonschema import Draft202012Validator, FormatChecker
 
 from engine.core.grammar import GrammarSpec
 from engine.core.request import FinishReason, SamplingParams
+from engine.core.thinking import ThinkingLimit, ThinkingSpan
 from engine.grammar.guidance import GuidanceCompiler
 from engine.grammar.store import GrammarStore
 from engine.step_loop import LookAhead
@@ -19,6 +21,7 @@ from engine.text.tokenizer import Tokenizer
 from tests.engine.grammar.random_schemas import random_schema
 from tests.nightly import IS_NIGHTLY
 
+CLOSING = "</think>"
 EOS = 1  # of the tiny models' tokenizer
 NUM_SCHEMAS = 1000 if IS_NIGHTLY else 240
 MAX_TOKENS = 300
@@ -30,8 +33,9 @@ def make_constrained(tiny_model, make_driver) -> Callable:
 
     def make(family: str = "llama", **options: object):
         driver = make_driver(tiny_model(family), **{"chunk_size": 8, "max_model_len": 400, **options})
-        vocabulary = Tokenizer(str(tiny_model(family))).vocabulary(driver.executor.facts.model.vocab_size, (EOS,))
-        driver.executor.use_grammars(GrammarStore(lambda: GuidanceCompiler(vocabulary)))
+        tokenizer = Tokenizer(str(tiny_model(family)))
+        vocabulary = tokenizer.vocabulary(driver.executor.facts.model.vocab_size, (EOS,))
+        driver.executor.use_grammars(GrammarStore(lambda: GuidanceCompiler(vocabulary), tokenizer.token_bytes))
         return driver
 
     return make
@@ -41,6 +45,13 @@ def sampling(schema: dict | GrammarSpec, seed: int, **options) -> SamplingParams
     spec = schema if isinstance(schema, GrammarSpec) else GrammarSpec.json_schema(schema)
     options = {"temperature": 2.0, "max_tokens": MAX_TOKENS, "seed": seed, **options}
     return SamplingParams(grammar=spec, **options)
+
+
+def limited(params: SamplingParams, tokenizer: Tokenizer, max_tokens: int) -> SamplingParams:
+    """The same for an answer that begins within thinking; a grammar holds behind it."""
+    limit = ThinkingLimit(ThinkingSpan("", CLOSING), max_tokens, tokenizer.encode_marker(CLOSING))
+    grammar = None if params.grammar is None else replace(params.grammar, begins_behind=CLOSING)
+    return replace(params, thinking_limit=limit, grammar=grammar)
 
 
 def check_answer(schema: dict, text: str) -> None:
@@ -76,22 +87,25 @@ def test_every_complete_answer_is_valid(make_constrained, tiny_model):
 
 
 @pytest.mark.parametrize("look_ahead", [LookAhead.DRAFT, LookAhead.LAUNCH])
-def test_answers_are_the_same_whatever_is_evicted_and_suspended(look_ahead, make_constrained):
+def test_answers_are_the_same_whatever_is_evicted_and_suspended(look_ahead, make_constrained, tiny_model):
     """Many at once in tiers for a few of them; the other engine keeps nothing and has room for all.
 
-    Of every second request the beginning of the answer came from elsewhere.
+    Of every second request the beginning of the answer came from elsewhere, every fourth one has a limit of thinking.
     """
     rng = random.Random("evictions")
     options = {"max_num_batched_tokens": 48, "max_num_seqs": 6}
     kept = make_constrained(num_gpu_blocks=56, num_cpu_blocks=20, decode_reserve=0.03, **options)
     kept.loop.look_ahead = look_ahead
     fresh = make_constrained(num_gpu_blocks=600, mode="stateless", max_num_seqs=1)
+    tokenizer = Tokenizer(str(tiny_model("llama")))
     requests = {}
     for number in range(16):
         grammar = None if number % 5 == 4 else random_schema(rng)
         params = SamplingParams(temperature=2.0, max_tokens=60, seed=number)
         if grammar is not None:
             params = sampling(grammar, number, max_tokens=200, logprobs=2 if number % 3 == 0 else None)
+        if number % 4 == 0:
+            params = limited(params, tokenizer, 9)
         prompt = [rng.randrange(3, 250) for _ in range(rng.randint(3, 60))]
         fresh.add(f"r{number}", prompt, None, params, eos_token_ids=(EOS,))
         fresh.run()
@@ -105,8 +119,11 @@ def test_answers_are_the_same_whatever_is_evicted_and_suspended(look_ahead, make
             kept.step()
     kept.run()
     kept.core.check_integrity()
-    for request_id in requests:
+    for request_id, (_, params) in requests.items():
         assert kept.tokens(request_id) == fresh.tokens(request_id)
+        if params.thinking_limit is not None:
+            thought = tokenizer.decode(kept.tokens(request_id)[: 9 + len(params.thinking_limit.closing_ids) + 3])
+            assert CLOSING in thought
     stats = kept.core.get_statistics()
     assert stats["num_suspensions"] > 0
     assert sum(stats["evictions"].values()) > 10
