@@ -80,12 +80,15 @@ class _Envelope(ABC):
         firsts = [delta for index, delta in self._latest.items() if index % self._body.n == 0]
         num_prompt_tokens = sum(delta.num_prompt_tokens for delta in firsts)
         num_output_tokens = sum(delta.num_output_tokens for delta in self._latest.values())
-        return {
+        usage: dict[str, Any] = {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_output_tokens,
             "total_tokens": num_prompt_tokens + num_output_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(delta.num_cached_tokens for delta in firsts)},
         }
+        if num_reasoning_tokens := sum(delta.num_reasoning_tokens for delta in self._latest.values()):
+            usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning_tokens}
+        return usage
 
     def _chunk(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         chunk = {**self._head, "object": kind, "choices": choices, **more}

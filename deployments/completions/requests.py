@@ -6,7 +6,7 @@ Everything in a body is done, or listed here as ignored, or named as unknown. Kn
                      stream, stream_options (include_usage, continuous_usage_stats), presence_penalty,
                      frequency_penalty, logprobs, top_logprobs, n, best_of (= n), logit_bias, response_format,
                      tools, tool_choice, parallel_tool_calls, reasoning_effort
-    beyond OpenAI    top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids,
+    beyond OpenAI    top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids, max_thinking_tokens,
                      return_token_ids; structured_outputs and chat_template_kwargs, as vLLM has them; timeout (seconds for the
                      whole answer); prompt as token ids, or a list of prompts;
                      session_id, conversation, conversation_id and prompt_cache_key name the session

@@ -6,7 +6,7 @@ rejected with the name of the parameter. Knows no HTTP library, no store, no eng
     implemented      model, input, previous_response_id, conversation, store, instructions, metadata, stream,
                      max_output_tokens, temperature, top_p, truncation
     beyond OpenAI    what chat has: top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed,
-                     stop, stop_token_ids, min_tokens, ignore_eos, session_id; prompt_cache_key names the
+                     stop, stop_token_ids, min_tokens, ignore_eos, max_thinking_tokens, session_id; prompt_cache_key names the
                      session
     rejected, unless RESPONSE_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass;
                      tool_choice, include, text and reasoning are looked into

@@ -37,7 +37,7 @@ class OutputDelta:
     text: may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is
         held back.
     num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
-    num_reasoning_tokens: of the output, those of thinking and its end, in a chat.
+    num_reasoning_tokens: of the output so far, those of thinking and its end, in a chat.
     finish_reason: "stop" or "length"; it ends the stream.
     stop_string: with the finish_reason, the stop string that ended the answer; None = none did.
     stats: the account of the request, with the finish_reason.
@@ -55,12 +55,12 @@ class OutputDelta:
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
-    num_reasoning_tokens: int = 0
     finish_reason: str | None = None
     stats: RequestStats | None = None
     transcript: Transcript | None = None
     prompt_transcript: Transcript | None = None
     answer_format: AnswerFormat | None = None
+    num_reasoning_tokens: int = 0
     stop_string: str | None = None
 
 

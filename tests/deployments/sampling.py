@@ -14,5 +14,6 @@ SAMPLING: dict[str, Any] = {
     "min_p": 0.05,
     "repetition_penalty": 1.1,
     "min_tokens": 2,
+    "max_thinking_tokens": 9,
     "ignore_eos": True,
 }

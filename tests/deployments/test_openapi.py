@@ -193,6 +193,7 @@ def limits(schema: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     [
         ("max_tokens", 1),
         ("min_tokens", 1),
+        ("max_thinking_tokens", 1),
         ("temperature", 2),
         ("top_p", 2),
         ("min_p", 2),
