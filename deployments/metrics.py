@@ -78,6 +78,12 @@ METRICS = (
     MetricDefinition(
         "counter", "pensieve_recomputed_tokens_total", "Prompt tokens not found in the cache", ("reason",)
     ),
+    MetricDefinition(
+        "counter",
+        "pensieve_changed_history_tokens_total",
+        "Prompt tokens that a conversation had and that had to be computed again, because its history changed",
+        ("reason",),
+    ),
     MetricDefinition("counter", "pensieve_swap_bytes_total", "KV copied between GPU and CPU tier", ("direction",)),
     MetricDefinition(
         "counter", "pensieve_awaited_swap_bytes_total", "KV copied to the CPU tier while the model waited for its room"
@@ -121,6 +127,8 @@ def read_counters(statistics: Statistics) -> dict[Series, int]:
         counts[Series("pensieve_cached_tokens_total", (tier,))] = statistics[f"num_{tier}_cached_tokens"]
     for reason, count in statistics["evictions"].items():
         counts[Series("pensieve_evictions_total", tuple(reason.split("_", 1)))] = count
+    for reason, count in statistics["recomputed_tokens"].items():
+        counts[Series("pensieve_changed_history_tokens_total", (reason,))] = count
     return counts
 
 

@@ -30,6 +30,7 @@ from engine.core.executor_protocol import Executor
 from engine.core.request import Request, SamplingParams
 from engine.core.thinking import ThinkingLimit, ThinkingSpan
 from engine.core.tier_table import FAST_TIERS
+from engine.dialogue.events import parse_answer
 from engine.engine_thread import EngineThread
 from engine.errors import OverloadedError
 from engine.executor.group import make_executor
@@ -43,6 +44,7 @@ from engine.statistics_log import StatisticsLog
 from engine.step_loop import LookAhead, StepLoop
 from engine.text.output import OutputDelta
 from engine.text.output_processor import OutputProcessor, Stream
+from engine.text.prompt import ChatPrompt
 from engine.text.prompt_encoder import EncodedPrompt, PromptEncoder
 from engine.text.tokenizer import Tokenizer
 from engine.text.transcript import ConversationTable
@@ -94,6 +96,7 @@ class AsyncEngine:
             max_model_len=self.max_model_len,
             vocab_size=facts.model.vocab_size,
             max_num_waiting=config.max_num_queued_reqs,
+            restores_reasoning=config.preserve_reasoning == "auto",
         )
         self._grammars = GrammarStore(
             lambda: _start_compiler(self._tokenizer.vocabulary(facts.model.vocab_size, self._eos_token_ids)),
@@ -156,6 +159,7 @@ class AsyncEngine:
             "model": self.model_name,
             "max_model_len": self.max_model_len,
             "num_conversations": len(self._conversations),
+            "recomputed_tokens": dict(self._outputs.num_recomputed),
             **statistics,
             "num_swap_in_bytes": statistics["num_swap_ins"] * self._bytes_per_block,
             "num_swap_out_bytes": statistics["num_swap_outs"] * self._bytes_per_block,
@@ -208,6 +212,9 @@ class AsyncEngine:
 
     async def _encode(self, generation: Generation) -> EncodedPrompt:
         """The prompt as token ids."""
+        beginning = generation.beginning
+        if beginning is not None and beginning.prompt is not None:
+            return self._prompts.take_prompt(generation.prompt, beginning.prompt)
         return await self._prompts.encode(
             generation.prompt,
             tenant=generation.tenant,
@@ -254,7 +261,13 @@ class AsyncEngine:
             detokenizer.resume(beginning.token_ids, beginning.num_chars)
             if thinking is not None:
                 thinking.accept_all(beginning.token_ids)
-        stream = Stream(request, prompt.transcript, detokenizer, asyncio.get_running_loop(), grammar, thinking)
+        stream = Stream(
+            request, prompt.transcript, detokenizer, asyncio.get_running_loop(), grammar, thinking, prompt.chat
+        )
+        if isinstance(generation.prompt, ChatPrompt) and answer_format is not None:
+            tools = generation.tool_choice.offered(generation.prompt.tools)
+            stream.read_answer = lambda text: parse_answer(answer_format.parser(tools), text)
+        stream.recomputed = prompt.recomputed
         return stream, prompt
 
     def _limit_thinking(self, sampling: SamplingParams, span: ThinkingSpan | None) -> SamplingParams:
@@ -267,7 +280,7 @@ class AsyncEngine:
     def _add(self, stream: Stream) -> None:
         """Queue the request of a stream; in the engine thread."""
         shed = self._core.add_request(stream.request, time.monotonic())
-        self._outputs.streams[stream.request.request_id] = stream
+        self._outputs.add_stream(stream)
         if shed:
             message = "dropped from the queue: this tenant exceeds its share of it; try again later"
             self._outputs.fail(shed, OverloadedError(message))

@@ -108,6 +108,15 @@ class ModelOptions:
             aliases=(("deepseek_v31", "deepseek_v3"), ("mistral", "magistral")),
         ),
     ] = "auto"
+    preserve_reasoning: Annotated[
+        str,
+        Option(
+            "Whether thinking that a client leaves out of a message comes back into the prompt; `auto` or `never`.",
+            "`auto`: a message that the conversation knows gets what the model thought before it, if the chat template shows "
+            "it, so that an agent's steps are computed once. The template still drops what it always drops.",
+            choices=("auto", "never"),
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,9 @@ class _Envelope(ABC):
         firsts = [delta for index, delta in self._latest.items() if index % self._body.n == 0]
         num_prompt_tokens = sum(delta.num_prompt_tokens for delta in firsts)
         num_output_tokens = sum(delta.num_output_tokens for delta in self._latest.values())
+        recomputed: dict[str, int] = {}
+        for reason, num_tokens in (delta.recomputed for delta in firsts if delta.recomputed is not None):
+            recomputed[reason] = recomputed.get(reason, 0) + num_tokens
         usage: dict[str, Any] = {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_output_tokens,
@@ -88,6 +91,8 @@ class _Envelope(ABC):
         }
         if num_reasoning_tokens := sum(delta.num_reasoning_tokens for delta in self._latest.values()):
             usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning_tokens}
+        if recomputed:
+            usage["prompt_tokens_details"]["recomputed"] = recomputed
         return usage
 
     def _chunk(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from deployments.errors import ReplicaLostError
 from deployments.generation import DeltaItem, ErrorItem, GenerationRequest
 from engine.errors import EngineStoppedError, OverloadedError
 from engine.text.prompt import AnswerBeginning
+from engine.text.transcript import Transcript
 
 # Replicas in a row that a request may lose without getting a token: it may be what kills them.
 MAX_LOSSES_IN_A_ROW = 5
@@ -29,6 +30,7 @@ class Progress:
         self._request = request
         self.token_ids: list[int] = []
         self._history = request.history
+        self._prompt: Transcript | None = None
         self._model = ""
         self.is_finished = False
         self._num_chars = 0
@@ -37,7 +39,7 @@ class Progress:
     def note(self, item: DeltaItem) -> DeltaItem:
         """Takes in an item on its way to the client, and makes it what the client expects next."""
         if item.delta.prompt_transcript is not None:
-            self._history = item.delta.prompt_transcript
+            self._history = self._prompt = item.delta.prompt_transcript
             item = replace(item, delta=replace(item.delta, prompt_transcript=None))
         if self.token_ids and item.delta.prompt_token_ids:  # they came with the first one
             item = replace(item, delta=replace(item.delta, prompt_token_ids=()))
@@ -54,7 +56,7 @@ class Progress:
             return self._request
         # Another id: the first replica may be alive and not know yet that its answer is no longer read.
         request_id = f"{self._request.request_id}-{self._num_attempts}"
-        beginning = AnswerBeginning(tuple(self.token_ids), self._num_chars) if self.token_ids else None
+        beginning = AnswerBeginning(tuple(self.token_ids), self._num_chars, self._prompt) if self.token_ids else None
         begun_by = self._model if self.token_ids else ""
         return replace(
             self._request, request_id=request_id, history=self._history, beginning=beginning, begun_by=begun_by

@@ -12,12 +12,12 @@ from engine.dialogue.events import ParsedCall
 def same_calls(one: Sequence[ParsedCall], other: Sequence[ParsedCall]) -> bool:
     """Whether they are the same calls in the same order."""
     return len(one) == len(other) and all(
-        a.name == b.name and _canonical_text(a.arguments) == _canonical_text(b.arguments)
+        a.name == b.name and canonical_arguments(a.arguments) == canonical_arguments(b.arguments)
         for a, b in zip(one, other, strict=True)
     )
 
 
-def _canonical_text(text: str) -> str:
+def canonical_arguments(text: str) -> str:
     """Equal for equal JSON; what is none stays as it is."""
     try:
         return json.dumps(_canonical(json.loads(text)), sort_keys=True)

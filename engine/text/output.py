@@ -38,6 +38,7 @@ class OutputDelta:
         held back.
     num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
     num_reasoning_tokens: of the output so far, those of thinking and its end, in a chat.
+    recomputed: (reason, tokens), if tokens of the prompt that the conversation had were computed again: see text/turns.py.
     finish_reason: "stop" or "length"; it ends the stream.
     stop_string: with the finish_reason, the stop string that ended the answer; None = none did.
     stats: the account of the request, with the finish_reason.
@@ -61,6 +62,7 @@ class OutputDelta:
     prompt_transcript: Transcript | None = None
     answer_format: AnswerFormat | None = None
     num_reasoning_tokens: int = 0
+    recomputed: tuple[str, int] | None = None
     stop_string: str | None = None
 
 
@@ -78,6 +80,7 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         num_cached_tokens=last.num_cached_tokens,
         num_output_tokens=last.num_output_tokens,
         num_reasoning_tokens=last.num_reasoning_tokens,
+        recomputed=last.recomputed,
         finish_reason=last.finish_reason,
         stats=last.stats,
         transcript=last.transcript,

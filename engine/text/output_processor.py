@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.request import FinishReason, Request
+from engine.dialogue.events import ParsedAnswer
 from engine.errors import EngineError
 from engine.grammar.interface import CompiledGrammar
 from engine.grammar.thinking import ThinkingScanner
@@ -22,6 +23,7 @@ from engine.text.detokenizer import Detokenizer
 from engine.text.output import OutputDelta, TokenLogprob, merge_deltas
 from engine.text.tokenizer import Tokenizer
 from engine.text.transcript import ConversationTable, Transcript
+from engine.text.turns import REASONS, RecognisedChat
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ class Stream:
 
     grammar: of its answer; held here, so that the executor finds it as long as the request lives.
     thinking: counts the tokens of thinking; None = there are none to count.
+    chat: the messages of the prompt, and read_answer: what an answer's text says; None = it is no chat.
+    recomputed: see OutputDelta.
     """
 
     request: Request
@@ -45,6 +49,9 @@ class Stream:
     loop: asyncio.AbstractEventLoop
     grammar: CompiledGrammar | None = None
     thinking: ThinkingScanner | None = None
+    chat: RecognisedChat | None = None
+    read_answer: Callable[[str], ParsedAnswer] = ParsedAnswer
+    recomputed: tuple[str, int] | None = None
     items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
 
     async def read(self) -> OutputDelta:
@@ -69,15 +76,24 @@ class OutputProcessor:
     Each stream gets all of its output, in order, before any error.
 
     streams: by the id of the request that runs or waits.
+    num_recomputed: prompt tokens that conversations had and that were computed again, by reason: see text/turns.py.
     """
 
     def __init__(self, core: EngineCore, tokenizer: Tokenizer, conversations: ConversationTable) -> None:
         self.streams: dict[str, Stream] = {}
+        self.num_recomputed = dict.fromkeys(REASONS, 0)
         self._core = core
         self._tokenizer = tokenizer
         self._conversations = conversations
         self._pending: list[tuple[Stream, RequestOutput]] = []  # without a text yet
         self._unsent: list[tuple[Stream, Item]] = []
+
+    def add_stream(self, stream: Stream) -> None:
+        """Take in the stream of a request that waits now."""
+        self.streams[stream.request.request_id] = stream
+        if stream.recomputed is not None:
+            reason, num_tokens = stream.recomputed
+            self.num_recomputed[reason] += num_tokens
 
     def add(self, outputs: Iterable[RequestOutput]) -> None:
         """Take in what a step gave.
@@ -157,6 +173,7 @@ class OutputProcessor:
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
             num_output_tokens=output.num_output_tokens,
+            recomputed=stream.recomputed,
             num_reasoning_tokens=0 if stream.thinking is None else stream.thinking.num_tokens,
             finish_reason=None if reason is None else reason.value,
             stats=stats,
@@ -190,7 +207,11 @@ class OutputProcessor:
             self._conversations.record_turn(request.conversation_id, prompt, output_ids, "")
             return None
         text = self._tokenizer.token_bytes.text(output_ids)
-        return self._conversations.record_turn(request.conversation_id, prompt, output_ids, text)
+        turn = None
+        if stream.chat is not None:
+            num_tokens = request.num_prompt_tokens + len(output_ids)
+            turn = stream.chat.answered(stream.read_answer(stream.detokenizer.text), num_tokens)
+        return self._conversations.record_turn(request.conversation_id, prompt, output_ids, text, turn)
 
     def _kept_output_ids(self, stream: Stream) -> list[int]:
         """The generated tokens that the answer consists of, as far as whole tokens go.

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.dialogue.messages import Dialogue, Message
 from engine.dialogue.tools import Tool
+from engine.text.transcript import Transcript
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +86,12 @@ class AnswerBeginning:
 
     token_ids: all tokens of it.
     num_chars: how many characters of it have reached the client.
+    prompt: what it answers, as that engine computed it; None = as anybody would tokenise it.
     """
 
     token_ids: tuple[int, ...]
     num_chars: int
+    prompt: Transcript | None = None
 
 
 Prompt = ChatPrompt | TextPrompt | TokenPrompt

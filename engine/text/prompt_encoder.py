@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ from engine.tenant import Tenant
 from engine.text.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_pool import TokenizerPool
-from engine.text.transcript import NO_MATCH, ConversationTable, SameAnswer, Transcript
+from engine.text.transcript import NO_MATCH, ConversationTable, SameAnswer, Transcript, best_match
+from engine.text.turns import RecognisedChat
 
 # Characters that are tokenised in the event loop itself, about a millisecond's worth.
 MAX_INLINE_CHARS = 4096
@@ -27,11 +29,15 @@ class EncodedPrompt(NamedTuple):
 
     is_known: some ids come from earlier turns, and not from tokenising.
     answer_format: how the answer is to be read, in a chat.
+    chat: the messages as they were recognised, in a chat.
+    recomputed: (reason, tokens) of what the conversation had of it and has to be computed again, if that is anything.
     """
 
     transcript: Transcript
     is_known: bool
     answer_format: AnswerFormat | None = None
+    chat: RecognisedChat | None = None
+    recomputed: tuple[str, int] | None = None
 
 
 class PromptEncoder:
@@ -45,13 +51,17 @@ class PromptEncoder:
         max_model_len: int,
         vocab_size: int,
         max_num_waiting: int,
+        restores_reasoning: bool = True,
     ) -> None:
         """Starts nothing yet.
 
         conversations: what they have said here so far.
         max_model_len: the window in tokens.
         max_num_waiting: how many long prompts may wait to be tokenised.
+        restores_reasoning: what the model thought is put back into messages of a conversation that come without it.
         """
+        self._shows_reasoning = bool(tokenizer.chat.traits.reasoning_keys)
+        self._restores_reasoning = restores_reasoning and self._shows_reasoning
         self._tokenizer = tokenizer
         self._conversations = conversations
         self._max_model_len = max_model_len
@@ -76,6 +86,15 @@ class PromptEncoder:
         if prompt.num_chars > MAX_INLINE_CHARS:  # it takes long, and meanwhile the loop has others to serve
             return await self._pool.run(encode, tenant, prompt.num_chars)
         return encode()
+
+    def take_prompt(self, prompt: Prompt, transcript: Transcript) -> EncodedPrompt:
+        """A prompt whose token ids are known as a whole. Raises ContextLengthError, InvalidParameterError."""
+        encoded = self._take_token_ids(TokenPrompt(tuple(transcript.token_ids)))
+        encoded = encoded._replace(transcript=transcript, is_known=True)
+        if not isinstance(prompt, ChatPrompt):
+            return encoded
+        chat = RecognisedChat.of(prompt.messages, prompt.tools, None, restores=False)
+        return encoded._replace(answer_format=self._tokenizer.chat.answer_format(transcript.text), chat=chat)
 
     def check_vocabulary(self, token_ids: Sequence[int], param: str) -> None:
         """Raise InvalidParameterError, about the parameter `param`, for an id that the model does not know."""
@@ -103,10 +122,34 @@ class PromptEncoder:
         """As `encode`. Any thread may call it."""
         if isinstance(prompt, TextPrompt):
             return self._encode(prompt.text, conversation_id, history, self._max_model_len)
-        if not prompt.drops_oldest:
-            return self._encode_chat(prompt, conversation_id, history, self._max_model_len)
+        conversation = None if conversation_id is None else self._conversations.find(conversation_id)
+        turns = None if conversation is None else conversation.turns
+        chat = RecognisedChat.of(prompt.messages, prompt.tools, turns, restores=self._restores_reasoning)
+        is_restored = chat.messages != prompt.messages
         try:
-            return self._encode_chat(prompt, conversation_id, history, room)
+            restored = replace(prompt, messages=chat.messages)
+            encoded, is_truncated = self._fit_chat(restored, conversation_id, history, room)
+        except ContextLengthError:
+            if not is_restored:
+                raise
+            encoded, is_truncated = self._fit_chat(prompt, conversation_id, history, room)
+        chat = replace(chat, is_truncated=is_truncated, is_bare=chat.is_bare and self._shows_reasoning)
+        recomputed = None
+        if conversation is not None:
+            transcript = encoded.transcript
+            num_same, num_known = conversation.count_same(transcript.token_ids, transcript.fingerprint)
+            recomputed = chat.why_again(num_same, num_known, transcript.text)
+        is_known = encoded.is_known or is_restored
+        return encoded._replace(is_known=is_known, chat=chat, recomputed=recomputed)
+
+    def _fit_chat(
+        self, prompt: ChatPrompt, conversation_id: str | None, history: Transcript | None, room: int
+    ) -> tuple[EncodedPrompt, bool]:
+        """The prompt as token ids, and whether its oldest messages were left out."""
+        if not prompt.drops_oldest:
+            return self._encode_chat(prompt, conversation_id, history, self._max_model_len), False
+        try:
+            return self._encode_chat(prompt, conversation_id, history, room), False
         except ContextLengthError:
             shorter = prompt.shorter()
         fitting, low, high = None, 0, len(shorter)  # the longest one that fits is among these
@@ -116,7 +159,8 @@ class PromptEncoder:
                 fitting, high = self._encode_chat(shorter[middle], conversation_id, history, room), middle
             except ContextLengthError:
                 low = middle + 1
-        return fitting or self._encode_chat((prompt, *shorter)[-1], conversation_id, history, self._max_model_len)
+        last = (prompt, *shorter)[-1]
+        return fitting or self._encode_chat(last, conversation_id, history, self._max_model_len), True
 
     def _encode_chat(
         self, prompt: ChatPrompt, conversation_id: str | None, history: Transcript | None, max_tokens: int
@@ -144,9 +188,18 @@ class PromptEncoder:
         if conversation_id is not None:
             known = self._conversations.match_text(conversation_id, text, fingerprint, is_same)
         if history is not None and fingerprint and history.fingerprint == fingerprint:
-            by_history = history.match_text(text, tuple(tokenizer.cut_tokens.values()))
+            branches = [self._find_answer(history)]
+            by_history = best_match(branches, text, tuple(tokenizer.cut_tokens.values()), is_same)
             if by_history.num_chars > known.num_chars and max(by_history.token_ids) < self._vocab_size:
                 known = by_history
         transcript = tokenizer.encode_prompt(text, known, is_chat=is_chat, max_tokens=max_tokens)
         answer_format = tokenizer.chat.answer_format(text) if is_chat else None
         return EncodedPrompt(transcript, known.num_chars > 0, answer_format)
+
+    def _find_answer(self, history: Transcript) -> Transcript:
+        """The same, with the place where its last answer begins, which is not stored: behind the assistant's header."""
+        header = self._tokenizer.chat.traits.assistant_header
+        if history.answer_start is not None or not header or not history.anchors:
+            return history
+        start = history.text.rfind(header, 0, history.anchors[-1][1])
+        return history if start < 0 else replace(history, answer_start=(0, start + len(header)))

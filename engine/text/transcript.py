@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from engine.text.turns import Turn, Turns
+
 MAX_BRANCHES = 8
 # Whether the two last of three texts say the same behind the first one: (prompt, as generated, as written) -> bool.
 SameAnswer = Callable[[str, str, str], bool]
@@ -116,6 +118,19 @@ class TranscriptMatch:
 NO_MATCH = TranscriptMatch(array("I"), 0, ())
 
 
+def best_match(
+    branches: Sequence[Transcript], text: str, cut_texts: tuple[str, ...], is_same: SameAnswer | None
+) -> TranscriptMatch:
+    """The longest beginning of `text` that one of them knows; of equal ones the first. See Conversation.match_text."""
+    matches = [branch.match_text(text, cut_texts) for branch in branches]
+    best = max(matches, key=lambda match: match.num_chars, default=NO_MATCH)
+    for branch in branches:
+        # An answer is compared as a message if the text departs from it somewhere within.
+        if is_same is not None and branch.anchors and best.num_chars < branch.anchors[-1][1]:
+            best = max(best, branch.match_answer(text, is_same), key=lambda match: match.num_chars)
+    return best
+
+
 def common_prefix_len(a: str | array[int], b: str | array[int]) -> int:
     """Number of leading elements that two sequences share; bisection over slices, so memcmp does the work."""
     low, high = 0, min(len(a), len(b))
@@ -138,12 +153,14 @@ class Conversation:
     def __init__(self, conversation_id: str) -> None:
         self.conversation_id = conversation_id
         self.branches: tuple[Transcript, ...] = ()
+        self.turns = Turns()
 
     @property
     def num_bytes(self) -> int:
         """The memory that it takes, about."""
         id_bytes = sys.getsizeof(self.conversation_id)
-        return CONVERSATION_BYTES + id_bytes + sum(branch.num_bytes for branch in self.branches)
+        branches = sum(branch.num_bytes for branch in self.branches)
+        return CONVERSATION_BYTES + id_bytes + branches + self.turns.num_bytes
 
     def match_text(
         self, text: str, fingerprint: str, cut_texts: tuple[str, ...], is_same: SameAnswer | None = None
@@ -153,13 +170,14 @@ class Conversation:
         is_same: see Transcript.match_answer; None = answers are compared as texts only. See also Transcript.match_text.
         """
         branches = [branch for branch in reversed(self.branches) if fingerprint and branch.fingerprint == fingerprint]
-        matches = [branch.match_text(text, cut_texts) for branch in branches]
-        best = max(matches, key=lambda match: match.num_chars, default=NO_MATCH)
-        for branch in branches:
-            # An answer is compared as a message if the text departs from it somewhere within.
-            if is_same is not None and branch.answer_start is not None and best.num_chars <= branch.answer_start[1]:
-                best = max(best, branch.match_answer(text, is_same), key=lambda match: match.num_chars)
-        return best
+        return best_match(branches, text, cut_texts, is_same)
+
+    def count_same(self, token_ids: array[int], fingerprint: str) -> tuple[int, int]:
+        """(how many tokens the longest branch has that begins as these do, how many of these one has at most)."""
+        branches = [branch for branch in self.branches if fingerprint and branch.fingerprint == fingerprint]
+        num_same = max((common_prefix_len(branch.token_ids, token_ids) for branch in branches), default=0)
+        longest = max((len(branch.token_ids) for branch in branches), default=0)
+        return num_same, min(longest, len(token_ids))
 
     def record_turn(
         self, prompt: Transcript, output_token_ids: Sequence[int], output_text: str, cut_tokens: Mapping[int, str]
@@ -221,16 +239,30 @@ class ConversationTable:
             NO_MATCH if conversation is None else conversation.match_text(text, fingerprint, self._cut_texts, is_same)
         )
 
+    def find(self, conversation_id: str) -> Conversation | None:
+        """What a conversation has said, if it is known."""
+        return self._conversations.get(conversation_id)
+
     def record_turn(
-        self, conversation_id: str, prompt: Transcript, output_token_ids: Sequence[int], output_text: str
+        self,
+        conversation_id: str,
+        prompt: Transcript,
+        output_token_ids: Sequence[int],
+        output_text: str,
+        turn: tuple[bytes, Turn] | None = None,
     ) -> Transcript:
-        """See Conversation.record_turn. A turn that alone takes more than there is room for is not kept."""
+        """See Conversation.record_turn. A turn that alone takes more than there is room for is not kept.
+
+        turn: the same as a message, and its key; None = it is no chat.
+        """
         conversation = self._conversations.get(conversation_id)
         if conversation is None:
             conversation = self._conversations[conversation_id] = Conversation(conversation_id)
         else:
             self.num_bytes -= conversation.num_bytes
         branch = conversation.record_turn(prompt, output_token_ids, output_text, self._cut_tokens)
+        if turn is not None:
+            conversation.turns.add(*turn)
         self.num_bytes += conversation.num_bytes
         self._conversations.move_to_end(conversation_id)
         while self.num_bytes > self.max_bytes:

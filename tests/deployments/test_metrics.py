@@ -33,6 +33,7 @@ def statistics_of(engine_core: EngineCore) -> dict[str, Any]:
         "num_swap_in_bytes": statistics["num_swap_ins"] * 100,
         "num_swap_out_bytes": statistics["num_swap_outs"] * 100,
         "num_awaited_swap_out_bytes": statistics["evictions"]["gpu_swapped_out"] * 100,
+        "recomputed_tokens": {"edited": 0},
     }
 
 
@@ -71,7 +72,11 @@ def test_increments_are_differences_of_two_snapshots() -> None:
     assert increments.take(statistics_of(engine_core)) == {}
 
     stats.num_output_tokens += 2
-    assert increments.take(statistics_of(engine_core)) == {Series("pensieve_generation_tokens_total"): 2}
+    edited = {"recomputed_tokens": {"edited": 9}}
+    assert increments.take(statistics_of(engine_core) | edited) == {
+        Series("pensieve_generation_tokens_total"): 2,
+        Series("pensieve_changed_history_tokens_total", ("edited",)): 9,
+    }
 
 
 def test_the_states_of_a_tier_are_all_of_its_blocks() -> None:

@@ -45,6 +45,7 @@ BOUNDS = [
     ("load_format", ["auto", "dummy"], ["random", "", None]),
     ("tool_call_parser", ["auto", "none", "hermes", "llama3_json", "mistral", "kimi_k2"], ["json", "", None]),
     ("reasoning_parser", ["auto", "none", "qwen3", "deepseek_r1", "glm45", "magistral"], ["think", "", None]),
+    ("preserve_reasoning", ["auto", "never"], ["always", "", True, None]),
     ("enforce_eager", [True, False], [0, 1, None, "yes"]),
     ("swap_copies", ["auto", "dma", "kernel"], ["memcpy", "", None]),
     ("pack_weights", [True, False], [0, 1, None, "yes"]),

@@ -86,6 +86,21 @@ async def test_a_form_and_a_call_come_behind_the_thinking(client: AsyncOpenAI) -
     assert forced.message.reasoning_content
 
 
+async def test_the_usage_says_what_it_costs_that_a_template_drops_thinking(client: AsyncOpenAI) -> None:
+    first = await ask(client, max_thinking_tokens=LIMIT, session_id="s")
+    messages = [
+        *ASKED["messages"],
+        {"role": "assistant", "content": first.message.content},
+        {"role": "user", "content": "more"},
+    ]
+    second = await client.chat.completions.create(**{**ASKED, "messages": messages}, extra_body={"session_id": "s"})
+    told = second.usage.model_dump()["prompt_tokens_details"]
+    assert list(told["recomputed"]) == ["template_dropped"]
+    assert 0 < told["recomputed"]["template_dropped"] <= first.message.usage.completion_tokens
+    third = await client.chat.completions.create(**{**ASKED, "messages": messages}, extra_body={"session_id": "t"})
+    assert "recomputed" not in third.usage.model_dump()["prompt_tokens_details"]
+
+
 async def test_another_replica_goes_on_within_the_thinking(engine: EngineHere) -> None:
     asked = ASKED | {"max_thinking_tokens": LIMIT, "stream": True}
     body = parse_request(ChatCompletionBody, json.dumps(asked).encode())[0]
