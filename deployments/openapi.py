@@ -16,14 +16,14 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from deployments.cache_map import HoldBody, MapQuery
 from deployments.completions.requests import ChatCompletionBody, CompletionBody
 from deployments.http.parsing import Body, Query
-from deployments.responses.requests import (
+from deployments.responses.conversation_requests import (
     ConversationBody,
     ConversationUpdateBody,
     ItemsBody,
     ListQuery,
-    ResponseBody,
     RetrieveQuery,
 )
+from deployments.responses.requests import ResponseBody
 from engine import __version__
 
 _SCHEMAS = "#/components/schemas/"
@@ -103,7 +103,7 @@ class _Operation:
 
 _RESPONSE = _object("response", "id", "created_at", "status", "model", "output")
 _CONVERSATION = _object("conversation", "id", "created_at", "metadata")
-_ITEM = _fields("id", "type", "role", "content")
+_ITEM = _fields("id", "type", "status")
 _CACHE_MAP = _object("cache.map", "operator", "demo", "replicas")
 _LIST = _object("list", "data", "first_id", "last_id", "has_more")
 _DELETED = {"type": "object", "properties": {"deleted": {"const": True}}, "required": ["id", "object", "deleted"]}
@@ -134,7 +134,9 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         streams=True,
         links=_OF_RESPONSE,
     ),
-    ("GET", "/v1/responses/{response_id}"): _Operation("A stored response", _RESPONSE, _STORE, query=RetrieveQuery),
+    ("GET", "/v1/responses/{response_id}"): _Operation(
+        "A stored response, whole or told again", _RESPONSE, _STORE, query=RetrieveQuery, streams=True
+    ),
     ("DELETE", "/v1/responses/{response_id}"): _Operation("Delete a response", _DELETED, _STORE),
     ("POST", "/v1/responses/{response_id}/cancel"): _Operation("Cancel a running response", _RESPONSE, _STORE),
     ("GET", "/v1/responses/{response_id}/input_items"): _Operation(

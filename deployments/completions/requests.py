@@ -33,8 +33,7 @@ from deployments.completions.chat_messages import (
 )
 from deployments.completions.choices_body import CHOICES_NOT_IMPLEMENTED, MAX_N, MAX_PROMPTS, ChoicesBody
 from deployments.http.function_tools import MAX_TOOLS, check_tools
-from deployments.http.generation_body import MAX_MESSAGES, TokenId, TokenLimit
-from deployments.http.parsing import MAX_NAME_CHARS
+from deployments.http.generation_body import MAX_MESSAGES, TemplateKwargs, TokenId, TokenLimit
 from engine.core.request import MAX_LOGPROBS, SamplingParams
 from engine.dialogue import tools as dialogue_tools
 from engine.dialogue.template_values import template_kwargs
@@ -52,7 +51,6 @@ COMPLETION_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = CHOICES_NOT_IMPLEMENTED
     "echo": (False,),
     "suffix": ("",),
 }
-MAX_TEMPLATE_VALUES = 32
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
 
@@ -89,9 +87,7 @@ class ChatCompletionBody(ChoicesBody):
     ] = None
     parallel_tool_calls: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    chat_template_kwargs: Annotated[
-        dict[Annotated[str, Field(max_length=MAX_NAME_CHARS)], Any], Field(max_length=MAX_TEMPLATE_VALUES)
-    ] = Field(default={})
+    chat_template_kwargs: TemplateKwargs = Field(default={})
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.generation import ErrorItem, GenerationRequest
-from deployments.http.parsing import Body
+from deployments.http.parsing import MAX_NAME_CHARS, Body
 from engine.core.grammar import GrammarSpec
 from engine.core.request import MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 from engine.dialogue.tools import AS_THE_MODEL_LIKES, ToolChoice
@@ -40,9 +40,13 @@ IGNORED = frozenset(
 )
 MAX_SESSION_KEY_CHARS = 512
 MAX_MESSAGES = 8192  # or items, or parts of the content of one
+MAX_TEMPLATE_VALUES = 32
 
 TokenId = Annotated[int, Field(ge=0)]
 SessionKey = Annotated[str, Field(max_length=MAX_SESSION_KEY_CHARS)]
+TemplateKwargs = Annotated[
+    dict[Annotated[str, Field(max_length=MAX_NAME_CHARS)], Any], Field(max_length=MAX_TEMPLATE_VALUES)
+]
 
 
 def _as_limit(max_tokens: Any) -> Any:

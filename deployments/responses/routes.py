@@ -10,15 +10,16 @@ from fastapi.responses import Response
 from deployments.generation import ModelCard
 from deployments.http.gate import Gate
 from deployments.responses.api import ResponsesApi
-from deployments.responses.conversations import ConversationsApi
-from deployments.responses.requests import (
+from deployments.responses.conversation_requests import (
+    INCLUDE,
     ConversationBody,
     ConversationUpdateBody,
     ItemsBody,
     ListQuery,
-    ResponseBody,
     RetrieveQuery,
 )
+from deployments.responses.conversations import ConversationsApi
+from deployments.responses.requests import ResponseBody
 
 
 def add_response_routes(app: FastAPI, gate: Gate, api: ResponsesApi) -> None:
@@ -34,10 +35,10 @@ def add_response_routes(app: FastAPI, gate: Gate, api: ResponsesApi) -> None:
         return await gate.in_a_place(tenant, body, respond)
 
     @app.get("/v1/responses/{response_id}")
-    async def get_response(request: Request, response_id: str) -> dict[str, Any]:
+    async def get_response(request: Request, response_id: str) -> Response:
         tenant = gate.tenant_of(request)
-        gate.read_query(RetrieveQuery, request)
-        return await api.get(tenant, response_id)
+        query = gate.read_query(RetrieveQuery, request, without=INCLUDE)
+        return await api.retrieve(tenant, response_id, query)
 
     @app.delete("/v1/responses/{response_id}")
     async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def add_response_routes(app: FastAPI, gate: Gate, api: ResponsesApi) -> None:
     @app.get("/v1/responses/{response_id}/input_items")
     async def list_input_items(request: Request, response_id: str) -> dict[str, Any]:
         return await api.input_items(
-            gate.tenant_of(request), response_id, gate.read_query(ListQuery, request, without=("include",))
+            gate.tenant_of(request), response_id, gate.read_query(ListQuery, request, without=INCLUDE)
         )
 
 
@@ -78,7 +79,7 @@ def add_conversation_routes(app: FastAPI, gate: Gate, api: ConversationsApi) -> 
     @app.get("/v1/conversations/{conversation_id}/items")
     async def list_items(request: Request, conversation_id: str) -> dict[str, Any]:
         return await api.list_items(
-            gate.tenant_of(request), conversation_id, gate.read_query(ListQuery, request, without=("include",))
+            gate.tenant_of(request), conversation_id, gate.read_query(ListQuery, request, without=INCLUDE)
         )
 
     @app.post("/v1/conversations/{conversation_id}/items")

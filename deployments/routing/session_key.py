@@ -23,9 +23,17 @@ MAX_KEY_CHARS = 64
 def session_key(headers: Iterable[tuple[str, str]], body: Mapping[str, Any]) -> str:
     """The name of the request's session, or a hash of its beginning.
 
+    The hash is of the first system message (or the instructions) and the first user message, or of the beginning of the
+    prompt.
+    """
+    return session_name(headers, body) or "content-" + _content_hash(body)
+
+
+def session_name(headers: Iterable[tuple[str, str]], body: Mapping[str, Any]) -> str | None:
+    """What the client calls the request's session; None if it gives it no name.
+
     The first that is there and not empty: header x-session-id, header x-correlation-id, then session_id, conversation
-    (an id, or an object with one), conversation_id and prompt_cache_key of the body; else a hash of the first system
-    message (or the instructions) and the first user message, or of the beginning of the prompt.
+    (an id, or an object with one), conversation_id and prompt_cache_key of the body.
 
     Header names are matched without regard to case, and `_` counts as `-`; a name is the same whichever way it comes,
     and one of more than MAX_KEY_CHARS is hashed. A completions client that continues a prompt shorter than
@@ -45,7 +53,7 @@ def session_key(headers: Iterable[tuple[str, str]], body: Mapping[str, Any]) -> 
     for key in named:
         if key:
             return _short(str(key))
-    return "content-" + _content_hash(body)
+    return None
 
 
 def _header_text(value: str) -> str:

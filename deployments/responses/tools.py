@@ -1,0 +1,78 @@
+"""The tools of a request to the Responses API, in which a function is flat, and the choice among them.
+
+Knows no HTTP library, no engine and no Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from deployments.http.function_tools import MAX_TOOLS, Function, Name
+from deployments.http.parsing import MAX_NAME_CHARS, Body
+from deployments.responses.input_items import unsupported
+from engine.dialogue import tools as dialogue_tools
+
+# What asks OpenAI's servers to load a function later, or to call it from a program.
+TOOL_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
+    "allowed_callers": (["direct"],),
+    "async": (False,),
+    "defer_loading": (False,),
+}
+
+
+class FunctionTool(Function):
+    """A function that the client offers. output_schema: the model is not told of it."""
+
+    not_implemented = TOOL_NOT_IMPLEMENTED
+    ignored = frozenset({"async_", "output_schema"})
+
+    type: Literal["function"]
+
+    def shown(self) -> dict[str, Any]:
+        """As the response repeats it."""
+        fields = {"description": self.description, "parameters": self.parameters, "strict": self.strict}
+        return {"type": "function", "name": self.name, **fields}
+
+
+def _check_is_function(tool: Any) -> Any:
+    """First of all: a tool of another kind has other fields."""
+    if isinstance(tool, dict) and tool.get("type", "function") != "function":
+        name = repr(tool["type"])[:MAX_NAME_CHARS]
+        message = f"{name} is not supported: this server runs no tools; offer a function, and run it in the client"
+        raise unsupported(message, param="type")
+    return tool
+
+
+ATool = Annotated[FunctionTool, BeforeValidator(_check_is_function, json_schema_input_type=FunctionTool)]
+SomeTools = Annotated[list[ATool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class FunctionChoice(Body):
+    """The function that the answer has to call."""
+
+    type: Literal["function"]
+    name: Name
+
+
+def _check_choice(choice: Any) -> Any:
+    kind = choice.get("type", "function") if isinstance(choice, dict) else choice
+    if kind not in (("function",) if isinstance(choice, dict) else ("auto", "none", "required")):
+        supported = '"auto", "none", "required", and {"type": "function", "name": ...}'
+        raise unsupported(f"{repr(kind)[:MAX_NAME_CHARS]} is not supported; supported: {supported}")
+    return FunctionChoice.model_validate(choice) if isinstance(choice, dict) else choice
+
+
+ChoiceWord = Literal["auto", "none", "required"]
+AnyToolChoice = Annotated[
+    ChoiceWord | FunctionChoice, BeforeValidator(_check_choice, json_schema_input_type=ChoiceWord | FunctionChoice)
+]
+
+
+def choice_value(choice: ChoiceWord | FunctionChoice) -> dialogue_tools.ToolChoice:
+    """As the engine takes it."""
+    if isinstance(choice, FunctionChoice):
+        return dialogue_tools.ToolChoice("named", choice.name)
+    return dialogue_tools.ToolChoice(choice)
