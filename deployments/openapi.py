@@ -134,6 +134,12 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         streams=True,
         links=_OF_RESPONSE,
     ),
+    ("POST", "/v1/responses/input_tokens"): _Operation(
+        "Count the tokens that a response would read",
+        _object("response.input_tokens", "input_tokens"),
+        _GENERATION,
+        body=ResponseBody,
+    ),
     ("GET", "/v1/responses/{response_id}"): _Operation(
         "A stored response, whole or told again", _RESPONSE, _STORE, query=RetrieveQuery, streams=True
     ),

@@ -89,6 +89,25 @@ class ResponsesApi:
             turn.end()
         return JSONResponse(answer, headers=out_headers)
 
+    async def count_input(
+        self,
+        tenant: Tenant,
+        headers: Mapping[str, str],
+        body: ResponseBody,
+        data: Mapping[str, Any],
+        card: ModelCard,
+    ) -> Response:
+        """How many tokens the same body would be read as; as create. Nothing is computed, nor stored."""
+        session = await self._session(tenant, headers, body, data)
+        stored = await self._referenced(tenant, body.referenced_ids, card.max_model_len)
+        turn = self._turn(tenant, body.model_copy(update={"store": False, "stream": False}), session, stored)
+        await turn.begin(card.max_model_len)
+        first = await turn.start(self._admission, only_encodes=True)
+        await drain(turn)
+        if isinstance(first, ErrorItem):
+            return error_response(body.in_own_words(first))
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": first.delta.num_prompt_tokens})
+
     async def _session(
         self, tenant: Tenant, headers: Mapping[str, str], body: ResponseBody, data: Mapping[str, Any]
     ) -> str | None:

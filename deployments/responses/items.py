@@ -88,9 +88,10 @@ def _goes_on(answer: Sequence[ItemJson], item: ItemJson) -> bool:
 
     A turn thinks only at its beginning, and a message right behind a message is a turn of its own.
     """
-    if not is_answer(item) or (item["type"] == "reasoning" and answer[-1]["type"] != "reasoning"):
+    kind, before = str(item["type"]), str(answer[-1]["type"])
+    if not is_answer(item) or (kind == "reasoning" and before != "reasoning"):
         return False
-    return item["type"] != "message" or answer[-1]["type"] != "message"
+    return kind != "message" or before != "message"
 
 
 def _answer_message(answer: Sequence[ItemJson]) -> Message:

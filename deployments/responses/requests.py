@@ -131,7 +131,7 @@ class ResponseStreamOptions(StreamOptions):
 
 
 class ResponseBody(GenerationBody):
-    """POST /v1/responses."""
+    """POST /v1/responses, and /v1/responses/input_tokens, which counts what this would read."""
 
     not_implemented = RESPONSE_NOT_IMPLEMENTED
     ignored = RESPONSE_IGNORED

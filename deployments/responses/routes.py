@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 from deployments.generation import ModelCard
 from deployments.http.gate import Gate
@@ -33,6 +34,23 @@ def add_response_routes(app: FastAPI, gate: Gate, api: ResponsesApi) -> None:
             return await api.create(tenant, request.headers, body, data, card)
 
         return await gate.in_a_place(tenant, body, respond)
+
+    @app.post("/v1/responses/input_tokens")
+    async def count_input_tokens(request: Request) -> Response:
+        tenant, body, data = await gate.read(ResponseBody, request)
+
+        async def respond(card: ModelCard) -> Response:
+            return await api.count_input(tenant, request.headers, body, data, card)
+
+        return await gate.in_a_place(tenant, body, respond)
+
+    async def refuse_to_compact(request: Request) -> Response:
+        gate.tenant_of(request)
+        detail = "histories are not compacted here; send truncation: auto, or begin a new conversation with a summary"
+        raise HTTPException(404, detail)
+
+    # Else the path would be that of a response whose id is "compact".
+    app.router.add_route("/v1/responses/compact", refuse_to_compact, methods=["POST"], include_in_schema=False)
 
     @app.get("/v1/responses/{response_id}")
     async def get_response(request: Request, response_id: str) -> Response:

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from deployments.errors import ResponseCancelledError
@@ -145,8 +146,11 @@ class Turn:
         self._transcript = history.transcript
         self._session_key = history.session_key
 
-    async def start(self, admission: Admission) -> GenerationItem:
-        """Asks the engine; returns the first item, which decides on the HTTP status. The others are this object's."""
+    async def start(self, admission: Admission, *, only_encodes: bool = False) -> GenerationItem:
+        """Asks the engine; returns the first item, which decides on the HTTP status. The others are this object's.
+
+        only_encodes: see Generation.
+        """
         try:
             request = self._body.generation_request(
                 self._body.prompt_value([*self._history, *self._input_items]),
@@ -156,6 +160,7 @@ class Turn:
                 history=self._transcript,
                 returns_transcript=self._is_stored,
             )
+            request = replace(request, only_encodes=only_encodes)
             self._items = admission.generate(request, self._body.timeout)
             return await anext(self)
         except BaseException as error:
