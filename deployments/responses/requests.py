@@ -169,8 +169,8 @@ class ResponseBody(GenerationBody):
 
     @model_validator(mode="after")
     def _check_answer(self) -> Self:
-        has_form = self._grammar() is not None  # refuses one that is too large here, and not in the event loop
-        check_tools(self._tools(), self.chosen_calls, "text.format" if has_form else None)
+        check_tools(self._tools(), self.chosen_calls)
+        self._grammar()  # refuses one that is too large here, where large bodies are parsed, and not in the event loop
         return self
 
     @property

@@ -352,7 +352,6 @@ def test_what_asks_for_nothing_passes(changes: dict[str, Any]) -> None:
         ({"tools": [TOOL, TOOL]}, "tools", INVALID),
         ({"tools": [TOOL | {"name": f"f{n}"} for n in range(MAX_TOOLS + 1)]}, "tools", INVALID),
         ({"tools": [TOOL | {"parameters": {"type": "array"}}]}, "tools[0].parameters.type", INVALID),
-        ({"tools": [TOOL], "text": {"format": {"type": "json_object"}}}, "text.format", INVALID),
         ({"text": {"format": {"type": "json_schema", "name": "n", "schema": 5}}}, "text.format.schema", INVALID),
         ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name", MISSING),
         ({"text": {"format": {"type": "grammar"}}}, "text.format.type", INVALID),
