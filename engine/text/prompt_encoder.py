@@ -144,7 +144,7 @@ class PromptEncoder:
         if conversation_id is not None:
             known = self._conversations.match_text(conversation_id, text, fingerprint, is_same)
         if history is not None and fingerprint and history.fingerprint == fingerprint:
-            by_history = history.match_text(text, tuple(tokenizer.cut_tokens.values()))
+            by_history = history.match(text, tuple(tokenizer.cut_tokens.values()), is_same)
             if by_history.num_chars > known.num_chars and max(by_history.token_ids) < self._vocab_size:
                 known = by_history
         transcript = tokenizer.encode_prompt(text, known, is_chat=is_chat, max_tokens=max_tokens)

@@ -83,6 +83,16 @@ class Transcript:
                 return TranscriptMatch(self.token_ids[:num_tokens], num_chars, ends[:index])
         return NO_MATCH
 
+    def match(self, text: str, cut_texts: tuple[str, ...], is_same: SameAnswer | None = None) -> TranscriptMatch:
+        """What is known of `text` by its words, or by what its last answer says: see match_text and match_answer.
+
+        is_same: None = answers are compared as texts only.
+        """
+        match = self.match_text(text, cut_texts)
+        if is_same is None or self.answer_start is None or match.num_chars > self.answer_start[1]:
+            return match
+        return max(match, self.match_answer(text, is_same), key=lambda match: match.num_chars)
+
     def match_answer(self, text: str, is_same: SameAnswer) -> TranscriptMatch:
         """What of `text` is known up to the end of the last answer, if it begins with what that answered and says the same.
 
