@@ -25,6 +25,7 @@ from deployments.cache_map import add_cache_routes
 from deployments.cluster.coalesced import Coalesced
 from deployments.cluster.replica_count import replica_count
 from deployments.completions.routes import add_completion_routes
+from deployments.completions.tokens import add_token_routes
 from deployments.generation import (
     CacheHold,
     GenerationItem,
@@ -184,6 +185,7 @@ def create_app(
     app.router.route_class = TellingRoute
     app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes)
     add_completion_routes(app, gate, admission, ingress_id)
+    add_token_routes(app, gate, admission, engine)
     add_response_routes(app, gate, ResponsesApi(admission, upkeep, engine.choose_session_id))
     add_conversation_routes(app, gate, ConversationsApi(admission, upkeep, engine.choose_session_id))
     add_cache_routes(app, gate, engine, demo=config.demo)

@@ -15,6 +15,7 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
 from deployments.cache_map import HoldBody, MapQuery
 from deployments.completions.requests import ChatCompletionBody, CompletionBody
+from deployments.completions.tokens import DetokenizeBody, TokenizeBody
 from deployments.http.parsing import Body, Query
 from deployments.responses.conversation_requests import (
     ConversationBody,
@@ -126,6 +127,13 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         body=CompletionBody,
         streams=True,
     ),
+    ("POST", "/tokenize"): _Operation(
+        "The tokens of a text or a chat",
+        _fields("count", "max_model_len", "tokens", "token_strs"),
+        _GENERATION,
+        body=TokenizeBody,
+    ),
+    ("POST", "/detokenize"): _Operation("The text of tokens", _fields("prompt"), _GENERATION, body=DetokenizeBody),
     ("POST", "/v1/responses"): _Operation(
         "Answer the next turn of a conversation that the server keeps",
         _RESPONSE,

@@ -110,9 +110,7 @@ class AsyncEngine:
         """
         self.check_health()
         if generation.only_encodes:
-            token_ids = (await self._encode(generation)).transcript.token_ids
-            shown = tuple(token_ids) if generation.return_prompt_token_ids else ()
-            yield OutputDelta(prompt_token_ids=shown, num_prompt_tokens=len(token_ids), finish_reason="stop")
+            yield await self._encode_only(generation)
             return
         stream, prompt = await self._open(generation)
         is_first, is_finished = True, False
@@ -209,6 +207,19 @@ class AsyncEngine:
             conversation_id=generation.conversation_id if generation.beginning is None else None,
             history=generation.history,
             room=self.max_model_len - (generation.sampling.max_tokens or 1),
+        )
+
+    async def _encode_only(self, generation: Generation) -> OutputDelta:
+        """What is told of a prompt that is not computed."""
+        token_ids = (await self._encode(generation)).transcript.token_ids
+        spell = self._prompts.spell
+        text, names = await spell(token_ids, generation.tenant) if generation.spells_prompt else ("", ())
+        return OutputDelta(
+            text=text,
+            prompt_token_ids=tuple(token_ids) if generation.return_prompt_token_ids else (),
+            prompt_token_names=names,
+            num_prompt_tokens=len(token_ids),
+            finish_reason="stop",
         )
 
     async def _open(self, generation: Generation) -> tuple[Stream, EncodedPrompt]:

@@ -29,6 +29,7 @@ class Generation:
     beginning: an answer to go on from; counts of the deltas include it, their texts and tokens do not.
     clamps_max_tokens: if the window leaves less than max_tokens, the answer may have what it leaves; else that is an error.
     only_encodes: nothing is computed: the one delta counts the prompt's tokens, and brings them if they were asked for.
+    spells_prompt: with only_encodes, the delta has the text of the prompt's tokens, and their names.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class Generation:
     beginning: AnswerBeginning | None = None
     clamps_max_tokens: bool = False
     only_encodes: bool = False
+    spells_prompt: bool = False
 
     @property
     def conversation_id(self) -> str | None:

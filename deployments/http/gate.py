@@ -117,8 +117,16 @@ class Gate:
         """
         card = await self._model_card()
         check_body(body, card)
+        return await self._in_places(tenant, num_running_choices(body, card), card, respond)
+
+    async def in_one_place(self, tenant: Tenant, respond: Callable[[ModelCard], Awaitable[Response]]) -> Response:
+        """The same for what is computed without an answer of the model."""
+        return await self._in_places(tenant, 1, await self._model_card(), respond)
+
+    async def _in_places(
+        self, tenant: Tenant, num_places: int, card: ModelCard, respond: Callable[[ModelCard], Awaitable[Response]]
+    ) -> Response:
         limit = card.max_num_requests * self._num_engine_replicas()
-        num_places = num_running_choices(body, card)
         if not self._places.try_take(tenant.tenant_id, num_places, limit):
             raise OverloadedError("the server is full; try again in a moment")
         give_back = partial(self._places.give_back, tenant.tenant_id, num_places)

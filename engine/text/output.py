@@ -42,6 +42,7 @@ class OutputDelta:
     stats: the account of the request, with the finish_reason.
     transcript: with the finish_reason, if there is a conversation: all that was said in it, as it was computed.
     prompt_token_ids: in the first delta, if they were asked for.
+    prompt_token_names: what the tokenizer calls these, if the prompt was to be spelled; `text` is theirs then.
     prompt_transcript: in the first delta, if the conversation knew tokens of the prompt that tokenising its text may not
         give.
     answer_format: in the first delta, if it was asked for and the prompt is a chat: how the text is to be read.
@@ -60,6 +61,7 @@ class OutputDelta:
     prompt_transcript: Transcript | None = None
     answer_format: AnswerFormat | None = None
     stop_string: str | None = None
+    prompt_token_names: tuple[str, ...] = ()
 
 
 def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:

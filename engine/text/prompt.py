@@ -62,9 +62,13 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """A text to continue."""
+    """A text to continue.
+
+    adds_special_tokens: those with which the tokenizer begins and ends texts are put around it.
+    """
 
     text: str
+    adds_special_tokens: bool = True
 
     @property
     def num_chars(self) -> int:

@@ -20,6 +20,8 @@ from engine.text.transcript import NO_MATCH, ConversationTable, SameAnswer, Tran
 
 # Characters that are tokenised in the event loop itself, about a millisecond's worth.
 MAX_INLINE_CHARS = 4096
+MAX_INLINE_TOKENS = 1024  # the same for spelling tokens
+INLINE_CHARS_PER_TOKEN = MAX_INLINE_CHARS // MAX_INLINE_TOKENS
 
 
 class EncodedPrompt(NamedTuple):
@@ -77,6 +79,16 @@ class PromptEncoder:
             return await self._pool.run(encode, tenant, prompt.num_chars)
         return encode()
 
+    async def spell(self, token_ids: Sequence[int], tenant: Tenant) -> tuple[str, tuple[str, ...]]:
+        """The text of tokens and the name of each, in a thread if they are many. Raises OverloadedError."""
+
+        def spell() -> tuple[str, tuple[str, ...]]:
+            return self._tokenizer.decode(token_ids), self._tokenizer.token_names(token_ids)
+
+        if len(token_ids) > MAX_INLINE_TOKENS:
+            return await self._pool.run(spell, tenant, len(token_ids) * INLINE_CHARS_PER_TOKEN)
+        return spell()
+
     def check_vocabulary(self, token_ids: Sequence[int], param: str) -> None:
         """Raise InvalidParameterError, about the parameter `param`, for an id that the model does not know."""
         for token_id in token_ids:
@@ -102,7 +114,8 @@ class PromptEncoder:
     ) -> EncodedPrompt:
         """As `encode`. Any thread may call it."""
         if isinstance(prompt, TextPrompt):
-            return self._encode(prompt.text, conversation_id, history, self._max_model_len)
+            is_bare = not prompt.adds_special_tokens
+            return self._encode(prompt.text, conversation_id, history, self._max_model_len, is_bare=is_bare)
         if not prompt.drops_oldest:
             return self._encode_chat(prompt, conversation_id, history, self._max_model_len)
         try:
@@ -137,8 +150,14 @@ class PromptEncoder:
         history: Transcript | None,
         max_tokens: int,
         is_same: SameAnswer | None = None,
+        *,
+        is_bare: bool = False,
     ) -> EncodedPrompt:
-        """As `encode`, from the text. is_same: in a chat, see Transcript.match_answer."""
+        """As `encode`, from the text.
+
+        is_same: in a chat, see Transcript.match_answer.
+        is_bare: no special tokens are put around a text that is no chat.
+        """
         tokenizer, known, is_chat = self._tokenizer, NO_MATCH, is_same is not None
         fingerprint = tokenizer.fingerprint if is_chat else tokenizer.text_fingerprint
         if conversation_id is not None:
@@ -147,6 +166,6 @@ class PromptEncoder:
             by_history = history.match(text, tuple(tokenizer.cut_tokens.values()), is_same)
             if by_history.num_chars > known.num_chars and max(by_history.token_ids) < self._vocab_size:
                 known = by_history
-        transcript = tokenizer.encode_prompt(text, known, is_chat=is_chat, max_tokens=max_tokens)
+        transcript = tokenizer.encode_prompt(text, known, is_chat=is_chat or is_bare, max_tokens=max_tokens)
         answer_format = tokenizer.chat.answer_format(text) if is_chat else None
         return EncodedPrompt(transcript, known.num_chars > 0, answer_format)

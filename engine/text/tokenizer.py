@@ -169,6 +169,10 @@ class Tokenizer:
         )
         return text
 
+    def token_names(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """What the tokenizer calls these tokens; empty for an id that it does not have."""
+        return tuple(name or "" for name in self._tokenizer.convert_ids_to_tokens(list(token_ids)))
+
     def detokenizer(self, stop: Sequence[str], *, keeps_markers: bool = False) -> Detokenizer:
         """A detokenizer of one answer.
 
