@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, TypeAdapter
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from deployments.http.function_tools import Name
 from deployments.http.generation_body import MAX_MESSAGES, SessionKey
-from deployments.http.parsing import MAX_NAME_CHARS, Body
+from deployments.http.parsing import MAX_NAME_CHARS, Body, validated_within
 from deployments.responses.items import (
     ItemJson,
     NewId,
@@ -71,9 +71,11 @@ TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGE
 _TEXT_PARTS: TypeAdapter[list[TextPart]] = TypeAdapter(TextParts)
 
 
-def _as_output(output: Any) -> Any:
+def _as_output(output: Any, info: ValidationInfo) -> Any:
     """A text stays one."""
-    return output if isinstance(output, str) else _TEXT_PARTS.validate_python(output, strict=True)
+    if isinstance(output, str):
+        return output
+    return _TEXT_PARTS.validate_python(output, strict=True, extra=info.context, context=info.context)
 
 
 class MessageItem(Body):
@@ -171,7 +173,7 @@ _KINDS: Mapping[str, type[InputItem]] = {
 }
 
 
-def _as_item(value: Any) -> InputItem:
+def _as_item(value: Any, info: ValidationInfo) -> InputItem:
     """By its type alone, so that an error is about that kind. A message, and a reference, may come without one."""
     if not isinstance(value, dict):
         raise PydanticCustomError("invalid", "must be an object")
@@ -182,12 +184,12 @@ def _as_item(value: Any) -> InputItem:
         supported = ", ".join(map(repr, _KINDS))
         message = f"{repr(kind)[:MAX_NAME_CHARS]} is not supported; supported: {supported}"
         raise unsupported(message, param="type")
-    return _KINDS[kind].model_validate(value | {"type": kind})
+    return validated_within(_KINDS[kind], value | {"type": kind}, info)
 
 
-def _as_new_item(value: Any) -> InputItem:
+def _as_new_item(value: Any, info: ValidationInfo) -> InputItem:
     """An item of a conversation is a new one."""
-    item = _as_item(value)
+    item = _as_item(value, info)
     if isinstance(item, ReferenceItem):
         raise unsupported("'item_reference' is not supported in a conversation; give the item itself", param="type")
     return item

@@ -19,13 +19,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.http.function_tools import check_tools
-from deployments.http.generation_body import GenerationBody, SessionKey, StreamOptions, TemplateKwargs
+from deployments.http.generation_body import GenerationBody, SessionKey, StreamOptions, TemplateKwargs, TokenLimit
 from deployments.http.json_form import JsonSchemaFormat
-from deployments.http.parsing import Body
+from deployments.http.parsing import Body, validated_within
 from deployments.responses.input_items import (
     NOTHING,
     SomeItems,
@@ -88,10 +88,10 @@ class JsonSchemaTextFormat(JsonSchemaFormat):
 PLAIN_TEXT = TextFormat(type="text")
 
 
-def _as_format(value: Any) -> Any:
+def _as_format(value: Any, info: ValidationInfo) -> Any:
     """By its type alone, so that an error is about that kind."""
     is_schema = isinstance(value, dict) and value.get("type") == "json_schema"
-    return (JsonSchemaTextFormat if is_schema else TextFormat).model_validate(value)
+    return validated_within(JsonSchemaTextFormat if is_schema else TextFormat, value, info)
 
 
 class TextConfig(Body):
@@ -143,7 +143,7 @@ class ResponseBody(GenerationBody):
     store: bool = True
     instructions: str | None = None
     metadata: Metadata = Field(default_factory=dict)
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: TokenLimit = None
     truncation: Literal["disabled", "auto"] = "disabled"
     stream_options: ResponseStreamOptions | None = None
     tools: SomeTools = Field(default=[])

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo
 
 from deployments.http.function_tools import MAX_TOOLS, Function, Name
-from deployments.http.parsing import MAX_NAME_CHARS, Body
+from deployments.http.parsing import MAX_NAME_CHARS, Body, validated_within
 from deployments.responses.input_items import unsupported
 from engine.dialogue import tools as dialogue_tools
 
@@ -57,12 +57,12 @@ class FunctionChoice(Body):
     name: Name
 
 
-def _check_choice(choice: Any) -> Any:
+def _check_choice(choice: Any, info: ValidationInfo) -> Any:
     kind = choice.get("type", "function") if isinstance(choice, dict) else choice
     if kind not in (("function",) if isinstance(choice, dict) else ("auto", "none", "required")):
         supported = '"auto", "none", "required", and {"type": "function", "name": ...}'
         raise unsupported(f"{repr(kind)[:MAX_NAME_CHARS]} is not supported; supported: {supported}")
-    return FunctionChoice.model_validate(choice) if isinstance(choice, dict) else choice
+    return validated_within(FunctionChoice, choice, info) if isinstance(choice, dict) else choice
 
 
 ChoiceWord = Literal["auto", "none", "required"]
