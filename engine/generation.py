@@ -23,7 +23,7 @@ class Generation:
     return_answer_format: the first delta of an answer in a chat is to bring it; special tokens that mean something in it are
         in the text then, for its parser to take out.
     tool_choice: which of the prompt's tools the answer has to call; with return_answer_format only, as strict tools are.
-    has_parallel_calls: where calls are forced or strict, the answer may make several.
+    has_parallel_calls: where calls are forced or strict, the answer may make several; of a named function it makes one.
     tenant: two tenants share nothing.
     history: what the conversation has said, for an engine that has not heard it.
     beginning: an answer to go on from; counts of the deltas include it, their texts and tokens do not.

@@ -48,7 +48,7 @@ class Tool:
 class ToolChoice:
     """Whether the answer has to call something.
 
-    mode: "auto" (as the model likes), "none", "required" (at least one call) or "named" (a call of `name`).
+    mode: "auto" (as the model likes), "none", "required" (at least one call) or "named" (one call of `name`).
     """
 
     mode: str = "auto"
