@@ -105,6 +105,7 @@ class Profile:
             per_context_token=self.per_context_token_s * scale,
             chunk_size=chunk_size,
             load_costs={CPU: self.swap_in_s * scale},
+            is_in_seconds=True,
         )
 
     def save(self, path: Path) -> None:

@@ -154,8 +154,8 @@ def test_statistics_may_be_asked_for_while_a_transfer_ends(make_core, monkeypatc
     driver.slow_tier.wake()
 
     def count_tokens(request):
-        for transfer_id, ok in driver.slow_tier.poll():
-            driver.core.complete_transfer(transfer_id, ok=ok, now=driver.now)
+        for end in driver.slow_tier.poll():
+            driver.core.complete_transfer(end, driver.now)
         return len(request.token_ids)
 
     monkeypatch.setattr(Request, "num_tokens", property(count_tokens))
@@ -222,8 +222,8 @@ def test_what_has_arrived_is_not_the_next_to_go(make_core):
     request = driver.add("a2", range(14), max_tokens=2, conversation_id="a")
     driver.step()
     driver.now += 5
-    for transfer_id, ok in driver.slow_tier.poll():
-        driver.core.complete_transfer(transfer_id, ok=ok, now=driver.now)
+    for end in driver.slow_tier.poll():
+        driver.core.complete_transfer(end, driver.now)
     cache = driver.core._cache
     arrived = [chunk for chunk in cache.index if chunk.key in request.loads and chunk.blocks[1] is not None]
     assert len(arrived) == 2

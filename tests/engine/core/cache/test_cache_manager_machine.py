@@ -20,7 +20,7 @@ from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.core.cache.index import Chunk, chunk_key, root_key
 from engine.core.cache.transfers import StepTransfers
 from engine.core.config import CacheConfig
-from engine.core.plan import BlockCopy, SlowTransfer
+from engine.core.plan import BlockCopy, SlowTransfer, TransferEnd
 from engine.core.request import ContextAccount, Request, SamplingParams
 from engine.core.stats import EngineStats
 from engine.core.tier_table import TierSpec
@@ -481,7 +481,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
         tier = copy.source_tier if is_load else copy.target_tier
         outcome = ("loaded" if ok else "load_failed") if is_load else ("stored" if ok else "store_failed")
         self.num_slow_ended[f"{tier}_{outcome}"] += 1
-        self.cache.slow_transfers.complete(transfer_id, ok=ok, now=self.now)
+        self.cache.slow_transfers.complete(TransferEnd(transfer_id, ok), self.now)
         for request, transfer_ids in list(self.loading.items()):
             transfer_ids.discard(transfer_id)
             if not transfer_ids:
@@ -703,16 +703,16 @@ class SlowTiersMachine(CacheManagerMachine):
         self.now += idle
         request = self.waiting[0]
         tried = set(request.loads)
-        transfer_ids = self.cache.start_loads(request, self.now)
+        wait = self.cache.start_loads(request, self.now)
         for key in request.loads.keys() - tried:
             tenant, token_ids = self.names[key]
             assert (tenant, token_ids) == (request.tenant, tuple(request.token_ids[: len(token_ids)]))
         self.take_slow_transfers()
-        if transfer_ids is None:
+        if wait is None:
             return
-        assert transfer_ids or self.cache.slow_transfers.num_loads, "nothing to wait for"
-        assert transfer_ids <= self.slow_in_flight.keys()
-        self.loading[self.waiting.pop(0)] = transfer_ids
+        assert wait.transfer_ids or self.cache.slow_transfers.num_loads, "nothing to wait for"
+        assert wait.transfer_ids <= self.slow_in_flight.keys()
+        self.loading[self.waiting.pop(0)] = wait.transfer_ids
 
     @precondition(lambda self: self.loading)
     @rule(aborts=st.booleans())
