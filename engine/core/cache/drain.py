@@ -69,7 +69,8 @@ class Drain:
                 continue
             later.append(chunk)
             secondary_block = self._allocator.try_block_for_drain(now) if num_swap_outs > 0 else None
-            if secondary_block is None and not self._slow.num_stores:  # no block will come free by itself
+            is_moving = self._slow.num_stores or self._transfers.num_swap_outs
+            if secondary_block is None and not is_moving:  # no block will come free by itself
                 secondary_block = self._allocator.try_block(secondary, chunk, now)
                 if secondary_block is None:
                     later.pop()

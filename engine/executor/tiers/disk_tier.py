@@ -39,6 +39,8 @@ TRANSCRIPT_SHARE = 1 / 32
 # Loads and stores have threads of their own, so that no load waits for a store.
 NUM_LOAD_THREADS = 2
 MAX_TRANSFERS_AT_ONCE = 8
+# A request waits no longer for it, and after a transfer that takes longer the tier is left alone; in seconds.
+MAX_WAIT_S = 10.0
 # On average no more is written in so many seconds than the tier holds: a disk wears out.
 REWRITE_S = 3600.0
 # The first requests should find what is there, but a large tier is scanned while they are served; in seconds.
@@ -71,6 +73,7 @@ class DiskTier:
             name=DISK,
             num_blocks=store.layout.num_blocks,
             is_fast=False,
+            max_wait_s=MAX_WAIT_S,
             stores_first_use=False,
             rewrite_s=REWRITE_S,
         )
