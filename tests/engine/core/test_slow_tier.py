@@ -447,14 +447,14 @@ def test_what_a_drain_has_stored_is_found_by_the_next_process(make_core, answer,
         driver.run()
     driver.settle()
     assert not records
+    driver.now += 1000  # the position decides: all have been idle for about as long
     driver.core.start_drain(driver.now)
     while not driver.core.is_drained(driver.now):
         driver.step()
         driver.slow_tier.wake()
     assert len(records) == len(driver.core._cache.index) == 8
-    if num_cpu_blocks == 16:  # else some have to be swapped out first
-        values = [(record.position + 2) / (record.idle_s - 10) for record in records.values()]
-        assert values == sorted(values, reverse=True), "the most valuable ones first"
+    positions = [record.position for record in records.values()]
+    assert num_cpu_blocks < 16 or positions == [3, 3, 2, 2, 1, 1, 0, 0], "the most valuable ones first"
 
     after = make_core(8, **options)
     after.slow_tier._contents = driver.slow_tier._contents
@@ -472,4 +472,6 @@ def test_what_a_drain_has_stored_is_found_by_the_next_process(make_core, answer,
         request = after.add(f"{name}2", prompt, max_tokens=2, conversation_id=name)
         after.run()
         assert after.tokens[f"{name}2"] == answer(prompt, 2)
-        assert request.num_cached_tokens == request.num_loaded_tokens == 13
+        assert request.num_cached_tokens == request.num_loaded_tokens
+        # Four chunks pass through the CPU tier; what does not fit there is computed.
+        assert request.num_loaded_tokens == {1: 1, 3: 9, 16: 13}[num_cpu_blocks]
