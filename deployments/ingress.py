@@ -172,8 +172,10 @@ def create_app(
         gate.close()
         await upkeep.close()
 
+    replica_warnings: list[str] = []
+
     async def check_ready() -> None:
-        await engine.describe()
+        replica_warnings[:] = (await engine.describe()).warnings
         await upkeep.check()
 
     app = FastAPI(
@@ -192,7 +194,7 @@ def create_app(
     if config.page:
         add_page(app)
     add_model_routes(app, gate, engine.model_card)
-    add_status_routes(app, Coalesced(check_ready, ready_period_s), lambda: upkeep.warnings)
+    add_status_routes(app, Coalesced(check_ready, ready_period_s), lambda: [*upkeep.warnings, *replica_warnings])
     _add_document_route(app, is_strict=config.strict_parameters)
     return app
 

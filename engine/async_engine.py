@@ -31,6 +31,8 @@ from engine.core.tier_table import FAST_TIERS
 from engine.engine_thread import EngineThread
 from engine.errors import OverloadedError
 from engine.executor.group import make_executor
+from engine.executor.local import LocalExecutor
+from engine.executor.tiers.disk_tier import TRANSCRIPT_SHARE, DiskTier, make_disk_tier
 from engine.generation import Generation
 from engine.grammar.interface import GrammarCompiler, Vocabulary
 from engine.grammar.store import GrammarStore
@@ -43,9 +45,12 @@ from engine.text.output_processor import OutputProcessor, Stream
 from engine.text.prompt_encoder import EncodedPrompt, PromptEncoder
 from engine.text.tokenizer import Tokenizer
 from engine.text.transcript import ConversationTable
+from engine.text.transcript_file import TranscriptFile
 
 # Memory for what conversations have said, their texts and token ids; about.
 MAX_CONVERSATION_BYTES = 1 << 28
+# How often a drain is looked at, in seconds.
+DRAIN_INTERVAL_S = 0.02
 
 
 class AsyncEngine:
@@ -57,10 +62,16 @@ class AsyncEngine:
         same, and it is the same model, in whatever dtype and by whatever version of the code.
     """
 
-    def __init__(self, config: EngineConfig, make_executor: Callable[[EngineConfig], Executor] = make_executor) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        make_executor: Callable[[EngineConfig], Executor] = make_executor,
+        number: int = 0,
+    ) -> None:
         """Load the model and start the engine thread; blocking.
 
         make_executor: starts the ranks that the config wants, by default on this machine.
+        number: of this engine among those with one kv_disk_path; restarted with the same one, it finds what it had.
 
         Raises ModelLoadError or ConfigError.
         """
@@ -69,10 +80,15 @@ class AsyncEngine:
         location = model_location(config.model)
         self.model_name = config.served_model_name or default_model_name(config.model)
         executor = make_executor(config)
+        self._disk: DiskTier | None = None
         try:
             self._tokenizer = Tokenizer(location)
-            self._core = make_core(config, executor)
+            if isinstance(executor, LocalExecutor):
+                self._disk = make_disk_tier(config, executor, number)
+            self._core = make_core(config, executor, () if self._disk is None else (self._disk.spec,))
         except BaseException:
+            if self._disk is not None:
+                self._disk.close()
             executor.shutdown()  # it may have other processes
             raise
         self._executor = executor
@@ -82,7 +98,11 @@ class AsyncEngine:
         eos_token_id = self._tokenizer.eos_token_id
         self._eos_token_ids = tuple({*facts.model.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
         self.max_model_len = self._core.scheduling_config.max_model_len
-        self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens)
+        self._transcripts: TranscriptFile | None = None
+        if self._disk is not None:
+            num_bytes = int(config.kv_disk_size * TRANSCRIPT_SHARE * (1 << 30))
+            self._transcripts = TranscriptFile(self._disk.folder, num_bytes)
+        self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens, self._transcripts)
         self._prompts = PromptEncoder(
             self._tokenizer,
             self._conversations,
@@ -96,11 +116,25 @@ class AsyncEngine:
         self._answer_grammars = AnswerGrammars(self._grammars, self._tokenizer.marker_ids, config.max_num_queued_reqs)
         executor.use_grammars(self._grammars)
         self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
-        loop = StepLoop(self._core, executor, self._outputs, time.monotonic, _choose_look_ahead(config, executor))
+        look_ahead = _choose_look_ahead(config, executor)
+        loop = StepLoop(self._core, executor, self._outputs, time.monotonic, look_ahead, self._disk)
         log = StatisticsLog(self.get_statistics)
         self._thread = EngineThread(loop, after_step=log.write_if_due, on_end=self._outputs.fail_all)
+        if self._disk is not None:
+            self._run_disk(self._disk)
         self._cache_watch = CacheWatch(self._core, self._conversations, self._call, time.monotonic)
         self._is_shut_down = False
+
+    def _run_disk(self, disk: DiskTier) -> None:
+        """Serve from it at once; what an earlier process has left there is found meanwhile."""
+        core, put = self._core, self._thread.put
+        core.await_records(disk.spec.name)
+        if disk.read_s is not None:
+            core.note_load_price(disk.spec.name, disk.read_s, time.monotonic())
+        disk.run(
+            lambda records: put(lambda: core.restore(disk.spec.name, records, time.monotonic())),
+            wake=lambda: put(lambda: None),
+        )
 
     async def generate(self, generation: Generation) -> AsyncIterator[OutputDelta]:
         """Stream the answer; what has piled up while the consumer was busy comes as one delta.
@@ -152,7 +186,20 @@ class AsyncEngine:
             "num_swap_in_bytes": statistics["num_swap_ins"] * self._bytes_per_block,
             "num_swap_out_bytes": statistics["num_swap_outs"] * self._bytes_per_block,
             "num_awaited_swap_out_bytes": statistics["evictions"]["gpu_swapped_out"] * self._bytes_per_block,
+            "num_slow_transfer_bytes": {
+                outcome: count * self._bytes_per_block
+                for outcome, count in statistics.get("slow_transfers", {}).items()
+                if not outcome.endswith("_failed")
+            },
+            "tier_problems": self.tier_problems(),
         }
+
+    def tier_problems(self) -> dict[str, str]:
+        """Why a slow tier is not used at present, by its name; the engine serves without it and tries it again."""
+        problems = dict.fromkeys(self._core.hanging_tiers(time.monotonic()), "a transfer does not end")
+        if self._disk is not None and self._disk.problem is not None:
+            problems[self._disk.spec.name] = self._disk.problem
+        return problems
 
     async def map_cache(self, query: CacheQuery) -> CacheView:
         """Where the chunks of the watchers' conversations are now, and what was evicted since they watch.
@@ -188,6 +235,16 @@ class AsyncEngine:
         """Raise AssertionError if an invariant of the cache does not hold; runs between two steps."""
         await self._call(self._core.check_integrity)
 
+    async def drain(self, timeout_s: float) -> None:
+        """Bring what the fast tiers hold to the disk tier, if there is one: the most valuable chunks first.
+
+        Takes at most so many seconds, and may be cut off at any time. No request may follow. Raises EngineStoppedError.
+        """
+        deadline = time.monotonic() + timeout_s
+        await self._call(lambda: self._core.start_drain(time.monotonic()))
+        while not await self._call(lambda: self._core.is_drained(time.monotonic())) and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_INTERVAL_S)
+
     async def shutdown(self) -> None:
         """End all requests with EngineStoppedError, stop the thread, free the model. May be called again."""
         await asyncio.to_thread(self._thread.stop)
@@ -196,6 +253,10 @@ class AsyncEngine:
         await asyncio.to_thread(self._grammars.close)
         if not self._is_shut_down:
             self._is_shut_down = True
+            if self._transcripts is not None:
+                await asyncio.to_thread(self._transcripts.close)  # before another process may have the folder
+            if self._disk is not None:
+                await asyncio.to_thread(self._disk.close)
             self._executor.shutdown()
 
     async def _encode(self, generation: Generation) -> EncodedPrompt:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from engine.core.cache.cache_manager import CacheManager
 from engine.core.cache_map import ContextKeys, Eviction, MappedContext
 from engine.core.config import CacheConfig, SchedulingConfig
-from engine.core.plan import Logprobs, SlowTransfer, StepPlan, StepResult
+from engine.core.plan import ChunkRecord, Logprobs, SlowTransfer, StepPlan, StepResult, TransferEnd
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineStats, RequestStats
@@ -69,6 +69,7 @@ class EngineCore:
         # what it computes of them is worth keeping.
         self._in_flight: list[StepPlan] = []
         self._to_abort: list[str] = []
+        self._begun_s: float | None = None  # when the oldest of them could begin
 
     @property
     def has_requests(self) -> bool:
@@ -140,6 +141,7 @@ class EngineCore:
         `fail_step` before the next call.
         """
         assert not self._in_flight, "a plan has no result yet"
+        self._begun_s = now
         return self._note_in_flight(self._scheduler.schedule(now))
 
     def schedule_ahead(self, now: float) -> StepPlan | None:
@@ -182,6 +184,9 @@ class EngineCore:
             elif segment.request_id not in self._to_abort:
                 outputs.append(self._append(request, token_id, logprobs, now))
         self.stats.num_computed_tokens += num_step_tokens
+        if self._cache.tiers.slow and self._begun_s is not None:
+            self._cache.prices.note_step(plan.segments, now - self._begun_s)
+            self._begun_s = now  # the next one is behind it, or `schedule` makes it
         self._land(now)
         return outputs
 
@@ -213,13 +218,36 @@ class EngineCore:
         """
         return self._cache.slow_transfers.take()
 
-    def complete_transfer(self, transfer_id: int, *, ok: bool, now: float) -> None:
-        """A transfer of a slow tier has ended.
+    def complete_transfer(self, end: TransferEnd, now: float) -> None:
+        """A transfer of a slow tier has ended."""
+        self._cache.slow_transfers.complete(end, now)
+        self._scheduler.end_transfer(end.transfer_id)
 
-        ok: the target holds, whole and right, what the source held.
-        """
-        self._cache.slow_transfers.complete(transfer_id, ok=ok, now=now)
-        self._scheduler.end_transfer(transfer_id)
+    def await_records(self, tier_name: str) -> None:
+        """Before the first request: a slow tier may have chunks of an earlier process, which `restore` will tell."""
+        self._cache.await_records(tier_name)
+
+    def note_load_price(self, tier_name: str, seconds: float, now: float) -> None:
+        """A chunk was loaded from a slow tier in so long, before any transfer."""
+        self._cache.prices.note_load(tier_name, seconds, now)
+
+    def restore(self, tier_name: str, records: Mapping[int, ChunkRecord | None], now: float) -> None:
+        """What lies in these blocks of a slow tier; None = nothing that can be used. Each block once."""
+        self._cache.restore(tier_name, records, now)
+
+    def start_drain(self, now: float) -> None:
+        """Bring what the fast tiers hold to a slow one, if there is one. No request may follow."""
+        self._cache.start_drain(now)
+
+    def is_drained(self, now: float) -> bool:
+        """Whether all of it that is worth it has arrived, or no more can."""
+        drain = self._cache.drain
+        return drain is None or drain.is_done(now)
+
+    def hanging_tiers(self, now: float) -> list[str]:
+        """The slow tiers that are left alone because a transfer of theirs does not end."""
+        cache = self._cache
+        return [tier.name for tier in cache.tiers.slow if cache.slow_transfers.hangs(tier, now)]
 
     def next_deadline_s(self) -> float | None:
         """The time at which a request stops waiting for a slow tier, so that steps go on; None = none waits."""

@@ -84,21 +84,54 @@ class BlockCopy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkRecord:
+    """All that a tier has to keep with a block so that its chunk is found again after a restart.
+
+    key: the chunk's name, which says all that the block has to hold; see index.chunk_key. parent_key: of the chunk before.
+    position: number of the chunk in its context. num_tokens: leading tokens of the block that are valid.
+    owner_id: the conversation that left it as its tail; None for other chunks.
+    idle_s: since its last use, in seconds, when this was written.
+    """
+
+    key: bytes
+    parent_key: bytes
+    position: int
+    num_tokens: int
+    owner_id: str | None
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SlowTransfer:
     """Copy a block from or to a slow tier, beside the steps and for as long as it takes.
 
     Until its end is told, neither of its blocks is given to anything else.
 
     transfer_id: counts up; to tell its end by.
-    key: the chunk's name, which says all that the block has to hold; see index.chunk_key.
-    num_tokens: leading tokens of the block that are valid.
+    record: which chunk it is.
     copy: from which block to which.
     """
 
     transfer_id: int
-    key: bytes
-    num_tokens: int
+    record: ChunkRecord
     copy: BlockCopy
+
+    @property
+    def key(self) -> bytes:
+        return self.record.key
+
+
+@dataclass(frozen=True, slots=True)
+class TransferEnd:
+    """How a transfer of a slow tier has ended.
+
+    ok: the target holds, whole and right, what the source held.
+    seconds: what it took of the tier's time, without waiting; None = not measured.
+    """
+
+    transfer_id: int
+    ok: bool
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,15 +168,15 @@ class Scheduler:
         """
         if len(self.loading) >= self._config.max_num_seqs:
             return False
+        if request.load_deadline_s is not None and now >= request.load_deadline_s:
+            return False
+        wait = self._cache.start_loads(request, now)
+        if wait is None:
+            return False
         if request.load_deadline_s is None:
-            request.load_deadline_s = now + self._cache.max_load_wait_s
-        elif now >= request.load_deadline_s:
-            return False
-        transfer_ids = self._cache.start_loads(request, now)
-        if transfer_ids is None:
-            return False
+            request.load_deadline_s = now + wait.max_wait_s
         self.waiting.remove(request)
-        self.loading[request] = _Loading(request.status, transfer_ids)
+        self.loading[request] = _Loading(request.status, wait.transfer_ids)
         request.status = RequestStatus.LOADING
         return True
 
@@ -216,8 +216,11 @@ class Scheduler:
         max_swap_outs = self._cache.config.max_swap_outs
         if self._cache.transfers.planned.swap_ins:
             max_swap_outs //= 4  # the two directions slow each other down (paper section 5)
-        self._cache.allocator.plan_swap_outs(self._watermark_blocks, max_swap_outs, now)
-        self._cache.allocator.plan_stores(self._cache.config.swap_out_watermark, max_swap_outs, now)
+        if self._cache.drain is None:
+            self._cache.allocator.plan_swap_outs(self._watermark_blocks, max_swap_outs, now)
+            self._cache.allocator.plan_stores(self._cache.config.swap_out_watermark, max_swap_outs, now)
+        else:
+            self._cache.drain.plan(now)
         if not draft.segments and not self._cache.transfers.planned:
             return None
         self._step_id += 1

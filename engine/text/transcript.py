@@ -26,8 +26,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Protocol
 
 MAX_BRANCHES = 8
+# Conversations that were asked for and have not had a turn since.
+MAX_RECALLED = 256
 # Whether the two last of three texts say the same behind the first one: (prompt, as generated, as written) -> bool.
 SameAnswer = Callable[[str, str, str], bool]
 # What one anchor takes: a pair, its two numbers, and the place in the row.
@@ -193,17 +196,32 @@ class Conversation:
         return branch
 
 
+class TranscriptKeeper(Protocol):
+    """Keeps conversations that are no longer in memory; see TranscriptFile."""
+
+    def get(self, conversation_id: str) -> tuple[Transcript, ...]:
+        """The branches of a conversation; none if it is not known."""
+        ...
+
+    def put(self, conversation_id: str, branches: tuple[Transcript, ...]) -> None:
+        """Keep a conversation as it is now; returns at once."""
+        ...
+
+
 class ConversationTable:
     """The conversations of an engine. One thread records turns; any may ask.
 
     Once they take more than `max_bytes` of memory, the least recently used ones are forgotten. That costs a client that
-    sends its history only the tokenising of it.
+    sends its history only the tokenising of it, and not even that if they are kept elsewhere.
     """
 
-    def __init__(self, max_bytes: int, cut_tokens: Mapping[int, str]) -> None:
-        """cut_tokens: see Conversation.record_turn."""
+    def __init__(self, max_bytes: int, cut_tokens: Mapping[int, str], keeper: TranscriptKeeper | None = None) -> None:
+        """cut_tokens: see Conversation.record_turn. keeper: of those that are forgotten, and of an earlier process."""
         self.max_bytes = max_bytes
         self.num_bytes = 0
+        self._keeper = keeper
+        # What the keeper said of conversations whose turns have not been recorded yet, the oldest first.
+        self._recalled: dict[str, Conversation] = {}
         self._cut_tokens = cut_tokens
         self._cut_texts = tuple(cut_tokens.values())
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
@@ -226,10 +244,26 @@ class ConversationTable:
 
         See Conversation.match_text.
         """
-        conversation = self._conversations.get(conversation_id)
+        conversation = self._conversations.get(conversation_id) or self._recall(conversation_id)
         return (
             NO_MATCH if conversation is None else conversation.match_text(text, fingerprint, self._cut_texts, is_same)
         )
+
+    def _recall(self, conversation_id: str) -> Conversation | None:
+        """What is kept of a conversation that is not in memory. From any thread."""
+        if self._keeper is None:
+            return None
+        conversation = self._recalled.get(conversation_id)
+        if conversation is None:
+            branches = self._keeper.get(conversation_id)
+            if not branches:
+                return None
+            conversation = Conversation(conversation_id)
+            conversation.branches = branches
+            self._recalled[conversation_id] = conversation
+            if len(self._recalled) > MAX_RECALLED:
+                self._recalled.pop(next(iter(tuple(self._recalled))), None)
+        return conversation
 
     def record_turn(
         self, conversation_id: str, prompt: Transcript, output_token_ids: Sequence[int], output_text: str
@@ -237,7 +271,8 @@ class ConversationTable:
         """See Conversation.record_turn. A turn that alone takes more than there is room for is not kept."""
         conversation = self._conversations.get(conversation_id)
         if conversation is None:
-            conversation = self._conversations[conversation_id] = Conversation(conversation_id)
+            conversation = self._recalled.pop(conversation_id, None) or Conversation(conversation_id)
+            self._conversations[conversation_id] = conversation
         else:
             self.num_bytes -= conversation.num_bytes
         branch = conversation.record_turn(prompt, output_token_ids, output_text, self._cut_tokens)
@@ -246,4 +281,6 @@ class ConversationTable:
         while self.num_bytes > self.max_bytes:
             _, oldest = self._conversations.popitem(last=False)
             self.num_bytes -= oldest.num_bytes
+        if self._keeper is not None:
+            self._keeper.put(conversation_id, conversation.branches)
         return branch
