@@ -40,8 +40,10 @@ from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
 from engine.statistics_log import StatisticsLog
 from engine.step_loop import LookAhead, StepLoop
-from engine.text.output import OutputDelta
+from engine.text.logprobs import check_prompt_logprobs, tell_prompt_in_time
+from engine.text.output import OutputDelta, ToldPrompt
 from engine.text.output_processor import OutputProcessor, Stream
+from engine.text.prompt import TextPrompt
 from engine.text.prompt_encoder import EncodedPrompt, PromptEncoder
 from engine.text.tokenizer import Tokenizer
 from engine.text.transcript import ConversationTable
@@ -154,6 +156,8 @@ class AsyncEngine:
                 delta = await stream.read()
                 if is_first and generation.return_prompt_token_ids:
                     delta = replace(delta, prompt_token_ids=tuple(stream.prompt.token_ids))
+                if is_first and (generation.return_prompt_text or generation.sampling.prompt_logprobs is not None):
+                    delta = replace(delta, told_prompt=await self._tell_prompt(generation, stream))
                 if is_first and generation.return_answer_format:
                     delta = replace(delta, answer_format=prompt.answer_format)
                 if is_first and prompt.is_known:
@@ -283,6 +287,12 @@ class AsyncEngine:
             finish_reason="stop",
         )
 
+    async def _tell_prompt(self, generation: Generation, stream: Stream) -> ToldPrompt:
+        """What the client is told of its prompt."""
+        prompt, is_text = stream.prompt, isinstance(generation.prompt, TextPrompt)
+        scores = None if generation.sampling.prompt_logprobs is None else stream.prompt_logprobs
+        return await tell_prompt_in_time(self._tokenizer, prompt.token_ids, prompt.text, scores, is_text=is_text)
+
     async def _open(self, generation: Generation) -> tuple[Stream, EncodedPrompt]:
         """A stream for the answer, and the prompt."""
         sampling, beginning = generation.sampling, generation.beginning
@@ -294,6 +304,7 @@ class AsyncEngine:
         self._prompts.check_vocabulary([token_id for token_id, _ in sampling.logit_bias], "logit_bias")
         if beginning is not None:
             self._prompts.check_vocabulary(beginning.token_ids, "beginning")
+        check_prompt_logprobs(len(prompt.transcript.token_ids), sampling.prompt_logprobs)
         if sampling.grammar is not None and prompt.answer_format is not None:
             prompt = prompt._replace(answer_format=replace(prompt.answer_format, calls_first=True))
         answer_format = prompt.answer_format if generation.return_answer_format else None
@@ -312,7 +323,12 @@ class AsyncEngine:
             eos_token_ids=self._eos_token_ids,
             output_token_ids=() if beginning is None else beginning.token_ids,
         )
-        detokenizer = self._tokenizer.detokenizer(sampling.stop, keeps_markers=answer_format is not None)
+        detokenizer = self._tokenizer.detokenizer(
+            sampling.stop,
+            keeps_markers=answer_format is not None,
+            keeps_special=generation.shows_special_tokens,
+            keeps_stop=generation.shows_stop_string,
+        )
         if beginning is not None:
             detokenizer.resume(beginning.token_ids, beginning.num_chars)
         stream = Stream(request, prompt.transcript, detokenizer, asyncio.get_running_loop(), grammar)

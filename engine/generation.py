@@ -20,6 +20,8 @@ class Generation:
     prompt: what to answer or to continue.
     sampling: how tokens are chosen, and when the answer ends.
     return_prompt_token_ids: the first delta is to bring them.
+    return_prompt_text: the first delta is to bring the prompt's text; with sampling.prompt_logprobs, it does in any case.
+    shows_special_tokens, shows_stop_string: special tokens, and the stop string that ends the answer, are part of its text.
     return_answer_format: the first delta of an answer in a chat is to bring it; special tokens that mean something in it are
         in the text then, for its parser to take out.
     tool_choice: which of the prompt's tools the answer has to call; with return_answer_format only, as strict tools are.
@@ -37,6 +39,9 @@ class Generation:
     prompt: Prompt
     sampling: SamplingParams
     return_prompt_token_ids: bool = False
+    return_prompt_text: bool = False
+    shows_special_tokens: bool = False
+    shows_stop_string: bool = False
     return_answer_format: bool = False
     tool_choice: ToolChoice = AS_THE_MODEL_LIKES
     has_parallel_calls: bool = True

@@ -49,14 +49,14 @@ TemplateKwargs = Annotated[
 ]
 
 
-def _as_limit(max_tokens: Any) -> Any:
+def as_limit(max_tokens: Any) -> Any:
     """-1 is how several servers write that there is no limit."""
     return None if type(max_tokens) is int and max_tokens == -1 else max_tokens
 
 
 TokenLimit = Annotated[
     Annotated[int, Field(ge=1)] | None,
-    BeforeValidator(_as_limit, json_schema_input_type=Annotated[int, Field(ge=1)] | Literal[-1] | None),
+    BeforeValidator(as_limit, json_schema_input_type=Annotated[int, Field(ge=1)] | Literal[-1] | None),
 ]
 
 

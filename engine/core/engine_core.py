@@ -16,7 +16,7 @@ by `core.complete_transfer`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ class RequestOutput(NamedTuple):
 
     finish_reason: None = more follows.
     stats: come with the end.
+    prompt_logprobs: come with the first token, if they were asked for.
 
     (A tuple, as one is made for each request and step while nothing else runs.)
     """
@@ -46,6 +47,7 @@ class RequestOutput(NamedTuple):
     num_cached_tokens: int
     finish_reason: FinishReason | None = None
     stats: RequestStats | None = None
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 class EngineCore:
@@ -168,10 +170,12 @@ class EngineCore:
         self._restart_corrupted(plan, result, now)
         self._cache.transfers.complete()
         sampled = zip(result.token_ids, result.logprobs or repeat(None), strict=False)
+        scores = iter(result.prompt_logprobs)
         num_step_tokens = 0
         outputs = []
         for segment in plan.segments:
             token_id, logprobs = next(sampled) if segment.samples else (None, None)
+            scored = tuple(islice(scores, len(segment.targets)))
             request = self._requests.get(segment.request_id)
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue
@@ -179,6 +183,8 @@ class EngineCore:
             self._cache.commit(request, segment.start, segment.start + num_tokens)
             request.num_computed_tokens += num_tokens
             num_step_tokens += num_tokens
+            if scored:
+                self._note_scores(request, segment.start, scored)
             if token_id is None:
                 request.pending = without_front(request.pending, num_tokens)
             elif segment.request_id not in self._to_abort:
@@ -388,6 +394,13 @@ class EngineCore:
                 if not failed.isdisjoint(request.chunks):
                     self._scheduler.restart(request, now)
 
+    @staticmethod
+    def _note_scores(request: Request, start: int, scores: Sequence[Logprobs]) -> None:
+        """Those of positions from `start` on, some of which may be known."""
+        new = scores[request.num_scored - start :]
+        request.prompt_logprobs += new
+        request.num_scored += len(new)
+
     def _append(self, request: Request, token_id: int, logprobs: Logprobs | None, now: float) -> RequestOutput:
         request.token_ids.append(token_id)
         num_tokens, num_output_tokens = request.num_tokens, request.num_output_tokens
@@ -405,8 +418,18 @@ class EngineCore:
             self._finish(request, now)
             self.stats.num_finished += 1
             account = self._account(request, now)
+        prompt_logprobs: tuple[Logprobs, ...] = ()
+        if request.prompt_logprobs:
+            prompt_logprobs, request.prompt_logprobs = tuple(request.prompt_logprobs), []
         return RequestOutput(
-            request.request_id, token_id, logprobs, num_output_tokens, request.num_cached_tokens, reason, account
+            request.request_id,
+            token_id,
+            logprobs,
+            num_output_tokens,
+            request.num_cached_tokens,
+            reason,
+            account,
+            prompt_logprobs,
         )
 
     def _finish(self, request: Request, now: float, *, step_failed: bool = False) -> None:

@@ -26,13 +26,15 @@ class QuerySegment:
 
     start: first position. token_ids: the tokens there, `query_len` of them; None: the one token that the request's previous
     segment with `samples` chose, since its last start. samples: the segment ends the context as it is known, so the logits
-    of its last row choose the next token.
+    of its last row choose the next token. targets: tokens of the prompt that follow the first so many rows, whose
+    log-probabilities are wanted.
     """
 
     request_id: str
     start: int
     token_ids: tuple[int, ...] | None
     samples: bool = False
+    targets: tuple[int, ...] = ()
 
     @property
     def query_len(self) -> int:
@@ -166,10 +168,14 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Natural-log probabilities in one place: of the token that was chosen, and the largest ones [(token id, logprob)]."""
+    """Natural-log probabilities in one place: of the token that stands there, and the largest ones [(token id, logprob)].
+
+    rank: of that token among all, the most probable one being 1; 0 = not asked for.
+    """
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +185,7 @@ class StepResult:
     token_ids: one for each segment with `samples`, in the order of the segments.
     logprobs: as many, None for those that did not ask; empty if none did.
     failed_swap_ins: target blocks to which a swap-in brought something else than was swapped out.
+    prompt_logprobs: one for each target, in the order of the segments.
     failed_requests: (request id, reason) of those whose answers cannot go on within their grammars.
     """
 
@@ -187,3 +194,4 @@ class StepResult:
     logprobs: tuple[Logprobs | None, ...] = ()
     failed_swap_ins: tuple[int, ...] = ()
     failed_requests: tuple[tuple[str, str], ...] = ()
+    prompt_logprobs: tuple[Logprobs, ...] = ()

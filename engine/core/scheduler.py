@@ -18,6 +18,9 @@ from engine.core.request import Request, RequestStatus, without_front
 from engine.core.stats import EngineStats
 from engine.core.waiting_queue import WaitingQueue
 
+# Positions of prompts whose logits a step gives: each is a row of the whole vocabulary.
+MAX_SCORED_ROWS = 256
+
 
 @dataclass(slots=True)
 class _Loading:
@@ -34,11 +37,13 @@ class _Loading:
 class _Draft:
     """What running requests compute in a step. Holds as long as the running requests are exactly those of `running`.
 
-    budget: what is left of the step's. num_prompt_tokens: of the segments that are no decodes. growing: those of the
+    budget: what is left of the step's; num_scorable, of the positions that may say how probable the tokens behind them are.
+    num_prompt_tokens: of the segments that are no decodes. growing: those of the
     requests that need one more block for it.
     """
 
     budget: int
+    num_scorable: int
     num_prompt_tokens: int = 0
     segments: list[QuerySegment] = field(default_factory=list)
     running: list[Request] = field(default_factory=list)
@@ -244,7 +249,7 @@ class Scheduler:
         That is if nothing unforeseen happens: its segments are computed, a token is sampled where it samples, and a
         request that reaches its length ends.
         """
-        draft = _Draft(self._config.max_num_batched_tokens)
+        draft = _Draft(self._config.max_num_batched_tokens, MAX_SCORED_ROWS)
         num_computed: dict[str, int] = {}
         samplers: set[str] = set()
         for segment in () if executing is None else executing.segments:
@@ -281,16 +286,24 @@ class Scheduler:
 
     def _add_segments(self, draft: _Draft, request: Request, pending: Sequence[tuple[int, int]]) -> None:
         """As much of the pending ranges as the budget holds, front first. The last range ends with the context."""
-        context_len = pending[-1][1]
+        context_len, unscored = pending[-1][1], request.unscored
         for start, end in pending:
-            length = min(end - start, draft.budget)
-            if not length:
+            stop = start + min(end - start, draft.budget)
+            targets: tuple[int, ...] = ()
+            if unscored and unscored.start < stop and start < unscored.stop:
+                # Where it starts before them, a chunk is computed again that they share with others.
+                if min(stop, unscored.stop) - start > draft.num_scorable:
+                    stop = start + draft.num_scorable
+                targets = tuple(request.token_ids[start + 1 : min(stop, unscored.stop) + 1])
+                draft.num_scorable -= len(targets)
+            if stop == start:
                 break
-            stop = start + length
             is_sampled = start >= request.num_known_tokens
             tokens = None if is_sampled else tuple(request.token_ids[start:stop])
-            draft.segments.append(QuerySegment(request.request_id, start, tokens, stop == context_len))
-            draft.budget -= length
+            draft.segments.append(QuerySegment(request.request_id, start, tokens, stop == context_len, targets))
+            draft.budget -= stop - start
+            if stop < end:
+                break
 
     def _append_blocks(self, growing: Sequence[Request], now: float) -> list[BlockAppend]:
         """One more block for each of them; as long as there is none, others are suspended, or the one that needs it."""

@@ -96,7 +96,7 @@ class ChatTemplate:
             return self._render(
                 [self._message(message) for message in messages],
                 tools=tools or None,
-                add_generation_prompt=not dialogue.continues,
+                add_generation_prompt=dialogue.opens_answer and not dialogue.continues,
                 continue_final_message=dialogue.continues,
                 **dialogue.template_kwargs,
             )

@@ -30,22 +30,48 @@ class TokenLogprob(NamedTuple):
     top: tuple[TokenLogprob, ...] = ()
 
 
+class PromptToken(NamedTuple):
+    """A token of the prompt, with the probability that it had in its place.
+
+    rank: among all tokens there, the most probable one being 1; 0 for the first token, which nothing predicted and whose
+        log-probability means nothing.
+    """
+
+    token: TokenLogprob
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToldPrompt:
+    """What a client is told of its prompt.
+
+    tokens: all of them, with offsets in the text; empty if their log-probabilities were not asked for.
+    """
+
+    text: str
+    tokens: tuple[PromptToken, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class OutputDelta:
     """What is new of one answer; concatenated, the deltas' `text` and `token_ids` are the answer.
 
-    text: may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is
-        held back.
-    num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
-    finish_reason: "stop" or "length"; it ends the stream.
-    stop_string: with the finish_reason, the stop string that ended the answer; None = none did.
-    stats: the account of the request, with the finish_reason.
-    transcript: with the finish_reason, if there is a conversation: all that was said in it, as it was computed.
-    prompt_token_ids: in the first delta, if they were asked for.
-    prompt_token_names: what the tokenizer calls these, if the prompt was to be spelled; `text` is theirs then.
-    prompt_transcript: in the first delta, if the conversation knew tokens of the prompt that tokenising its text may not
-        give.
-    answer_format: in the first delta, if it was asked for and the prompt is a chat: how the text is to be read.
+        text: may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is
+            held back.
+        num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
+        finish_reason: "stop" or "length"; it ends the stream.
+        stop_string: with the finish_reason, the stop string that ended the answer; None = none did.
+        stats: the account of the request, with the finish_reason.
+        transcript: with the finish_reason, if there is a conversation: all that was said in it, as it was computed.
+        prompt_token_ids: in the first delta, if they were asked for.
+    <<<<<<< HEAD
+        prompt_token_names: what the tokenizer calls these, if the prompt was to be spelled; `text` is theirs then.
+    =======
+        told_prompt: in the first delta, if it was asked for.
+    >>>>>>> 8d223c7 (Log-probabilities of prompts: prompt_logprobs, and echo in completions, computed in pieces and resumed where a suspension left them)
+        prompt_transcript: in the first delta, if the conversation knew tokens of the prompt that tokenising its text may not
+            give.
+        answer_format: in the first delta, if it was asked for and the prompt is a chat: how the text is to be read.
     """
 
     text: str = ""
@@ -58,6 +84,7 @@ class OutputDelta:
     finish_reason: str | None = None
     stats: RequestStats | None = None
     transcript: Transcript | None = None
+    told_prompt: ToldPrompt | None = None
     prompt_transcript: Transcript | None = None
     answer_format: AnswerFormat | None = None
     stop_string: str | None = None
@@ -80,6 +107,7 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         finish_reason=last.finish_reason,
         stats=last.stats,
         transcript=last.transcript,
+        told_prompt=deltas[0].told_prompt,
         prompt_transcript=deltas[0].prompt_transcript,
         answer_format=deltas[0].answer_format,
         stop_string=last.stop_string,

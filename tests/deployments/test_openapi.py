@@ -117,6 +117,9 @@ REFUSALS = re.compile(
     r"|^add_special_tokens: must be false with messages"
     r"|^logit_bias: must have token ids as its names"
     r"|^best_of: must be equal to n"
+    r"|^max_tokens: must be at least 1, unless echo is true"
+    r"|^prompt_logprobs: only allowed when stream is false"
+    r"|^continue_final_message: (cannot be combined with|needs a last message)"
 )
 
 
@@ -193,7 +196,6 @@ def limits(schema: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
 @pytest.mark.parametrize(
     ("name", "num_limits"),
     [
-        ("max_tokens", 1),
         ("min_tokens", 1),
         ("temperature", 2),
         ("top_p", 2),
@@ -203,6 +205,7 @@ def limits(schema: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
         ("frequency_penalty", 2),
         ("seed", 2),
         ("logprobs", 2),
+        ("prompt_logprobs", 2),
     ],
 )
 def test_the_limits_are_those_of_the_engine(name: str, num_limits: int) -> None:
