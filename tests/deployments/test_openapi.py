@@ -117,6 +117,11 @@ REFUSALS = re.compile(
     r"|^add_special_tokens: must be false with messages"
     r"|^logit_bias: must have token ids as its names"
     r"|^best_of: must be equal to n"
+    # Those of the Messages API only.
+    r"|^prompt is too long: the context window is \d+ tokens"
+    r"|^messages: (say nothing|end with a call of a tool)"
+    r"|^messages\[\d+\]\.content: \w+ blocks are only allowed in a message of the"
+    r"|^(thinking.budget_tokens|tool_choice.name): required if type is (enabled|tool)$"
 )
 
 
