@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's endpoints over an EngineClient.
+"""The HTTP application: OpenAI's and Anthropic's endpoints over an EngineClient.
 
 Wiring only; each endpoint is in its own package. Nothing in them knows a token, a cache or a replica beyond the number
 that it reports.
@@ -39,6 +39,7 @@ from deployments.http.gate import Gate
 from deployments.http.ignored import TellingRoute
 from deployments.http.request_limits import RequestLimits
 from deployments.http.status import add_model_routes, add_status_routes
+from deployments.messages.routes import add_message_routes
 from deployments.openapi import openapi_document
 from deployments.options import IngressOptions
 from deployments.page import add_page
@@ -188,6 +189,7 @@ def create_app(
     app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes)
     add_completion_routes(app, gate, admission, ingress_id)
     add_token_routes(app, gate, admission, engine)
+    add_message_routes(app, gate, admission, engine, ingress_id)
     add_response_routes(app, gate, ResponsesApi(admission, upkeep, engine.choose_session_id))
     add_conversation_routes(app, gate, ConversationsApi(admission, upkeep, engine.choose_session_id))
     add_cache_routes(app, gate, engine, demo=config.demo)

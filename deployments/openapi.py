@@ -17,6 +17,7 @@ from deployments.cache_map import HoldBody, MapQuery
 from deployments.completions.requests import ChatCompletionBody, CompletionBody
 from deployments.completions.tokens import DetokenizeBody, TokenizeBody
 from deployments.http.parsing import Body, Query
+from deployments.messages.requests import CountTokensBody, MessagesBody
 from deployments.responses.conversation_requests import (
     ConversationBody,
     ConversationUpdateBody,
@@ -49,8 +50,9 @@ _ERRORS: Mapping[int, str] = {
     500: "a defect of the server",
     503: "no engine replica or no conversation store at the moment",
     504: "no answer within the request's timeout",
+    529: "the server is full",
 }
-_ERROR_SCHEMA = {
+_OPENAI_ERROR_SCHEMA = {
     "type": "object",
     "description": "Every error, whatever its status.",
     "properties": {
@@ -67,6 +69,21 @@ _ERROR_SCHEMA = {
     },
     "required": ["error"],
 }
+_ANTHROPIC_ERROR_SCHEMA = {
+    "type": "object",
+    "description": "Every error of the Messages API, whatever its status.",
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            "required": ["type", "message"],
+        },
+        "request_id": {"type": "string"},
+    },
+    "required": ["type", "error", "request_id"],
+}
+_ERROR_SCHEMAS = {"Error": _OPENAI_ERROR_SCHEMA, "AnthropicError": _ANTHROPIC_ERROR_SCHEMA}
 
 
 def _object(kind: str, *required: str) -> dict[str, Any]:
@@ -99,6 +116,7 @@ class _Operation:
     streams: bool = False
     only_streams: bool = False
     is_public: bool = False
+    error_schema: str = "Error"
     links: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -106,6 +124,7 @@ _RESPONSE = _object("response", "id", "created_at", "status", "model", "output")
 _CONVERSATION = _object("conversation", "id", "created_at", "metadata")
 _ITEM = _fields("id", "type", "status")
 _CACHE_MAP = _object("cache.map", "operator", "demo", "replicas")
+_MESSAGE = ("id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage")
 _LIST = _object("list", "data", "first_id", "last_id", "has_more")
 _DELETED = {"type": "object", "properties": {"deleted": {"const": True}}, "required": ["id", "object", "deleted"]}
 _OF_RESPONSE = dict.fromkeys(("get_response", "list_input_items", "cancel_response", "delete_response"), "response_id")
@@ -134,6 +153,21 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         body=TokenizeBody,
     ),
     ("POST", "/detokenize"): _Operation("The text of tokens", _fields("prompt"), _GENERATION, body=DetokenizeBody),
+    ("POST", "/v1/messages"): _Operation(
+        "Answer a chat, as Anthropic's API does",
+        {"type": "object", "properties": {"type": {"const": "message"}}, "required": [*_MESSAGE]},
+        (*_GENERATION, 529),
+        body=MessagesBody,
+        streams=True,
+        error_schema="AnthropicError",
+    ),
+    ("POST", "/v1/messages/count_tokens"): _Operation(
+        "Count the tokens of such a chat",
+        _fields("input_tokens"),
+        (*_GENERATION, 529),
+        body=CountTokensBody,
+        error_schema="AnthropicError",
+    ),
     ("POST", "/v1/responses"): _Operation(
         "Answer the next turn of a conversation that the server keeps",
         _RESPONSE,
@@ -226,8 +260,10 @@ def openapi_document(routes: Iterable[tuple[str, str, str]], *, is_strict: bool 
         },
         "paths": paths,
         "components": {
-            "schemas": definitions["$defs"] | {"Error": _ERROR_SCHEMA},
-            "responses": {f"Error{status}": _error(status) for status in _ERRORS},
+            "schemas": definitions["$defs"] | _ERROR_SCHEMAS,
+            "responses": {
+                f"{schema}{status}": _error(schema, status) for schema in _ERROR_SCHEMAS for status in _ERRORS
+            },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "the tenant's API key"}},
         },
     }
@@ -263,7 +299,9 @@ def _operation(name: str, path: str, operation: _Operation) -> dict[str, Any]:
         statuses |= {400, 415, 429}
     if operation.query is not None:
         statuses |= {400}
-    errors = {str(status): {"$ref": f"#/components/responses/Error{status}"} for status in sorted(statuses)}
+    # Too large headers are refused before it is known which API they are for.
+    schemas = {status: "Error" if status == 431 else operation.error_schema for status in sorted(statuses)}
+    errors = {str(status): {"$ref": f"#/components/responses/{schema}{status}"} for status, schema in schemas.items()}
     described["responses"] = {"200": _answer(operation)} | errors
     return described
 
@@ -283,12 +321,12 @@ def _answer(operation: _Operation) -> dict[str, Any]:
     return answer
 
 
-def _error(status: int) -> dict[str, Any]:
+def _error(schema: str, status: int) -> dict[str, Any]:
     described: dict[str, Any] = {
         "description": _ERRORS[status],
-        "content": {"application/json": {"schema": {"$ref": _SCHEMAS + "Error"}}},
+        "content": {"application/json": {"schema": {"$ref": _SCHEMAS + schema}}},
     }
-    return described | (_RETRY_AFTER if status in (429, 503) else {})
+    return described | (_RETRY_AFTER if status in (429, 503, 529) else {})
 
 
 def _query_parameters(kind: type[Query]) -> list[dict[str, Any]]:

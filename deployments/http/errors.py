@@ -99,15 +99,19 @@ def error_body(error: ErrorItem) -> dict[str, Any]:
     return _body(error.message, wire.type, error.param, wire.code)
 
 
-def error_response(error: ErrorItem) -> JSONResponse:
-    """A whole response that says only this."""
-    wire = wire_of(error)
+def error_headers(error: ErrorItem) -> dict[str, str]:
+    """What a response with this error says besides its body."""
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
-    if wire.status == 401:
+    if wire_of(error).status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), status_code=wire.status, headers=headers)
+    return headers
+
+
+def error_response(error: ErrorItem) -> JSONResponse:
+    """A whole response that says only this."""
+    return JSONResponse(error_body(error), status_code=wire_of(error).status, headers=error_headers(error))
 
 
 def _body(message: str, error_type: str, param: str | None, code: str | None) -> dict[str, Any]:

@@ -75,7 +75,9 @@ class Gate:
     def tenant_of(self, request: Request) -> Tenant:
         """Who asks. Raises RequestError if the request may not."""
         if self._has_keys:
-            return self._authenticator.authenticate(request.headers.get("authorization"))
+            return self._authenticator.authenticate(
+                request.headers.get("authorization"), request.headers.get("x-api-key")
+            )
         client_host = request.client.host if request.client else None
         check_is_local(request.headers.items(), client_host, sees_clients=self._sees_clients)
         return LOCAL_TENANT

@@ -84,6 +84,7 @@ class GenerationBody(Body):
 
     ignored = IGNORED
     reads_answer_format: ClassVar[bool] = False  # the answer is taken apart into content, thinking and calls
+    clamps_max_tokens: ClassVar[bool] = False  # to what the window leaves
     prompt_param: ClassVar[str]  # this endpoint's name for what the engine calls `prompt`
 
     model: str
@@ -160,6 +161,7 @@ class GenerationBody(Body):
             tenant=tenant,
             history=history,
             returns_transcript=returns_transcript,
+            clamps_max_tokens=self.clamps_max_tokens,
         )
 
     @property

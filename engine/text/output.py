@@ -64,11 +64,8 @@ class OutputDelta:
         stats: the account of the request, with the finish_reason.
         transcript: with the finish_reason, if there is a conversation: all that was said in it, as it was computed.
         prompt_token_ids: in the first delta, if they were asked for.
-    <<<<<<< HEAD
         prompt_token_names: what the tokenizer calls these, if the prompt was to be spelled; `text` is theirs then.
-    =======
         told_prompt: in the first delta, if it was asked for.
-    >>>>>>> 8d223c7 (Log-probabilities of prompts: prompt_logprobs, and echo in completions, computed in pieces and resumed where a suspension left them)
         prompt_transcript: in the first delta, if the conversation knew tokens of the prompt that tokenising its text may not
             give.
         answer_format: in the first delta, if it was asked for and the prompt is a chat: how the text is to be read.

@@ -120,6 +120,11 @@ REFUSALS = re.compile(
     r"|^max_tokens: must be at least 1, unless echo is true"
     r"|^prompt_logprobs: only allowed when stream is false"
     r"|^continue_final_message: (cannot be combined with|needs a last message)"
+    # Those of the Messages API only.
+    r"|^prompt is too long: the context window is \d+ tokens"
+    r"|^messages: (say nothing|end with a call of a tool)"
+    r"|^messages\[\d+\]\.content: \w+ blocks are only allowed in a message of the"
+    r"|^(thinking.budget_tokens|tool_choice.name): required if type is (enabled|tool)$"
 )
 
 
