@@ -64,12 +64,7 @@ RESPONSE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
 }
 RESPONSE_IGNORED = frozenset({"prompt_cache_retention", "safety_identifier", "user"})
 REASONING_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"context": ("auto",), "mode": ("standard",)}
-CACHE_OPTIONS_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
-    "comparison_response_id": (),
-    "mode": ("implicit",),
-    "prewarm": (False,),
-    "ttl": ("30m",),
-}
+CACHE_OPTIONS_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"comparison_response_id": (), "prewarm": (False,)}
 STREAM_OPTIONS_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"continuous_usage_stats": (False,)}
 
 
@@ -121,7 +116,10 @@ class Reasoning(Body):
 
 
 class PromptCacheOptions(Body):
+    """mode, ttl: what is cached follows use here."""
+
     not_implemented = CACHE_OPTIONS_NOT_IMPLEMENTED
+    ignored = frozenset({"mode", "ttl"})
 
 
 class ResponseStreamOptions(StreamOptions):

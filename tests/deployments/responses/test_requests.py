@@ -63,6 +63,7 @@ CALL = {
     "arguments": '{"a":1}',
     "status": "completed",
 }
+TEXT = {"type": "input_text", "text": "5"}
 CALL_OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "5"}
 THOUGHT = {
     "type": "reasoning",
@@ -434,6 +435,31 @@ def test_conversation_bodies() -> None:
 )
 def test_refusals_of_conversation_bodies(kind: type[Body], body: Any, param: str, code: str) -> None:
     assert refusal(lambda: parse_as(kind, body)) == (param, code)
+
+
+def test_what_is_unknown_in_an_item_is_ignored_and_told_if_it_may_be() -> None:
+    changes = {
+        "input": [USER | {"mood": 1}, CALL | {"colour": 2}, CALL_OUTPUT | {"output": [TEXT | {"size": 3}]}],
+        "tools": [TOOL | {"icon": "x"}],
+        "tool_choice": {"type": "function", "name": "f", "why": "x"},
+        "text": {"format": {"type": "text", "lines": 2}},
+    }
+    ignored: list[str] = []
+    body, _ = parse_request(ResponseBody, json.dumps(RESPONSE | changes).encode(), ignored)
+    assert sorted(ignored) == [
+        "input[0].mood",
+        "input[1].colour",
+        "input[2].output[0].size",
+        "text.format.lines",
+        "tool_choice.why",
+        "tools[0].icon",
+    ]
+    assert body == parse(
+        input=[USER, CALL, CALL_OUTPUT | {"output": [TEXT]}],
+        tools=[TOOL],
+        tool_choice={"type": "function", "name": "f"},
+        text={"format": {"type": "text"}},
+    )
 
 
 def test_list_queries() -> None:
