@@ -243,7 +243,12 @@ async def test_a_key_is_asked_for_where_the_document_says_so(engine: Engine, tmp
 
 @pytest.mark.parametrize("path", DOCUMENT["paths"])
 def test_other_methods_are_refused_with_those_that_there_are(server: Server, path: str) -> None:
-    there = {method.upper() for method in DOCUMENT["paths"][path]}
+    there = {
+        method.upper()
+        for other, operations in DOCUMENT["paths"].items()
+        if re.fullmatch(re.sub(r"{\w+}", "[^/]+", other), path)  # it may look like an id in another path
+        for method in operations
+    }
     for method in {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "NONSENSE"} - there:
         answer = server.send(
             requests.Request(method, "http://localhost" + path.replace("{", "").replace("}", "")).prepare()
