@@ -5,7 +5,7 @@ Knows no HTTP library, no engine and no Ray.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo
@@ -56,23 +56,53 @@ class FunctionChoice(Body):
     type: Literal["function"]
     name: Name
 
+    def value(self) -> dialogue_tools.ToolChoice:
+        """As the engine takes it."""
+        return dialogue_tools.ToolChoice("named", self.name)
 
-def _check_choice(choice: Any, info: ValidationInfo) -> Any:
-    kind = choice.get("type", "function") if isinstance(choice, dict) else choice
-    if kind not in (("function",) if isinstance(choice, dict) else ("auto", "none", "required")):
-        supported = '"auto", "none", "required", and {"type": "function", "name": ...}'
+
+class AllowedTool(Body):
+    """One of the functions that the answer may call."""
+
+    type: Literal["function"]
+    name: Name
+
+
+AnAllowedTool = Annotated[AllowedTool, BeforeValidator(_check_is_function, json_schema_input_type=AllowedTool)]
+
+
+class AllowedTools(Body):
+    """The functions that the answer may or has to call; the model is told of all."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[AnAllowedTool], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+    def value(self) -> dialogue_tools.ToolChoice:
+        """As the engine takes it."""
+        return dialogue_tools.ToolChoice(self.mode, allowed=tuple(tool.name for tool in self.tools))
+
+
+_CHOICES: Mapping[str, type[FunctionChoice | AllowedTools]] = {
+    "function": FunctionChoice,
+    "allowed_tools": AllowedTools,
+}
+
+
+def _as_choice(choice: Any, info: ValidationInfo) -> Any:
+    kind = choice.get("type") if isinstance(choice, dict) else choice
+    kinds: Collection[str] = _CHOICES if isinstance(choice, dict) else ("auto", "none", "required")
+    if not isinstance(kind, str) or kind not in kinds:
+        supported = '"auto", "none", "required", and objects of type "function" or "allowed_tools"'
         raise unsupported(f"{repr(kind)[:MAX_NAME_CHARS]} is not supported; supported: {supported}")
-    return validated_within(FunctionChoice, choice, info) if isinstance(choice, dict) else choice
+    return validated_within(_CHOICES[kind], choice, info) if isinstance(choice, dict) else choice
 
 
 ChoiceWord = Literal["auto", "none", "required"]
-AnyToolChoice = Annotated[
-    ChoiceWord | FunctionChoice, BeforeValidator(_check_choice, json_schema_input_type=ChoiceWord | FunctionChoice)
-]
+ToolChoice = ChoiceWord | FunctionChoice | AllowedTools
+AnyToolChoice = Annotated[ToolChoice, BeforeValidator(_as_choice, json_schema_input_type=ToolChoice)]
 
 
-def choice_value(choice: ChoiceWord | FunctionChoice) -> dialogue_tools.ToolChoice:
+def choice_value(choice: ToolChoice) -> dialogue_tools.ToolChoice:
     """As the engine takes it."""
-    if isinstance(choice, FunctionChoice):
-        return dialogue_tools.ToolChoice("named", choice.name)
-    return dialogue_tools.ToolChoice(choice)
+    return dialogue_tools.ToolChoice(choice) if isinstance(choice, str) else choice.value()

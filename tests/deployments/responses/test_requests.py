@@ -79,6 +79,11 @@ UNKNOWN = "unknown_parameter"
 MISSING = "missing_required_parameter"
 
 
+def allowed(*tools: dict[str, Any]) -> dict[str, Any]:
+    named = [{name: tool[name] for name in ("type", "name") if name in tool} for tool in tools]
+    return {"type": "allowed_tools", "mode": "required", "tools": named}
+
+
 def numbered() -> Callable[[str], str]:
     numbers = itertools.count(1)
     return lambda prefix: f"{prefix}_{next(numbers)}"
@@ -347,6 +352,10 @@ def test_what_asks_for_nothing_passes(changes: dict[str, Any]) -> None:
         ({"tool_choice": {"type": "function"}}, "tool_choice.name", MISSING),
         ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice", UNSUPPORTED),
         ({"tool_choice": "web_search"}, "tool_choice", UNSUPPORTED),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.tools", MISSING),
+        ({"tool_choice": allowed({"type": "mcp"})}, "tool_choice.tools[0].type", UNSUPPORTED),
+        ({"tools": [TOOL], "tool_choice": allowed(TOOL | {"name": "g"})}, "tool_choice", INVALID),
+        ({"tools": [TOOL], "tool_choice": allowed()}, "tool_choice", INVALID),
         ({"tools": [TOOL, {"type": "web_search", "search_context_size": "low"}]}, "tools[1].type", UNSUPPORTED),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name", MISSING),
         ({"tools": [TOOL | {"defer_loading": True}]}, "tools[0].defer_loading", UNSUPPORTED),

@@ -57,6 +57,12 @@ def test_tools_and_choices_reach_the_engine() -> None:
     assert asked.chosen_calls == ToolChoice("named", "time")
     assert not asked.has_parallel_calls
     assert body(tools=TOOLS, tool_choice="none").offered_tools == ()
+    allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "time"}]}
+    some = body(tools=TOOLS, tool_choice=allowed)
+    assert some.chosen_calls == ToolChoice("auto", allowed=("time",))
+    assert [tool.name for tool in some.offered_tools] == ["time"]
+    assert some.prompt_value(()) == body(tools=TOOLS).prompt_value(())  # so that the cached prompt stays the same
+    assert some.shown()["tool_choice"] == allowed
 
 
 def test_a_form_of_the_text_reaches_the_engine() -> None:
