@@ -69,7 +69,8 @@ class DiskStore:
                 return
             self._close_lock()
             self._sized.clear()
-            private_folder(self._path)
+            if not self._path.exists():
+                private_folder(self._path)  # one that exists may be for others, too, and stays as it is
             name = self.layout.identity.hex()[:16]
             for number in dict.fromkeys((self._number, *range(MAX_FOLDERS))):
                 folder = private_folder(self._path / f"{name}-{number}")
@@ -256,7 +257,8 @@ def _try_lock(folder: Path) -> int | None:
 def _remove_others(path: Path, number: int, keep: Path) -> None:
     """Remove what another model, dtype or version has left under that number, unless a process uses it."""
     for folder in path.iterdir():
-        if folder != keep and FOLDER_NAME.fullmatch(folder.name) and folder.name.endswith(f"-{number}"):
+        is_ours = FOLDER_NAME.fullmatch(folder.name) and (folder / "lock").is_file()
+        if is_ours and folder != keep and folder.name.endswith(f"-{number}"):
             with suppress(OSError):
                 lock = _try_lock(folder)
                 if lock is not None:

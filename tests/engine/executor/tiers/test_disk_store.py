@@ -139,6 +139,17 @@ def test_only_its_user_can_read_the_files(tmp_path):
         assert stat.S_IMODE(file.stat().st_mode) == allowed, file
 
 
+def test_a_folder_that_is_there_and_what_others_have_in_it_stay_as_they_are(tmp_path):
+    tmp_path.chmod(0o755)
+    theirs = tmp_path / "0123456789abcdef-0"
+    theirs.mkdir(mode=0o755)
+    (theirs / "file").write_text("theirs")
+    fill(tmp_path).close()
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+    assert (theirs / "file").read_text() == "theirs"
+    assert [file.name for file in theirs.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("block_bytes", [PAGE_BYTES, 3 * PAGE_BYTES, 5000, 100])
 def test_blocks_of_any_size(tmp_path, block_bytes):
     """Those that are no multiple of a page go through the page cache."""
