@@ -56,19 +56,19 @@ class ToldPrompt:
 class OutputDelta:
     """What is new of one answer; concatenated, the deltas' `text` and `token_ids` are the answer.
 
-        text: may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is
-            held back.
-        num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
-        finish_reason: "stop" or "length"; it ends the stream.
-        stop_string: with the finish_reason, the stop string that ended the answer; None = none did.
-        stats: the account of the request, with the finish_reason.
-        transcript: with the finish_reason, if there is a conversation: all that was said in it, as it was computed.
-        prompt_token_ids: in the first delta, if they were asked for.
-        prompt_token_names: what the tokenizer calls these, if the prompt was to be spelled; `text` is theirs then.
-        told_prompt: in the first delta, if it was asked for.
-        prompt_transcript: in the first delta, if the conversation knew tokens of the prompt that tokenising its text may not
-            give.
-        answer_format: in the first delta, if it was asked for and the prompt is a chat: how the text is to be read.
+    text: may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is
+        held back.
+    num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
+    finish_reason: "stop" or "length"; it ends the stream.
+    stop_string: with the finish_reason, the stop string that ended the answer; None = none did.
+    stats: the account of the request, with the finish_reason.
+    transcript: with the finish_reason, if there is a conversation: all that was said in it, as it was computed.
+    prompt_token_ids: in the first delta, if they were asked for.
+    prompt_token_names: what the tokenizer calls these, if the prompt was to be spelled; `text` is theirs then.
+    told_prompt: in the first delta, if it was asked for.
+    prompt_transcript: in the first delta, if the conversation knew tokens of the prompt that tokenising its text may not
+        give.
+    answer_format: in the first delta, if it was asked for and the prompt is a chat: how the text is to be read.
     """
 
     text: str = ""
