@@ -44,7 +44,7 @@ _ERRORS: Mapping[int, str] = {
     404: "no such id, model or path for this tenant",
     409: "a turn of this conversation is running, or was cancelled meanwhile",
     413: "the body is too large",
-    415: "no API keys are configured, and the body does not say that it is JSON",
+    415: "the body is compressed in an unknown way; or no API keys are configured, and it does not say that it is JSON",
     429: "too many requests or tokens for now",
     431: "the headers are too large",
     500: "a defect of the server",
@@ -117,6 +117,7 @@ class _Operation:
     only_streams: bool = False
     is_public: bool = False
     error_schema: str = "Error"
+    media_type: str = "application/json"
     links: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -229,6 +230,15 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
     ("GET", "/v1/models"): _Operation("The models served here", _object("list", "data"), (503,)),
     ("GET", "/v1/models/{model}"): _Operation("One model", _object("model", "id", "created"), (404, 503)),
     ("GET", "/health"): _Operation("Whether the process answers", _fields("status"), is_public=True),
+    ("GET", "/ping"): _Operation(
+        "The same, by the name that some load balancers ask for", _fields("status"), is_public=True
+    ),
+    ("GET", "/load"): _Operation(
+        "How many requests run or wait in all engine replicas", _fields("server_load"), (503,), is_public=True
+    ),
+    ("GET", "/metrics"): _Operation(
+        "The application's series, for Prometheus", {"type": "string"}, (503,), media_type="text/plain"
+    ),
     ("GET", "/ready"): _Operation("Whether engine and store answer", _fields("status"), (503,), is_public=True),
     ("GET", "/version"): _Operation("The version of the server", _fields("version"), is_public=True),
     ("GET", "/openapi.json"): _Operation("This document", _fields("openapi", "paths"), is_public=True),
@@ -309,7 +319,7 @@ def _operation(name: str, path: str, operation: _Operation) -> dict[str, Any]:
 def _answer(operation: _Operation) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if not operation.only_streams:
-        content["application/json"] = {"schema": dict(operation.answer)}
+        content[operation.media_type] = {"schema": dict(operation.answer)}
     if operation.streams or operation.only_streams:
         content["text/event-stream"] = {}  # OpenAPI 3.1 has no schema of a stream, only of its whole text
     answer: dict[str, Any] = {"description": "done", "content": content}

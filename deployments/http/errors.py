@@ -60,6 +60,7 @@ ERRORS: Mapping[type[PensieveError], Wire] = {
     ours.ResponseCancelledError: Wire(409, INVALID, "response_cancelled"),
     ours.BodyTooLargeError: Wire(413, INVALID, "body_too_large"),
     ours.UnsupportedMediaTypeError: Wire(415, INVALID, "unsupported_media_type"),
+    ours.UnsupportedEncodingError: Wire(415, INVALID, "unsupported_content_encoding"),
     engine.OverloadedError: Wire(429, LIMIT, "overloaded"),
     ours.TenantLimitError: Wire(429, LIMIT, None),
     ours.TooManyRequestsError: Wire(429, LIMIT, "too_many_requests"),
@@ -125,10 +126,12 @@ async def pensieve_error(request: Request, error: Exception) -> Response:
 
 
 async def http_error(request: Request, error: Exception) -> Response:
-    """Answers what Starlette raises: no such route, or not with this method."""
+    """Answers what Starlette raises: no such route, or not with this method. OPTIONS asks for the methods."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 405 and request.method == "OPTIONS":
+        return Response(status_code=204, headers={"allow": _allowed(request)})
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-    body = _body(f"{request.method} {request.url.path}: {error.detail}", INVALID, None, code)
+    body = _body(f"{request.method} {request.scope['path']}: {error.detail}", INVALID, None, code)
     headers = {"allow": _allowed(request)} if error.status_code == 405 else error.headers
     return JSONResponse(body, status_code=error.status_code, headers=headers)
 
@@ -141,7 +144,7 @@ def _allowed(request: Request) -> str:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
         for method in route.methods or ()
     }
-    return ", ".join(sorted(methods))
+    return ", ".join(sorted(methods | {"OPTIONS"}))
 
 
 async def unexpected_error(request: Request, error: Exception) -> Response:

@@ -98,6 +98,10 @@ class ScriptedEngine:
     async def model_card(self) -> ModelCard:
         return await self.describe()
 
+    async def load(self) -> int:
+        await self.describe()
+        return self.num_running
+
     def choose_session_id(self, candidates: Sequence[str]) -> str:
         return candidates[-1]
 
