@@ -40,6 +40,8 @@ SURGE_PERCENT = 20
 # How long an ingress replica that is replaced stays for the streams that it holds, in seconds. It needs next to nothing
 # meanwhile; and when all is stopped, the engines end the streams.
 INGRESS_SHUTDOWN_TIMEOUT_S = 300.0
+# What an engine replica needs to end, of its graceful_shutdown_timeout_s, once its KV is on disk.
+SHUTDOWN_S = 2.0
 # How soon the routers hear of ranks that changed in a scale-down, in seconds.
 ROUTING_STATS_PERIOD_S = 2.0
 
@@ -93,7 +95,8 @@ def build(args: AppArgs) -> Application:
         tenants=load_tenants(args.tenants_file, os.environ),
         environment_tenants=environment_tenants(os.environ),
     )
-    return ingress.bind(engine.bind(engine_config, args.stream_interval_s), config)
+    drain_s = max(0.0, args.graceful_shutdown_timeout_s - SHUTDOWN_S)
+    return ingress.bind(engine.bind(engine_config, args.stream_interval_s, drain_s=drain_s), config)
 
 
 def _surge_percent(args: AppArgs) -> int:

@@ -38,6 +38,7 @@ MAX_INTERVAL_S = 60.0
 HEARTBEAT_S = 15.0
 # Streams of one ingress replica.
 MAX_WATCHERS = 64
+STREAM_PATH = "/v1/cache/map"
 
 
 class MapQuery(Query):
@@ -228,7 +229,7 @@ def add_cache_routes(
     """demo: the tiers can be made smaller."""
     watchers = CacheWatchers(engine, can_hold_back=demo)
 
-    @app.get("/v1/cache/map")
+    @app.get(STREAM_PATH)
     async def watch_cache(request: Request) -> Response:
         tenant = gate.tenant_of(request)
         query = gate.read_query(MapQuery, request)

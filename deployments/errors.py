@@ -15,6 +15,7 @@ RequestError
 |-- RemoteWithoutKeysError        from another machine, to a server without API keys
 |-- CrossOriginError              from a web page of another origin, to a server without API keys
 |-- UnsupportedMediaTypeError     a body that does not say that it is JSON
+|-- UnsupportedEncodingError      a body that is compressed in a way that is not read here
 |-- ResponseCancelledError        the client cancelled the response
 `-- TenantLimitError              the tenant reached a limit of its own
     |-- TooManyRequestsError      running at the same time
@@ -85,6 +86,10 @@ class CrossOriginError(RequestError):
 
 class UnsupportedMediaTypeError(RequestError):
     """A body does not say that it is JSON, like those that forms of web pages send."""
+
+
+class UnsupportedEncodingError(RequestError):
+    """A body is compressed in a way that the server does not read."""
 
 
 class ResponseCancelledError(RequestError):

@@ -76,12 +76,13 @@ class ModelCard:
     """What an engine replica serves, and how much of it.
 
     model_name: what clients ask for. max_model_len: the window in tokens, prompt and answer. max_num_requests: as many
-    may run and wait in one replica; it rejects the next one.
+    may run and wait in one replica; it rejects the next one. warnings: what an operator should see to although it serves.
     """
 
     model_name: str
     max_model_len: int
     max_num_requests: int
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's endpoints over an EngineClient.
+"""The HTTP application: OpenAI's and Anthropic's endpoints over an EngineClient.
 
 Wiring only; each endpoint is in its own package. Nothing in them knows a token, a cache or a replica beyond the number
 that it reports.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Protocol
@@ -19,12 +19,15 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from deployments.cache_map import add_cache_routes
+from deployments.cache_map import STREAM_PATH, add_cache_routes
+from deployments.cluster.application_metrics import ApplicationMetrics
 from deployments.cluster.coalesced import Coalesced
 from deployments.cluster.replica_count import replica_count
 from deployments.completions.routes import add_completion_routes
+from deployments.completions.tokens import add_token_routes
 from deployments.generation import (
     CacheHold,
     GenerationItem,
@@ -35,9 +38,11 @@ from deployments.generation import (
 from deployments.http.admission import Admission
 from deployments.http.errors import EXCEPTION_HANDLERS
 from deployments.http.gate import Gate
-from deployments.http.ignored import TellingRoute
+from deployments.http.ignored import IGNORED_HEADER, TellingRoute
+from deployments.http.paths import TrailingSlashes
 from deployments.http.request_limits import RequestLimits
-from deployments.http.status import add_model_routes, add_status_routes
+from deployments.http.status import add_load_routes, add_model_routes, add_status_routes
+from deployments.messages.routes import add_message_routes
 from deployments.openapi import openapi_document
 from deployments.options import IngressOptions
 from deployments.page import add_page
@@ -55,6 +60,8 @@ from engine.paths import data_folder, private_folder
 
 # How often readiness asks the engines and the store, at most, in seconds: that needs no key.
 READY_PERIOD_S = 1.0
+# And the nodes for their metrics: Ray collects them every ten seconds.
+METRICS_PERIOD_S = 5.0
 # Until Serve has said how many engine replicas there are: no limit.
 MANY_REPLICAS = 1_000_000
 
@@ -67,6 +74,8 @@ class Engine(Protocol):
     async def describe(self) -> ModelCard: ...
 
     async def model_card(self) -> ModelCard: ...
+
+    async def load(self) -> int: ...
 
     def choose_session_id(self, candidates: Sequence[str]) -> str: ...
 
@@ -106,7 +115,12 @@ class Ingress:
             # HAProxy hides the client's address.
             sees_clients=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
             ready_period_s=READY_PERIOD_S,
+            application_metrics=Coalesced(ApplicationMetrics(context.app_name), METRICS_PERIOD_S),
         )
+
+
+async def _no_metrics() -> str:
+    return ""
 
 
 def create_app(
@@ -118,6 +132,7 @@ def create_app(
     num_engine_replicas: Callable[[], int] = lambda: 1,
     sees_clients: bool = True,
     ready_period_s: float = 0.0,
+    application_metrics: Callable[[], Awaitable[str]] = _no_metrics,
 ) -> FastAPI:
     """The application.
 
@@ -125,7 +140,8 @@ def create_app(
     num_ingress_replicas: how many ingress replicas share the tenants' limits.
     num_engine_replicas: how many engine replicas share what is let in here.
     sees_clients: whether the address that a request comes from is its client's.
-    ready_period_s: how old an answer about readiness may be, in seconds.
+    ready_period_s: how old an answer about readiness, or about the load, may be, in seconds.
+    application_metrics: the application's series, in Prometheus's text format.
     """
     tenants = config.tenants
     watched = None
@@ -146,6 +162,7 @@ def create_app(
         num_engine_replicas=num_engine_replicas,
         sees_clients=sees_clients,
         is_strict=config.strict_parameters,
+        allowed_origins=config.cors_allowed_origins,
     )
     upkeep = StoreUpkeep(
         ConversationStore(
@@ -171,8 +188,10 @@ def create_app(
         gate.close()
         await upkeep.close()
 
+    replica_warnings: list[str] = []
+
     async def check_ready() -> None:
-        await engine.describe()
+        replica_warnings[:] = (await engine.describe()).warnings
         await upkeep.check()
 
     app = FastAPI(
@@ -182,17 +201,37 @@ def create_app(
         exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
     )
     app.router.route_class = TellingRoute
-    app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes)
+    app.add_middleware(TrailingSlashes)
+    if config.cors_allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_allowed_origins,
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=(IGNORED_HEADER, "x-pensieve-replica", "x-pensieve-ingress", "x-request-id", "retry-after"),
+        )
+    app.add_middleware(RequestLimits, max_header_bytes=config.max_header_bytes)  # the outermost
     add_completion_routes(app, gate, admission, ingress_id)
+    add_token_routes(app, gate, admission, engine)
+    add_message_routes(app, gate, admission, engine, ingress_id)
     add_response_routes(app, gate, ResponsesApi(admission, upkeep, engine.choose_session_id))
     add_conversation_routes(app, gate, ConversationsApi(admission, upkeep, engine.choose_session_id))
     add_cache_routes(app, gate, engine, demo=config.demo)
     if config.page:
         add_page(app)
     add_model_routes(app, gate, engine.model_card)
-    add_status_routes(app, Coalesced(check_ready, ready_period_s), lambda: upkeep.warnings)
+    add_status_routes(app, Coalesced(check_ready, ready_period_s), lambda: [*upkeep.warnings, *replica_warnings])
+    add_load_routes(app, gate, Coalesced(engine.load, ready_period_s), application_metrics)
     _add_document_route(app, is_strict=config.strict_parameters)
+    _answer_heads(app)
     return app
+
+
+def _answer_heads(app: FastAPI) -> None:
+    """HEAD is answered wherever GET is, but for streams. The HTTP server leaves the body out."""
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.methods == {"GET"} and route.path != STREAM_PATH:
+            route.methods.add("HEAD")
 
 
 def _add_document_route(app: FastAPI, *, is_strict: bool) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,7 +32,7 @@ from deployments.metrics import EngineMetrics
 from deployments.routing.session_router import RANK
 from engine.cache_view import CacheQuery
 from engine.config import EngineConfig
-from engine.errors import PensieveError
+from engine.errors import EngineStoppedError, PensieveError
 from engine.text.output import OutputDelta, merge_deltas
 
 if TYPE_CHECKING:
@@ -46,12 +46,12 @@ logger = logging.getLogger("ray.serve")
 MESSAGE_INTERVAL_S = 0.002
 
 
-def start_engine(config: EngineConfig) -> AsyncEngine:
+def start_engine(config: EngineConfig, number: int) -> AsyncEngine:
     # Here and not above: what builds the application, and the ingress, need neither torch nor its 300 MB.
     from engine.async_engine import AsyncEngine
 
     if config.tensor_parallel_size == 1:
-        return AsyncEngine(config)
+        return AsyncEngine(config, number=number)
     from deployments.cluster.tp_group import start_group
 
     return AsyncEngine(config, start_group)
@@ -62,23 +62,26 @@ class LLMServer:
 
     stream_interval_s: the first token of an answer goes out at once, later ones at most this often, and less often with
     many streams; one Serve message a token would cost more than the token.
+    drain_s: how long KV is brought to the disk tier, if there is one, when the replica is stopped. Serve may kill it earlier.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         stream_interval_s: float,
-        start_engine: Callable[[EngineConfig], AsyncEngine] = start_engine,
+        start_engine: Callable[[EngineConfig, int], AsyncEngine] = start_engine,
+        drain_s: float = 0.0,
     ) -> None:
         """Blocking. Raises EngineStartError; Serve tries again, keeps the replicas that it has, and tells the reason."""
         self._is_started = False
         self._config = config
         self._stream_interval_s = stream_interval_s
         self._num_speaking = 0
+        self._drain_s = drain_s
         log_engine_with_serve()
         start_s = time.monotonic()
         try:
-            self._engine = start_engine(config)
+            self._engine = start_engine(config, self.replica_rank())
         except Exception as error:
             if isinstance(error, PensieveError):
                 logger.error("the engine cannot start: %s", error)
@@ -154,7 +157,11 @@ class LLMServer:
         """Also the sign of life that readiness asks for. Raises EngineStoppedError if the engine is dead."""
         self._engine.check_health()
         max_num_requests = self._config.max_num_seqs + self._config.max_num_queued_reqs
-        return ModelCard(self._engine.model_name, self._engine.max_model_len, max_num_requests)
+        warnings = tuple(
+            f"replica {self.replica_rank()}: the {tier} tier is not used at present, and is tried again: {why}"
+            for tier, why in self._engine.tier_problems().items()
+        )
+        return ModelCard(self._engine.model_name, self._engine.max_model_len, max_num_requests, warnings)
 
     async def get_statistics(self) -> dict[str, Any]:
         return {"replica_rank": self.replica_rank(), **self._engine.get_statistics()}
@@ -197,4 +204,6 @@ class LLMServer:
         if not self._is_started:  # Serve calls this also when the constructor has failed
             return
         self._metrics.stop()
+        with suppress(EngineStoppedError):  # it is dead, and that is why the replica is stopped
+            await self._engine.drain(self._drain_s)
         await self._engine.shutdown()

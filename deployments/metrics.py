@@ -90,6 +90,14 @@ METRICS = (
     ),
     MetricDefinition("counter", "pensieve_evictions_total", "Chunks that lost a block", ("tier", "reason")),
     MetricDefinition("counter", "pensieve_suspensions_total", "Running requests that were put back for want of blocks"),
+    MetricDefinition("counter", "pensieve_tier_transfer_bytes_total", "KV loaded and stored", ("tier", "direction")),
+    MetricDefinition(
+        "counter", "pensieve_tier_transfer_seconds_total", "Time of slow tiers for that", ("tier", "direction")
+    ),
+    MetricDefinition(
+        "counter", "pensieve_tier_transfers_total", "Chunks, by how their transfers ended", ("tier", "outcome")
+    ),
+    MetricDefinition("gauge", "pensieve_tier_usable", "Whether a slow tier works: 1 or 0", ("tier",)),
     ROUTER_DECISIONS,
 )
 
@@ -120,15 +128,24 @@ _COUNTS: dict[Series, str] = {
 }
 
 
-def read_counters(statistics: Statistics) -> dict[Series, int]:
+def read_counters(statistics: Statistics) -> dict[Series, float]:
     """The counters of one snapshot, since the engine's start."""
-    counts = {series: statistics[key] for series, key in _COUNTS.items()}
+    counts: dict[Series, float] = {series: statistics[key] for series, key in _COUNTS.items()}
     for tier in _tiers(statistics):
         counts[Series("pensieve_cached_tokens_total", (tier,))] = statistics[f"num_{tier}_cached_tokens"]
     for reason, count in statistics["evictions"].items():
         counts[Series("pensieve_evictions_total", tuple(reason.split("_", 1)))] = count
     for reason, count in statistics["recomputed_tokens"].items():
         counts[Series("pensieve_changed_history_tokens_total", (reason,))] = count
+    for name, key, suffix in (
+        ("pensieve_tier_transfer_bytes_total", "num_slow_transfer_bytes", ""),
+        ("pensieve_tier_transfer_seconds_total", "slow_seconds", ""),
+        ("pensieve_tier_transfers_total", "slow_transfers", ""),
+        ("pensieve_tier_transfers_total", "slow_refusals", "_refused"),
+    ):
+        for what, number in statistics.get(key, {}).items():
+            tier, outcome = what.split("_", 1)
+            counts[Series(name, (tier, outcome + suffix))] = number
     return counts
 
 
@@ -148,6 +165,8 @@ def read_gauges(statistics: Statistics) -> dict[Series, int]:
         gauges[Series("pensieve_kv_blocks", (tier, "used"))] = used
         # The engine went on while its statistics were read: they may be out by a few blocks.
         gauges[Series("pensieve_kv_blocks", (tier, "pinned"))] = max(0, statistics[f"num_{tier}_blocks"] - free - used)
+        if tier not in FAST_TIERS:
+            gauges[Series("pensieve_tier_usable", (tier,))] = int(tier not in statistics.get("tier_problems", {}))
     return gauges
 
 
@@ -160,9 +179,9 @@ class CounterIncrements:
     """What the counters grew by between one snapshot of an engine's statistics and the next one."""
 
     def __init__(self) -> None:
-        self._last: dict[Series, int] = {}
+        self._last: dict[Series, float] = {}
 
-    def take(self, statistics: Statistics) -> dict[Series, int]:
+    def take(self, statistics: Statistics) -> dict[Series, float]:
         """Since the snapshot before, or the engine's start. Counters that stood still are not in it."""
         last, self._last = self._last, read_counters(statistics)
         grown = {series: count - last.get(series, 0) for series, count in self._last.items()}

@@ -15,15 +15,17 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
 from deployments.cache_map import HoldBody, MapQuery
 from deployments.completions.requests import ChatCompletionBody, CompletionBody
+from deployments.completions.tokens import DetokenizeBody, TokenizeBody
 from deployments.http.parsing import Body, Query
-from deployments.responses.requests import (
+from deployments.messages.requests import CountTokensBody, MessagesBody
+from deployments.responses.conversation_requests import (
     ConversationBody,
     ConversationUpdateBody,
     ItemsBody,
     ListQuery,
-    ResponseBody,
     RetrieveQuery,
 )
+from deployments.responses.requests import ResponseBody
 from engine import __version__
 
 _SCHEMAS = "#/components/schemas/"
@@ -42,14 +44,15 @@ _ERRORS: Mapping[int, str] = {
     404: "no such id, model or path for this tenant",
     409: "a turn of this conversation is running, or was cancelled meanwhile",
     413: "the body is too large",
-    415: "no API keys are configured, and the body does not say that it is JSON",
+    415: "the body is compressed in an unknown way; or no API keys are configured, and it does not say that it is JSON",
     429: "too many requests or tokens for now",
     431: "the headers are too large",
     500: "a defect of the server",
     503: "no engine replica or no conversation store at the moment",
     504: "no answer within the request's timeout",
+    529: "the server is full",
 }
-_ERROR_SCHEMA = {
+_OPENAI_ERROR_SCHEMA = {
     "type": "object",
     "description": "Every error, whatever its status.",
     "properties": {
@@ -66,6 +69,21 @@ _ERROR_SCHEMA = {
     },
     "required": ["error"],
 }
+_ANTHROPIC_ERROR_SCHEMA = {
+    "type": "object",
+    "description": "Every error of the Messages API, whatever its status.",
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            "required": ["type", "message"],
+        },
+        "request_id": {"type": "string"},
+    },
+    "required": ["type", "error", "request_id"],
+}
+_ERROR_SCHEMAS = {"Error": _OPENAI_ERROR_SCHEMA, "AnthropicError": _ANTHROPIC_ERROR_SCHEMA}
 
 
 def _object(kind: str, *required: str) -> dict[str, Any]:
@@ -98,13 +116,16 @@ class _Operation:
     streams: bool = False
     only_streams: bool = False
     is_public: bool = False
+    error_schema: str = "Error"
+    media_type: str = "application/json"
     links: Mapping[str, str] = field(default_factory=dict)
 
 
 _RESPONSE = _object("response", "id", "created_at", "status", "model", "output")
 _CONVERSATION = _object("conversation", "id", "created_at", "metadata")
-_ITEM = _fields("id", "type", "role", "content")
+_ITEM = _fields("id", "type", "status")
 _CACHE_MAP = _object("cache.map", "operator", "demo", "replicas")
+_MESSAGE = ("id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage")
 _LIST = _object("list", "data", "first_id", "last_id", "has_more")
 _DELETED = {"type": "object", "properties": {"deleted": {"const": True}}, "required": ["id", "object", "deleted"]}
 _OF_RESPONSE = dict.fromkeys(("get_response", "list_input_items", "cancel_response", "delete_response"), "response_id")
@@ -126,6 +147,28 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         body=CompletionBody,
         streams=True,
     ),
+    ("POST", "/tokenize"): _Operation(
+        "The tokens of a text or a chat",
+        _fields("count", "max_model_len", "tokens", "token_strs"),
+        _GENERATION,
+        body=TokenizeBody,
+    ),
+    ("POST", "/detokenize"): _Operation("The text of tokens", _fields("prompt"), _GENERATION, body=DetokenizeBody),
+    ("POST", "/v1/messages"): _Operation(
+        "Answer a chat, as Anthropic's API does",
+        {"type": "object", "properties": {"type": {"const": "message"}}, "required": [*_MESSAGE]},
+        (*_GENERATION, 529),
+        body=MessagesBody,
+        streams=True,
+        error_schema="AnthropicError",
+    ),
+    ("POST", "/v1/messages/count_tokens"): _Operation(
+        "Count the tokens of such a chat",
+        _fields("input_tokens"),
+        (*_GENERATION, 529),
+        body=CountTokensBody,
+        error_schema="AnthropicError",
+    ),
     ("POST", "/v1/responses"): _Operation(
         "Answer the next turn of a conversation that the server keeps",
         _RESPONSE,
@@ -134,7 +177,15 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         streams=True,
         links=_OF_RESPONSE,
     ),
-    ("GET", "/v1/responses/{response_id}"): _Operation("A stored response", _RESPONSE, _STORE, query=RetrieveQuery),
+    ("POST", "/v1/responses/input_tokens"): _Operation(
+        "Count the tokens that a response would read",
+        _object("response.input_tokens", "input_tokens"),
+        _GENERATION,
+        body=ResponseBody,
+    ),
+    ("GET", "/v1/responses/{response_id}"): _Operation(
+        "A stored response, whole or told again", _RESPONSE, _STORE, query=RetrieveQuery, streams=True
+    ),
     ("DELETE", "/v1/responses/{response_id}"): _Operation("Delete a response", _DELETED, _STORE),
     ("POST", "/v1/responses/{response_id}/cancel"): _Operation("Cancel a running response", _RESPONSE, _STORE),
     ("GET", "/v1/responses/{response_id}/input_items"): _Operation(
@@ -179,6 +230,15 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
     ("GET", "/v1/models"): _Operation("The models served here", _object("list", "data"), (503,)),
     ("GET", "/v1/models/{model}"): _Operation("One model", _object("model", "id", "created"), (404, 503)),
     ("GET", "/health"): _Operation("Whether the process answers", _fields("status"), is_public=True),
+    ("GET", "/ping"): _Operation(
+        "The same, by the name that some load balancers ask for", _fields("status"), is_public=True
+    ),
+    ("GET", "/load"): _Operation(
+        "How many requests run or wait in all engine replicas", _fields("server_load"), (503,), is_public=True
+    ),
+    ("GET", "/metrics"): _Operation(
+        "The application's series, for Prometheus", {"type": "string"}, (503,), media_type="text/plain"
+    ),
     ("GET", "/ready"): _Operation("Whether engine and store answer", _fields("status"), (503,), is_public=True),
     ("GET", "/version"): _Operation("The version of the server", _fields("version"), is_public=True),
     ("GET", "/openapi.json"): _Operation("This document", _fields("openapi", "paths"), is_public=True),
@@ -210,8 +270,10 @@ def openapi_document(routes: Iterable[tuple[str, str, str]], *, is_strict: bool 
         },
         "paths": paths,
         "components": {
-            "schemas": definitions["$defs"] | {"Error": _ERROR_SCHEMA},
-            "responses": {f"Error{status}": _error(status) for status in _ERRORS},
+            "schemas": definitions["$defs"] | _ERROR_SCHEMAS,
+            "responses": {
+                f"{schema}{status}": _error(schema, status) for schema in _ERROR_SCHEMAS for status in _ERRORS
+            },
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "the tenant's API key"}},
         },
     }
@@ -247,7 +309,9 @@ def _operation(name: str, path: str, operation: _Operation) -> dict[str, Any]:
         statuses |= {400, 415, 429}
     if operation.query is not None:
         statuses |= {400}
-    errors = {str(status): {"$ref": f"#/components/responses/Error{status}"} for status in sorted(statuses)}
+    # Too large headers are refused before it is known which API they are for.
+    schemas = {status: "Error" if status == 431 else operation.error_schema for status in sorted(statuses)}
+    errors = {str(status): {"$ref": f"#/components/responses/{schema}{status}"} for status, schema in schemas.items()}
     described["responses"] = {"200": _answer(operation)} | errors
     return described
 
@@ -255,7 +319,7 @@ def _operation(name: str, path: str, operation: _Operation) -> dict[str, Any]:
 def _answer(operation: _Operation) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if not operation.only_streams:
-        content["application/json"] = {"schema": dict(operation.answer)}
+        content[operation.media_type] = {"schema": dict(operation.answer)}
     if operation.streams or operation.only_streams:
         content["text/event-stream"] = {}  # OpenAPI 3.1 has no schema of a stream, only of its whole text
     answer: dict[str, Any] = {"description": "done", "content": content}
@@ -267,12 +331,12 @@ def _answer(operation: _Operation) -> dict[str, Any]:
     return answer
 
 
-def _error(status: int) -> dict[str, Any]:
+def _error(schema: str, status: int) -> dict[str, Any]:
     described: dict[str, Any] = {
         "description": _ERRORS[status],
-        "content": {"application/json": {"schema": {"$ref": _SCHEMAS + "Error"}}},
+        "content": {"application/json": {"schema": {"$ref": _SCHEMAS + schema}}},
     }
-    return described | (_RETRY_AFTER if status in (429, 503) else {})
+    return described | (_RETRY_AFTER if status in (429, 503, 529) else {})
 
 
 def _query_parameters(kind: type[Query]) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ def _shown_values(field: FieldInfo) -> str:
 
 
 def _shown_value(name: str, value: object) -> str:
-    if value is None:
+    if value is None or value == ():
         return "none"
     if isinstance(value, int) and name.rpartition("_bytes")[1]:
         unit, size = next(

@@ -93,6 +93,11 @@ class HttpOptions(_Options):
         description="Refuse requests with parameters that are unknown, at any level. False: they are ignored, and the header "
         "`x-pensieve-ignored` of the answer names them.",
     )
+    cors_allowed_origins: tuple[str, ...] = Field(
+        default=(),
+        description="Origins of web pages that may ask from a browser, such as `https://chat.example.org`. Without API keys, "
+        "only pages of origins that are named here are served, besides those of this machine; `*` names none.",
+    )
     num_fallback_replicas: int = Field(
         default=1,
         ge=0,

@@ -195,7 +195,7 @@ def hash_key(key: str) -> str:
 
 
 class Authenticator:
-    """From the Authorization header to the tenant."""
+    """From the headers with an API key to the tenant."""
 
     def __init__(self, tenants: Sequence[TenantConfig]) -> None:
         self.use(tenants)
@@ -209,9 +209,12 @@ class Authenticator:
         """Whether that tenant's keys may see more than what is its own."""
         return tenant.tenant_id in self._operators
 
-    def authenticate(self, authorization: str | None) -> Tenant:
-        """Raises AuthenticationError."""
-        scheme, _, key = (authorization or "").partition(" ")
+    def authenticate(self, authorization: str | None, api_key: str | None = None) -> Tenant:
+        """Raises AuthenticationError.
+
+        authorization, api_key: the headers authorization and x-api-key; the second one counts only without the first one.
+        """
+        scheme, _, key = (f"Bearer {api_key or ''}" if authorization is None else authorization).partition(" ")
         presented = hash_key(key.strip() if scheme.lower() == "bearer" else "")
         found: Tenant | None = None
         for key_hash, tenant in self._tenants:  # all of them, whichever fits: the time tells nothing
@@ -219,7 +222,7 @@ class Authenticator:
                 found = tenant
         if found is None:
             raise AuthenticationError(
-                "the API key is missing or unknown; send 'Authorization: Bearer ' and the key of your tenant"
+                "the API key is missing or unknown; send 'Authorization: Bearer ' or 'x-api-key: ' and your tenant's key"
             )
         return found
 

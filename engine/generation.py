@@ -20,15 +20,18 @@ class Generation:
     prompt: what to answer or to continue.
     sampling: how tokens are chosen, and when the answer ends.
     return_prompt_token_ids: the first delta is to bring them.
+    return_prompt_text: the first delta is to bring the prompt's text; with sampling.prompt_logprobs, it does in any case.
+    shows_special_tokens, shows_stop_string: special tokens, and the stop string that ends the answer, are part of its text.
     return_answer_format: the first delta of an answer in a chat is to bring it; special tokens that mean something in it are
         in the text then, for its parser to take out.
     tool_choice: which of the prompt's tools the answer has to call; with return_answer_format only, as strict tools are.
-    has_parallel_calls: where calls are forced or strict, the answer may make several.
+    has_parallel_calls: where calls are forced or strict, the answer may make several; of a named function it makes one.
     tenant: two tenants share nothing.
     history: what the conversation has said, for an engine that has not heard it.
     beginning: an answer to go on from; counts of the deltas include it, their texts and tokens do not.
     clamps_max_tokens: if the window leaves less than max_tokens, the answer may have what it leaves; else that is an error.
     only_encodes: nothing is computed: the one delta counts the prompt's tokens, and brings them if they were asked for.
+    spells_prompt: with only_encodes, the delta has the text of the prompt's tokens, and their names.
     """
 
     request_id: str
@@ -36,6 +39,9 @@ class Generation:
     prompt: Prompt
     sampling: SamplingParams
     return_prompt_token_ids: bool = False
+    return_prompt_text: bool = False
+    shows_special_tokens: bool = False
+    shows_stop_string: bool = False
     return_answer_format: bool = False
     tool_choice: ToolChoice = AS_THE_MODEL_LIKES
     has_parallel_calls: bool = True
@@ -44,6 +50,7 @@ class Generation:
     beginning: AnswerBeginning | None = None
     clamps_max_tokens: bool = False
     only_encodes: bool = False
+    spells_prompt: bool = False
 
     @property
     def conversation_id(self) -> str | None:

@@ -11,6 +11,7 @@ from engine.config import EngineConfig
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.executor_protocol import Executor
+from engine.core.tier_table import TierSpec
 from engine.errors import ConfigError
 from engine.profile import load_cost_model
 
@@ -20,8 +21,10 @@ logger = logging.getLogger(__name__)
 CPU_PREFILL_BATCH_TOKENS = 128
 
 
-def make_core(config: EngineConfig, executor: Executor) -> EngineCore:
+def make_core(config: EngineConfig, executor: Executor, slow_tiers: tuple[TierSpec, ...] = ()) -> EngineCore:
     """The core that plans for this executor.
+
+    slow_tiers: those behind the CPU tier, the fastest first.
 
     Raises ConfigError for a window that the model or the GPU tier does not have.
     """
@@ -34,6 +37,7 @@ def make_core(config: EngineConfig, executor: Executor) -> EngineCore:
             keep=config.mode == "pensieve",
             model=facts.model.fingerprint,
             cost_model=load_cost_model(config, facts),
+            slow_tiers=slow_tiers,
         ),
         SchedulingConfig.of(
             config,

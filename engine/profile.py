@@ -1,8 +1,8 @@
 """Measures what the cost model needs, by running steps (paper section 4.3.1, offline profiling).
 
-That is the time to compute one chunk by context length, and the time to move one block between the tiers. Keeps it in a
-small JSON file per model, dtype, device and tensor-parallel size, which names what else it depends on: weights,
-processor, attention backend, version of torch.
+That is the time to compute one chunk by context length, and the time to move one block between the tiers, the disk included
+if there is one. Keeps it in a small JSON file per model, dtype, device and tensor-parallel size, which names what else it
+depends on: weights, processor, attention backend, version of torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import platform
 import re
+import shutil
 import statistics
 import sys
 import time
@@ -29,6 +30,9 @@ from engine.core.request import SamplingParams
 from engine.core.tier_table import CPU, GPU
 from engine.errors import ConfigError
 from engine.executor.group import make_executor
+from engine.executor.tiers.disk_format import IDENTITY_BYTES, Layout
+from engine.executor.tiers.disk_store import DiskStore
+from engine.executor.tiers.disk_tier import DISK
 from engine.paths import cache_folder, private_folder, write_private_file
 
 logger = logging.getLogger(__name__)
@@ -74,6 +78,7 @@ class Profile:
     identity: of what. chunk_s: context length -> seconds of a step that computes one chunk that ends there; the slope of the
     line through them is per_context_token_s. constant_s: what one more chunk adds to a step, attention left out: chunks are
     recomputed in batches, so what a step costs anyway counts for none of them. swap_in_s, swap_out_s: seconds per block.
+    disk_read_s: the same from the disk tier to the CPU tier; None = it was measured without `kv_disk_path`.
     """
 
     identity: ProfileIdentity
@@ -84,6 +89,7 @@ class Profile:
     per_context_token_s: float
     swap_in_s: float
     swap_out_s: float
+    disk_read_s: float | None = None
 
     @property
     def model(self) -> str:
@@ -100,11 +106,15 @@ class Profile:
     def cost_model(self, chunk_size: int) -> CostModel:
         """In seconds, for any chunk size: all terms but the context's are per token of the chunk."""
         scale = chunk_size / self.chunk_size
+        load_costs = {CPU: self.swap_in_s * scale}
+        if self.disk_read_s is not None:
+            load_costs[DISK] = (self.disk_read_s + self.swap_in_s) * scale
         return CostModel(
             constant=self.constant_s * scale,
             per_context_token=self.per_context_token_s * scale,
             chunk_size=chunk_size,
-            load_costs={CPU: self.swap_in_s * scale},
+            load_costs=load_costs,
+            is_in_seconds=True,
         )
 
     def save(self, path: Path) -> None:
@@ -205,6 +215,7 @@ def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
             per_context_token_s=slope,
             swap_in_s=swap_in_s,
             swap_out_s=swap_out_s,
+            disk_read_s=_measure_disk(config, executor.facts.bytes_per_block, repeats),
         )
     finally:
         executor.shutdown()
@@ -283,6 +294,21 @@ def _measure_swaps(executor: Executor, repeats: int, *, is_in: bool) -> float:
     return statistics.median(seconds) / NUM_SWAPPED_BLOCKS
 
 
+def _measure_disk(config: EngineConfig, bytes_per_block: int, repeats: int) -> float | None:
+    """Median seconds to read a block; None without a disk tier. Raises ConfigError if the disk cannot be used."""
+    if config.kv_disk_path is None:
+        return None
+    path = Path(config.kv_disk_path).expanduser() / "profile"
+    store = DiskStore(path, Layout(bytes(IDENTITY_BYTES), bytes_per_block, 1, config.chunk_size))
+    try:
+        return statistics.median(store.measure() for _ in range(repeats))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be measured: {error}; name another folder", param="kv_disk_path") from error
+    finally:
+        store.close()
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _timed(executor: Executor, plan: StepPlan) -> float:
     start = time.perf_counter()
     executor.execute(plan)
@@ -323,6 +349,10 @@ def _device_name(facts: ExecutorFacts) -> str:
 def describe_profile(profile: Profile) -> dict[str, Any]:
     """For people: rates instead of seconds."""
     in_gb_s, out_gb_s = (profile.bytes_per_block / s / 1e9 for s in (profile.swap_in_s, profile.swap_out_s))
+    disk = {}
+    if profile.disk_read_s is not None:
+        gb_s = profile.bytes_per_block / profile.disk_read_s / 1e9
+        disk["disk"] = f"{profile.disk_read_s * 1e3:.3f} ms a block, {gb_s:.2f} GB/s"
     return {
         "model": profile.model,
         "dtype": profile.dtype,
@@ -332,4 +362,5 @@ def describe_profile(profile: Profile) -> dict[str, Any]:
         "attention per 1024 tokens of context": f"{profile.per_context_token_s * 1024e3:.3f} ms",
         "swap in": f"{profile.swap_in_s * 1e3:.3f} ms a block, {in_gb_s:.2f} GB/s",
         "swap out": f"{profile.swap_out_s * 1e3:.3f} ms a block, {out_gb_s:.2f} GB/s",
+        **disk,
     }

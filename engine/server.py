@@ -22,11 +22,14 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
 from engine.dialogue.messages import Dialogue
+from engine.errors import EngineStoppedError
 from engine.generation import Generation
 from engine.tenant import LOCAL_TENANT, Tenant
 from engine.text.output import OutputDelta
 from engine.text.prompt import ChatPrompt, Prompt
 
+# How long `close` brings KV to the disk tier, in seconds.
+MAX_DRAIN_S = 20.0
 GREEDY = SamplingParams(temperature=0.0, max_tokens=128)
 
 
@@ -152,8 +155,13 @@ class Server:
         )
 
     def close(self) -> None:
-        """End running requests, free the model. Further calls raise EngineStoppedError."""
+        """End running requests, free the model. Further calls raise EngineStoppedError.
+
+        With a disk tier, what the others hold is brought there first.
+        """
         if not self._loop.is_closed():
+            with contextlib.suppress(EngineStoppedError):
+                asyncio.run_coroutine_threadsafe(self.engine.drain(MAX_DRAIN_S), self._loop).result()
             asyncio.run_coroutine_threadsafe(self.engine.shutdown(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()

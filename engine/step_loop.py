@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.executor_protocol import ComputationFailedError, Executor
-from engine.core.plan import SlowTransfer, StepPlan, StepResult
+from engine.core.plan import SlowTransfer, StepPlan, StepResult, TransferEnd
 from engine.errors import EngineError, EngineStoppedError, ExecutorError, GrammarFailedError
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ class Transport(Protocol):
         """Begin to copy."""
         ...
 
-    def poll(self) -> Iterable[tuple[int, bool]]:
-        """(id, whether its target holds all that its source held) of the transfers that have ended since the last call."""
+    def poll(self) -> Iterable[TransferEnd]:
+        """Of the transfers that have ended since the last call, each once."""
         ...
 
 
@@ -143,8 +143,8 @@ class StepLoop:
 
     def _end_transfers(self) -> None:
         if self._transport is not None:
-            for transfer_id, ok in self._transport.poll():
-                self._core.complete_transfer(transfer_id, ok=ok, now=self._now())
+            for end in self._transport.poll():
+                self._core.complete_transfer(end, self._now())
 
     def _start_transfers(self) -> None:
         if self._transport is not None:

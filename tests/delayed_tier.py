@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from engine.core.plan import SlowTransfer
+from engine.core.plan import SlowTransfer, TransferEnd
 from engine.core.tier_table import CPU, TierSpec
 
 NAME = "dict"
@@ -68,12 +68,12 @@ class DelayedTier:
             self._contents.pop(target, None)
         self._open[transfer.transfer_id] = (self._num_polls + delay, transfer, before)
 
-    def poll(self) -> list[tuple[int, bool]]:
-        """(id, whether it went well) of the transfers that have ended, in any order."""
+    def poll(self) -> list[TransferEnd]:
+        """The transfers that have ended, in any order."""
         self._num_polls += 1
         ended = [transfer_id for transfer_id, (due, _, _) in self._open.items() if due <= self._num_polls]
         self._rng.shuffle(ended)
-        return [(transfer_id, self._end(*self._open.pop(transfer_id)[1:])) for transfer_id in ended]
+        return [TransferEnd(transfer_id, self._end(*self._open.pop(transfer_id)[1:])) for transfer_id in ended]
 
     def wake(self) -> None:
         """Let all transfers end with the next poll."""

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from deployments.completions.choices_body import ChoicesBody
-from deployments.completions.requests import ChatCompletionBody
+from deployments.completions.requests import ChatCompletionBody, CompletionBody
 from deployments.generation import ErrorItem
 from deployments.http.answer_reader import AnswerReader, made_call_id
 from deployments.http.errors import error_body
 from deployments.http.event_stream import DONE, sse_event
 from engine.dialogue.events import Arguments, CallStart, Event, Reasoning, Text, gather
-from engine.text.output import OutputDelta, TokenLogprob
+from engine.text.output import OutputDelta, TokenLogprob, ToldPrompt
 
 
 class AnswerFormat(Protocol):
@@ -114,6 +115,8 @@ class ChatFormat(_Envelope):
         answer = {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
         if self._body.return_token_ids:
             answer["prompt_token_ids"] = list(deltas[0].prompt_token_ids)
+        if self._body.prompt_logprobs is not None and deltas[0].told_prompt is not None:
+            answer["prompt_logprobs"] = _prompt_logprobs(deltas[0].told_prompt, self._body.prompt_logprobs)
         return answer
 
     def _whole_choice(self, delta: OutputDelta, index: int) -> dict[str, Any]:
@@ -196,13 +199,19 @@ class ChatFormat(_Envelope):
 class CompletionFormat(_Envelope):
     """text_completion, whole and in chunks."""
 
+    def __init__(self, answer_id: str, created: int, body: CompletionBody) -> None:
+        super().__init__(answer_id, created, body)
+        self._num_top = body.logprobs or 0
+        self._is_prompt_only = body.num_answer_tokens == 0
+        self._told: dict[int, ToldPrompt] = {}  # by the number of the prompt; its first answer brings it
+
     def whole(self, *deltas: OutputDelta) -> dict[str, Any]:
         choices = [self._choice(delta, index) for index, delta in enumerate(deltas)]
         return {**self._head, "object": "text_completion", "choices": choices, "usage": self._usage()}
 
     def chunks(self, delta: OutputDelta, index: int = 0) -> list[dict[str, Any]]:
         choice = self._choice(delta, index)
-        if not (delta.text or delta.logprobs or delta.finish_reason or self._body.return_token_ids):
+        if not (choice["text"] or choice["logprobs"] or delta.finish_reason or self._body.return_token_ids):
             return []  # text lags behind tokens: a character may take several
         return [self._chunk("text_completion", [choice])]
 
@@ -210,17 +219,32 @@ class CompletionFormat(_Envelope):
         return self._chunk("text_completion", [])
 
     def _choice(self, delta: OutputDelta, index: int) -> dict[str, Any]:
-        is_first = self._note(delta, index)
+        if self._is_prompt_only:
+            reason = None if delta.finish_reason is None else "length"
+            delta = replace(delta, text="", token_ids=(), logprobs=(), num_output_tokens=0, finish_reason=reason)
+        is_first, number = self._note(delta, index), index // self._body.n
+        if delta.told_prompt is not None:
+            self._told[number] = delta.told_prompt
+        told = self._told.get(number)
+        logprobs = _CompletionLogprobs()
+        if told is not None and self._body.shows_prompt:
+            logprobs.offset = len(told.text)
+            if is_first:
+                logprobs.add_prompt(told, self._num_top)
+        for token in delta.logprobs:
+            logprobs.add(token)
         choice: dict[str, Any] = {
             "index": index,
-            "text": delta.text,
-            "logprobs": _completion_logprobs(delta.logprobs),
+            "text": told.text + delta.text if is_first and told and self._body.shows_prompt else delta.text,
+            "logprobs": logprobs.value(),
             "finish_reason": delta.finish_reason,
         }
         if self._body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
             if is_first:
                 choice["prompt_token_ids"] = list(delta.prompt_token_ids)
+        if self._body.prompt_logprobs is not None and told is not None:
+            choice["prompt_logprobs"] = _prompt_logprobs(told, self._body.prompt_logprobs)
         return choice
 
 
@@ -244,15 +268,57 @@ def _chat_token(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.text, "logprob": token.logprob, "bytes": token_bytes}
 
 
-def _completion_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-    if not logprobs:
-        return None
-    return {
-        "tokens": [_completion_token(token) for token in logprobs],
-        "token_logprobs": [token.logprob for token in logprobs],
-        "top_logprobs": [_completion_top_logprobs(token) for token in logprobs],
-        "text_offset": [token.text_offset for token in logprobs],
-    }
+class _CompletionLogprobs:
+    """The lists that this API has for the tokens of a choice.
+
+    offset: characters before the answer.
+    """
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self._tokens: list[str] = []
+        self._values: list[float | None] = []
+        self._tops: list[dict[str, float] | None] = []
+        self._offsets: list[int] = []
+
+    def add_prompt(self, told: ToldPrompt, num_top: int) -> None:
+        """The first token has no probability."""
+        for token, rank in told.tokens:
+            self._tokens.append(_completion_token(token))
+            self._values.append(token.logprob if rank else None)
+            top = token._replace(top=token.top[:num_top])
+            self._tops.append(_completion_top_logprobs(top) if rank else None)
+            self._offsets.append(token.text_offset)
+
+    def add(self, token: TokenLogprob) -> None:
+        self._tokens.append(_completion_token(token))
+        self._values.append(token.logprob)
+        self._tops.append(_completion_top_logprobs(token))
+        self._offsets.append(self.offset + token.text_offset)
+
+    def value(self) -> dict[str, Any] | None:
+        if not self._tokens:
+            return None
+        return {
+            "tokens": self._tokens,
+            "token_logprobs": self._values,
+            "top_logprobs": self._tops,
+            "text_offset": self._offsets,
+        }
+
+
+def _prompt_logprobs(told: ToldPrompt, num_top: int) -> list[dict[str, Any] | None]:
+    """As vLLM words them: null for the first token, for each other one itself and the most probable ones, by their ids."""
+    entries: list[dict[str, Any] | None] = []
+    for token, rank in told.tokens:
+        others = enumerate(token.top[:num_top], start=1)
+        ranked = ((token, rank), *((other, place) for place, other in others if other.token_id != token.token_id))
+        entry = {
+            str(each.token_id): {"logprob": each.logprob, "rank": place, "decoded_token": each.text}
+            for each, place in ranked
+        }
+        entries.append(entry if rank else None)
+    return entries
 
 
 def _completion_top_logprobs(token: TokenLogprob) -> dict[str, float]:

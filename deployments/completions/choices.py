@@ -89,8 +89,8 @@ async def _next(items: Items) -> GenerationItem | None:
 
 
 def _fork(request: GenerationRequest, number: int) -> GenerationRequest:
-    """Another answer to the same prompt. Without a seed, each draws its own."""
-    sampling = request.sampling
+    """Another answer to the same prompt, of which all is told by the first. Without a seed, each draws its own."""
+    sampling = replace(request.sampling, prompt_logprobs=None)
     if sampling.seed is not None:
         sampling = replace(sampling, seed=(sampling.seed + number + 2**63) % 2**64 - 2**63)
-    return replace(request, request_id=f"{request.request_id}.{number}", sampling=sampling)
+    return replace(request, request_id=f"{request.request_id}.{number}", sampling=sampling, return_prompt_text=False)

@@ -4,10 +4,12 @@ Everything in a body is done, or listed here as ignored, or named as unknown. Kn
 
     implemented      model, messages | prompt, max_tokens, max_completion_tokens, temperature, top_p, seed, stop,
                      stream, stream_options (include_usage, continuous_usage_stats), presence_penalty,
-                     frequency_penalty, logprobs, top_logprobs, n, best_of (= n), logit_bias, response_format,
+                     frequency_penalty, logprobs, top_logprobs, n, best_of (= n), logit_bias, echo, response_format,
                      tools, tool_choice, parallel_tool_calls, reasoning_effort
     beyond OpenAI    top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids, max_thinking_tokens,
-                     return_token_ids; structured_outputs and chat_template_kwargs, as vLLM has them; timeout (seconds for the
+                     return_token_ids; as vLLM has them: structured_outputs, chat_template_kwargs, prompt_logprobs,
+                     skip_special_tokens, include_stop_str_in_output, add_generation_prompt,
+                     continue_final_message; timeout (seconds for the
                      whole answer); prompt as token ids, or a list of prompts;
                      session_id, conversation, conversation_id and prompt_cache_key name the session
     rejected, unless *_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass
@@ -19,6 +21,7 @@ null is the same as absent everywhere. Roles: system, developer (the same), user
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -32,9 +35,9 @@ from deployments.completions.chat_messages import (
     choice_as_object,
 )
 from deployments.completions.choices_body import CHOICES_NOT_IMPLEMENTED, MAX_N, MAX_PROMPTS, ChoicesBody
+from deployments.generation import ErrorItem
 from deployments.http.function_tools import MAX_TOOLS, check_tools
-from deployments.http.generation_body import MAX_MESSAGES, TokenId, TokenLimit
-from deployments.http.parsing import MAX_NAME_CHARS
+from deployments.http.generation_body import MAX_MESSAGES, TemplateKwargs, TokenId, TokenLimit, as_limit
 from engine.core.request import MAX_LOGPROBS, SamplingParams
 from engine.dialogue import tools as dialogue_tools
 from engine.dialogue.template_values import template_kwargs
@@ -49,10 +52,9 @@ CHAT_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = CHOICES_NOT_IMPLEMENTED | {
     "moderation": (),
 }
 COMPLETION_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = CHOICES_NOT_IMPLEMENTED | {
-    "echo": (False,),
     "suffix": ("",),
 }
-MAX_TEMPLATE_VALUES = 32
+MAX_TOLD_CHARS = 1 << 20  # of several prompts, or token ids, times the log-probabilities for each
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
 
@@ -89,9 +91,9 @@ class ChatCompletionBody(ChoicesBody):
     ] = None
     parallel_tool_calls: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    chat_template_kwargs: Annotated[
-        dict[Annotated[str, Field(max_length=MAX_NAME_CHARS)], Any], Field(max_length=MAX_TEMPLATE_VALUES)
-    ] = Field(default={})
+    chat_template_kwargs: TemplateKwargs = Field(default={})
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -103,6 +105,17 @@ class ChatCompletionBody(ChoicesBody):
             raise PydanticCustomError(
                 "invalid", "conflicts with max_completion_tokens; give only one of them", {"param": "max_tokens"}
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_continued(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "cannot be combined with add_generation_prompt: an answer continues a message or is a new one"
+            raise PydanticCustomError("invalid", message, {"param": "continue_final_message"})
+        last = self.messages[-1]
+        if self.continue_final_message and (last.role != "assistant" or not last.content or last.tool_calls):
+            message = "needs a last message of the assistant, with a text and without tool_calls"
+            raise PydanticCustomError("invalid", message, {"param": "continue_final_message"})
         return self
 
     @model_validator(mode="after")
@@ -139,7 +152,13 @@ class ChatCompletionBody(ChoicesBody):
             enable_thinking=None if self.reasoning_effort is None else self.reasoning_effort != "none",
         )
         messages = tuple(message.value() for message in self.messages)
-        return ChatPrompt(messages, tools=self._tools(), template_kwargs=values)
+        return ChatPrompt(
+            messages,
+            tools=self._tools(),
+            template_kwargs=values,
+            continues=self.continue_final_message,
+            opens_answer=self.add_generation_prompt is not False,
+        )
 
     @property
     def prompts(self) -> tuple[ChatPrompt, ...]:
@@ -169,7 +188,12 @@ class CompletionBody(ChoicesBody):
     prompt_param = "prompt"
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompt_list, json_schema_input_type=PromptInput)]
+    max_tokens: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        BeforeValidator(as_limit, json_schema_input_type=Annotated[int, Field(ge=0)] | Literal[-1] | None),
+    ] = None
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
@@ -178,6 +202,37 @@ class CompletionBody(ChoicesBody):
             message = "must be equal to n: all answers are returned, and choosing among them is left to the client"
             raise PydanticCustomError("invalid", message, {"param": "best_of"})
         return self
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            message = "must be at least 1, unless echo is true: nothing would be returned"
+            raise PydanticCustomError("invalid", message, {"param": "max_tokens"})
+        num_told = 0 if self.num_prompt_logprobs is None else 1 + self.num_prompt_logprobs
+        if len(self.prompt) > 1 and num_told * sum(map(len, self.prompt)) > MAX_TOLD_CHARS:
+            most = MAX_TOLD_CHARS // num_told
+            message = f"must have at most {most} characters or token ids together, with so many log-probabilities each"
+            raise PydanticCustomError("invalid", message, {"param": "prompt"})
+        return self
+
+    def in_own_words(self, error: ErrorItem) -> ErrorItem:
+        if error.param == "prompt_logprobs" and self.prompt_logprobs is None:
+            return replace(error, param="logprobs")
+        return super().in_own_words(error)
+
+    @property
+    def shows_prompt(self) -> bool:
+        return self.echo
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        return max((num for num in (self.prompt_logprobs, echoed) if num is not None), default=None)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """0 = only the prompt is wanted; the engine makes one token, which is left out of the answer."""
+        return COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
     def prompts(self) -> tuple[TextPrompt | TokenPrompt, ...]:
@@ -190,6 +245,4 @@ class CompletionBody(ChoicesBody):
         return len(self.prompt)
 
     def sampling_params(self) -> SamplingParams:
-        return self._sampling_params(
-            COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens, self.logprobs, self._grammar()
-        )
+        return self._sampling_params(max(1, self.num_answer_tokens), self.logprobs, self._grammar())

@@ -13,6 +13,7 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from deployments.errors import BodyTooLargeError, MalformedBodyError
+from deployments.http.encodings import PLAIN, check_encoding, decompressed
 from deployments.http.fair_limit import FairLimit
 from deployments.http.ignored import note_ignored
 from deployments.http.parsing import BodyT, parse_request
@@ -44,6 +45,7 @@ class RequestBodies:
         default: what an empty body stands for. Raises BodyTooLargeError, RequestError, and OverloadedError if the
         bodies under way take too much memory.
         """
+        encoding = check_encoding(request.headers.get("content-encoding", ""))
         self._check_size(int(length) if (length := request.headers.get("content-length", "")).isdecimal() else 0)
         chunks: list[bytes] = []
         size = 0
@@ -59,11 +61,11 @@ class RequestBodies:
             raw = b"".join(chunks) or default
             chunks.clear()
             ignored: list[str] | None = None if self._is_strict else []
-            if len(raw) <= MAX_INLINE_BYTES:
+            if encoding in PLAIN and len(raw) <= MAX_INLINE_BYTES:
                 parsed = parse_request(kind, raw, ignored)
-            else:
+            else:  # what is compressed may be large, too
                 loop = asyncio.get_running_loop()
-                parsed = await loop.run_in_executor(self._parser, parse_request, kind, raw, ignored)
+                parsed = await loop.run_in_executor(self._parser, self._parse, kind, raw, encoding, ignored)
             note_ignored(request, ignored or ())
             return parsed
         except ClientDisconnect:
@@ -71,6 +73,14 @@ class RequestBodies:
         finally:
             if size:
                 self._in_flight.give_back(tenant.tenant_id, size)
+
+    def _parse(
+        self, kind: type[BodyT], raw: bytes, encoding: str, ignored: list[str] | None
+    ) -> tuple[BodyT, dict[str, Any]]:
+        """In the parser's thread, so that no more than one body is decompressed at a time."""
+        if encoding not in PLAIN and raw:
+            raw = decompressed(raw, encoding, self._max_body_bytes)
+        return parse_request(kind, raw, ignored)
 
     def _check_size(self, size: int) -> None:
         if size > self._max_body_bytes:

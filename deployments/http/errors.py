@@ -60,6 +60,7 @@ ERRORS: Mapping[type[PensieveError], Wire] = {
     ours.ResponseCancelledError: Wire(409, INVALID, "response_cancelled"),
     ours.BodyTooLargeError: Wire(413, INVALID, "body_too_large"),
     ours.UnsupportedMediaTypeError: Wire(415, INVALID, "unsupported_media_type"),
+    ours.UnsupportedEncodingError: Wire(415, INVALID, "unsupported_content_encoding"),
     engine.OverloadedError: Wire(429, LIMIT, "overloaded"),
     ours.TenantLimitError: Wire(429, LIMIT, None),
     ours.TooManyRequestsError: Wire(429, LIMIT, "too_many_requests"),
@@ -99,15 +100,19 @@ def error_body(error: ErrorItem) -> dict[str, Any]:
     return _body(error.message, wire.type, error.param, wire.code)
 
 
-def error_response(error: ErrorItem) -> JSONResponse:
-    """A whole response that says only this."""
-    wire = wire_of(error)
+def error_headers(error: ErrorItem) -> dict[str, str]:
+    """What a response with this error says besides its body."""
     headers = {}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(math.ceil(error.retry_after_s))
-    if wire.status == 401:
+    if wire_of(error).status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), status_code=wire.status, headers=headers)
+    return headers
+
+
+def error_response(error: ErrorItem) -> JSONResponse:
+    """A whole response that says only this."""
+    return JSONResponse(error_body(error), status_code=wire_of(error).status, headers=error_headers(error))
 
 
 def _body(message: str, error_type: str, param: str | None, code: str | None) -> dict[str, Any]:
@@ -121,10 +126,12 @@ async def pensieve_error(request: Request, error: Exception) -> Response:
 
 
 async def http_error(request: Request, error: Exception) -> Response:
-    """Answers what Starlette raises: no such route, or not with this method."""
+    """Answers what Starlette raises: no such route, or not with this method. OPTIONS asks for the methods."""
     assert isinstance(error, HTTPException)
+    if error.status_code == 405 and request.method == "OPTIONS":
+        return Response(status_code=204, headers={"allow": _allowed(request)})
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
-    body = _body(f"{request.method} {request.url.path}: {error.detail}", INVALID, None, code)
+    body = _body(f"{request.method} {request.scope['path']}: {error.detail}", INVALID, None, code)
     headers = {"allow": _allowed(request)} if error.status_code == 405 else error.headers
     return JSONResponse(body, status_code=error.status_code, headers=headers)
 
@@ -137,7 +144,7 @@ def _allowed(request: Request) -> str:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
         for method in route.methods or ()
     }
-    return ", ".join(sorted(methods))
+    return ", ".join(sorted(methods | {"OPTIONS"}))
 
 
 async def unexpected_error(request: Request, error: Exception) -> Response:

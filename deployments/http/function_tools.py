@@ -45,6 +45,7 @@ PARAMETERS_SCHEMA = {  # _check_parameters' rules, for the served document
         "required": {"type": "array", "items": {"type": "string"}},
     },
 }
+Parameters = Annotated[dict[str, Any], BeforeValidator(_check_parameters), Field(json_schema_extra=PARAMETERS_SCHEMA)]
 
 
 class Function(Body):
@@ -52,9 +53,7 @@ class Function(Body):
 
     name: FunctionName
     description: str = ""
-    parameters: Annotated[
-        dict[str, Any], BeforeValidator(_check_parameters), Field(json_schema_extra=PARAMETERS_SCHEMA)
-    ] = Field(default={})
+    parameters: Parameters = Field(default={})
     strict: bool = False
 
     def value(self) -> Tool:

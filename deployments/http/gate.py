@@ -5,7 +5,7 @@ Who asks, a body within bounds, a model that is served, and a place among the re
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,7 @@ class Gate:
         num_engine_replicas: Callable[[], int] = lambda: 1,
         sees_clients: bool = True,
         is_strict: bool = False,
+        allowed_origins: Collection[str] = (),
     ) -> None:
         """Nothing is asked yet.
 
@@ -54,12 +55,14 @@ class Gate:
         num_engine_replicas: how many engine replicas share what is let in here.
         sees_clients: whether the address that a request comes from is its client's.
         is_strict: unknown parameters are refused; else they are ignored, and the answer tells their names.
+        allowed_origins: see check_is_local.
         """
         self._has_keys = bool(tenants)
         self._authenticator = Authenticator(tenants)
         self._model_card = model_card
         self._bodies = RequestBodies(max_body_bytes, is_strict=is_strict)
         self._is_strict = is_strict
+        self._allowed_origins = frozenset(allowed_origins)
         self._num_engine_replicas = num_engine_replicas
         self._sees_clients = sees_clients
         self._places = FairLimit()
@@ -75,9 +78,16 @@ class Gate:
     def tenant_of(self, request: Request) -> Tenant:
         """Who asks. Raises RequestError if the request may not."""
         if self._has_keys:
-            return self._authenticator.authenticate(request.headers.get("authorization"))
+            return self._authenticator.authenticate(
+                request.headers.get("authorization"), request.headers.get("x-api-key")
+            )
         client_host = request.client.host if request.client else None
-        check_is_local(request.headers.items(), client_host, sees_clients=self._sees_clients)
+        check_is_local(
+            request.headers.items(),
+            client_host,
+            sees_clients=self._sees_clients,
+            allowed_origins=self._allowed_origins,
+        )
         return LOCAL_TENANT
 
     def is_operator(self, tenant: Tenant) -> bool:
@@ -117,8 +127,16 @@ class Gate:
         """
         card = await self._model_card()
         check_body(body, card)
+        return await self._in_places(tenant, num_running_choices(body, card), card, respond)
+
+    async def in_one_place(self, tenant: Tenant, respond: Callable[[ModelCard], Awaitable[Response]]) -> Response:
+        """The same for what is computed without an answer of the model."""
+        return await self._in_places(tenant, 1, await self._model_card(), respond)
+
+    async def _in_places(
+        self, tenant: Tenant, num_places: int, card: ModelCard, respond: Callable[[ModelCard], Awaitable[Response]]
+    ) -> Response:
         limit = card.max_num_requests * self._num_engine_replicas()
-        num_places = num_running_choices(body, card)
         if not self._places.try_take(tenant.tenant_id, num_places, limit):
             raise OverloadedError("the server is full; try again in a moment")
         give_back = partial(self._places.give_back, tenant.tenant_id, num_places)

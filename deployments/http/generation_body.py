@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.generation import ErrorItem, GenerationRequest
-from deployments.http.parsing import Body
+from deployments.http.parsing import MAX_NAME_CHARS, Body
 from engine.core.grammar import GrammarSpec
 from engine.core.request import MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 from engine.dialogue.tools import AS_THE_MODEL_LIKES, ToolChoice
@@ -40,19 +40,23 @@ IGNORED = frozenset(
 )
 MAX_SESSION_KEY_CHARS = 512
 MAX_MESSAGES = 8192  # or items, or parts of the content of one
+MAX_TEMPLATE_VALUES = 32
 
 TokenId = Annotated[int, Field(ge=0)]
 SessionKey = Annotated[str, Field(max_length=MAX_SESSION_KEY_CHARS)]
+TemplateKwargs = Annotated[
+    dict[Annotated[str, Field(max_length=MAX_NAME_CHARS)], Any], Field(max_length=MAX_TEMPLATE_VALUES)
+]
 
 
-def _as_limit(max_tokens: Any) -> Any:
+def as_limit(max_tokens: Any) -> Any:
     """-1 is how several servers write that there is no limit."""
     return None if type(max_tokens) is int and max_tokens == -1 else max_tokens
 
 
 TokenLimit = Annotated[
     Annotated[int, Field(ge=1)] | None,
-    BeforeValidator(_as_limit, json_schema_input_type=Annotated[int, Field(ge=1)] | Literal[-1] | None),
+    BeforeValidator(as_limit, json_schema_input_type=Annotated[int, Field(ge=1)] | Literal[-1] | None),
 ]
 
 
@@ -80,6 +84,7 @@ class GenerationBody(Body):
 
     ignored = IGNORED
     reads_answer_format: ClassVar[bool] = False  # the answer is taken apart into content, thinking and calls
+    clamps_max_tokens: ClassVar[bool] = False  # to what the window leaves
     prompt_param: ClassVar[str]  # this endpoint's name for what the engine calls `prompt`
 
     model: str
@@ -157,6 +162,7 @@ class GenerationBody(Body):
             tenant=tenant,
             history=history,
             returns_transcript=returns_transcript,
+            clamps_max_tokens=self.clamps_max_tokens,
         )
 
     @property

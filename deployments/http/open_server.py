@@ -6,7 +6,7 @@ would send requests. Looks at plain data; knows no tenants.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from ipaddress import IPv6Address, ip_address
 from urllib.parse import urlsplit
 
@@ -33,12 +33,19 @@ REMEDY = (
 )
 
 
-def check_is_local(headers: Iterable[tuple[str, str]], client_host: str | None, *, sees_clients: bool = True) -> None:
+def check_is_local(
+    headers: Iterable[tuple[str, str]],
+    client_host: str | None,
+    *,
+    sees_clients: bool = True,
+    allowed_origins: Collection[str] = (),
+) -> None:
     """Raises the RequestError that rejects a request which is not local.
 
     headers: with names in small letters.
     client_host: the address that the request came from; None if that is no network address.
     sees_clients: whether that address is its client's.
+    allowed_origins: of web pages that may ask although they come from elsewhere, by name.
     """
     if not sees_clients:
         raise RemoteWithoutKeysError(f"HAProxy hides the client's address, and {REMEDY}")
@@ -51,7 +58,8 @@ def check_is_local(headers: Iterable[tuple[str, str]], client_host: str | None, 
         if name == "host" and not _is_loopback_authority(f"//{value}"):
             raise RemoteWithoutKeysError(f"the request is for another host than localhost (header host), and {REMEDY}")
         by_name[name] = value
-    _check_origin(by_name)
+    if by_name.get("origin") not in allowed_origins:
+        _check_origin(by_name)
     _check_content_type(by_name)
 
 
@@ -80,7 +88,10 @@ def _check_origin(headers: Mapping[str, str]) -> None:
     origin = headers.get("origin")
     is_foreign = headers.get("sec-fetch-site") == "cross-site" if origin is None else not _is_loopback_authority(origin)
     if is_foreign:
-        raise CrossOriginError("web pages of other hosts are only served with API keys; configure keys, and send one")
+        raise CrossOriginError(
+            "web pages of other hosts are only served with API keys; configure keys, and send one, or name the page's origin "
+            "in cors_allowed_origins"
+        )
 
 
 def _check_content_type(headers: Mapping[str, str]) -> None:

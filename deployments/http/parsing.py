@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, ValidationInfo, model_validator
+from pydantic.config import ExtraValues
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, from_json
 
 from deployments.errors import (
@@ -191,7 +192,7 @@ def validated(kind: type[BodyT], data: dict[str, Any], ignored: list[str] | None
     ignored: gets the names of unknown parameters, MAX_IGNORED_NAMES at most; None = they are refused.
     """
     try:
-        body = kind.model_validate(data, extra=None if ignored is None else "allow")
+        body = _made(kind, data, None if ignored is None else "allow")
     except ValidationError as error:
         raise _request_error(error.errors(include_url=False, include_input=False)[0]) from None
     if ignored is not None:
@@ -201,6 +202,16 @@ def validated(kind: type[BodyT], data: dict[str, Any], ignored: list[str] | None
                 named.setdefault(tuple(step for step in path if isinstance(step, str)), path)
         ignored.extend(map(_path_name, named.values()))
     return body
+
+
+def validated_within(kind: type[BodyT], value: Any, info: ValidationInfo) -> BodyT:
+    """A body in another one, whose validator chose its kind: unknown parameters are taken as in the whole."""
+    return _made(kind, value, info.context)
+
+
+def _made(kind: type[BodyT], value: Any, extra: ExtraValues | None) -> BodyT:
+    """extra: what is done with unknown parameters at all levels; None = refused."""
+    return kind.model_validate(value, extra=extra, context=extra)
 
 
 def _take_unknown(body: Body, path: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:

@@ -14,6 +14,8 @@ from deployments.http.gate import Gate
 from deployments.http.served_model import check_model
 from engine import __version__
 
+PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
 
 def add_model_routes(app: FastAPI, gate: Gate, model_card: Callable[[], Awaitable[ModelCard]]) -> None:
     """/v1/models. model_card: what the engines serve."""
@@ -35,7 +37,7 @@ def add_model_routes(app: FastAPI, gate: Gate, model_card: Callable[[], Awaitabl
 def add_status_routes(
     app: FastAPI, check_ready: Callable[[], Awaitable[None]], warnings: Callable[[], list[str]]
 ) -> None:
-    """/health, /ready and /version, which need no key.
+    """/health, /ping, /ready and /version, which need no key.
 
     check_ready: raises what keeps the server from working.
     warnings: what an operator should see to although it works.
@@ -43,6 +45,10 @@ def add_status_routes(
 
     @app.get("/health")
     async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ping")
+    async def ping() -> Response:
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
@@ -54,6 +60,25 @@ def add_status_routes(
     @app.get("/version")
     async def version() -> Response:
         return JSONResponse({"version": __version__})
+
+
+def add_load_routes(
+    app: FastAPI, gate: Gate, load: Callable[[], Awaitable[int]], metrics: Callable[[], Awaitable[str]]
+) -> None:
+    """/load, which needs no key, and /metrics.
+
+    load: how many requests run or wait in all engine replicas.
+    metrics: the application's series, in Prometheus's text format.
+    """
+
+    @app.get("/load")
+    async def server_load() -> Response:
+        return JSONResponse({"server_load": await load()})
+
+    @app.get("/metrics")
+    async def application_metrics(request: Request) -> Response:
+        gate.tenant_of(request)
+        return Response(await metrics(), media_type=PROMETHEUS_TEXT)
 
 
 def _model(card: ModelCard, created: int) -> dict[str, Any]:

@@ -1,60 +1,59 @@
 """The objects of OpenAI's Responses and Conversations API: a response, whole or as a stream of events.
 
-Plain dicts, JSON as they are: the store may keep a response as whole() words it and give it back unchanged. Knows no
+Plain dicts, JSON as they are: the store may keep a response as it is worded here and give it back unchanged. Knows no
 HTTP, no store, no engine, no clock, no Ray.
 
     in_progress(response) --> completed | incomplete ("length", or interrupted) | cancelled | failed
 
-A stream opens with response.created and response.in_progress, then says the one message with its one part, and ends
-with response.completed, response.incomplete or response.failed. There is no [DONE] in this API.
+A stream opens with response.created and response.in_progress, then tells the output (output.py), and ends with
+response.completed, response.incomplete or response.failed. There is no [DONE] in this API.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from deployments.errors import ResponseCancelledError
 from deployments.generation import ErrorItem
 from deployments.http.errors import error_body, wire_of
 from deployments.http.event_stream import sse_event
-from deployments.responses.requests import ItemJson, ResponseBody, output_text
+from deployments.responses.items import ItemJson, NewId
+from deployments.responses.output import Event, Output, retold
+from deployments.responses.requests import ResponseBody
 from engine.text.output import OutputDelta
 
 ResponseJson = dict[str, Any]
-Event = tuple[str, dict[str, Any]]
 
 INTERRUPTED_MESSAGE = "the server stopped, or the client left, before the answer was complete"
 
 
 class ResponseObject:
-    """The response to one body. created_at: Unix time in seconds. item_id: of the message that it will hold."""
+    """The response to one body. created_at: Unix time in seconds. new_id: gives the items of its output their ids."""
 
-    def __init__(self, response_id: str, created_at: int, body: ResponseBody, item_id: str) -> None:
+    def __init__(self, response_id: str, created_at: int, body: ResponseBody, new_id: NewId) -> None:
         self.response_id = response_id
-        self.item_id = item_id
+        self._new_id = new_id
         self._created_at = created_at
         self._body = body
 
-    def in_progress(self, delta: OutputDelta | None = None) -> ResponseJson:
-        """With the answer so far, if there is any."""
-        if delta is None:
-            return self._response("in_progress", [], None)
-        return self._response("in_progress", [self.item("in_progress", delta.text)], response_usage(delta))
+    def output(self) -> Output:
+        """What is to become its output."""
+        return Output(self.response_id, self._new_id, self._body.offered_tools)
 
-    def whole(self, delta: OutputDelta) -> ResponseJson:
-        """delta: the whole answer, with its finish_reason."""
+    def in_progress(self, output: Sequence[ItemJson] = (), delta: OutputDelta | None = None) -> ResponseJson:
+        """With the answer so far. delta: the latest one, if there is any."""
+        return self._response("in_progress", output, None if delta is None else response_usage(delta))
+
+    def ended(self, output: Sequence[ItemJson], delta: OutputDelta) -> ResponseJson:
+        """With the whole answer. delta: the last one, with its finish_reason."""
         status = final_status(delta)
-        response = self._response(status, [self.item(status, delta.text)], response_usage(delta))
+        response = self._response(status, output, response_usage(delta))
         if status == "incomplete":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         return response
 
-    def item(self, status: str, text: str | None) -> ItemJson:
-        """The answer as a message item. None: before its part is there."""
-        content = [] if text is None else [output_text(text)]
-        return {"id": self.item_id, "type": "message", "status": status, "role": "assistant", "content": content}
-
-    def _response(self, status: str, output: list[ItemJson], used: dict[str, Any] | None) -> ResponseJson:
+    def _response(self, status: str, output: Sequence[ItemJson], used: dict[str, Any] | None) -> ResponseJson:
         body = self._body
         return {
             "id": self.response_id,
@@ -64,7 +63,7 @@ class ResponseObject:
             "error": None,
             "incomplete_details": None,
             "model": body.model,
-            "output": output,
+            "output": list(output),
             "usage": used,
             "previous_response_id": body.previous_response_id,
             "conversation": None if body.conversation_id is None else {"id": body.conversation_id},
@@ -76,100 +75,86 @@ class ResponseObject:
             "truncation": body.truncation,
             "store": body.store,
             "prompt_cache_key": body.prompt_cache_key,
+            "parallel_tool_calls": body.parallel_tool_calls,
+            "max_tool_calls": body.max_tool_calls,
+            **body.shown(),
             # What asks for nothing here, in OpenAI's words for that.
             "background": False,
-            "max_tool_calls": None,
-            "parallel_tool_calls": body.parallel_tool_calls,
-            "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
-            "text": {"format": {"type": "text"}, "verbosity": "medium"},
-            "tool_choice": body.tool_choice,
-            "tools": [],
             "top_logprobs": 0,
         }
 
 
 class ResponseStream:
-    """The events of one response. Keeps the text that was said, for the events that say it again."""
+    """The events of one response, numbered as they are sent."""
 
     def __init__(self, response: ResponseObject) -> None:
         self._object = response
-        self._texts: list[str] = []
+        self._output = response.output()
         self._last: OutputDelta | None = None
         self._num_events = 0
 
-    def opening(self) -> list[Event]:
-        """For a server that says something before the first token; else events() begins with it."""
-        response = self._object.in_progress()
-        return [
-            self._event("response.created", response=response),
-            self._event("response.in_progress", response=response),
-        ]
-
-    def events(self, delta: OutputDelta) -> list[Event]:
-        """What is new. The delta that has a finish_reason gives the end of the stream."""
-        events = [] if self._num_events else self.opening()
-        if self._last is None:
-            events.append(self._item_event("added", "in_progress", None))
-            events.append(self._part_event("added", ""))
+    def read(self, delta: OutputDelta) -> list[Event]:
+        """What is new; before the first delta's, that the response is there."""
+        opening = self.opening() if self._last is None else []
         self._last = delta
-        if delta.text:
-            self._texts.append(delta.text)
-            events.append(self._text_event("delta", delta=delta.text))
-        if delta.finish_reason is not None:
-            whole = self.so_far()
-            response = self._object.whole(whole)
-            events.append(self._text_event("done", text=whole.text))
-            events.append(self._part_event("done", whole.text))
-            events.append(self._item_event("done", response["status"], whole.text))
-            events.append(self._event(f"response.{response['status']}", response=response))
-        return events
+        return [*opening, *self._output.read(delta)]
 
-    def so_far(self) -> OutputDelta:
-        """The answer to here, as one delta without its tokens. Not before the first."""
-        last = self._last
-        assert last is not None
-        return OutputDelta(
-            text="".join(self._texts),
-            num_prompt_tokens=last.num_prompt_tokens,
-            num_cached_tokens=last.num_cached_tokens,
-            num_output_tokens=last.num_output_tokens,
-            finish_reason=last.finish_reason,
-        )
+    def opening(self) -> list[Event]:
+        """That the response is there."""
+        response = self._object.in_progress()
+        return [("response.created", {"response": response}), ("response.in_progress", {"response": response})]
+
+    def whole(self) -> ResponseJson:
+        """The response, once the delta with a finish_reason was read."""
+        assert self._last is not None
+        return self._object.ended(self._output.items, self._last)
 
     def in_progress(self) -> ResponseJson:
         """The response to here: what cancelled() and failed() close."""
-        return self._object.in_progress(None if self._last is None else self.so_far())
+        return self._object.in_progress(self._output.so_far(), self._last)
 
-    def failed_event(self, error: ErrorItem) -> Event:
-        """The end of a stream that was opened and cannot go on."""
-        return self._event("response.failed", response=failed(self.in_progress(), error))
+    def numbered(self, events: Iterable[Event]) -> list[Event]:
+        """The events as they are sent."""
+        numbered = []
+        for name, fields in events:
+            numbered.append((name, {"type": name, "sequence_number": self._num_events, **fields}))
+            self._num_events += 1
+        return numbered
 
-    def closing_event(self, response: ResponseJson) -> Event:
-        """The end of a stream whose response became something else than its answer: `response` says what."""
-        return self._event(f"response.{response['status']}", response=response)
 
-    def error_event(self, error: ErrorItem) -> Event:
-        """An error outside of the response itself."""
-        fields = error_body(error)["error"]
-        code = fields["code"] or fields["type"]
-        return self._event("error", code=code, message=fields["message"], param=fields["param"])
+def closing_event(response: ResponseJson) -> Event:
+    """The end of a stream: `response` says what became of it. A cancelled one has no event of its own in OpenAI's API."""
+    if response["status"] == "cancelled":
+        return error_event(ErrorItem.of(ResponseCancelledError()))
+    return f"response.{response['status']}", {"response": response}
 
-    def _event(self, name: str, **fields: Any) -> Event:
-        self._num_events += 1
-        return name, {"type": name, "sequence_number": self._num_events - 1, **fields}
 
-    def _item_event(self, what: str, status: str, text: str | None) -> Event:
-        return self._event(f"response.output_item.{what}", output_index=0, item=self._object.item(status, text))
+def error_event(error: ErrorItem) -> Event:
+    """An error outside of the response itself."""
+    fields = error_body(error)["error"]
+    return "error", {"code": fields["code"] or fields["type"], "message": fields["message"], "param": fields["param"]}
 
-    def _part_event(self, what: str, text: str) -> Event:
-        return self._event(f"response.content_part.{what}", **self._where(), part=output_text(text))
 
-    def _text_event(self, what: str, **text: str) -> Event:
-        return self._event(f"response.output_text.{what}", **self._where(), **text, logprobs=[])
+def retold_events(response: ResponseJson, starting_after: int | None = None) -> list[Event]:
+    """The events of a response that has ended, numbered; the end comes in any case.
 
-    def _where(self) -> dict[str, Any]:
-        return {"item_id": self._object.item_id, "output_index": 0, "content_index": 0}
+    starting_after: only those with a larger number. Numbers are those of this telling, in which each text is one piece; the
+    client may have them from the first one, which had more.
+    """
+    begun = response | {"status": "in_progress", "output": [], "usage": None, "error": None, "incomplete_details": None}
+    told = [
+        ("response.created", {"response": begun}),
+        ("response.in_progress", {"response": begun}),
+        *retold(response["output"]),
+        closing_event(response),
+    ]
+    numbers = [*range(len(told) - 1), max(len(told) - 1, 0 if starting_after is None else starting_after + 1)]
+    return [
+        (name, {"type": name, "sequence_number": number, **fields})
+        for number, (name, fields) in zip(numbers, told, strict=True)
+        if starting_after is None or number > starting_after
+    ]
 
 
 def sse_named_event(event: Event) -> str:
@@ -219,7 +204,7 @@ def _error(code: str, message: str, kind: str, param: str | None) -> dict[str, A
 
 
 def _closed(response: ResponseJson, status: str, error: dict[str, Any] | None) -> ResponseJson:
-    output = [item | {"status": "incomplete"} for item in response["output"]]
+    output = [i | {"status": "incomplete"} if i["status"] == "in_progress" else i for i in response["output"]]
     return response | {"status": status, "error": error, "output": output}
 
 

@@ -15,13 +15,23 @@ from deployments.http.admission import Admission
 from deployments.http.answer_stream import answer_events
 from deployments.http.errors import error_response
 from deployments.http.event_stream import EventStream
-from deployments.responses.answers import ResponseJson, ResponseObject, deleted_response
-from deployments.responses.requests import ListQuery, ResponseBody
+from deployments.responses.answers import (
+    ResponseJson,
+    ResponseObject,
+    ResponseStream,
+    deleted_response,
+    retold_events,
+    sse_named_event,
+)
+from deployments.responses.conversation_requests import ListQuery, RetrieveQuery
+from deployments.responses.items import ItemJson
+from deployments.responses.requests import ResponseBody
 from deployments.responses.store_upkeep import StoreUpkeep
 from deployments.responses.stored import list_of, response_of
-from deployments.responses.turn import Turn
+from deployments.responses.turn import MAX_BYTES_PER_TOKEN, Turn
 from deployments.responses.turn_events import TurnEvents
-from deployments.routing.session_key import session_key
+from deployments.routing.session_key import session_key, session_name
+from engine.errors import ContextLengthError, InvalidParameterError
 from engine.tenant import Tenant
 
 # Of these many ids, a new session gets the one whose home has the least to do.
@@ -59,7 +69,9 @@ class ResponsesApi:
         body.sampling_params()  # raises if a value is out of range
         if (refusal := self._admission.refusal(tenant.tenant_id)) is not None:  # before anything is stored
             return error_response(refusal)
-        turn = self._turn(tenant, body, session_key(headers.items(), data))
+        session = await self._session(tenant, headers, body, data)
+        stored = await self._referenced(tenant, body.referenced_ids, card.max_model_len)
+        turn = self._turn(tenant, body, session, stored)
         await turn.begin(card.max_model_len)
         first = await turn.start(self._admission)
         if isinstance(first, ErrorItem):
@@ -70,23 +82,89 @@ class ResponsesApi:
             return EventStream(answer_events(first, turn, TurnEvents(turn)), turn.close, out_headers)
         try:
             await drain(turn)
-            answer = await turn.complete(first.delta)
+            whole = ResponseStream(turn.form)
+            whole.read(first.delta)
+            answer = await turn.complete(whole.whole(), first.delta.transcript)
         finally:
             turn.end()
         return JSONResponse(answer, headers=out_headers)
 
-    def _turn(self, tenant: Tenant, body: ResponseBody, session: str) -> Turn:
+    async def count_input(
+        self,
+        tenant: Tenant,
+        headers: Mapping[str, str],
+        body: ResponseBody,
+        data: Mapping[str, Any],
+        card: ModelCard,
+    ) -> Response:
+        """How many tokens the same body would be read as; as create. Nothing is computed, nor stored."""
+        session = await self._session(tenant, headers, body, data)
+        stored = await self._referenced(tenant, body.referenced_ids, card.max_model_len)
+        turn = self._turn(tenant, body.model_copy(update={"store": False, "stream": False}), session, stored)
+        await turn.begin(card.max_model_len)
+        first = await turn.start(self._admission, only_encodes=True)
+        await drain(turn)
+        if isinstance(first, ErrorItem):
+            return error_response(body.in_own_words(first))
+        return JSONResponse({"object": "response.input_tokens", "input_tokens": first.delta.num_prompt_tokens})
+
+    async def _session(
+        self, tenant: Tenant, headers: Mapping[str, str], body: ResponseBody, data: Mapping[str, Any]
+    ) -> str | None:
+        """What the turn is routed by if it continues nothing; None = the id of its response.
+
+        A client that sends the history itself gets to the replica that computed it, and to the tokens that were generated: by
+        the id of what was answered last, if it comes from the store; else by its beginning, as in chat.
+        """
+        if not body.store:
+            return session_key(headers.items(), data)
+        if (name := session_name(headers.items(), data)) is not None or not body.tells_history:
+            return name
+        if body.last_answer_id is not None:
+            store = await self._upkeep.opened()
+            session = await store.find_session(tenant.tenant_id, body.last_answer_id)
+            if session is not None:
+                return session
+        return session_key(headers.items(), data)
+
+    async def _referenced(self, tenant: Tenant, ids: Sequence[str], max_model_len: int) -> Mapping[str, ItemJson]:
+        """The items of the store that the input refers to, by id. Raises NotFoundError, ContextLengthError."""
+        if not ids:
+            return {}
+        store = await self._upkeep.opened()
+        found = await store.find_items(tenant.tenant_id, ids, max_model_len * MAX_BYTES_PER_TOKEN)
+        if found is None:
+            raise ContextLengthError(
+                f"the context window is {max_model_len} tokens, and the items that the input refers to are longer",
+                "input",
+            )
+        return {item.id: dict(item.body) for item in found}
+
+    def _turn(self, tenant: Tenant, body: ResponseBody, session: str | None, stored: Mapping[str, ItemJson]) -> Turn:
         new_id = self._upkeep.store.new_id
-        is_continued = body.previous_response_id is not None or body.conversation_id is not None
-        # The id of a chain's first response is what all of it is routed by.
-        response_id = new_id("resp") if is_continued else choose_id("resp", new_id, self._choose_session_id)
-        form = ResponseObject(response_id, int(self._upkeep.clock()), body, new_id("msg"))
-        return Turn(tenant, body, form, body.input_items(lambda: new_id("msg")), session, self._upkeep)
+        # The id of a chain's first response may be what all of it is routed by.
+        response_id = new_id("resp") if body.is_continued else choose_id("resp", new_id, self._choose_session_id)
+        form = ResponseObject(response_id, int(self._upkeep.clock()), body, new_id)
+        return Turn(tenant, body, form, body.input_items(new_id, stored), session or response_id, self._upkeep)
 
     async def get(self, tenant: Tenant, response_id: str) -> ResponseJson:
         """A stored response. Raises NotFoundError."""
         store = await self._upkeep.opened()
         return response_of(await store.get_response(tenant.tenant_id, response_id, self._upkeep.clock()))
+
+    async def retrieve(self, tenant: Tenant, response_id: str, query: RetrieveQuery) -> Response:
+        """A stored response, whole or told again as events. Raises NotFoundError, InvalidParameterError."""
+        response = await self.get(tenant, response_id)
+        if not query.stream:
+            return JSONResponse(response)
+        if response["status"] == "in_progress":
+            raise InvalidParameterError(
+                f"stream: the response {response_id!r} is still in progress, and only the client that asked for it is told "
+                "as it comes; retrieve it without stream, or later",
+                "stream",
+            )
+        events = "".join(map(sse_named_event, retold_events(response, query.starting_after)))
+        return Response(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
 
     async def cancel(self, tenant: Tenant, response_id: str) -> ResponseJson:
         """The response as it is then; one that is complete stays so. Raises NotFoundError."""

@@ -7,7 +7,7 @@ from typing import Any
 from deployments.http.admission import Admission
 from deployments.responses.answers import deleted_conversation
 from deployments.responses.api import ChooseId, choose_id
-from deployments.responses.requests import ConversationBody, ConversationUpdateBody, ItemsBody, ListQuery
+from deployments.responses.conversation_requests import ConversationBody, ConversationUpdateBody, ItemsBody, ListQuery
 from deployments.responses.store_upkeep import StoreUpkeep
 from deployments.responses.stored import conversation_of, list_of, new_items, num_bytes
 from deployments.store.conversations import Conversations
@@ -26,7 +26,7 @@ class ConversationsApi:
 
     async def create(self, tenant: Tenant, body: ConversationBody) -> dict[str, Any]:
         """A new conversation. Raises TenantLimitError, StoredTooMuchError."""
-        items = new_items(body.new_items(self._new_item_id))
+        items = new_items(body.new_items(self._upkeep.store.new_id))
         self._admission.admit_storing(tenant.tenant_id, num_bytes(items, body.metadata))
         conversations = await self._opened()
         conversation_id = choose_id("conv", self._upkeep.store.new_id, self._choose_session_id)
@@ -58,7 +58,7 @@ class ConversationsApi:
 
     async def add_items(self, tenant: Tenant, conversation_id: str, body: ItemsBody) -> dict[str, Any]:
         """The new items. Raises ConversationBusyError, TenantLimitError, StoredTooMuchError."""
-        items = new_items(body.new_items(self._new_item_id))
+        items = new_items(body.new_items(self._upkeep.store.new_id))
         self._admission.admit_storing(tenant.tenant_id, num_bytes(items))
         conversations = await self._opened()
         added = await conversations.add_items(tenant.tenant_id, conversation_id, items, self._upkeep.clock())
@@ -76,6 +76,3 @@ class ConversationsApi:
 
     async def _opened(self) -> Conversations:
         return (await self._upkeep.opened()).conversations
-
-    def _new_item_id(self) -> str:
-        return self._upkeep.store.new_id("msg")

@@ -1,32 +1,49 @@
 """The bodies and query strings of OpenAI's Responses and Conversations API as this server takes them.
 
-And the message items that its state is made of. As in completions/requests.py, everything in a body is done, or
-rejected with the name of the parameter. Knows no HTTP library, no store, no engine, no Ray.
+As in completions/requests.py, everything in a body is done, or rejected with the name of the parameter, or stands among
+what is ignored. Knows no HTTP library, no store, no engine, no Ray. Items are in items.py, tools in tools.py.
 
     implemented      model, input, previous_response_id, conversation, store, instructions, metadata, stream,
-                     max_output_tokens, temperature, top_p, truncation
+                     max_output_tokens, temperature, top_p, truncation, tools, tool_choice, parallel_tool_calls,
+                     text.format, reasoning.effort
     beyond OpenAI    what chat has: top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed,
-                     stop, stop_token_ids, min_tokens, ignore_eos, max_thinking_tokens, session_id; prompt_cache_key names the
-                     session
-    rejected, unless RESPONSE_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass;
-                     tool_choice, include, text and reasoning are looked into
-    ignored          RESPONSE_IGNORED below; parallel_tool_calls is only repeated in the answer
-
-An item is a dict as OpenAI's API shows it: {"type": "message", "id", "status", "role", "content": parts}. What comes in
-gets a new id; its parts are input_text, or output_text in an assistant message.
+                     stop, stop_token_ids, min_tokens, ignore_eos, max_thinking_tokens, chat_template_kwargs,
+                     session_id; prompt_cache_key names the session
+    rejected, unless *_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass
+    ignored          RESPONSE_IGNORED below; what only concerns OpenAI's own models and tools and is repeated in the
+                     answer: max_tool_calls, service_tier, text.verbosity, reasoning.summary, and INCLUDABLE
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.http.generation_body import MAX_MESSAGES, GenerationBody, SessionKey, StreamOptions
-from deployments.http.parsing import MAX_NAME_CHARS, Body, Query
+from deployments.http.function_tools import check_tools
+from deployments.http.generation_body import GenerationBody, SessionKey, StreamOptions, TemplateKwargs, TokenLimit
+from deployments.http.json_form import JsonSchemaFormat
+from deployments.http.parsing import Body, validated_within
+from deployments.responses.input_items import (
+    NOTHING,
+    SomeItems,
+    last_answer_id,
+    new_items,
+    referenced_ids,
+    tells_history,
+    text_or,
+)
+from deployments.responses.items import ItemJson, NewId, messages_of
+from deployments.responses.labels import Include, Metadata
+from deployments.responses.tools import AnyToolChoice, SomeTools, choice_value
+from engine.core.grammar import GrammarSpec
 from engine.core.request import SamplingParams
+from engine.dialogue import tools as dialogue_tools
+from engine.dialogue.template_values import template_kwargs
+from engine.errors import InvalidParameterError
+from engine.text.prompt import ChatPrompt
 
 RESPONSE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "access_programs": ({},),
@@ -34,11 +51,8 @@ RESPONSE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "background_options": ({},),
     "context_management": ([],),
     "image": ({},),
-    "max_tool_calls": (),
     "moderation": (),
     "prompt": (),
-    "service_tier": ("auto", "default"),
-    "tools": ([],),
     "top_logprobs": (0,),
     # Chat's words for what is named otherwise here, or not there.
     "max_tokens": (),
@@ -49,201 +63,96 @@ RESPONSE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
 }
 RESPONSE_IGNORED = frozenset({"prompt_cache_retention", "safety_identifier", "user"})
-TEXT_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"format": ({"type": "text"},), "verbosity": ("medium",)}
-REASONING_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
-    "context": ("auto",),
-    "effort": ("none",),
-    "generate_summary": (),
-    "mode": ("standard",),
-    "summary": (),
-}
-CACHE_OPTIONS_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
-    "comparison_response_id": (),
-    "mode": ("implicit",),
-    "prewarm": (False,),
-    "ttl": ("30m",),
-}
-ITEM_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"phase": ("final_answer",)}
-PART_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"annotations": ([],), "logprobs": ([],)}
-# Usage comes with every response, whole or streamed.
-STREAM_OPTIONS_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"include_usage": (), "continuous_usage_stats": ()}
-QUERY_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"include": (), "include[]": ()}
-# A stored response is not streamed again.
-RETRIEVE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
-    **QUERY_NOT_IMPLEMENTED,
-    "starting_after": (),
-    "stream": ("false",),
-}
-MAX_ITEMS = 20  # that one request may add to a conversation
-MAX_METADATA_PAIRS = 16
-MAX_METADATA_KEY_CHARS = 64
-MAX_METADATA_VALUE_CHARS = 512
-
-ItemJson = dict[str, Any]
+REASONING_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"context": ("auto",), "mode": ("standard",)}
+CACHE_OPTIONS_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"comparison_response_id": (), "prewarm": (False,)}
+STREAM_OPTIONS_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"continuous_usage_stats": (False,)}
 
 
-def _unsupported(message: str, **param: int) -> PydanticCustomError:
-    return PydanticCustomError("unsupported_parameter", message, param or None)
+class TextFormat(Body):
+    """The form of the answer's text, if it is not a schema's."""
+
+    type: Literal["text", "json_object"]
 
 
-def _only(*passing: str) -> BeforeValidator:
-    """Other values are known to OpenAI's API, or may be one day: not implemented rather than invalid."""
+class JsonSchemaTextFormat(JsonSchemaFormat):
+    """A schema that the answer's text is to match."""
 
-    def check(value: Any) -> Any:
-        if isinstance(value, str) and value in passing:
-            return value
-        name = repr(value)[:MAX_NAME_CHARS]
-        raise _unsupported(f"{name} is not supported; supported: {', '.join(map(repr, passing))}")
-
-    return BeforeValidator(check)
+    type: Literal["json_schema"]
 
 
-def _nothing_included(include: Any) -> Any:
-    if isinstance(include, list) and include:
-        raise _unsupported(f"{repr(include[0])[:MAX_NAME_CHARS]} is not supported; omit it, or give []", param=0)
-    return include
+PLAIN_TEXT = TextFormat(type="text")
 
 
-def _check_few_pairs(metadata: Any) -> Any:
-    """Before their values are looked at: each wrong one would become an error."""
-    if isinstance(metadata, dict) and len(metadata) > MAX_METADATA_PAIRS:
-        raise PydanticCustomError("invalid", f"at most {MAX_METADATA_PAIRS} pairs")
-    return metadata
-
-
-def _check_metadata(metadata: dict[str, str]) -> dict[str, str]:
-    for key, value in metadata.items():
-        if len(key) > MAX_METADATA_KEY_CHARS:
-            message = f"a key has at most {MAX_METADATA_KEY_CHARS} characters"
-            raise PydanticCustomError("invalid", message, {"param": key})
-        if len(value) > MAX_METADATA_VALUE_CHARS:
-            message = f"a value has at most {MAX_METADATA_VALUE_CHARS} characters"
-            raise PydanticCustomError("invalid", message, {"param": key})
-    return metadata
-
-
-def _as_parts(content: Any) -> Any:
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
-
-
-def _as_items(items: Any) -> Any:
-    """A text is a user's message. A reference to an item may come without saying that it is one."""
-    if isinstance(items, str):
-        return [{"role": "user", "content": items}]
-    if not isinstance(items, list):
-        raise PydanticCustomError("invalid", "must be a string or a list of items")
-    return [
-        {"type": "item_reference"} | item if isinstance(item, dict) and set(item) == {"id"} else item for item in items
-    ]
-
-
-METADATA_SCHEMA = {  # _check_metadata's rules, for the served document
-    "type": "object",
-    "maxProperties": MAX_METADATA_PAIRS,
-    "propertyNames": {"maxLength": MAX_METADATA_KEY_CHARS},
-    "additionalProperties": {"type": "string", "maxLength": MAX_METADATA_VALUE_CHARS},
-}
-Metadata = Annotated[
-    dict[str, str],
-    BeforeValidator(_check_few_pairs, json_schema_input_type=dict[str, str]),
-    AfterValidator(_check_metadata),
-    WithJsonSchema(METADATA_SCHEMA),
-]
-Include = Annotated[
-    list[str],
-    BeforeValidator(_nothing_included, json_schema_input_type=Annotated[list[str], Field(max_length=0)]),
-]
-
-
-class TextPart(Body):
-    """The only kind of content. An answer's part is taken back as it went out."""
-
-    not_implemented = PART_NOT_IMPLEMENTED
-    ignored = frozenset({"prompt_cache_breakpoint"})
-
-    type: Annotated[Literal["input_text", "output_text"], _only("input_text", "output_text")]
-    text: str
-
-
-TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-
-
-class MessageItem(Body):
-    """The only kind of item. An item is taken back as it went out; its old id and status mean nothing."""
-
-    not_implemented = ITEM_NOT_IMPLEMENTED
-    ignored = frozenset({"id", "status"})
-
-    type: Annotated[Literal["message"], _only("message")] = "message"
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Annotated[TextParts, BeforeValidator(_as_parts, json_schema_input_type=str | TextParts)]
-
-    def item(self, item_id: str) -> ItemJson:
-        if self.role == "assistant":
-            parts = [output_text(part.text) for part in self.content]
-        else:
-            parts = [{"type": "input_text", "text": part.text} for part in self.content]
-        return {"id": item_id, "type": "message", "status": "completed", "role": self.role, "content": parts}
-
-
-SomeItems = Annotated[list[MessageItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-FewItems = Annotated[list[MessageItem], Field(max_length=MAX_ITEMS)]
-SomeFewItems = Annotated[list[MessageItem], Field(min_length=1, max_length=MAX_ITEMS)]
-
-
-def output_text(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def messages_of(items: Iterable[ItemJson], instructions: str | None = None) -> tuple[tuple[str, str], ...]:
-    """(role, text) for a ChatPrompt: instructions first, as the system's; a developer is the system."""
-    messages = [] if instructions is None else [("system", instructions)]
-    for item in items:
-        role = "system" if item["role"] == "developer" else item["role"]
-        messages.append((role, "".join(part["text"] for part in item["content"])))
-    return tuple(messages)
-
-
-def _with_ids(items: Iterable[MessageItem], new_id: Callable[[], str]) -> tuple[ItemJson, ...]:
-    return tuple(item.item(new_id()) for item in items)
+def _as_format(value: Any, info: ValidationInfo) -> Any:
+    """By its type alone, so that an error is about that kind."""
+    is_schema = isinstance(value, dict) and value.get("type") == "json_schema"
+    return validated_within(JsonSchemaTextFormat if is_schema else TextFormat, value, info)
 
 
 class TextConfig(Body):
-    not_implemented = TEXT_NOT_IMPLEMENTED
+    """What the answer's text is to be like. verbosity: the models here have no such setting."""
+
+    format: Annotated[
+        TextFormat | JsonSchemaTextFormat | None,
+        BeforeValidator(_as_format, json_schema_input_type=TextFormat | JsonSchemaTextFormat | None),
+    ] = None
+    verbosity: Literal["low", "medium", "high"] = "medium"
+
+    def grammar(self) -> GrammarSpec | None:
+        """What the answer is held to; None = any text. Raises InvalidParameterError."""
+        if isinstance(self.format, JsonSchemaTextFormat):
+            return self.format.grammar()
+        return GrammarSpec.json_object() if self.format is not None and self.format.type == "json_object" else None
 
 
 class Reasoning(Body):
+    """How the model is to think. summary: thinking is shown as it is, and nothing summarises it."""
+
     not_implemented = REASONING_NOT_IMPLEMENTED
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class PromptCacheOptions(Body):
+    """mode, ttl: what is cached follows use here."""
+
     not_implemented = CACHE_OPTIONS_NOT_IMPLEMENTED
+    ignored = frozenset({"mode", "ttl"})
 
 
 class ResponseStreamOptions(StreamOptions):
+    """include_usage: usage comes with every response, whole or streamed."""
+
     not_implemented = STREAM_OPTIONS_NOT_IMPLEMENTED
 
 
 class ResponseBody(GenerationBody):
-    """POST /v1/responses."""
+    """POST /v1/responses, and /v1/responses/input_tokens, which counts what this would read."""
 
     not_implemented = RESPONSE_NOT_IMPLEMENTED
     ignored = RESPONSE_IGNORED
     prompt_param = "input"
+    reads_answer_format = True
 
-    input: Annotated[SomeItems, BeforeValidator(_as_items, json_schema_input_type=str | SomeItems)]
+    input: Annotated[SomeItems, text_or(SomeItems)]
     previous_response_id: SessionKey | None = None
     store: bool = True
     instructions: str | None = None
     metadata: Metadata = Field(default_factory=dict)
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: TokenLimit = None
     truncation: Literal["disabled", "auto"] = "disabled"
     stream_options: ResponseStreamOptions | None = None
-    tool_choice: Annotated[Literal["auto", "none"], _only("auto", "none")] = "auto"
+    tools: SomeTools = Field(default=[])
+    tool_choice: AnyToolChoice = "auto"
     parallel_tool_calls: bool = True
+    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
     include: Include = Field(default_factory=list)
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
+    chat_template_kwargs: TemplateKwargs = Field(default={})
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
     prompt_cache_options: PromptCacheOptions | None = None
 
     @model_validator(mode="after")
@@ -256,66 +165,95 @@ class ResponseBody(GenerationBody):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_answer(self) -> Self:
+        check_tools(self._tools(), self.chosen_calls)
+        self._grammar()  # refuses one that is too large here, where large bodies are parsed, and not in the event loop
+        return self
+
     @property
     def conversation_id(self) -> str | None:
         return None if self.conversation is None else self.conversation.id
 
-    def input_items(self, new_id: Callable[[], str]) -> tuple[ItemJson, ...]:
-        """The new input alone, each item with an id (msg_...) of its own from new_id."""
-        return _with_ids(self.input, new_id)
+    @property
+    def is_continued(self) -> bool:
+        """Whether the server keeps what came before."""
+        return self.previous_response_id is not None or self.conversation is not None
+
+    @property
+    def referenced_ids(self) -> tuple[str, ...]:
+        """The items of the store that the input refers to."""
+        return referenced_ids(self.input)
+
+    @property
+    def tells_history(self) -> bool:
+        """Whether the input says what was answered before, and not only what is new."""
+        return tells_history(self.input)
+
+    @property
+    def last_answer_id(self) -> str | None:
+        """What the client says is the id of the last item that was answered."""
+        return last_answer_id(self.input)
+
+    def input_items(self, new_id: NewId, stored: Mapping[str, ItemJson] = NOTHING) -> tuple[ItemJson, ...]:
+        """The new input alone, each item with an id of its own. stored: what it refers to, by id."""
+        return new_items(self.input, new_id, stored)
+
+    @property
+    def chosen_calls(self) -> dialogue_tools.ToolChoice:
+        return choice_value(self.tool_choice)
+
+    @property
+    def offered_tools(self) -> tuple[dialogue_tools.Tool, ...]:
+        """The tools that the answer may call."""
+        return self.chosen_calls.offered(self._tools())
+
+    @property
+    def has_parallel_calls(self) -> bool:
+        return self.parallel_tool_calls
+
+    @property
+    def form_param(self) -> str | None:
+        return "tools" if self._grammar() is None else "text.format"
+
+    def _tools(self) -> tuple[dialogue_tools.Tool, ...]:
+        return tuple(tool.value() for tool in self.tools)
+
+    def _grammar(self) -> GrammarSpec | None:
+        """What the answer's text is held to. Raises InvalidParameterError."""
+        try:
+            return None if self.text is None else self.text.grammar()
+        except InvalidParameterError as error:
+            raise InvalidParameterError(error.message, "text.format") from None
+
+    def prompt_value(self, items: Sequence[ItemJson]) -> ChatPrompt:
+        """What the engine is given. Raises InvalidParameterError.
+
+        items: the whole history, and the input.
+        """
+        effort = None if self.reasoning is None else self.reasoning.effort
+        values = template_kwargs(
+            self.chat_template_kwargs,
+            reasoning_effort=effort,
+            enable_thinking=None if effort is None else effort != "none",
+        )
+        return ChatPrompt(
+            messages_of(items, self.instructions),
+            drops_oldest=self.truncation == "auto",
+            tools=self._tools(),
+            template_kwargs=values,
+        )
+
+    def shown(self) -> dict[str, Any]:
+        """How the answer was to be made, as the response repeats it."""
+        text, thinking, choice = self.text or TextConfig(), self.reasoning or Reasoning(), self.tool_choice
+        return {
+            "tools": [tool.shown() for tool in self.tools],
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "text": {"format": (text.format or PLAIN_TEXT).model_dump(by_alias=True), "verbosity": text.verbosity},
+            "reasoning": {"effort": thinking.effort, "summary": thinking.summary or thinking.generate_summary},
+        }
 
     def sampling_params(self) -> SamplingParams:
         """Raises InvalidParameterError for a value out of range."""
-        return self._sampling_params(self.max_output_tokens, None)
-
-
-class ConversationBody(Body):
-    """POST /v1/conversations."""
-
-    items: Annotated[FewItems, BeforeValidator(_as_items, json_schema_input_type=str | FewItems)] = Field(
-        default_factory=list
-    )
-    metadata: Metadata = Field(default_factory=dict)
-
-    def new_items(self, new_id: Callable[[], str]) -> tuple[ItemJson, ...]:
-        return _with_ids(self.items, new_id)
-
-
-class ConversationUpdateBody(Body):
-    """POST /v1/conversations/{id}: these pairs in place of the old ones. null clears them; absent is a mistake."""
-
-    metadata: Annotated[Metadata, WithJsonSchema({"anyOf": [METADATA_SCHEMA, {"type": "null"}]})]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_clears(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "metadata" in data and data["metadata"] is None:
-            return data | {"metadata": {}}
-        return data
-
-
-class ItemsBody(Body):
-    """POST /v1/conversations/{id}/items."""
-
-    items: Annotated[SomeFewItems, BeforeValidator(_as_items, json_schema_input_type=str | SomeFewItems)]
-    include: Include = Field(default_factory=list)
-
-    def new_items(self, new_id: Callable[[], str]) -> tuple[ItemJson, ...]:
-        return _with_ids(self.items, new_id)
-
-
-class ListQuery(Query):
-    """Which part of a list: up to limit items after that one, in the order of time or against it."""
-
-    not_implemented = QUERY_NOT_IMPLEMENTED
-
-    after: SessionKey | None = None
-    limit: Annotated[int, Field(ge=1, le=100)] = 20
-    order: Literal["asc", "desc"] = "desc"
-
-
-class RetrieveQuery(Query):
-    """GET /v1/responses/{id}."""
-
-    not_implemented = RETRIEVE_NOT_IMPLEMENTED
-    ignored = frozenset({"include_obfuscation"})
+        return self._sampling_params(self.max_output_tokens, None, self._grammar())

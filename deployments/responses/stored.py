@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deployments.responses.answers import ResponseJson, cancelled, conversation_object, interrupted, list_object
-from deployments.responses.requests import ItemJson
+from deployments.responses.items import ItemJson
 from deployments.store.values import INTERRUPTED, NewItem, Page, Status, StoredConversation, StoredResponse
 
 
@@ -44,7 +44,7 @@ def list_of(page: Page) -> dict[str, Any]:
 
 def new_items(items: Sequence[ItemJson]) -> list[NewItem]:
     """Items as the store takes them. Each has an id that the store has given."""
-    return [NewItem(item["role"], item, item["id"]) for item in items]
+    return [NewItem(item.get("role"), item, item["id"]) for item in items]
 
 
 def num_bytes(items: Sequence[NewItem], metadata: Mapping[str, str] | None = None) -> int:

@@ -15,22 +15,21 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 from deployments.errors import ResponseCancelledError
 from deployments.generation import ErrorItem, GenerationItem
 from deployments.http.admission import Admission
 from deployments.responses.answers import ResponseJson, ResponseObject, cancelled, failed
-from deployments.responses.requests import ItemJson, ResponseBody, messages_of
+from deployments.responses.items import ItemJson, answers_something
+from deployments.responses.requests import ResponseBody
 from deployments.responses.store_upkeep import StoreUpkeep
 from deployments.responses.stored import new_items, response_of
 from deployments.store.errors import NotFoundError, StoreUnavailableError
 from deployments.store.values import NewResponse, Outcome, StoredResponse
-from engine.dialogue.messages import Dialogue
 from engine.errors import ContextLengthError, PensieveError
 from engine.tenant import Tenant
-from engine.text.output import OutputDelta
-from engine.text.prompt import ChatPrompt
 from engine.text.transcript import Transcript
 
 logger = logging.getLogger("ray.serve")
@@ -61,7 +60,7 @@ class Turn:
 
         form: the response that the client will see.
         input_items: what the body adds, with ids.
-        session_key: what the request is routed by if nothing is stored.
+        session_key: what the request is routed by if it continues nothing.
         """
         self.form = form
         self._tenant = tenant
@@ -94,10 +93,9 @@ class Turn:
         max_model_len: the model's window in tokens. Raises ContextLengthError if more came before than it can hold,
         and what ConversationStore.begin_response and get_history raise.
         """
-        is_continued = self._body.previous_response_id is not None or self._body.conversation_id is not None
         if self._is_stored:
             await self._record()
-        if is_continued:
+        if self._body.is_continued:
             try:
                 await self._read_history(max_model_len)
             except BaseException as error:
@@ -115,6 +113,7 @@ class Turn:
             lease_until=self._upkeep.lease_until(),
             previous_response_id=self._body.previous_response_id,
             conversation_id=self._body.conversation_id,
+            session_key=self._session_key,
             instructions=self._body.instructions,
             params=self.form.in_progress() | {"instructions": None},  # which have a place of their own
         )
@@ -141,24 +140,27 @@ class Turn:
                 param=None,
             )
         said = [dict(item.body) for item in history.items]
-        while said and not history.is_whole and said[0]["role"] == "assistant":  # an answer without its question
+        while said and not history.is_whole and answers_something(said[0]):  # without what it answers
             del said[0]
         self._history = said
         self._transcript = history.transcript
         self._session_key = history.session_key
 
-    async def start(self, admission: Admission) -> GenerationItem:
-        """Asks the engine; returns the first item, which decides on the HTTP status. The others are this object's."""
-        messages = messages_of([*self._history, *self._input_items], self._body.instructions)
+    async def start(self, admission: Admission, *, only_encodes: bool = False) -> GenerationItem:
+        """Asks the engine; returns the first item, which decides on the HTTP status. The others are this object's.
+
+        only_encodes: see Generation.
+        """
         try:
             request = self._body.generation_request(
-                ChatPrompt(Dialogue.of(messages).messages, drops_oldest=self._body.truncation == "auto"),
+                self._body.prompt_value([*self._history, *self._input_items]),
                 request_id=self.response_id,
                 session_id=self._session_key,
                 tenant=self._tenant,
                 history=self._transcript,
                 returns_transcript=self._is_stored,
             )
+            request = replace(request, only_encodes=only_encodes)
             self._items = admission.generate(request, self._body.timeout)
             return await anext(self)
         except BaseException as error:
@@ -207,13 +209,12 @@ class Turn:
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
-    async def complete(self, delta: OutputDelta) -> ResponseJson:
+    async def complete(self, answer: ResponseJson, transcript: Transcript | None) -> ResponseJson:
         """The whole answer, stored; if it was cancelled, deleted or interrupted meanwhile, what the store has instead.
 
-        delta: the whole answer. Raises StoreUnavailableError after some patience, StoreCorruptedError.
+        transcript: what the engine computed. Raises StoreUnavailableError after some patience, StoreCorruptedError.
         """
-        answer = self.form.whole(delta)
-        if self._is_stored and not await self._store_outcome(answer, delta.transcript):
+        if self._is_stored and not await self._store_outcome(answer, transcript):
             answer = await self._stored_instead()
         self._upkeep.running.pop(self.response_id, None)
         return answer

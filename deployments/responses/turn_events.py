@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from deployments.errors import ResponseCancelledError
 from deployments.generation import ErrorItem
-from deployments.responses.answers import Event, ResponseStream, final_status, sse_named_event
-from deployments.responses.turn import CANCELLED, Turn
+from deployments.responses.answers import (
+    ResponseStream,
+    closing_event,
+    error_event,
+    failed,
+    final_status,
+    sse_named_event,
+)
+from deployments.responses.output import Event
+from deployments.responses.turn import Turn
 from deployments.store.errors import StoreError
 from engine.text.output import OutputDelta
 
@@ -19,30 +26,29 @@ class TurnEvents:
     def __init__(self, turn: Turn) -> None:
         self._turn = turn
         self._stream = ResponseStream(turn.form)
-        self._texts: list[str] = []
 
     async def events(self, delta: OutputDelta) -> str:
         """What is new. At the end of the answer, first stores it."""
-        self._texts.append(delta.text)
+        told = self._stream.read(delta)
         if delta.finish_reason is None:
-            return _worded(self._stream.events(delta))
+            return self._worded(told)
         try:
-            answer = await self._turn.complete(replace(delta, text="".join(self._texts)))
+            answer = await self._turn.complete(self._stream.whole(), delta.transcript)
         except StoreError as error:
-            return _worded([self._stream.failed_event(ErrorItem.of(error))])
-        if answer["status"] == "cancelled":
-            return _worded([self._stream.error_event(CANCELLED)])
-        if answer["status"] != final_status(delta) or answer["error"] is not None:
-            return _worded([self._stream.closing_event(answer)])
-        return _worded(self._stream.events(delta))
+            return self._worded([self._failed_event(ErrorItem.of(error))])
+        if answer["status"] != final_status(delta) or answer["error"] is not None:  # it became something else meanwhile
+            told = []
+        return self._worded([*told, closing_event(answer)])
 
     async def error(self, error: ErrorItem) -> str:
         """The turn has no answer; it says why."""
         if error.is_a(ResponseCancelledError):
-            return _worded([self._stream.error_event(error)])
+            return self._worded([error_event(error)])
         await self._turn.give_up(error)
-        return _worded([self._stream.failed_event(error)])
+        return self._worded([self._failed_event(error)])
 
+    def _failed_event(self, error: ErrorItem) -> Event:
+        return closing_event(failed(self._stream.in_progress(), error))
 
-def _worded(events: Iterable[Event]) -> str:
-    return "".join(map(sse_named_event, events))
+    def _worded(self, events: Iterable[Event]) -> str:
+        return "".join(map(sse_named_event, self._stream.numbered(events)))

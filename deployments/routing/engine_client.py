@@ -33,6 +33,7 @@ from deployments.routing.rendezvous import choose_session_id, rank_replicas, rou
 from deployments.routing.replica_failures import REPLICA_LOST, as_engine_error
 from deployments.routing.resumption import Progress, Retries
 from engine.cache_view import CacheQuery
+from engine.errors import EngineStoppedError
 
 logger = logging.getLogger("ray.serve")
 
@@ -123,6 +124,13 @@ class EngineClient:
         )
         return dict(answer for answer in answers if isinstance(answer, tuple))
 
+    async def load(self) -> int:
+        """How many requests run or wait in all replicas. Raises EngineStoppedError if none says so."""
+        answers = [answer for answer in await self._ask_all("get_load") if isinstance(answer, tuple)]
+        if not answers:
+            raise EngineStoppedError(f"no engine replica answered within {DESCRIBE_TIMEOUT_S:g} seconds")
+        return sum(num_requests for _, num_requests in answers)
+
     async def map_cache(self, query: CacheQuery) -> list[ReplicaCache]:
         """What is where in the replicas that answer, in the order of their ranks. None may be there."""
         answers = await self._ask_all("map_cache", query)
@@ -133,10 +141,10 @@ class EngineClient:
         """Makes the tiers of all replicas smaller, or gives back what was taken; the ranks of those that did it."""
         return sorted(answer for answer in await self._ask_all("hold_back", hold) if isinstance(answer, int))
 
-    async def _ask_all(self, method: str, argument: CacheQuery | CacheHold) -> list[Any]:
+    async def _ask_all(self, method: str, *arguments: CacheQuery | CacheHold) -> list[Any]:
         """What each replica answers, or raises."""
         try:
-            answers: list[Any] = await self._handle.broadcast(method, argument).results_async(
+            answers: list[Any] = await self._handle.broadcast(method, *arguments).results_async(
                 timeout_s=DESCRIBE_TIMEOUT_S, return_exceptions=True
             )
             return answers

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -120,8 +120,10 @@ class Presence:
             answers, is_busy = [], True
         except REPLICA_LOST:
             answers = []
-        card = next((answer for answer in answers if isinstance(answer, ModelCard)), None)
-        if card is not None:
+        cards = [answer for answer in answers if isinstance(answer, ModelCard)]
+        card = None
+        if cards:
+            card = replace(cards[0], warnings=tuple(sorted(warning for each in cards for warning in each.warnings)))
             self._card, self._card_s = card, time.monotonic()
         if card is not None or is_busy:
             self._absent_since_s = None

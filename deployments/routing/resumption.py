@@ -58,8 +58,17 @@ class Progress:
         request_id = f"{self._request.request_id}-{self._num_attempts}"
         beginning = AnswerBeginning(tuple(self.token_ids), self._num_chars, self._prompt) if self.token_ids else None
         begun_by = self._model if self.token_ids else ""
+        sampling = self._request.sampling
+        if self.token_ids:  # what is told of the prompt came with the first one
+            sampling = replace(sampling, prompt_logprobs=None)
         return replace(
-            self._request, request_id=request_id, history=self._history, beginning=beginning, begun_by=begun_by
+            self._request,
+            request_id=request_id,
+            sampling=sampling,
+            return_prompt_text=self._request.return_prompt_text and not self.token_ids,
+            history=self._history,
+            beginning=beginning,
+            begun_by=begun_by,
         )
 
 

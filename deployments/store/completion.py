@@ -121,6 +121,7 @@ async def _insert_transcript(
 ) -> None:
     """place: with the parent to store the difference to; None = store all of it."""
     delta = make_delta(None if place is None else place.parent, transcript)
+    start_tokens, start_chars = transcript.answer_start or (None, None)
     await connection.execute(
         insert(transcripts).values(
             response_id=response_id,
@@ -132,6 +133,8 @@ async def _insert_transcript(
             text=delta.text,
             anchors=delta.anchors,
             fingerprint=transcript.fingerprint,
+            answer_start_tokens=start_tokens,
+            answer_start_chars=start_chars,
         )
     )
 

@@ -11,7 +11,7 @@ engine; time is an argument.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import and_, update
@@ -21,7 +21,15 @@ from deployments.store.completion import complete, find_place
 from deployments.store.conversations import Conversations, find_conversation
 from deployments.store.database import Database
 from deployments.store.history import chain_items, conversation_items, load_transcript
-from deployments.store.item_rows import insert_items, name_items, read_page, refuse_odd_id
+from deployments.store.item_rows import (
+    find_items,
+    find_session,
+    insert_items,
+    is_plain_id,
+    name_items,
+    read_page,
+    refuse_odd_id,
+)
 from deployments.store.leases import IS_RUNNING, Leases, interrupt
 from deployments.store.purge import find_purgeable, hide_old, purge, purge_conversations
 from deployments.store.response_rows import (
@@ -44,6 +52,7 @@ from deployments.store.values import (
     Page,
     Quota,
     Status,
+    StoredItem,
     StoredResponse,
 )
 from engine.errors import InvalidParameterError
@@ -180,7 +189,7 @@ class ConversationStore:
                 update(conversations).where(conversations.c.id == new.conversation_id).values(used_at=now)
             )
             return new.conversation_id, None
-        return new.id, None
+        return new.session_key or new.id, None
 
     async def renew_leases(self, owner: str, now: float, lease_s: float, running: Collection[str]) -> frozenset[str]:
         """Renews the leases of running turns; returns those that are still in progress.
@@ -284,6 +293,21 @@ class ConversationStore:
             return await read_page(connection, inside, items.c.position, after, limit, order)
 
         return await self._database.read(work)
+
+    async def find_items(self, tenant: str, ids: Sequence[str], max_bytes: int) -> tuple[StoredItem, ...] | None:
+        """The tenant's items with these ids, in this order, wherever they are; None if they are larger together.
+
+        Raises NotFoundError for an id that the tenant does not have.
+
+        max_bytes: of items as JSON.
+        """
+        return await self._database.read(lambda connection: find_items(connection, tenant, ids, max_bytes))
+
+    async def find_session(self, tenant: str, item_id: str) -> str | None:
+        """What the turn that an item comes from is routed by; None if the tenant has no such item."""
+        if not is_plain_id(item_id):
+            return None
+        return await self._database.read(lambda connection: find_session(connection, tenant, item_id))
 
     async def get_history(
         self,

@@ -117,19 +117,23 @@ async def load_transcript(connection: AsyncConnection, response_id: str | None) 
         transcripts.c.token_ids,
         transcripts.c.text,
         transcripts.c.anchors,
-        transcripts.c.fingerprint,
     ]
+    of_the_latest = [transcripts.c.fingerprint, transcripts.c.answer_start_tokens, transcripts.c.answer_start_chars]
     rows = await connection.execute(
-        select(*columns).join(chain, transcripts.c.response_id == chain.c.response_id).order_by(chain.c.depth)
+        select(*columns, *of_the_latest)
+        .join(chain, transcripts.c.response_id == chain.c.response_id)
+        .order_by(chain.c.depth)
     )
     found = rows.all()
     if not found:
         return None
     try:
         # The chain's latest response says which tokenizer and template made the ids, including those of older responses.
-        return apply_deltas([TranscriptDelta(*row[:-1]) for row in found], found[0].fingerprint)
+        transcript = apply_deltas([TranscriptDelta(*row[: len(columns)]) for row in found], found[0].fingerprint)
     except ValueError:
         raise StoreCorruptedError from None
+    start = found[0].answer_start_tokens
+    return replace(transcript, answer_start=None if start is None else (start, found[0].answer_start_chars))
 
 
 def to_items(rows: Iterable[Any]) -> tuple[StoredItem, ...]:

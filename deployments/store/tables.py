@@ -145,6 +145,9 @@ transcripts = Table(
     Column("anchors", LargeBinary, nullable=False),
     # Of the tokenizer and the chat template that made the ids; empty = not known, and the ids are not used.
     Column("fingerprint", Text, nullable=False, server_default=""),
+    # Where the last answer begins; null = not known, and the answer is recognised only by its very text.
+    Column("answer_start_tokens", Integer),
+    Column("answer_start_chars", Integer),
     Index("ix_transcripts_parent_id", "parent_id"),
 )
 

@@ -80,6 +80,7 @@ class NewResponse:
 
     owner: the boot of the ingress process that runs it; lease_until: unix seconds up to which the turn counts as
     running unless the lease is renewed. params: whatever else the answer has to repeat (temperature, metadata, ...).
+    session_key: what it is routed by if it continues neither; None = its own id.
     """
 
     id: str
@@ -89,6 +90,7 @@ class NewResponse:
     lease_until: float
     previous_response_id: str | None = None
     conversation_id: str | None = None
+    session_key: str | None = None
     instructions: str | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
 
@@ -113,7 +115,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """session_key: the conversation's id or the id of the chain's first response; routing hashes on it."""
+    """session_key: the conversation's id, or what the chain's first response was routed by, such as its own id."""
 
     id: str
     conversation_id: str | None

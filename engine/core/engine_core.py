@@ -16,14 +16,14 @@ by `core.complete_transfer`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 from engine.core.cache.cache_manager import CacheManager
 from engine.core.cache_map import ContextKeys, Eviction, MappedContext
 from engine.core.config import CacheConfig, SchedulingConfig
-from engine.core.plan import Logprobs, SlowTransfer, StepPlan, StepResult
+from engine.core.plan import ChunkRecord, Logprobs, SlowTransfer, StepPlan, StepResult, TransferEnd
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineStats, RequestStats
@@ -35,6 +35,7 @@ class RequestOutput(NamedTuple):
 
     finish_reason: None = more follows.
     stats: come with the end.
+    prompt_logprobs: come with the first token, if they were asked for.
 
     (A tuple, as one is made for each request and step while nothing else runs.)
     """
@@ -46,6 +47,7 @@ class RequestOutput(NamedTuple):
     num_cached_tokens: int
     finish_reason: FinishReason | None = None
     stats: RequestStats | None = None
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 class EngineCore:
@@ -69,6 +71,7 @@ class EngineCore:
         # what it computes of them is worth keeping.
         self._in_flight: list[StepPlan] = []
         self._to_abort: list[str] = []
+        self._begun_s: float | None = None  # when the oldest of them could begin
 
     @property
     def has_requests(self) -> bool:
@@ -140,6 +143,7 @@ class EngineCore:
         `fail_step` before the next call.
         """
         assert not self._in_flight, "a plan has no result yet"
+        self._begun_s = now
         return self._note_in_flight(self._scheduler.schedule(now))
 
     def schedule_ahead(self, now: float) -> StepPlan | None:
@@ -166,10 +170,12 @@ class EngineCore:
         self._restart_corrupted(plan, result, now)
         self._cache.transfers.complete()
         sampled = zip(result.token_ids, result.logprobs or repeat(None), strict=False)
+        scores = iter(result.prompt_logprobs)
         num_step_tokens = 0
         outputs = []
         for segment in plan.segments:
             token_id, logprobs = next(sampled) if segment.samples else (None, None)
+            scored = tuple(islice(scores, len(segment.targets)))
             request = self._requests.get(segment.request_id)
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue
@@ -177,11 +183,16 @@ class EngineCore:
             self._cache.commit(request, segment.start, segment.start + num_tokens)
             request.num_computed_tokens += num_tokens
             num_step_tokens += num_tokens
+            if scored:
+                self._note_scores(request, segment.start, scored)
             if token_id is None:
                 request.pending = without_front(request.pending, num_tokens)
             elif segment.request_id not in self._to_abort:
                 outputs.append(self._append(request, token_id, logprobs, now))
         self.stats.num_computed_tokens += num_step_tokens
+        if self._cache.tiers.slow and self._begun_s is not None:
+            self._cache.prices.note_step(plan.segments, now - self._begun_s)
+            self._begun_s = now  # the next one is behind it, or `schedule` makes it
         self._land(now)
         return outputs
 
@@ -213,13 +224,36 @@ class EngineCore:
         """
         return self._cache.slow_transfers.take()
 
-    def complete_transfer(self, transfer_id: int, *, ok: bool, now: float) -> None:
-        """A transfer of a slow tier has ended.
+    def complete_transfer(self, end: TransferEnd, now: float) -> None:
+        """A transfer of a slow tier has ended."""
+        self._cache.slow_transfers.complete(end, now)
+        self._scheduler.end_transfer(end.transfer_id)
 
-        ok: the target holds, whole and right, what the source held.
-        """
-        self._cache.slow_transfers.complete(transfer_id, ok=ok, now=now)
-        self._scheduler.end_transfer(transfer_id)
+    def await_records(self, tier_name: str) -> None:
+        """Before the first request: a slow tier may have chunks of an earlier process, which `restore` will tell."""
+        self._cache.await_records(tier_name)
+
+    def note_load_price(self, tier_name: str, seconds: float, now: float) -> None:
+        """A chunk was loaded from a slow tier in so long, before any transfer."""
+        self._cache.prices.note_load(tier_name, seconds, now)
+
+    def restore(self, tier_name: str, records: Mapping[int, ChunkRecord | None], now: float) -> None:
+        """What lies in these blocks of a slow tier; None = nothing that can be used. Each block once."""
+        self._cache.restore(tier_name, records, now)
+
+    def start_drain(self, now: float) -> None:
+        """Bring what the fast tiers hold to a slow one, if there is one. No request may follow."""
+        self._cache.start_drain(now)
+
+    def is_drained(self, now: float) -> bool:
+        """Whether all of it that is worth it has arrived, or no more can."""
+        drain = self._cache.drain
+        return drain is None or drain.is_done(now)
+
+    def hanging_tiers(self, now: float) -> list[str]:
+        """The slow tiers that are left alone because a transfer of theirs does not end."""
+        cache = self._cache
+        return [tier.name for tier in cache.tiers.slow if cache.slow_transfers.hangs(tier, now)]
 
     def next_deadline_s(self) -> float | None:
         """The time at which a request stops waiting for a slow tier, so that steps go on; None = none waits."""
@@ -360,6 +394,13 @@ class EngineCore:
                 if not failed.isdisjoint(request.chunks):
                     self._scheduler.restart(request, now)
 
+    @staticmethod
+    def _note_scores(request: Request, start: int, scores: Sequence[Logprobs]) -> None:
+        """Those of positions from `start` on, some of which may be known."""
+        new = scores[request.num_scored - start :]
+        request.prompt_logprobs += new
+        request.num_scored += len(new)
+
     def _append(self, request: Request, token_id: int, logprobs: Logprobs | None, now: float) -> RequestOutput:
         request.token_ids.append(token_id)
         num_tokens, num_output_tokens = request.num_tokens, request.num_output_tokens
@@ -377,8 +418,18 @@ class EngineCore:
             self._finish(request, now)
             self.stats.num_finished += 1
             account = self._account(request, now)
+        prompt_logprobs: tuple[Logprobs, ...] = ()
+        if request.prompt_logprobs:
+            prompt_logprobs, request.prompt_logprobs = tuple(request.prompt_logprobs), []
         return RequestOutput(
-            request.request_id, token_id, logprobs, num_output_tokens, request.num_cached_tokens, reason, account
+            request.request_id,
+            token_id,
+            logprobs,
+            num_output_tokens,
+            request.num_cached_tokens,
+            reason,
+            account,
+            prompt_logprobs,
         )
 
     def _finish(self, request: Request, now: float, *, step_failed: bool = False) -> None:

@@ -26,13 +26,15 @@ class QuerySegment:
 
     start: first position. token_ids: the tokens there, `query_len` of them; None: the one token that the request's previous
     segment with `samples` chose, since its last start. samples: the segment ends the context as it is known, so the logits
-    of its last row choose the next token.
+    of its last row choose the next token. targets: tokens of the prompt that follow the first so many rows, whose
+    log-probabilities are wanted.
     """
 
     request_id: str
     start: int
     token_ids: tuple[int, ...] | None
     samples: bool = False
+    targets: tuple[int, ...] = ()
 
     @property
     def query_len(self) -> int:
@@ -84,21 +86,54 @@ class BlockCopy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkRecord:
+    """All that a tier has to keep with a block so that its chunk is found again after a restart.
+
+    key: the chunk's name, which says all that the block has to hold; see index.chunk_key. parent_key: of the chunk before.
+    position: number of the chunk in its context. num_tokens: leading tokens of the block that are valid.
+    owner_id: the conversation that left it as its tail; None for other chunks.
+    idle_s: since its last use, in seconds, when this was written.
+    """
+
+    key: bytes
+    parent_key: bytes
+    position: int
+    num_tokens: int
+    owner_id: str | None
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SlowTransfer:
     """Copy a block from or to a slow tier, beside the steps and for as long as it takes.
 
     Until its end is told, neither of its blocks is given to anything else.
 
     transfer_id: counts up; to tell its end by.
-    key: the chunk's name, which says all that the block has to hold; see index.chunk_key.
-    num_tokens: leading tokens of the block that are valid.
+    record: which chunk it is.
     copy: from which block to which.
     """
 
     transfer_id: int
-    key: bytes
-    num_tokens: int
+    record: ChunkRecord
     copy: BlockCopy
+
+    @property
+    def key(self) -> bytes:
+        return self.record.key
+
+
+@dataclass(frozen=True, slots=True)
+class TransferEnd:
+    """How a transfer of a slow tier has ended.
+
+    ok: the target holds, whole and right, what the source held.
+    seconds: what it took of the tier's time, without waiting; None = not measured.
+    """
+
+    transfer_id: int
+    ok: bool
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +168,14 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """Natural-log probabilities in one place: of the token that was chosen, and the largest ones [(token id, logprob)]."""
+    """Natural-log probabilities in one place: of the token that stands there, and the largest ones [(token id, logprob)].
+
+    rank: of that token among all, the most probable one being 1; 0 = not asked for.
+    """
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +185,7 @@ class StepResult:
     token_ids: one for each segment with `samples`, in the order of the segments.
     logprobs: as many, None for those that did not ask; empty if none did.
     failed_swap_ins: target blocks to which a swap-in brought something else than was swapped out.
+    prompt_logprobs: one for each target, in the order of the segments.
     failed_requests: (request id, reason) of those whose answers cannot go on within their grammars.
     """
 
@@ -154,3 +194,4 @@ class StepResult:
     logprobs: tuple[Logprobs | None, ...] = ()
     failed_swap_ins: tuple[int, ...] = ()
     failed_requests: tuple[tuple[str, str], ...] = ()
+    prompt_logprobs: tuple[Logprobs, ...] = ()

@@ -9,12 +9,15 @@ import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from engine.core.cache.index import Chunk
 from engine.core.grammar import GrammarSpec
 from engine.core.thinking import ThinkingLimit
 from engine.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from engine.core.plan import Logprobs
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
@@ -51,6 +54,7 @@ class SamplingParams:
     max_tokens: most tokens to generate; None = what the window leaves. top_k=0, top_p=1 and min_p=0 switch those
     filters off. seed: makes sampling repeatable, per position, so that a resumed request repeats itself; None = the
     engine draws one. logprobs: how many alternatives to report for each token; 0 = only the chosen one's, None = none.
+    prompt_logprobs: the same for each token of the prompt but the first, for which the prompt is computed anew.
     stop: at most MAX_STOP_STRINGS strings of at most MAX_STOP_CHARS characters that end the answer (not part of it).
     stop_token_ids: at most MAX_STOP_TOKEN_IDS. min_tokens: end-of-sequence and stop ids are barred before. logit_bias: at
     most MAX_LOGIT_BIAS pairs (token id, what is added to its logit, -100 to 100), before penalties and temperature.
@@ -74,6 +78,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: GrammarSpec | None = None
     max_thinking_tokens: int | None = None
@@ -118,7 +123,9 @@ class SamplingParams:
         check(
             self.grammar is None or not self.ignore_eos, "ignore_eos", "false with a grammar, which says where to end"
         )
-        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            num = getattr(self, name)
+            check(num is None or 0 <= num <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}")
         check_len(len(self.logit_bias), MAX_LOGIT_BIAS, "logit_bias", "token ids")
         check(
             len(dict(self.logit_bias)) == len(self.logit_bias) and all(i >= 0 for i, _ in self.logit_bias),
@@ -160,7 +167,9 @@ class Request:
     Each field that changes has one owner.
 
     The engine core's: token_ids, the context, prompt first, then what was generated; arrival_s, first_token_s,
-    max_total_tokens, num_computed_tokens; and `pending` from the first step on.
+    max_total_tokens, num_computed_tokens, num_scored, prompt_logprobs; and `pending` from the first step on.
+    num_scored: how many positions of the prompt, from the first one on, have said how probable the tokens behind them are;
+        prompt_logprobs, what they said, until it is given out.
     pending: ranges [start, end) of positions that are still to compute, in order, holes included; a decoding request has
         exactly its last token pending. The cache manager sets it when it admits the request.
 
@@ -189,8 +198,10 @@ class Request:
         "num_loaded_tokens",
         "num_not_loaded_tokens",
         "num_prompt_tokens",
+        "num_scored",
         "num_suspensions",
         "pending",
+        "prompt_logprobs",
         "request_id",
         "sampling",
         "status",
@@ -240,6 +251,8 @@ class Request:
         self.num_dropped_tokens = 0
         self.num_known_tokens = 0
         self.num_computed_tokens = 0
+        self.num_scored = 0
+        self.prompt_logprobs: list[Logprobs] = []
         self.num_suspensions = 0
         self.account = ContextAccount()
         self.loads: dict[bytes, str] = {}
@@ -257,6 +270,13 @@ class Request:
     def num_new_tokens(self) -> int:
         """Prompt tokens that are not known to have been cached."""
         return self.num_prompt_tokens - self.num_cached_tokens - self.num_not_loaded_tokens - self.num_dropped_tokens
+
+    @property
+    def unscored(self) -> range:
+        """Positions of the prompt that have to be computed for their logits, whatever is cached of them."""
+        if self.sampling.prompt_logprobs is None:
+            return range(0)
+        return range(self.num_scored, self.num_prompt_tokens - 1)
 
     @property
     def num_pending_tokens(self) -> int:

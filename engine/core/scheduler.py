@@ -18,6 +18,9 @@ from engine.core.request import Request, RequestStatus, without_front
 from engine.core.stats import EngineStats
 from engine.core.waiting_queue import WaitingQueue
 
+# Positions of prompts whose logits a step gives: each is a row of the whole vocabulary.
+MAX_SCORED_ROWS = 256
+
 
 @dataclass(slots=True)
 class _Loading:
@@ -34,11 +37,13 @@ class _Loading:
 class _Draft:
     """What running requests compute in a step. Holds as long as the running requests are exactly those of `running`.
 
-    budget: what is left of the step's. num_prompt_tokens: of the segments that are no decodes. growing: those of the
+    budget: what is left of the step's; num_scorable, of the positions that may say how probable the tokens behind them are.
+    num_prompt_tokens: of the segments that are no decodes. growing: those of the
     requests that need one more block for it.
     """
 
     budget: int
+    num_scorable: int
     num_prompt_tokens: int = 0
     segments: list[QuerySegment] = field(default_factory=list)
     running: list[Request] = field(default_factory=list)
@@ -168,15 +173,15 @@ class Scheduler:
         """
         if len(self.loading) >= self._config.max_num_seqs:
             return False
+        if request.load_deadline_s is not None and now >= request.load_deadline_s:
+            return False
+        wait = self._cache.start_loads(request, now)
+        if wait is None:
+            return False
         if request.load_deadline_s is None:
-            request.load_deadline_s = now + self._cache.max_load_wait_s
-        elif now >= request.load_deadline_s:
-            return False
-        transfer_ids = self._cache.start_loads(request, now)
-        if transfer_ids is None:
-            return False
+            request.load_deadline_s = now + wait.max_wait_s
         self.waiting.remove(request)
-        self.loading[request] = _Loading(request.status, transfer_ids)
+        self.loading[request] = _Loading(request.status, wait.transfer_ids)
         request.status = RequestStatus.LOADING
         return True
 
@@ -216,8 +221,11 @@ class Scheduler:
         max_swap_outs = self._cache.config.max_swap_outs
         if self._cache.transfers.planned.swap_ins:
             max_swap_outs //= 4  # the two directions slow each other down (paper section 5)
-        self._cache.allocator.plan_swap_outs(self._watermark_blocks, max_swap_outs, now)
-        self._cache.allocator.plan_stores(self._cache.config.swap_out_watermark, max_swap_outs, now)
+        if self._cache.drain is None:
+            self._cache.allocator.plan_swap_outs(self._watermark_blocks, max_swap_outs, now)
+            self._cache.allocator.plan_stores(self._cache.config.swap_out_watermark, max_swap_outs, now)
+        else:
+            self._cache.drain.plan(now)
         if not draft.segments and not self._cache.transfers.planned:
             return None
         self._step_id += 1
@@ -241,7 +249,7 @@ class Scheduler:
         That is if nothing unforeseen happens: its segments are computed, a token is sampled where it samples, and a
         request that reaches its length ends.
         """
-        draft = _Draft(self._config.max_num_batched_tokens)
+        draft = _Draft(self._config.max_num_batched_tokens, MAX_SCORED_ROWS)
         num_computed: dict[str, int] = {}
         samplers: set[str] = set()
         for segment in () if executing is None else executing.segments:
@@ -278,16 +286,24 @@ class Scheduler:
 
     def _add_segments(self, draft: _Draft, request: Request, pending: Sequence[tuple[int, int]]) -> None:
         """As much of the pending ranges as the budget holds, front first. The last range ends with the context."""
-        context_len = pending[-1][1]
+        context_len, unscored = pending[-1][1], request.unscored
         for start, end in pending:
-            length = min(end - start, draft.budget)
-            if not length:
+            stop = start + min(end - start, draft.budget)
+            targets: tuple[int, ...] = ()
+            if unscored and unscored.start < stop and start < unscored.stop:
+                # Where it starts before them, a chunk is computed again that they share with others.
+                if min(stop, unscored.stop) - start > draft.num_scorable:
+                    stop = start + draft.num_scorable
+                targets = tuple(request.token_ids[start + 1 : min(stop, unscored.stop) + 1])
+                draft.num_scorable -= len(targets)
+            if stop == start:
                 break
-            stop = start + length
             is_sampled = start >= request.num_known_tokens
             tokens = None if is_sampled else tuple(request.token_ids[start:stop])
-            draft.segments.append(QuerySegment(request.request_id, start, tokens, stop == context_len))
-            draft.budget -= length
+            draft.segments.append(QuerySegment(request.request_id, start, tokens, stop == context_len, targets))
+            draft.budget -= stop - start
+            if stop < end:
+                break
 
     def _append_blocks(self, growing: Sequence[Request], now: float) -> list[BlockAppend]:
         """One more block for each of them; as long as there is none, others are suspended, or the one that needs it."""

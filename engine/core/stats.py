@@ -13,6 +13,8 @@ from engine.core.tier_table import FAST_TIERS, eviction_reasons
 
 # How the transfers of a slow tier ended.
 SLOW_OUTCOMES = ("loaded", "stored", "load_failed", "store_failed")
+# What was not done, because computing the chunk again is cheaper.
+SLOW_REFUSALS = ("load", "store")
 
 
 @dataclass(slots=True)
@@ -31,6 +33,8 @@ class EngineStats:
     num_used_drafts, num_discarded_drafts: plans prepared while a step runs, used or overtaken by something unforeseen.
     num_steps_ahead: given to the executor before the step in front had a result.
     evictions: by reason, see tier_table.eviction_reasons. slow_transfers: "<tier>_<outcome>", for slow tiers.
+    slow_refusals: chunks that were not loaded or stored because computing them again is cheaper, "<tier>_load" and
+        "<tier>_store". slow_seconds: of the tier's time, for what was loaded and stored well, as far as it was measured.
     """
 
     tiers: InitVar[Sequence[str]] = FAST_TIERS
@@ -59,12 +63,16 @@ class EngineStats:
     num_steps_ahead: int = 0
     evictions: dict[str, int] = field(init=False)
     slow_transfers: dict[str, int] = field(init=False)
+    slow_refusals: dict[str, int] = field(init=False)
+    slow_seconds: dict[str, float] = field(init=False)
 
     def __post_init__(self, tiers: Sequence[str]) -> None:
         self.cached_tokens = dict.fromkeys(tiers, 0)
         self.evictions = dict.fromkeys(eviction_reasons(tiers), 0)
         slow = tiers[len(FAST_TIERS) :]
         self.slow_transfers = {f"{tier}_{outcome}": 0 for tier in slow for outcome in SLOW_OUTCOMES}
+        self.slow_refusals = {f"{tier}_{what}": 0 for tier in slow for what in SLOW_REFUSALS}
+        self.slow_seconds = {f"{tier}_{what}": 0.0 for tier in slow for what in ("loaded", "stored")}
 
     def note_cached(self, num_tokens: int, loaded_tokens: Mapping[str, int]) -> None:
         """So many prompt tokens were cached; of these, so many were loaded from other tiers than the first one."""
@@ -81,7 +89,8 @@ class EngineStats:
         first = next(iter(self.cached_tokens))
         counters[f"num_{first}_copies"] = counters.pop("num_local_copies")
         if not self.slow_transfers:
-            del counters["slow_transfers"]
+            for name in ("slow_transfers", "slow_refusals", "slow_seconds"):
+                del counters[name]
         return counters
 
 

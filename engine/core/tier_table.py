@@ -27,13 +27,18 @@ class TierSpec:
 
     num_blocks: its size in blocks of one chunk each.
     is_fast: its copies are part of plans, and finished with the step.
-    max_wait_s: longest time that a request waits for its loads from a slow tier, in seconds.
+    max_wait_s: longest time that a request waits for its loads from a slow tier, in seconds. If a transfer takes longer, the
+        tier is left alone until that has ended.
+    stores_first_use: chunks are stored there although they were used once only.
+    rewrite_s: in so many seconds no more is stored, on average, than the tier holds; 0 = no bound.
     """
 
     name: str
     num_blocks: int
     is_fast: bool = True
     max_wait_s: float = 10.0
+    stores_first_use: bool = True
+    rewrite_s: float = 0.0
 
 
 def tier_row(num_gpu_blocks: int, num_cpu_blocks: int, slow_tiers: Sequence[TierSpec] = ()) -> tuple[TierSpec, ...]:

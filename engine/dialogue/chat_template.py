@@ -86,6 +86,8 @@ class ChatTemplate:
         """
         traits = self.traits
         messages = dialogue.messages if traits.writes_calls else _calls_as_texts(dialogue.messages)
+        if not traits.takes_late_system:
+            messages = _late_system_as_user(messages)
         tools = [tool.definition() for tool in dialogue.tools]
         if tools and not traits.knows_tools:
             messages = self._list_tools(messages, tools)
@@ -94,7 +96,7 @@ class ChatTemplate:
             return self._render(
                 [self._message(message) for message in messages],
                 tools=tools or None,
-                add_generation_prompt=not dialogue.continues,
+                add_generation_prompt=dialogue.opens_answer and not dialogue.continues,
                 continue_final_message=dialogue.continues,
                 **dialogue.template_kwargs,
             )
@@ -187,6 +189,23 @@ def _arguments_object(text: str) -> Any:
     except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {"invalid_json": text}
+
+
+def _late_system_as_user(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with system messages behind others told by the user, for a template that takes none there.
+
+    They become a part of the user's message beside them: many such templates want the roles to alternate.
+    """
+    written: list[Message] = []
+    is_joined = False  # the message behind a system message that was made a user's goes on with it
+    for message in messages:
+        is_late = message.role == "system" and any(each.role != "system" for each in written)
+        if (is_late or (is_joined and message.role == "user")) and written[-1].role == "user":
+            written[-1] = replace(written[-1], content=f"{written[-1].content}\n{message.content}")
+        else:
+            written.append(replace(message, role="user") if is_late else message)
+        is_joined = is_late
+    return tuple(written)
 
 
 def _calls_as_texts(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -83,7 +83,8 @@ def call_grammar(
         beside = Beside.NOTHING
     is_framed = form is not None and form.frames_answers
     may_think = reasoning is not None and not is_framed and thinking_state == ""
-    holds_calls = choice.is_forced or any(tool.strict for tool in offered) or (offered and not is_parallel)
+    is_limited = not is_parallel or choice.allowed is not None
+    holds_calls = choice.is_forced or any(tool.strict for tool in offered) or (offered and is_limited)
     if not holds_calls and not (beside.is_form and (offered or is_framed or may_think)):
         return None
     is_json = beside is Beside.JSON and isinstance(form, BareJson)

@@ -58,12 +58,14 @@ class Dialogue:
     tools: that the model is told of.
     template_kwargs: plain values for the template's own variables: see template_kwargs().
     continues: the answer goes on with the text of the last message instead of a new one.
+    opens_answer: unless it does, the prompt ends with what begins a message of the assistant.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continues: bool = False
+    opens_answer: bool = True
 
     @classmethod
     def of(cls, messages: Sequence[tuple[str, str]]) -> Dialogue:

@@ -42,6 +42,7 @@ class TemplateTraits:
     has_empty_content: a message that only calls has the content ""; else none at all.
     has_parallel_calls: it renders all calls of a message, not just one.
     takes_system: it renders a system message.
+    takes_late_system: also one behind other messages.
     reasoning_keys: where it looks for thinking; those that appear in the prompt.
     has_reasoning_beside_content: it takes thinking and content in one message that calls.
     assistant_header: what begins an answer in the prompt; empty if it could not be told.
@@ -54,6 +55,7 @@ class TemplateTraits:
     has_empty_content: bool = True
     has_parallel_calls: bool = True
     takes_system: bool = True
+    takes_late_system: bool = True
     reasoning_keys: tuple[str, ...] = ()
     has_reasoning_beside_content: bool = True
     assistant_header: str = ""
@@ -92,7 +94,8 @@ def probe_template(render: Render, text: str) -> tuple[TemplateTraits, FoundForm
     )
     message = _calling_message(1, has_text_arguments)
     both = {**message, "content": "x", **dict.fromkeys(reasoning_keys, THOUGHT)}
-    system = _try(render, [{"role": "system", "content": THOUGHT}, USER])
+    told = {"role": "system", "content": THOUGHT}
+    system, late_system = _try(render, [told, USER]), _try(render, [USER, assistant("x"), told, USER])
     traits = TemplateTraits(
         text,
         knows_tools=knows_tools,
@@ -101,6 +104,7 @@ def probe_template(render: Render, text: str) -> tuple[TemplateTraits, FoundForm
         has_empty_content=calls is None or calls.has_empty_content,
         has_parallel_calls=calls is None or calls.num_calls > 1,
         takes_system=THOUGHT in (system or ""),
+        takes_late_system=THOUGHT in (late_system or ""),
         reasoning_keys=reasoning_keys,
         has_reasoning_beside_content=calls is None or _try(render, [USER, both], tools=definitions) is not None,
         assistant_header=header,

@@ -48,11 +48,13 @@ class Tool:
 class ToolChoice:
     """Whether the answer has to call something.
 
-    mode: "auto" (as the model likes), "none", "required" (at least one call) or "named" (a call of `name`).
+    mode: "auto" (as the model likes), "none", "required" (at least one call) or "named" (one call of `name`).
+    allowed: the names of the tools that may be called, of all that the model is told of; None = all may.
     """
 
     mode: str = "auto"
     name: str = ""
+    allowed: tuple[str, ...] | None = None
 
     @property
     def is_forced(self) -> bool:
@@ -70,12 +72,20 @@ class ToolChoice:
             raise InvalidParameterError(
                 f"tool_choice names {self.name!r}, but no tool has that name", param="tool_choice"
             )
+        for name in self.allowed or ():
+            if name not in {tool.name for tool in tools}:
+                raise InvalidParameterError(
+                    f"tool_choice allows {name!r}, but no tool has that name", param="tool_choice"
+                )
+        if self.is_forced and not self.offered(tools):
+            raise InvalidParameterError("tool_choice asks for a call, but allows none", param="tool_choice")
 
     def offered(self, tools: Sequence[Tool]) -> tuple[Tool, ...]:
         """The tools that the answer may call."""
         if self.mode == "none":
             return ()
-        return tuple(tool for tool in tools if self.mode != "named" or tool.name == self.name)
+        names = (self.name,) if self.mode == "named" else self.allowed
+        return tuple(tool for tool in tools if names is None or tool.name in names)
 
 
 AS_THE_MODEL_LIKES = ToolChoice()

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 MIB, GIB = 1 << 20, 1 << 30
 # All that sampling can do, over a distribution so flat that the whole vocabulary has to be sorted; and what of it a step may
 # do before the tokens of the one in front are known.
-WITHOUT_PENALTIES = SamplingParams(temperature=100.0, top_p=0.9999, logprobs=20, seed=0)
+WITHOUT_PENALTIES = SamplingParams(temperature=100.0, top_p=0.9999, logprobs=20, prompt_logprobs=20, seed=0)
 COSTLY_SAMPLING = (replace(WITHOUT_PENALTIES, repetition_penalty=1.1, frequency_penalty=0.1), WITHOUT_PENALTIES)
 
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from engine.attention.device_health import check_device
@@ -23,6 +24,7 @@ from engine.errors import InvalidParameterError
 from engine.executor.compiled_layers import never_compiling
 from engine.executor.decode_graphs import DecodeGraphs, GraphMaker
 from engine.executor.model_loader import LoadedModel
+from engine.executor.prompt_scores import PromptScores
 from engine.executor.sampler import Draw, SamplingBatch, SamplingState
 from engine.executor.step_inputs import BlockTables, Staging, StepArrays, StepLimits
 from engine.executor.tiers.kv_store import KVStore
@@ -52,13 +54,14 @@ class _Step:
     copy_error: of anything before that, or of its copies.
     failed_swap_ins: None as long as its copies may be in flight.
     sampled: token ids and log-probabilities, as StepResult has them, once it is settled.
-    failed_requests: as StepResult has them.
+    failed_requests, prompt_logprobs: as StepResult has them.
     """
 
     plan: StepPlan
     arrays: StepArrays | None = None
     batch: SamplingBatch | None = None
     draw: Draw | None = None
+    scores: PromptScores | None = None
     has_logits: bool = False
     failed_swap_ins: tuple[int, ...] | None = None
     error: Exception | None = None
@@ -66,6 +69,7 @@ class _Step:
     is_settled: bool = False
     sampled: tuple[tuple[int, ...], tuple[Logprobs | None, ...]] = ((), ())
     failed_requests: tuple[tuple[str, str], ...] = ()
+    prompt_logprobs: tuple[Logprobs, ...] = ()
 
 
 class ModelRunner:
@@ -181,7 +185,9 @@ class ModelRunner:
             raise kind(repr(step.error)) from step.error
         if step.error is not None:
             raise step.error
-        return StepResult(step.plan.step_id, *step.sampled, step.failed_swap_ins or (), step.failed_requests)
+        return StepResult(
+            step.plan.step_id, *step.sampled, step.failed_swap_ins or (), step.failed_requests, step.prompt_logprobs
+        )
 
     def note_sampled(self, token_ids: Sequence[int]) -> None:
         """Take in what rank 0 sampled in the last step, in the order of its segments; empty if that failed."""
@@ -258,16 +264,21 @@ class ModelRunner:
             size = self.graphs.size_for(arrays.num_tokens)
         if size is not None:
             arrays = arrays.padded(size)
-        sampled = {"sampled": arrays.sampled, "sampled_rows": arrays.sampled_rows}
-        tensors = self._staging.send({**arrays.batch(), **sampled, **self._tables.changes(), **batch.arrays})
+        kept = {"kept": np.concatenate([arrays.sampled, arrays.scored]), "sampled_rows": arrays.sampled_rows}
+        if len(arrays.targets):
+            kept["targets"] = arrays.targets
+        tensors = self._staging.send({**arrays.batch(), **kept, **self._tables.changes(), **batch.arrays})
         self._tables.apply(tensors)
         if size is not None:
-            logits = self.graphs.replay(size)[tensors["sampled"]]
+            logits = self.graphs.replay(size)[tensors["kept"]]
         else:
             logits = self._forward(arrays, tensors, wait_for_layer)
         step.has_logits = True
         if self._samples:
-            step.draw = self._sample(logits, batch, tensors)
+            num_sampled = len(arrays.sampled)
+            step.draw = self._sample(logits[:num_sampled], batch, tensors)
+            if "targets" in tensors:
+                step.scores = PromptScores(logits[num_sampled:], tensors["targets"], self._nums_top(step.plan))
 
     def _sample(self, logits: torch.Tensor, batch: SamplingBatch, tensors: Mapping[str, torch.Tensor]) -> Draw:
         """Choose the next tokens, and keep them for the step behind."""
@@ -276,6 +287,16 @@ class ModelRunner:
         draw = batch.draw(logits, tensors)
         self._last_tokens.index_copy_(0, tensors["sampled_rows"], draw.token_ids)
         return draw
+
+    def _nums_top(self, plan: StepPlan) -> list[int]:
+        """For each target of a plan, how many tokens its request wants to know besides."""
+        nums = []
+        for segment in plan.segments:
+            if segment.targets:
+                state = self._requests[segment.request_id].sampling
+                assert state is not None
+                nums += [state.params.prompt_logprobs or 0] * len(segment.targets)
+        return nums
 
     def _finish_copies(self, step: _Step) -> None:
         """Finish the copies of the step that was launched last."""
@@ -300,6 +321,8 @@ class ModelRunner:
             return
         try:
             step.sampled = step.draw.finish()
+            if step.scores is not None:
+                step.prompt_logprobs = step.scores.finish()
             step.failed_requests = self._failed_requests(step)
             if step.draw.was_corrected:
                 self._correct(step)
@@ -340,7 +363,7 @@ class ModelRunner:
         tensors: Mapping[str, torch.Tensor],
         wait_for_layer: Callable[[int], None] | None,
     ) -> torch.Tensor:
-        """Logits [number of sampling segments, vocabulary]. Writes the KV of all rows."""
+        """Logits [rows of the batch that sample, and those that are scored, vocabulary]. Writes the KV of all rows."""
         metadata = AttentionMetadata(
             slot_mapping=tensors["slot_mapping"],
             segments=tensors["segments"],
@@ -349,7 +372,7 @@ class ModelRunner:
             host_segments=arrays.segments,
         )
         token_ids = self._token_ids(tensors) if arrays.continues else tensors["token_ids"]
-        return self._run_model(token_ids, tensors, metadata, wait_for_layer, logits_to_keep=tensors["sampled"])
+        return self._run_model(token_ids, tensors, metadata, wait_for_layer, logits_to_keep=tensors["kept"])
 
     def _decode_step(self, size: int) -> Callable[[], torch.Tensor]:
         """A function that computes a decode batch of `size` rows: logits [size, vocabulary].

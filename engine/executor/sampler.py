@@ -249,7 +249,7 @@ class Draw:
             else:
                 probs, ids = _filter(self._filtered, batch.filtered_params)
             self._draw_filtered(probs, ids)
-        self._copy = _HostCopy(self._pack())
+        self._copy = HostCopy(self._pack())
 
     def finish(self) -> tuple[tuple[int, ...], tuple[Logprobs | None, ...]]:
         """Wait for the tokens and note them in the states of the requests. Returns what `sample` returns.
@@ -266,7 +266,7 @@ class Draw:
             self._arrays = {name: torch.from_numpy(array).to(device) for name, array in self._batch.arrays.items()}
             self._draw_filtered(*_filter(self._filtered, self._batch.filtered_params))
             self._is_sure, self.was_corrected = None, True
-            _, chosen, logprobs = self._unpack(_HostCopy(self._pack()).wait())
+            _, chosen, logprobs = self._unpack(HostCopy(self._pack()).wait())
         for state, token_id in zip(states, chosen, strict=True):
             state.note_token(token_id)
         return chosen, logprobs
@@ -323,7 +323,7 @@ class Draw:
         return min(most, int(self._logprobs.shape[-1]))
 
 
-class _HostCopy:
+class HostCopy:
     """A tensor on its way to host memory, behind what the current stream was given until now."""
 
     def __init__(self, tensor: torch.Tensor) -> None:

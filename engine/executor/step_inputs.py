@@ -36,7 +36,8 @@ class StepArrays:
 
     token_ids, table_rows, positions, slot_mapping: int64 [num_tokens]; SAMPLED_BEFORE stands for the token that the request
     of that table row sampled last. segments: as AttentionMetadata has them. sampled: int64, the rows of the batch whose
-    logits choose the next tokens; sampled_rows: table rows of their requests.
+    logits choose the next tokens; sampled_rows: table rows of their requests. scored: the same of those whose logits say how
+    probable `targets` are, int64 [number of targets].
     """
 
     token_ids: np.ndarray
@@ -46,6 +47,8 @@ class StepArrays:
     segments: np.ndarray
     sampled: np.ndarray
     sampled_rows: np.ndarray
+    scored: np.ndarray
+    targets: np.ndarray
 
     @classmethod
     def of(
@@ -73,6 +76,7 @@ class StepArrays:
             descriptors,
             ends[samples] - 1,
             rows[samples],
+            *_scored(first_rows, segments),
         )
 
     @classmethod
@@ -82,7 +86,7 @@ class StepArrays:
         segments = np.zeros((num_rows, 4), np.int32)
         segments[:, 0] = np.arange(num_rows)
         nothing = np.zeros(0, np.int64)
-        return cls(token_ids, table_rows, positions, np.full(num_rows, -1), segments, nothing, nothing)
+        return cls(token_ids, table_rows, positions, np.full(num_rows, -1), segments, *[nothing] * 4)
 
     @property
     def num_tokens(self) -> int:
@@ -104,7 +108,8 @@ class StepArrays:
         n = self.num_tokens
         for name in ("token_ids", "table_rows", "positions", "slot_mapping", "segments"):
             getattr(padding, name)[:n] = getattr(self, name)
-        return replace(padding, sampled=self.sampled, sampled_rows=self.sampled_rows)
+        rest = {name: getattr(self, name) for name in ("sampled", "sampled_rows", "scored", "targets")}
+        return replace(padding, **rest)
 
     def batch(self) -> dict[str, np.ndarray]:
         """What a forward reads, by name."""
@@ -118,6 +123,15 @@ def _token_ids(segments: Sequence[QuerySegment]) -> Iterator[int]:
             yield SAMPLED_BEFORE
         else:
             yield from segment.token_ids
+
+
+def _scored(first_rows: np.ndarray, segments: Sequence[QuerySegment]) -> tuple[np.ndarray, np.ndarray]:
+    """(rows before the targets, targets) of all segments."""
+    targets = [target for segment in segments for target in segment.targets]
+    if not targets:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    rows = [np.arange(row, row + len(s.targets)) for row, s in zip(first_rows, segments, strict=True)]
+    return np.concatenate(rows), np.array(targets, np.int64)
 
 
 class BlockTables:

@@ -12,6 +12,7 @@ from engine.attention.whole_prompts import MIN_PROMPT_LEN
 from engine.config import EngineConfig
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
+from engine.core.scheduler import MAX_SCORED_ROWS
 from engine.executor.model_loader import LoadedModel
 from engine.executor.model_runner import ModelRunner
 from engine.executor.tiers.kv_store import KVStore
@@ -25,13 +26,19 @@ PROMPT_LEN = 128
 
 
 def step_of(segments: list[tuple[int, int]], sampling: SamplingParams, chunk_size: int) -> StepPlan:
-    """A step that starts a request for each segment, (query_len, context_len), all in block 0; all sample."""
+    """A step that starts a request for each segment, (query_len, context_len), all in block 0; all sample.
+
+    Of prompt_logprobs it brings as many as a step may.
+    """
     starts, queries = [], []
+    num_scorable = 0 if sampling.prompt_logprobs is None else MAX_SCORED_ROWS
     for number, (query_len, context_len) in enumerate(segments):
         table = (0,) * -(-context_len // chunk_size)
         token_ids = (0,) * context_len if sampling.needs_token_ids else ()
         starts.append(RequestStart(str(number), context_len, 1, sampling, (), table, token_ids))
-        queries.append(QuerySegment(str(number), context_len - query_len, (0,) * query_len, True))
+        targets = (0,) * min(query_len - 1, num_scorable)
+        num_scorable -= len(targets)
+        queries.append(QuerySegment(str(number), context_len - query_len, (0,) * query_len, True, targets))
     return StepPlan(0, tuple(queries), tuple(starts))
 
 

@@ -150,10 +150,19 @@ class Detokenizer:
     tokens may come. None = none is.
     """
 
-    def __init__(self, token_bytes: Mapping[int, bytes], special_ids: Collection[int], stop: Sequence[str]) -> None:
+    def __init__(
+        self,
+        token_bytes: Mapping[int, bytes],
+        special_ids: Collection[int],
+        stop: Sequence[str],
+        *,
+        keeps_stop: bool = False,
+    ) -> None:
+        """keeps_stop: the text ends behind the stop string and not before it."""
         self._token_bytes = token_bytes
         self._special_ids = special_ids
         self._stop = StopStrings(stop) if stop else None
+        self._keeps_stop = keeps_stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._taken: list[str] = []
         self._untaken = ""
@@ -199,7 +208,8 @@ class Detokenizer:
             self._stop.pass_over(piece)
         elif found := self._stop.find(piece):
             start, self.stopped_by = found
-            num_cut_chars = self.num_chars - (num_chars_before + start)
+            end = start + len(self.stopped_by) if self._keeps_stop else start
+            num_cut_chars = self.num_chars - (num_chars_before + end)
             self._untaken = self._untaken[: max(0, len(self._untaken) - num_cut_chars)]
             self.num_chars -= num_cut_chars
 

@@ -30,6 +30,28 @@ class TokenLogprob(NamedTuple):
     top: tuple[TokenLogprob, ...] = ()
 
 
+class PromptToken(NamedTuple):
+    """A token of the prompt, with the probability that it had in its place.
+
+    rank: among all tokens there, the most probable one being 1; 0 for the first token, which nothing predicted and whose
+        log-probability means nothing.
+    """
+
+    token: TokenLogprob
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class ToldPrompt:
+    """What a client is told of its prompt.
+
+    tokens: all of them, with offsets in the text; empty if their log-probabilities were not asked for.
+    """
+
+    text: str
+    tokens: tuple[PromptToken, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class OutputDelta:
     """What is new of one answer; concatenated, the deltas' `text` and `token_ids` are the answer.
@@ -44,6 +66,8 @@ class OutputDelta:
     stats: the account of the request, with the finish_reason.
     transcript: with the finish_reason, if there is a conversation: all that was said in it, as it was computed.
     prompt_token_ids: in the first delta, if they were asked for.
+    prompt_token_names: what the tokenizer calls these, if the prompt was to be spelled; `text` is theirs then.
+    told_prompt: in the first delta, if it was asked for.
     prompt_transcript: in the first delta, if the conversation knew tokens of the prompt that tokenising its text may not
         give.
     answer_format: in the first delta, if it was asked for and the prompt is a chat: how the text is to be read.
@@ -59,11 +83,13 @@ class OutputDelta:
     finish_reason: str | None = None
     stats: RequestStats | None = None
     transcript: Transcript | None = None
+    told_prompt: ToldPrompt | None = None
     prompt_transcript: Transcript | None = None
     answer_format: AnswerFormat | None = None
     num_reasoning_tokens: int = 0
     recomputed: tuple[str, int] | None = None
     stop_string: str | None = None
+    prompt_token_names: tuple[str, ...] = ()
 
 
 def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
@@ -84,6 +110,7 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         finish_reason=last.finish_reason,
         stats=last.stats,
         transcript=last.transcript,
+        told_prompt=deltas[0].told_prompt,
         prompt_transcript=deltas[0].prompt_transcript,
         answer_format=deltas[0].answer_format,
         stop_string=last.stop_string,

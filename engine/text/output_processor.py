@@ -14,21 +14,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.core.engine_core import EngineCore, RequestOutput
+from engine.core.plan import Logprobs
 from engine.core.request import FinishReason, Request
 from engine.dialogue.events import ParsedAnswer
 from engine.errors import EngineError
 from engine.grammar.interface import CompiledGrammar
 from engine.grammar.thinking import ThinkingScanner
 from engine.text.detokenizer import Detokenizer
+from engine.text.logprobs import token_logprob
 from engine.text.output import OutputDelta, TokenLogprob, merge_deltas
 from engine.text.tokenizer import Tokenizer
 from engine.text.transcript import ConversationTable, Transcript
 from engine.text.turns import REASONS, RecognisedChat
 
 logger = logging.getLogger(__name__)
-
-# Reported for a token of no probability, as OpenAI does it: JSON has no infinity.
-IMPOSSIBLE_LOGPROB = -9999.0
 
 Item = OutputDelta | EngineError
 
@@ -37,6 +36,7 @@ Item = OutputDelta | EngineError
 class Stream:
     """The way of one request's output, from the engine thread to the event loop that waits for it.
 
+    prompt_logprobs: what the prompt's tokens were given, before the first delta; empty if that was not asked for.
     grammar: of its answer; held here, so that the executor finds it as long as the request lives.
     thinking: counts the tokens of thinking; None = there are none to count.
     chat: the messages of the prompt, and read_answer: what an answer's text says; None = it is no chat.
@@ -52,6 +52,7 @@ class Stream:
     chat: RecognisedChat | None = None
     read_answer: Callable[[str], ParsedAnswer] = ParsedAnswer
     recomputed: tuple[str, int] | None = None
+    prompt_logprobs: tuple[Logprobs, ...] = ()
     items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
 
     async def read(self) -> OutputDelta:
@@ -102,6 +103,8 @@ class OutputProcessor:
         """
         for output in outputs:
             stream = self.streams[output.request_id]
+            if output.prompt_logprobs:
+                stream.prompt_logprobs = output.prompt_logprobs
             if output.finish_reason is not None:
                 del self.streams[output.request_id]  # from here on, another request may bear that id
             if stream.request.sampling.stop:
@@ -184,15 +187,9 @@ class OutputProcessor:
     def _logprobs(self, output: RequestOutput, detokenizer: Detokenizer) -> tuple[TokenLogprob, ...]:
         if output.logprobs is None:
             return ()
-        top = tuple(self._logprob(token_id, value) for token_id, value in output.logprobs.top)
-        chosen = self._logprob(output.token_id, output.logprobs.chosen)
+        top = tuple(token_logprob(self._tokenizer, token_id, value) for token_id, value in output.logprobs.top)
+        chosen = token_logprob(self._tokenizer, output.token_id, output.logprobs.chosen)
         return (chosen._replace(text_offset=detokenizer.text_offset(output.token_id), top=top),)
-
-    def _logprob(self, token_id: int, value: float) -> TokenLogprob:
-        token_bytes = self._tokenizer.token_bytes[token_id]
-        text = token_bytes.decode(errors="backslashreplace")
-        is_text = not self._tokenizer.is_special(token_id)
-        return TokenLogprob(token_id, text, token_bytes if is_text else None, max(value, IMPOSSIBLE_LOGPROB))
 
     def _remember(self, stream: Stream) -> Transcript | None:
         """Keep the turn's tokens with their text, for when the client sends its history again.

@@ -17,7 +17,7 @@ class ChatPrompt:
 
     messages: the oldest first; a pair (role, content) is taken for a plain message.
     drops_oldest: leave out the oldest ones if there are more than the window holds.
-    tools, template_kwargs, continues: see Dialogue.
+    tools, template_kwargs, continues, opens_answer: see Dialogue.
     """
 
     messages: tuple[Message, ...]
@@ -25,6 +25,7 @@ class ChatPrompt:
     tools: tuple[Tool, ...] = ()
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     continues: bool = False
+    opens_answer: bool = True
 
     def __post_init__(self) -> None:
         messages = tuple(m if isinstance(m, Message) else Message(*m) for m in self.messages)
@@ -39,7 +40,7 @@ class ChatPrompt:
     @property
     def dialogue(self) -> Dialogue:
         """What the chat template is given."""
-        return Dialogue(self.messages, self.tools, self.template_kwargs, self.continues)
+        return Dialogue(self.messages, self.tools, self.template_kwargs, self.continues, self.opens_answer)
 
     def shorter(self) -> list[ChatPrompt]:
         """Ever shorter prompts, in each of which more of the oldest messages are left out.
@@ -63,9 +64,13 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TextPrompt:
-    """A text to continue."""
+    """A text to continue.
+
+    adds_special_tokens: those with which the tokenizer begins and ends texts are put around it.
+    """
 
     text: str
+    adds_special_tokens: bool = True
 
     @property
     def num_chars(self) -> int:

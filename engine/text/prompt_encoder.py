@@ -17,11 +17,13 @@ from engine.tenant import Tenant
 from engine.text.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_pool import TokenizerPool
-from engine.text.transcript import NO_MATCH, ConversationTable, SameAnswer, Transcript, best_match
+from engine.text.transcript import NO_MATCH, ConversationTable, SameAnswer, Transcript
 from engine.text.turns import RecognisedChat
 
 # Characters that are tokenised in the event loop itself, about a millisecond's worth.
 MAX_INLINE_CHARS = 4096
+MAX_INLINE_TOKENS = 1024  # the same for spelling tokens
+INLINE_CHARS_PER_TOKEN = MAX_INLINE_CHARS // MAX_INLINE_TOKENS
 
 
 class EncodedPrompt(NamedTuple):
@@ -96,6 +98,16 @@ class PromptEncoder:
         chat = RecognisedChat.of(prompt.messages, prompt.tools, None, restores=False)
         return encoded._replace(answer_format=self._tokenizer.chat.answer_format(transcript.text), chat=chat)
 
+    async def spell(self, token_ids: Sequence[int], tenant: Tenant) -> tuple[str, tuple[str, ...]]:
+        """The text of tokens and the name of each, in a thread if they are many. Raises OverloadedError."""
+
+        def spell() -> tuple[str, tuple[str, ...]]:
+            return self._tokenizer.decode(token_ids), self._tokenizer.token_names(token_ids)
+
+        if len(token_ids) > MAX_INLINE_TOKENS:
+            return await self._pool.run(spell, tenant, len(token_ids) * INLINE_CHARS_PER_TOKEN)
+        return spell()
+
     def check_vocabulary(self, token_ids: Sequence[int], param: str) -> None:
         """Raise InvalidParameterError, about the parameter `param`, for an id that the model does not know."""
         for token_id in token_ids:
@@ -121,7 +133,8 @@ class PromptEncoder:
     ) -> EncodedPrompt:
         """As `encode`. Any thread may call it."""
         if isinstance(prompt, TextPrompt):
-            return self._encode(prompt.text, conversation_id, history, self._max_model_len)
+            is_bare = not prompt.adds_special_tokens
+            return self._encode(prompt.text, conversation_id, history, self._max_model_len, is_bare=is_bare)
         conversation = None if conversation_id is None else self._conversations.find(conversation_id)
         turns = None if conversation is None else conversation.turns
         chat = RecognisedChat.of(prompt.messages, prompt.tools, turns, restores=self._restores_reasoning)
@@ -181,25 +194,22 @@ class PromptEncoder:
         history: Transcript | None,
         max_tokens: int,
         is_same: SameAnswer | None = None,
+        *,
+        is_bare: bool = False,
     ) -> EncodedPrompt:
-        """As `encode`, from the text. is_same: in a chat, see Transcript.match_answer."""
+        """As `encode`, from the text.
+
+        is_same: in a chat, see Transcript.match_answer.
+        is_bare: no special tokens are put around a text that is no chat.
+        """
         tokenizer, known, is_chat = self._tokenizer, NO_MATCH, is_same is not None
         fingerprint = tokenizer.fingerprint if is_chat else tokenizer.text_fingerprint
         if conversation_id is not None:
             known = self._conversations.match_text(conversation_id, text, fingerprint, is_same)
         if history is not None and fingerprint and history.fingerprint == fingerprint:
-            branches = [self._find_answer(history)]
-            by_history = best_match(branches, text, tuple(tokenizer.cut_tokens.values()), is_same)
+            by_history = history.match(text, tuple(tokenizer.cut_tokens.values()), is_same)
             if by_history.num_chars > known.num_chars and max(by_history.token_ids) < self._vocab_size:
                 known = by_history
-        transcript = tokenizer.encode_prompt(text, known, is_chat=is_chat, max_tokens=max_tokens)
+        transcript = tokenizer.encode_prompt(text, known, is_chat=is_chat or is_bare, max_tokens=max_tokens)
         answer_format = tokenizer.chat.answer_format(text) if is_chat else None
         return EncodedPrompt(transcript, known.num_chars > 0, answer_format)
-
-    def _find_answer(self, history: Transcript) -> Transcript:
-        """The same, with the place where its last answer begins, which is not stored: behind the assistant's header."""
-        header = self._tokenizer.chat.traits.assistant_header
-        if history.answer_start is not None or not header or not history.anchors:
-            return history
-        start = history.text.rfind(header, 0, history.anchors[-1][1])
-        return history if start < 0 else replace(history, answer_start=(0, start + len(header)))

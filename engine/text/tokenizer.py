@@ -80,6 +80,11 @@ class Tokenizer:
         self.marker_ids = self._find_markers()
 
     @property
+    def num_added_to_texts(self) -> tuple[int, int]:
+        """How many special tokens the tokenizer puts before and behind every text that is no chat."""
+        return len(self._text_prefix), len(self._text_suffix)
+
+    @property
     def eos_token_id(self) -> int | None:
         eos: int | None = self._tokenizer.eos_token_id
         return eos
@@ -173,13 +178,27 @@ class Tokenizer:
         )
         return text
 
-    def detokenizer(self, stop: Sequence[str], *, keeps_markers: bool = False) -> Detokenizer:
+    def token_names(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """What the tokenizer calls these tokens; empty for an id that it does not have."""
+        return tuple(name or "" for name in self._tokenizer.convert_ids_to_tokens(list(token_ids)))
+
+    def detokenizer(
+        self,
+        stop: Sequence[str],
+        *,
+        keeps_markers: bool = False,
+        keeps_special: bool = False,
+        keeps_stop: bool = False,
+    ) -> Detokenizer:
         """A detokenizer of one answer.
 
-        keeps_markers: special tokens that mean something to the parser of answers are text.
+        keeps_markers: special tokens that mean something to the parser of answers are text; keeps_special: all are.
+        keeps_stop: so is the stop string that ends it.
         """
-        hidden_ids = self._special_ids.difference(self.marker_ids.values()) if keeps_markers else self._special_ids
-        return Detokenizer(self.token_bytes, hidden_ids, stop)
+        hidden_ids = frozenset[int]() if keeps_special else self._special_ids
+        if keeps_markers:
+            hidden_ids = hidden_ids.difference(self.marker_ids.values())
+        return Detokenizer(self.token_bytes, hidden_ids, stop, keeps_stop=keeps_stop)
 
 
 def _check_length(num_tokens: int, max_tokens: int, *, is_exact: bool) -> None:

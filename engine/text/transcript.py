@@ -26,10 +26,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Protocol
 
 from engine.text.turns import Turn, Turns
 
 MAX_BRANCHES = 8
+# Conversations that were asked for and have not had a turn since.
+MAX_RECALLED = 256
 # Whether the two last of three texts say the same behind the first one: (prompt, as generated, as written) -> bool.
 SameAnswer = Callable[[str, str, str], bool]
 # What one anchor takes: a pair, its two numbers, and the place in the row.
@@ -85,6 +88,16 @@ class Transcript:
                 return TranscriptMatch(self.token_ids[:num_tokens], num_chars, ends[:index])
         return NO_MATCH
 
+    def match(self, text: str, cut_texts: tuple[str, ...], is_same: SameAnswer | None = None) -> TranscriptMatch:
+        """What is known of `text` by its words, or by what its last answer says: see match_text and match_answer.
+
+        is_same: None = answers are compared as texts only.
+        """
+        match = self.match_text(text, cut_texts)
+        if is_same is None or self.answer_start is None or match.num_chars > self.answer_start[1]:
+            return match
+        return max(match, self.match_answer(text, is_same), key=lambda match: match.num_chars)
+
     def match_answer(self, text: str, is_same: SameAnswer) -> TranscriptMatch:
         """What of `text` is known up to the end of the last answer, if it begins with what that answered and says the same.
 
@@ -116,19 +129,6 @@ class TranscriptMatch:
 
 
 NO_MATCH = TranscriptMatch(array("I"), 0, ())
-
-
-def best_match(
-    branches: Sequence[Transcript], text: str, cut_texts: tuple[str, ...], is_same: SameAnswer | None
-) -> TranscriptMatch:
-    """The longest beginning of `text` that one of them knows; of equal ones the first. See Conversation.match_text."""
-    matches = [branch.match_text(text, cut_texts) for branch in branches]
-    best = max(matches, key=lambda match: match.num_chars, default=NO_MATCH)
-    for branch in branches:
-        # An answer is compared as a message if the text departs from it somewhere within.
-        if is_same is not None and branch.anchors and best.num_chars < branch.anchors[-1][1]:
-            best = max(best, branch.match_answer(text, is_same), key=lambda match: match.num_chars)
-    return best
 
 
 def common_prefix_len(a: str | array[int], b: str | array[int]) -> int:
@@ -170,7 +170,13 @@ class Conversation:
         is_same: see Transcript.match_answer; None = answers are compared as texts only. See also Transcript.match_text.
         """
         branches = [branch for branch in reversed(self.branches) if fingerprint and branch.fingerprint == fingerprint]
-        return best_match(branches, text, cut_texts, is_same)
+        matches = [branch.match_text(text, cut_texts) for branch in branches]
+        best = max(matches, key=lambda match: match.num_chars, default=NO_MATCH)
+        for branch in branches:
+            # An answer is compared as a message if the text departs from it somewhere within.
+            if is_same is not None and branch.answer_start is not None and best.num_chars <= branch.answer_start[1]:
+                best = max(best, branch.match_answer(text, is_same), key=lambda match: match.num_chars)
+        return best
 
     def count_same(self, token_ids: array[int], fingerprint: str) -> tuple[int, int]:
         """(how many tokens the longest branch has that begins as these do, how many of these one has at most)."""
@@ -201,17 +207,32 @@ class Conversation:
         return branch
 
 
+class TranscriptKeeper(Protocol):
+    """Keeps conversations that are no longer in memory; see TranscriptFile."""
+
+    def get(self, conversation_id: str) -> tuple[Transcript, ...]:
+        """The branches of a conversation; none if it is not known."""
+        ...
+
+    def put(self, conversation_id: str, branches: tuple[Transcript, ...]) -> None:
+        """Keep a conversation as it is now; returns at once."""
+        ...
+
+
 class ConversationTable:
     """The conversations of an engine. One thread records turns; any may ask.
 
     Once they take more than `max_bytes` of memory, the least recently used ones are forgotten. That costs a client that
-    sends its history only the tokenising of it.
+    sends its history only the tokenising of it, and not even that if they are kept elsewhere.
     """
 
-    def __init__(self, max_bytes: int, cut_tokens: Mapping[int, str]) -> None:
-        """cut_tokens: see Conversation.record_turn."""
+    def __init__(self, max_bytes: int, cut_tokens: Mapping[int, str], keeper: TranscriptKeeper | None = None) -> None:
+        """cut_tokens: see Conversation.record_turn. keeper: of those that are forgotten, and of an earlier process."""
         self.max_bytes = max_bytes
         self.num_bytes = 0
+        self._keeper = keeper
+        # What the keeper said of conversations whose turns have not been recorded yet, the oldest first.
+        self._recalled: dict[str, Conversation] = {}
         self._cut_tokens = cut_tokens
         self._cut_texts = tuple(cut_tokens.values())
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
@@ -234,14 +255,30 @@ class ConversationTable:
 
         See Conversation.match_text.
         """
-        conversation = self._conversations.get(conversation_id)
+        conversation = self.find(conversation_id)
         return (
             NO_MATCH if conversation is None else conversation.match_text(text, fingerprint, self._cut_texts, is_same)
         )
 
     def find(self, conversation_id: str) -> Conversation | None:
         """What a conversation has said, if it is known."""
-        return self._conversations.get(conversation_id)
+        return self._conversations.get(conversation_id) or self._recall(conversation_id)
+
+    def _recall(self, conversation_id: str) -> Conversation | None:
+        """What is kept of a conversation that is not in memory. From any thread."""
+        if self._keeper is None:
+            return None
+        conversation = self._recalled.get(conversation_id)
+        if conversation is None:
+            branches = self._keeper.get(conversation_id)
+            if not branches:
+                return None
+            conversation = Conversation(conversation_id)
+            conversation.branches = branches
+            self._recalled[conversation_id] = conversation
+            if len(self._recalled) > MAX_RECALLED:
+                self._recalled.pop(next(iter(tuple(self._recalled))), None)
+        return conversation
 
     def record_turn(
         self,
@@ -257,7 +294,8 @@ class ConversationTable:
         """
         conversation = self._conversations.get(conversation_id)
         if conversation is None:
-            conversation = self._conversations[conversation_id] = Conversation(conversation_id)
+            conversation = self._recalled.pop(conversation_id, None) or Conversation(conversation_id)
+            self._conversations[conversation_id] = conversation
         else:
             self.num_bytes -= conversation.num_bytes
         branch = conversation.record_turn(prompt, output_token_ids, output_text, self._cut_tokens)
@@ -268,4 +306,6 @@ class ConversationTable:
         while self.num_bytes > self.max_bytes:
             _, oldest = self._conversations.popitem(last=False)
             self.num_bytes -= oldest.num_bytes
+        if self._keeper is not None:
+            self._keeper.put(conversation_id, conversation.branches)
         return branch

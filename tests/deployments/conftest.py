@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from deployments import metrics
 from deployments.generation import DeltaItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.ingress import IngressConfig, create_app
 from engine.errors import EngineStoppedError
-from engine.text.output import OutputDelta
+from engine.text.output import OutputDelta, merge_deltas
 from tests.deployments.local_ray import LocalServe
 
 MAX_BODY_BYTES = 4096
@@ -55,7 +56,10 @@ def no_metrics_of_the_tests_own_process() -> Iterator[None]:
 
 
 class ScriptedEngine:
-    """Says `items`, whatever it is asked, and notes what it was asked. hangs: never comes to an end."""
+    """Says `items`, whatever it is asked, and notes what it was asked; as one if it is not to stream.
+
+    hangs: never comes to an end.
+    """
 
     def __init__(self) -> None:
         self.items: list[GenerationItem] = [
@@ -74,7 +78,7 @@ class ScriptedEngine:
         self.requests.append(request)
         self.num_running += 1
         try:
-            for item in self.items:
+            for item in self.items if request.stream else merged(self.items):
                 await asyncio.sleep(0)
                 yield item
             if self.hangs:
@@ -94,8 +98,20 @@ class ScriptedEngine:
     async def model_card(self) -> ModelCard:
         return await self.describe()
 
+    async def load(self) -> int:
+        await self.describe()
+        return self.num_running
+
     def choose_session_id(self, candidates: Sequence[str]) -> str:
         return candidates[-1]
+
+
+def merged(items: Sequence[GenerationItem]) -> list[GenerationItem]:
+    """An answer that does not stream: one delta, or what went wrong."""
+    deltas = [item for item in items if isinstance(item, DeltaItem)]
+    if not deltas or len(deltas) < len(items):
+        return [item for item in items if not isinstance(item, DeltaItem)]
+    return [replace(deltas[-1], delta=merge_deltas([item.delta for item in deltas]))]
 
 
 @pytest.fixture

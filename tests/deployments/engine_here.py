@@ -28,6 +28,9 @@ class EngineHere(LLMServer):
     async def model_card(self) -> ModelCard:
         return await self.describe()
 
+    async def load(self) -> int:
+        return (await self.get_load())[1]
+
     def choose_session_id(self, candidates: Sequence[str]) -> str:
         return candidates[0]
 

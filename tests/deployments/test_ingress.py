@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -208,10 +209,9 @@ async def test_too_large(client: httpx.AsyncClient, engine: Any) -> None:
 
 async def test_unknown_route_and_wrong_method(client: httpx.AsyncClient) -> None:
     assert_error(await client.get("/v2/chat"), 404, "unknown_url", None)
-    assert_error(await client.post(CHAT_URL + "/", json=CHAT), 404, "unknown_url", None)
     response = await client.get(CHAT_URL)
     assert_error(response, 405, "method_not_allowed", None)
-    assert response.headers["allow"] == "POST"
+    assert response.headers["allow"] == "OPTIONS, POST"
 
 
 async def test_a_bug_is_an_error_body_too(client: httpx.AsyncClient, engine: Any) -> None:
@@ -617,3 +617,112 @@ async def test_strict_parameters_refuse_what_is_unknown(engine: Any, tmp_path: P
         document = (await client.get("/openapi.json")).json()
         assert document["components"]["schemas"]["ChatCompletionBody"]["additionalProperties"] is False
         assert (await client.post(CHAT_URL, json=CHAT | {"user": "u", "frobnicate": None})).status_code == 200
+
+
+# -- what clients expect of any server ---------------------------------------------------------------------------------
+
+
+def make_client(engine: Any, tmp_path: Path, client_host: str = "127.0.0.1", **options: Any) -> httpx.AsyncClient:
+    metrics = options.pop("application_metrics", None)
+    config = IngressConfig(store_url=f"sqlite:///{tmp_path / 'conversations.db'}", **options)
+    more = {} if metrics is None else {"application_metrics": metrics}
+    app = create_app(engine, config, ingress_id="ingress-1", **more)
+    transport = httpx.ASGITransport(app, client=(client_host, 1))
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
+
+
+async def test_a_slash_at_the_end_is_forgiven(client: httpx.AsyncClient) -> None:
+    assert (await client.post(f"{CHAT_URL}/", json=CHAT)).status_code == 200
+    assert (await client.get("/v1/models/tiny//")).json()["id"] == "tiny"
+    assert (await client.get("/")).headers["content-type"].startswith("text/html")
+    wrong = await client.request("GET", httpx.URL("http://localhost", raw_path=b"//v1/models"))
+    assert wrong.json()["error"]["message"] == "GET //v1/models: Not Found"
+
+
+async def test_head_is_answered_like_get(client: httpx.AsyncClient) -> None:
+    for path in ("/health", "/ping", "/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json"):
+        head, get = await client.head(path), await client.get(path)
+        assert (head.status_code, head.headers) == (200, get.headers)
+    for path in ("/v1/cache/map", CHAT_URL):  # the one would not end, the other is no GET
+        assert (await client.head(path)).status_code == 405
+
+
+async def test_options_tell_the_methods(client: httpx.AsyncClient) -> None:
+    response = await client.options(CHAT_URL)
+    assert (response.status_code, response.headers["allow"]) == (204, "OPTIONS, POST")
+    assert_error(await client.options("/v2/chat"), 404, "unknown_url", None)
+
+
+async def test_the_load_is_what_the_engines_have(engine: Any, tmp_path: Path) -> None:
+    async with make_client(engine, tmp_path) as client:
+        engine.num_running = 3
+        assert (await client.get("/load")).json() == {"server_load": 3}
+        assert (await client.get("/ping")).json() == {"status": "ok"}
+        engine.is_up = False
+        assert_error(await client.get("/load"), 503, "engine_stopped", None)
+        assert (await client.get("/ping")).status_code == 200
+
+
+async def test_metrics_are_for_those_who_have_a_key(engine: Any, tmp_path: Path) -> None:
+    async def metrics() -> str:
+        return 'ray_pensieve_num_requests_running{application="a"} 1.0\n'
+
+    tenants = (TenantConfig(id="a", api_keys_sha256=(hash_key("sk-a"),)),)
+    async with make_client(engine, tmp_path, tenants=tenants, application_metrics=metrics) as client:
+        assert_error(await client.get("/metrics"), 401, "invalid_api_key", None)
+        response = await client.get("/metrics", headers={"authorization": "Bearer sk-a"})
+        assert (response.status_code, response.text) == (200, await metrics())
+        assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+
+
+PAGE = "https://chat.example"
+PREFLIGHT = {"origin": PAGE, "access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+
+
+async def test_pages_of_other_hosts_are_not_served_by_default(client: httpx.AsyncClient) -> None:
+    preflight = await client.options(CHAT_URL, headers=PREFLIGHT)
+    assert "access-control-allow-origin" not in preflight.headers
+    assert_error(await client.post(CHAT_URL, json=CHAT, headers={"origin": PAGE}), 403, "cross_origin_request", None)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_pages_of_named_origins_are_served(engine: Any, tmp_path: Path, stream: bool) -> None:
+    async with make_client(engine, tmp_path, cors_allowed_origins=(PAGE,)) as client:
+        preflight = await client.options(CHAT_URL, headers=PREFLIGHT)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == PAGE
+        response = await client.post(CHAT_URL, json=CHAT | {"stream": stream, "x": 1}, headers={"origin": PAGE})
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == PAGE
+        assert "x-pensieve-ignored" in response.headers["access-control-expose-headers"]
+        refused = await client.post(CHAT_URL, json={}, headers={"origin": PAGE})
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (400, PAGE)
+        other = await client.post(CHAT_URL, json=CHAT, headers={"origin": "https://evil.example"})
+        assert_error(other, 403, "cross_origin_request", None)
+        assert "access-control-allow-origin" not in other.headers
+    async with make_client(engine, tmp_path, "10.0.0.9", cors_allowed_origins=(PAGE,)) as client:
+        remote = await client.post(CHAT_URL, json=CHAT, headers={"origin": PAGE})
+        assert_error(remote, 403, "no_api_keys_configured", None)
+
+
+async def test_all_origins_are_none_without_keys(engine: Any, tmp_path: Path) -> None:
+    async with make_client(engine, tmp_path, cors_allowed_origins=("*",)) as client:
+        response = await client.post(CHAT_URL, json=CHAT, headers={"origin": PAGE})
+        assert_error(response, 403, "cross_origin_request", None)
+    tenants = (TenantConfig(id="a", api_keys_sha256=(hash_key("sk-a"),)),)
+    async with make_client(engine, tmp_path, cors_allowed_origins=("*",), tenants=tenants) as client:
+        headers = {"origin": PAGE, "authorization": "Bearer sk-a"}
+        response = await client.post(CHAT_URL, json=CHAT, headers=headers)
+        assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, "*")
+
+
+async def test_compressed_bodies(client: httpx.AsyncClient, engine: Any) -> None:
+    raw = gzip.compress(json.dumps(CHAT).encode())
+    response = await client.post(CHAT_URL, content=raw, headers=JSON | {"content-encoding": "gzip"})
+    assert response.status_code == 200
+    bomb = gzip.compress(json.dumps(CHAT).encode() + b" " * 10_000_000)
+    response = await client.post(CHAT_URL, content=bomb[:MAX_BODY_BYTES], headers=JSON | {"content-encoding": "gzip"})
+    assert_error(response, 413, "body_too_large", None)
+    response = await client.post(CHAT_URL, content=raw, headers=JSON | {"content-encoding": "br"})
+    assert_error(response, 415, "unsupported_content_encoding", None)
+    assert len(engine.requests) == 1

@@ -51,6 +51,8 @@ class FakeEngine:
         self.calls: list[Generation] = []
         self.num_closed = 0
         self.is_shut_down = False
+        self.drained_s: float | None = None
+        self.problems: dict[str, str] = {}
 
     async def generate(self, generation: Generation) -> AsyncIterator[OutputDelta]:
         self.calls.append(generation)
@@ -83,6 +85,14 @@ class FakeEngine:
     async def check_integrity(self) -> None:
         raise AssertionError("a block is lost")
 
+    def tier_problems(self) -> dict[str, str]:
+        return self.problems
+
+    async def drain(self, timeout_s: float) -> None:
+        self.check_health()
+        assert not self.is_shut_down
+        self.drained_s = timeout_s
+
     async def shutdown(self) -> None:
         self.is_shut_down = True
 
@@ -104,7 +114,7 @@ async def server(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
     context = SimpleNamespace(rank=SimpleNamespace(rank=4))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)  # it is for the whole process
-    start_engine: Callable[..., Any] = lambda config: engine  # noqa: E731
+    start_engine: Callable[..., Any] = lambda config, number: engine  # noqa: E731
     server = CollectableServer(CONFIG, stream_interval_s=0.0, start_engine=start_engine)
     yield server
     server._metrics.stop()
@@ -287,8 +297,9 @@ async def test_an_engine_that_cannot_start_says_why_in_its_log_and_to_serve(
     error: Exception, reason: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(rank=SimpleNamespace(rank=4)))
 
-    def start_engine(config: EngineConfig) -> Any:
+    def start_engine(config: EngineConfig, number: int) -> Any:
         raise error
 
     server = object.__new__(CollectableServer)
@@ -308,3 +319,23 @@ async def test_shutdown(server: LLMServer, engine: FakeEngine) -> None:
     assert engine.is_shut_down
     await asyncio.sleep(0)
     assert len(asyncio.all_tasks()) == num_tasks - 1, "the metrics keep the replica's event loop busy"
+
+
+async def test_a_tier_that_is_not_used_is_told_where_readiness_is_asked_for(
+    server: LLMServer, engine: FakeEngine
+) -> None:
+    assert (await server.describe()).warnings == ()
+    engine.problems = {"disk": "No space left on device"}
+    (warning,) = (await server.describe()).warnings
+    assert warning == "replica 4: the disk tier is not used at present, and is tried again: No space left on device"
+
+
+@pytest.mark.parametrize("is_healthy", [True, False])
+async def test_kv_is_brought_to_the_disk_before_a_replica_ends(
+    server: LLMServer, engine: FakeEngine, is_healthy: bool
+) -> None:
+    server._drain_s = 18.0
+    engine.is_healthy = is_healthy
+    await LLMServer.__del__(server)
+    assert engine.drained_s == (18.0 if is_healthy else None)
+    assert engine.is_shut_down

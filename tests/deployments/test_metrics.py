@@ -109,15 +109,32 @@ def test_a_further_tier_has_series_of_its_own() -> None:
     )
     engine_core.stats.cached_tokens["disk"] = 3
     engine_core.stats.evictions |= {"cpu_reclaimed": 2, "disk_dropped": 1}
-    statistics = statistics_of(engine_core)
+    engine_core.stats.slow_transfers |= {"disk_loaded": 4, "disk_store_failed": 5}
+    engine_core.stats.slow_refusals |= {"disk_load": 6}
+    engine_core.stats.slow_seconds |= {"disk_loaded": 0.25}
+    statistics = statistics_of(engine_core) | {
+        "num_slow_transfer_bytes": {"disk_loaded": 400, "disk_stored": 0},
+        "tier_problems": {"disk": "full"},
+    }
     assert CounterIncrements().take(statistics) == {
         Series("pensieve_cached_tokens_total", ("disk",)): 3,
         Series("pensieve_evictions_total", ("cpu", "reclaimed")): 2,
         Series("pensieve_evictions_total", ("disk", "dropped")): 1,
+        Series("pensieve_tier_transfers_total", ("disk", "loaded")): 4,
+        Series("pensieve_tier_transfers_total", ("disk", "store_failed")): 5,
+        Series("pensieve_tier_transfers_total", ("disk", "load_refused")): 6,
+        Series("pensieve_tier_transfer_seconds_total", ("disk", "loaded")): 0.25,
+        Series("pensieve_tier_transfer_bytes_total", ("disk", "loaded")): 400,
     }
+    assert read_gauges(statistics)[Series("pensieve_tier_usable", ("disk",))] == 0
+    assert read_gauges(statistics | {"tier_problems": {}})[Series("pensieve_tier_usable", ("disk",))] == 1
     idle = {"gpu": 1, "both": 1, "cpu": 2, "disk": 5}
     gauges = read_gauges(statistics | {"num_disk_blocks_free": 10, "num_idle_chunks": idle})
-    states = {series.values[1]: value for series, value in gauges.items() if series.values[:1] == ("disk",)}
+    states = {
+        series.values[1]: value
+        for series, value in gauges.items()
+        if len(series.values) > 1 and series.values[0] == "disk"
+    }
     assert states == {"free": 10, "used": 5, "pinned": 1}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,12 +36,13 @@ OPTIONS: dict[str, Any] = {"model": EMBEDDED_MODEL_NAME, "temperature": 0, "max_
 
 
 @contextmanager
-def served(store_url: str) -> Iterator[str]:
+def served(store_url: str, *, drains: bool = False, **engine: Any) -> Iterator[str]:
+    """drains: all replicas are told that they are about to end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         port = free_port()
         args = AppArgs(
-            engine={"model": "embedded", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 256},
+            engine={"model": "embedded", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 256, **engine},
             num_replicas=2,
             num_cpus=0.5,
             num_ingress_replicas=2,
@@ -53,7 +55,9 @@ def served(store_url: str) -> Iterator[str]:
             serve.run(build(args), name="restart", route_prefix="/")
             yield f"http://127.0.0.1:{port}"
         finally:
-            ray.shutdown()  # and not serve.shutdown(): nothing is told that it is about to end
+            if drains:
+                serve.shutdown()
+            ray.shutdown()
 
 
 def client_of(url: str) -> AsyncOpenAI:
@@ -142,3 +146,46 @@ async def test_conversations_go_on_after_everything_was_stopped(local_serve: Loc
             if (conversation := conversations[number]) is not None:
                 items = [item async for item in client.conversations.items.list(conversation, limit=100)]
                 assert len(items) == 2 * len(TURNS)
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)
+async def test_conversations_come_back_with_their_kv(local_serve: LocalServe, store_url: str, tmp_path: Path) -> None:
+    """From the disk, to the replicas that had them: chats of named sessions, and responses."""
+    local_serve.stop()
+    options = {"drains": True, "num_cpu_blocks": 256, "kv_disk_path": str(tmp_path / "kv"), "kv_disk_size": 0.05}
+    sessions: dict[str, list[dict[str, str]]] = {f"session {n}": [] for n in range(NUM_CONVERSATIONS)}
+
+    async def chat(client: AsyncOpenAI, name: str, index: int) -> Any:
+        sessions[name].append({"role": "user", "content": TURNS[index]})
+        answer = await client.chat.completions.create(
+            model=EMBEDDED_MODEL_NAME,
+            messages=sessions[name],  # type: ignore[arg-type]
+            max_tokens=20,
+            temperature=1.5,
+            seed=index,
+            extra_body={"min_tokens": 15, "session_id": name},
+        )
+        sessions[name].append({"role": "assistant", "content": answer.choices[0].message.content or ""})
+        return answer.usage
+
+    async def respond(client: AsyncOpenAI, number: int, index: int, before: Any) -> Any:
+        return await turn(client, number, index, before, None)
+
+    numbers = range(NUM_CONVERSATIONS)
+    with served(store_url, **options) as url:
+        client = client_of(url)
+        for index in range(2):
+            usages = await asyncio.gather(*(chat(client, name, index) for name in sessions))
+        responses = await asyncio.gather(*(respond(client, number, 0, None) for number in numbers))
+    folders = sorted(folder.name.rpartition("-")[2] for folder in (tmp_path / "kv").iterdir())
+    assert folders == ["0", "1"], "one for each rank"
+    with served(store_url, **options) as url:
+        client = client_of(url)
+        after = await asyncio.gather(*(chat(client, name, 2) for name in sessions))
+        known = [usage.prompt_tokens + usage.completion_tokens - 1 for usage in usages]
+        cached = [usage.prompt_tokens_details.cached_tokens for usage in after]
+        goes_on = await asyncio.gather(*(respond(client, number, 2, responses[number]) for number in numbers))
+        known += [response.usage.total_tokens - 1 for response in responses]
+        cached += [response.usage.input_tokens_details.cached_tokens for response in goes_on]
+    # Nearly all of it; but a machine that is very busy may find that computing is as fast as its disk.
+    assert sum(cached) >= 0.5 * sum(known), (cached, known)

@@ -78,7 +78,7 @@ def test_a_bad_engine_option_is_found_before_anything_starts(config: dict, tmp_p
         ("args", {"max_num_seqs": 2}, "args.max_num_seqs: unknown key; it belongs under engine, as max_num_seqs"),
         ("args", {"block_size": 2}, "args.block_size: unknown key; it belongs under engine, as chunk_size"),
         ("args", {"max-num-seq": 2}, "args.max-num-seq: unknown key; did you mean max_num_seqs, under engine?"),
-        ("args", {"colour": 2}, "args.colour: unknown key; known are demo, engine, engine_wait_s,"),
+        ("args", {"colour": 2}, "args.colour: unknown key; known are cors_allowed_origins, demo, engine,"),
         ("args", {"port": 80}, "args.port: unknown key; give it in the Serve config file, under http_options"),
         ("engine", {"num_gpus": 1}, "args.engine: num_gpus is an option of the application; write it next to engine"),
         ("engine", {"block_size": 16}, "args.engine: unknown option 'block_size'; it is called 'chunk_size' here"),

@@ -38,6 +38,8 @@ BOUNDS = [
     ("swap_out_watermark", [0, 0.5], [1, -0.01, None]),
     ("max_swap_outs", [1, 64], [0, -1, None, 2.0]),
     ("write_through", [True, False], [0, 1, None, "yes"]),
+    ("kv_disk_path", ["/var/cache/kv", None], ["", 3, True]),
+    ("kv_disk_size", [0.001, 1000], [0, -1, None, "16", float("nan")]),
     ("verify_swaps", [True, False], [0, 1, None, "no"]),
     ("profile", ["profile.json", None], [3, True]),
     ("num_threads", [1, None], [0, -1, 1.0]),

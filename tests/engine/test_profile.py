@@ -13,7 +13,7 @@ from engine import cli
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executor.local import LocalExecutor
-from engine.profile import Profile, load_cost_model, measure_profile, profile_path
+from engine.profile import Profile, describe_profile, load_cost_model, measure_profile, profile_path
 
 OPTIONS = {"num_threads": 1, "chunk_size": 16, "max_model_len": 512}
 
@@ -58,6 +58,25 @@ def test_the_cost_model_scales_with_the_chunk(profile):
     assert small.chunk_cost(0) == pytest.approx(profile.constant_s + 16 * profile.per_context_token_s)
     assert large.load_costs["cpu"] == pytest.approx(2 * small.load_costs["cpu"])
     assert large.constant == pytest.approx(2 * small.constant)
+
+
+def test_the_disk_is_measured_if_there_is_one(profile, tmp_path):
+    assert profile.disk_read_s is None
+    assert "disk" not in profile.cost_model(16).load_costs
+    assert "disk" not in describe_profile(profile)
+    path = tmp_path / "kv"
+    config = EngineConfig.from_options({**OPTIONS, "kv_disk_path": str(path), "max_model_len": 128})
+    with_disk = measure_profile(config, repeats=1)
+    assert with_disk.disk_read_s > 0
+    assert with_disk.cost_model(32).load_costs["disk"] == pytest.approx(
+        2 * (with_disk.disk_read_s + with_disk.swap_in_s)
+    )
+    assert "GB/s" in describe_profile(with_disk)["disk"]
+    assert not list(path.iterdir()), "nothing is left behind"
+    path.rmdir()
+    path.write_text("a file")
+    with pytest.raises(ConfigError, match="cannot be measured"):
+        measure_profile(config, repeats=1)
 
 
 def test_the_engine_finds_the_profile_that_the_command_wrote(executor, capsys):

@@ -26,6 +26,7 @@ PENALISED = SamplingParams(
     max_tokens=12,
     repetition_penalty=1.3,
     frequency_penalty=0.4,
+    logit_bias=((30, 4.0), (40, -100.0)),
     ignore_eos=True,
     logprobs=2,
 )

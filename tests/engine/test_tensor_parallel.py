@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,11 @@ if os.environ.get("HYPOTHESIS_PROFILE") == "nightly":
     GROUPS += [("gemma2", 2), ("mistral", 2), ("qwen3", 4), ("mixtral", 4), ("opt", 4), ("gpt2", 4)]
 
 
+def sampling_of(request_id: str) -> SamplingParams:
+    """Some ask for the log-probabilities of their prompts."""
+    return replace(SAMPLING, prompt_logprobs=1) if request_id.startswith("c0") else SAMPLING
+
+
 def converse(driver, rng: random.Random) -> dict[str, list[int]]:
     """Conversations side by side, over more turns than the tiers hold; returns the prompts."""
     vocabulary = range(3, 250)
@@ -37,7 +43,7 @@ def converse(driver, rng: random.Random) -> dict[str, list[int]]:
         for conversation in rng.sample(list(histories), NUM_CONVERSATIONS):
             request_id = f"{conversation}.{turn}"
             prompts[request_id] = histories[conversation] + rng.choices(vocabulary, k=rng.randint(5, 20))
-            driver.add(request_id, prompts[request_id], conversation, SAMPLING)
+            driver.add(request_id, prompts[request_id], conversation, sampling_of(request_id))
             driver.step()
         driver.run()
         driver.core.check_integrity()
@@ -55,9 +61,12 @@ def test_ranks_give_the_answers_of_one_process(family, size, tiny_model, make_dr
     prompts = converse(sharded, random.Random(family))
     num_ties = 0
     for request_id, prompt in prompts.items():
-        whole.add(request_id, prompt, None, SAMPLING)
+        whole.add(request_id, prompt, None, sampling_of(request_id))
         whole.run()
         num_ties += assert_same_tokens(sharded, whole, request_id)
+        ours, theirs = (driver.outputs[request_id][0].prompt_logprobs for driver in (sharded, whole))
+        assert len(ours) == (len(prompt) - 1 if request_id.startswith("c0") else 0)
+        assert [each.chosen for each in ours] == pytest.approx([each.chosen for each in theirs], abs=1e-3)
 
     assert num_ties <= 1
     stats = sharded.core.get_statistics()

@@ -108,7 +108,7 @@ _FAVOURITES = _words(
 _JOBS = _words("baker nurse pilot farmer painter singer writer lawyer driver cook tailor builder judge clerk plumber")
 
 
-def _invented(rng: random.Random) -> str:
+def invented(rng: random.Random) -> str:
     """A word that no list holds: the model has to copy it, it cannot have learnt it."""
     if rng.random() < 0.6:
         return "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((2, 2, 3))))
@@ -117,35 +117,35 @@ def _invented(rng: random.Random) -> str:
 
 
 def _proper_noun(rng: random.Random, known: tuple[str, ...], known_share: float) -> str:
-    word = rng.choice(known) if rng.random() < known_share else _invented(rng).capitalize()
+    word = rng.choice(known) if rng.random() < known_share else invented(rng).capitalize()
     return word.lower() if rng.random() < 0.15 else word
 
 
-def _name(rng: random.Random) -> str:
+def draw_name(rng: random.Random) -> str:
     first = _proper_noun(rng, _NAMES, 0.4)
     return f"{first} {_proper_noun(rng, _NAMES, 0.4)}" if rng.random() < 0.05 else first
 
 
-def _town(rng: random.Random) -> str:
+def draw_town(rng: random.Random) -> str:
     return _proper_noun(rng, _TOWNS, 0.6)
 
 
-def _favourite(rng: random.Random) -> str:
-    return rng.choice(_FAVOURITES) if rng.random() < 0.75 else _invented(rng)
+def draw_favourite(rng: random.Random) -> str:
+    return rng.choice(_FAVOURITES) if rng.random() < 0.75 else invented(rng)
 
 
 def _job(rng: random.Random) -> str:
-    return rng.choice(_JOBS) if rng.random() < 0.8 else _invented(rng)
+    return rng.choice(_JOBS) if rng.random() < 0.8 else invented(rng)
 
 
-def _code(rng: random.Random) -> str:
+def draw_code(rng: random.Random) -> str:
     return "".join(rng.choice("0123456789") for _ in range(4))
 
 
 FACT_KINDS: tuple[FactKind, ...] = (
     FactKind(
         _words("cat dog parrot hamster rabbit horse turtle goldfish snake lizard pony duck goat sheep"),
-        _name,
+        draw_name,
         (
             "my {s} is called {v}",
             "my {s} is named {v}",
@@ -163,7 +163,7 @@ FACT_KINDS: tuple[FactKind, ...] = (
     ),
     FactKind(
         _words("brother sister mother father uncle aunt cousin friend boss neighbour teacher doctor"),
-        _name,
+        draw_name,
         (
             "my {s} is called {v}",
             "my {s} is named {v}",
@@ -181,35 +181,35 @@ FACT_KINDS: tuple[FactKind, ...] = (
     ),
     FactKind(
         _words("office school hotel museum bakery garage garden studio shop farm gym library"),
-        _town,
+        draw_town,
         ("my {s} is in {v}", "did I tell you that my {s} is in {v}?"),
         ("where is my {s}?", "in which town is my {s}?"),
         "your {s} is in {v}.",
     ),
     FactKind(
         _words("colour food drink song sport animal season fruit flower book film"),
-        _favourite,
+        draw_favourite,
         ("my favourite {s} is {v}", "I like {v}, it is my favourite {s}", "the {s} I like best is {v}"),
         ("what is my favourite {s}?", "which {s} do I like best?"),
         "your favourite {s} is {v}.",
     ),
     FactKind(
         _words("bike locker phone car house safe laptop suitcase boat gate"),
-        _code,
+        draw_code,
         ("the code of my {s} is {v}", "please remember that the code of my {s} is {v}", "my {s} code is {v}"),
         ("what is the code of my {s}?", "what is my {s} code?", "I forgot the code of my {s}, what is it?"),
         "the code of your {s} is {v}.",
     ),
     FactKind(
         ("name",),
-        _name,
+        draw_name,
         ("my name is {v}", "hello, my name is {v}", "hi, I am {v}", "hi! my name is {v}"),
         ("what is my name?", "who am I?", "do you remember my name?"),
         "your name is {v}.",
     ),
     FactKind(
         ("home",),
-        _town,
+        draw_town,
         ("I live in {v}", "my home is in {v}"),
         ("where do I live?", "where is my home?", "in which town do I live?"),
         "you live in {v}.",
@@ -223,7 +223,7 @@ FACT_KINDS: tuple[FactKind, ...] = (
     ),
 )
 
-_CHAT = (
+SMALL_TALK = (
     ("hello", "hello! how can I help you?"),
     ("hi", "hello! how can I help you?"),
     ("how are you?", "I am fine, thank you."),
@@ -295,7 +295,7 @@ _AMERICAN = (("favourite", "favorite"), ("colour", "color"), ("neighbour", "neig
 _OPENERS = ("well, ", "anyway, ", "you know, ", "so, ", "and ", "then ")
 
 
-def _small_talk_sentence(rng: random.Random) -> str:
+def small_talk_sentence(rng: random.Random) -> str:
     if rng.random() < 0.6:
         sentence = f"{rng.choice(_WHO)} {rng.choice(_DID)} {rng.choice(_WHEN)}".rstrip()
     else:
@@ -307,12 +307,12 @@ def _small_talk(rng: random.Random, num_words: int) -> list[str]:
     """Sentences without a fact, about `num_words` words together."""
     sentences: list[str] = []
     while num_words > 0:
-        sentences.append(_small_talk_sentence(rng))
+        sentences.append(small_talk_sentence(rng))
         num_words -= len(sentences[-1].split())
     return sentences
 
 
-def _spell(rng: random.Random, sentences: list[str]) -> str:
+def spell(rng: random.Random, sentences: list[str]) -> str:
     """Joins sentences the way one user types: with or without capitals and a last punctuation mark."""
     capitals, lower_i = rng.random() < 0.5, rng.random() < 0.2
     spelled: list[str] = []
@@ -333,11 +333,11 @@ def _spell(rng: random.Random, sentences: list[str]) -> str:
     return text
 
 
-def _message(rng: random.Random, sentence: str, num_words: int) -> str:
+def draw_message(rng: random.Random, sentence: str, num_words: int) -> str:
     """Places the sentence that matters mostly after the small talk, sometimes before it or inside."""
     talk = _small_talk(rng, num_words)
     position = len(talk) if rng.random() < 0.7 else rng.randint(0, len(talk))
-    return _spell(rng, [*talk[:position], sentence, *talk[position:]])
+    return spell(rng, [*talk[:position], sentence, *talk[position:]])
 
 
 def generate_turns(
@@ -367,30 +367,30 @@ def generate_turns(
         num_words = rng.randint(*filler_words)
         if rng.random() < 0.06:
             if num_words and rng.random() < 0.7:
-                yield Turn(_spell(rng, _small_talk(rng, num_words)), SMALL_TALK_ANSWER, "chat")
+                yield Turn(spell(rng, _small_talk(rng, num_words)), SMALL_TALK_ANSWER, "chat")
             else:
-                user, answer = rng.choice(_CHAT)
-                yield Turn(_spell(rng, [user]), answer, "chat")
+                user, answer = rng.choice(SMALL_TALK)
+                yield Turn(spell(rng, [user]), answer, "chat")
             continue
         has_told_all = len(told) >= most_facts or not untold
         if told and (has_told_all or rng.random() < ask_share):
             if untold and rng.random() < unknown_share:
                 kind, subject = rng.choice(untold)
                 question = rng.choice(kind.questions).format(s=subject)
-                yield Turn(_message(rng, question, num_words), UNKNOWN_ANSWER, "unknown", subject)
+                yield Turn(draw_message(rng, question, num_words), UNKNOWN_ANSWER, "unknown", subject)
             else:
                 kind, subject = rng.choice(list(told))
                 value = told[kind, subject]
                 question = rng.choice(kind.questions).format(s=subject)
                 answer = kind.answer.format(s=subject, v=value)
-                yield Turn(_message(rng, question, num_words), answer, "ask", subject, value)
+                yield Turn(draw_message(rng, question, num_words), answer, "ask", subject, value)
         else:
             is_update = bool(told) and rng.random() < 0.05
             kind, subject = rng.choice(list(told)) if is_update else untold.pop(0)
             value = told[kind, subject] = kind.draw_value(rng)
             statement = rng.choice(kind.statements).format(s=subject, v=value)
             answer = "ok, " + kind.answer.format(s=subject, v=value)
-            yield Turn(_message(rng, statement, num_words), answer, "tell", subject, value)
+            yield Turn(draw_message(rng, statement, num_words), answer, "tell", subject, value)
 
 
 def draw_system(rng: random.Random) -> str | None:
@@ -400,7 +400,7 @@ def draw_system(rng: random.Random) -> str | None:
     sentences = rng.sample(_SYSTEM, rng.randint(1, 4))
     if rng.random() < 0.3:
         # A long one, as applications have: its text does not matter here, its length does.
-        sentences.append(_spell(rng, _small_talk(rng, rng.randint(20, 200))))
+        sentences.append(spell(rng, _small_talk(rng, rng.randint(20, 200))))
     return " ".join(sentences)
 
 

@@ -13,7 +13,7 @@ import random
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -181,7 +181,7 @@ class SampleSource:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self._encoder = tokenizer.backend_tokenizer
-        self._rng = random.Random(seed)
+        self.rng = random.Random(seed)
         ids = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, END])
         self._user_id, self._assistant_id, self._end_id = ids
 
@@ -197,43 +197,45 @@ class SampleSource:
 
     def _sample(self, stage: Stage) -> Sample:
         num_tokens = stage.seq_len + 1
-        if self._rng.random() < stage.copy_share:
+        if self.rng.random() < stage.copy_share:
             return self._repeated_segment(num_tokens)
-        token_ids = self._dialogue(num_tokens)
+        token_ids = self.dialogue(num_tokens)
         is_target, in_answer = [], False
         for token_id in token_ids:
             is_target.append(in_answer)
             in_answer = token_id == self._assistant_id or (in_answer and token_id != self._end_id)
         positions = list(range(num_tokens))
-        if self._rng.random() < stage.gap_share:
+        if self.rng.random() < stage.gap_share:
             positions = self._stretched(token_ids)
         return Sample(token_ids, positions, is_target)
 
     def _repeated_segment(self, num_tokens: int) -> Sample:
         # A small alphabet makes single tokens ambiguous, so that only a match of two or three in a row helps.
-        alphabet_size = self._rng.choice((12, 24, 64, VOCAB_SIZE - len(SPECIAL_TOKENS)))
-        alphabet = self._rng.sample(range(len(SPECIAL_TOKENS), VOCAB_SIZE), alphabet_size)
-        segment_len = self._rng.randint(6, num_tokens // 2)
-        segment = self._rng.choices(alphabet, k=segment_len)
+        alphabet_size = self.rng.choice((12, 24, 64, VOCAB_SIZE - len(SPECIAL_TOKENS)))
+        alphabet = self.rng.sample(range(len(SPECIAL_TOKENS), VOCAB_SIZE), alphabet_size)
+        segment_len = self.rng.randint(6, num_tokens // 2)
+        segment = self.rng.choices(alphabet, k=segment_len)
         token_ids = (segment * (num_tokens // segment_len + 1))[:num_tokens]
         return Sample(token_ids, list(range(num_tokens)), [i >= segment_len for i in range(num_tokens)])
 
-    def _dialogue(self, num_tokens: int) -> list[int]:
+    def dialogue(self, num_tokens: int) -> list[int]:
+        """A dialogue from its beginning, cut to so many tokens."""
         most = num_tokens // 12  # words of small talk, so that a short sequence still holds several turns
-        low, high = draw_filler_words(self._rng)
+        low, high = draw_filler_words(self.rng)
         turns = generate_turns(
-            self._rng,
+            self.rng,
             (min(low, most), min(high, most)),
-            ask_share=self._rng.choice((0.5, 0.65)),
-            most_facts=self._rng.choice((6, 15, 30, 60, 90)),
+            ask_share=self.rng.choice((0.5, 0.65)),
+            most_facts=self.rng.choice((6, 15, 30, 60, 90)),
         )
-        system = draw_system(self._rng)
-        token_ids = self._encode(f"{SYSTEM}{system}") if system and num_tokens > 200 else []
+        system = draw_system(self.rng)
+        token_ids = self.encode(f"{SYSTEM}{system}") if system and num_tokens > 200 else []
         while len(token_ids) < num_tokens:
-            token_ids += self._encode(render_turn(next(turns)))
+            token_ids += self.encode(render_turn(next(turns)))
         return token_ids[:num_tokens]
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, which may have special ones written out."""
         token_ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
         return token_ids
 
@@ -243,9 +245,9 @@ class SampleSource:
         spare = MAX_POSITIONS - len(token_ids)
         if not starts or spare <= 0:
             return list(range(len(token_ids)))
-        starts = sorted(self._rng.sample(starts, self._rng.randint(1, len(starts))))
-        total = self._rng.randint(0, spare)
-        cuts = sorted(self._rng.randint(0, total) for _ in starts)  # the shift after each start; grows
+        starts = sorted(self.rng.sample(starts, self.rng.randint(1, len(starts))))
+        total = self.rng.randint(0, spare)
+        cuts = sorted(self.rng.randint(0, total) for _ in starts)  # the shift after each start; grows
         positions, shift, next_start = [], 0, 0
         for i in range(len(token_ids)):
             if next_start < len(starts) and i == starts[next_start]:
@@ -261,24 +263,35 @@ def render_turn(turn: Turn) -> str:
 
 
 def learning_rate(progress: float, step: int) -> float:
-    """A short warm-up, the peak while the circuits form, a cosine. `progress` is the share of time gone."""
+    """Of the peak: a short warm-up, the peak while the circuits form, a cosine. `progress` is the share that is done."""
     warm_up = min(1.0, (step + 1) / 100)
     if progress < CONSTANT_SHARE:
-        return PEAK_LEARNING_RATE * warm_up
+        return warm_up
     cosine = 0.5 * (1 + math.cos(math.pi * (progress - CONSTANT_SHARE) / (1 - CONSTANT_SHARE)))
-    return PEAK_LEARNING_RATE * max(FLOOR_SHARE, cosine) * warm_up
+    return max(FLOOR_SHARE, cosine) * warm_up
 
 
-def train(model: LlamaForCausalLM, source: SampleSource, minutes: float) -> int:
-    """Trains in place for so long and returns the number of tokens seen."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
+def train(
+    model: LlamaForCausalLM,
+    source: SampleSource,
+    curriculum: Sequence[Stage],
+    progress_at: Callable[[int], float],
+    *,
+    peak: float = PEAK_LEARNING_RATE,
+) -> int:
+    """Trains in place and returns the number of tokens seen.
+
+    progress_at: the share that is done, by the number of steps; it ends at 1.
+    peak: the highest learning rate.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.05)
     model.train()
     start = last_report = time.monotonic()
     step, num_tokens, smooth_loss, smooth_exact = 0, 0, 0.0, 0.0
-    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
-        stage = next(stage for stage in CURRICULUM if progress < stage.until)
+    while (progress := progress_at(step)) < 1:
+        stage = next(stage for stage in curriculum if progress < stage.until)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress, step)
+            group["lr"] = peak * learning_rate(progress, step)
         token_ids, positions, is_target = source.batch(stage)
         targets = is_target[:, 1:]
         # On short sequences the casts cost more than bfloat16 saves.
@@ -359,14 +372,16 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dialogu
 
 
 def measure_recall(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    evaluation_sizes: Sequence[tuple[int, int]] = EVALUATION_SIZES,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Share of exact answers over held-out dialogues, cut at the end of the window.
 
     "by_kind" of the turn; for asks also "by_context_len" and "by_distance" to where the fact was last said.
     """
     right: dict[tuple[str, str], list[bool]] = defaultdict(list)
-    sizes = [num_turns for num_dialogues, num_turns in EVALUATION_SIZES for _ in range(num_dialogues)]
+    sizes = [num_turns for num_dialogues, num_turns in evaluation_sizes for _ in range(num_dialogues)]
     for i, num_turns in enumerate(sizes):
         # Every other one has long messages: few facts are told there and some are first asked for far behind.
         filler_words = (20, 170) if i % 2 else None
@@ -418,7 +433,9 @@ def main() -> None:
     model = build_model(tokenizer.eos_token_id, tokenizer.pad_token_id)
     print(f"{len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
-    num_tokens = train(model, SampleSource(tokenizer, arguments.seed), arguments.minutes)
+    start, seconds = time.monotonic(), 60 * arguments.minutes
+    source = SampleSource(tokenizer, arguments.seed)
+    num_tokens = train(model, source, CURRICULUM, lambda step: (time.monotonic() - start) / seconds)
     save(model, tokenizer, arguments.out / "weights")
     report = {
         "seed": arguments.seed,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 from engine.core.cache.index import Chunk, ChunkIndex
+from engine.core.cache.prices import LoadPrices
 from engine.core.cache.slow_transfers import SlowTransfers
 from engine.core.cache.tier import Tier, Tiers
 from engine.core.cache.transfers import Transfers
@@ -26,6 +27,7 @@ class Allocator:
         index: ChunkIndex,
         transfers: Transfers,
         slow: SlowTransfers,
+        prices: LoadPrices,
         stats: EngineStats,
         eviction_log: EvictionLog,
         *,
@@ -37,6 +39,7 @@ class Allocator:
         self._index = index
         self._transfers = transfers
         self._slow = slow
+        self._prices = prices
         self._stats = stats
         self._eviction_log = eviction_log
         self._write_through = write_through and tiers.secondary.pool.num_blocks > 0
@@ -73,6 +76,16 @@ class Allocator:
             self._take_copy(tier, victim, now)
         return tier.pool.try_allocate()
 
+    def try_block_for_drain(self, now: float) -> int | None:
+        """A block of the secondary tier that is free, or whose chunk a slow tier has too."""
+        tier = self._secondary
+        if not tier.pool.num_free:
+            victim = tier.copied.choose_victim(now)
+            if victim is None:
+                return None
+            self._take_copy(tier, victim, now)
+        return tier.pool.try_allocate()
+
     # -- ahead of time -------------------------------------------------------------------------------------------------
 
     def note_end_of_turn(self, chunk: Chunk) -> None:
@@ -101,7 +114,9 @@ class Allocator:
                 return
 
     def plan_stores(self, watermark: float, max_blocks: int, now: float) -> None:
-        """Store ahead of time in the first slow tier, the smallest retention value first.
+        """Store ahead of time in the first slow tier what is worth it, the smallest retention value first.
+
+        A chunk that is cheaper to compute again than to load is refused until its next use.
 
         watermark: until this share of the secondary tier's blocks is free or reclaimable.
         max_blocks: most stores at a time.
@@ -112,13 +127,23 @@ class Allocator:
         num_free = secondary.pool.num_free + len(secondary.copied) + self._slow.num_stores
         num_wanted = math.ceil(watermark * secondary.pool.num_blocks) - num_free
         for _ in range(min(num_wanted, max_blocks - self._slow.num_stores)):
-            victim = secondary.sole.choose_victim(now)
+            victim = secondary.to_store.choose_victim(now)
             if victim is None or not self._slow.may_store(tier, now):
                 return
+            if not self.is_worth_storing(victim, tier):
+                continue
             block_id = self.try_block(tier, victim, now, is_ahead_of_time=True)
             if block_id is None:
                 return
-            self._slow.plan_store(victim, tier, block_id)
+            self._slow.plan_store(victim, tier, block_id, now)
+
+    def is_worth_storing(self, chunk: Chunk, tier: Tier) -> bool:
+        """Whether loading the chunk from there would be cheaper than to compute it again; counts and notes it if not."""
+        if self._prices.is_loaded(tier.name, chunk.position, chunk.num_tokens):
+            return True
+        self._stats.slow_refusals[f"{tier.name}_store"] += 1
+        self._tiers.refuse_to_store(chunk)
+        return False
 
     def _try_swap_out(self, chunk: Chunk, now: float) -> bool:
         """Plan an ahead-of-time copy of an unpinned chunk to the secondary tier, if that has a block for it."""

@@ -35,6 +35,11 @@ class BlockPool:
         self._is_free[block_id] = 0
         return block_id
 
+    def allocate_all(self) -> None:
+        """Take all blocks that are free."""
+        self._free.clear()
+        self._is_free = bytearray(self.num_blocks)
+
     def free(self, block_id: int) -> None:
         """Take a block back."""
         assert not self._is_free[block_id], f"{self.name} block {block_id} freed twice"

@@ -19,20 +19,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from engine.core.cache.allocation import Allocator
 from engine.core.cache.cost_model import CostModel
+from engine.core.cache.drain import Drain
 from engine.core.cache.eviction import make_policy
 from engine.core.cache.index import Chunk, ChunkIndex, chunk_key
 from engine.core.cache.matching import ContextMatch, ContextMatcher
+from engine.core.cache.prices import LoadPrices
 from engine.core.cache.slow_transfers import SlowTransfers
 from engine.core.cache.tier import Tier, Tiers
 from engine.core.cache.transfers import Transfers
 from engine.core.cache_map import CacheMap, EvictionLog
 from engine.core.config import CacheConfig
+from engine.core.plan import ChunkRecord
 from engine.core.request import ContextAccount, Request
 from engine.core.stats import EngineStats
 from engine.core.tier_table import BOTH
+
+# A request waits that long for a slow tier, in seconds, even if computing would take less: one step may take as long.
+MIN_LOAD_WAIT_S = 0.5
+
+
+class LoadWait(NamedTuple):
+    """What a request waits for.
+
+    transfer_ids: the loads that were planned for it, and those under way for others. Empty if it should wait until some of
+        the others' are through.
+    max_wait_s: for so long.
+    """
+
+    transfer_ids: set[int]
+    max_wait_s: float
 
 
 class CacheManager:
@@ -43,6 +62,8 @@ class CacheManager:
     transfers: the copies of steps.
     slow_transfers: those from and to slow tiers.
     allocator: makes copies ahead of time, and tiers smaller.
+    prices: of loading from slow tiers.
+    drain: brings everything to the slow tiers; None unless the engine is about to end.
     map: what an observer is shown.
     """
 
@@ -57,12 +78,16 @@ class CacheManager:
         self.transfers = Transfers(self.tiers, self.index, stats)
         self.eviction_log = EvictionLog(self._cost_model)
         self.map = CacheMap(self.tiers, self.index, self._cost_model)
-        self.slow_transfers = SlowTransfers(self.tiers, self.index, stats)
+        self.prices = LoadPrices(self._cost_model)
+        self.slow_transfers = SlowTransfers(self.tiers, self.index, self.prices, stats)
+        self.drain: Drain | None = None
+        self._stats = stats
         self.allocator = Allocator(
             self.tiers,
             self.index,
             self.transfers,
             self.slow_transfers,
+            self.prices,
             stats,
             self.eviction_log,
             write_through=config.write_through,
@@ -79,11 +104,6 @@ class CacheManager:
     def num_available_blocks(self) -> int:
         """Blocks that a request could get: free ones, those of chunks that are not pinned, and those held back."""
         return self._primary.num_available
-
-    @property
-    def max_load_wait_s(self) -> float:
-        """Longest time that a request waits for slow tiers, in seconds."""
-        return max((tier.spec.max_wait_s for tier in self.tiers.slow), default=0.0)
 
     def num_chunks(self, num_tokens: int) -> int:
         """Chunks (= blocks) that a context of `num_tokens` takes."""
@@ -112,6 +132,8 @@ class CacheManager:
         pinned = [*kept, *(chunk for position, chunk in sources.items() if source_blocks[position] is None)]
         for chunk in pinned:
             self.tiers.pin(chunk)
+            chunk.is_to_store = True  # this is at least its second use
+        is_returning = self._is_returning(request, match, not_loaded)
         row: list[Chunk] = []
         for position in range(self.num_chunks(request.num_tokens)):
             if position in match.full:
@@ -122,6 +144,7 @@ class CacheManager:
                 self._take_over(chunk, now)
             else:
                 chunk = self.tiers.new_chunk(position, self.allocator.new_block(now))
+                chunk.is_to_store |= is_returning
                 if position in sources:
                     self._copy(sources[position], source_blocks[position], chunk)
             row.append(chunk)
@@ -133,28 +156,20 @@ class CacheManager:
         request.pending = self._missing_ranges(row, match.full.keys(), request.num_tokens)
         return True
 
-    def start_loads(self, request: Request, now: float) -> set[int] | None:
+    def start_loads(self, request: Request, now: float) -> LoadWait | None:
         """Plan to load what slow tiers have of the request's context, if that is cheaper than to compute it.
 
-        Returns the ids of the transfers that the request should wait for: those planned here, and those under way for
-        others. An empty set if it should wait until some of these are through; None if there is nothing to wait for.
-        Changes the request's `loads`, in which each chunk is tried once.
+        None if there is nothing to wait for. Changes the request's `loads`, in which each chunk is tried once.
         """
         match = self.match_context(request)
-        wanted: list[tuple[Chunk, Tier]] = []
-        for position, chunk, num_valid in match.outside_primary_tier():
-            tier = self.tiers.slow_tier_of(chunk)
-            if chunk.blocks[1] is not None or tier is None or chunk.key in request.loads:
-                continue
-            if self._cost_model.is_loaded(tier.name, position, num_valid):
-                wanted.append((chunk, tier))
+        wanted = self._choose_loads(request, match, now)
         if not wanted:
             return None
         for chunk in (*match.full.values(), *(chunk for chunk, _ in match.tails.values())):
             self.tiers.touch(chunk, now)
         transfer_ids: set[int] = set()
         has_to_wait = False
-        for chunk, tier in reversed(wanted):  # the end of a context costs most to compute
+        for _, chunk, _, tier in reversed(wanted):  # the end of a context costs most to compute
             transfer = self.slow_transfers.find(chunk)
             if transfer is None:
                 if self.slow_transfers.num_loads >= max(1, self._secondary.pool.num_blocks // 2):
@@ -162,12 +177,67 @@ class CacheManager:
                     break
                 block_id = self.allocator.try_block_for_load(now)
                 if block_id is not None:
-                    transfer = self.slow_transfers.plan_load(chunk, tier, block_id)
+                    transfer = self.slow_transfers.plan_load(chunk, tier, block_id, now)
             if chunk.key is not None:
                 request.loads[chunk.key] = tier.name
             if transfer is not None and self.slow_transfers.is_load(transfer):
                 transfer_ids.add(transfer.transfer_id)
-        return transfer_ids if transfer_ids or has_to_wait else None
+        if not transfer_ids and not has_to_wait:
+            return None
+        slowest = max((tier for *_, tier in wanted), key=lambda tier: tier.number)
+        compute_s = self.prices.compute_s(slowest.name, ((position, num) for position, _, num, _ in wanted))
+        max_wait_s = slowest.spec.max_wait_s
+        if compute_s is not None:
+            max_wait_s = min(max_wait_s, max(MIN_LOAD_WAIT_S, 2 * compute_s))
+        return LoadWait(transfer_ids, max_wait_s)
+
+    def _choose_loads(self, request: Request, match: ContextMatch, now: float) -> list[tuple[int, Chunk, int, Tier]]:
+        """What of the match is to be loaded from slow tiers: (position, chunk, number of valid tokens, tier), front first.
+
+        Each chunk has to cost less to load than to compute, and all together too, with the loads in front of them. If they do
+        not, and the price is old, the last one is loaded for nobody, to see what it costs now.
+        """
+        wanted: list[tuple[int, Chunk, int, Tier]] = []
+        refused: list[tuple[int, Chunk, int, Tier]] = []
+        for position, chunk, num_valid in match.outside_primary_tier():
+            tier = self.tiers.slow_tier_of(chunk)
+            if chunk.blocks[1] is not None or tier is None or chunk.key in request.loads:
+                continue
+            if self.slow_transfers.may_load(tier, now):
+                is_cheap = self.prices.is_loaded(tier.name, position, num_valid)
+                (wanted if is_cheap else refused).append((position, chunk, num_valid, tier))
+        if wanted:
+            compute_cost = self.prices.compute_cost((position, num) for position, _, num, _ in wanted)
+            tier = wanted[-1][-1]
+            if (len(wanted) + self.slow_transfers.num_loads) * self.prices.load_cost(tier.name) > compute_cost:
+                refused, wanted = wanted, []
+        if refused and not request.loads:
+            tier = refused[-1][-1]
+            self._stats.slow_refusals[f"{tier.name}_load"] += len(refused)
+            chunk = refused[-1][1]
+            if self.prices.needs_probe(tier.name, now) and self.slow_transfers.find(chunk) is None:
+                block_id = self.allocator.try_block_for_load(now)
+                if block_id is not None:
+                    self.slow_transfers.plan_load(chunk, tier, block_id, now)
+        return wanted
+
+    def await_records(self, tier_name: str) -> None:
+        """Give out no block of that tier until `restore` tells what lies there. Before the first request."""
+        tier = self.tiers.by_name[tier_name]
+        tier.unread = set(range(tier.pool.num_blocks))
+        tier.pool.allocate_all()
+
+    def restore(self, tier_name: str, records: Mapping[int, ChunkRecord | None], now: float) -> None:
+        """What an earlier process has left in blocks of a slow tier that were unread; None = nothing that can be used."""
+        tier = self.tiers.by_name[tier_name]
+        for block_id, record in records.items():
+            tier.unread.remove(block_id)
+            if record is None or self.index.match(record.key) is not None:
+                tier.pool.free(block_id)
+                continue
+            chunk = self.tiers.restored_chunk(tier, block_id, record, now)
+            self.index.insert(chunk, record.key, record.parent_key)
+            self.tiers.file(chunk)
 
     def block_table(self, request: Request) -> tuple[int, ...]:
         """The blocks of an admitted request's row, front first."""
@@ -203,7 +273,9 @@ class CacheManager:
         if not (self._primary.pool.num_free or self._primary.num_available):
             return None
         block_id = self.allocator.new_block(now)
-        request.chunks.append(self.tiers.new_chunk(len(request.chunks), block_id))
+        chunk = self.tiers.new_chunk(len(request.chunks), block_id)
+        chunk.is_to_store = request.chunks[-1].is_to_store
+        request.chunks.append(chunk)
         return block_id
 
     def commit(self, request: Request, start: int, end: int) -> None:
@@ -237,6 +309,15 @@ class CacheManager:
             self.allocator.note_end_of_turn(chunk)
         request.chunks, request.pending = [], []
         self.allocator.hold(now)
+
+    # -- before the engine ends ----------------------------------------------------------------------------------------
+
+    def start_drain(self, now: float) -> None:
+        """From now on, bring everything to the first slow tier, if there is one. No request may follow."""
+        if self.tiers.slow:
+            self.drain = Drain(
+                self.tiers, self.index, self.transfers, self.slow_transfers, self.allocator, self._cost_model, now
+            )
 
     # -- what is where -------------------------------------------------------------------------------------------------
 
@@ -287,6 +368,11 @@ class CacheManager:
         """All of the request's row but those of the chunks it keeps that are pinned already."""
         num_pinned = sum(chunk.blocks[0] is not None and chunk.pins > 0 for chunk in kept)
         return self.num_chunks(request.num_tokens) - num_pinned
+
+    def _is_returning(self, request: Request, match: ContextMatch, not_loaded: Mapping[int, int]) -> bool:
+        """Whether most of the prompt has been here before: what follows it will be asked for again, too."""
+        num_known = match.num_cached_tokens + sum(not_loaded.values()) + sum(match.dropped.values())
+        return 2 * num_known >= request.num_prompt_tokens
 
     def _account(self, request: Request, match: ContextMatch, not_loaded: Mapping[int, int]) -> ContextAccount:
         def count_prompt_tokens(num_tokens: Mapping[int, int]) -> int:
@@ -339,6 +425,7 @@ class CacheManager:
         if named is None or named is chunk or named.blocks[0] is not None:
             return
         self.tiers.pin(named)
+        named.is_to_store = True
         named.blocks[0], chunk.blocks[0] = chunk.blocks[0], None
         self.tiers.note_spare_copies(named)
         request.chunks[chunk.position] = named

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from engine.core.tier_table import CPU
+
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
@@ -19,13 +21,20 @@ class CostModel:
     per_context_token: attention of one chunk to one token of context.
     chunk_size: tokens a chunk.
     load_costs: of one chunk, by the name of the tier that it comes from, all the way to the tier that computes; a tier
-        that is not in it has an unknown cost, and loading from it is always preferred.
+        that is not in it has an unknown cost, and loading from it is always preferred. For slow tiers see LoadPrices.
+    is_in_seconds: they were measured here, and their unit is the second.
     """
 
     constant: float = 1.0
     per_context_token: float = 1.0 / 4096
     chunk_size: int = 32
     load_costs: Mapping[str, float] = field(default_factory=dict)
+    is_in_seconds: bool = False
+
+    @property
+    def swap_in_cost(self) -> float:
+        """Of one chunk that lies in the CPU tier; 0 if it is not known."""
+        return self.load_costs.get(CPU, 0.0)
 
     def chunk_cost(self, position: int) -> float:
         """Cost of chunk number `position`: it attends to everything up to its own end."""

@@ -26,9 +26,20 @@ class Chunk:
     pins: requests and step transfers that use it.
     last_active: latest use by any conversation that contains it, in seconds.
     owner_id: the conversation that left it as its tail (tails only).
+    is_to_store: it is worth a place in a slow tier, as far as is known. Changes only while the chunk is pinned or unfiled.
     """
 
-    __slots__ = ("blocks", "key", "last_active", "num_tokens", "owner_id", "parent_key", "pins", "position")
+    __slots__ = (
+        "blocks",
+        "is_to_store",
+        "key",
+        "last_active",
+        "num_tokens",
+        "owner_id",
+        "parent_key",
+        "pins",
+        "position",
+    )
 
     def __init__(self, position: int, blocks: list[int | None]) -> None:
         self.position = position
@@ -39,6 +50,7 @@ class Chunk:
         self.pins = 0
         self.last_active = 0.0
         self.owner_id: str | None = None
+        self.is_to_store = False
 
     def __repr__(self) -> str:
         return (

@@ -51,14 +51,18 @@ class ContextMatcher:
     def match(self, request: Request) -> ContextMatch:
         """What is cached of the request's context, in whichever tier.
 
-        Leaves the last token out, whatever is cached: its logits are wanted, so it has to be computed.
+        Leaves the last token out, whatever is cached: its logits are wanted, so it has to be computed. So do the chunks
+        of `request.unscored`.
         """
         match = ContextMatch()
         index, size, token_ids = self._index, self._chunk_size, request.token_ids
         self.extend_keys(request)
+        unscored = request.unscored
         last_full = (len(token_ids) - 1) // size  # chunks before this one lie wholly before the last token
         for position in range(-(-len(token_ids) // size)):
             start = position * size
+            if unscored and start < unscored.stop and start + size > unscored.start:
+                continue
             chunk = key = None
             if position < len(request.chunk_keys):
                 key = request.chunk_keys[position]

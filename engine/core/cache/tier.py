@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from engine.core.cache.block_pool import BlockPool
 from engine.core.cache.eviction import EvictionPolicy
 from engine.core.cache.index import Chunk
+from engine.core.plan import ChunkRecord
 from engine.core.tier_table import TierSpec
 
 
@@ -22,6 +23,8 @@ class Tier:
     arriving: chunks whose block here a step's transfer, planned or in flight, writes to.
     lent: blocks that a slow transfer reads or writes, with the chunk that they belong to; None = to the transfer alone.
         Their chunks are neither filed nor spare here.
+    to_store: of `sole`, those that are worth a place in a slow tier; of the secondary tier, if there are slow ones.
+    unread: blocks of which it is not known yet what an earlier process left there.
     """
 
     def __init__(self, number: int, spec: TierSpec, make_policy: Callable[[], EvictionPolicy]) -> None:
@@ -35,6 +38,8 @@ class Tier:
         self.spare: dict[Chunk, None] = {}
         self.arriving: set[Chunk] = set()
         self.lent: dict[int, Chunk | None] = {}
+        self.to_store = make_policy()
+        self.unread: set[int] = set()
         self.held: list[int] = []
         self.num_to_hold = 0
 
@@ -47,11 +52,15 @@ class Tier:
         """Let an unpinned chunk lose its block here, unless that is lent."""
         if chunk.blocks[self.number] not in self.lent:
             (self.copied if is_copied else self.sole).insert(chunk)
+            if chunk.is_to_store and not is_copied:
+                self.to_store.insert(chunk)
 
     def unfile(self, chunk: Chunk, *, is_copied: bool) -> None:
         """Undo `file`, while blocks and loans are still the same."""
         if chunk.blocks[self.number] not in self.lent:
             (self.copied if is_copied else self.sole).remove(chunk)
+            if chunk.is_to_store and not is_copied:
+                self.to_store.remove(chunk)
 
     def choose_victim(self, now: float) -> Chunk | None:
         """The chunk to lose its block here next, those first that lose nothing; None if there is none."""
@@ -107,7 +116,7 @@ class Tier:
         transfers = [block for block, chunk in self.lent.items() if chunk is None]
         assert all(chunk is None or chunk.blocks[self.number] == block for block, chunk in self.lent.items())
         assert len(self.held) <= self.num_to_hold
-        self.pool.check_integrity(owned + transfers + self.held)
+        self.pool.check_integrity(owned + transfers + self.held + list(self.unread))
 
 
 class Tiers:
@@ -121,6 +130,7 @@ class Tiers:
         self.row = tuple(Tier(number, spec, make_policy) for number, spec in enumerate(specs))
         self.primary, self.secondary, *slow = self.row
         self.slow = tuple(slow)
+        self._stores_first_use = bool(slow) and slow[0].spec.stores_first_use
         self._no_copies = (None,) * (len(self.row) - 1)
         self.by_name = {tier.name: tier for tier in self.row}
 
@@ -131,6 +141,17 @@ class Tiers:
         """A pinned, unnamed chunk with that block in the primary tier."""
         chunk = Chunk(position, [block_id, *self._no_copies])
         chunk.pins = 1
+        chunk.is_to_store = self._stores_first_use
+        return chunk
+
+    def restored_chunk(self, tier: Tier, block_id: int, record: ChunkRecord, now: float) -> Chunk:
+        """An unpinned, unfiled chunk without a name, whose only block is one of a slow tier."""
+        chunk = Chunk(record.position, [None, *self._no_copies])
+        chunk.blocks[tier.number] = block_id
+        chunk.num_tokens = record.num_tokens
+        chunk.owner_id = record.owner_id
+        chunk.last_active = now - record.idle_s
+        chunk.is_to_store = True
         return chunk
 
     def slow_tier_of(self, chunk: Chunk) -> Tier | None:
@@ -175,6 +196,12 @@ class Tiers:
         for tier in self.slow:
             if chunk.blocks[tier.number] is not None:
                 tier.file(chunk, is_copied=False)
+
+    def refuse_to_store(self, chunk: Chunk) -> None:
+        """An unpinned chunk is not worth a place in a slow tier before its next use."""
+        self.unfile(chunk)
+        chunk.is_to_store = False
+        self.file(chunk)
 
     def unfile(self, chunk: Chunk) -> None:
         """Undo `file`, while blocks and loans are still the same."""
@@ -244,6 +271,8 @@ class Tiers:
                 }
                 assert len(policy) == len(expected), (tier.name, is_copied)
                 assert set(policy) == expected, (tier.name, is_copied)
+            if self.slow and tier is not self.primary:
+                assert set(tier.to_store) == {chunk for chunk in tier.sole if chunk.is_to_store}, tier.name
             for chunk in tier.spare:
                 assert chunk.pins, chunk
                 assert chunk.blocks[0] is not None, chunk

@@ -26,7 +26,12 @@ from engine.executor.tiers.streams import Event, Streams, cuda_streams
 
 
 class Swapper(Protocol):
-    """The copies of one step: `begin`, then the forward, whose layers call what `begin` returned, then `finish`."""
+    """The copies of one step: `begin`, then the forward, whose layers call what `begin` returned, then `finish`.
+
+    checksums: of the CPU tier's blocks; None if they are not verified.
+    """
+
+    checksums: Checksums | None
 
     def begin(self, plan: StepPlan) -> Callable[[int], None] | None:
         """Make the evictions and local copies, start the rest.
@@ -59,11 +64,19 @@ class Checksums:
 
     def note(self, copies: Sequence[BlockCopy]) -> None:
         for copy in copies:
-            self._sums[copy.target] = self._sum(copy.target)
+            self.note_block(copy.target)
+
+    def note_block(self, cpu_block: int) -> None:
+        """That is what it holds. From any thread, as long as the block is lent to a transfer."""
+        self._sums[cpu_block] = self._sum(cpu_block)
+
+    def is_intact(self, cpu_block: int) -> bool:
+        """Whether it holds what was noted."""
+        return self._sums.get(cpu_block) == self._sum(cpu_block)
 
     def failed(self, copies: Sequence[BlockCopy]) -> tuple[int, ...]:
         """The targets of those swap-ins whose source is not what was swapped out."""
-        return tuple(copy.target for copy in copies if self._sums.get(copy.source) != self._sum(copy.source))
+        return tuple(copy.target for copy in copies if not self.is_intact(copy.source))
 
     def _sum(self, cpu_block: int) -> int:
         return zlib.crc32(self._cpu.storage[cpu_block].view(torch.uint8).numpy())
@@ -105,7 +118,7 @@ class ThreadSwapper:
         self._gpu, self._cpu = gpu, cpu
         # The same memory, by bytes: numpy knows no bfloat16.
         self._bytes = {GPU: gpu.storage.view(torch.uint8).numpy(), CPU: cpu.storage.view(torch.uint8).numpy()}
-        self._checksums = Checksums(cpu) if verify else None
+        self.checksums = Checksums(cpu) if verify else None
         self._failed: tuple[int, ...] = ()
         self._pending: list[Future[None]] = []
         # One thread per direction: a swap-in must not queue behind an ahead-of-time swap-out.
@@ -121,8 +134,8 @@ class ThreadSwapper:
             self._pending.append(self._out_thread.submit(self._swap_out, plan.swap_outs))
         if not plan.swap_ins:
             return None
-        if self._checksums is not None:
-            self._failed = self._checksums.failed(plan.swap_ins)
+        if self.checksums is not None:
+            self._failed = self.checksums.failed(plan.swap_ins)
         gates = LayerGates(len(self._gpu.layer_slices))
         self._pending.append(self._in_thread.submit(self._swap_in, plan.swap_ins, gates))
         return gates.wait
@@ -141,8 +154,8 @@ class ThreadSwapper:
     def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
         for copy in copies:
             self._bytes[copy.target_tier][copy.target] = self._bytes[copy.source_tier][copy.source]
-        if self._checksums is not None:
-            self._checksums.note(copies)
+        if self.checksums is not None:
+            self.checksums.note(copies)
 
     def _swap_in(self, copies: Sequence[BlockCopy], gates: LayerGates) -> None:
         try:
@@ -182,7 +195,7 @@ class StreamSwapper:
         num_layers = len(gpu.layer_slices)
         self._groups = layer_groups(num_layers, max_group_layers(gpu, copiers[0]))
         self._whole = [range(num_layers)]
-        self._checksums = Checksums(cpu) if verify else None
+        self.checksums = Checksums(cpu) if verify else None
         self._failed: tuple[int, ...] = ()
         self._transfer = _Transfer((), (), [], [])
         self._swapped_out: list[BlockCopy] = []
@@ -204,11 +217,11 @@ class StreamSwapper:
         ready = compute.record()
         swap_in.wait(ready)
         swap_out.wait(ready)
-        if plan.swap_ins and self._checksums is not None:
+        if plan.swap_ins and self.checksums is not None:
             if plan.evictions:
                 swap_out.record().synchronize()
-                self._checksums.note(plan.evictions)
-            self._failed = self._checksums.failed(plan.swap_ins)
+                self.checksums.note(plan.evictions)
+            self._failed = self.checksums.failed(plan.swap_ins)
         groups = self._groups if plan.segments and plan.swap_ins else self._whole
         self._transfer = _Transfer(plan.swap_ins, plan.swap_outs, groups, [])
         self._start_groups(1)
@@ -220,8 +233,8 @@ class StreamSwapper:
             self._streams.swap_in.record().synchronize()
         if self._swapped_out:
             self._streams.swap_out.record().synchronize()
-        if self._checksums is not None:
-            self._checksums.note(self._swapped_out)
+        if self.checksums is not None:
+            self.checksums.note(self._swapped_out)
         self._transfer, self._swapped_out = _Transfer((), (), [], []), []
         return self._failed
 

@@ -289,7 +289,7 @@ async def loop_of_calls(client: AsyncOpenAI, session: str, *, stream: bool) -> l
             messages=messages,
             tools=TOOLS,
             tool_choice=choice,
-            parallel_tool_calls=False,
+            parallel_tool_calls=choice is NAMED,  # of which there is one in any case
             extra_body={"session_id": session},
         )
         (answer,) = completion.choices

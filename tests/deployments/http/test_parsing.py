@@ -10,6 +10,7 @@ import pytest
 from pydantic import Field
 
 from deployments import openapi  # noqa: F401  imports every kind of body
+from deployments.completions.requests import ChatCompletionBody, CompletionBody
 from deployments.http.parsing import (
     MAX_FIELDS,
     MAX_IGNORED_NAMES,
@@ -21,6 +22,7 @@ from deployments.http.parsing import (
     parse_request,
     validated,
 )
+from deployments.responses.requests import ResponseBody
 from engine.errors import RequestError
 from tests.deployments.refusals import refusal
 
@@ -108,6 +110,82 @@ def test_no_kind_of_body_falls_over_a_number_or_an_unknown_null(name: str) -> No
     assert all(outcome({name: 7}) == outcome({name: 7.0}) for name in names)
     assert outcome({"frobnicate": None}) == outcome({})
     assert names.isdisjoint(kind.ignored), "what is read is not ignored"
+
+
+TOOL = {"type": "function", "name": "look", "parameters": {"type": "object"}}
+CHAT_TOOL = {"type": "function", "function": {"name": "look"}}
+DEEP_BODIES: dict[str, tuple[type[Body], dict[str, Any]]] = {
+    "chat": (
+        ChatCompletionBody,
+        {
+            "model": "m",
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}]},
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}],
+                },
+            ],
+            "tools": [CHAT_TOOL],
+            "tool_choice": CHAT_TOOL,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+    ),
+    "form": (
+        CompletionBody,
+        {"model": "m", "prompt": "a", "response_format": {"type": "json_schema", "json_schema": {"name": "n"}}},
+    ),
+    "responses": (
+        ResponseBody,
+        {
+            "model": "m",
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+                {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "a"}]},
+                {"type": "function_call", "call_id": "1", "name": "look", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "a"}]},
+            ],
+            "tools": [TOOL],
+            "tool_choice": {"type": "function", "name": "look"},
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": {}}},
+            "reasoning": {"effort": "low"},
+            "conversation": {"id": "conv_1"},
+        },
+    ),
+}
+NOT_LOOKED_INTO = {"parameters", "schema"}
+
+
+def objects_in(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """All objects that have names of the API, and where each of them is."""
+    if isinstance(value, dict):
+        yield path, value
+        for name, inner in value.items():
+            if name not in NOT_LOOKED_INTO:
+                yield from objects_in(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from objects_in(inner, f"{path}[{index}]")
+
+
+@pytest.mark.parametrize("name", DEEP_BODIES)
+def test_unknown_parameters_anywhere_in_a_real_body(name: str) -> None:
+    kind, data = DEEP_BODIES[name]
+    plain = json.dumps(data)
+    expected = parse_request(kind, plain.encode())[0]
+    places = [path for path, _ in objects_in(data)]
+    assert len(places) > 2
+    for place in places:
+        changed = json.loads(plain)
+        dict(objects_in(changed))[place]["frobnicate"] = {"x": 1}
+        unknown = f"{place}.frobnicate" if place else "frobnicate"
+        ignored: list[str] = []
+        assert parse_request(kind, json.dumps(changed).encode(), ignored)[0] == expected
+        assert ignored == [unknown]
+        assert refusal(lambda raw=changed: validated(kind, raw)) == (unknown, "unknown_parameter")  # type: ignore[misc]
+        dict(objects_in(changed))[place]["frobnicate"] = None
+        assert parse_request(kind, json.dumps(changed).encode())[0] == expected
 
 
 def test_a_query_is_taken_like_a_body() -> None:

@@ -29,15 +29,20 @@ from deployments.responses.answers import (
     ResponseObject,
     ResponseStream,
     cancelled,
+    closing_event,
     conversation_object,
     deleted_conversation,
     deleted_response,
+    error_event,
     failed,
     interrupted,
     list_object,
     sse_named_event,
 )
-from deployments.responses.requests import ConversationBody, ItemsBody, ListQuery, ResponseBody, messages_of
+from deployments.responses.conversation_requests import ConversationBody, ItemsBody, ListQuery
+from deployments.responses.items import messages_of
+from deployments.responses.output import Event
+from deployments.responses.requests import ResponseBody
 from engine.errors import EngineStoppedError, ExecutorError, OverloadedError, PensieveError, RequestError
 from engine.text.output import OutputDelta, merge_deltas
 
@@ -62,7 +67,22 @@ ERROR = ErrorItem.of(ExecutorError("the step failed"))
 
 def response_object(**changes: Any) -> ResponseObject:
     body = {"model": "m", "input": "hi"} | changes
-    return ResponseObject("resp_1", 1700000000, ResponseBody.model_validate(body), "msg_1")
+    return ResponseObject("resp_1", 1700000000, ResponseBody.model_validate(body), lambda prefix: f"{prefix}_1")
+
+
+def whole_response(form: ResponseObject, *deltas: OutputDelta) -> dict[str, Any]:
+    stream = ResponseStream(form)
+    for delta in deltas:
+        stream.read(delta)
+    return stream.whole()
+
+
+def told(stream: ResponseStream, *deltas: OutputDelta) -> list[Event]:
+    """The numbered events of an answer."""
+    events = [event for delta in deltas for event in stream.read(delta)]
+    if deltas[-1].finish_reason is not None:
+        events.append(closing_event(stream.whole()))
+    return stream.numbered(events)
 
 
 def check(kind: type[BaseModel], value: Any, *more_fields: str) -> Any:
@@ -103,7 +123,7 @@ def test_a_whole_response() -> None:
         "parallel_tool_calls": False,
         "tool_choice": "none",
     }
-    whole = response_object(**body).whole(ANSWER)
+    whole = whole_response(response_object(**body), ANSWER)
     assert whole == {
         **body,
         "id": "resp_1",
@@ -128,7 +148,7 @@ def test_a_whole_response() -> None:
 
 
 def test_defaults_are_said_and_nothing_is_cached_is_said_too() -> None:
-    whole = response_object(conversation="conv_1").whole(OutputDelta("x", (1,), (), (7,), 5, 0, 1, "stop"))
+    whole = whole_response(response_object(conversation="conv_1"), OutputDelta("x", (1,), (), (7,), 5, 0, 1, "stop"))
     assert whole["conversation"] == {"id": "conv_1"}
     assert whole["usage"]["input_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 5}
     assert (whole["temperature"], whole["top_p"], whole["truncation"]) == (1.0, 1.0, "disabled")
@@ -137,7 +157,7 @@ def test_defaults_are_said_and_nothing_is_cached_is_said_too() -> None:
 
 
 def test_a_response_that_ran_out_of_tokens() -> None:
-    whole = response_object().whole(OutputDelta("Hel", (1,), (), (7,), 5, 3, 1, "length"))
+    whole = whole_response(response_object(), OutputDelta("Hel", (1,), (), (7,), 5, 3, 1, "length"))
     assert whole["status"] == whole["output"][0]["status"] == "incomplete"
     assert whole["incomplete_details"] == {"reason": "max_output_tokens"}
     check(Response, whole, "store")
@@ -146,7 +166,9 @@ def test_a_response_that_ran_out_of_tokens() -> None:
 def test_other_ends() -> None:
     started = response_object().in_progress()
     assert (started["status"], started["output"], started["usage"]) == ("in_progress", [], None)
-    half = response_object().in_progress(OutputDelta("Hel", (1,), (), (), 5, 3, 1))
+    stream = ResponseStream(response_object())
+    stream.read(OutputDelta("Hel", (1,), (), (), 5, 3, 1))
+    half = stream.in_progress()
     assert (half["status"], half["output"][0]["status"]) == ("in_progress", "in_progress")
     for begun in (started, half):
         before = json.dumps(begun)
@@ -193,8 +215,7 @@ def test_codes_of_failure(kind: type[PensieveError], code: str) -> None:
 
 
 def test_the_events_of_a_stream() -> None:
-    stream = ResponseStream(response_object())
-    events = [event for delta in DELTAS for event in stream.events(delta)]
+    events = told(ResponseStream(response_object()), *DELTAS)
     for event in events:
         check_event(event)
     where = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
@@ -217,34 +238,28 @@ def test_the_events_of_a_stream() -> None:
                 {"type": "response.output_text.done", **where, "text": "Hello", "logprobs": []},
                 {"type": "response.content_part.done", **where, "part": PART},
                 {"type": "response.output_item.done", "output_index": 0, "item": MESSAGE},
-                {"type": "response.completed", "response": response_object().whole(ANSWER)},
+                {"type": "response.completed", "response": whole_response(response_object(), ANSWER)},
             ]
         )
     ]
 
 
-def test_a_stream_may_be_opened_before_its_first_token() -> None:
-    early, late = ResponseStream(response_object()), ResponseStream(response_object())
-    assert [*early.opening(), *early.events(ANSWER)] == late.events(ANSWER)
-
-
 def test_a_stream_that_fails() -> None:
-    for deltas in ((), DELTAS[:1]):
-        stream = ResponseStream(response_object())
-        events = [*stream.opening(), *(event for delta in deltas for event in stream.events(delta))]
-        half = stream.in_progress()
-        event = stream.failed_event(ERROR)
-        assert event == (
-            "response.failed",
-            {"type": "response.failed", "sequence_number": len(events), "response": failed(half, ERROR)},
-        )
-        assert [part["text"] for item in half["output"] for part in item["content"]] == ["Hel"][: len(deltas)]
-        check_event(event)
+    stream = ResponseStream(response_object())
+    events = told(stream, DELTAS[0])
+    half = stream.in_progress()
+    (event,) = stream.numbered([closing_event(failed(half, ERROR))])
+    assert event == (
+        "response.failed",
+        {"type": "response.failed", "sequence_number": len(events), "response": failed(half, ERROR)},
+    )
+    assert [part["text"] for item in half["output"] for part in item["content"]] == ["Hel"]
+    check_event(event)
 
 
 def test_an_error_event() -> None:
     stream = ResponseStream(response_object())
-    event = stream.error_event(ErrorItem.of(TenantLimitError("busy" * 5000, "p")))
+    (event,) = stream.numbered([error_event(ErrorItem.of(TenantLimitError("busy" * 5000, "p")))])
     assert event[1] == {
         "type": "error",
         "sequence_number": 0,
@@ -268,13 +283,12 @@ def test_however_an_answer_is_cut_the_stream_ends_in_the_whole_one(texts: list[s
         OutputDelta(text, (n,), (), (9,) if n == 0 else (), 5, 3, n + 1, reason if n == len(texts) - 1 else None)
         for n, text in enumerate(texts)
     ]
-    stream = ResponseStream(response_object())
-    events = [check_event(event) for delta in deltas for event in stream.events(delta)]
+    events = [check_event(event) for event in told(ResponseStream(response_object()), *deltas)]
     assert [event.sequence_number for event in events] == list(range(len(events)))
     spoken = [event.delta for event in events if event.type == "response.output_text.delta"]
     assert all(spoken)
     assert "".join(spoken) == "".join(texts)
-    whole = Response.model_validate(response_object().whole(merge_deltas(deltas)))
+    whole = Response.model_validate(whole_response(response_object(), merge_deltas(deltas)))
     assert events[-1].response.to_dict() == whole.to_dict()
     assert events[-1].type == f"response.{whole.status}"
 
@@ -300,7 +314,7 @@ class FakeServer:
 
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
-        self.prompts: list[tuple[tuple[str, str], ...]] = []
+        self.prompts: list[list[tuple[str, str]]] = []
         self.items: dict[str, dict[str, Any]] = {}
         self.deltas: tuple[OutputDelta, ...] = DELTAS
         self.fails = False
@@ -319,12 +333,12 @@ class FakeServer:
             case "DELETE", ["responses", response_id]:
                 return httpx.Response(200, json=deleted_response(response_id))
             case "POST", ["conversations"]:
-                self._add(self._parse(ConversationBody, request).new_items(self._new_item_id))
+                self._add(self._parse(ConversationBody, request).new_items(self._new_id))
                 return httpx.Response(200, json=conversation_object("conv_1", 1700000000, {}))
             case "DELETE", ["conversations", conversation_id]:
                 return httpx.Response(200, json=deleted_conversation(conversation_id))
             case "POST", ["conversations", _, "items"]:
-                items = self._parse(ItemsBody, request).new_items(self._new_item_id)
+                items = self._parse(ItemsBody, request).new_items(self._new_id)
                 self._add(items)
                 return httpx.Response(200, json=list_object(items, has_more=False))
             case "GET", ["conversations", _, "items"]:
@@ -341,14 +355,15 @@ class FakeServer:
         return body
 
     def _respond(self, body: ResponseBody) -> httpx.Response:
-        self.prompts.append(messages_of(body.input_items(self._new_item_id), body.instructions))
-        response = ResponseObject(self._new_id("resp_"), 1700000000, body, self._new_item_id())
+        messages = messages_of(body.input_items(self._new_id), body.instructions)
+        self.prompts.append([(message.role, message.content) for message in messages])
+        response = ResponseObject(self._new_id("resp"), 1700000000, body, self._new_id)
         if not body.stream:
-            return httpx.Response(200, json=response.whole(merge_deltas(self.deltas)))
+            return httpx.Response(200, json=whole_response(response, *self.deltas))
         stream = ResponseStream(response)
-        events = stream.opening() + [event for delta in self.deltas for event in stream.events(delta)]
+        events = told(stream, *self.deltas[:1] if self.fails else self.deltas)
         if self.fails:
-            events = [*events[:5], stream.failed_event(ERROR)]
+            events += stream.numbered([closing_event(failed(stream.in_progress(), ERROR))])
         text = "".join(map(sse_named_event, events))
         return httpx.Response(200, text=text, headers={"content-type": "text/event-stream"})
 
@@ -357,10 +372,7 @@ class FakeServer:
 
     def _new_id(self, prefix: str) -> str:
         self._num_ids += 1
-        return f"{prefix}{self._num_ids}"
-
-    def _new_item_id(self) -> str:
-        return self._new_id("msg_")
+        return f"{prefix}_{self._num_ids}"
 
 
 @pytest.fixture
@@ -451,7 +463,7 @@ async def test_agents_hold_a_conversation_by_previous_response(
         result = await run(agent, text, stream=stream, previous_response_id=previous)
         assert result.final_output == "Hello"
         assert server.bodies[-1].get("previous_response_id") == previous
-        assert server.prompts[-1] == (("system", "Be brief."), ("user", text))
+        assert server.prompts[-1] == [("system", "Be brief."), ("user", text)]
         previous = result.last_response_id
         assert previous.startswith("resp_")
     usage = result.context_wrapper.usage
@@ -466,7 +478,7 @@ async def test_agents_send_their_history_back(
     result = await run(agent, "one", stream=stream)
     await run(agent, [*result.to_input_list(), {"role": "user", "content": "two"}], stream=stream)
     history = (("user", "one"), ("assistant", "Hello"), ("user", "two"))
-    assert server.prompts[-1] == (("system", "Be brief."), *history)
+    assert server.prompts[-1] == [("system", "Be brief."), *history]
 
 
 async def test_agents_keep_a_session_in_a_conversation(
@@ -476,7 +488,7 @@ async def test_agents_keep_a_session_in_a_conversation(
     for text in ("one", "two"):
         await run(make_agent(), text, stream=False, session=session)
     history = (("user", "one"), ("assistant", "Hello"), ("user", "two"))
-    assert server.prompts[-1] == (("system", "Be brief."), *history)
+    assert server.prompts[-1] == [("system", "Be brief."), *history]
     assert [item["role"] for item in server.items.values()] == ["user", "assistant"] * 2
     await session.clear_session()
 
@@ -533,24 +545,13 @@ async def test_agents_settings_that_are_implemented_or_ask_for_nothing(
     ]
 
 
-def add(a: int, b: int) -> int:
-    return a + b
-
-
-class Number(BaseModel):
-    value: int
-
-
 @pytest.mark.parametrize(
     ("options", "param"),
     [
-        ({"tools": [agents.function_tool(add)]}, "tools"),
-        ({"output_type": Number}, "text.format"),
-        ({"model_settings": agents.ModelSettings(verbosity="low")}, "text.verbosity"),
-        ({"model_settings": agents.ModelSettings(reasoning=Reasoning(effort="low"))}, "reasoning.effort"),
+        ({"tools": [agents.WebSearchTool()]}, "tools[0].type"),
         ({"model_settings": agents.ModelSettings(top_logprobs=2)}, "top_logprobs"),
-        ({"model_settings": agents.ModelSettings(response_include=["reasoning.encrypted_content"])}, "include[0]"),
-        ({"model_settings": agents.ModelSettings(tool_choice="required")}, "tool_choice"),
+        ({"model_settings": agents.ModelSettings(response_include=["message.output_text.logprobs"])}, "include[0]"),
+        ({"model_settings": agents.ModelSettings(tool_choice="web_search_preview")}, "tool_choice"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
     ],
 )

@@ -22,8 +22,9 @@ from deployments.http.admission import Admission
 from deployments.ingress import IngressConfig, create_app
 from deployments.responses import store_upkeep
 from deployments.responses.api import ResponsesApi
+from deployments.responses.conversation_requests import ConversationBody, ItemsBody
 from deployments.responses.conversations import ConversationsApi
-from deployments.responses.requests import ConversationBody, ItemsBody, ResponseBody
+from deployments.responses.requests import ResponseBody
 from deployments.responses.store_upkeep import StoreUpkeep
 from deployments.store.conversation_store import ConversationStore
 from deployments.store.errors import ConversationBusyError

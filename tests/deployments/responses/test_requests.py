@@ -13,29 +13,34 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from openai.types.conversations import ConversationItem, Message
+from openai.types import conversations
+from openai.types.conversations import ConversationItem
 from openai.types.responses import ResponseInputMessageItem, ResponseItem, ResponseOutputMessage
 from pydantic import TypeAdapter
 
 from deployments.http.errors import wire_of
+from deployments.http.function_tools import MAX_TOOLS
 from deployments.http.generation_body import MAX_SESSION_KEY_CHARS
 from deployments.http.parsing import Body, parse_query, parse_request
-from deployments.responses.requests import (
-    CACHE_OPTIONS_NOT_IMPLEMENTED,
-    PART_NOT_IMPLEMENTED,
-    REASONING_NOT_IMPLEMENTED,
-    RESPONSE_IGNORED,
-    RESPONSE_NOT_IMPLEMENTED,
-    TEXT_NOT_IMPLEMENTED,
+from deployments.responses.conversation_requests import (
     ConversationBody,
     ConversationUpdateBody,
     ItemsBody,
     ListQuery,
-    ResponseBody,
     RetrieveQuery,
-    messages_of,
+)
+from deployments.responses.input_items import CALL_NOT_IMPLEMENTED
+from deployments.responses.items import messages_of
+from deployments.responses.labels import INCLUDABLE
+from deployments.responses.requests import (
+    CACHE_OPTIONS_NOT_IMPLEMENTED,
+    REASONING_NOT_IMPLEMENTED,
+    RESPONSE_IGNORED,
+    RESPONSE_NOT_IMPLEMENTED,
+    ResponseBody,
 )
 from engine.core.request import SamplingParams
+from engine.dialogue.messages import Message
 from engine.errors import RequestError
 from tests.deployments.refusals import refusal
 from tests.deployments.sampling import SAMPLING
@@ -50,15 +55,38 @@ ANSWER = {
     "role": "assistant",
     "content": [{"type": "output_text", "text": "yes", "annotations": [], "logprobs": []}],
 }
+CALL = {
+    "type": "function_call",
+    "id": "fc_9",
+    "call_id": "c1",
+    "name": "f",
+    "arguments": '{"a":1}',
+    "status": "completed",
+}
+TEXT = {"type": "input_text", "text": "5"}
+CALL_OUTPUT = {"type": "function_call_output", "call_id": "c1", "output": "5"}
+THOUGHT = {
+    "type": "reasoning",
+    "id": "rs_9",
+    "summary": [],
+    "content": [{"type": "reasoning_text", "text": "hm"}],
+    "status": "completed",
+}
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}, "strict": True}
 UNSUPPORTED = "unsupported_parameter"
 INVALID = "invalid_value"
 UNKNOWN = "unknown_parameter"
 MISSING = "missing_required_parameter"
 
 
-def numbered() -> Callable[[], str]:
+def allowed(*tools: dict[str, Any]) -> dict[str, Any]:
+    named = [{name: tool[name] for name in ("type", "name") if name in tool} for tool in tools]
+    return {"type": "allowed_tools", "mode": "required", "tools": named}
+
+
+def numbered() -> Callable[[str], str]:
     numbers = itertools.count(1)
-    return lambda: f"msg_{next(numbers)}"
+    return lambda prefix: f"{prefix}_{next(numbers)}"
 
 
 def parse(**changes: Any) -> ResponseBody:
@@ -138,14 +166,14 @@ def test_items_are_normalised() -> None:
     assert items[1]["content"] == [{"type": "output_text", "text": "sure", "annotations": [], "logprobs": []}]
     assert items[3] == ANSWER | {"id": "msg_4"}
     assert messages_of(items, "Be brief.") == (
-        ("system", "Be brief."),
-        ("system", "ab"),
-        ("assistant", "sure"),
-        ("user", "c"),
-        ("assistant", "yes"),
+        Message("system", "Be brief."),
+        Message("system", "ab"),
+        Message("assistant", "sure"),
+        Message("user", "c"),
+        Message("assistant", "yes"),
     )
-    assert messages_of(items[1:2]) == (("assistant", "sure"),)
-    assert messages_of((), "") == (("system", ""),)
+    assert messages_of(items[1:2]) == (Message("assistant", "sure"),)
+    assert messages_of((), "") == (Message("system", ""),)
     assert messages_of(()) == ()
 
 
@@ -170,7 +198,9 @@ def test_items_are_openai_s_and_are_taken_back_as_its_client_dumps_them(messages
         return texts if isinstance(texts, str) else [{"type": kind, "text": text} for text in texts]
 
     items = parse(input=[{"role": r, "content": content(r, c)} for r, c in messages]).input_items(numbered())
-    joined = [(("system" if r == "developer" else r), c if isinstance(c, str) else "".join(c)) for r, c in messages]
+    joined = [
+        Message("system" if r == "developer" else r, c if isinstance(c, str) else "".join(c)) for r, c in messages
+    ]
     assert messages_of(items) == tuple(joined)
     for item in items:
         raw = json.dumps(item)
@@ -178,10 +208,10 @@ def test_items_are_openai_s_and_are_taken_back_as_its_client_dumps_them(messages
         kind = ResponseOutputMessage if item["role"] == "assistant" else ResponseInputMessageItem
         assert type(of_response) is kind
         of_conversation = CONVERSATION_ITEM.validate_json(raw, strict=True)
-        assert type(of_conversation) is Message
+        assert type(of_conversation) is conversations.Message
         for dumped in (of_response, of_conversation):
             for back in (dumped.model_dump(), dumped.model_dump(exclude_unset=True), dumped.to_dict()):
-                assert parse(input=[back]).input_items(iter([item["id"]]).__next__) == (item,)
+                assert parse(input=[back]).input_items(lambda prefix, item=item: item["id"]) == (item,)
 
 
 @pytest.mark.parametrize("name", RESPONSE_NOT_IMPLEMENTED)
@@ -194,7 +224,6 @@ def test_what_is_not_implemented_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("outer", "table"),
     [
-        ("text", TEXT_NOT_IMPLEMENTED),
         ("reasoning", REASONING_NOT_IMPLEMENTED),
         ("prompt_cache_options", CACHE_OPTIONS_NOT_IMPLEMENTED),
     ],
@@ -249,20 +278,15 @@ def test_what_asks_for_nothing_passes(changes: dict[str, Any]) -> None:
         ({"input": [{"role": "user", "content": []}]}, "input[0].content", INVALID),
         ({"input": [{"role": "user", "content": ["hi"]}]}, "input[0].content[0]", INVALID),
         ({"input": [USER | {"mood": 1}]}, "input[0].mood", UNKNOWN),
-        ({"input": [USER | {"phase": "commentary"}]}, "input[0].phase", UNSUPPORTED),
-        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type", UNSUPPORTED),
-        ({"input": [{"id": "msg_1"}]}, "input[0].type", UNSUPPORTED),
-        (
-            {"input": [USER, {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}]},
-            "input[1].type",
-            UNSUPPORTED,
-        ),
-        (
-            {"input": [{"type": "function_call_output", "call_id": "c", "output": "5"}]},
-            "input[0].type",
-            UNSUPPORTED,
-        ),
-        ({"input": [{"type": "reasoning", "id": "rs_1", "summary": []}]}, "input[0].type", UNSUPPORTED),
+        ({"input": [{"type": "item_reference"}]}, "input[0].id", MISSING),
+        ({"input": [{"id": "msg_1"}, {"id": "msg_1"}]}, "input", INVALID),
+        ({"input": [USER, CALL | {"call_id": None}]}, "input[1].call_id", MISSING),
+        ({"input": [CALL | {"arguments": {}}]}, "input[0].arguments", INVALID),
+        ({"input": [CALL | {"name": "n" * 257}]}, "input[0].name", INVALID),
+        ({"input": [CALL_OUTPUT | {"output": {"a": 1}}]}, "input[0].output", INVALID),
+        ({"input": [CALL_OUTPUT | {"output": [IMAGE]}]}, "input[0].output[0].type", UNSUPPORTED),
+        ({"input": [{"type": "reasoning", "content": ["x"]}]}, "input[0].content[0]", INVALID),
+        ({"input": [{"type": "web_search_call", "id": "ws_1"}]}, "input[0].type", UNSUPPORTED),
         ({"input": [USER | {"type": 5}]}, "input[0].type", UNSUPPORTED),
         (
             {"input": [{"role": "user", "content": [{"type": "input_text", "text": "see"}, IMAGE]}]},
@@ -309,26 +333,44 @@ def test_what_asks_for_nothing_passes(changes: dict[str, Any]) -> None:
         ({"top_p": 0}, "top_p", INVALID),
         ({"truncation": "middle"}, "truncation", INVALID),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options", INVALID),
-        ({"stream": True, "stream_options": {"include_usage": True}}, "stream_options.include_usage", UNSUPPORTED),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+            UNSUPPORTED,
+        ),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", UNKNOWN),
         ({"metadata": "x"}, "metadata", INVALID),
         ({"metadata": {"k": 5}}, "metadata.k", INVALID),
         ({"metadata": {"k": "v" * 513}}, "metadata.k", INVALID),
         ({"metadata": {"k" * 65: "v"}}, "metadata." + "k" * 64, INVALID),
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata", INVALID),
-        ({"include": ["reasoning.encrypted_content"]}, "include[0]", UNSUPPORTED),
+        ({"include": ["reasoning.encrypted_content", "message.output_text.logprobs"]}, "include[1]", UNSUPPORTED),
         ({"include": [5]}, "include[0]", UNSUPPORTED),
         ({"include": "x"}, "include", INVALID),
-        ({"tool_choice": "required"}, "tool_choice", UNSUPPORTED),
-        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice", UNSUPPORTED),
-        ({"tools": [{"type": "web_search"}]}, "tools", UNSUPPORTED),
-        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {}}}}, "text.format", UNSUPPORTED),
-        ({"text": {"verbosity": "low"}}, "text.verbosity", UNSUPPORTED),
+        ({"tool_choice": "required"}, "tool_choice", INVALID),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice", INVALID),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.name", MISSING),
+        ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice", UNSUPPORTED),
+        ({"tool_choice": "web_search"}, "tool_choice", UNSUPPORTED),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.tools", MISSING),
+        ({"tool_choice": allowed({"type": "mcp"})}, "tool_choice.tools[0].type", UNSUPPORTED),
+        ({"tools": [TOOL], "tool_choice": allowed(TOOL | {"name": "g"})}, "tool_choice", INVALID),
+        ({"tools": [TOOL], "tool_choice": allowed()}, "tool_choice", INVALID),
+        ({"tools": [TOOL, {"type": "web_search", "search_context_size": "low"}]}, "tools[1].type", UNSUPPORTED),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name", MISSING),
+        ({"tools": [TOOL | {"defer_loading": True}]}, "tools[0].defer_loading", UNSUPPORTED),
+        ({"tools": [TOOL, TOOL]}, "tools", INVALID),
+        ({"tools": [TOOL | {"name": f"f{n}"} for n in range(MAX_TOOLS + 1)]}, "tools", INVALID),
+        ({"tools": [TOOL | {"parameters": {"type": "array"}}]}, "tools[0].parameters.type", INVALID),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": 5}}}, "text.format.schema", INVALID),
+        ({"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name", MISSING),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type", INVALID),
+        ({"text": {"verbosity": "loud"}}, "text.verbosity", INVALID),
         ({"text": {"x": 1}}, "text.x", UNKNOWN),
         ({"text": 5}, "text", INVALID),
-        ({"reasoning": {"effort": "low"}}, "reasoning.effort", UNSUPPORTED),
+        ({"reasoning": {"effort": "enormous"}}, "reasoning.effort", INVALID),
         ({"background": True}, "background", UNSUPPORTED),
-        ({"service_tier": "flex"}, "service_tier", UNSUPPORTED),
+        ({"service_tier": "gold"}, "service_tier", INVALID),
         ({"top_logprobs": 2}, "top_logprobs", UNSUPPORTED),
         ({"max_tokens": 5}, "max_tokens", UNSUPPORTED),
         ({"logprobs": True}, "logprobs", UNKNOWN),
@@ -340,6 +382,7 @@ def test_refusals(changes: dict[str, Any], param: str, code: str) -> None:
 
 
 def test_what_is_included_is_named() -> None:
+    assert parse(include=sorted(INCLUDABLE)).include == sorted(INCLUDABLE)
     with pytest.raises(RequestError, match=r"'message\.output_text\.logprobs' is not supported"):
         parse(include=["message.output_text.logprobs"])
 
@@ -350,11 +393,21 @@ def test_a_refusal_does_not_repeat_megabytes() -> None:
         refusal(lambda changes=changes: parse(**changes))
 
 
-@pytest.mark.parametrize("name", sorted(PART_NOT_IMPLEMENTED))
-def test_parts_of_foreign_answers(name: str) -> None:
-    part = {"type": "output_text", "text": "x", name: [{"type": "url_citation"}]}
-    where = f"input[0].content[0].{name}"
-    assert refusal(lambda: parse(input=[{"role": "assistant", "content": [part]}])) == (where, UNSUPPORTED)
+def test_what_foreign_answers_say_besides_their_text_is_ignored() -> None:
+    part = {"type": "output_text", "text": "x", "annotations": [{"type": "url_citation"}], "logprobs": [{}]}
+    plain, decorated = (
+        parse(input=[{"role": "assistant", "content": [content]} | more]).input_items(numbered())
+        for content, more in (({"type": "output_text", "text": "x"}, {}), (part, {"phase": "commentary"}))
+    )
+    assert plain == decorated
+
+
+@pytest.mark.parametrize("item", [CALL, CALL_OUTPUT])
+@pytest.mark.parametrize("name", CALL_NOT_IMPLEMENTED)
+def test_what_only_openai_s_calls_have_is_refused_by_name(item: dict[str, Any], name: str) -> None:
+    assert refusal(lambda: parse(input=[item | {name: "something"}])) == (f"input[0].{name}", UNSUPPORTED)
+    for neutral in (None, *CALL_NOT_IMPLEMENTED[name]):
+        assert parse(input=[item | {name: neutral}]) == parse(input=[item])
 
 
 def test_metadata_up_to_its_limits() -> None:
@@ -370,7 +423,7 @@ def test_conversation_bodies() -> None:
     assert created.metadata == {"k": "v"}
     assert [item["id"] for item in created.new_items(numbered())] == [f"msg_{n}" for n in range(1, 21)]
     added = parse_as(ItemsBody, {"items": [USER, ANSWER], "include": []})
-    assert messages_of(added.new_items(numbered())) == (("user", "hi"), ("assistant", "yes"))
+    assert messages_of(added.new_items(numbered())) == (Message("user", "hi"), Message("assistant", "yes"))
     assert parse_as(ConversationUpdateBody, {"metadata": None}).metadata == {}
 
 
@@ -378,7 +431,7 @@ def test_conversation_bodies() -> None:
     ("kind", "body", "param", "code"),
     [
         (ConversationBody, {"items": [USER] * 21}, "items", INVALID),
-        (ConversationBody, {"items": [{"type": "reasoning", "summary": []}]}, "items[0].type", UNSUPPORTED),
+        (ConversationBody, {"items": [{"type": "item_reference", "id": "msg_1"}]}, "items[0].type", UNSUPPORTED),
         (ConversationBody, {"metadata": {"k": None}}, "metadata.k", INVALID),
         (ConversationBody, {"name": "x"}, "name", UNKNOWN),
         (ConversationUpdateBody, {}, "metadata", MISSING),
@@ -393,11 +446,38 @@ def test_refusals_of_conversation_bodies(kind: type[Body], body: Any, param: str
     assert refusal(lambda: parse_as(kind, body)) == (param, code)
 
 
+def test_what_is_unknown_in_an_item_is_ignored_and_told_if_it_may_be() -> None:
+    changes = {
+        "input": [USER | {"mood": 1}, CALL | {"colour": 2}, CALL_OUTPUT | {"output": [TEXT | {"size": 3}]}],
+        "tools": [TOOL | {"icon": "x"}],
+        "tool_choice": {"type": "function", "name": "f", "why": "x"},
+        "text": {"format": {"type": "text", "lines": 2}},
+    }
+    ignored: list[str] = []
+    body, _ = parse_request(ResponseBody, json.dumps(RESPONSE | changes).encode(), ignored)
+    assert sorted(ignored) == [
+        "input[0].mood",
+        "input[1].colour",
+        "input[2].output[0].size",
+        "text.format.lines",
+        "tool_choice.why",
+        "tools[0].icon",
+    ]
+    assert body == parse(
+        input=[USER, CALL, CALL_OUTPUT | {"output": [TEXT]}],
+        tools=[TOOL],
+        tool_choice={"type": "function", "name": "f"},
+        text={"format": {"type": "text"}},
+    )
+
+
 def test_list_queries() -> None:
     assert parse_query(ListQuery, []) == ListQuery(after=None, limit=20, order="desc")
     pairs = [("after", "msg_1"), ("limit", "100"), ("order", "asc")]
     assert parse_query(ListQuery, pairs) == ListQuery(after="msg_1", limit=100, order="asc")
     assert parse_query(RetrieveQuery, [("stream", "false"), ("include_obfuscation", "true")]) == RetrieveQuery()
+    pairs = [("stream", "true"), ("starting_after", "5")]
+    assert parse_query(RetrieveQuery, pairs) == RetrieveQuery(stream=True, starting_after=5)
 
 
 @pytest.mark.parametrize(
@@ -410,10 +490,10 @@ def test_list_queries() -> None:
         (ListQuery, [("limit", "1"), ("limit", "2")], "limit", INVALID),
         (ListQuery, [("order", "up")], "order", INVALID),
         (ListQuery, [("after", "x" * 1000)], "after", INVALID),
-        (ListQuery, [("include[]", "a"), ("include[]", "b")], "include[]", UNSUPPORTED),
         (ListQuery, [("before", "x")], "before", UNKNOWN),
-        (RetrieveQuery, [("stream", "true")], "stream", UNSUPPORTED),
-        (RetrieveQuery, [("starting_after", "1")], "starting_after", UNSUPPORTED),
+        (RetrieveQuery, [("stream", "maybe")], "stream", INVALID),
+        (RetrieveQuery, [("starting_after", "1")], "starting_after", INVALID),
+        (RetrieveQuery, [("stream", "true"), ("starting_after", "-1")], "starting_after", INVALID),
         (RetrieveQuery, [("x", "y")], "x", UNKNOWN),
     ],
 )
@@ -441,7 +521,8 @@ def test_any_json_is_a_request_or_refused(changes: dict[str, Any]) -> None:
     try:
         body = parse(**changes)
         body.sampling_params()
-        messages_of(body.input_items(numbered()), body.instructions)
+        stored = dict.fromkeys(body.referenced_ids, ANSWER)
+        body.prompt_value(body.input_items(numbered(), stored))
     except RequestError as error:
         refused = error
     assert refused is None or (wire_of(refused).status == 400 and refused.param)

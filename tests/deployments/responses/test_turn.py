@@ -14,7 +14,7 @@ import pytest
 
 from deployments.generation import DeltaItem, GenerationItem, GenerationRequest, drain
 from deployments.http.admission import Admission
-from deployments.responses.answers import ResponseObject
+from deployments.responses.answers import ResponseObject, ResponseStream
 from deployments.responses.requests import ResponseBody
 from deployments.responses.store_upkeep import StoreUpkeep
 from deployments.responses.turn import CANCELLED, Turn
@@ -62,8 +62,8 @@ async def upkeep(tmp_path: Path) -> AsyncIterator[StoreUpkeep]:
 @pytest.fixture
 async def turn(engine: Engine, upkeep: StoreUpkeep) -> Turn:
     """After its first item."""
-    form = ResponseObject("resp_1", 1000, BODY, "msg_1")
-    turn = Turn(LOCAL_TENANT, BODY, form, BODY.input_items(lambda: "msg_0"), "resp_1", upkeep)
+    form = ResponseObject("resp_1", 1000, BODY, lambda prefix: f"{prefix}_1")
+    turn = Turn(LOCAL_TENANT, BODY, form, BODY.input_items(lambda prefix: f"{prefix}_0"), "resp_1", upkeep)
     await turn.begin(100)
     assert await turn.start(cast(Admission, engine)) == WORDS[0]
     return turn
@@ -129,8 +129,9 @@ async def test_a_reader_that_is_cancelled_ends_the_computation(turn: Turn, engin
 
 
 async def test_what_is_complete_is_not_interrupted_at_the_end(turn: Turn, upkeep: StoreUpkeep) -> None:
-    whole = OutputDelta("ab", (1, 2), (), (), 5, 0, 2, "stop")
-    assert (await turn.complete(whole))["status"] == "completed"
+    told = ResponseStream(turn.form)
+    told.read(OutputDelta("ab", (1, 2), (), (), 5, 0, 2, "stop"))
+    assert (await turn.complete(told.whole(), None))["status"] == "completed"
     await turn.close()
     await settle()
     assert await stored_status(upkeep) == (Status.COMPLETED, None)

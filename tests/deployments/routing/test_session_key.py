@@ -1,5 +1,6 @@
 """The order in which a request names its session, and what stands in where it does not."""
 
+import json
 from typing import Any
 
 import pytest
@@ -82,3 +83,50 @@ def test_the_beginning_of_long_messages_tells_conversations_apart() -> None:
     assert chat(("user", beginning)) == chat(("user", beginning + "y")) != chat(("user", "y" + beginning))
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert session_key([], {"messages": [{"role": "user", "content": parts}]}) == chat(("user", "ab"))
+
+
+AGENT = [("x-claude-code-session-id", "s"), ("x-claude-code-agent-id", "a")]
+
+
+def test_headers_that_agents_send_unasked() -> None:
+    assert session_key(AGENT[:1], BODY) == "s"
+    assert session_key(AGENT, BODY) == "s a"  # an agent within it has a conversation of its own
+    assert session_key(AGENT[1:], BODY) == "body"
+    assert session_key([("session_id", "codex")], BODY) == session_key([("Session-Id", "codex")], {}) == "codex"
+    assert session_key([("x-opencode-session", "open")], BODY) == "open"
+    assert session_key([*AGENT, ("x-session-id", "chosen")], BODY) == "chosen"
+
+
+def test_names_in_bodies_of_agents() -> None:
+    assert session_key([], {"conversation_id": "c", "prompt_cache_key": "cache"}) == "c"
+    written = json.dumps({"device_id": "d", "session_id": "s"})
+    assert session_key([], {"metadata": {"user_id": written}, "messages": []}) == "s"
+    assert session_key([], {"metadata": {"user_id": "user_1_account_2_session_s"}, "messages": []}) == "s"
+    assert session_key([], {"metadata": {"user_id": written}, "prompt_cache_key": "cache"}) == "cache"
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, 1, "x", [], {}, {"user_id": 1}, {"user_id": "me"}, {"user_id": "[" * 1000}, {"user_id": "x" * 10**6}]
+    + [{"user_id": json.dumps(user)} for user in (1, [], {}, {"session_id": 5}, {"session_id": ""})],
+)
+def test_metadata_that_names_no_session(metadata: Any) -> None:
+    assert session_key([], {"metadata": metadata, "messages": BODY["messages"]}) == chat(("user", "hi"))
+
+
+def test_the_system_prompt_of_the_messages_api_tells_conversations_apart_but_for_its_billing_line() -> None:
+    def key(system: Any) -> str:
+        blocks = [{"type": "tool_result", "tool_use_id": "t"}, {"type": "text", "text": "hi"}]
+        return session_key([], {"system": system, "messages": [{"role": "user", "content": blocks}]})
+
+    def billed(number: int) -> str:
+        return f"x-anthropic-billing-header: cc_version=2.1.295; cch={number};"
+
+    assert (
+        key("be brief") == key([{"type": "text", "text": "be brief"}]) == chat(("system", "be brief"), ("user", "hi"))
+    )
+    assert key("be brief") != key("be long")
+    assert key("be brief") == key(f"{billed(1)}\nbe brief") == key(f"{billed(2)}\nbe brief")
+    parts = [[{"type": "text", "text": text} for text in (billed(number), "be brief")] for number in (1, 2)]
+    assert key(parts[0]) == key(parts[1]) == key("be brief")
+    assert key(f"be brief {billed(1)}") != key(f"be brief {billed(2)}")  # only where the line begins the prompt

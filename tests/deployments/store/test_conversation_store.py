@@ -526,6 +526,59 @@ def test_delta_keeps_what_is_the_same() -> None:
     assert apply_deltas([delta, make_delta(None, parent)], FINGERPRINT) == child
 
 
+async def test_where_the_answer_begins_is_kept(store: ConversationStore) -> None:
+    await turn(store, "a", known=replace(transcript("hiyes"), answer_start=(2, 2)))
+    await turn(store, "b", known=transcript("hiyeshiyes"), previous_response_id="a")
+    for response_id, start in (("a", (2, 2)), ("b", None)):
+        known = (await store.get_history(ME, previous_response_id=response_id)).transcript
+        assert known is not None
+        assert known.answer_start == start
+
+
+async def test_items_are_found_wherever_they_are(store: ConversationStore) -> None:
+    talk = await store.conversations.create(ME, {}, [message("user", "0", "msg_0")], NOW)
+    await turn(store, "a", conversation_id=talk.id)
+    await turn(store, "b", tenant=OTHER)
+    await turn(store, "c")
+    in_a, in_b, in_c = [
+        (await store.list_input_items(tenant, name)).items[0] for tenant, name in ((ME, "a"), (OTHER, "b"), (ME, "c"))
+    ]
+    out_a = (await store.get_response(ME, "a", NOW)).output[0]
+    ids = [out_a.id, "msg_0", in_c.id, in_a.id]
+    found = await store.find_items(ME, ids, 10_000)
+    assert found is not None
+    assert [item.id for item in found] == ids
+    assert found[0] == out_a
+    assert await store.find_items(ME, ids, 100) is None
+    assert await store.find_items(ME, [], 0) == ()
+    for unknown in (in_b.id, "msg_1", "", "x" * 300, "a\x00b"):
+        with pytest.raises(NotFoundError):
+            await store.find_items(ME, ["msg_0", unknown], 10_000)
+        assert await store.find_session(ME, unknown) is None
+    assert [await store.find_session(ME, item_id) for item_id in ids] == [talk.id, talk.id, "c", talk.id]
+    await store.delete_response(ME, "c", NOW)
+    assert await store.find_session(ME, in_c.id) is None
+    await store.conversations.delete(ME, talk.id)
+    assert await store.find_session(ME, "msg_0") is None
+    assert await store.find_session(ME, out_a.id) == talk.id  # the response is still there
+
+
+async def test_a_turn_that_continues_nothing_is_routed_by_its_name(store: ConversationStore) -> None:
+    for session_key, expected in (("by name", "by name"), (None, "b")):
+        name = "a" if session_key else "b"
+        new = NewResponse(
+            id=name,
+            model="m",
+            input=[message("user", "hi")],
+            owner="this",
+            lease_until=NOW + 10,
+            session_key=session_key,
+        )
+        assert (await store.begin_response(ME, new, NOW)).session_key == expected
+        assert await store.complete_response(ME, name, outcome())
+        assert (await store.get_history(ME, previous_response_id=name)).session_key == expected
+
+
 texts = st.text(alphabet="ab\x00\ud800é", max_size=6)
 
 

@@ -68,6 +68,8 @@ class Load:
                 driver.add_request(request)
                 self.prompts[name], self.conversations[name] = prompt, conversation
                 num_arrived += 1
+            if driver.slow_tier is not None and rng.random() < 0.02:
+                driver.slow_tier.wake()  # as long as a transfer hangs, the tier is left alone
             driver.executor.fails = rng.random() < 0.02
             driver.executor.computation_fails = rng.random() < 0.02
             if num_cpu_blocks and rng.random() < 0.05:

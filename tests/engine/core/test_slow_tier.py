@@ -13,7 +13,10 @@ from dataclasses import replace
 import pytest
 
 from engine.core.cache.cost_model import CostModel
+from engine.core.cache.prices import PROBE_AFTER_S
+from engine.core.plan import QuerySegment
 from engine.core.request import Request, RequestStatus, SamplingParams
+from engine.core.tier_table import TierSpec
 from engine.engine_thread import EngineThread
 from engine.errors import ConfigError
 from engine.step_loop import LookAhead
@@ -154,8 +157,8 @@ def test_statistics_may_be_asked_for_while_a_transfer_ends(make_core, monkeypatc
     driver.slow_tier.wake()
 
     def count_tokens(request):
-        for transfer_id, ok in driver.slow_tier.poll():
-            driver.core.complete_transfer(transfer_id, ok=ok, now=driver.now)
+        for end in driver.slow_tier.poll():
+            driver.core.complete_transfer(end, driver.now)
         return len(request.token_ids)
 
     monkeypatch.setattr(Request, "num_tokens", property(count_tokens))
@@ -222,8 +225,8 @@ def test_what_has_arrived_is_not_the_next_to_go(make_core):
     request = driver.add("a2", range(14), max_tokens=2, conversation_id="a")
     driver.step()
     driver.now += 5
-    for transfer_id, ok in driver.slow_tier.poll():
-        driver.core.complete_transfer(transfer_id, ok=ok, now=driver.now)
+    for end in driver.slow_tier.poll():
+        driver.core.complete_transfer(end, driver.now)
     cache = driver.core._cache
     arrived = [chunk for chunk in cache.index if chunk.key in request.loads and chunk.blocks[1] is not None]
     assert len(arrived) == 2
@@ -302,3 +305,173 @@ def test_the_loads_above_have_everything_in_them(make_core):
 def test_tiers_that_do_not_go_together(make_core, num_cpu_blocks, tiers, complaint):
     with pytest.raises(ConfigError, match=complaint):
         make_core(4, num_cpu_blocks=num_cpu_blocks, slow_tiers=tiers)
+
+
+# -- prices, admission, restarts -------------------------------------------------------------------------------------------
+
+
+def stored_keys(driver) -> set[bytes]:
+    return {chunk.key for chunk in driver.core._cache.index if chunk.blocks[2] is not None}
+
+
+def test_what_is_slower_to_load_is_neither_loaded_nor_stored(make_core, answer):
+    driver = with_a_context_in_the_slow_tier(make_core)
+    num_stored = len(stored_keys(driver))
+    prices = driver.core._cache.prices
+    prices.note_step([QuerySegment("x", 0, tuple(range(8)))], 4.0)  # a unit is a second
+    prices.note_load(NAME, 1000.0, driver.now)
+    request = driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    driver.run()
+    driver.settle()
+    assert driver.tokens["a2"] == answer(tuple(range(14)), 2)
+    assert request.num_loaded_tokens == 0
+    stats = driver.core.stats
+    assert stats.slow_refusals[f"{NAME}_load"] >= 2
+    assert stats.slow_refusals[f"{NAME}_store"] >= 1
+    assert stats.slow_transfers[f"{NAME}_loaded"] == 0
+    assert len(stored_keys(driver)) <= num_stored
+
+
+def test_all_loads_together_must_be_worth_it_with_those_in_front(make_core):
+    """Each alone is cheaper than computing; behind a long queue of others they are not."""
+    costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, load_costs={NAME: 1.5})
+    driver = with_a_context_in_the_slow_tier(make_core, cost_model=costs)
+    cache = driver.core._cache
+    request = Request("a2", range(14), SamplingParams(max_tokens=2), conversation_id="a")
+    match = cache.match_context(request)
+    wanted = cache._choose_loads(request, match, driver.now)
+    assert len(wanted) >= 2
+    cache.slow_transfers._num_loads = 100
+    assert cache._choose_loads(request, match, driver.now) == []
+    cache.slow_transfers._num_loads = 0
+    assert driver.core.stats.slow_refusals[f"{NAME}_load"] == len(wanted)
+
+
+def test_a_refused_tier_is_tried_for_nobody_now_and_then(make_core):
+    driver = with_a_context_in_the_slow_tier(make_core)
+    prices = driver.core._cache.prices
+    prices.note_step([QuerySegment("x", 0, tuple(range(8)))], 4.0)
+    prices.note_load(NAME, 1000.0, driver.now)
+    driver.now += PROBE_AFTER_S + 1
+    request = driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    assert driver.step() is not None, "it does not wait"
+    assert request.status is RequestStatus.RUNNING
+    driver.run()
+    driver.settle()
+    assert driver.core.stats.slow_transfers[f"{NAME}_loaded"] == 1
+
+
+def second_use_only(num_blocks: int, **changes) -> TierSpec:
+    return replace(dict_tier(num_blocks), stores_first_use=False, **changes)
+
+
+def test_only_what_is_used_again_is_stored(make_core):
+    driver = make_core(6, num_cpu_blocks=12, slow_tiers=(second_use_only(16),), swap_out_watermark=0.99)
+    driver.slow_tier._failures = driver.slow_tier._hangs = 0.0
+    driver.add("a1", range(9), max_tokens=2, conversation_id="a")
+    driver.add("b1", range(50, 59), max_tokens=2, conversation_id="b")
+    driver.run()
+    driver.settle()
+    assert stored_keys(driver) == set()
+    second = driver.add("a2", (*range(9), *driver.tokens["a1"], 7, 7, 7, 7), max_tokens=2, conversation_id="a")
+    driver.run()
+    driver.settle()
+    assert stored_keys(driver) >= set(second.chunk_keys), "with what followed in its second turn"
+    of_b = {chunk.key for chunk in driver.core._cache.index} - stored_keys(driver)
+    assert of_b
+
+
+def test_what_was_dropped_and_computed_again_is_stored(make_core):
+    """Else a tier behind small ones would stay empty: all would be dropped before its second use."""
+    driver = make_core(4, num_cpu_blocks=1, slow_tiers=(second_use_only(16),), swap_out_watermark=0.99)
+    driver.slow_tier._failures = driver.slow_tier._hangs = 0.0
+    for turn in range(3):
+        for name, first in (("a", 0), ("b", 20), ("c", 40)):
+            driver.add(f"{name}{turn}", range(first, first + 13), max_tokens=1, conversation_id=name)
+            driver.run()
+            driver.settle()
+    assert driver.core.stats.num_dropped_tokens > 0
+    assert driver.core.stats.slow_transfers[f"{NAME}_stored"] > 0
+
+
+def test_no_more_is_stored_in_a_time_than_the_tier_holds(make_core):
+    driver = make_core(4, num_cpu_blocks=4, slow_tiers=(replace(dict_tier(6), rewrite_s=1e9),), swap_out_watermark=0.99)
+    driver.slow_tier._failures = driver.slow_tier._hangs = 0.0
+    for number in range(12):
+        driver.add(f"r{number}", range(20 * number, 20 * number + 13), max_tokens=1)
+        driver.run()
+        driver.settle()
+    assert driver.core.stats.slow_transfers[f"{NAME}_stored"] == 6
+    driver.now += 0.5e9
+    for number in range(12, 24):
+        driver.add(f"r{number}", range(20 * number, 20 * number + 13), max_tokens=1)
+        driver.run()
+        driver.settle()
+    assert driver.core.stats.slow_transfers[f"{NAME}_stored"] == 9
+
+
+def test_a_tier_that_hangs_is_left_alone_until_it_has_ended(make_core, answer):
+    driver = with_a_context_in_the_slow_tier(make_core)
+    driver.slow_tier._hangs = 1.0
+    driver.add("a2", range(14), max_tokens=2, conversation_id="a")
+    driver.step()
+    num_open = driver.slow_tier.num_open
+    assert driver.core.hanging_tiers(driver.now) == []
+    driver.now += 31
+    assert driver.core.hanging_tiers(driver.now) == [NAME]
+    request = driver.add("b2", range(20, 34), max_tokens=2, conversation_id="b")
+    driver.run()
+    assert driver.tokens["b2"] == answer(tuple(range(20, 34)), 2)
+    assert request.num_loaded_tokens == 0
+    assert driver.slow_tier.num_open == num_open, "nothing more was begun"
+    driver.slow_tier.wake()
+    driver.settle()
+    assert driver.core.hanging_tiers(driver.now) == []
+
+
+@pytest.mark.parametrize("num_cpu_blocks", [1, 3, 16])
+def test_what_a_drain_has_stored_is_found_by_the_next_process(make_core, answer, num_cpu_blocks):
+    options = {"num_cpu_blocks": num_cpu_blocks, "slow_tiers": (second_use_only(16),), "write_through": True}
+    driver = make_core(8, **options)
+    driver.slow_tier._failures = driver.slow_tier._hangs = 0.0
+    records = {}
+    start = driver.slow_tier.start
+
+    def note(transfer):
+        records[transfer.copy.target] = replace(transfer.record, idle_s=transfer.record.idle_s + 10)
+        start(transfer)
+
+    driver.slow_tier.start = note
+    for name, first in (("a", 0), ("b", 20)):
+        driver.add(f"{name}1", range(first, first + 13), max_tokens=1, conversation_id=name)
+        driver.run()
+    driver.settle()
+    assert not records
+    driver.now += 1000  # the position decides: all have been idle for about as long
+    driver.core.start_drain(driver.now)
+    while not driver.core.is_drained(driver.now):
+        driver.step()
+        driver.slow_tier.wake()
+    assert len(records) == len(driver.core._cache.index) == 8
+    positions = [record.position for record in records.values()]
+    assert num_cpu_blocks < 16 or positions == [3, 3, 2, 2, 1, 1, 0, 0], "the most valuable ones first"
+
+    after = make_core(8, **options)
+    after.slow_tier._contents = driver.slow_tier._contents
+    after.slow_tier._failures = after.slow_tier._hangs = 0.0
+    after.core.await_records(NAME)
+    after.core.check_integrity()
+    first_use = after.add("c1", range(40, 45), max_tokens=1)
+    after.run()
+    assert after.tokens["c1"] == answer(tuple(range(40, 45)), 1), "it serves before it knows"
+    assert first_use.num_loaded_tokens == 0
+    after.core.restore(NAME, {block: records.get(block) for block in range(16)}, after.now)
+    after.core.check_integrity()
+    for name, first in (("a", 0), ("b", 20)):
+        prompt = (*range(first, first + 13), *driver.tokens[f"{name}1"], 9)
+        request = after.add(f"{name}2", prompt, max_tokens=2, conversation_id=name)
+        after.run()
+        assert after.tokens[f"{name}2"] == answer(prompt, 2)
+        assert request.num_cached_tokens == request.num_loaded_tokens
+        # Four chunks pass through the CPU tier; what does not fit there is computed.
+        assert request.num_loaded_tokens == {1: 1, 3: 9, 16: 13}[num_cpu_blocks]

@@ -362,3 +362,31 @@ def test_two_calls_are_refused_by_a_template_for_one(make):
     call = ToolCall("get_weather", "{}", "1")
     with pytest.raises(InvalidParameterError, match="single tool-calls"):
         make("llama3_1").render(Dialogue((USER, Message("assistant", tool_calls=(call, call)), USER), TOOLS))
+
+
+LATE = (
+    Message("system", "a"),
+    Message("user", "b"),
+    Message("assistant", "c"),
+    Message("system", "d"),
+    Message("user", "e"),
+    Message("assistant", "f"),
+    Message("user", "g"),
+    Message("system", "h"),
+)
+ONLY_FIRST = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}"
+    "{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_system_message_behind_others_is_told_by_the_user_where_the_template_takes_none_there(make):
+    strict, lenient = make(ONLY_FIRST), make(HEAD + TAIL)
+    assert (strict.traits.takes_late_system, lenient.traits.takes_late_system) == (False, True)
+    assert strict.render(Dialogue(LATE)) == (
+        "<|system|>a<|end|><|user|>b<|end|><|assistant|>c<|end|><|user|>d\ne<|end|><|assistant|>f<|end|>"
+        "<|user|>g\nh<|end|><|assistant|>"
+    )
+    assert "<|system|>d<|end|><|user|>e" in lenient.render(Dialogue(LATE))
+    two = (Message("user", "a"), Message("user", "b"))
+    assert strict.render(Dialogue(two)) == "<|user|>a<|end|><|user|>b<|end|><|assistant|>"

@@ -205,6 +205,24 @@ def test_thinking_may_come_before_a_form_and_before_calls():
         assert seen == {(thinks, calls) for thinks in (True, False) for calls in (True, False) if tools or not calls}
 
 
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_only_the_tools_that_are_allowed_are_called(mode):
+    rng = random.Random(6)
+    form = CALL_FORMATS["hermes"][0]
+    walker = walker_of(form, are_special=True)
+    choice = ToolChoice(mode, allowed=("ping",))
+    grammar = call_grammar(form, TOOLS, choice, special_ids=walker.special_ids)
+    parsed = [
+        parse_answer(form.parser(TOOLS), answer)
+        for _ in range(4 * NUM_WALKS)
+        if (answer := walker.walk(grammar.text, rng, max_tokens=300)) is not None
+    ]
+    calls = [call.name for answer in parsed for call in answer.calls]
+    assert calls
+    assert set(calls) == {"ping"}
+    assert mode == "required" or not all(answer.calls for answer in parsed)
+
+
 def test_without_strict_tools_an_answer_is_free():
     form = CALL_FORMATS["hermes"][0]
     assert call_grammar(form, TOOLS, ToolChoice()) is None
@@ -212,7 +230,15 @@ def test_without_strict_tools_an_answer_is_free():
     assert call_grammar(form, STRICT, ToolChoice()) is not None
 
 
-@pytest.mark.parametrize("choice", [ToolChoice("named", "other"), ToolChoice("any")])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ToolChoice("named", "other"),
+        ToolChoice("any"),
+        ToolChoice("auto", allowed=("other",)),
+        ToolChoice("required", allowed=()),
+    ],
+)
 def test_an_impossible_choice_is_named(choice):
     with pytest.raises(InvalidParameterError, match="tool_choice"):
         call_grammar(CALL_FORMATS["hermes"][0], TOOLS, choice)

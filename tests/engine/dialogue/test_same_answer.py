@@ -59,7 +59,7 @@ class Session:
         """The ids of an answer to `messages`, which end with the model's end token."""
         prompt, _ = self.encode(messages, tools=tools)
         ids = [*self.tokenizer._encode(text).ids, self.end]
-        self.table.record_turn("a", prompt, ids, self.tokenizer.token_bytes.text(ids))
+        self.transcript = self.table.record_turn("a", prompt, ids, self.tokenizer.token_bytes.text(ids))
         return prompt.token_ids + array("I", ids)
 
 
@@ -85,6 +85,17 @@ def test_the_generated_tokens_are_kept_whatever_the_client_made_of_the_call(fold
     rest = prompt.text[known.num_chars :]
     assert prompt.token_ids[len(known.token_ids) :] == array("I", session.tokenizer._encode(rest).ids)
     assert "sunny" in rest
+
+
+def test_an_engine_that_never_heard_the_answer_recognises_it_in_its_transcript(folder, name, turns):
+    asked, message, result = turns
+    session = Session(folder, name)
+    generated = session.answer(asked, GENERATED[name])
+    chat, cut_texts = session.tokenizer.chat, tuple(session.tokenizer.cut_tokens.values())
+    text = chat.render(Dialogue((*asked, message, result), TOOLS))
+    is_same = partial(chat.is_same_answer, TOOLS)
+    assert session.transcript.match(text, cut_texts, is_same).token_ids == generated[:-1]
+    assert len(session.transcript.match(text, cut_texts).token_ids) < len(generated) - 1
 
 
 def test_the_next_turn_finds_it_by_its_text(folder, name, turns):

@@ -24,6 +24,7 @@ from tests.nightly import IS_NIGHTLY
 CLOSING = "</think>"
 EOS = 1  # of the tiny models' tokenizer
 NUM_SCHEMAS = 1000 if IS_NIGHTLY else 240
+NUM_EVICTED = 250 if IS_NIGHTLY else 16  # four of five have a schema
 MAX_TOKENS = 300
 
 
@@ -90,19 +91,22 @@ def test_every_complete_answer_is_valid(make_constrained, tiny_model):
 def test_answers_are_the_same_whatever_is_evicted_and_suspended(look_ahead, make_constrained, tiny_model):
     """Many at once in tiers for a few of them; the other engine keeps nothing and has room for all.
 
-    Of every second request the beginning of the answer came from elsewhere, every fourth one has a limit of thinking.
+    Of every second request the beginning of the answer came from elsewhere, as after the loss of a replica; every fourth
+    one has a limit of thinking.
     """
-    rng = random.Random("evictions")
-    options = {"max_num_batched_tokens": 48, "max_num_seqs": 6}
-    kept = make_constrained(num_gpu_blocks=56, num_cpu_blocks=20, decode_reserve=0.03, **options)
+    rng = random.Random(f"evictions, {look_ahead.name}")
+    decode = Tokenizer(str(tiny_model("llama"))).decode
+    options = {"max_num_batched_tokens": 48, "max_num_seqs": 6, "max_model_len": 288}
+    kept = make_constrained(num_gpu_blocks=40, num_cpu_blocks=20, decode_reserve=0.03, **options)
     kept.loop.look_ahead = look_ahead
     fresh = make_constrained(num_gpu_blocks=600, mode="stateless", max_num_seqs=1)
     tokenizer = Tokenizer(str(tiny_model("llama")))
-    requests = {}
-    for number in range(16):
+    requests, schemas = {}, {}
+    for number in range(NUM_EVICTED):
         grammar = None if number % 5 == 4 else random_schema(rng)
         params = SamplingParams(temperature=2.0, max_tokens=60, seed=number)
         if grammar is not None:
+            schemas[f"r{number}"] = grammar
             params = sampling(grammar, number, max_tokens=200, logprobs=2 if number % 3 == 0 else None)
         if number % 4 == 0:
             params = limited(params, tokenizer, 9)
@@ -115,7 +119,7 @@ def test_answers_are_the_same_whatever_is_evicted_and_suspended(look_ahead, make
         begun = whole[: len(whole) // 2] if number % 2 else []
         kept.add(request_id, prompt, f"c{number % 7}", params, eos_token_ids=(EOS,), output_token_ids=begun)
         kept.outputs[request_id] = list(fresh.outputs[request_id][: len(begun)])
-        for _ in range(rng.randint(0, 9)):
+        for _ in range(rng.randint(0, 4)):
             kept.step()
     kept.run()
     kept.core.check_integrity()
@@ -124,6 +128,10 @@ def test_answers_are_the_same_whatever_is_evicted_and_suspended(look_ahead, make
         if params.thinking_limit is not None:
             thought = tokenizer.decode(kept.tokens(request_id)[: 9 + len(params.thinking_limit.closing_ids) + 3])
             assert CLOSING in thought
+    complete = [request_id for request_id in schemas if kept.finished[request_id] is FinishReason.STOP]
+    for request_id in complete:
+        check_answer(schemas[request_id], decode(kept.tokens(request_id)[:-1]).rpartition(CLOSING)[2])
+    assert len(complete) > 0.6 * len(schemas)
     stats = kept.core.get_statistics()
     assert stats["num_suspensions"] > 0
     assert sum(stats["evictions"].values()) > 10

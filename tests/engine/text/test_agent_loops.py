@@ -237,13 +237,13 @@ def test_each_step_computes_what_is_new(folder: Path, name: str, client: str) ->
 
 @pytest.mark.parametrize("name", ENDS)
 def test_a_replica_that_has_only_the_transcript_knows_the_answer_too(folder: Path, name: str) -> None:
-    """As it comes from the store, which does not say where its last answer begins."""
+    """As it comes from the store."""
     loop = Loop(folder, name)
     client = CLIENTS["rewrites"]
     messages, told = run(loop, client, (USER,), range(3))
     conversation = loop.table.find("c")
     assert conversation is not None
-    stored = replace(conversation.branches[-1], answer_start=None)
+    stored = conversation.branches[-1]
     other = Loop(folder, name)
     encoded = other.encoder._encode_any(ChatPrompt(messages, tools=TOOLS), None, stored, 1_000_000)
     kept = told[-1].tokens[:-1]

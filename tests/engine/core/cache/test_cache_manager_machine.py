@@ -20,7 +20,7 @@ from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.core.cache.index import Chunk, chunk_key, root_key
 from engine.core.cache.transfers import StepTransfers
 from engine.core.config import CacheConfig
-from engine.core.plan import BlockCopy, SlowTransfer
+from engine.core.plan import BlockCopy, ChunkRecord, SlowTransfer, TransferEnd
 from engine.core.request import ContextAccount, Request, SamplingParams
 from engine.core.stats import EngineStats
 from engine.core.tier_table import TierSpec
@@ -81,6 +81,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
         keep=st.integers(0, 9),
         slow_sizes=st.tuples(st.integers(1, 12), st.integers(1, 12)),
         load_cost=st.sampled_from([0.0, 0.0, 0.0, 2.5]),
+        stores_first_use=st.sampled_from([True, True, True, False]),
         contexts=st.lists(st.lists(st.integers(1, 2), min_size=6, max_size=18), min_size=2, max_size=8),
     )
     def start(
@@ -93,6 +94,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
         keep: int,
         slow_sizes: tuple[int, int],
         load_cost: float,
+        stores_first_use: bool,
         contexts: list[list[int]],
     ) -> None:
         self.keep = keep > 0  # one example in ten is stateless
@@ -100,10 +102,10 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.write_through = write_through
         num_cpu_blocks = max(num_cpu_blocks, bool(self.SLOW_TIERS)) if self.keep else 0
         slow_tiers = tuple(
-            TierSpec(name=name, num_blocks=size, is_fast=False)
+            TierSpec(name=name, num_blocks=size, is_fast=False, stores_first_use=stores_first_use)
             for name, size in zip(self.SLOW_TIERS, slow_sizes, strict=False)
         )
-        config = CacheConfig(
+        self.config = config = CacheConfig(
             chunk_size=CHUNK_SIZE,
             num_gpu_blocks=num_blocks,
             num_cpu_blocks=num_cpu_blocks,
@@ -121,6 +123,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.slow_slots: dict[str, Slots] = {
             tier.name: [[GARBAGE] * CHUNK_SIZE for _ in range(tier.num_blocks)] for tier in slow_tiers
         }
+        # What each block's content says of itself, for the process after this one; evicted chunks included.
+        self.slow_records: dict[str, dict[int, ChunkRecord]] = {tier.name: {} for tier in slow_tiers}
         self.slow_in_flight: dict[int, tuple[SlowTransfer, list[Label]]] = {}  # with what the source held
         self.num_slow_ended = dict.fromkeys(self.stats.slow_transfers, 0)
         self.loading: dict[Request, set[int]] = {}  # requests that wait for slow transfers
@@ -463,6 +467,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
             target[copy.target] = [GARBAGE] * CHUNK_SIZE
             if copy.target_tier == "cpu":
                 self.corrupted.discard(copy.target)
+            else:
+                self.slow_records[copy.target_tier].pop(copy.target, None)
 
     def end_slow_transfer(self, transfer_id: int, *, ok: bool) -> None:
         """Not ok: nothing has arrived; a corrupted block is never stored."""
@@ -474,14 +480,17 @@ class CacheManagerMachine(RuleBasedStateMachine):
         if ok:
             assert source[copy.source] == before, "the source of a transfer has changed"
             target[copy.target] = before
+            if not is_load:
+                self.slow_records[copy.target_tier][copy.target] = transfer.record
         else:
             assert target[copy.target] == [GARBAGE] * CHUNK_SIZE, "something else was written to the target"
             if is_load:
                 source[copy.source] = [GARBAGE] * CHUNK_SIZE  # lost
+                self.slow_records[copy.source_tier].pop(copy.source, None)
         tier = copy.source_tier if is_load else copy.target_tier
         outcome = ("loaded" if ok else "load_failed") if is_load else ("stored" if ok else "store_failed")
         self.num_slow_ended[f"{tier}_{outcome}"] += 1
-        self.cache.slow_transfers.complete(transfer_id, ok=ok, now=self.now)
+        self.cache.slow_transfers.complete(TransferEnd(transfer_id, ok), self.now)
         for request, transfer_ids in list(self.loading.items()):
             transfer_ids.discard(transfer_id)
             if not transfer_ids:
@@ -703,16 +712,16 @@ class SlowTiersMachine(CacheManagerMachine):
         self.now += idle
         request = self.waiting[0]
         tried = set(request.loads)
-        transfer_ids = self.cache.start_loads(request, self.now)
+        wait = self.cache.start_loads(request, self.now)
         for key in request.loads.keys() - tried:
             tenant, token_ids = self.names[key]
             assert (tenant, token_ids) == (request.tenant, tuple(request.token_ids[: len(token_ids)]))
         self.take_slow_transfers()
-        if transfer_ids is None:
+        if wait is None:
             return
-        assert transfer_ids or self.cache.slow_transfers.num_loads, "nothing to wait for"
-        assert transfer_ids <= self.slow_in_flight.keys()
-        self.loading[self.waiting.pop(0)] = transfer_ids
+        assert wait.transfer_ids or self.cache.slow_transfers.num_loads, "nothing to wait for"
+        assert wait.transfer_ids <= self.slow_in_flight.keys()
+        self.loading[self.waiting.pop(0)] = wait.transfer_ids
 
     @precondition(lambda self: self.loading)
     @rule(aborts=st.booleans())
@@ -777,6 +786,64 @@ class SlowTiersMachine(CacheManagerMachine):
             self.waiting.insert(0, request)
         assert request not in self.loading, "a request loads for ever"
         self.the_oldest_is_admitted(reserve=0, idle=0)
+
+    @precondition(lambda self: self.slow_slots and self.keep and not self.starts)
+    @rule(drains=st.booleans(), at_once=st.booleans())
+    def the_process_ends_and_another_one_starts(self, drains: bool, at_once: bool) -> None:
+        """It knows what lies in the slow tiers and nothing else; transfers under way have left nothing."""
+        for request in list(self.running):
+            self.release(request)
+        self.waiting, self.loading = [], {}
+        if self.cache.transfers.planned:
+            self.blocks_move_while_nobody_runs((0, 0, False), fails=False, idle=0)
+        if drains:
+            self.drain()
+        self.stats = EngineStats([tier.name for tier in self.config.tiers])
+        self.cache = CacheManager(self.config, self.stats)
+        self.slots = [[GARBAGE] * CHUNK_SIZE for _ in self.slots]
+        self.cpu_slots = [[GARBAGE] * CHUNK_SIZE for _ in self.cpu_slots]
+        self.slow_in_flight, self.corrupted, self.is_held_back = {}, set(), False
+        self.num_slow_ended = dict.fromkeys(self.num_slow_ended, 0)
+        self.num_copies = dict.fromkeys(self.num_copies, 0)
+        self.num_corrupted_swaps = 0
+        self.cached_once = set()
+        for name, records in self.slow_records.items():
+            self.cache.await_records(name)
+            self.cache.check_integrity([])
+            blocks = range(len(self.slow_slots[name]))
+            for part in (blocks,) if at_once else (blocks[1::2], blocks[::2]):
+                self.cache.restore(name, {block: records.get(block) for block in part}, self.now)
+                self.cache.check_integrity([])
+        self.cached_once = {self.names[chunk.key] for chunk in self.cache.index if chunk.num_tokens == CHUNK_SIZE}
+
+    def drain(self) -> None:
+        for transfer_id in list(self.slow_in_flight):
+            self.end_slow_transfer(transfer_id, ok=True)
+        self.now += 40  # no tier is paused
+        before = len(self.cache.index)
+        self.cache.start_drain(self.now)
+        drain = self.cache.drain
+        assert drain is not None
+        for _ in range(100):
+            if drain.is_done(self.now):
+                break
+            drain.plan(self.now)
+            self.the_books_balance()
+            self.take_slow_transfers()
+            transfers = self.cache.transfers.take()
+            assert not any((transfers.swap_ins, transfers.evictions, transfers.local_copies))
+            self.num_copies["swap_outs"] += len(transfers.swap_outs)
+            self.execute(transfers, [], is_late=False)
+            for transfer_id in list(self.slow_in_flight):
+                self.end_slow_transfer(transfer_id, ok=True)
+            self.the_books_balance()
+        assert drain.is_done(self.now), "never done"
+        has_room = self.cache.tiers.slow[0].pool.num_free > 0
+        is_all_worth_it = not any(self.stats.slow_refusals.values())
+        if has_room and is_all_worth_it and not self.is_held_back:
+            left = [chunk for chunk in self.cache.index if self.cache.tiers.slow_tier_of(chunk) is None]
+            assert not self.corrupted or len(left) <= before
+            assert self.corrupted or not left, "something was left behind"
 
 
 class TwoSlowTiersMachine(SlowTiersMachine):

@@ -1,0 +1,205 @@
+"""What conversations have said, in a file, so that their exact token ids outlive the process.
+
+KV without the ids that it was computed for is hardly found again: an answer that is tokenised anew may get others. A row is
+one conversation, with a checksum; whatever is wrong with the file is a conversation that is not known. Written by a thread
+of its own, about once a second.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+import struct
+import sys
+import threading
+import time
+import zlib
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from itertools import chain
+from pathlib import Path
+
+from engine.text.transcript import Transcript
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "transcripts.db"
+WRITE_INTERVAL_S = 1.0
+_FRAME = struct.Struct("<II")  # checksum of what follows; length of the head
+_TABLE = "CREATE TABLE IF NOT EXISTS conversations (id TEXT PRIMARY KEY, last_used REAL, content BLOB) WITHOUT ROWID"
+_INDEX = "CREATE INDEX IF NOT EXISTS by_use ON conversations (last_used)"
+
+
+class TranscriptFile:
+    """The conversations of one engine. Any thread may ask; one tells."""
+
+    def __init__(self, folder: Callable[[], Path | None], max_bytes: int) -> None:
+        """Opens nothing yet.
+
+        folder: where the file is, or None as long as there is no place.
+        max_bytes: of all conversations; the least recently used ones go.
+        """
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._database: sqlite3.Connection | None = None
+        self._mutex = threading.Lock()  # of the connection
+        self._pending: dict[str, tuple[Transcript, ...]] = {}
+        self._is_closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def get(self, conversation_id: str) -> tuple[Transcript, ...]:
+        """The branches of a conversation, the latest last; none if it is not known."""
+        branches = self._pending.get(conversation_id)
+        if branches is not None:
+            return branches
+        with self._mutex:
+            try:
+                database = self._open()
+                if database is None:
+                    return ()
+                query = "SELECT content FROM conversations WHERE id = ?"
+                with closing(database.execute(query, (_key(conversation_id),))) as cursor:
+                    row = cursor.fetchone()
+            except (sqlite3.Error, OSError) as error:
+                self._give_up(error)
+                return ()
+        return () if row is None else decode_branches(conversation_id, row[0])
+
+    def put(self, conversation_id: str, branches: tuple[Transcript, ...]) -> None:
+        """Keep a conversation as it is now; returns at once."""
+        self._pending[conversation_id] = branches
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._write_until_closed, name="transcripts", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._is_closing.set()
+        if self._thread is not None:
+            self._thread.join()
+        with self._mutex:
+            self._close()
+
+    def _write_until_closed(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._is_closing.wait(WRITE_INTERVAL_S)
+            # Of a copy: it may be told again meanwhile, and `get` finds it until it is written.
+            rows = list(self._pending.copy().items())
+            self._write(rows)
+            for conversation_id, branches in rows:
+                if self._pending.get(conversation_id) is branches:
+                    del self._pending[conversation_id]
+
+    def _write(self, conversations: Sequence[tuple[str, tuple[Transcript, ...]]]) -> None:
+        if not conversations:
+            return
+        now = time.time()
+        rows = [(_key(name), now, encode_branches(name, branches)) for name, branches in conversations]
+        with self._mutex:
+            try:
+                database = self._open()
+                if database is None:
+                    return
+                with database:
+                    database.executemany("INSERT OR REPLACE INTO conversations VALUES (?, ?, ?)", rows)
+                    self._make_room(database)
+            except (sqlite3.Error, OSError) as error:
+                self._give_up(error)
+
+    def _make_room(self, database: sqlite3.Connection) -> None:
+        (num_bytes,) = database.execute("SELECT COALESCE(SUM(LENGTH(content)), 0) FROM conversations").fetchone()
+        while num_bytes > self._max_bytes:
+            oldest = database.execute(
+                "SELECT id, LENGTH(content) FROM conversations ORDER BY last_used LIMIT 64"
+            ).fetchall()
+            for name, length in oldest:
+                if num_bytes > self._max_bytes:
+                    database.execute("DELETE FROM conversations WHERE id = ?", (name,))
+                    num_bytes -= length
+
+    def _open(self) -> sqlite3.Connection | None:
+        folder = self._folder()
+        if self._database is None and folder is not None:
+            path = folder / FILE_NAME
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # its log gets the same mode
+            database = sqlite3.connect(path, check_same_thread=False, timeout=1.0)
+            try:
+                for statement in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = NORMAL", _TABLE, _INDEX):
+                    database.execute(statement)
+                database.commit()
+            except BaseException:
+                database.close()
+                raise
+            self._database = database
+        return self._database
+
+    def _give_up(self, error: Exception) -> None:
+        """Close the file, to try again with the next call; remove it if it is damaged."""
+        logger.warning("the file with the transcripts of conversations cannot be used at present: %s", error)
+        self._close()
+        folder = self._folder()
+        is_damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+        if is_damaged and folder is not None:
+            for suffix in ("", "-wal", "-shm"):
+                with suppress(OSError):
+                    (folder / (FILE_NAME + suffix)).unlink()
+
+    def _close(self) -> None:
+        if self._database is not None:
+            with suppress(sqlite3.Error):
+                self._database.close()
+        self._database = None
+
+
+def _key(conversation_id: str) -> str:
+    """As SQLite can have it: a name may hold anything."""
+    return conversation_id.encode("utf-8", "backslashreplace").decode()
+
+
+def encode_branches(conversation_id: str, branches: Sequence[Transcript]) -> bytes:
+    """The rows of ids, anchors and texts, behind a head that says how long they are."""
+    head, parts = [], []
+    for branch in branches:
+        anchors = array("I", chain.from_iterable(branch.anchors))
+        text = branch.text.encode("utf-8", "surrogatepass")
+        head.append(
+            [len(branch.token_ids), len(anchors), len(text), branch.fingerprint, branch.answer_start, sys.byteorder]
+        )
+        parts += [branch.token_ids.tobytes(), anchors.tobytes(), text]
+    packed = json.dumps([conversation_id, head]).encode()
+    body = b"".join([packed, *parts])
+    return _FRAME.pack(zlib.crc32(body), len(packed)) + body
+
+
+def decode_branches(conversation_id: str, content: bytes) -> tuple[Transcript, ...]:
+    """None of them if a single bit is wrong, or it is another conversation."""
+    try:
+        checksum, head_len = _FRAME.unpack_from(content)
+        body = memoryview(content)[_FRAME.size :]
+        if zlib.crc32(body) != checksum:
+            return ()
+        name, head = json.loads(bytes(body[:head_len]))
+        if name != conversation_id:
+            return ()
+        rest, branches = body[head_len:], []
+        for num_tokens, num_numbers, num_bytes, fingerprint, answer_start, byteorder in head:
+            if byteorder != sys.byteorder:
+                return ()
+            ids, numbers = array("I"), array("I")
+            ids.frombytes(rest[: num_tokens * ids.itemsize])
+            rest = rest[num_tokens * ids.itemsize :]
+            numbers.frombytes(rest[: num_numbers * ids.itemsize])
+            rest = rest[num_numbers * ids.itemsize :]
+            text = bytes(rest[:num_bytes]).decode("utf-8", "surrogatepass")
+            rest = rest[num_bytes:]
+            anchors = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+            start = None if answer_start is None else (answer_start[0], answer_start[1])
+            branches.append(Transcript(ids, text, anchors, fingerprint, start))
+        return tuple(branches)
+    except (struct.error, ValueError, TypeError) as error:
+        logger.warning("a transcript cannot be read: %r", error)
+        return ()
