@@ -188,10 +188,7 @@ class CompletionBody(ChoicesBody):
     prompt_param = "prompt"
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompt_list, json_schema_input_type=PromptInput)]
-    max_tokens: Annotated[
-        Annotated[int, Field(ge=0)] | None,
-        BeforeValidator(as_limit, json_schema_input_type=Annotated[int, Field(ge=0)] | Literal[-1] | None),
-    ] = None
+    max_tokens: Annotated[int, Field(ge=-1)] | None = None  # None means another number here, so -1 has to stay
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -230,9 +227,9 @@ class CompletionBody(ChoicesBody):
         return max((num for num in (self.prompt_logprobs, echoed) if num is not None), default=None)
 
     @property
-    def num_answer_tokens(self) -> int:
-        """0 = only the prompt is wanted; the engine makes one token, which is left out of the answer."""
-        return COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+    def num_answer_tokens(self) -> int | None:
+        """None = what the window leaves. 0 = only the prompt is wanted; the engine makes a token, which is left out."""
+        return COMPLETION_MAX_TOKENS if self.max_tokens is None else as_limit(self.max_tokens)
 
     @property
     def prompts(self) -> tuple[TextPrompt | TokenPrompt, ...]:
@@ -245,4 +242,5 @@ class CompletionBody(ChoicesBody):
         return len(self.prompt)
 
     def sampling_params(self) -> SamplingParams:
-        return self._sampling_params(max(1, self.num_answer_tokens), self.logprobs, self._grammar())
+        max_tokens = 1 if self.num_answer_tokens == 0 else self.num_answer_tokens
+        return self._sampling_params(max_tokens, self.logprobs, self._grammar())

@@ -188,6 +188,19 @@ def test_official_client(client: openai.OpenAI) -> None:
     assert len(choice.token_ids) == 6
     assert choice.finish_reason == "length"
 
+    several = client.chat.completions.create(
+        model=model.id, messages=messages, temperature=0, max_tokens=40, n=3, stream=True
+    )
+    said = ["", "", ""]
+    for chunk in several:
+        said[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert said == [text] * 3
+    echoed = client.completions.create(
+        model=model.id, prompt=["one", "two"], n=2, max_tokens=0, echo=True, logprobs=1, temperature=0
+    )
+    assert [answer.text for answer in echoed.choices] == ["one", "one", "two", "two"]
+    assert all(answer.logprobs.token_logprobs[0] is None for answer in echoed.choices)
+
     with pytest.raises(openai.NotFoundError) as info:
         client.chat.completions.create(model="gpt", messages=messages)
     assert info.value.code == "model_not_found"

@@ -103,7 +103,8 @@ def test_a_refusal_is_what_the_assistant_said(said: dict[str, Any]) -> None:
 def test_no_limit_of_tokens_is_minus_one() -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         assert parse_chat(**{name: -1}) == parse_chat()
-    assert parse_completion(max_tokens=-1) == parse_completion()
+    assert parse_completion(max_tokens=-1).sampling_params().max_tokens is None
+    assert parse_completion(max_tokens=0, echo=True).sampling_params().max_tokens == 1
     assert parse_chat(max_tokens=-1.0) == parse_chat()
 
 
