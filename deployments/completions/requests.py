@@ -32,6 +32,7 @@ from deployments.completions.chat_messages import (
     NamedToolChoice,
     ToolChoice,
     ToolDefinition,
+    check_continued,
     choice_as_object,
 )
 from deployments.completions.choices_body import CHOICES_NOT_IMPLEMENTED, MAX_N, MAX_PROMPTS, ChoicesBody
@@ -109,13 +110,8 @@ class ChatCompletionBody(ChoicesBody):
 
     @model_validator(mode="after")
     def _check_continued(self) -> Self:
-        if self.continue_final_message and self.add_generation_prompt:
-            message = "cannot be combined with add_generation_prompt: an answer continues a message or is a new one"
-            raise PydanticCustomError("invalid", message, {"param": "continue_final_message"})
-        last = self.messages[-1]
-        if self.continue_final_message and (last.role != "assistant" or not last.content or last.tool_calls):
-            message = "needs a last message of the assistant, with a text and without tool_calls"
-            raise PydanticCustomError("invalid", message, {"param": "continue_final_message"})
+        if self.continue_final_message:
+            check_continued(self.messages, opens_answer=self.add_generation_prompt)
         return self
 
     @model_validator(mode="after")
