@@ -389,7 +389,9 @@ async def test_an_agent_calls_a_function_and_answers(app: Application) -> None:
         agent, "how is the weather?", run_config=config, session=agents.SQLiteSession("weather")
     )
     assert isinstance(result.final_output, str)
-    streamed = agents.Runner.run_streamed(agent, "how is the weather?", run_config=config, auto_previous_response_id=True)
+    streamed = agents.Runner.run_streamed(
+        agent, "how is the weather?", run_config=config, auto_previous_response_id=True
+    )
     names = [event.name async for event in streamed.stream_events() if event.type == "run_item_stream_event"]
     assert names[:2] == ["tool_called", "tool_output"]
     assert len(cities) == 2
