@@ -52,9 +52,6 @@ CHAT_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = CHOICES_NOT_IMPLEMENTED | {
     "web_search_options": (),
     "moderation": (),
 }
-COMPLETION_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = CHOICES_NOT_IMPLEMENTED | {
-    "suffix": ("",),
-}
 MAX_TOLD_CHARS = 1 << 20  # of several prompts, or token ids, times the log-probabilities for each
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
@@ -72,6 +69,15 @@ def _prompt_list(prompt: Any) -> Any:
     if not all(prompts):
         raise PydanticCustomError("invalid", "must not be empty")
     return prompts
+
+
+def _check_suffix(suffix: Any) -> Any:
+    if suffix not in (None, ""):
+        message = (
+            "not supported; write the text around the gap into the prompt, with the model's own tokens for filling in"
+        )
+        raise PydanticCustomError("unsupported_parameter", message)
+    return suffix
 
 
 class ChatCompletionBody(ChoicesBody):
@@ -180,13 +186,14 @@ PromptInput = (
 class CompletionBody(ChoicesBody):
     """POST /v1/completions."""
 
-    not_implemented = COMPLETION_NOT_IMPLEMENTED
+    not_implemented = CHOICES_NOT_IMPLEMENTED
     prompt_param = "prompt"
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompt_list, json_schema_input_type=PromptInput)]
     max_tokens: Annotated[int, Field(ge=-1)] | None = None  # None means another number here, so -1 has to stay
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     echo: bool = False
+    suffix: Annotated[Literal[""] | None, BeforeValidator(_check_suffix)] = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")

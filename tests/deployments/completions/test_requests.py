@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from deployments.completions.chat_messages import MESSAGE_NOT_IMPLEMENTED
-from deployments.completions.choices_body import CHOICES_IGNORED, MAX_N
+from deployments.completions.choices_body import CHOICES_IGNORED, CHOICES_NOT_IMPLEMENTED, MAX_N
 from deployments.completions.requests import (
     CHAT_NOT_IMPLEMENTED,
-    COMPLETION_NOT_IMPLEMENTED,
     ChatCompletionBody,
     CompletionBody,
 )
@@ -137,13 +136,13 @@ def test_what_chat_does_not_implement_is_refused_by_name(name: str) -> None:
         assert parse_chat(**{name: neutral}) == parse_chat()
 
 
-@pytest.mark.parametrize("name", COMPLETION_NOT_IMPLEMENTED)
+@pytest.mark.parametrize("name", CHOICES_NOT_IMPLEMENTED)
 def test_what_completions_do_not_implement_is_refused_by_name(name: str) -> None:
     assert refused(parse_completion, **{name: ["something"]}) == (
         name,
         "unsupported_parameter",
     )
-    for neutral in (None, *COMPLETION_NOT_IMPLEMENTED[name]):
+    for neutral in (None, *CHOICES_NOT_IMPLEMENTED[name]):
         assert parse_completion(**{name: neutral}) == parse_completion()
 
 
