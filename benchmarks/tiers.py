@@ -116,7 +116,8 @@ def main() -> None:
         "max_model_len": final_len + CHUNK_SIZE,
         "decode_reserve": 0.02,
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
+    print(f"{'set':>4} {'disk':>10} {'turns/s':>8} {'first token':>12} {'cached':>7} {'loaded':>9} {'stored':>9}")
     modes: list[tuple[str, float | None]] = [("none", None), *((f"{s:g} MB/s", s) for s in args.speeds), ("disk", None)]
     for multiple in tqdm(args.multiples, desc="working sets"):
         for name, speed in modes:
@@ -126,17 +127,17 @@ def main() -> None:
                 num_conversations = CONVERSATIONS_IN_TIERS * multiple
                 figures = asyncio.run(measure(config, num_conversations, args.context_len))
             rows.append({"working_set": multiple, "disk": name, **figures})
-    print(
-        f"{'working set':>11} {'disk':>10} {'turns/s':>8} {'first token':>12} {'cached':>7} {'loaded':>9} {'stored':>9}"
-    )
-    for row in rows:
-        print(
-            f"{row['working_set']:>10}x {row['disk']:>10} {row['turns_per_s']:>8.2f} {row['first_token_s'] * 1e3:>9.1f} ms "
-            f"{row['cached']:>7.1%} {row['loaded_bytes'] / 1e6:>6.0f} MB {row['stored_bytes'] / 1e6:>6.0f} MB"
-        )
+            tqdm.write(describe(rows[-1]))
     write_result("tiers", {"options": options, "context_len": args.context_len, "rows": rows})
     if args.plot:
         plot(rows, RESULTS / "tiers.png")
+
+
+def describe(row: dict[str, Any]) -> str:
+    return (
+        f"{row['working_set']:>3}x {row['disk']:>10} {row['turns_per_s']:>8.2f} {row['first_token_s'] * 1e3:>9.1f} ms "
+        f"{row['cached']:>7.1%} {row['loaded_bytes'] / 1e6:>6.0f} MB {row['stored_bytes'] / 1e6:>6.0f} MB"
+    )
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:

@@ -16,6 +16,7 @@ Without `async_scheduling`, the engine thread executes the step itself, makes it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -55,6 +56,8 @@ from engine.text.transcript_file import TranscriptFile
 
 # Memory for what conversations have said, their texts and token ids; about.
 MAX_CONVERSATION_BYTES = 1 << 28
+# A prompt is tokenised anew if what its conversation has said is not read from the disk within that, in seconds.
+RECALL_TIMEOUT_S = 1.0
 # How often a drain is looked at, in seconds.
 DRAIN_INTERVAL_S = 0.02
 
@@ -110,7 +113,8 @@ class AsyncEngine:
         if self._disk is not None:
             num_bytes = int(config.kv_disk_size * TRANSCRIPT_SHARE * (1 << 30))
             self._transcripts = TranscriptFile(self._disk.folder, num_bytes)
-        self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens, self._transcripts)
+        keep = {} if self._transcripts is None else {"keep": self._transcripts.put}
+        self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens, **keep)
         self._prompts = PromptEncoder(
             self._tokenizer,
             self._conversations,
@@ -272,11 +276,22 @@ class AsyncEngine:
                 await asyncio.to_thread(self._disk.close)
             self._executor.shutdown()
 
+    async def _recall(self, conversation_id: str) -> None:
+        """Remember what a conversation has said in an earlier process, if that is known soon."""
+        if self._transcripts is None or self._conversations.knows(conversation_id):
+            return
+        found = asyncio.wrap_future(self._transcripts.find(conversation_id))
+        with contextlib.suppress(TimeoutError):
+            if branches := await asyncio.wait_for(found, RECALL_TIMEOUT_S):
+                self._conversations.recall(conversation_id, branches)
+
     async def _encode(self, generation: Generation) -> EncodedPrompt:
         """The prompt as token ids."""
         beginning = generation.beginning
         if beginning is not None and beginning.prompt is not None:
             return self._prompts.take_prompt(generation.prompt, beginning.prompt)
+        if generation.conversation_id is not None and generation.beginning is None:
+            await self._recall(generation.conversation_id)
         return await self._prompts.encode(
             generation.prompt,
             tenant=generation.tenant,

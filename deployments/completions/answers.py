@@ -7,18 +7,18 @@ because one is built for each chunk. Knows no engine and no Ray.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 from deployments.completions.choices_body import ChoicesBody
+from deployments.completions.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
 from deployments.completions.requests import ChatCompletionBody, CompletionBody
 from deployments.generation import ErrorItem
 from deployments.http.answer_reader import AnswerReader, made_call_id
 from deployments.http.errors import error_body
 from deployments.http.event_stream import DONE, sse_event
 from engine.dialogue.events import Arguments, CallStart, Event, Reasoning, Text, gather
-from engine.text.output import OutputDelta, TokenLogprob, ToldPrompt
+from engine.text.output import OutputDelta, ToldPrompt
 
 
 class AnswerFormat(Protocol):
@@ -116,7 +116,7 @@ class ChatFormat(_Envelope):
         if self._body.return_token_ids:
             answer["prompt_token_ids"] = list(deltas[0].prompt_token_ids)
         if self._body.prompt_logprobs is not None and deltas[0].told_prompt is not None:
-            answer["prompt_logprobs"] = _prompt_logprobs(deltas[0].told_prompt, self._body.prompt_logprobs)
+            answer["prompt_logprobs"] = prompt_logprobs(deltas[0].told_prompt, self._body.prompt_logprobs)
         return answer
 
     def _whole_choice(self, delta: OutputDelta, index: int) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class ChatFormat(_Envelope):
         choice = {
             "index": index,
             "message": message,
-            "logprobs": _chat_logprobs(delta.logprobs),
+            "logprobs": chat_logprobs(delta.logprobs),
             "finish_reason": self._finish_reason(delta, index),
         }
         if self._body.return_token_ids:
@@ -159,7 +159,7 @@ class ChatFormat(_Envelope):
             choice = {
                 "index": index,
                 "delta": piece,
-                "logprobs": None if number else _chat_logprobs(delta.logprobs),
+                "logprobs": None if number else chat_logprobs(delta.logprobs),
                 "finish_reason": self._finish_reason(delta, index) if number == len(pieces) - 1 else None,
             }
             if self._body.return_token_ids:
@@ -226,7 +226,7 @@ class CompletionFormat(_Envelope):
         if delta.told_prompt is not None:
             self._told[number] = delta.told_prompt
         told = self._told.get(number)
-        logprobs = _CompletionLogprobs()
+        logprobs = CompletionLogprobs()
         if told is not None and self._body.shows_prompt:
             logprobs.offset = len(told.text)
             if is_first:
@@ -244,94 +244,10 @@ class CompletionFormat(_Envelope):
             if is_first:
                 choice["prompt_token_ids"] = list(delta.prompt_token_ids)
         if self._body.prompt_logprobs is not None and told is not None:
-            choice["prompt_logprobs"] = _prompt_logprobs(told, self._body.prompt_logprobs)
+            choice["prompt_logprobs"] = prompt_logprobs(told, self._body.prompt_logprobs)
         return choice
 
 
 def _reasoning(text: str) -> dict[str, Any]:
     """Under both names that clients look for."""
     return {"reasoning_content": text, "reasoning": text}
-
-
-def _chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-    if not logprobs:
-        return None
-    content = [
-        {**_chat_token(token), "top_logprobs": [_chat_token(other) for other in token.top]} for token in logprobs
-    ]
-    return {"content": content, "refusal": None}
-
-
-def _chat_token(token: TokenLogprob) -> dict[str, Any]:
-    """bytes: to be joined with those of the tokens around it; null for a special token, which is no text."""
-    token_bytes = None if token.token_bytes is None else list(token.token_bytes)
-    return {"token": token.text, "logprob": token.logprob, "bytes": token_bytes}
-
-
-class _CompletionLogprobs:
-    """The lists that this API has for the tokens of a choice.
-
-    offset: characters before the answer.
-    """
-
-    def __init__(self) -> None:
-        self.offset = 0
-        self._tokens: list[str] = []
-        self._values: list[float | None] = []
-        self._tops: list[dict[str, float] | None] = []
-        self._offsets: list[int] = []
-
-    def add_prompt(self, told: ToldPrompt, num_top: int) -> None:
-        """The first token has no probability."""
-        for token, rank in told.tokens:
-            self._tokens.append(_completion_token(token))
-            self._values.append(token.logprob if rank else None)
-            top = token._replace(top=token.top[:num_top])
-            self._tops.append(_completion_top_logprobs(top) if rank else None)
-            self._offsets.append(token.text_offset)
-
-    def add(self, token: TokenLogprob) -> None:
-        self._tokens.append(_completion_token(token))
-        self._values.append(token.logprob)
-        self._tops.append(_completion_top_logprobs(token))
-        self._offsets.append(self.offset + token.text_offset)
-
-    def value(self) -> dict[str, Any] | None:
-        if not self._tokens:
-            return None
-        return {
-            "tokens": self._tokens,
-            "token_logprobs": self._values,
-            "top_logprobs": self._tops,
-            "text_offset": self._offsets,
-        }
-
-
-def _prompt_logprobs(told: ToldPrompt, num_top: int) -> list[dict[str, Any] | None]:
-    """As vLLM words them: null for the first token, for each other one itself and the most probable ones, by their ids."""
-    entries: list[dict[str, Any] | None] = []
-    for token, rank in told.tokens:
-        others = enumerate(token.top[:num_top], start=1)
-        ranked = ((token, rank), *((other, place) for place, other in others if other.token_id != token.token_id))
-        entry = {
-            str(each.token_id): {"logprob": each.logprob, "rank": place, "decoded_token": each.text}
-            for each, place in ranked
-        }
-        entries.append(entry if rank else None)
-    return entries
-
-
-def _completion_top_logprobs(token: TokenLogprob) -> dict[str, float]:
-    """The sampled token, then the others. Two tokens may have one text: the second one is then called by its id."""
-    values = {_completion_token(token): token.logprob}
-    for other in token.top:
-        if other.token_id != token.token_id:
-            name = _completion_token(other)
-            values[f"token_id:{other.token_id}" if name in values else name] = other.logprob
-    return values
-
-
-def _completion_token(token: TokenLogprob) -> str:
-    """A token that is no whole text goes by its bytes. This API has no other place for them."""
-    is_whole = token.token_bytes is None or token.text.encode() == token.token_bytes
-    return token.text if is_whole else f"bytes:{token.text}"

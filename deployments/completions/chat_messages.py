@@ -5,7 +5,7 @@ Knows no HTTP library, no engine and no Ray.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -152,6 +152,21 @@ class Message(Body):
         )
         reasoning = self.reasoning_content or self.reasoning or ""
         return dialogue.Message(role, self.text, reasoning, calls, self.tool_call_id or "", self.name or "")
+
+
+def check_continued(messages: Sequence[Message], *, opens_answer: bool | None) -> None:
+    """Raises PydanticCustomError if the last message is none that an answer can continue.
+
+    opens_answer: the client's add_generation_prompt; None = not said.
+    """
+    last = messages[-1]
+    if opens_answer:
+        problem = "cannot be combined with add_generation_prompt: an answer continues a message or is a new one"
+    elif last.role != "assistant" or not last.content or last.tool_calls:
+        problem = "needs a last message of the assistant, with a text and without tool_calls"
+    else:
+        return
+    raise PydanticCustomError("invalid", problem, {"param": "continue_final_message"})
 
 
 class ToolDefinition(Body):

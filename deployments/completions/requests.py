@@ -32,6 +32,7 @@ from deployments.completions.chat_messages import (
     NamedToolChoice,
     ToolChoice,
     ToolDefinition,
+    check_continued,
     choice_as_object,
 )
 from deployments.completions.choices_body import CHOICES_NOT_IMPLEMENTED, MAX_N, MAX_PROMPTS, ChoicesBody
@@ -51,9 +52,6 @@ CHAT_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = CHOICES_NOT_IMPLEMENTED | {
     "web_search_options": (),
     "moderation": (),
 }
-COMPLETION_NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = CHOICES_NOT_IMPLEMENTED | {
-    "suffix": ("",),
-}
 MAX_TOLD_CHARS = 1 << 20  # of several prompts, or token ids, times the log-probabilities for each
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
@@ -71,6 +69,15 @@ def _prompt_list(prompt: Any) -> Any:
     if not all(prompts):
         raise PydanticCustomError("invalid", "must not be empty")
     return prompts
+
+
+def _check_suffix(suffix: Any) -> Any:
+    if suffix not in (None, ""):
+        message = (
+            "not supported; write the text around the gap into the prompt, with the model's own tokens for filling in"
+        )
+        raise PydanticCustomError("unsupported_parameter", message)
+    return suffix
 
 
 class ChatCompletionBody(ChoicesBody):
@@ -109,13 +116,8 @@ class ChatCompletionBody(ChoicesBody):
 
     @model_validator(mode="after")
     def _check_continued(self) -> Self:
-        if self.continue_final_message and self.add_generation_prompt:
-            message = "cannot be combined with add_generation_prompt: an answer continues a message or is a new one"
-            raise PydanticCustomError("invalid", message, {"param": "continue_final_message"})
-        last = self.messages[-1]
-        if self.continue_final_message and (last.role != "assistant" or not last.content or last.tool_calls):
-            message = "needs a last message of the assistant, with a text and without tool_calls"
-            raise PydanticCustomError("invalid", message, {"param": "continue_final_message"})
+        if self.continue_final_message:
+            check_continued(self.messages, opens_answer=self.add_generation_prompt)
         return self
 
     @model_validator(mode="after")
@@ -184,16 +186,14 @@ PromptInput = (
 class CompletionBody(ChoicesBody):
     """POST /v1/completions."""
 
-    not_implemented = COMPLETION_NOT_IMPLEMENTED
+    not_implemented = CHOICES_NOT_IMPLEMENTED
     prompt_param = "prompt"
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompt_list, json_schema_input_type=PromptInput)]
-    max_tokens: Annotated[
-        Annotated[int, Field(ge=0)] | None,
-        BeforeValidator(as_limit, json_schema_input_type=Annotated[int, Field(ge=0)] | Literal[-1] | None),
-    ] = None
+    max_tokens: Annotated[int, Field(ge=-1)] | None = None  # None means another number here, so -1 has to stay
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     echo: bool = False
+    suffix: Annotated[Literal[""] | None, BeforeValidator(_check_suffix)] = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
@@ -230,9 +230,9 @@ class CompletionBody(ChoicesBody):
         return max((num for num in (self.prompt_logprobs, echoed) if num is not None), default=None)
 
     @property
-    def num_answer_tokens(self) -> int:
-        """0 = only the prompt is wanted; the engine makes one token, which is left out of the answer."""
-        return COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+    def num_answer_tokens(self) -> int | None:
+        """None = what the window leaves. 0 = only the prompt is wanted; the engine makes a token, which is left out."""
+        return COMPLETION_MAX_TOKENS if self.max_tokens is None else as_limit(self.max_tokens)
 
     @property
     def prompts(self) -> tuple[TextPrompt | TokenPrompt, ...]:
@@ -245,4 +245,5 @@ class CompletionBody(ChoicesBody):
         return len(self.prompt)
 
     def sampling_params(self) -> SamplingParams:
-        return self._sampling_params(max(1, self.num_answer_tokens), self.logprobs, self._grammar())
+        max_tokens = 1 if self.num_answer_tokens == 0 else self.num_answer_tokens
+        return self._sampling_params(max_tokens, self.logprobs, self._grammar())

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -40,17 +41,19 @@ def add_completion_routes(app: FastAPI, gate: Gate, admission: Admission, ingres
     ) -> Response:
         tenant, body, data = await gate.read(kind, request)
         answer_id = id_prefix + uuid.uuid4().hex
-        generations = []
-        for number, prompt in enumerate(body.prompts):
-            of_prompt = data if body.num_prompts == 1 else {**data, body.prompt_param: data[body.prompt_param][number]}
-            generations.append(
-                body.generation_request(
-                    prompt,
-                    request_id=f"{answer_id}.{number * body.n}" if number else answer_id,
-                    session_id=session_key(request.headers.items(), of_prompt),
-                    tenant=tenant,
-                )
-            )
+
+        def session_of(number: int) -> str:
+            """Each prompt of several has a session of its own, unless the client names one."""
+            name = body.prompt_param
+            of_prompt = data if body.num_prompts == 1 else {**data, name: data[name][number]}
+            return session_key(request.headers.items(), of_prompt)
+
+        prompt, *others = body.prompts
+        first = body.generation_request(prompt, request_id=answer_id, session_id=session_of(0), tenant=tenant)
+        generations = [first]
+        for number, other in enumerate(others, start=1):
+            request_id = f"{answer_id}.{number * body.n}"
+            generations.append(replace(first, prompt=other, request_id=request_id, session_id=session_of(number)))
         form = make_format(answer_id, int(time.time()), body)
         return await gate.in_a_place(tenant, body, partial(respond, tenant, generations, body, form))
 

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.completions.chat_messages import Message, ToolDefinition
+from deployments.completions.chat_messages import Message, ToolDefinition, check_continued
 from deployments.generation import ErrorItem, GenerationRequest, ModelCard, drain
 from deployments.http.admission import Admission, Generates
 from deployments.http.errors import error_response
@@ -38,17 +38,15 @@ class TokenizeBody(Body):
     add_special_tokens: those around a text; a chat template writes its own. Text only.
     """
 
-    not_implemented: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "add_generation_prompt": (True,),
-        "chat_template": (),
-        "continue_final_message": (False,),
-    }
+    not_implemented: ClassVar[Mapping[str, tuple[Any, ...]]] = {"chat_template": ()}
 
     model: str | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
     messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES, fail_fast=True)] = Field(default=[])
     tools: Annotated[list[ToolDefinition], Field(max_length=MAX_TOOLS, fail_fast=True)] = Field(default=[])
     chat_template_kwargs: TemplateKwargs = Field(default={})
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
 
@@ -59,6 +57,11 @@ class TokenizeBody(Body):
         if self.messages and self.add_special_tokens:
             message = "must be false with messages, whose template has written them already"
             raise PydanticCustomError("invalid", message, {"param": "add_special_tokens"})
+        if self.continue_final_message:
+            if not self.messages:
+                message = "needs messages, of which it is the last one"
+                raise PydanticCustomError("invalid", message, {"param": "continue_final_message"})
+            check_continued(self.messages, opens_answer=self.add_generation_prompt)
         check_tools([tool.value() for tool in self.tools], AS_THE_MODEL_LIKES)
         return self
 
@@ -74,6 +77,8 @@ class TokenizeBody(Body):
             tuple(message.value() for message in self.messages),
             tools=tuple(tool.value() for tool in self.tools),
             template_kwargs=template_kwargs(self.chat_template_kwargs),
+            continues=self.continue_final_message,
+            opens_answer=self.add_generation_prompt is not False,
         )
 
 

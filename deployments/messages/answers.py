@@ -36,12 +36,17 @@ def message_usage(delta: OutputDelta, *, asks_to_cache: bool) -> dict[str, Any]:
     asks_to_cache: the request marked something for the cache; then what was computed counts as written to it.
     """
     num_computed = delta.num_prompt_tokens - delta.num_cached_tokens
-    return {
+    usage: dict[str, Any] = {
         "input_tokens": 0 if asks_to_cache else num_computed,
         "cache_creation_input_tokens": num_computed if asks_to_cache else 0,
         "cache_read_input_tokens": delta.num_cached_tokens,
         "output_tokens": delta.num_output_tokens,
     }
+    if delta.num_reasoning_tokens:
+        usage["output_tokens_details"] = {"thinking_tokens": delta.num_reasoning_tokens}
+    if delta.recomputed is not None:
+        usage["recomputed"] = dict([delta.recomputed])
+    return usage
 
 
 class MessageFormat:

@@ -14,6 +14,7 @@ null is the same as absent everywhere. Knows no HTTP library, no engine and no R
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -230,6 +231,14 @@ class CountTokensBody(GenerationBody):
 
     def sampling_params(self) -> SamplingParams:
         return self._sampling_params(1, None, self._grammar())
+
+    def _sampling_params(
+        self, max_tokens: int | None, logprobs: int | None, grammar: GrammarSpec | None = None
+    ) -> SamplingParams:
+        sampling = super()._sampling_params(max_tokens, logprobs, grammar)
+        if self.thinking is None or self.thinking.budget_tokens is None:
+            return sampling
+        return replace(sampling, max_thinking_tokens=self.thinking.budget_tokens)
 
 
 class MessagesBody(CountTokensBody):

@@ -175,7 +175,7 @@ def response_usage(delta: OutputDelta) -> dict[str, Any]:
             "cache_write_tokens": delta.num_prompt_tokens - delta.num_cached_tokens,
         },
         "output_tokens": delta.num_output_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": delta.num_reasoning_tokens},
         "total_tokens": delta.num_prompt_tokens + delta.num_output_tokens,
     }
 

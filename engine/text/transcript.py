@@ -26,7 +26,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
 
 from engine.text.turns import Turn, Turns
 
@@ -35,6 +34,8 @@ MAX_BRANCHES = 8
 MAX_RECALLED = 256
 # Whether the two last of three texts say the same behind the first one: (prompt, as generated, as written) -> bool.
 SameAnswer = Callable[[str, str, str], bool]
+# Keeps the branches of a conversation elsewhere, at once.
+Keep = Callable[[str, "tuple[Transcript, ...]"], object]
 # What one anchor takes: a pair, its two numbers, and the place in the row.
 ANCHOR_BYTES = 120
 # What a branch and a conversation take besides their rows and texts.
@@ -207,18 +208,6 @@ class Conversation:
         return branch
 
 
-class TranscriptKeeper(Protocol):
-    """Keeps conversations that are no longer in memory; see TranscriptFile."""
-
-    def get(self, conversation_id: str) -> tuple[Transcript, ...]:
-        """The branches of a conversation; none if it is not known."""
-        ...
-
-    def put(self, conversation_id: str, branches: tuple[Transcript, ...]) -> None:
-        """Keep a conversation as it is now; returns at once."""
-        ...
-
-
 class ConversationTable:
     """The conversations of an engine. One thread records turns; any may ask.
 
@@ -226,12 +215,15 @@ class ConversationTable:
     sends its history only the tokenising of it, and not even that if they are kept elsewhere.
     """
 
-    def __init__(self, max_bytes: int, cut_tokens: Mapping[int, str], keeper: TranscriptKeeper | None = None) -> None:
-        """cut_tokens: see Conversation.record_turn. keeper: of those that are forgotten, and of an earlier process."""
+    def __init__(self, max_bytes: int, cut_tokens: Mapping[int, str], keep: Keep = lambda *_: None) -> None:
+        """cut_tokens: see Conversation.record_turn.
+
+        keep: told each conversation as it is after a turn; what it keeps may come back by `recall`.
+        """
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._keeper = keeper
-        # What the keeper said of conversations whose turns have not been recorded yet, the oldest first.
+        self._keep = keep
+        # Those that came back and have not had a turn since, the oldest first.
         self._recalled: dict[str, Conversation] = {}
         self._cut_tokens = cut_tokens
         self._cut_texts = tuple(cut_tokens.values())
@@ -261,24 +253,20 @@ class ConversationTable:
         )
 
     def find(self, conversation_id: str) -> Conversation | None:
-        """What a conversation has said, if it is known."""
-        return self._conversations.get(conversation_id) or self._recall(conversation_id)
+        """What a conversation has said, if it is remembered."""
+        return self._conversations.get(conversation_id) or self._recalled.get(conversation_id)
 
-    def _recall(self, conversation_id: str) -> Conversation | None:
-        """What is kept of a conversation that is not in memory. From any thread."""
-        if self._keeper is None:
-            return None
-        conversation = self._recalled.get(conversation_id)
-        if conversation is None:
-            branches = self._keeper.get(conversation_id)
-            if not branches:
-                return None
-            conversation = Conversation(conversation_id)
-            conversation.branches = branches
-            self._recalled[conversation_id] = conversation
-            if len(self._recalled) > MAX_RECALLED:
-                self._recalled.pop(next(iter(tuple(self._recalled))), None)
-        return conversation
+    def knows(self, conversation_id: str) -> bool:
+        """Whether anything is remembered of it. From any thread."""
+        return conversation_id in self._conversations or conversation_id in self._recalled
+
+    def recall(self, conversation_id: str, branches: tuple[Transcript, ...]) -> None:
+        """What was kept elsewhere of a conversation that is not remembered. From any thread."""
+        conversation = Conversation(conversation_id)
+        conversation.branches = branches
+        self._recalled[conversation_id] = conversation
+        if len(self._recalled) > MAX_RECALLED:
+            self._recalled.pop(next(iter(tuple(self._recalled))), None)
 
     def record_turn(
         self,
@@ -306,6 +294,5 @@ class ConversationTable:
         while self.num_bytes > self.max_bytes:
             _, oldest = self._conversations.popitem(last=False)
             self.num_bytes -= oldest.num_bytes
-        if self._keeper is not None:
-            self._keeper.put(conversation_id, conversation.branches)
+        self._keep(conversation_id, conversation.branches)
         return branch

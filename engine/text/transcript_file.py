@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import sqlite3
 import struct
 import sys
@@ -18,6 +19,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
@@ -28,16 +30,19 @@ logger = logging.getLogger(__name__)
 
 FILE_NAME = "transcripts.db"
 WRITE_INTERVAL_S = 1.0
+CLOSE_TIMEOUT_S = 5.0
+# Conversations that are asked for at a time.
+MAX_WANTED = 256
 _FRAME = struct.Struct("<II")  # checksum of what follows; length of the head
 _TABLE = "CREATE TABLE IF NOT EXISTS conversations (id TEXT PRIMARY KEY, last_used REAL, content BLOB) WITHOUT ROWID"
 _INDEX = "CREATE INDEX IF NOT EXISTS by_use ON conversations (last_used)"
 
 
 class TranscriptFile:
-    """The conversations of one engine. Any thread may ask; one tells."""
+    """The conversations of one engine. Any thread may ask; one tells. No call waits for the disk but `close`."""
 
     def __init__(self, folder: Callable[[], Path | None], max_bytes: int) -> None:
-        """Opens nothing yet.
+        """Opens no file yet.
 
         folder: where the file is, or None as long as there is no place.
         max_bytes: of all conversations; the least recently used ones go.
@@ -47,14 +52,31 @@ class TranscriptFile:
         self._database: sqlite3.Connection | None = None
         self._mutex = threading.Lock()  # of the connection
         self._pending: dict[str, tuple[Transcript, ...]] = {}
+        self._wanted: queue.SimpleQueue[tuple[str, Future[tuple[Transcript, ...]]] | None] = queue.SimpleQueue()
         self._is_closing = threading.Event()
-        self._thread: threading.Thread | None = None
+        # Daemons, so that a disk that hangs does not keep the process.
+        self._writer = threading.Thread(target=self._write_until_closed, name="transcripts-write", daemon=True)
+        self._reader = threading.Thread(target=self._read_until_closed, name="transcripts-read", daemon=True)
+        self._writer.start()
+        self._reader.start()
 
-    def get(self, conversation_id: str) -> tuple[Transcript, ...]:
-        """The branches of a conversation, the latest last; none if it is not known."""
+    def find(self, conversation_id: str) -> Future[tuple[Transcript, ...]]:
+        """The branches of a conversation, the latest last; none if it is not known, or too many are asked for."""
+        found: Future[tuple[Transcript, ...]] = Future()
         branches = self._pending.get(conversation_id)
-        if branches is not None:
-            return branches
+        if branches is not None or self._wanted.qsize() >= MAX_WANTED:
+            found.set_result(branches or ())
+        else:
+            self._wanted.put((conversation_id, found))
+        return found
+
+    def _read_until_closed(self) -> None:
+        while (wanted := self._wanted.get()) is not None:
+            conversation_id, found = wanted
+            if found.set_running_or_notify_cancel():
+                found.set_result(self._read(conversation_id))
+
+    def _read(self, conversation_id: str) -> tuple[Transcript, ...]:
         with self._mutex:
             try:
                 database = self._open()
@@ -71,23 +93,21 @@ class TranscriptFile:
     def put(self, conversation_id: str, branches: tuple[Transcript, ...]) -> None:
         """Keep a conversation as it is now; returns at once."""
         self._pending[conversation_id] = branches
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._write_until_closed, name="transcripts", daemon=True)
-            self._thread.start()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left, unless the disk hangs."""
         self._is_closing.set()
-        if self._thread is not None:
-            self._thread.join()
-        with self._mutex:
+        self._wanted.put(None)
+        self._writer.join(CLOSE_TIMEOUT_S)
+        self._reader.join(CLOSE_TIMEOUT_S)
+        if not (self._writer.is_alive() or self._reader.is_alive()):
             self._close()
 
     def _write_until_closed(self) -> None:
         is_last = False
         while not is_last:
             is_last = self._is_closing.wait(WRITE_INTERVAL_S)
-            # Of a copy: it may be told again meanwhile, and `get` finds it until it is written.
+            # Of a copy: it may be told again meanwhile, and `find` finds it until it is written.
             rows = list(self._pending.copy().items())
             self._write(rows)
             for conversation_id, branches in rows:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import jsonschema
 import psutil
 import pytest
 import torch
@@ -32,7 +33,7 @@ from engine.embedded_model import EMBEDDED_MODEL_NAME, embedded_model_path
 from engine.executor.sampler import uniform
 from engine.tenant import LOCAL_TENANT
 from tests.deployments.local_ray import AS_PENSIEVE_SERVE, LocalServe
-from tests.nightly import nightly
+from tests.nightly import IS_NIGHTLY, nightly
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -251,6 +252,108 @@ async def kill_replicas(until_s: float) -> int:
             num_killed += 1
         await asyncio.sleep(KILL_INTERVAL_S / 2)
     return num_killed
+
+
+TEXT = {"type": "string", "minLength": 120, "maxLength": 160}
+FORM = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["cat", "dog"]},
+        "texts": {"type": "array", "items": TEXT, "minItems": 3, "maxItems": 4},
+    },
+    "required": ["kind", "texts"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "note", "description": "", "parameters": FORM}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "note", "schema": FORM, "strict": True}}
+HELD: dict[str, dict[str, Any]] = {
+    "call": {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False},
+    "form": {"response_format": SCHEMA},
+}
+if IS_NIGHTLY:
+    HELD |= {
+        "calls": {"tools": [TOOL], "tool_choice": "required"},
+        "strict": {"tools": [TOOL | {"function": TOOL["function"] | {"strict": True}}]},
+        "regex": {"structured_outputs": {"regex": "([a-z]{3,9} ){40,60}"}},
+    }
+NUM_HELD_ROUNDS = 10 if IS_NIGHTLY else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A streamed answer that a grammar holds. text: its content, and the arguments of its calls."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+
+
+async def stream_held(http: httpx.AsyncClient, body: dict[str, Any], session: str, begun: asyncio.Event) -> Held:
+    """The whole answer. begun: set when its first token is there."""
+    messages = [{"role": "user", "content": "hello"}]
+    body = body | {"model": EMBEDDED_MODEL_NAME, "messages": messages, "stream": True}
+    body = body | {"max_tokens": 1500, "return_token_ids": True}
+    text, finish_reason = "", ""
+    token_ids: list[int] = []
+    headers = {"x-session-id": session}
+    async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            (choice,) = json.loads(line[6:])["choices"]
+            token_ids += choice.get("token_ids") or ()
+            finish_reason = choice["finish_reason"] or finish_reason
+            text += choice["delta"].get("content") or ""
+            for call in choice["delta"].get("tool_calls") or ():
+                text += call["function"]["arguments"]
+            if token_ids:
+                begun.set()
+    return Held(text, tuple(token_ids), finish_reason)
+
+
+@pytest.mark.timeout(600)
+async def test_a_call_and_a_form_go_on_where_the_killed_replica_left_them(http: httpx.AsyncClient) -> None:
+    """The other replica replays the grammar over the tokens that were sent. Of each kind there is one on each replica."""
+    sessions: dict[str, str] = {}
+    for number in itertools.count():
+        probe = {"model": EMBEDDED_MODEL_NAME, "prompt": "a", "max_tokens": 1}
+        headers = {"x-session-id": f"held-{number}"}
+        replica = (await http.post("/v1/completions", json=probe, headers=headers)).headers["x-pensieve-replica"]
+        sessions.setdefault(replica, headers["x-session-id"])
+        if len(sessions) == ARGS.num_replicas:
+            break
+    bodies = [body | {"temperature": TEMPERATURE, "seed": seed} for seed, body in enumerate(HELD.values())]
+    requests = list(itertools.product(bodies, sessions.values()))
+    undisturbed = [await stream_held(http, body, session, asyncio.Event()) for body, session in requests]
+    for (body, _), answer in zip(requests, undisturbed, strict=True):
+        if "parallel_tool_calls" in body:
+            assert answer.finish_reason == "tool_calls"
+        if "response_format" in body or "parallel_tool_calls" in body:
+            jsonschema.validate(json.loads(answer.text), FORM)
+    for _ in range(NUM_HELD_ROUNDS):
+        async with asyncio.timeout(180):
+            while len(await num_resumed_tokens()) < ARGS.num_replicas:
+                await asyncio.sleep(0.1)
+        calm = (stream_held(http, body, session, asyncio.Event()) for body, session in requests)
+        assert await asyncio.gather(*calm) == undisturbed  # by a new replica, too, which then knows the grammars
+        before = await num_resumed_tokens()
+        begun = [asyncio.Event() for _ in requests]
+        tasks = [
+            asyncio.create_task(stream_held(http, body, session, event))
+            for (body, session), event in zip(requests, begun, strict=True)
+        ]
+        await asyncio.gather(*(event.wait() for event in begun))
+        os.kill(pids_of("LLMServer")[0], signal.SIGKILL)
+        assert await asyncio.gather(*tasks) == undisturbed
+        assert max(await num_resumed_tokens()) > min(before)
+
+
+async def num_resumed_tokens() -> list[int]:
+    """Of each replica."""
+    handle = serve.get_deployment_handle("LLMServer", APP)
+    statistics = await handle.broadcast("get_statistics").results_async(timeout_s=60)
+    return [int(each["num_resumed_tokens"]) for each in statistics]
 
 
 @pytest.mark.timeout(max(600, 5 * CHAOS_S))

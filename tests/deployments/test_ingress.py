@@ -135,6 +135,27 @@ async def test_completion(client: httpx.AsyncClient, engine: Any) -> None:
     assert engine.requests[0].return_prompt_token_ids
 
 
+async def test_each_prompt_of_a_list_has_its_session(client: httpx.AsyncClient, engine: Any) -> None:
+    """So that they are spread over the replicas; a session that the client names is theirs all."""
+    engine.items = [DeltaItem(OutputDelta("Hello", (1,), num_prompt_tokens=5, finish_reason="stop"), 2)]
+    body = COMPLETION | {"prompt": [[7], [8], [7]], "n": 2}
+    answer = (await client.post(COMPLETIONS_URL, json=body)).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    assert answer["usage"]["prompt_tokens"] == 15
+    sessions = {request.prompt: set() for request in engine.requests}
+    for request in engine.requests:
+        sessions[request.prompt].add(request.session_id)
+    assert [len(names) for names in sessions.values()] == [1, 1]
+    assert len(set.union(*sessions.values())) == 2
+    alone = await client.post(COMPLETIONS_URL, json=COMPLETION | {"prompt": [7]})
+    assert alone.status_code == 200
+    assert engine.requests[-1].session_id in sessions[TokenPrompt((7,))]
+    assert len({request.request_id for request in engine.requests}) == 7
+    engine.requests.clear()
+    await client.post(COMPLETIONS_URL, json=body | {"session_id": "mine"})
+    assert {request.session_id for request in engine.requests} == {"mine"}
+
+
 async def test_completion_stream(client: httpx.AsyncClient) -> None:
     *chunks, done = events(await client.post(COMPLETIONS_URL, json=COMPLETION | {"stream": True}))
     assert done == "[DONE]"

@@ -157,6 +157,14 @@ async def test_everything_is_exported(urls: tuple[str, str]) -> None:
     assert value("time_to_first_token_seconds_count") == value("e2e_request_latency_seconds_count") == len(usages)
     assert value("inter_token_latency_seconds_count") > len(usages)
 
+    async with httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S) as http:
+        answer = await http.get("/metrics")
+    on_http_port = parse(answer.text)
+    assert "did not answer" not in answer.text
+    assert total(on_http_port["ray_pensieve_requests_total"], outcome="finished") == len(usages)
+    assert {name for name in samples if name.startswith("ray_pensieve_")} <= set(on_http_port)
+    assert all(labels["application"] == "pensieve" for found in on_http_port.values() for labels, _ in found)
+
     used_of_ray = set(re.findall(r"ray_serve_\w+", DASHBOARD.read_text()))
     assert used_of_ray
     assert used_of_ray <= set(samples), "Ray's own metrics in the dashboard bear other names now"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import random
 import sqlite3
@@ -188,6 +189,19 @@ def test_official_client(client: openai.OpenAI) -> None:
     assert len(choice.token_ids) == 6
     assert choice.finish_reason == "length"
 
+    several = client.chat.completions.create(
+        model=model.id, messages=messages, temperature=0, max_tokens=40, n=3, stream=True
+    )
+    said = ["", "", ""]
+    for chunk in several:
+        said[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert said == [text] * 3
+    echoed = client.completions.create(
+        model=model.id, prompt=["one", "two"], n=2, max_tokens=0, echo=True, logprobs=1, temperature=0
+    )
+    assert [answer.text for answer in echoed.choices] == ["one", "one", "two", "two"]
+    assert all(answer.logprobs.token_logprobs[0] is None for answer in echoed.choices)
+
     with pytest.raises(openai.NotFoundError) as info:
         client.chat.completions.create(model="gpt", messages=messages)
     assert info.value.code == "model_not_found"
@@ -320,6 +334,39 @@ BAD_REQUESTS: dict[str, tuple[bytes, int, str | None]] = {
         )
     },
 }
+
+
+async def test_what_clients_expect_of_any_server(http: httpx.AsyncClient) -> None:
+    """Through Serve's proxy: ids of requests, compressed bodies, other methods, tokens, the load."""
+    mine = {"x-request-id": "mine-1"}
+    asked = (
+        ("POST", "/v1/chat/completions", chat(max_tokens=2), 200),
+        ("POST", "/v1/chat/completions/", chat(max_tokens=2, stream=True, frobnicate=1), 200),
+        ("POST", "/v1/chat/completions", {}, 400),
+        ("GET", "/nowhere", None, 404),
+    )
+    for method, path, body, status in asked:
+        response = await http.request(method, path, json=body, headers=mine)
+        assert (response.status_code, response.headers.get_list("x-request-id")) == (status, ["mine-1"])
+        assert response.headers.get("x-pensieve-ignored") == ("frobnicate" if body and "frobnicate" in body else None)
+        (made,) = (await http.request(method, path, json=body)).headers.get_list("x-request-id")
+        assert made
+
+    raw = gzip.compress(json.dumps(chat(max_tokens=2)).encode())
+    response = await http.post("/v1/chat/completions", content=raw, headers=JSON | {"content-encoding": "gzip"})
+    assert response.status_code == 200
+    head, get = await http.head("/v1/models"), await http.get("/v1/models")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == get.headers["content-length"]
+    options = await http.options("/v1/models")
+    assert (options.status_code, options.headers["allow"]) == (204, "GET, HEAD, OPTIONS")
+
+    tokens = (await http.post("/tokenize", json={"prompt": "hello"})).json()["tokens"]
+    bare = (await http.post("/tokenize", json={"prompt": "hello", "add_special_tokens": False})).json()["tokens"]
+    assert tokens[-len(bare) :] == bare
+    assert (await http.post("/detokenize", json={"tokens": bare})).json() == {"prompt": "hello"}
+    assert (await http.get("/ping")).status_code == 200
+    assert (await http.get("/load")).json()["server_load"] >= 0
 
 
 @pytest.mark.parametrize("name", BAD_REQUESTS)

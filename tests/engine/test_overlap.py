@@ -117,11 +117,11 @@ async def converse(engine: AsyncEngine) -> list[dict]:
     """Three turns of eight sessions side by side, of every kind, some of which are abandoned in the middle of a step."""
     kinds = [
         {},
-        {"logprobs": 3},
+        {"logprobs": 3, "prompt_logprobs": 2},
         {"stop": ("called", "is")},
         {"stop": ("a",), "min_tokens": 6, "logprobs": 0},
         {"ignore_eos": True},
-        {"temperature": 1.5, "seed": 5, "ignore_eos": True, "max_tokens": 9},
+        {"temperature": 1.5, "seed": 5, "ignore_eos": True, "max_tokens": 9, "logit_bias": ((70, 3.0), (71, -100.0))},
         {"temperature": 0.8, "seed": 6, "frequency_penalty": 0.7, "presence_penalty": 0.2},
         {"ignore_eos": True, "max_tokens": 16, "stop": ("zzz",)},
     ]

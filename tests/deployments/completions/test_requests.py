@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from deployments.completions.chat_messages import MESSAGE_NOT_IMPLEMENTED
-from deployments.completions.choices_body import CHOICES_IGNORED, MAX_N
+from deployments.completions.choices_body import CHOICES_IGNORED, CHOICES_NOT_IMPLEMENTED, MAX_N
 from deployments.completions.requests import (
     CHAT_NOT_IMPLEMENTED,
-    COMPLETION_NOT_IMPLEMENTED,
     ChatCompletionBody,
     CompletionBody,
 )
@@ -103,7 +102,8 @@ def test_a_refusal_is_what_the_assistant_said(said: dict[str, Any]) -> None:
 def test_no_limit_of_tokens_is_minus_one() -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         assert parse_chat(**{name: -1}) == parse_chat()
-    assert parse_completion(max_tokens=-1) == parse_completion()
+    assert parse_completion(max_tokens=-1).sampling_params().max_tokens is None
+    assert parse_completion(max_tokens=0, echo=True).sampling_params().max_tokens == 1
     assert parse_chat(max_tokens=-1.0) == parse_chat()
 
 
@@ -136,13 +136,13 @@ def test_what_chat_does_not_implement_is_refused_by_name(name: str) -> None:
         assert parse_chat(**{name: neutral}) == parse_chat()
 
 
-@pytest.mark.parametrize("name", COMPLETION_NOT_IMPLEMENTED)
+@pytest.mark.parametrize("name", CHOICES_NOT_IMPLEMENTED)
 def test_what_completions_do_not_implement_is_refused_by_name(name: str) -> None:
     assert refused(parse_completion, **{name: ["something"]}) == (
         name,
         "unsupported_parameter",
     )
-    for neutral in (None, *COMPLETION_NOT_IMPLEMENTED[name]):
+    for neutral in (None, *CHOICES_NOT_IMPLEMENTED[name]):
         assert parse_completion(**{name: neutral}) == parse_completion()
 
 

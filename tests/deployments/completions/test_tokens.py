@@ -62,10 +62,22 @@ async def test_a_text(client: httpx.AsyncClient, prompt: str) -> None:
     assert all(bare["token_strs"])
 
 
-@pytest.mark.parametrize("more", [{}, {"tools": [TOOL]}])
+CONTINUED = [*MESSAGES, {"role": "assistant", "content": "a meadow"}]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"tools": [TOOL]},
+        {"add_generation_prompt": False},
+        {"messages": CONTINUED, "continue_final_message": True},
+    ],
+)
 async def test_a_chat(client: httpx.AsyncClient, more: dict[str, Any]) -> None:
-    found = await tokenize(client, messages=MESSAGES, chat_template_kwargs={"enable_thinking": False}, **more)
-    body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 1, "return_token_ids": True, **more}
+    more = {"messages": MESSAGES} | more
+    found = await tokenize(client, chat_template_kwargs={"enable_thinking": False}, **more)
+    body = {"model": MODEL, "max_tokens": 1, "return_token_ids": True, **more}
     answer = (await client.post("/v1/chat/completions", json=body)).json()
     assert found["tokens"] == answer["prompt_token_ids"]
     assert "gr\u00fcn" in await detokenize(client, found["tokens"])
@@ -85,6 +97,8 @@ async def test_no_tokens_are_an_empty_text(client: httpx.AsyncClient) -> None:
         ("tokenize", {"messages": MESSAGES, "add_special_tokens": True}, 400, "add_special_tokens"),
         ("tokenize", {"messages": MESSAGES, "tools": [TOOL, TOOL]}, 400, "tools"),
         ("tokenize", {"messages": MESSAGES, "chat_template_kwargs": {"tools": 1}}, 400, "chat_template_kwargs.tools"),
+        ("tokenize", {"prompt": "a", "continue_final_message": True}, 400, "continue_final_message"),
+        ("tokenize", {"messages": MESSAGES, "continue_final_message": True}, 400, "continue_final_message"),
         ("tokenize", {"prompt": "a", "model": "another"}, 404, "model"),
         ("tokenize", {"prompt": LONG * 20}, 400, "prompt"),
         ("tokenize", {"messages": [{"role": "user", "content": LONG * 20}]}, 400, "messages"),

@@ -52,6 +52,7 @@ ASSISTANT = {"role": "assistant", "content": "It is"}
         (parse_completion, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         (parse_completion, {"prompt": ["x" * 200_000, "y" * 200_000], "echo": True, "logprobs": 5}, "prompt"),
         (parse_completion, {"suffix": "end"}, "suffix"),
+        (parse_completion, {"suffix": ["end"]}, "suffix"),
         (parse_chat, {"prompt_logprobs": -1}, "prompt_logprobs"),
         (parse_chat, {"continue_final_message": True}, "continue_final_message"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
@@ -165,6 +166,26 @@ async def test_a_request_that_fails_costs_nothing() -> None:
         (item,) = await drain(admission.generate(request(max_tokens=1000)))
         assert isinstance(item, ErrorItem)
         assert item.is_a(RequestError)
+
+
+async def test_a_part_of_what_was_let_pass_counts_and_is_not_refused() -> None:
+    """Its time began with that of the whole."""
+    engine = Engine()
+    admission = Admission(engine, [tenant("a", max_concurrent_requests=2, tokens_per_minute=20)], clock=Clock())
+    now = asyncio.get_running_loop().time()
+    assert (admission.num_places("a"), admission.num_places("b")) == (2, math.inf)
+    parts = [admission.generate(request(max_tokens=50), 60.0, admitted_s=now) for _ in range(3)]
+    for items in parts:
+        assert isinstance(await anext(items), DeltaItem)
+    assert admission.num_places("a") == -1
+    assert refusal(await drain(admission.generate(request()))).is_a(TooManyRequestsError)
+    late = await drain(admission.generate(request(), 60.0, admitted_s=now - 60.0))
+    assert isinstance(late[-1], ErrorItem)
+    assert late[-1].is_a(AnswerTimeoutError)
+    for items in parts:
+        await items.aclose()
+    assert admission.num_places("a") == 2
+    assert engine.num_running == 0
 
 
 async def test_what_only_stores_is_limited_per_minute() -> None:

@@ -170,6 +170,12 @@ def test_tokens_that_are_written_to_the_cache_count_as_that_if_something_was_mar
     assert (usage["input_tokens"], usage["cache_creation_input_tokens"], usage["cache_read_input_tokens"]) == (0, 4, 3)
 
 
+def test_usage_tells_thinking_and_what_was_computed_again() -> None:
+    delta = OutputDelta("x", finish_reason="stop", num_reasoning_tokens=2, recomputed=("edited", 3), **END)
+    usage = make_format().whole(delta)["usage"]
+    assert (usage["output_tokens_details"], usage["recomputed"]) == ({"thinking_tokens": 2}, {"edited": 3})
+
+
 @pytest.mark.parametrize(
     ("text", "reason", "stop_string", "max_tokens", "expected"),
     [

@@ -178,6 +178,12 @@ def test_thinking_and_effort_reach_the_template(changes: dict[str, Any], values:
     assert parse(**changes).prompt.template_kwargs == values
 
 
+def test_a_budget_of_thinking_is_the_limit_of_the_engine() -> None:
+    assert parse(thinking={"type": "enabled", "budget_tokens": 1024}).sampling_params().max_thinking_tokens == 1024
+    assert parse(thinking={"type": "adaptive"}, max_thinking_tokens=7).sampling_params().max_thinking_tokens == 7
+    assert parse().sampling_params().max_thinking_tokens is None
+
+
 @pytest.mark.parametrize("name", ["output_format", "output_config"])
 def test_the_form_of_an_answer(name: str) -> None:
     form = {"type": "json_schema", "schema": CITY}

@@ -73,13 +73,13 @@ def rewritten(item: Any) -> dict[str, Any]:
 
 
 async def loop_of_calls(client: AsyncOpenAI, how: str, *, stream: bool, user: str = "") -> list[Any]:
-    """Four turns, each of which has to call something, and whose history is kept as `how` says."""
+    """Three turns, each of which has to call something, and whose history is kept as `how` says."""
     told: list[Any] = []
     items: list[Any] = [{"role": "user", "content": user or how}]
     new, options = items, {}
     if how == "conversation":
         options = {"conversation": (await client.conversations.create()).id}
-    for turn in range(4):
+    for turn in range(3):
         response = await ask(
             client,
             stream=stream,
@@ -385,10 +385,13 @@ async def test_an_agent_calls_a_function_and_answers(app: Application) -> None:
     )
     agent = agents.Agent(name="a", model=model, tools=[weather], model_settings=settings)
     config = agents.RunConfig(tracing_disabled=True)
-    for options in ({}, {"session": agents.SQLiteSession("s")}, {"auto_previous_response_id": True}):
-        result = await agents.Runner.run(agent, "how is the weather?", run_config=config, **options)
-        assert isinstance(result.final_output, str)
-        streamed = agents.Runner.run_streamed(agent, "how is the weather?", run_config=config, **options)
-        names = [event.name async for event in streamed.stream_events() if event.type == "run_item_stream_event"]
-        assert names[:2] == ["tool_called", "tool_output"]
-    assert len(cities) >= 6
+    result = await agents.Runner.run(
+        agent, "how is the weather?", run_config=config, session=agents.SQLiteSession("weather")
+    )
+    assert isinstance(result.final_output, str)
+    streamed = agents.Runner.run_streamed(
+        agent, "how is the weather?", run_config=config, auto_previous_response_id=True
+    )
+    names = [event.name async for event in streamed.stream_events() if event.type == "run_item_stream_event"]
+    assert names[:2] == ["tool_called", "tool_output"]
+    assert len(cities) == 2

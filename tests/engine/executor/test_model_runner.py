@@ -70,8 +70,9 @@ def run(runner, plans: list[StepPlan], *, ahead: bool) -> list[tuple[int, ...]]:
         SamplingParams(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, seed=6, logprobs=2),
         SamplingParams(temperature=0.8, seed=7, repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.5),
         SamplingParams(temperature=0.0, min_tokens=5),
+        SamplingParams(temperature=0.0, logit_bias=((5, 3.0), (40, -100.0))),
     ],
-    ids=["greedy", "drawn", "filtered", "penalties", "min_tokens"],
+    ids=["greedy", "drawn", "filtered", "penalties", "min_tokens", "bias"],
 )
 def test_a_step_goes_on_from_tokens_that_the_host_does_not_know(sampling, make_runner):
     prompts = [[5, 6, 7, 8, 9], [40, 41, 42]]
