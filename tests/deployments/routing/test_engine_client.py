@@ -454,6 +454,7 @@ async def test_the_next_replica_is_told_the_prompt_as_it_was_tokenised() -> None
     text, items = await answer(handle)
     assert text == "abcdef"
     assert [request.history for request in handle.requests] == [None, history, history, history]
+    assert [request.beginning.prompt for request in handle.requests[1:] if request.beginning] == [history] * 3
     assert {item.delta.prompt_transcript for item in items} == {None}
 
 

@@ -250,6 +250,22 @@ def test_a_replica_that_has_only_the_transcript_knows_the_answer_too(folder: Pat
     assert list(encoded.transcript.token_ids[: len(kept)]) == kept
 
 
+def test_a_replica_that_goes_on_with_an_answer_has_the_prompt_of_the_first_one(folder: Path) -> None:
+    """It has never heard what was thought, so it could not put it back."""
+    loop, other = Loop(folder, "qwen3_8"), Loop(folder, "qwen3_8")
+    messages, _ = run(loop, CLIENTS["forgets what was thought"], (USER,), range(2))
+    first = loop.encode(messages)
+    assert first.is_known
+    prompt = ChatPrompt(messages, tools=TOOLS)
+    resumed = other.encoder.take_prompt(prompt, first.transcript)
+    assert resumed.transcript == first.transcript
+    assert resumed.answer_format == first.answer_format
+    assert resumed.chat is not None
+    assert first.chat is not None
+    assert resumed.chat.key == first.chat.key
+    assert other.encode(messages).transcript.token_ids != first.transcript.token_ids
+
+
 def reason_of(encoded: EncodedPrompt) -> str:
     assert encoded.recomputed is not None
     reason, num_tokens = encoded.recomputed
