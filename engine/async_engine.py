@@ -282,8 +282,8 @@ class AsyncEngine:
             return
         found = asyncio.wrap_future(self._transcripts.find(conversation_id))
         with contextlib.suppress(TimeoutError):
-            if branches := await asyncio.wait_for(found, RECALL_TIMEOUT_S):
-                self._conversations.recall(conversation_id, branches)
+            if remembered := await asyncio.wait_for(found, RECALL_TIMEOUT_S):
+                self._conversations.recall(conversation_id, remembered)
 
     async def _encode(self, generation: Generation) -> EncodedPrompt:
         """The prompt as token ids."""

@@ -136,6 +136,7 @@ class ChatFormat(_Envelope):
             "message": message,
             "logprobs": chat_logprobs(delta.logprobs),
             "finish_reason": self._finish_reason(delta, index),
+            **_stop_reason(delta),
         }
         if self._body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
@@ -161,6 +162,7 @@ class ChatFormat(_Envelope):
                 "delta": piece,
                 "logprobs": None if number else chat_logprobs(delta.logprobs),
                 "finish_reason": self._finish_reason(delta, index) if number == len(pieces) - 1 else None,
+                **(_stop_reason(delta) if number == len(pieces) - 1 else {}),
             }
             if self._body.return_token_ids:
                 choice["token_ids"] = [] if number else list(delta.token_ids)
@@ -238,6 +240,7 @@ class CompletionFormat(_Envelope):
             "text": told.text + delta.text if is_first and told and self._body.shows_prompt else delta.text,
             "logprobs": logprobs.value(),
             "finish_reason": delta.finish_reason,
+            **_stop_reason(delta),
         }
         if self._body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
@@ -246,6 +249,11 @@ class CompletionFormat(_Envelope):
         if self._body.prompt_logprobs is not None and told is not None:
             choice["prompt_logprobs"] = prompt_logprobs(told, self._body.prompt_logprobs)
         return choice
+
+
+def _stop_reason(delta: OutputDelta) -> dict[str, Any]:
+    """vLLM's name for the stop string that ended the answer, if one did."""
+    return {} if delta.stop_string is None else {"stop_reason": delta.stop_string}
 
 
 def _reasoning(text: str) -> dict[str, Any]:

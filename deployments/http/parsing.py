@@ -95,7 +95,9 @@ def _or_null(field: dict[str, Any]) -> dict[str, Any]:
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
     # True == 1, but {"n": true} is a mistake.
-    return value is None or any((value is True) == (other is True) and value == other for other in neutral)
+    return value is None or any(
+        isinstance(value, bool) == isinstance(other, bool) and value == other for other in neutral
+    )
 
 
 @dataclass(frozen=True, slots=True)

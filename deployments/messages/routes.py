@@ -55,6 +55,9 @@ def add_message_routes(
         its client would give it up; it says pings then, and an error is an event.
         """
         check_prompt(generation.prompt, card, body.prompt_param)
+        # Clients ask for more than any window has, and a tenant's account is charged with what is asked for until the end.
+        num_most = min(max(1, body.max_tokens), card.max_model_len)
+        generation = replace(generation, sampling=replace(generation.sampling, max_tokens=num_most))
         form = MessageFormat(generation.request_id, request_id, body)
         items = admission.generate(generation, body.timeout)
         coming = asyncio.ensure_future(anext(items))

@@ -26,6 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import NamedTuple
 
 from engine.text.turns import Turn, Turns
 
@@ -34,8 +35,6 @@ MAX_BRANCHES = 8
 MAX_RECALLED = 256
 # Whether the two last of three texts say the same behind the first one: (prompt, as generated, as written) -> bool.
 SameAnswer = Callable[[str, str, str], bool]
-# Keeps the branches of a conversation elsewhere, at once.
-Keep = Callable[[str, "tuple[Transcript, ...]"], object]
 # What one anchor takes: a pair, its two numbers, and the place in the row.
 ANCHOR_BYTES = 120
 # What a branch and a conversation take besides their rows and texts.
@@ -144,6 +143,16 @@ def common_prefix_len(a: str | array[int], b: str | array[int]) -> int:
     return low
 
 
+class Remembered(NamedTuple):
+    """A conversation as it is kept outside of memory. turns: with their keys; see Turns."""
+
+    branches: tuple[Transcript, ...] = ()
+    turns: tuple[tuple[bytes, Turn], ...] = ()
+
+
+NOTHING_SAID = Remembered()
+
+
 class Conversation:
     """The branches of one conversation, the latest last. One thread may record a turn while others match.
 
@@ -151,10 +160,13 @@ class Conversation:
     to one question) starts a new one; of more than `MAX_BRANCHES` the oldest is forgotten.
     """
 
-    def __init__(self, conversation_id: str) -> None:
+    def __init__(self, conversation_id: str, remembered: Remembered = NOTHING_SAID) -> None:
+        """remembered: what it has said so far."""
         self.conversation_id = conversation_id
-        self.branches: tuple[Transcript, ...] = ()
+        self.branches = remembered.branches
         self.turns = Turns()
+        for key, turn in remembered.turns:
+            self.turns.add(key, turn)
 
     @property
     def num_bytes(self) -> int:
@@ -215,7 +227,12 @@ class ConversationTable:
     sends its history only the tokenising of it, and not even that if they are kept elsewhere.
     """
 
-    def __init__(self, max_bytes: int, cut_tokens: Mapping[int, str], keep: Keep = lambda *_: None) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        cut_tokens: Mapping[int, str],
+        keep: Callable[[str, Remembered], object] = lambda *_: None,
+    ) -> None:
         """cut_tokens: see Conversation.record_turn.
 
         keep: told each conversation as it is after a turn; what it keeps may come back by `recall`.
@@ -260,11 +277,9 @@ class ConversationTable:
         """Whether anything is remembered of it. From any thread."""
         return conversation_id in self._conversations or conversation_id in self._recalled
 
-    def recall(self, conversation_id: str, branches: tuple[Transcript, ...]) -> None:
+    def recall(self, conversation_id: str, remembered: Remembered) -> None:
         """What was kept elsewhere of a conversation that is not remembered. From any thread."""
-        conversation = Conversation(conversation_id)
-        conversation.branches = branches
-        self._recalled[conversation_id] = conversation
+        self._recalled[conversation_id] = Conversation(conversation_id, remembered)
         if len(self._recalled) > MAX_RECALLED:
             self._recalled.pop(next(iter(tuple(self._recalled))), None)
 
@@ -294,5 +309,5 @@ class ConversationTable:
         while self.num_bytes > self.max_bytes:
             _, oldest = self._conversations.popitem(last=False)
             self.num_bytes -= oldest.num_bytes
-        self._keep(conversation_id, conversation.branches)
+        self._keep(conversation_id, Remembered(conversation.branches, conversation.turns.items()))
         return branch

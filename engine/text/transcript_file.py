@@ -24,7 +24,8 @@ from contextlib import closing, suppress
 from itertools import chain
 from pathlib import Path
 
-from engine.text.transcript import Transcript
+from engine.text.transcript import Remembered, Transcript
+from engine.text.turns import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,8 @@ class TranscriptFile:
         self._max_bytes = max_bytes
         self._database: sqlite3.Connection | None = None
         self._mutex = threading.Lock()  # of the connection
-        self._pending: dict[str, tuple[Transcript, ...]] = {}
-        self._wanted: queue.SimpleQueue[tuple[str, Future[tuple[Transcript, ...]]] | None] = queue.SimpleQueue()
+        self._pending: dict[str, Remembered] = {}
+        self._wanted: queue.SimpleQueue[tuple[str, Future[Remembered | None]] | None] = queue.SimpleQueue()
         self._is_closing = threading.Event()
         # Daemons, so that a disk that hangs does not keep the process.
         self._writer = threading.Thread(target=self._write_until_closed, name="transcripts-write", daemon=True)
@@ -60,12 +61,12 @@ class TranscriptFile:
         self._writer.start()
         self._reader.start()
 
-    def find(self, conversation_id: str) -> Future[tuple[Transcript, ...]]:
-        """The branches of a conversation, the latest last; none if it is not known, or too many are asked for."""
-        found: Future[tuple[Transcript, ...]] = Future()
-        branches = self._pending.get(conversation_id)
-        if branches is not None or self._wanted.qsize() >= MAX_WANTED:
-            found.set_result(branches or ())
+    def find(self, conversation_id: str) -> Future[Remembered | None]:
+        """What a conversation has said; None if it is not known, or too many are asked for."""
+        found: Future[Remembered | None] = Future()
+        remembered = self._pending.get(conversation_id)
+        if remembered is not None or self._wanted.qsize() >= MAX_WANTED:
+            found.set_result(remembered)
         else:
             self._wanted.put((conversation_id, found))
         return found
@@ -76,23 +77,23 @@ class TranscriptFile:
             if found.set_running_or_notify_cancel():
                 found.set_result(self._read(conversation_id))
 
-    def _read(self, conversation_id: str) -> tuple[Transcript, ...]:
+    def _read(self, conversation_id: str) -> Remembered | None:
         with self._mutex:
             try:
                 database = self._open()
                 if database is None:
-                    return ()
+                    return None
                 query = "SELECT content FROM conversations WHERE id = ?"
                 with closing(database.execute(query, (_key(conversation_id),))) as cursor:
                     row = cursor.fetchone()
             except (sqlite3.Error, OSError) as error:
                 self._give_up(error)
-                return ()
-        return () if row is None else decode_branches(conversation_id, row[0])
+                return None
+        return None if row is None else decode(conversation_id, row[0])
 
-    def put(self, conversation_id: str, branches: tuple[Transcript, ...]) -> None:
+    def put(self, conversation_id: str, remembered: Remembered) -> None:
         """Keep a conversation as it is now; returns at once."""
-        self._pending[conversation_id] = branches
+        self._pending[conversation_id] = remembered
 
     def close(self) -> None:
         """Write what is left, unless the disk hangs."""
@@ -110,15 +111,15 @@ class TranscriptFile:
             # Of a copy: it may be told again meanwhile, and `find` finds it until it is written.
             rows = list(self._pending.copy().items())
             self._write(rows)
-            for conversation_id, branches in rows:
-                if self._pending.get(conversation_id) is branches:
+            for conversation_id, remembered in rows:
+                if self._pending.get(conversation_id) is remembered:
                     del self._pending[conversation_id]
 
-    def _write(self, conversations: Sequence[tuple[str, tuple[Transcript, ...]]]) -> None:
+    def _write(self, conversations: Sequence[tuple[str, Remembered]]) -> None:
         if not conversations:
             return
         now = time.time()
-        rows = [(_key(name), now, encode_branches(name, branches)) for name, branches in conversations]
+        rows = [(_key(name), now, encode(name, remembered)) for name, remembered in conversations]
         with self._mutex:
             try:
                 database = self._open()
@@ -180,46 +181,55 @@ def _key(conversation_id: str) -> str:
     return conversation_id.encode("utf-8", "backslashreplace").decode()
 
 
-def encode_branches(conversation_id: str, branches: Sequence[Transcript]) -> bytes:
-    """The rows of ids, anchors and texts, behind a head that says how long they are."""
+def encode(conversation_id: str, remembered: Remembered) -> bytes:
+    """The rows of ids, anchors and texts, behind a head that says how long they are and has the rest."""
     head, parts = [], []
-    for branch in branches:
+    for branch in remembered.branches:
         anchors = array("I", chain.from_iterable(branch.anchors))
         text = branch.text.encode("utf-8", "surrogatepass")
-        head.append(
-            [len(branch.token_ids), len(anchors), len(text), branch.fingerprint, branch.answer_start, sys.byteorder]
-        )
+        head.append([len(branch.token_ids), len(anchors), len(text), branch.fingerprint, branch.answer_start])
         parts += [branch.token_ids.tobytes(), anchors.tobytes(), text]
-    packed = json.dumps([conversation_id, head]).encode()
+    turns = [
+        [key.hex(), turn.reasoning, turn.beginning.hex(), turn.num_tokens, turn.tools_key.hex(), turn.system_key.hex()]
+        for key, turn in remembered.turns
+    ]
+    packed = json.dumps([conversation_id, sys.byteorder, head, turns]).encode()
     body = b"".join([packed, *parts])
     return _FRAME.pack(zlib.crc32(body), len(packed)) + body
 
 
-def decode_branches(conversation_id: str, content: bytes) -> tuple[Transcript, ...]:
-    """None of them if a single bit is wrong, or it is another conversation."""
+def decode(conversation_id: str, content: bytes) -> Remembered | None:
+    """None if a single bit is wrong, or it is another conversation."""
     try:
         checksum, head_len = _FRAME.unpack_from(content)
         body = memoryview(content)[_FRAME.size :]
         if zlib.crc32(body) != checksum:
-            return ()
-        name, head = json.loads(bytes(body[:head_len]))
-        if name != conversation_id:
-            return ()
+            return None
+        name, byteorder, head, turns = json.loads(bytes(body[:head_len]))
+        if (name, byteorder) != (conversation_id, sys.byteorder):
+            return None
         rest, branches = body[head_len:], []
-        for num_tokens, num_numbers, num_bytes, fingerprint, answer_start, byteorder in head:
-            if byteorder != sys.byteorder:
-                return ()
-            ids, numbers = array("I"), array("I")
-            ids.frombytes(rest[: num_tokens * ids.itemsize])
-            rest = rest[num_tokens * ids.itemsize :]
-            numbers.frombytes(rest[: num_numbers * ids.itemsize])
-            rest = rest[num_numbers * ids.itemsize :]
-            text = bytes(rest[:num_bytes]).decode("utf-8", "surrogatepass")
-            rest = rest[num_bytes:]
-            anchors = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+        for num_tokens, num_numbers, num_bytes, fingerprint, answer_start in head:
+            token_ids, rest = _numbers(rest, num_tokens)
+            anchors, rest = _numbers(rest, num_numbers)
+            text, rest = bytes(rest[:num_bytes]).decode("utf-8", "surrogatepass"), rest[num_bytes:]
+            pairs = tuple(zip(anchors[::2], anchors[1::2], strict=True))
             start = None if answer_start is None else (answer_start[0], answer_start[1])
-            branches.append(Transcript(ids, text, anchors, fingerprint, start))
-        return tuple(branches)
+            branches.append(Transcript(token_ids, text, pairs, fingerprint, start))
+        return Remembered(tuple(branches), tuple((bytes.fromhex(key), _turn(*turn)) for key, *turn in turns))
     except (struct.error, ValueError, TypeError) as error:
         logger.warning("a transcript cannot be read: %r", error)
-        return ()
+        return None
+
+
+def _numbers(data: memoryview, num: int) -> tuple[array[int], memoryview]:
+    """So many of them, and what follows."""
+    numbers = array("I")
+    end = num * numbers.itemsize
+    numbers.frombytes(data[:end])
+    return numbers, data[end:]
+
+
+def _turn(reasoning: str, beginning: str, num_tokens: int, tools_key: str, system_key: str) -> Turn:
+    keys = map(bytes.fromhex, (tools_key, system_key))
+    return Turn(reasoning, bytes.fromhex(beginning), num_tokens, *keys)

@@ -77,6 +77,10 @@ class Turns:
         """The turn with this answer."""
         return self._by_key.get(key)
 
+    def items(self) -> tuple[tuple[bytes, Turn], ...]:
+        """(key, turn), the oldest first."""
+        return tuple(self._by_key.items())
+
     def has_begun_so(self, key: bytes) -> bool:
         """Whether a turn followed this first message."""
         return key in self._beginnings

@@ -649,6 +649,28 @@ async def test_headers_of_any_bytes_are_no_defect_and_steer_nothing(
     assert len(response.headers["x-request-id"]) <= 128
 
 
+async def test_the_messages_api_through_the_cluster(http: httpx.AsyncClient) -> None:
+    """Whole, streamed and counted: one session, which agents name in a header of their own."""
+    body = chat("My cat is called Mia.", max_tokens=200, temperature=0)
+    headers = {"x-claude-code-session-id": "messages", "x-api-key": "none"}
+    whole = await http.post("/v1/messages", json=body, headers=headers)
+    counted = await http.post("/v1/messages/count_tokens", json=body, headers=headers)
+    streamed = await http.post("/v1/messages", json=body | {"stream": True}, headers=headers)
+    assert [answer.status_code for answer in (whole, counted, streamed)] == [200, 200, 200]
+    assert len({answer.headers["request-id"] for answer in (whole, counted, streamed)}) == 3
+    assert whole.headers["x-pensieve-replica"] == streamed.headers["x-pensieve-replica"]
+    assert "Mia" in whole.json()["content"][0]["text"]
+    assert counted.json()["input_tokens"] == whole.json()["usage"]["input_tokens"]
+    events = [
+        json.loads(line.removeprefix("data: ")) for line in streamed.text.split("\n") if line.startswith("data: ")
+    ]
+    assert [events[0]["type"], events[-1]["type"]] == ["message_start", "message_stop"]
+    pieces = [event["delta"]["text"] for event in events if event["type"] == "content_block_delta"]
+    assert "".join(pieces) == whole.json()["content"][0]["text"]
+    refused = await http.post("/v1/messages", json=body | {"model": "x"}, headers=headers)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (404, "not_found_error")
+
+
 async def test_a_session_has_one_home_whichever_way_its_name_is_sent(http: httpx.AsyncClient) -> None:
     for number in range(8):
         name = f"zo\xeb-{number}"

@@ -123,3 +123,11 @@ def test_usage_in_every_chunk_when_asked_for() -> None:
 def test_errors_are_cut_to_size() -> None:
     body = error_body(ErrorItem.of(RequestError("x" * 10_000)))
     assert len(body["error"]["message"]) == MAX_MESSAGE_CHARS
+
+
+def test_the_stop_string_that_ended_an_answer_is_told_as_in_vllm() -> None:
+    stopped, ended = (OutputDelta("x", finish_reason="stop", stop_string=string) for string in ("END", None))
+    for make in (chat_format, completion_format):
+        assert make().whole(stopped)["choices"][0]["stop_reason"] == "END"
+        assert make().chunks(stopped)[-1]["choices"][0]["stop_reason"] == "END"
+        assert "stop_reason" not in make().whole(ended)["choices"][0]

@@ -34,7 +34,7 @@ class Inner(Body):
 
 
 class Outer(Body):
-    not_implemented: ClassVar[Mapping[str, tuple[Any, ...]]] = {"magic": (1,)}
+    not_implemented: ClassVar[Mapping[str, tuple[Any, ...]]] = {"magic": (1,), "beams": (False,)}
 
     count: Annotated[int, Field(ge=1)] = 1
     share: float = 0.0
@@ -61,6 +61,8 @@ def test_unknown_parameters_are_ignored_by_name_at_every_level_or_refused() -> N
 def test_what_is_not_implemented_is_refused_however_unknown_parameters_are_taken() -> None:
     assert refusal(lambda: parse({"magic": 2, "x": 1})) == ("magic", "unsupported_parameter")
     assert refusal(lambda: parse({"magic": True})) == ("magic", "unsupported_parameter")
+    assert refusal(lambda: parse({"beams": 0})) == ("beams", "unsupported_parameter")
+    assert parse({"beams": False}) == (Outer(), [])
     assert parse({"magic": 1.0}) == parse({"magic": None}) == (Outer(), [])
 
 

@@ -59,6 +59,16 @@ async def test_a_message_and_its_headers(client: httpx.AsyncClient, engine: Scri
     assert request.clamps_max_tokens
 
 
+async def test_more_tokens_than_any_window_has_are_not_asked_for(
+    client: httpx.AsyncClient, engine: ScriptedEngine
+) -> None:
+    """A tenant's account would be charged with them until the answer ends."""
+    for asked, expected in ((32_000, 100), (7, 7), (0, 1)):
+        engine.items = [WHOLE]
+        await client.post("/v1/messages", json=BODY | {"max_tokens": asked})
+        assert engine.requests[-1].sampling.max_tokens == expected
+
+
 async def test_a_stream(client: httpx.AsyncClient) -> None:
     answer = await client.post("/v1/messages", json=BODY | {"stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")

@@ -238,7 +238,7 @@ def test_replayed_decodes_equal_eager_ones(family, backend, tiny_model, make_dri
 
 def test_conversations_over_two_small_tiers_are_the_same_with_recorded_decodes(tiny_model, make_driver):
     """Prefills, decodes, swaps, suspensions and shared prefixes in any mixture; steps that swap in are not replayed."""
-    tokens = {}
+    tokens, scores = {}, {}
     for is_recorded in (False, True):
         driver = make_driver(
             tiny_model("llama"),
@@ -255,13 +255,22 @@ def test_conversations_over_two_small_tiers_are_the_same_with_recorded_decodes(t
         contexts = {f"c{i}": [rng.randrange(3, 250) for _ in range(9)] for i in range(7)}
         for turn in range(3):
             for number, (name, context) in enumerate(contexts.items()):
-                sampling = SamplingParams(temperature=0.0 if number % 2 else 1.0, top_p=0.8, seed=3, max_tokens=5)
+                sampling = SamplingParams(
+                    temperature=0.0 if number % 2 else 1.0,
+                    top_p=0.8,
+                    seed=3,
+                    max_tokens=5,
+                    prompt_logprobs=None if number else 2,
+                )
                 driver.add(f"{name}.{turn}", list(context), conversation_id=name, sampling=sampling)
             driver.run()
             for name, context in contexts.items():
                 context += [*driver.tokens(f"{name}.{turn}"), 7, 8]
         driver.core.check_integrity()
         tokens[is_recorded] = contexts
+        scores[is_recorded] = [
+            score.chosen for turn in range(3) for score in driver.outputs[f"c0.{turn}"][0].prompt_logprobs
+        ]
         if maker is not None:
             num_steps = len(driver.plans)
             num_swapping = sum(bool(plan.swap_ins) for plan in driver.plans)
@@ -269,6 +278,8 @@ def test_conversations_over_two_small_tiers_are_the_same_with_recorded_decodes(t
             assert 0 < maker.num_replays < num_steps - num_swapping
         driver.executor.shutdown()
     assert tokens[False] == tokens[True]
+    assert len(scores[True]) == 8 + 15 + 22
+    assert scores[False] == pytest.approx(scores[True], abs=1e-3)
 
 
 def test_a_model_that_cannot_be_recorded_runs_eagerly_and_the_log_says_so(tiny_model, make_driver, options, caplog):
