@@ -41,6 +41,7 @@ CLIENTS = (
     Client("openai_chat.py"),
     Client("openai_tools.py"),
     Client("openai_parse.py"),
+    Client("openai_auto.py"),
     Client("openai_responses.py"),
     Client("openai_agents.py"),
     Client("anthropic_messages.py"),
