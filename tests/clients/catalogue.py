@@ -41,6 +41,7 @@ CLIENTS = (
     Client("openai_chat.py"),
     Client("openai_tools.py"),
     Client("openai_parse.py"),
+    Client("openai_auto.py"),
     Client("openai_responses.py"),
     Client("openai_agents.py"),
     Client("anthropic_messages.py"),
@@ -56,5 +57,6 @@ CLIENTS = (
     Client("lm_eval_tasks.py", ("lm-eval[api]==0.4.13", "transformers==5.23.0")),
     Client("guidellm_benchmark.py", ("guidellm==0.8.1",)),
     Client("aiperf_profile.py", ("aiperf==0.13.0",)),
-    Client("vllm_bench.py", ("vllm[bench]==0.33.0",)),
+    # Ten gigabytes; its client needs no GPU.
+    Client("vllm_bench.py", ("vllm[bench]==0.33.0",), timeout_s=1200.0),
 )

@@ -25,8 +25,8 @@ from tests.nightly import IS_NIGHTLY, nightly
 
 pytestmark = pytest.mark.slow
 
-# The scripts that run each time are for any model; the nightly ones have prompts of thousands of tokens.
-MODEL = os.environ.get("PENSIEVE_CLIENTS_MODEL") or ("smollm2" if IS_NIGHTLY and has_smollm2() else "embedded")
+# The nightly scripts have prompts of thousands of tokens, which are too much for the small model's window.
+MODEL = os.environ.get("PENSIEVE_CLIENTS_MODEL") or ("smollm2" if IS_NIGHTLY and has_smollm2() else "embedded-tools")
 OPTIONS = {"model": MODEL, "dtype": "float32", "num_threads": 1, "gpu_memory_gib": 1.0}
 # A client that cannot go on without its model's home, or that tells its maker of each run, is kept from it.
 ENVIRONMENT = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Literal
 
@@ -11,6 +12,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from langgraph.checkpoint.memory import MemorySaver
+from openai import LengthFinishReasonError
 from pydantic import BaseModel, Field
 
 MODEL = os.environ["MODEL"]
@@ -76,8 +78,8 @@ for uses_responses in (False, True):
         assert isinstance(told, Person), (method, told)
 
 llm = ChatOpenAI(model=MODEL, temperature=0, max_tokens=300, max_retries=0)
-told = llm.bind(response_format={"type": "json_object"}).invoke("An empty JSON object: {}")
-if told.response_metadata["finish_reason"] == "stop":
+with suppress(LengthFinishReasonError):  # a small model may not end its object: the mode is answered, which counts
+    told = llm.bind(response_format={"type": "json_object"}).invoke("An empty JSON object: {}")
     assert isinstance(json.loads(told.text), dict), told
 # Agents that speak with each other have names.
 assert llm.invoke(

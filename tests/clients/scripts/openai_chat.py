@@ -1,6 +1,7 @@
 """The `openai` package: chat and text completions, streams and their helper, usage, errors."""
 
 import os
+from contextlib import suppress
 
 import openai
 
@@ -24,9 +25,12 @@ pieces = list(
 )
 assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == answer.content
 assert pieces[-1].usage.completion_tokens == whole.usage.completion_tokens
-with client.chat.completions.stream(messages=HELLO, **options) as stream:
-    told = "".join(event.delta for event in stream if event.type == "content.delta")
-    assert told == stream.get_final_completion().choices[0].message.content == answer.content
+told = ""
+# The helper takes an answer that max_tokens ends for a failure.
+with suppress(openai.LengthFinishReasonError), client.chat.completions.stream(messages=HELLO, **options) as stream:
+    for event in stream:
+        told += event.delta if event.type == "content.delta" else ""
+assert told == answer.content
 
 # The answer goes back as the object that it came in: what is known of the conversation is not computed again.
 second = client.chat.completions.create(messages=[*HELLO, answer, {"role": "user", "content": "And then?"}], **options)
