@@ -116,6 +116,7 @@ REFUSALS = re.compile(
     r"|^messages\[\d+\]\.content\[\d+\]\.\w+: required in a part of type"
     r"|^prompt: give either prompt or messages$"
     r"|^'after' must be the id of an item in this list"
+    r"|^starting_after: only allowed when stream is true$"
     r"|^add_special_tokens: must be false with messages"
     r"|^logit_bias: must have token ids as its names"
     r"|^best_of: must be equal to n"
