@@ -109,7 +109,7 @@ REFUSALS = re.compile(
     r"|^the grammar cannot be used: "
     r"|^(response_format|structured_outputs): cannot be combined with tools that may be called"
     r"|^tools: (two tools have the same name|have more than \d+ characters)"
-    r"|^tool_choice: tool_choice (asks for a call, but there are no tools|names .*, but no tool has that name)$"
+    r"|^tool_choice: tool_choice (asks for a call, but there are no tools|(names|allows) .*, but no tool has that name)$"
     r"|^messages\[\d+\]\.\w+: (required in a message of|only allowed in a message of)"
     r"|^chat_template_kwargs(\.\S+:| may not have)"
     r"|^token id \d+ is outside the vocabulary"
