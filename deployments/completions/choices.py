@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from contextvars import Context
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ async def generate_choices(
                 index, request = waiting.popleft()
                 # A whole answer would say too late that its prompt has been computed.
                 items = generate(replace(request, stream=True) if n > 1 and index % n == 0 else request)
-                running[asyncio.create_task(_next(items))] = index, items
+                running[_next(items)] = index, items
                 room -= 1
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in sorted(done, key=lambda task: running[task][0]):
@@ -70,7 +71,7 @@ async def generate_choices(
                     await drain(items)  # it is about to end
                     yield ChoiceItem(index, item)
                     return
-                running[asyncio.create_task(_next(items))] = index, items
+                running[_next(items)] = index, items
                 if index % n == 0 and index not in forked:
                     forked.add(index)
                     forks = ((index + i, _fork(prompts[index // n], i)) for i in reversed(range(1, n)))
@@ -84,8 +85,13 @@ async def generate_choices(
             await items.aclose()
 
 
-async def _next(items: Items) -> GenerationItem | None:
-    return await anext(items, None)
+def _next(items: Items) -> asyncio.Task[GenerationItem | None]:
+    """In an empty context: by what is in the request's, Ray Serve takes two calls for one if they are routed concurrently."""
+
+    async def next_item() -> GenerationItem | None:
+        return await anext(items, None)
+
+    return asyncio.create_task(next_item(), context=Context())
 
 
 def _fork(request: GenerationRequest, number: int) -> GenerationRequest:

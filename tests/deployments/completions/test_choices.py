@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,24 @@ async def test_forks_start_when_the_first_answer_has_begun() -> None:
     rest = [item async for item in items]
     assert sorted(item.choice for item in rest) == [0, 1, 2, 3]
     assert (engine.num_running, engine.num_aborted) == (0, 0)
+
+
+async def test_each_choice_is_in_a_context_of_its_own() -> None:
+    """Ray Serve's router takes concurrent calls within one request context for the same call, and loses one."""
+    request_context: ContextVar[str] = ContextVar("request_context")
+    request_context.set("of the request")
+    seen = []
+
+    class Noting(Scripted):
+        async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
+            seen.append(request_context.get("none"))
+            async for item in super().generate(request):
+                yield item
+
+    engine = Noting()
+    engine.go.set()
+    assert len([item async for item in choices(engine, 2, 2)]) == 8
+    assert seen == ["none"] * 4
 
 
 async def test_seeds_stay_64_bit_integers_and_those_that_are_not_given_are_left_to_the_engine() -> None:
