@@ -80,7 +80,7 @@ const LIST = "pensieve.conversations";
 const MAX_ITEMS = 20; // of one request
 let model = "";
 let current = null; // id
-let messages = []; // of the current one: {id, role, text, note}
+let messages = []; // of the current one: {ids, role, thought, text, note}; an answer may be several items
 let running = null; // {controller, responseId, conversation}
 
 const conversations = () => JSON.parse(localStorage.getItem(LIST) ?? "[]");
@@ -93,7 +93,7 @@ function keepConversations(entries) {
 
 /** A new conversation that begins with these messages. */
 async function create(title, beginning = []) {
-  const items = beginning.map(({ role, text }) => ({ role, content: text }));
+  const items = beginning.flatMap(itemsOf);
   const { id } = await ask("POST", "/v1/conversations", { metadata: { title }, items: items.slice(0, MAX_ITEMS) });
   for (let start = MAX_ITEMS; start < items.length; start += MAX_ITEMS) {
     await ask("POST", `/v1/conversations/${id}/items`, { items: items.slice(start, start + MAX_ITEMS) });
@@ -126,11 +126,25 @@ async function readItems(id) {
   for (let after = ""; ;) {
     const page = await ask("GET", `/v1/conversations/${id}/items?order=asc&limit=100${after}`);
     for (const item of page.data) {
-      found.push({ id: item.id, role: item.role, text: item.content.map((part) => part.text ?? "").join("") });
+      const role = item.role ?? "assistant"; // what is no message is a part of an answer: what was thought before it
+      const last = found.at(-1);
+      const isMore = role === "assistant" && last?.role === role;
+      const message = isMore ? last : { ids: [], role, thought: "", text: "" };
+      if (!isMore) found.push(message);
+      message.ids.push(item.id);
+      const text = (item.content ?? []).map((part) => part.text ?? "").join("");
+      if (item.type === "reasoning") message.thought += text;
+      else message.text += text;
     }
     if (!page.has_more) return found;
     after = `&after=${page.last_id}`;
   }
+}
+
+/** What a message is kept as. */
+function itemsOf({ role, thought, text }) {
+  const items = thought ? [{ type: "reasoning", content: [{ type: "reasoning_text", text: thought }] }] : [];
+  return text ? [...items, { role, content: text }] : items;
 }
 
 async function rename(id, title) {
@@ -162,8 +176,8 @@ async function send(text) {
   }
   const conversation = current;
   const turn = (running = { controller: new AbortController(), responseId: null, conversation });
-  const question = { role: "user", text };
-  const answer = { role: "assistant", text: "", isComing: true };
+  const question = { ids: [], role: "user", text };
+  const answer = { ids: [], role: "assistant", thought: "", text: "", isComing: true };
   messages.push(question, answer);
   drawMessages();
   drawButtons();
@@ -173,9 +187,10 @@ async function send(text) {
     const body = { model, input: text, conversation, stream: true, truncation: "auto", temperature: Number($("temperature").value) };
     for await (const event of events(await request("POST", "/v1/responses", body, turn.controller.signal))) {
       turn.responseId ??= event.response?.id ?? null;
-      if (event.type === "response.output_text.delta") {
+      const isThought = event.type === "response.reasoning_text.delta";
+      if (isThought || event.type === "response.output_text.delta") {
         firstToken ??= performance.now() - start;
-        answer.text += event.delta;
+        answer[isThought ? "thought" : "text"] += event.delta;
         drawLater(answer);
       } else if (event.type === "response.completed" || event.type === "response.incomplete") {
         answer.note = account(event.response.usage, firstToken);
@@ -186,8 +201,10 @@ async function send(text) {
       }
     }
     if (!answer.isDone) throw new ServerError(0, { message: "the connection ended before the answer did" });
-    const [last, before] = (await ask("GET", `/v1/conversations/${conversation}/items?order=desc&limit=2`)).data;
-    [answer.id, question.id] = [last.id, before.id];
+    const last = (await ask("GET", `/v1/conversations/${conversation}/items?order=desc&limit=100`)).data;
+    const asked = last.findIndex((item) => item.role === "user");
+    answer.ids = last.slice(0, asked).map((item) => item.id);
+    question.ids = [last[asked].id];
   } catch (error) {
     if (turn.isStopped) {
       answer.note = "stopped";
@@ -209,9 +226,10 @@ async function send(text) {
 async function keepStopped(turn, question, answer) {
   try {
     if (turn.responseId) await ask("POST", `/v1/responses/${turn.responseId}/cancel`);
-    const items = [question, answer].filter(({ text }) => text).map(({ role, text }) => ({ role, content: text }));
+    const items = [question, answer].flatMap(itemsOf);
     const { data } = await ask("POST", `/v1/conversations/${turn.conversation}/items`, { items });
-    data.forEach((item, index) => ([question, answer][index].id = item.id));
+    const ids = data.map((item) => item.id);
+    [question.ids, answer.ids] = [ids.slice(0, 1), ids.slice(1)];
   } catch (error) {
     say(error.message);
   }
@@ -236,7 +254,7 @@ function account(usage, firstToken) {
 /** The last question again: it and its answer are taken out first. */
 async function regenerate() {
   const [question, answer] = messages.slice(-2);
-  for (const item of [answer, question]) await ask("DELETE", `/v1/conversations/${current}/items/${item.id}`);
+  for (const id of [...answer.ids, ...question.ids]) await ask("DELETE", `/v1/conversations/${current}/items/${id}`);
   messages = messages.slice(0, -2);
   await send(question.text);
 }
@@ -320,7 +338,7 @@ function drawMessage(message, index) {
     tools.append(button("Edit", "Edit: ask something else here, in a conversation of its own", () => edit(item, index), { className: "edit" }));
   } else {
     const isLast = index === messages.length - 1;
-    if (isLast && message.id && messages[index - 1]?.id && messages[index - 1].role === "user") {
+    if (isLast && message.ids.length && messages[index - 1]?.ids.length && messages[index - 1].role === "user") {
       tools.append(button("Regenerate", "Ask again", regenerate, { className: "regenerate" }));
     }
     tools.append(button("Fork", "Go on from here in a conversation of its own", () => fork(index + 1, "fork"), { className: "fork" }));
@@ -329,9 +347,23 @@ function drawMessage(message, index) {
 }
 
 function drawText(message) {
-  if (message.role === "user") message.node.textContent = message.text;
-  else if (message.text) message.node.replaceChildren(markdown(message.text));
-  else message.node.replaceChildren(element("span", { className: "waiting", textContent: message.isComing ? "…" : "(nothing)" }));
+  if (message.role === "user") {
+    message.node.textContent = message.text;
+    return;
+  }
+  const said = message.text
+    ? markdown(message.text)
+    : element("span", { className: "waiting", textContent: message.isComing ? "…" : "(nothing)" });
+  message.node.replaceChildren(...(message.thought ? [drawThought(message)] : []), said);
+}
+
+/** What was thought: open while nothing else is said, unless it was opened or closed by hand. */
+function drawThought(message) {
+  const isOpen = message.isThoughtOpen ?? (message.isComing && !message.text);
+  const details = element("details", { className: "thought", open: isOpen },
+    element("summary", { textContent: "Thinking", onclick: () => (message.isThoughtOpen = !details.open) }),
+    element("div", { textContent: message.thought }));
+  return details;
 }
 
 /** At most once for each picture that the screen shows. */

@@ -17,6 +17,8 @@ from deployments.generation import DeltaItem
 from deployments.ingress import IngressConfig, create_app
 from deployments.tenants import TenantConfig, hash_key
 from engine.config import EngineConfig
+from engine.dialogue.formats import AnswerFormat
+from engine.dialogue.reasoning import REASONING_FORMATS
 from engine.text.output import OutputDelta
 from tests.deployments.conftest import ScriptedEngine
 from tests.deployments.engine_here import EngineHere
@@ -391,6 +393,49 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(scripted_page: Page
     wait_for(lambda: scripted.num_running == 0)
     page.browser.refresh()
     wait_for(lambda: (page.questions(), page.answers()) == (["tell me everything"], ["so far"]))
+
+
+def test_what_was_thought_is_apart_from_the_answer_and_goes_with_it(
+    scripted_page: Page, scripted: ScriptedEngine
+) -> None:
+    page = scripted_page
+    form = AnswerFormat(reasoning=REASONING_FORMATS["qwen3"], thinking_state="open")
+    begun = OutputDelta("<b>hm</b>", (1,), (), (), 5, 3, 1, answer_format=form)
+    scripted.items, scripted.hangs = [DeltaItem(begun, 0)], True
+    page.one("#input").send_keys("well?", Keys.ENTER)
+    wait_for(lambda: page.all("#messages .thought[open]") and page.text("#messages .thought div") == "<b>hm</b>")
+    page.click("#stop")
+    wait_for(page.is_idle)
+    page.click("#new")
+    wait_for(lambda: page.questions() == [])
+
+    scripted.items, scripted.hangs = (
+        [
+            DeltaItem(begun, 0),
+            DeltaItem(OutputDelta("</think>\n\nyes", (2,), (), (), 5, 3, 2, "stop"), 0),
+        ],
+        False,
+    )
+    page.ask("well?")
+
+    def is_shown() -> bool:
+        return page.texts("#messages .assistant .text > :last-child") == ["yes"] and page.texts(
+            "#messages .thought:not([open]) summary"
+        ) == ["Thinking"]
+
+    wait_for(is_shown)
+    page.browser.refresh()
+    wait_for(is_shown)
+    page.click("#messages .thought summary")
+    wait_for(lambda: page.text("#messages .thought div") == "<b>hm</b>")
+    page.click("#messages .fork")
+    wait_for(lambda: len(page.titles()) == 3 and is_shown())
+    page.ask("and now?")
+    page.browser.execute_script("document.querySelector('#messages .assistant').dataset.old = 1")
+    page.click("#messages .regenerate")
+    wait_for(lambda: not page.all("#messages [data-old]") and page.is_idle())
+    page.browser.refresh()
+    wait_for(lambda: page.questions() == ["well?", "and now?"] and len(page.all("#messages .thought")) == 2)
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
