@@ -122,7 +122,7 @@ REFUSALS = re.compile(
     r"|^best_of: must be equal to n"
     r"|^max_tokens: must be at least 1, unless echo is true"
     r"|^prompt_logprobs: only allowed when stream is false"
-    r"|^continue_final_message: (cannot be combined with|needs a last message)"
+    r"|^continue_final_message: (cannot be combined with|needs a last message|needs messages)"
     # Those of the Messages API only.
     r"|^prompt is too long: the context window is \d+ tokens"
     r"|^messages: (say nothing|end with a call of a tool)"

@@ -55,6 +55,8 @@ def run_conversations(driver, rng: random.Random, sampling: SamplingParams) -> d
             driver.add(request_id, prompts[request_id], conversation, sampling)
             turns_left[conversation] -= 1
             running[request_id] = conversation
+        if driver.slow_tier is not None and rng.random() < 0.05:
+            driver.slow_tier.wake()  # as long as a transfer hangs, the tier is left alone
         victim = rng.choice(list(running)) if running and rng.random() < 0.03 else None
         in_flight = rng.random() < 0.5
         for output in driver.step(victim if in_flight else None):

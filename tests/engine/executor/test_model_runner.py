@@ -211,7 +211,7 @@ class Countdown:
 class Countdowns:
     """As a GrammarStore, for grammars that name their tokens."""
 
-    def matcher(self, spec: GrammarSpec, token_ids) -> Countdown:
+    def matcher(self, spec: GrammarSpec, token_ids, thinking) -> Countdown:
         if spec.text == "[]":
             raise InvalidParameterError("refused", param="grammar")
         matcher = Countdown([int(number) for number in spec.text.split(",")], "no more numbers")
