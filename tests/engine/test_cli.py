@@ -10,6 +10,7 @@ import os
 import pty
 import re
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -262,6 +263,7 @@ class Terminal:
         self.output, self._position = b"", 0
         self._pid, self._terminal = pty.fork()
         if not self._pid:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that runs the tests in the background has it ignored
             os.execv(sys.executable, [sys.executable, "-m", "engine.cli", *arguments])
         termios.tcsetwinsize(self._terminal, (100, 80))  # room for a whole answer: its beginning is in every redraw
 
