@@ -276,6 +276,8 @@ class ModelRunner:
         step.has_logits = True
         if self._samples:
             num_sampled = len(arrays.sampled)
+            if batch.has_masks:  # made while a device computes what is in its queue
+                tensors |= self._staging.send_apart(batch.make_masks())
             step.draw = self._sample(logits[:num_sampled], batch, tensors)
             if "targets" in tensors:
                 step.scores = PromptScores(logits[num_sampled:], tensors["targets"], self._nums_top(step.plan))
@@ -331,7 +333,7 @@ class ModelRunner:
 
     def _failed_requests(self, step: _Step) -> tuple[tuple[str, str], ...]:
         assert step.batch is not None
-        if "masks" not in step.batch.arrays:
+        if not step.batch.has_masks:
             return ()
         sampled = (segment.request_id for segment in step.plan.segments if segment.samples)
         return tuple(

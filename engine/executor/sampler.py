@@ -107,7 +107,8 @@ def sample(
     batch = SamplingBatch(states, logits.shape[-1])
     for state in states:
         state.expect_token()
-    return batch.draw(logits, {name: torch.from_numpy(array) for name, array in batch.arrays.items()}).finish()
+    arrays = {**batch.arrays, **batch.make_masks()}
+    return batch.draw(logits, {name: torch.from_numpy(array) for name, array in arrays.items()}).finish()
 
 
 class SamplingBatch:
@@ -120,11 +121,12 @@ class SamplingBatch:
     biased, barred, seen, said: places in the flattened logits; bias, seen_penalty and said_amount belong to them.
     temperature, uniform: of the rows that are drawn, first those without a filter (`plain_rows`), then the others
         (`filtered_rows`, with top_k, top_p and min_p).
-    masks: uint8 [masked_rows, bytes], a bit a token, the lowest first: those that grammars allow.
+    Masks of grammars are made apart, because they can be made while the logits are computed.
     """
 
     def __init__(self, states: Sequence[SamplingState], vocab_size: int) -> None:
         self.states = tuple(states)
+        self._vocab_size = vocab_size
         self.arrays: dict[str, np.ndarray] = {}
         self.filtered_params: list[SamplingParams] = []
         self.logprob_rows: list[int] = []
@@ -150,14 +152,32 @@ class SamplingBatch:
                 self.arrays[name] = array
         self.logprob_rows = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         self._add("logprob_rows", self.logprob_rows, np.int64)
-        self._add_masks(vocab_size)  # the largest last: see Staging
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether grammars say which tokens may be chosen."""
+        return any(state.matcher is not None for state in self.states)
+
+    def make_masks(self) -> dict[str, np.ndarray]:
+        """The masks of grammars, as arrays; none without grammars.
+
+        masked_rows: rows of the logits.
+        masks: uint8 [masked_rows, bytes], a bit a token, the lowest first: those that grammars allow.
+        """
+        rows = [(row, state.matcher) for row, state in enumerate(self.states) if state.matcher is not None]
+        if not rows:
+            return {}
+        masks = np.empty((len(rows), 4 * -(-self._vocab_size // 32)), np.uint8)
+        for mask, (_, matcher) in zip(masks, rows, strict=True):
+            matcher.fill(mask)
+        return {"masked_rows": np.array([row for row, _ in rows], np.int64), "masks": masks}
 
     def draw(
         self, logits: torch.Tensor, arrays: Mapping[str, torch.Tensor], *, looks_later: bool | None = None
     ) -> Draw:
         """Start to choose the next tokens; waits for nothing.
 
-        arrays: `self.arrays` as tensors on the device of the logits.
+        arrays: `self.arrays` and the masks as tensors on the device of the logits.
         looks_later: sort a fixed number of candidates, and verify with the result that they were enough, instead of
             waiting for the device now. None: on GPUs only. The tokens are the same.
         """
@@ -165,7 +185,7 @@ class SamplingBatch:
             looks_later = logits.device.type != "cpu"
         # The largest of half-precision logits needs no float32 copy of them, which takes a GPU as long as the search. A CPU
         # is faster with it.
-        takes_maxima = not self.arrays and looks_later
+        takes_maxima = not self.arrays and not self.has_masks and looks_later
         return Draw(self, logits if takes_maxima else logits.float(), arrays, looks_later)
 
     def _add(self, name: str, values: Sequence[Any], dtype: type) -> None:
@@ -205,16 +225,6 @@ class SamplingBatch:
         self._add("seen_penalty", seen_penalty, np.float32)
         self._add("said", said, np.int64)
         self._add("said_amount", said_amount, np.float32)
-
-    def _add_masks(self, vocab_size: int) -> None:
-        rows = [(row, state.matcher) for row, state in enumerate(self.states) if state.matcher is not None]
-        if not rows:
-            return
-        masks = np.empty((len(rows), 4 * -(-vocab_size // 32)), np.uint8)
-        for mask, (_, matcher) in zip(masks, rows, strict=True):
-            matcher.fill(mask)
-        self._add("masked_rows", [row for row, _ in rows], np.int64)
-        self.arrays["masks"] = masks
 
 
 class Draw:

@@ -231,16 +231,22 @@ class Staging:
             return {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self._copied is not None:
             self._copied.synchronize()  # the last copy may still be reading
-        places, end = _lay_out(arrays)
+        places, _ = _lay_out(arrays)
         fitting = {name: array for name, array in arrays.items() if places[name] + array.nbytes <= len(self._host)}
         tensors = _copy(fitting, self._host, self._buffer)
         if len(fitting) < len(arrays):  # penalties over very long prompts, which come last
-            rest = {name: array for name, array in arrays.items() if name not in fitting}
-            host = torch.empty(end, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-            tensors |= _copy(rest, host, torch.empty(end, dtype=torch.uint8, device=self._device))
+            tensors |= self.send_apart({name: array for name, array in arrays.items() if name not in fitting})
         if self._device.type == "cuda":
             self._copied = torch.cuda.current_stream(self._device).record_event()
         return tensors
+
+    def send_apart(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """As `send`, in memory of its own: what was sent before stays valid. For arrays that are made while a step runs."""
+        if self._host is None:
+            return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        _, end = _lay_out(arrays)
+        host = torch.empty(end, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        return _copy(arrays, host, torch.empty(end, dtype=torch.uint8, device=self._device))
 
 
 def _lay_out(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, int], int]:

@@ -241,6 +241,17 @@ def test_a_mask_is_made_of_what_the_step_before_sampled(ahead, make_runner):
     assert [step[2] for step in tokens] == [102, 103, 104, 105]
 
 
+def test_masks_are_made_while_the_device_computes(make_runner, monkeypatch):
+    runner = make_runner()
+    runner.grammars = Countdowns()
+    order = []
+    forward, fill = runner._forward, Countdown.fill
+    monkeypatch.setattr(runner, "_forward", lambda *args: order.append("forward") or forward(*args))
+    monkeypatch.setattr(Countdown, "fill", lambda self, mask: order.append("fill") or fill(self, mask))
+    run(runner, [first_step(("a", [5, 6, 7], counting(100, 101))), decodes(2, a=3)], ahead=False)
+    assert order == ["forward", "fill"] * 2
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_request_whose_grammar_ends_in_an_error_fails_alone(ahead, make_runner):
     runner = make_runner()

@@ -34,6 +34,10 @@ def state(token_ids=(1, 2, 3), num_prompt=None, stop=(), **params) -> SamplingSt
     return SamplingState(SamplingParams(**params), len(token_ids), num_prompt, stop, token_ids)
 
 
+def tensors_of(batch: SamplingBatch) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in {**batch.arrays, **batch.make_masks()}.items()}
+
+
 def chosen(logits: torch.Tensor, states: list[SamplingState]) -> list[int]:
     return list(sample(logits, states)[0])
 
@@ -385,7 +389,7 @@ def test_looking_later_whether_a_filter_kept_more_gives_the_same(num_candidates,
         at_once = sample(logits, states())
         later_states = states()
         batch = sampler.SamplingBatch(later_states, 200)
-        tensors = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+        tensors = tensors_of(batch)
         draw = batch.draw(logits, tensors, looks_later=True)
         assert draw.finish() == at_once
         assert tuple(draw.token_ids.tolist()) == at_once[0]
@@ -476,7 +480,7 @@ def test_rows_with_and_without_a_grammar_do_not_touch_each_other(dtype, looks_la
 
     whole = states()
     batch = SamplingBatch(whole, vocabulary)
-    arrays = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+    arrays = tensors_of(batch)
     tokens, logprobs = batch.draw(logits.clone(), arrays, looks_later=looks_later).finish()
     alone = [sample(logits[row : row + 1].clone(), [each]) for row, each in enumerate(states())]
     assert list(tokens) == [result[0][0] for result in alone]
@@ -494,7 +498,7 @@ def test_a_filter_that_finds_few_tokens_allowed_sorts_no_more(monkeypatch):
     vocabulary = 4000
     states = [held([5, 9, 77], top_k=50), held([5], top_p=0.9), held([5, 9], top_k=3, min_p=0.01)]
     batch = SamplingBatch(states, vocabulary)
-    arrays = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+    arrays = tensors_of(batch)
     draw = batch.draw(make_logits(3, vocabulary=vocabulary), arrays, looks_later=True)
     tokens, _ = draw.finish()
     assert not draw.was_corrected
@@ -503,7 +507,9 @@ def test_a_filter_that_finds_few_tokens_allowed_sorts_no_more(monkeypatch):
 
 
 def test_without_a_grammar_nothing_is_masked():
-    assert "masks" not in SamplingBatch([state(), state(temperature=0.0)], VOCABULARY).arrays
+    without = SamplingBatch([state(), state(temperature=0.0)], VOCABULARY)
+    assert not without.has_masks
+    assert not without.make_masks()
     assert not SamplingBatch([state(temperature=0.0)], VOCABULARY).arrays
 
 
@@ -520,7 +526,7 @@ def test_a_bias_is_added_before_penalties_and_temperature(looks_later):
     def draw(rows, **more):
         states = [state((1, 2, 3), logprobs=2, **way, **(more if row < 2 else {})) for row, way in enumerate(ways)]
         batch = SamplingBatch(states, VOCABULARY)
-        arrays = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+        arrays = tensors_of(batch)
         return batch.draw(rows.clone(), arrays, looks_later=looks_later).finish()
 
     tokens, logprobs = draw(logits, logit_bias=bias)
