@@ -33,7 +33,7 @@ model: $(INSTALLED)
 serve: $(INSTALLED)
 	$(BIN)/python -m deployments.run serve_config.yaml
 
-# Those that compute and wait for nobody run beside those that start a Ray cluster, which mostly wait, and give way to them.
+# The tests that only compute run beside those that start a Ray cluster, which mostly wait, and at a lower priority.
 COMPUTING := tests/engine/core tests/engine/attention tests/engine/test_two_tiers.py tests/engine/test_equivalence.py tests/test_gpu_benchmark.py
 
 test: $(INSTALLED)

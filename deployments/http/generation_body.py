@@ -16,7 +16,7 @@ from deployments.generation import ErrorItem, GenerationRequest
 from deployments.http.parsing import MAX_NAME_CHARS, Body
 from engine.core.grammar import GrammarSpec
 from engine.core.request import MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
-from engine.dialogue.tools import AS_THE_MODEL_LIKES, ToolChoice
+from engine.dialogue.tools import AS_THE_MODEL_LIKES, Tool, ToolChoice
 from engine.tenant import Tenant
 from engine.text.prompt import Prompt
 from engine.text.transcript import Transcript
@@ -174,6 +174,15 @@ class GenerationBody(Body):
     def chosen_calls(self) -> ToolChoice:
         """Whether the answer has to call something."""
         return AS_THE_MODEL_LIKES
+
+    @property
+    def offered_tools(self) -> tuple[Tool, ...]:
+        """The tools that the answer may call."""
+        return self.chosen_calls.offered(self._tools())
+
+    def _tools(self) -> tuple[Tool, ...]:
+        """The tools of the request."""
+        return ()
 
     @property
     def has_parallel_calls(self) -> bool:

@@ -171,11 +171,6 @@ class CountTokensBody(GenerationBody):
         return dialogue_tools.AS_THE_MODEL_LIKES if self.tool_choice is None else self.tool_choice.value()
 
     @property
-    def offered_tools(self) -> tuple[dialogue_tools.Tool, ...]:
-        """The tools that the answer may call."""
-        return self.chosen_calls.offered(self._tools())
-
-    @property
     def has_parallel_calls(self) -> bool:
         return self.tool_choice is None or not self.tool_choice.disable_parallel_tool_use
 

@@ -204,11 +204,6 @@ class ResponseBody(GenerationBody):
         return choice_value(self.tool_choice)
 
     @property
-    def offered_tools(self) -> tuple[dialogue_tools.Tool, ...]:
-        """The tools that the answer may call."""
-        return self.chosen_calls.offered(self._tools())
-
-    @property
     def has_parallel_calls(self) -> bool:
         return self.parallel_tool_calls
 

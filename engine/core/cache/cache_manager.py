@@ -195,7 +195,7 @@ class CacheManager:
         """What of the match is to be loaded from slow tiers: (position, chunk, number of valid tokens, tier), front first.
 
         Each chunk has to cost less to load than to compute, and all together too, with the loads in front of them. If they do
-        not, and the price is old, the last one is loaded for nobody, to see what it costs now.
+        not, and the price is old, the last one is loaded without a request that waits for it, to see what that costs now.
         """
         wanted: list[tuple[int, Chunk, int, Tier]] = []
         refused: list[tuple[int, Chunk, int, Tier]] = []

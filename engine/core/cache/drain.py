@@ -5,12 +5,15 @@ Plans swap-outs and stores; knows no clock and no deadline, so it may be given u
 
 from __future__ import annotations
 
+import math
+
 from engine.core.cache.allocation import Allocator
 from engine.core.cache.cost_model import CostModel
 from engine.core.cache.index import Chunk, ChunkIndex
 from engine.core.cache.slow_transfers import SlowTransfers
 from engine.core.cache.tier import Tiers
 from engine.core.cache.transfers import Transfers
+from engine.core.cache_map import retention_value
 
 # Copies of each kind at a time.
 MAX_COPIES = 64
@@ -36,7 +39,8 @@ class Drain:
         self._tier = tiers.slow[0]
 
         def value(chunk: Chunk) -> float:
-            return cost_model.chunk_cost(chunk.position) / max(now - chunk.last_active, 1e-3)
+            known = retention_value(cost_model, chunk.position, now - chunk.last_active)
+            return math.inf if known is None else known
 
         # The next one is the last one.
         self._rest = sorted((chunk for chunk in index if tiers.slow_tier_of(chunk) is None), key=value)

@@ -18,7 +18,7 @@ class Person(BaseModel, extra="forbid"):
 
 
 class Greet(BaseModel):
-    """Greets somebody."""
+    """A greeting and whom it is for."""
 
     person: Person
 

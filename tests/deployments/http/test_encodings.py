@@ -1,4 +1,4 @@
-"""Compressed bodies: as clients write them, and as nobody should."""
+"""Compressed bodies: as clients write them, and malformed ones."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ from deployments.responses.answers import (
     failed,
     interrupted,
     list_object,
+    response_usage,
     sse_named_event,
 )
 from deployments.responses.conversation_requests import ConversationBody, ItemsBody, ListQuery
@@ -561,3 +562,9 @@ async def test_agents_wishes_that_are_refused(
     with pytest.raises(openai.BadRequestError) as info:
         await run(make_agent(**options), "one", stream=False)
     assert (info.value.param, info.value.code) == (param, "unsupported_parameter")
+
+
+def test_usage_tells_why_tokens_of_the_history_were_computed_again():
+    usage = response_usage(OutputDelta("x", num_prompt_tokens=9, num_cached_tokens=4, recomputed=("edited", 3)))
+    assert usage["input_tokens_details"] == {"cached_tokens": 4, "cache_write_tokens": 5, "recomputed": {"edited": 3}}
+    assert "recomputed" not in response_usage(OutputDelta("x", num_prompt_tokens=9))["input_tokens_details"]

@@ -121,7 +121,7 @@ async def test_a_loop_of_calls_computes_only_what_is_new(app: Application, how: 
         assert now.usage.input_tokens_details.cached_tokens >= kept
 
 
-async def test_a_history_makes_the_same_calls_whoever_keeps_it(app: Application) -> None:
+async def test_a_history_makes_the_same_calls_whether_server_or_client_keeps_it(app: Application) -> None:
     user = "my cat is called Mia"
     kept = await loop_of_calls(app.client, "previous response", stream=False, user=user)
     sent = await loop_of_calls(app.client, "items", stream=True, user=user)

@@ -347,7 +347,7 @@ def test_all_loads_together_must_be_worth_it_with_those_in_front(make_core):
     assert driver.core.stats.slow_refusals[f"{NAME}_load"] == len(wanted)
 
 
-def test_a_refused_tier_is_tried_for_nobody_now_and_then(make_core):
+def test_the_price_of_a_refused_tier_is_measured_again_now_and_then(make_core):
     driver = with_a_context_in_the_slow_tier(make_core)
     prices = driver.core._cache.prices
     prices.note_step([QuerySegment("x", 0, tuple(range(8)))], 4.0)
