@@ -1,7 +1,7 @@
 """Clients from the registries, unmodified, against the application over an engine; `catalogue.py` lists them.
 
-PENSIEVE_URL names a server that runs already, to try them against that instead. Some compare answers of one prompt, which in bfloat16
-may differ by rounding; and what a small model leaves unfinished at max_tokens, some clients raise as their error.
+PENSIEVE_URL names a server that runs already, to try them against that instead. Some compare answers to one prompt, which in
+bfloat16 may differ by rounding; and some clients raise an error if a small model does not end its answer before max_tokens.
 """
 
 from __future__ import annotations
