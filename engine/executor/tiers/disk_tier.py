@@ -6,11 +6,8 @@ of neighbouring blocks go together, because every return from the system waits f
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import mmap
 import queue
-import sys
 import threading
 import time
 from collections import deque
@@ -18,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from engine.config import EngineConfig
@@ -26,8 +22,9 @@ from engine.core.plan import ChunkRecord, SlowTransfer, TransferEnd
 from engine.core.tier_table import CPU, TierSpec
 from engine.errors import ConfigError
 from engine.executor.local import LocalExecutor
-from engine.executor.tiers.disk_format import FORMAT_VERSION, IDENTITY_BYTES, Layout
+from engine.executor.tiers.disk_format import FORMAT_VERSION, Layout
 from engine.executor.tiers.disk_store import DiskStore
+from engine.executor.tiers.kv_content import TailView, kv_identity
 from engine.executor.tiers.kv_store import KVStore
 from engine.executor.tiers.swapper import Checksums
 
@@ -83,7 +80,7 @@ class DiskTier:
         self._checksums = checksums
         # The same memory, by bytes: numpy knows no bfloat16.
         self._rows = cpu.storage.view(torch.uint8).numpy()
-        self._tails = _TailView(cpu)
+        self._tails = TailView(cpu)
         self._wake: Callable[[], None] = lambda: None
         self._ended: deque[TransferEnd] = deque()
         self._loads: queue.SimpleQueue[SlowTransfer | _Stop] = queue.SimpleQueue()
@@ -271,47 +268,6 @@ def make_disk_tier(config: EngineConfig, local: LocalExecutor, number: int) -> D
             f"kv_disk_size is {config.kv_disk_size:g} GiB, but one chunk takes {local.bytes_per_block} bytes; raise it",
             param="kv_disk_size",
         )
-    layout = Layout(_identity(config, local), local.bytes_per_block, num_blocks, config.chunk_size)
+    layout = Layout(kv_identity(config, local, FORMAT_VERSION), local.bytes_per_block, num_blocks, config.chunk_size)
     store = DiskStore(Path(config.kv_disk_path).expanduser(), layout, number)
     return DiskTier(store, local.cpu_store, local.runner.swapper.checksums)
-
-
-def _identity(config: EngineConfig, local: LocalExecutor) -> bytes:
-    """Of all that a block's content depends on, beside its chunk's name."""
-    shapes = [(layer.num_kv_heads, layer.k_dim, layer.v_dim) for layer in local.loaded.layers]
-    parts = (
-        FORMAT_VERSION,
-        local.loaded.facts.fingerprint,
-        local.loaded.facts.dtype,
-        config.chunk_size,
-        shapes,
-        sys.byteorder,
-    )
-    return hashlib.sha256(repr(parts).encode()).digest()[:IDENTITY_BYTES]
-
-
-class _TailView:
-    """Copies of partial chunks without what the rest of their blocks happens to hold, which may be another tenant's."""
-
-    def __init__(self, cpu: KVStore) -> None:
-        self.chunk_size = cpu.chunk_size
-        self._rows = cpu.storage.view(torch.uint8).numpy()
-        size = cpu.storage.element_size()
-        # Of each part of a block: where it begins, and its shape in bytes, [heads, tokens of a chunk, bytes of a token].
-        self._parts: list[tuple[int, tuple[int, int, int]]] = []
-        offset = 0
-        for pools in cpu.layer_pools:
-            for pool in pools:
-                _, num_heads, chunk_size, dim = pool.shape
-                self._parts.append((offset, (num_heads, chunk_size, dim * size)))
-                offset += num_heads * chunk_size * dim * size
-
-    def copy(self, block: int, num_tokens: int) -> memoryview:
-        """A block with zeros behind its first tokens, in pages of its own."""
-        pages = memoryview(mmap.mmap(-1, self._rows.shape[1]))
-        content = np.frombuffer(pages, np.uint8)
-        content[:] = self._rows[block]
-        for offset, (num_heads, chunk_size, num_bytes) in self._parts:
-            part = content[offset : offset + num_heads * chunk_size * num_bytes]
-            part.reshape(num_heads, chunk_size, num_bytes)[:, num_tokens:] = 0
-        return pages
