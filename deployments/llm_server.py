@@ -54,7 +54,7 @@ def start_engine(config: EngineConfig, number: int) -> AsyncEngine:
         return AsyncEngine(config, number=number)
     from deployments.cluster.tp_group import start_group
 
-    return AsyncEngine(config, start_group)
+    return AsyncEngine(config, start_group, number)
 
 
 class LLMServer:

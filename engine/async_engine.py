@@ -34,9 +34,9 @@ from engine.core.tier_table import FAST_TIERS
 from engine.dialogue.events import parse_answer
 from engine.engine_thread import EngineThread
 from engine.errors import OverloadedError
-from engine.executor.group import make_executor
-from engine.executor.local import LocalExecutor
-from engine.executor.tiers.disk_tier import TRANSCRIPT_SHARE, DiskTier, make_disk_tier
+from engine.executor.group import make_disk_tier, make_executor
+from engine.executor.tiers.disk_tier import TRANSCRIPT_SHARE, DiskTier
+from engine.executor.tiers.group_tier import GroupTier
 from engine.generation import Generation
 from engine.grammar.interface import GrammarCompiler, Vocabulary
 from engine.grammar.store import GrammarStore
@@ -89,13 +89,12 @@ class AsyncEngine:
         location = model_location(config.model)
         self.model_name = config.served_model_name or default_model_name(config.model)
         executor = make_executor(config)
-        self._disk: DiskTier | None = None
+        self._disk: DiskTier | GroupTier | None = None
         try:
             self._tokenizer = Tokenizer(
                 location, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
             )
-            if isinstance(executor, LocalExecutor):
-                self._disk = make_disk_tier(config, executor, number)
+            self._disk = make_disk_tier(config, executor, number)
             self._core = make_core(config, executor, () if self._disk is None else (self._disk.spec,))
         except BaseException:
             if self._disk is not None:
@@ -139,7 +138,7 @@ class AsyncEngine:
         self._cache_watch = CacheWatch(self._core, self._conversations, self._call, time.monotonic)
         self._is_shut_down = False
 
-    def _run_disk(self, disk: DiskTier) -> None:
+    def _run_disk(self, disk: DiskTier | GroupTier) -> None:
         """Serve from it at once; what an earlier process has left there is found meanwhile."""
         core, put = self._core, self._thread.put
         core.await_records(disk.spec.name)

@@ -169,16 +169,17 @@ class TierOptions(CacheOptions):
         str | None,
         Option(
             "A folder for a disk tier behind the CPU tier, so that conversations come back with their KV after a restart.",
-            "Each replica on a machine takes a folder in it, by its rank. For one model: files of another model, dtype or "
-            "version that no process uses are removed. Only this user can read the files; they hold KV, and the texts "
-            "of conversations. It needs a CPU tier, and Linux.",
+            "Each replica on a machine takes a folder in it, by its rank; so does each rank of a tensor-parallel replica, on "
+            "the machine where it runs. For one model: files of another model, dtype or version that no process uses are "
+            "removed. Only this user can read the files; they hold KV, and the texts of conversations. It needs a CPU tier, "
+            "and Linux.",
             default="none",
         ),
     ] = None
     kv_disk_size: Annotated[
         float,
         Option(
-            "Most GiB of files in kv_disk_path, for each replica.",
+            "Most GiB of files in kv_disk_path, for each replica and all of its tensor-parallel ranks together.",
             "The least valuable chunks go when it is full. In an hour no more is written, on average, than that. A file "
             "system is not filled beyond its last GiB, or its last 5 %.",
             above=0,
@@ -330,11 +331,6 @@ class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOption
                 not (is_parallel and self.compile_layers),
                 "compile_layers",
                 "false if tensor_parallel_size is above 1: sharded layers cannot be compiled",
-            ),
-            (
-                not (is_parallel and self.kv_disk_path),
-                "kv_disk_path",
-                "left out if tensor_parallel_size is above 1: ranks have no disk tier yet",
             ),
             (self.kv_disk_path != "", "kv_disk_path", "the path of a folder"),
             (not (self.enforce_eager and self.compile_layers), "compile_layers", "false if enforce_eager is set"),

@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 import engine
 from engine.config import EngineConfig
-from engine.core.executor_protocol import ExecutorFacts, Grammars, SamplingFailedError
+from engine.core.executor_protocol import Executor, ExecutorFacts, Grammars, SamplingFailedError
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import ConfigError, EngineError, EngineStoppedError
 from engine.executor.host import available_cores
@@ -40,6 +40,8 @@ from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import check_can_be_sharded
 from engine.executor.plan_channel import PlanSender
 from engine.executor.process_group import GroupMember, ProcessGroup, check_no_group, serve_store
+from engine.executor.tiers.disk_tier import DiskTier, make_rank_tier, wants_disk_tier
+from engine.executor.tiers.group_tier import GroupTier
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +143,7 @@ class GroupExecutor:
         self._step: Future[None] = Future()
         self._step.set_result(None)
         self._sampled: tuple[int, ...] = ()
+        self._last_step = -1
         self._group: ProcessGroup | None = None
         self._verifies = config.verify_swaps
         self._size = config.tensor_parallel_size
@@ -154,6 +157,7 @@ class GroupExecutor:
             host=starter.host,
             path=f"{self._folder}/plans",
             on_lost=lambda rank, why: self._break(rank, why),
+            has_tiers=wants_disk_tier(config),
         )
         try:
             store, rendezvous = None, f"file://{self._folder}/store"
@@ -224,6 +228,11 @@ class GroupExecutor:
         """Tell rank 0, which samples for all, where the grammars of requests are found."""
         self.local.use_grammars(grammars)
 
+    def make_disk_tier(self, config: EngineConfig, number: int) -> GroupTier | None:
+        """The disk tier of all ranks; see the function of that name."""
+        own = make_rank_tier(config, self.local, number)
+        return None if own is None else GroupTier(own, self._channel.tier_connections, lambda: self._last_step)
+
     def check_health(self) -> None:
         """Raise EngineStoppedError, which names the rank, if the group is broken."""
         if self.is_broken:
@@ -249,7 +258,10 @@ class GroupExecutor:
         try:
             self._channel.send(self._sampled, plan, STEP_TIMEOUT_S)
             self._sampled = ()
-            result = self.local.execute(plan)
+            try:
+                result = self.local.execute(plan)
+            finally:
+                self._last_step = plan.step_id
             self._sampled = result.token_ids
             if self._verifies and plan.swap_ins:
                 failed = {*result.failed_swap_ins, *self._channel.take_failed_swap_ins()}
@@ -321,3 +333,15 @@ def make_executor(config: EngineConfig) -> LocalExecutor | GroupExecutor:
     Raises ModelLoadError or ConfigError.
     """
     return LocalExecutor(config) if config.tensor_parallel_size == 1 else GroupExecutor(config)
+
+
+def make_disk_tier(config: EngineConfig, executor: Executor, number: int) -> DiskTier | GroupTier | None:
+    """The disk tier of all ranks of an executor, if the options ask for one; called once.
+
+    number: of this engine among those that share the path.
+
+    Raises ConfigError if its size holds no chunk, or there is no CPU tier.
+    """
+    if isinstance(executor, LocalExecutor):
+        return make_rank_tier(config, executor, number)
+    return executor.make_disk_tier(config, number) if isinstance(executor, GroupExecutor) else None

@@ -42,6 +42,7 @@ class LocalExecutor:
 
     loaded: the model, or the shard.
     gpu_store, cpu_store: the memory of the two tiers.
+    rank, num_ranks: of its group; 0 of 1 without.
     runner: computes the steps; benchmarks and tests may exchange it between two steps.
     steps_thread: where submitted steps run. One thread for all, because torch's worker threads belong to the thread that
         started them.
@@ -54,7 +55,7 @@ class LocalExecutor:
 
         Raises ModelLoadError or ConfigError.
         """
-        self._group = group
+        self.rank, self.num_ranks = (0, 1) if group is None else (group.rank, group.size)
         self._device_failure: DeviceFailedError | None = None
         num_threads = config.num_threads or available_cores()
         torch.set_num_threads(num_threads)
@@ -72,9 +73,8 @@ class LocalExecutor:
             self.loaded.attention_calls,
             config.chunk_size,
         )
-        num_ranks = 1 if group is None else group.size
         bytes_per_block = block_bytes(self.loaded.layers, config.chunk_size, self.loaded.dtype)
-        self.bytes_per_block = bytes_per_block * num_ranks  # of all ranks
+        self.bytes_per_block = bytes_per_block * self.num_ranks  # of all ranks
         self.num_gpu_blocks = config.num_gpu_blocks or self._num_blocks_for_memory(config, bytes_per_block, backend)
         self.num_cpu_blocks = self._num_cpu_blocks(config, self.bytes_per_block)
         if group is not None:  # one scheduler for all of them: the smallest counts
@@ -105,9 +105,8 @@ class LocalExecutor:
             end_openmp_team()
         swapper = make_swapper(self.gpu_store, self.cpu_store, verify=config.verify_swaps, copies=config.swap_copies)
         limits = step_limits(config, self.loaded, self.num_gpu_blocks) if device.type == "cuda" else None
-        samples = group is None or group.rank == 0
         self.attention_backend = backend
-        self.runner = ModelRunner(self.loaded, self.gpu_store, swapper, backend, limits, samples=samples)
+        self.runner = ModelRunner(self.loaded, self.gpu_store, swapper, backend, limits, samples=self.rank == 0)
         if device.type == "cuda" and backend.CAN_REPLAY_DECODES and not config.enforce_eager:
             self.runner.capture_graphs(CudaGraphMaker(device), bucket_sizes(config.max_num_seqs))
         if device.type == "cuda":
@@ -180,7 +179,7 @@ class LocalExecutor:
     def placement(self) -> Placement:
         """What this rank has, and on which device."""
         return Placement(
-            rank=0 if self._group is None else self._group.rank,
+            rank=self.rank,
             host=platform.node(),
             pid=os.getpid(),
             device=_device_name(self.loaded.device),

@@ -5,6 +5,9 @@ knows no model.
 
     rank 0 -> worker   a step: encode_plan(...); or STOP
     worker -> rank 0   Beat every second; Placement once; SwapsDone if swaps are verified; Failure, its last word
+
+If the ranks have slow tiers, each worker makes a second connection for these, which is no concern of this module: a worker
+reads its plans between two steps only, and transfers must not wait for that. See tiers/group_tier.py.
 """
 
 from __future__ import annotations
@@ -123,23 +126,36 @@ class PlanSender:
     """Rank 0's side.
 
     A thread listens to the workers and calls `on_lost(rank, why)`, once, when one of them is lost.
+
+    tier_connections: by rank, for slow tiers; they end with the others.
     """
 
-    def __init__(self, size: int, *, host: str | None, path: str, on_lost: Callable[[int, str], None]) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        host: str | None,
+        path: str,
+        on_lost: Callable[[int, str], None],
+        has_tiers: bool = False,
+    ) -> None:
         """Listen for workers.
 
         host: this machine's name, if workers connect from others; None = listen on a Unix socket.
         path: of that socket, in a folder that is the group's alone.
+        has_tiers: each worker makes a connection for slow tiers, too.
         """
         self._size = size
+        self._has_tiers = has_tiers
         self.authkey = os.urandom(32)
         self._listener = socket.socket(socket.AF_UNIX if host is None else socket.AF_INET)
         self._listener.bind(path if host is None else (host, 0))
-        self._listener.listen(size)
+        self._listener.listen(2 * size)
         self._listener.settimeout(CHECK_INTERVAL_S)
         self.address: str | tuple[str, int] = path if host is None else (host, self._listener.getsockname()[1])
         self._on_lost = on_lost
         self._connections: dict[int, Connection[Any, Any]] = {}
+        self.tier_connections: dict[int, Connection[Any, Any]] = {}
         self._changed = threading.Condition()
         self._beats: dict[int, tuple[float, int]] = {}
         self._placements: dict[int, Placement] = {}
@@ -155,10 +171,9 @@ class PlanSender:
         check: called again and again meanwhile; raises if waiting is of no use.
         """
         deadline = time.monotonic() + timeout_s
-        while len(self._connections) < self._size - 1:
+        while missing := self._missing_ranks():
             check()
             if time.monotonic() > deadline:
-                missing = sorted(set(range(1, self._size)) - set(self._connections))
                 raise EngineError(f"ranks {missing} of {self._size} did not connect within {timeout_s:.0f} s")
             with suppress(TimeoutError):
                 connection, _ = self._listener.accept()
@@ -169,6 +184,12 @@ class PlanSender:
         self._beats = dict.fromkeys(self._connections, (now, -1))
         self._thread.start()
 
+    def _missing_ranks(self) -> list[int]:
+        have = set(self._connections)
+        if self._has_tiers:
+            have &= set(self.tier_connections)
+        return sorted(set(range(1, self._size)) - have)
+
     def _welcome(self, accepted: socket.socket) -> None:
         """Make a connection a worker's when both sides have proved that they know the key; else close it."""
         _limit_receiving(accepted, HANDSHAKE_TIMEOUT_S)
@@ -176,7 +197,7 @@ class PlanSender:
         try:
             deliver_challenge(connection, self.authkey)
             answer_challenge(connection, self.authkey)
-            rank = connection.recv()
+            rank, is_for_tiers = connection.recv()
             with socket.socket(fileno=os.dup(connection.fileno())) as duplicate:
                 _limit_receiving(duplicate, 0)
             if not isinstance(self.address, str):
@@ -185,7 +206,7 @@ class PlanSender:
             logger.warning("a connection that is no worker's: %r", error)
             connection.close()
         else:
-            self._connections[rank] = connection
+            (self.tier_connections if is_for_tiers else self._connections)[rank] = connection
 
     def send(self, token_ids: tuple[int, ...], plan: StepPlan, timeout_s: float) -> None:
         """To all workers. timeout_s: within that, `end_step` has to follow, or the group counts as hung."""
@@ -222,11 +243,13 @@ class PlanSender:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
             for connection in self._connections.values():
-                _hang_up(connection)  # ends the thread if a worker has not
+                hang_up(connection)  # ends the thread if a worker has not
             self._thread.join()
         self._listener.close()
         for connection in self._connections.values():
             connection.close()
+        for connection in self.tier_connections.values():
+            hang_up(connection)  # a thread may read from it still
 
     def _listen(self) -> None:
         ranks = {connection: rank for rank, connection in self._connections.items()}
@@ -280,11 +303,7 @@ class PlanReceiver:
     def __init__(self, member: GroupMember) -> None:
         self._path = member.plan_address if isinstance(member.plan_address, str) else None
         self._is_orphan = False
-        family = "AF_INET" if self._path is None else "AF_UNIX"
-        self._connection: Connection[Any, Any] = Client(member.plan_address, family, authkey=member.authkey)
-        if self._path is None:
-            _tune_tcp(self._connection)
-        self._connection.send(member.rank)
+        self._connection = _connect(member, is_for_tiers=False)
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._step_id = -1
@@ -344,12 +363,27 @@ class PlanReceiver:
                 return
 
 
+def connect_tiers(member: GroupMember) -> Connection[Any, Any]:
+    """A worker's connection for slow tiers, if the group has any."""
+    return _connect(member, is_for_tiers=True)
+
+
+def _connect(member: GroupMember, *, is_for_tiers: bool) -> Connection[Any, Any]:
+    is_local = isinstance(member.plan_address, str)
+    family = "AF_UNIX" if is_local else "AF_INET"
+    connection: Connection[Any, Any] = Client(member.plan_address, family, authkey=member.authkey)
+    if not is_local:
+        _tune_tcp(connection)
+    connection.send((member.rank, is_for_tiers))
+    return connection
+
+
 def failure_of(error: BaseException) -> Failure:
     """An error as it is reported to rank 0."""
     return Failure(str(error) or repr(error), error if isinstance(error, PensieveError) else None)
 
 
-def _hang_up(connection: Connection[Any, Any]) -> None:
+def hang_up(connection: Connection[Any, Any]) -> None:
     """Both sides read the end from here on."""
     with socket.socket(fileno=os.dup(connection.fileno())) as duplicate, suppress(OSError):
         duplicate.shutdown(socket.SHUT_RDWR)

@@ -10,11 +10,16 @@ import logging
 import pickle
 import signal
 import sys
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
 
 from engine.config import EngineConfig
 from engine.executor.local import LocalExecutor
-from engine.executor.plan_channel import PlanReceiver, SwapsDone, failure_of
+from engine.executor.plan_channel import PlanReceiver, SwapsDone, connect_tiers, failure_of
 from engine.executor.process_group import GroupMember, ProcessGroup
+from engine.executor.tiers.disk_tier import make_rank_tier, wants_disk_tier
+from engine.executor.tiers.group_tier import TierFollower
 
 __all__ = ["GroupMember", "run_worker"]
 
@@ -29,8 +34,9 @@ def run_worker(config: EngineConfig, member: GroupMember) -> None:
     receiver = PlanReceiver(member)
     group: ProcessGroup | None = None
     try:
+        tiers = connect_tiers(member) if wants_disk_tier(config) else None
         group = ProcessGroup(member, config.device)
-        _follow_plans(config, group, receiver)
+        _follow_plans(config, group, receiver, tiers)
     except EOFError:
         logger.warning("rank %d: rank 0 is gone", member.rank)
     except BaseException as error:
@@ -42,8 +48,11 @@ def run_worker(config: EngineConfig, member: GroupMember) -> None:
         receiver.close()
 
 
-def _follow_plans(config: EngineConfig, group: ProcessGroup, receiver: PlanReceiver) -> None:
+def _follow_plans(
+    config: EngineConfig, group: ProcessGroup, receiver: PlanReceiver, tiers: Connection[Any, Any] | None
+) -> None:
     executor = LocalExecutor(config, group)
+    follower = None if tiers is None else TierFollower(tiers, partial(make_rank_tier, config, executor))
     try:
         receiver.report(executor.placement)
         while (message := receiver.receive()) is not None:
@@ -53,7 +62,11 @@ def _follow_plans(config: EngineConfig, group: ProcessGroup, receiver: PlanRecei
             if config.verify_swaps and plan.swap_ins:
                 receiver.report(SwapsDone(result.failed_swap_ins))
             receiver.finish_step(plan.step_id)
+            if follower is not None:
+                follower.finish_step(plan.step_id)
     finally:
+        if follower is not None:
+            follower.close()
         executor.shutdown()
 
 

@@ -22,9 +22,10 @@ from engine.config import EngineConfig
 from engine.core.cache.prices import LoadPrices
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError
+from engine.executor.group import GroupExecutor, make_disk_tier
 from engine.executor.local import LocalExecutor
 from engine.executor.tiers.disk_store import DiskStore
-from engine.executor.tiers.disk_tier import DISK, DiskTier, make_disk_tier
+from engine.executor.tiers.disk_tier import DISK, DiskTier
 from engine.make_core import make_core
 from engine.server import create_server
 from engine.step_loop import LookAhead
@@ -48,8 +49,9 @@ def any_load_is_cheap(monkeypatch):
 class DiskDriver(Driver):
     """With a disk tier, by the clock."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        executor = LocalExecutor(config)
+    def __init__(self, config: EngineConfig, executor: LocalExecutor | GroupExecutor | None = None) -> None:
+        """executor: None = a new one, of one rank."""
+        executor = executor or LocalExecutor(config)
         self.disk = make_disk_tier(config, executor, 0)
         assert self.disk is not None
         core = make_core(config, executor, (self.disk.spec,))

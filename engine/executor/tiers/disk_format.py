@@ -13,6 +13,7 @@ one. Knows no file.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import zlib
 from dataclasses import dataclass
@@ -39,14 +40,23 @@ MAX_OWNER_BYTES = PAGE_BYTES - _ROW.size - _SUM.size
 class Layout:
     """Where what lies.
 
-    identity: of all that the content of a block depends on.
+    identity: of all that the content of a block depends on, but for the rank.
     block_bytes: of one chunk on this rank. num_blocks: of all segments.
+    rank: of a tensor-parallel group, if the slots hold that rank's part of each chunk; None = they hold whole chunks.
     """
 
     identity: bytes
     block_bytes: int
     num_blocks: int
     chunk_size: int
+    rank: int | None = None
+
+    @property
+    def row_identity(self) -> bytes:
+        """Of the rank too, so that no rank takes another one's files for its own."""
+        if self.rank is None:
+            return self.identity
+        return hashlib.sha256(self.identity + struct.pack("<I", self.rank)).digest()[:IDENTITY_BYTES]
 
     @property
     def slot_bytes(self) -> int:
@@ -98,7 +108,7 @@ def pack_row(layout: Layout, block: int, row: Row) -> bytes:
         owner = None  # its conversation copies the tail instead of writing on in it
     head = _ROW.pack(
         _MAGIC,
-        layout.identity,
+        layout.row_identity,
         block,
         record.key,
         record.parent_key,
@@ -119,7 +129,7 @@ def unpack_row(layout: Layout, block: int, page: bytes | memoryview, now: float)
     end = _ROW.size + max(0, owner_len)
     if end + _SUM.size > PAGE_BYTES or _SUM.unpack_from(page, end)[0] != zlib.crc32(page[:end]):
         return None
-    if (identity, number) != (layout.identity, block) or not 0 < num_tokens <= layout.chunk_size:
+    if (identity, number) != (layout.row_identity, block) or not 0 < num_tokens <= layout.chunk_size:
         return None
     owner = None if owner_len < 0 else bytes(page[_ROW.size : end]).decode("utf-8", "surrogatepass")
     record = ChunkRecord(

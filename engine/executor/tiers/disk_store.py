@@ -5,6 +5,8 @@ gives what was written under that name, or nothing.
 
     <path>/<identity>-<number>/lock           held as long as the process lives
                                00000000.kv    segments, see disk_format
+
+The ranks of a tensor-parallel group have a folder each, <identity>-<number>-rank<rank>.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from engine.paths import private_folder
 logger = logging.getLogger(__name__)
 
 MAX_FOLDERS = 256
-FOLDER_NAME = re.compile(r"[0-9a-f]{16}-[0-9]+")
+FOLDER_NAME = re.compile(r"(?P<identity>[0-9a-f]{16})-(?P<number>[0-9]+)(-rank[0-9]+)?")
 # A file system is not filled beyond that, the smaller one of both: others need it, too.
 MIN_FREE_BYTES = 1 << 30
 MIN_FREE_SHARE = 0.05
@@ -41,6 +43,7 @@ class DiskStore:
     """The slots of one process.
 
     folder: its files; None as long as there is none, because the disk could not be used so far.
+    number: of the folder among those of the same identity; as long as there is none, the one that was asked for.
     """
 
     def __init__(self, path: Path, layout: Layout, number: int = 0) -> None:
@@ -53,7 +56,7 @@ class DiskStore:
         self.folder: Path | None = None
         self.is_direct = False
         self._path = path
-        self._number = number
+        self.number = number
         self._lock: int | None = None
         self._checksums = array("I", bytes(4 * layout.num_blocks))
         self._sized: set[int] = set()  # the segments that have their full size
@@ -71,16 +74,17 @@ class DiskStore:
             self._sized.clear()
             if not self._path.exists():
                 private_folder(self._path)  # one that exists may be for others, too, and stays as it is
-            name = self.layout.identity.hex()[:16]
-            for number in dict.fromkeys((self._number, *range(MAX_FOLDERS))):
-                folder = private_folder(self._path / f"{name}-{number}")
+            identity, rank = self.layout.identity.hex()[:16], self.layout.rank
+            for number in dict.fromkeys((self.number, *range(MAX_FOLDERS))):
+                name = f"{identity}-{number}" + ("" if rank is None else f"-rank{rank}")
+                folder = private_folder(self._path / name)
                 self._lock = _try_lock(folder)
                 if self._lock is not None:
                     break
             else:
                 raise OSError(errno.EBUSY, f"{MAX_FOLDERS} processes use {self._path}; name another folder")
-            self.folder = folder
-            _remove_others(self._path, number, keep=folder)
+            self.folder, self.number = folder, number
+            _remove_others(self._path, identity, number)
             for file in folder.glob("*.kv"):
                 if not file.stem.isdigit() or int(file.stem) >= self.layout.num_segments:
                     file.unlink()
@@ -254,11 +258,13 @@ def _try_lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _remove_others(path: Path, number: int, keep: Path) -> None:
-    """Remove what another model, dtype or version has left under that number, unless a process uses it."""
+def _remove_others(path: Path, identity: str, number: int) -> None:
+    """Remove what another identity has left under that number, whatever its rank, unless a process uses it."""
     for folder in path.iterdir():
-        is_ours = FOLDER_NAME.fullmatch(folder.name) and (folder / "lock").is_file()
-        if is_ours and folder != keep and folder.name.endswith(f"-{number}"):
+        name = FOLDER_NAME.fullmatch(folder.name)
+        if name is None or name["identity"] == identity or int(name["number"]) != number:
+            continue
+        if (folder / "lock").is_file():
             with suppress(OSError):
                 lock = _try_lock(folder)
                 if lock is not None:

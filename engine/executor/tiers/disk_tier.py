@@ -95,6 +95,11 @@ class DiskTier:
         except OSError as error:
             self._note_problem(error)
 
+    @property
+    def number(self) -> int:
+        """Of its folder among those of the same identity."""
+        return self._store.number
+
     def folder(self) -> Path | None:
         """Where its files are; None as long as the disk cannot be used."""
         return self._store.folder
@@ -247,14 +252,19 @@ class DiskTier:
         self.problem = text
 
 
-def make_disk_tier(config: EngineConfig, local: LocalExecutor, number: int) -> DiskTier | None:
-    """The disk tier that the options ask for, if they do; its folder may be unusable for now.
+def wants_disk_tier(config: EngineConfig) -> bool:
+    """Whether the options ask for a disk tier."""
+    return config.kv_disk_path is not None and config.mode != "stateless"
 
-    number: of this process among those that share the path.
 
-    Raises ConfigError if its size holds no chunk, or there is no CPU tier.
+def make_rank_tier(config: EngineConfig, local: LocalExecutor, number: int) -> DiskTier | None:
+    """This rank's disk tier, if the options ask for one; its folder may be unusable for now.
+
+    number: of this engine among those that share the path.
+
+    Raises ConfigError if its size holds no chunk, or there is no CPU tier; on all ranks of a group or on none.
     """
-    if config.kv_disk_path is None or config.mode == "stateless":
+    if config.kv_disk_path is None or not wants_disk_tier(config):
         return None
     if not local.num_cpu_blocks:
         raise ConfigError(
@@ -262,12 +272,14 @@ def make_disk_tier(config: EngineConfig, local: LocalExecutor, number: int) -> D
             param="kv_disk_path",
         )
     num_bytes = int(config.kv_disk_size * (1 - TRANSCRIPT_SHARE) * (1 << 30))
-    num_blocks = Layout.blocks_for(num_bytes, local.bytes_per_block)
+    block_bytes = local.bytes_per_block // local.num_ranks
+    num_blocks = Layout.blocks_for(num_bytes // local.num_ranks, block_bytes)
     if not num_blocks:
         raise ConfigError(
             f"kv_disk_size is {config.kv_disk_size:g} GiB, but one chunk takes {local.bytes_per_block} bytes; raise it",
             param="kv_disk_size",
         )
-    layout = Layout(kv_identity(config, local, FORMAT_VERSION), local.bytes_per_block, num_blocks, config.chunk_size)
+    rank = None if local.num_ranks == 1 else local.rank
+    layout = Layout(kv_identity(config, local, FORMAT_VERSION), block_bytes, num_blocks, config.chunk_size, rank)
     store = DiskStore(Path(config.kv_disk_path).expanduser(), layout, number)
     return DiskTier(store, local.cpu_store, local.runner.swapper.checksums)

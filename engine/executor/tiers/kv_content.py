@@ -19,7 +19,7 @@ from engine.executor.tiers.kv_store import KVStore
 
 
 def kv_identity(config: EngineConfig, local: LocalExecutor, version: int) -> bytes:
-    """A digest of all that a block's content depends on, beside its chunk's name.
+    """A digest of all that a block's content depends on, beside its chunk's name and the rank of a group.
 
     version: of the format in which blocks are kept or sent.
     """

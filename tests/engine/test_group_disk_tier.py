@@ -1,0 +1,197 @@
+"""The thesis for a sharded model with a disk tier: each rank keeps its part, and a chunk is there if all ranks have theirs.
+
+With real files and gloo ranks.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.core.cache.prices import LoadPrices
+from engine.core.request import SamplingParams
+from engine.executor.group import GroupExecutor
+from engine.executor.tiers.disk_format import PAGE_BYTES
+from engine.executor.tiers.disk_tier import DISK
+from tests.engine.test_disk_tier import DiskDriver
+from tests.engine.test_equivalence import assert_same_tokens
+from tests.engine.test_tensor_parallel import OPTIONS, converse, sampling_of
+from tests.nightly import IS_NIGHTLY
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with GPUs each rank takes one")
+
+TIERS = {"num_gpu_blocks": 24, "num_cpu_blocks": 30, "kv_disk_size": 0.01}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=7, logprobs=2)
+NUM_PROMPTS = 6
+PROMPT_LEN = 64
+GROUPS = [("llama", 2, True)]
+if IS_NIGHTLY:
+    GROUPS += [("llama", 4, True), ("llama", 2, False), ("gpt2", 4, False), ("qwen3", 2, True)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def any_load_is_cheap() -> Iterator[None]:
+    """However busy the machine is: what is observed does not count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoadPrices, "note_load", lambda *_: None)
+        patch.setattr("engine.executor.tiers.disk_tier.MAX_WAIT_S", 60.0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def start(tiny_model, warm_workers) -> Callable[..., DiskDriver]:
+    """(path, options) -> a group with its disk tier there; its owner ends it."""
+
+    def start(path: Path, family: str = "llama", fault: str | None = None, **options: object) -> DiskDriver:
+        config = EngineConfig.from_options(
+            {
+                "model": str(tiny_model(family)),
+                "dtype": "float32",
+                "num_threads": 1,
+                "tensor_parallel_size": 2,
+                "decode_reserve": 0.02,
+                "max_num_queued_reqs": 1024,
+                "kv_disk_path": str(path),
+                **TIERS,
+                **OPTIONS,
+                **options,
+            }
+        )
+        return DiskDriver(config, GroupExecutor(config, warm_workers.starter(fault)))
+
+    return start
+
+
+@pytest.mark.parametrize(("family", "size", "verify_swaps"), GROUPS)
+def test_ranks_equal_one_process_before_and_after_a_restart(
+    family, size, verify_swaps, tiny_model, make_driver, start, tmp_path
+):
+    options = {"family": family, "tensor_parallel_size": size, "verify_swaps": verify_swaps}
+    whole = make_driver(tiny_model(family), num_gpu_blocks=200, mode="stateless", **OPTIONS)
+    kept = start(tmp_path, **options)
+    prompts = converse(kept, random.Random(family))
+    for request_id, prompt in prompts.items():
+        whole.add(request_id, prompt, None, sampling_of(request_id))
+        whole.run()
+    num_ties = sum(assert_same_tokens(kept, whole, request_id) for request_id in prompts)
+    stats = kept.core.get_statistics()
+    assert min(stats["slow_transfers"][f"{DISK}_{what}"] for what in ("loaded", "stored")) > 0
+    kept.end(drains=True)
+
+    again = start(tmp_path, **options)
+    for request_id, prompt in prompts.items():
+        again.add(request_id, prompt, None, sampling_of(request_id))
+        again.step()
+    again.run()
+    num_ties += sum(assert_same_tokens(again, whole, request_id) for request_id in prompts)
+    assert num_ties <= 2
+    stats = again.core.get_statistics()
+    assert stats[f"num_{DISK}_cached_tokens"] > 0
+    assert stats["num_corrupted_swaps"] == stats["slow_transfers"][f"{DISK}_load_failed"] == 0
+    assert again.disk.problem is None
+    again.core.check_integrity()
+    again.end(drains=False)
+
+
+# -- a rank whose part is not what it was ----------------------------------------------------------------------------------
+
+
+def ask(driver: DiskDriver, names: range) -> dict[str, list[int]]:
+    """One prompt after the other; the answers."""
+    answers = {}
+    for name in names:
+        prompt = random.Random(name).choices(range(3, 250), k=PROMPT_LEN)
+        answers[str(name)] = driver.generate(str(name), prompt, conversation_id=f"c{name}", sampling=GREEDY)
+    return answers
+
+
+class Kept:
+    """What a group has left. folder: its files. older: as they were when it had half of them. answers: of both halves."""
+
+    def __init__(self, start: Callable[..., DiskDriver], path: Path) -> None:
+        self.folder, self.older = path / "kv", path / "older"
+        first, second = range(NUM_PROMPTS // 2), range(NUM_PROMPTS // 2, NUM_PROMPTS)
+        driver = start(self.folder)
+        self.answers = ask(driver, first)
+        driver.end(drains=True)
+        shutil.copytree(self.folder, self.older)
+        driver = start(self.folder)
+        self.answers |= ask(driver, second)
+        driver.end(drains=True)
+
+
+@pytest.fixture(scope="module")
+def kept(start, tmp_path_factory) -> Kept:
+    return Kept(start, tmp_path_factory.mktemp("kept"))
+
+
+def part_of(path: Path, rank: int) -> Path:
+    (folder,) = path.glob(f"*-0-rank{rank}")
+    return folder
+
+
+def segments(path: Path, rank: int) -> list[Path]:
+    return sorted(part_of(path, rank).glob("*.kv"))
+
+
+def rows_end(file: Path) -> int:
+    """Where the slots begin."""
+    content = file.read_bytes()
+    return max(i + PAGE_BYTES for i in range(0, len(content), PAGE_BYTES) if content[i : i + 6] == b"PENSKV")
+
+
+def spoil(path: Path, kept: Kept, fault: str) -> None:
+    """Do something to the part of rank 1 alone."""
+    files = segments(path, 1)
+    assert files
+    match fault:
+        case "flipped bits in the slots":
+            for file in files:
+                content, begin = bytearray(file.read_bytes()), rows_end(file)
+                content[begin:] = bytes(byte ^ 1 for byte in content[begin:])
+                file.write_bytes(content)
+        case "cut files":
+            for file in files:
+                file.write_bytes(file.read_bytes()[: rows_end(file) + PAGE_BYTES])
+        case "no rows":
+            for file in files:
+                file.write_bytes(b"")
+        case "no folder":
+            shutil.rmtree(part_of(path, 1))
+        case "the part of rank 0":
+            for file, other in zip(files, segments(path, 0), strict=True):
+                shutil.copy(other, file)
+        case "an older part":
+            shutil.rmtree(part_of(path, 1))
+            shutil.copytree(part_of(kept.older, 1), path / part_of(kept.older, 1).name)
+
+
+@pytest.mark.parametrize(
+    ("fault", "num_failed", "is_cached"),
+    [
+        ("none", 0, [True] * NUM_PROMPTS),
+        ("flipped bits in the slots", 1, [False] * NUM_PROMPTS),
+        ("cut files", 1, [False] * NUM_PROMPTS),
+        ("no rows", 0, [False] * NUM_PROMPTS),
+        ("no folder", 0, [False] * NUM_PROMPTS),
+        ("the part of rank 0", 0, [False] * NUM_PROMPTS),
+        ("an older part", 0, [True] * (NUM_PROMPTS // 2) + [False] * (NUM_PROMPTS // 2)),
+    ],
+)
+def test_a_chunk_that_one_rank_lacks_is_there_on_none(fault, num_failed, is_cached, kept, start, tmp_path):
+    path = tmp_path / "kv"
+    shutil.copytree(kept.folder, path)
+    spoil(path, kept, fault)
+    driver = start(path)
+    assert ask(driver, range(NUM_PROMPTS)) == kept.answers
+    assert [driver.cached[str(name)] >= PROMPT_LEN - OPTIONS["chunk_size"] for name in range(NUM_PROMPTS)] == is_cached
+    stats = driver.core.get_statistics()
+    assert bool(stats["slow_transfers"][f"{DISK}_load_failed"]) == bool(num_failed)
+    driver.core.check_integrity()
+    driver.end(drains=False)
