@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.dialogue.messages import Message
+from engine.workloads.conversations import read_tau_bench
+from engine.workloads.session import Session
+
 DATA = Path(__file__).parent / "data" / "airline_sessions.json"
 JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
 # More than any answer of the sessions has.
@@ -53,29 +57,20 @@ class AgentSession:
 
 
 def load_sessions(path: Path = DATA) -> list[AgentSession]:
-    """The committed sessions: in each, calls stand as JSON in the assistant's text, one call a message."""
-    return [_session(messages) for messages in json.loads(path.read_text())]
+    """The committed sessions, one call a message."""
+    return [_session(session) for session in read_tau_bench(path)]
 
 
-def _session(messages: Sequence[Json]) -> AgentSession:
-    turns: list[Turn] = []
-    new: list[Json] = []
-    for message in messages:
-        if message["role"] != "assistant":
-            new.append(dict(message))
-            continue
-        call = _call_in(message["content"])
-        turns.append(Turn(tuple(new), **(call or {"text": message["content"]})))
-        new = []
+def _session(session: Session) -> AgentSession:
+    turns = [_turn(turn.messages, turn.answer) for turn in session.turns if turn.answer is not None]
     return AgentSession(tuple(turns), tuple(_tools(turns)))
 
 
-def _call_in(content: str) -> Json | None:
-    """The first call that a text of the data stands for; None if it is an answer in words."""
-    if not content.startswith('[{"'):
-        return None
-    call = json.loads(content)[0]
-    return {"name": call["name"], "arguments": call["arguments"]}
+def _turn(messages: Sequence[Message], answer: Message) -> Turn:
+    new = tuple({"role": message.role, "content": message.content} for message in messages)
+    if not answer.tool_calls:
+        return Turn(new, text=answer.content)
+    return Turn(new, name=answer.tool_calls[0].name, arguments=answer.tool_calls[0].arguments)
 
 
 def _tools(turns: Sequence[Turn]) -> list[Json]:

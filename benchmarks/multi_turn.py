@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.core.request import SamplingParams
 from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
+from engine.workloads.conversations import read_tau_bench, text_of
 
 DATA = Path(__file__).parent / "data" / "airline_sessions.json"
 CHUNK_SIZE = 32
@@ -76,19 +78,16 @@ def build_model(folder: Path, texts: list[str], arguments: argparse.Namespace) -
 
 
 def build_sessions(tokenizer: Any, arguments: argparse.Namespace) -> list[Session]:
-    """Make a turn of each assistant message; the text between two of them is the new text of the turn."""
+    """Roles are written out, because the random model has no chat template."""
     sessions = []
-    for number, messages in enumerate(json.loads(DATA.read_text())[: arguments.num_sessions]):
-        new, turns, outputs = "", [], []
-        for message in messages:
-            if message["role"] != "assistant":
-                new += f"{message['role']}: {message['content']}\n"
-                continue
-            turns.append(tuple(tokenizer(new + "assistant: ").input_ids))
-            outputs.append(max(4, min(len(tokenizer(message["content"]).input_ids), arguments.max_output_tokens)))
-            new = "\n"
-            if len(turns) == arguments.num_turns:
-                break
+    for number, session in enumerate(islice(read_tau_bench(DATA), arguments.num_sessions)):
+        turns, outputs, before = [], [], ""
+        for turn in session.turns[: arguments.num_turns]:
+            said = "".join(f"{message.role}: {message.content}\n" for message in turn.messages)
+            turns.append(tuple(tokenizer(before + said + "assistant: ").input_ids))
+            num_tokens = len(tokenizer(text_of(turn.answer)).input_ids)
+            outputs.append(max(4, min(num_tokens, arguments.max_output_tokens)))
+            before = "\n"
         sessions.append(Session(f"session-{number}", tuple(turns), tuple(outputs)))
     return sessions
 

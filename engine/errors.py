@@ -2,6 +2,7 @@
 
 PensieveError
 |-- ConfigError                  an option is wrong; raised at start
+|   `-- WorkloadError            a workload, or a file that it is read from, is wrong
 |-- ModelLoadError               the model or its tokenizer cannot be loaded
 |   `-- UnsupportedModelError    it loads, but its attention cannot be served from a paged cache
 |-- KernelBuildError             an attention kernel cannot be built, or is wrong here; raised only if asked for by name
@@ -39,6 +40,10 @@ class PensieveError(Exception):
 
 class ConfigError(PensieveError):
     """An option is wrong; the message names it and the remedy."""
+
+
+class WorkloadError(ConfigError):
+    """A workload, or a file that it is read from, is wrong; the message names the file, the line and the remedy."""
 
 
 class ModelLoadError(PensieveError):
