@@ -129,9 +129,11 @@ class Allocator:
         watermark: until this share of the secondary tier's blocks is free or reclaimable.
         max_blocks: most stores at a time.
         """
+        if not self._tiers.slow:
+            return
+        tier, secondary = self._tiers.slow[0], self._secondary
         num_wanted = self._num_stores_wanted(watermark)
         for _ in range(min(num_wanted, max_blocks - self._slow.num_stores)):
-            tier, secondary = self._tiers.slow[0], self._secondary
             victim = secondary.to_store.choose_victim(now)
             if victim is None or not self._slow.may_store(tier, now):
                 return
@@ -142,28 +144,29 @@ class Allocator:
                 return
             self._slow.plan_store(victim, tier, block_id, now)
 
-    def count_blocks_until_copies(self, watermark_blocks: int, store_watermark: float) -> int | None:
-        """How many blocks of the primary tier can be given out before anything is copied or stored for it.
+    def count_blocks_until_copies(self, watermark_blocks: int, store_watermark: float, num_running: int) -> int | None:
+        """How many blocks of the primary tier `num_running` decoding requests can get before a step has to copy or store.
 
-        The arguments are those of plan_swap_outs and plan_stores. None if they would plan something now, or something is
-        planned.
+        The other arguments are those of plan_swap_outs and plan_stores. None if they would plan something now, or something
+        is planned.
         """
         primary, secondary = self._primary, self._secondary
-        if self._transfers.planned or self._unwritten or self._num_stores_wanted(store_watermark) > 0:
+        if self._transfers.planned or self._unwritten:
             return None
         num_uncopied = primary.pool.num_free + len(primary.copied)
         if not secondary.pool.num_blocks:
             return num_uncopied + len(primary.sole)
-        if not len(primary.sole):
-            return num_uncopied
-        num_spare = self.num_ready_blocks - watermark_blocks
-        return None if num_spare < 0 else min(num_spare, num_uncopied)
+        num_blocks = num_uncopied
+        if len(primary.sole):
+            num_blocks = min(num_blocks, self.num_ready_blocks - watermark_blocks)
+        if self._tiers.slow and len(secondary.to_store):
+            # A chunk that is filled pins its twin in the secondary tier, if there is one: one stored chunk less that may go.
+            num_blocks = min(num_blocks, -self._num_stores_wanted(store_watermark) - num_running)
+        return None if num_blocks < 0 else num_blocks
 
     def _num_stores_wanted(self, watermark: float) -> int:
-        """See plan_stores."""
+        """How many chunks of the secondary tier are to be stored; below 0 if more are than have to."""
         secondary = self._secondary
-        if not self._tiers.slow or not len(secondary.to_store):
-            return 0
         num_free = secondary.pool.num_free + len(secondary.copied) + self._slow.num_stores
         return math.ceil(watermark * secondary.pool.num_blocks) - num_free
 
