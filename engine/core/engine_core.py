@@ -10,19 +10,23 @@ While a plan is executed, `core.schedule_ahead(now)` gives the next one, to be e
 its result. Otherwise, or if the executor takes one plan at a time, `core.draft_ahead(plan)` drafts the next one. Plans
 are the same with drafts and without; outputs are the same with plans made ahead and without.
 
+A driver without an executor need not plan steps that only decode: `core.advance` applies several at once, as many as
+`core.count_decode_steps` foresees.
+
 With slow tiers, the driver also starts what `core.take_transfers()` gives after each plan, and tells the end of each transfer
 by `core.complete_transfer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 from engine.core.cache.cache_manager import CacheManager
 from engine.core.cache_map import ContextKeys, Eviction, MappedContext
 from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.decode_runs import DecodeRuns
 from engine.core.plan import ChunkRecord, Logprobs, SlowTransfer, StepPlan, StepResult, TransferEnd
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.scheduler import Scheduler
@@ -66,6 +70,7 @@ class EngineCore:
         self.stats = EngineStats([tier.name for tier in cache.tiers])
         self._cache = CacheManager(cache, self.stats)
         self._scheduler = Scheduler(scheduling, self._cache, self.stats)
+        self._runs = DecodeRuns(self._scheduler, self._cache, self.stats)
         self._requests: dict[str, Request] = {}
         # Plans without a result yet, oldest first; and the requests that are to end when the oldest one's is there, because
         # what it computes of them is worth keeping.
@@ -195,6 +200,43 @@ class EngineCore:
             self._begun_s = now  # the next one is behind it, or `schedule` makes it
         self._land(now)
         return outputs
+
+    def count_decode_steps(self) -> int:
+        """How many of the next steps only decode and move nothing, as far as is foreseen; see `advance`.
+
+        It holds until a request is added, aborted or stopped, or a transfer ends. 0 = schedule the next step.
+        """
+        assert not self._in_flight, "a plan has no result yet"
+        return self._runs.count_steps()
+
+    def advance(
+        self, times: Sequence[float], next_tokens: Callable[[Request, int], Sequence[int]]
+    ) -> list[RequestOutput]:
+        """Apply several steps at once: what so many calls of `schedule` and `update` would do, without their plans.
+
+        times: when the first step begins, then when each one ends and the next one begins; for at most
+            `count_decode_steps` steps.
+        next_tokens: the tokens that the steps give to a request, so many of them.
+
+        Returns the outputs of those requests that end, which they do with the last step.
+        """
+        outputs = []
+        for request in self._runs.advance(times, next_tokens):
+            outputs.append(self._end_at_length(request, times[-1]))
+        return outputs
+
+    def _end_at_length(self, request: Request, now: float) -> RequestOutput:
+        self._finish(request, now)
+        self.stats.num_finished += 1
+        return RequestOutput(
+            request.request_id,
+            request.token_ids[-1],
+            None,
+            request.num_output_tokens,
+            request.num_cached_tokens,
+            FinishReason.LENGTH,
+            self._account(request, now),
+        )
 
     def fail_step(self, plan: StepPlan, now: float, *, are_copies_made: bool = False) -> list[str]:
         """The executor failed at `plan`: end its requests, keep everything else.

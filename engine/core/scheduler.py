@@ -79,8 +79,10 @@ class Scheduler:
         self._ended: list[str] = []
         self._step_id = 0
         self._ahead: _Draft | None = None
-        # The last request that was not admitted because running requests hold the blocks; None once one of them ends.
+        # The last request that was not admitted because running requests hold the blocks; None once one of them ends. And
+        # whether a prompt was computed then, which may have been the beginning of its own.
         self._refused: Request | None = None
+        self._is_prompt_computed = False
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
@@ -210,6 +212,7 @@ class Scheduler:
         if ahead is not None:
             self._stats.num_used_drafts += draft is ahead
             self._stats.num_discarded_drafts += draft is not ahead
+        self._is_prompt_computed = draft.num_prompt_tokens > 0
         # A lone request always fits: only running requests and in-flight transfers hold pins, and those end with their step.
         assert draft.segments or not (self.running or self.waiting), "requests but nothing to compute"
         return self._make_plan(draft, starts, appends, now)
@@ -242,6 +245,48 @@ class Scheduler:
             swap_ins=tuple(copy for _, _, copy in transfers.swap_ins),
             swap_outs=tuple(copy for _, copy in transfers.swap_outs),
         )
+
+    # -- steps that are foreseen ---------------------------------------------------------------------------------------
+
+    def count_blocks_until_copies(self) -> int | None:
+        """How many blocks running requests can get before a step has to copy; None = the next one copies."""
+        cache = self._cache
+        if cache.drain is not None:
+            return None
+        return cache.allocator.count_blocks_until_copies(
+            self._watermark_blocks, cache.config.swap_out_watermark, len(self.running)
+        )
+
+    def starts_none_before_one_ends(self) -> bool:
+        """Whether no step starts a request, as long as none that runs ends, all decode, and none arrives.
+
+        False if that is not certain.
+        """
+        num_running = len(self.running)
+        if self.loading or num_running > self._config.max_num_batched_tokens:
+            return False
+        request = self.waiting.peek()
+        if request is None:
+            return True
+        if self._cache.tiers.slow or self.waiting.num_tenants > 1:
+            return False
+        if any(other.tenant != request.tenant for other in self.running):
+            return False
+        if num_running >= self._config.max_num_seqs:
+            return True
+        # It was refused for lack of blocks, and decodes take more of them, unless one of these computes what it needs, too.
+        return (
+            request is self._refused
+            and not self._is_prompt_computed
+            and not any(self._cache.may_complete(other, request) for other in self.running)
+        )
+
+    def skip_steps(self, num_steps: int) -> None:
+        """So many steps that nobody is told of did what was foreseen."""
+        self._step_id += num_steps
+        self._ended, self._ahead = [], None
+        if len(self.running) >= self._config.max_num_seqs or not len(self.waiting):
+            self._refused = None
 
     def _draft(self, executing: StepPlan | None = None) -> _Draft:
         """Segments for the running requests as they are, or as they will be after the plan `executing`.

@@ -37,6 +37,11 @@ class WaitingQueue:
         for queue in self._by_tenant.values():
             yield from queue
 
+    @property
+    def num_tenants(self) -> int:
+        """Tenants that have waiting requests."""
+        return len(self._by_tenant)
+
     def append(self, request: Request, running_tenants: Set[str] = frozenset()) -> None:
         """A request that has arrived is the last one of its tenant. running_tenants: those that have running requests."""
         tenant, now = request.tenant, self._virtual_now
@@ -99,6 +104,14 @@ class WaitingQueue:
         """`num_tokens` more are computed for the request."""
         virtual_time = self._virtual_times.get(request.tenant, self._virtual_now)
         self._virtual_times[request.tenant] = virtual_time + num_tokens / request.weight
+
+    def charge_steps(self, request: Request, num_steps: int) -> None:
+        """One more token is computed for the request in each of so many steps; equal to that many calls of `charge`."""
+        virtual_time = self._virtual_times.get(request.tenant, self._virtual_now)
+        part = 1 / request.weight
+        for _ in range(num_steps):
+            virtual_time += part
+        self._virtual_times[request.tenant] = virtual_time
 
     def find_victim(self, newcomer: Request) -> Request | None:
         """The request to shed for `newcomer` if the queue is full.

@@ -88,15 +88,22 @@ class Allocator:
 
     # -- ahead of time -------------------------------------------------------------------------------------------------
 
+    @property
+    def num_ready_blocks(self) -> int:
+        """Blocks of the primary tier that a request could get without a copy, now or when the swap-outs under way end."""
+        primary = self._primary
+        return primary.pool.num_free + len(primary.copied) + self._transfers.num_swap_outs
+
     def note_end_of_turn(self, chunk: Chunk) -> None:
         """A request has released a chunk; with write-through, it is to be swapped out soon."""
         if self._write_through and chunk.key is not None and chunk.blocks[1] is None:
             self._unwritten[chunk] = None
 
     def plan_swap_outs(self, watermark_blocks: int, max_blocks: int, now: float) -> None:
-        """Swap out ahead of time until `watermark_blocks` are free or reclaimable.
+        """Swap out ahead of time, once fewer than `watermark_blocks` are free or reclaimable.
 
-        The smallest retention value first, and at most `max_blocks`. With write-through, what the last turns left goes
+        The smallest retention value first, and `max_blocks` at once although fewer would do: else each block that is taken
+        from then on would be copied for alone, in a step of its own. With write-through, what the last turns left goes
         before that, whatever is free.
         """
         primary = self._primary
@@ -107,8 +114,9 @@ class Allocator:
             del self._unwritten[chunk]
             if chunk in primary.sole:
                 max_blocks -= self._try_swap_out(chunk, now)
-        num_wanted = watermark_blocks - primary.pool.num_free - len(primary.copied) - self._transfers.num_swap_outs
-        for _ in range(min(num_wanted, max_blocks)):
+        if self.num_ready_blocks >= watermark_blocks:
+            return
+        for _ in range(max_blocks):
             victim = primary.sole.choose_victim(now)
             if victim is None or not self._try_swap_out(victim, now):
                 return
@@ -124,8 +132,7 @@ class Allocator:
         if not self._tiers.slow:
             return
         tier, secondary = self._tiers.slow[0], self._secondary
-        num_free = secondary.pool.num_free + len(secondary.copied) + self._slow.num_stores
-        num_wanted = math.ceil(watermark * secondary.pool.num_blocks) - num_free
+        num_wanted = self._num_stores_wanted(watermark)
         for _ in range(min(num_wanted, max_blocks - self._slow.num_stores)):
             victim = secondary.to_store.choose_victim(now)
             if victim is None or not self._slow.may_store(tier, now):
@@ -136,6 +143,32 @@ class Allocator:
             if block_id is None:
                 return
             self._slow.plan_store(victim, tier, block_id, now)
+
+    def count_blocks_until_copies(self, watermark_blocks: int, store_watermark: float, num_running: int) -> int | None:
+        """How many blocks of the primary tier `num_running` decoding requests can get before a step has to copy or store.
+
+        The other arguments are those of plan_swap_outs and plan_stores. None if they would plan something now, or something
+        is planned.
+        """
+        primary, secondary = self._primary, self._secondary
+        if self._transfers.planned or self._unwritten:
+            return None
+        num_uncopied = primary.pool.num_free + len(primary.copied)
+        if not secondary.pool.num_blocks:
+            return num_uncopied + len(primary.sole)
+        num_blocks = num_uncopied
+        if len(primary.sole):
+            num_blocks = min(num_blocks, self.num_ready_blocks - watermark_blocks)
+        if self._tiers.slow and len(secondary.to_store):
+            # A chunk that is filled pins its twin in the secondary tier, if there is one: one stored chunk less that may go.
+            num_blocks = min(num_blocks, -self._num_stores_wanted(store_watermark) - num_running)
+        return None if num_blocks < 0 else num_blocks
+
+    def _num_stores_wanted(self, watermark: float) -> int:
+        """How many chunks of the secondary tier are to be stored; below 0 if more are than have to."""
+        secondary = self._secondary
+        num_free = secondary.pool.num_free + len(secondary.copied) + self._slow.num_stores
+        return math.ceil(watermark * secondary.pool.num_blocks) - num_free
 
     def is_worth_storing(self, chunk: Chunk, tier: Tier) -> bool:
         """Whether loading the chunk from there would be cheaper than to compute it again; counts and notes it if not."""

@@ -239,6 +239,15 @@ class CacheManager:
             self.index.insert(chunk, record.key, record.parent_key)
             self.tiers.file(chunk)
 
+    def may_complete(self, request: Request, other: Request) -> bool:
+        """Whether a chunk that a decoding request computes next may be part of the context of `other`."""
+        position = len(request.chunks) - 1
+        if not self.keep or position >= len(other.chunk_keys):
+            return False
+        if position and len(request.chunk_keys) >= position:
+            return request.chunk_keys[position - 1] == other.chunk_keys[position - 1]
+        return True
+
     def block_table(self, request: Request) -> tuple[int, ...]:
         """The blocks of an admitted request's row, front first."""
         return tuple(block for chunk in request.chunks if (block := chunk.blocks[0]) is not None)

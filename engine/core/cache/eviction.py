@@ -7,7 +7,9 @@ happens to a victim.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -124,37 +126,53 @@ class RetentionValue:
     """
 
     def __init__(self, cost_model: CostModel) -> None:
+        """ranking: (value, position) of the heads, a heap; of the time `ranked_at`, and never above the values of then."""
         self._cost_model = cost_model
         self._heaps: list[_LazyHeap] = []  # by position
         self._costs: list[float] = []  # by position
-        self._oldest = _LazyHeap(LRU._rank)
+        self._num_chunks = 0
+        self._ranking: list[tuple[float, int]] = []
+        self._ranked_at: float | None = None
 
     def insert(self, chunk: Chunk) -> None:
-        while len(self._heaps) <= chunk.position:
+        position = chunk.position
+        while len(self._heaps) <= position:
             self._costs.append(self._cost_model.chunk_cost(len(self._heaps)))
             self._heaps.append(_LazyHeap(attrgetter("last_active")))
-        self._heaps[chunk.position].insert(chunk)
-        self._oldest.insert(chunk)
+        heap = self._heaps[position]
+        heap.insert(chunk)
+        self._num_chunks += 1
+        if self._ranked_at is not None and heap.entries[0][2] is chunk:
+            value = _value(self._costs[position], self._ranked_at - chunk.last_active)
+            heapq.heappush(self._ranking, (value, position))
 
     def remove(self, chunk: Chunk) -> None:
         self._heaps[chunk.position].remove(chunk)
-        self._oldest.remove(chunk)
+        self._num_chunks -= 1
 
     def choose_victim(self, now: float) -> Chunk | None:
-        """The chunk with the smallest retention value; O(positions) at worst, whatever the number of chunks.
+        """The chunk with the smallest retention value, whatever the number of chunks.
 
-        Costs rise with the position and nothing has been idle for longer than the oldest chunk, so the search ends
-        when even that could not win.
+        O(positions) for the first victim at that time, O(log positions) for each further one.
         """
-        oldest = self._oldest.first()
-        if oldest is None:
-            return None
-        longest_idle = now - oldest.last_active
-        best: Chunk | None = None
-        best_idle, best_cost = 0.0, 0.0
-        for cost, heap in zip(self._costs, self._heaps, strict=True):
-            if best is not None and cost * best_idle > best_cost * longest_idle:
-                break
+        if now != self._ranked_at:
+            self._rank(now)
+        ranking, heaps = self._ranking, self._heaps
+        while ranking:
+            value, position = ranking[0]
+            head = heaps[position].first()
+            if head is None:
+                heapq.heappop(ranking)
+                continue
+            present = _value(self._costs[position], now - head.last_active)
+            if present == value:
+                return head
+            heapq.heapreplace(ranking, (present, position))  # its head was removed, and the next one was used later
+        return None
+
+    def _rank(self, now: float) -> None:
+        ranking = []
+        for position, heap in enumerate(self._heaps):
             if not heap.entries:
                 continue
             _, stamp, head = heap.entries[0]
@@ -165,25 +183,30 @@ class RetentionValue:
                 if live is None:
                     continue
                 head = live
-            # cost / idle < best_cost / best_idle, without dividing: idle may be 0.
             idle = now - head.last_active
-            if best is None or cost * best_idle < best_cost * idle:
-                best, best_idle, best_cost = head, idle, cost
-        return best
+            ranking.append((self._costs[position] / idle if idle > 0 else math.inf, position))
+        heapq.heapify(ranking)
+        self._ranking, self._ranked_at = ranking, now
 
     def goes_before(self, chunk: Chunk, other: Chunk, now: float) -> bool:
-        cost, other_cost = (self._cost_model.chunk_cost(c.position) for c in (chunk, other))
-        left, right = cost * (now - other.last_active), other_cost * (now - chunk.last_active)
-        return left < right or (left == right and chunk.position < other.position)
+        left, right = (
+            (_value(self._cost_model.chunk_cost(c.position), now - c.last_active), c.position) for c in (chunk, other)
+        )
+        return left < right
 
     def __len__(self) -> int:
-        return len(self._oldest)
+        return self._num_chunks
 
     def __iter__(self) -> Iterator[Chunk]:
-        return iter(self._oldest)
+        return chain.from_iterable(self._heaps)
 
     def __contains__(self, chunk: object) -> bool:
-        return chunk in self._oldest
+        return isinstance(chunk, Chunk) and chunk.position < len(self._heaps) and chunk in self._heaps[chunk.position]
+
+
+def _value(cost: float, idle_s: float) -> float:
+    """See RetentionValue; infinite for a chunk that was used just now."""
+    return cost / idle_s if idle_s > 0 else math.inf
 
 
 # By the name in the configuration; what makes one from the cost model.

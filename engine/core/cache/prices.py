@@ -66,8 +66,15 @@ class LoadPrices:
         self._load_s[tier] = known + LOAD_WEIGHT * (seconds - known)
         self._observed_at_s[tier] = now
 
+    def learns_from(self, num_tokens: int) -> bool:
+        """Whether a step that computes so many tokens says what computing costs.
+
+        A few decodes do not, as they cost as much for one token as for some dozens.
+        """
+        return not self._cost_model.is_in_seconds and num_tokens >= 2 * self._cost_model.chunk_size
+
     def note_step(self, segments: Iterable[QuerySegment], seconds: float) -> None:
-        """A step was computed. Decodes tell nothing, as they cost as much for one token as for some dozens."""
+        """A step was computed."""
         model = self._cost_model
         if model.is_in_seconds:
             return
@@ -76,7 +83,7 @@ class LoadPrices:
             context_len = segment.start + segment.query_len / 2
             num_tokens += segment.query_len
             cost += segment.query_len * (model.constant + model.per_context_token * context_len) / model.chunk_size
-        if num_tokens < 2 * model.chunk_size:
+        if not self.learns_from(num_tokens):
             return
         unit_s = seconds / cost
         known = unit_s if self._unit_s is None else self._unit_s
