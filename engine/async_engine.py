@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from engine.grammar.thinking import ThinkingScanner
 from engine.kept_state import KeptState
 from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
+from engine.peer_network import PeerNetwork
 from engine.statistics_log import StatisticsLog
 from engine.step_loop import LookAhead, StepLoop
 from engine.text.logprobs import check_prompt_logprobs, tell_prompt_in_time
@@ -71,11 +72,13 @@ class AsyncEngine:
         config: EngineConfig,
         make_executor: Callable[[EngineConfig], Executor] = make_executor,
         number: int = 0,
+        network: PeerNetwork | None = None,
     ) -> None:
         """Load the model and start the engine thread; blocking.
 
         make_executor: starts the ranks that the config wants, by default on this machine.
         number: of this engine among those with one kv_disk_path; restarted with the same one, it finds what it had.
+        network: for engines that hand KV over to each other; None = this one does not.
 
         Raises ModelLoadError or ConfigError.
         """
@@ -89,7 +92,7 @@ class AsyncEngine:
             self._tokenizer = Tokenizer(
                 location, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
             )
-            kept = KeptState(config, executor, number)
+            kept = KeptState(config, executor, number, network)
             self._core = make_core(config, executor, kept.specs)
         except BaseException:
             if kept is not None:
@@ -227,10 +230,21 @@ class AsyncEngine:
         """Raise AssertionError if an invariant of the cache does not hold; runs between two steps."""
         await self._call(self._core.check_integrity)
 
-    async def drain(self, timeout_s: float) -> None:
+    @property
+    def peer_address(self) -> tuple[str, int] | None:
+        """Where other engines reach this one; None = it hands no KV over."""
+        return self._kept.peer_address
+
+    def set_peers(self, peers: Mapping[str, tuple[str, int]]) -> None:
+        """Hear who the other engines are now, by id, and where. Any thread; returns at once."""
+        self._kept.set_peers(peers)
+
+    async def drain(self, timeout_s: float, next_home: Callable[[str], str | None] | None = None) -> None:
         """Bring what the fast tiers hold to the disk tier, if there is one: the most valuable chunks first.
 
         Takes at most so many seconds, and may be cut off at any time. No request may follow. Raises EngineStoppedError.
+
+        next_home: of a conversation, by its id, the peer that gets it; None = none does.
         """
         deadline = time.monotonic() + timeout_s
         await self._call(lambda: self._core.start_drain(time.monotonic()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from engine.config import EngineConfig
 from engine.core.engine_core import EngineCore
@@ -16,6 +16,7 @@ from engine.core.executor_protocol import Executor
 from engine.core.tier_table import TierSpec
 from engine.executor.group import make_disk_tier
 from engine.executor.tiers.disk_tier import TRANSCRIPT_SHARE
+from engine.peer_network import PeerNetwork
 from engine.text.transcript import ConversationTable, Remembered
 from engine.text.transcript_file import TranscriptFile
 from engine.transports import Transports
@@ -31,10 +32,11 @@ class KeptState:
     transport: of all slow tiers; None = there are none.
     """
 
-    def __init__(self, config: EngineConfig, executor: Executor, number: int) -> None:
+    def __init__(self, config: EngineConfig, executor: Executor, number: int, network: PeerNetwork | None) -> None:
         """Opens what there is, and carries out nothing yet.
 
         number: of this engine among those with one kv_disk_path; restarted with the same one, it finds what it had.
+        network: of engines that hand KV over to each other, if this is one of them.
 
         Raises ConfigError.
         """
@@ -76,6 +78,14 @@ class KeptState:
         with contextlib.suppress(TimeoutError):
             if remembered := await asyncio.wait_for(found, RECALL_TIMEOUT_S):
                 conversations.recall(conversation_id, remembered)
+
+    @property
+    def peer_address(self) -> tuple[str, int] | None:
+        """Where other engines reach this one; None = it hands no KV over."""
+        return None
+
+    def set_peers(self, peers: Mapping[str, tuple[str, int]]) -> None:
+        """Hear who the other engines are now, by id, and where."""
 
     def problems(self) -> dict[str, str]:
         """Why a slow tier cannot be used at present, by its name."""
