@@ -16,10 +16,9 @@ Without `async_scheduling`, the engine thread executes the step itself, makes it
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,15 +33,15 @@ from engine.core.tier_table import FAST_TIERS
 from engine.dialogue.events import parse_answer
 from engine.engine_thread import EngineThread
 from engine.errors import OverloadedError
-from engine.executor.group import make_disk_tier, make_executor
-from engine.executor.tiers.disk_tier import TRANSCRIPT_SHARE, DiskTier
-from engine.executor.tiers.group_tier import GroupTier
+from engine.executor.group import make_executor
 from engine.generation import Generation
 from engine.grammar.interface import GrammarCompiler, Vocabulary
 from engine.grammar.store import GrammarStore
 from engine.grammar.thinking import ThinkingScanner
+from engine.kept_state import KeptState
 from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
+from engine.peer_network import PeerNetwork
 from engine.statistics_log import StatisticsLog
 from engine.step_loop import LookAhead, StepLoop
 from engine.text.logprobs import check_prompt_logprobs, tell_prompt_in_time
@@ -52,12 +51,9 @@ from engine.text.prompt import ChatPrompt, TextPrompt
 from engine.text.prompt_encoder import EncodedPrompt, PromptEncoder
 from engine.text.tokenizer import Tokenizer
 from engine.text.transcript import ConversationTable
-from engine.text.transcript_file import TranscriptFile
 
 # Memory for what conversations have said, their texts and token ids; about.
 MAX_CONVERSATION_BYTES = 1 << 28
-# A prompt is tokenised anew if what its conversation has said is not read from the disk within that, in seconds.
-RECALL_TIMEOUT_S = 1.0
 # How often a drain is looked at, in seconds.
 DRAIN_INTERVAL_S = 0.02
 
@@ -76,11 +72,13 @@ class AsyncEngine:
         config: EngineConfig,
         make_executor: Callable[[EngineConfig], Executor] = make_executor,
         number: int = 0,
+        network: PeerNetwork | None = None,
     ) -> None:
         """Load the model and start the engine thread; blocking.
 
         make_executor: starts the ranks that the config wants, by default on this machine.
         number: of this engine among those with one kv_disk_path; restarted with the same one, it finds what it had.
+        network: for engines that hand KV over to each other; None = this one does not.
 
         Raises ModelLoadError or ConfigError.
         """
@@ -89,31 +87,26 @@ class AsyncEngine:
         location = model_location(config.model)
         self.model_name = config.served_model_name or default_model_name(config.model)
         executor = make_executor(config)
-        self._disk: DiskTier | GroupTier | None = None
+        kept: KeptState | None = None
         try:
             self._tokenizer = Tokenizer(
                 location, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
             )
-            self._disk = make_disk_tier(config, executor, number)
-            self._core = make_core(config, executor, () if self._disk is None else (self._disk.spec,))
+            kept = KeptState(config, executor, number, network)
+            self._core = make_core(config, executor, kept.specs)
         except BaseException:
-            if self._disk is not None:
-                self._disk.close()
+            if kept is not None:
+                kept.close()
             executor.shutdown()  # it may have other processes
             raise
-        self._executor = executor
+        self._executor, self._kept = executor, kept
         self.identity = f"{config.model} {self._tokenizer.fingerprint}"
         facts = executor.facts
         self._bytes_per_block = facts.bytes_per_block
         eos_token_id = self._tokenizer.eos_token_id
         self._eos_token_ids = tuple({*facts.model.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
         self.max_model_len = self._core.scheduling_config.max_model_len
-        self._transcripts: TranscriptFile | None = None
-        if self._disk is not None:
-            num_bytes = int(config.kv_disk_size * TRANSCRIPT_SHARE * (1 << 30))
-            self._transcripts = TranscriptFile(self._disk.folder, num_bytes)
-        keep = {} if self._transcripts is None else {"keep": self._transcripts.put}
-        self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens, **keep)
+        self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens, kept.keep)
         self._prompts = PromptEncoder(
             self._tokenizer,
             self._conversations,
@@ -130,24 +123,12 @@ class AsyncEngine:
         executor.use_grammars(self._grammars)
         self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
         look_ahead = _choose_look_ahead(config, executor)
-        loop = StepLoop(self._core, executor, self._outputs, time.monotonic, look_ahead, self._disk)
+        loop = StepLoop(self._core, executor, self._outputs, time.monotonic, look_ahead, kept.transport)
         log = StatisticsLog(self.get_statistics)
         self._thread = EngineThread(loop, after_step=log.write_if_due, on_end=self._outputs.fail_all)
-        if self._disk is not None:
-            self._run_disk(self._disk)
+        kept.run(self._core, self._thread.put)
         self._cache_watch = CacheWatch(self._core, self._conversations, self._call, time.monotonic)
         self._is_shut_down = False
-
-    def _run_disk(self, disk: DiskTier | GroupTier) -> None:
-        """Serve from it at once; what an earlier process has left there is found meanwhile."""
-        core, put = self._core, self._thread.put
-        core.await_records(disk.spec.name)
-        if disk.read_s is not None:
-            core.note_load_price(disk.spec.name, disk.read_s, time.monotonic())
-        disk.run(
-            lambda records: put(lambda: core.restore(disk.spec.name, records, time.monotonic())),
-            wake=lambda: put(lambda: None),
-        )
 
     async def generate(self, generation: Generation) -> AsyncIterator[OutputDelta]:
         """Stream the answer; what has piled up while the consumer was busy comes as one delta.
@@ -212,10 +193,8 @@ class AsyncEngine:
 
     def tier_problems(self) -> dict[str, str]:
         """Why a slow tier is not used at present, by its name; the engine serves without it and tries it again."""
-        problems = dict.fromkeys(self._core.hanging_tiers(time.monotonic()), "a transfer does not end")
-        if self._disk is not None and self._disk.problem is not None:
-            problems[self._disk.spec.name] = self._disk.problem
-        return problems
+        hanging = dict.fromkeys(self._core.hanging_tiers(time.monotonic()), "a transfer does not end")
+        return hanging | self._kept.problems()
 
     async def map_cache(self, query: CacheQuery) -> CacheView:
         """Where the chunks of the watchers' conversations are now, and what was evicted since they watch.
@@ -251,10 +230,21 @@ class AsyncEngine:
         """Raise AssertionError if an invariant of the cache does not hold; runs between two steps."""
         await self._call(self._core.check_integrity)
 
-    async def drain(self, timeout_s: float) -> None:
+    @property
+    def peer_address(self) -> tuple[str, int] | None:
+        """Where other engines reach this one; None = it hands no KV over."""
+        return self._kept.peer_address
+
+    def set_peers(self, peers: Mapping[str, tuple[str, int]]) -> None:
+        """Hear who the other engines are now, by id, and where. Any thread; returns at once."""
+        self._kept.set_peers(peers)
+
+    async def drain(self, timeout_s: float, next_home: Callable[[str], str | None] | None = None) -> None:
         """Bring what the fast tiers hold to the disk tier, if there is one: the most valuable chunks first.
 
         Takes at most so many seconds, and may be cut off at any time. No request may follow. Raises EngineStoppedError.
+
+        next_home: of a conversation, by its id, the peer that gets it; None = none does.
         """
         deadline = time.monotonic() + timeout_s
         await self._call(lambda: self._core.start_drain(time.monotonic()))
@@ -269,20 +259,8 @@ class AsyncEngine:
         await asyncio.to_thread(self._grammars.close)
         if not self._is_shut_down:
             self._is_shut_down = True
-            if self._transcripts is not None:
-                await asyncio.to_thread(self._transcripts.close)  # before another process may have the folder
-            if self._disk is not None:
-                await asyncio.to_thread(self._disk.close)
+            await asyncio.to_thread(self._kept.close)
             self._executor.shutdown()
-
-    async def _recall(self, conversation_id: str) -> None:
-        """Remember what a conversation has said in an earlier process, if that is known soon."""
-        if self._transcripts is None or self._conversations.knows(conversation_id):
-            return
-        found = asyncio.wrap_future(self._transcripts.find(conversation_id))
-        with contextlib.suppress(TimeoutError):
-            if remembered := await asyncio.wait_for(found, RECALL_TIMEOUT_S):
-                self._conversations.recall(conversation_id, remembered)
 
     async def _encode(self, generation: Generation) -> EncodedPrompt:
         """The prompt as token ids."""
@@ -290,7 +268,7 @@ class AsyncEngine:
         if beginning is not None and beginning.prompt is not None:
             return self._prompts.take_prompt(generation.prompt, beginning.prompt)
         if generation.conversation_id is not None and generation.beginning is None:
-            await self._recall(generation.conversation_id)
+            await self._kept.recall(generation.conversation_id, self._conversations)
         return await self._prompts.encode(
             generation.prompt,
             tenant=generation.tenant,

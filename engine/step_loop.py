@@ -72,6 +72,18 @@ class Transport(Protocol):
         ...
 
 
+class PeerAnswers(Protocol):
+    """Told what the core does not do, or has done, for peers. Both calls return at once."""
+
+    def decline(self, keys: Iterable[bytes]) -> None:
+        """These chunks, which peers have asked for, are not sent."""
+        ...
+
+    def end_offers(self, offer_ids: Iterable[str]) -> None:
+        """All that was wanted of these offers has come, or does not."""
+        ...
+
+
 class _Launched(NamedTuple):
     plan: StepPlan
     wait: Callable[[], StepResult]
@@ -88,18 +100,21 @@ class StepLoop:
         now: Callable[[], float],
         look_ahead: LookAhead,
         transport: Transport | None = None,
+        peers: PeerAnswers | None = None,
     ) -> None:
         """Computes nothing yet.
 
         now: the time in seconds, for the core.
         look_ahead: may be changed between two steps, if none is in flight.
         transport: for slow tiers; None = there are none.
+        peers: if one of them is that of other engines.
         """
         self.look_ahead = look_ahead
         self._core = core
         self._executor = executor
         self._outputs = outputs
         self._transport = transport
+        self._peers = peers
         self._now = now
         self._in_flight: deque[_Launched] = deque()
         self._num_failures = 0  # in a row
@@ -150,6 +165,11 @@ class StepLoop:
         if self._transport is not None:
             for transfer in self._core.take_transfers():
                 self._transport.start(transfer)
+        if self._peers is not None and self._core.handover is not None:
+            if declined := self._core.handover.take_declined():
+                self._peers.decline(declined)
+            if ended := self._core.handover.take_ended_offers():
+                self._peers.end_offers(ended)
 
     def _launch(self, plan: StepPlan | None) -> None:
         self._start_transfers()

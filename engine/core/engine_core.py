@@ -55,7 +55,10 @@ class RequestOutput(NamedTuple):
 
 
 class EngineCore:
-    """Scheduler and cache manager under one roof. Not thread-safe; makes no call that waits."""
+    """Scheduler and cache manager under one roof. Not thread-safe; makes no call that waits.
+
+    handover: of chunks between this engine and others; None unless there is a tier for it.
+    """
 
     def __init__(self, cache: CacheConfig, scheduling: SchedulingConfig) -> None:
         """Raises ConfigError if the GPU tier cannot hold one context of max_model_len: such a request could never run."""
@@ -69,6 +72,7 @@ class EngineCore:
         self.scheduling_config = scheduling
         self.stats = EngineStats([tier.name for tier in cache.tiers])
         self._cache = CacheManager(cache, self.stats)
+        self.handover = self._cache.handover
         self._scheduler = Scheduler(scheduling, self._cache, self.stats)
         self._runs = DecodeRuns(self._scheduler, self._cache, self.stats)
         self._requests: dict[str, Request] = {}
@@ -136,6 +140,8 @@ class EngineCore:
             waiting.remove(victim)
             shed.append(victim)
         for request in shed:
+            if self.handover is not None:
+                self.handover.forget(request.request_id)
             request.status = RequestStatus.FINISHED
             del self._requests[request.request_id]
         self.stats.num_refused += len(shed)
@@ -268,7 +274,7 @@ class EngineCore:
 
     def complete_transfer(self, end: TransferEnd, now: float) -> None:
         """A transfer of a slow tier has ended."""
-        self._cache.slow_transfers.complete(end, now)
+        self._cache.complete_transfer(end, now)
         self._scheduler.end_transfer(end.transfer_id)
 
     def await_records(self, tier_name: str) -> None:
@@ -284,7 +290,7 @@ class EngineCore:
         self._cache.restore(tier_name, records, now)
 
     def start_drain(self, now: float) -> None:
-        """Bring what the fast tiers hold to a slow one, if there is one. No request may follow."""
+        """Bring what the fast tiers hold to a slow one that keeps it, if there is one. No request may follow."""
         self._cache.start_drain(now)
 
     def is_drained(self, now: float) -> bool:
@@ -298,8 +304,10 @@ class EngineCore:
         return [tier.name for tier in cache.tiers.slow if cache.slow_transfers.hangs(tier, now)]
 
     def next_deadline_s(self) -> float | None:
-        """The time at which a request stops waiting for a slow tier, so that steps go on; None = none waits."""
+        """The time at which a request, or a peer, stops waiting for a slow tier, so that steps go on; None = none waits."""
         deadlines = [request.load_deadline_s for request in self._scheduler.loading]
+        if self.handover is not None:
+            deadlines.append(self.handover.sends.deadline_s)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def abort(self, request_id: str, now: float) -> None:

@@ -129,11 +129,13 @@ class TransferEnd:
 
     ok: the target holds, whole and right, what the source held.
     seconds: what it took of the tier's time, without waiting; None = not measured.
+    gone: not ok, but no fault of the tier: a peer no longer has the chunk, or is no longer there.
     """
 
     transfer_id: int
     ok: bool
     seconds: float | None = None
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

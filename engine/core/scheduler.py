@@ -97,6 +97,11 @@ class Scheduler:
             del self.loading[request]
         else:
             self.waiting.remove(request)
+        self._expect_no_more(request)
+
+    def _expect_no_more(self, request: Request) -> None:
+        if self._cache.handover is not None:
+            self._cache.handover.forget(request.request_id)
 
     def forget_step(self, plan: StepPlan) -> None:
         """The executor failed at `plan`: tell it again, next time, which requests have ended."""
@@ -221,14 +226,7 @@ class Scheduler:
         self, draft: _Draft, starts: Sequence[RequestStart], appends: Sequence[BlockAppend], now: float
     ) -> StepPlan | None:
         """With the swap-outs that go beside it. None where there is nothing to do."""
-        max_swap_outs = self._cache.config.max_swap_outs
-        if self._cache.transfers.planned.swap_ins:
-            max_swap_outs //= 4  # the two directions slow each other down (paper section 5)
-        if self._cache.drain is None:
-            self._cache.allocator.plan_swap_outs(self._watermark_blocks, max_swap_outs, now)
-            self._cache.allocator.plan_stores(self._cache.config.swap_out_watermark, max_swap_outs, now)
-        else:
-            self._cache.drain.plan(now)
+        self._cache.plan_copies(self._watermark_blocks, now)
         if not draft.segments and not self._cache.transfers.planned:
             return None
         self._step_id += 1
@@ -374,7 +372,7 @@ class Scheduler:
             request = self.waiting.peek()
             has_place = len(self.running) < self._config.max_num_seqs
             # Nothing is started without budget; but where decodes take all of it, each gives a token back with its place.
-            if request is not None and self._cache.tiers.slow and self._try_start_loading(request, now):
+            if request is not None and self._cache.has_slow_chunks and self._try_start_loading(request, now):
                 continue
             if request is None or (not draft.budget and (has_place or draft.num_prompt_tokens)):
                 break
@@ -388,6 +386,7 @@ class Scheduler:
             self._count_admission(request)
             request.status = RequestStatus.RUNNING
             request.loads, request.load_deadline_s = {}, None
+            self._expect_no_more(request)
             request.num_known_tokens = request.num_tokens
             self.running.append(request)
             starts.append(

@@ -16,6 +16,8 @@ from engine.errors import ConfigError
 GPU = "gpu"
 CPU = "cpu"
 FAST_TIERS = (GPU, CPU)
+# Other engines: the slow tier whose blocks are no memory, but places for chunks that are expected from a peer or sent to one.
+PEER = "peer"
 # What is shown instead of a tier for a chunk that lies in both fast ones, and for one that lies in none.
 BOTH = "both"
 DROPPED = "dropped"
@@ -31,6 +33,8 @@ class TierSpec:
         tier is left alone until that has ended.
     stores_first_use: chunks are stored there although they were used once only.
     rewrite_s: in so many seconds no more is stored, on average, than the tier holds; 0 = no bound.
+    is_store: it keeps what is stored there. False = it is PEER: a chunk has a block there only as long as it is expected, and
+        a transfer to it sends the chunk away.
     """
 
     name: str
@@ -39,6 +43,7 @@ class TierSpec:
     max_wait_s: float = 10.0
     stores_first_use: bool = True
     rewrite_s: float = 0.0
+    is_store: bool = True
 
 
 def tier_row(num_gpu_blocks: int, num_cpu_blocks: int, slow_tiers: Sequence[TierSpec] = ()) -> tuple[TierSpec, ...]:

@@ -231,10 +231,10 @@ def test_another_model_finds_nothing(tmp_path, tiny_model):
 def test_two_engines_on_one_path(tmp_path):
     """Each has a folder; after a restart each finds its own if it has the same number."""
     engines = [AsyncEngine(EngineConfig.from_options(options(tmp_path)), number=number) for number in (0, 1)]
-    folders = [engine._disk.folder() for engine in engines]
+    folders = [engine._kept.disk.folder() for engine in engines]
     assert [folder.name.rpartition("-")[2] for folder in folders] == ["0", "1"]
     third = AsyncEngine(EngineConfig.from_options(options(tmp_path)), number=1)
-    assert third._disk.folder().name.endswith("-2")
+    assert third._kept.disk.folder().name.endswith("-2")
 
     async def shut_down() -> None:
         for engine in (*engines, third):
@@ -320,7 +320,7 @@ def test_what_a_tail_is_followed_by_stays_in_the_process(tmp_path):
     with served(tmp_path, {}) as server:
         cpu = server.engine._executor.cpu_store
         cpu.storage.fill_(7.0)
-        disk: DiskTier = server.engine._disk
+        disk: DiskTier = server.engine._kept.disk
         for block in range(3):
             for pools in cpu.layer_pools:
                 for pool in pools:

@@ -129,14 +129,17 @@ class Allocator:
         watermark: until this share of the secondary tier's blocks is free or reclaimable.
         max_blocks: most stores at a time.
         """
-        if not self._tiers.slow:
+        if not self._tiers.stores:
             return
-        tier, secondary = self._tiers.slow[0], self._secondary
+        tier, secondary = self._tiers.stores[0], self._secondary
         num_wanted = self._num_stores_wanted(watermark)
         for _ in range(min(num_wanted, max_blocks - self._slow.num_stores)):
             victim = secondary.to_store.choose_victim(now)
             if victim is None or not self._slow.may_store(tier, now):
                 return
+            if self._slow.find(victim) is not None:  # it is on its way from a peer, and was computed meanwhile
+                self._tiers.refuse_to_store(victim)
+                continue
             if not self.is_worth_storing(victim, tier):
                 continue
             block_id = self.try_block(tier, victim, now, is_ahead_of_time=True)
@@ -207,11 +210,12 @@ class Allocator:
         if secondary_block is not None:
             self._note(primary, "swapped_out", victim, now)
             self._transfers.plan_eviction(victim, primary_block, secondary_block)
-        elif tiers.slow_tier_of(victim) is not None:
+        elif tiers.store_of(victim) is not None:
             self._note(primary, "reclaimed", victim, now)
             tiers.file(victim)
         else:
             self._note(primary, "dropped", victim, now)
+            tiers.expect_no_more(victim)
             self._index.drop(victim)
 
     def _try_drop_spare_copy(self, tier: Tier, now: float) -> bool:
@@ -230,11 +234,12 @@ class Allocator:
         if _is_in_faster_tier(victim, tier):
             self._note(tier, "copy_dropped", victim, now)
             self._tiers.file(victim)
-        elif self._tiers.slow_tier_of(victim) is not None:
+        elif self._tiers.store_of(victim) is not None:
             self._note(tier, "reclaimed", victim, now)
             self._tiers.file(victim)
         else:
             self._note(tier, "dropped", victim, now)
+            self._tiers.expect_no_more(victim)
             self._index.drop(victim)
 
     def _note(self, tier: Tier, what: str, chunk: Chunk, now: float) -> None:

@@ -12,7 +12,8 @@ The request's row holds all five, pinned. Full chunks are named in the index whe
 when the request ends. A chunk still without a name when its request ends is freed.
 
 The parts: `index` finds chunks by content, `matching` whole contexts; `tier` files chunks by where their blocks may be
-taken; `allocation` gives out blocks; `transfers` are the copies of steps, `slow_transfers` those that outlive steps.
+taken; `allocation` gives out blocks; `transfers` are the copies of steps, `slow_transfers` those that outlive steps;
+`handover` is what engines give each other.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from engine.core.cache.allocation import Allocator
 from engine.core.cache.cost_model import CostModel
 from engine.core.cache.drain import Drain
 from engine.core.cache.eviction import make_policy
+from engine.core.cache.handover import Handover
 from engine.core.cache.index import Chunk, ChunkIndex, chunk_key
 from engine.core.cache.matching import ContextMatch, ContextMatcher
 from engine.core.cache.prices import LoadPrices
@@ -33,7 +35,7 @@ from engine.core.cache.tier import Tier, Tiers
 from engine.core.cache.transfers import Transfers
 from engine.core.cache_map import CacheMap, EvictionLog
 from engine.core.config import CacheConfig
-from engine.core.plan import ChunkRecord
+from engine.core.plan import ChunkRecord, TransferEnd
 from engine.core.request import ContextAccount, Request
 from engine.core.stats import EngineStats
 from engine.core.tier_table import BOTH
@@ -63,6 +65,7 @@ class CacheManager:
     slow_transfers: those from and to slow tiers.
     allocator: makes copies ahead of time, and tiers smaller.
     prices: of loading from slow tiers.
+    handover: of chunks between this engine and others; None unless there is a tier for it.
     drain: brings everything to the slow tiers; None unless the engine is about to end.
     map: what an observer is shown.
     """
@@ -94,6 +97,18 @@ class CacheManager:
         )
         self._matcher = ContextMatcher(self.index, config.model)
         self.match_context = self._matcher.match
+        self.handover: Handover | None = None
+        if self.tiers.peer is not None:
+            self.handover = Handover(
+                self.tiers,
+                self.index,
+                self._matcher,
+                self.transfers,
+                self.slow_transfers,
+                self.allocator,
+                self.prices,
+                self.tiers.peer,
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -104,6 +119,11 @@ class CacheManager:
     def num_available_blocks(self) -> int:
         """Blocks that a request could get: free ones, those of chunks that are not pinned, and those held back."""
         return self._primary.num_available
+
+    @property
+    def has_slow_chunks(self) -> bool:
+        """Whether there may be something in a slow tier."""
+        return any(tier.pool.num_used for tier in self.tiers.slow)
 
     def num_chunks(self, num_tokens: int) -> int:
         """Chunks (= blocks) that a context of `num_tokens` takes."""
@@ -181,6 +201,7 @@ class CacheManager:
             if chunk.key is not None:
                 request.loads[chunk.key] = tier.name
             if transfer is not None and self.slow_transfers.is_load(transfer):
+                self.slow_transfers.await_load(transfer)
                 transfer_ids.add(transfer.transfer_id)
         if not transfer_ids and not has_to_wait:
             return None
@@ -208,8 +229,9 @@ class CacheManager:
                 (wanted if is_cheap else refused).append((position, chunk, num_valid, tier))
         if wanted:
             compute_cost = self.prices.compute_cost((position, num) for position, _, num, _ in wanted)
-            tier = wanted[-1][-1]
-            if (len(wanted) + self.slow_transfers.num_loads) * self.prices.load_cost(tier.name) > compute_cost:
+            load_cost = sum(self.prices.load_cost(tier.name) for *_, tier in wanted)
+            queued_cost = self.slow_transfers.num_loads * self.prices.load_cost(wanted[-1][-1].name)
+            if load_cost + queued_cost > compute_cost:
                 refused, wanted = wanted, []
         if refused and not request.loads:
             tier = refused[-1][-1]
@@ -220,6 +242,25 @@ class CacheManager:
                 if block_id is not None:
                     self.slow_transfers.plan_load(chunk, tier, block_id, now)
         return wanted
+
+    def complete_transfer(self, end: TransferEnd, now: float) -> None:
+        """A slow transfer has ended."""
+        self.slow_transfers.complete(end, now)
+        if self.handover is not None:
+            self.handover.end_transfer(end.transfer_id)
+
+    def plan_copies(self, watermark_blocks: int, now: float) -> None:
+        """Plan what goes beside the next step: copies ahead of time, or those of a drain; and what peers have asked for."""
+        if self.drain is None:
+            max_swap_outs = self.config.max_swap_outs
+            if self.transfers.planned.swap_ins:
+                max_swap_outs //= 4  # the two directions slow each other down (paper section 5)
+            self.allocator.plan_swap_outs(watermark_blocks, max_swap_outs, now)
+            self.allocator.plan_stores(self.config.swap_out_watermark, max_swap_outs, now)
+        else:
+            self.drain.plan(now)
+        if self.handover is not None:
+            self.handover.plan(now)
 
     def await_records(self, tier_name: str) -> None:
         """Give out no block of that tier until `restore` tells what lies there. Before the first request."""
@@ -322,8 +363,8 @@ class CacheManager:
     # -- before the engine ends ----------------------------------------------------------------------------------------
 
     def start_drain(self, now: float) -> None:
-        """From now on, bring everything to the first slow tier, if there is one. No request may follow."""
-        if self.tiers.slow:
+        """From now on, bring everything to the first slow tier that keeps it, if there is one. No request may follow."""
+        if self.tiers.stores:
             self.drain = Drain(
                 self.tiers, self.index, self.transfers, self.slow_transfers, self.allocator, self._cost_model, now
             )
@@ -493,3 +534,5 @@ class CacheManager:
             assert (chunk.key is not None) == (chunk in named)
         self.tiers.check_integrity(named, chunks)
         self.slow_transfers.check_integrity()
+        if self.handover is not None:
+            self.handover.check_integrity()

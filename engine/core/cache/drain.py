@@ -36,14 +36,14 @@ class Drain:
         self._transfers = transfers
         self._slow = slow
         self._allocator = allocator
-        self._tier = tiers.slow[0]
+        self._tier = tiers.stores[0]
 
         def value(chunk: Chunk) -> float:
             known = retention_value(cost_model, chunk.position, now - chunk.last_active)
             return math.inf if known is None else known
 
         # The next one is the last one.
-        self._rest = sorted((chunk for chunk in index if tiers.slow_tier_of(chunk) is None), key=value)
+        self._rest = sorted((chunk for chunk in index if tiers.store_of(chunk) is None), key=value)
 
     def is_done(self, now: float) -> bool:
         """Whether nothing is left to plan and nothing under way, or the tier takes nothing."""
@@ -58,10 +58,13 @@ class Drain:
         later: list[Chunk] = []
         while self._rest and num_stores > 0 and len(later) < MAX_COPIES and self._slow.takes_chunks(tier, now):
             chunk = self._rest.pop()
-            if chunk in secondary.arriving:
+            transfer = self._slow.find(chunk)
+            if chunk in secondary.arriving or (transfer is not None and self._slow.is_send(transfer)):
                 later.append(chunk)
                 continue
-            if chunk.pins or chunk.key is None or tiers.slow_tier_of(chunk) is not None or self._slow.find(chunk):
+            if chunk.pins or chunk.key is None or tiers.store_of(chunk) is not None or transfer is not None:
+                continue
+            if chunk.blocks[0] is None and chunk.blocks[1] is None:  # a peer has it
                 continue
             if not self._allocator.is_worth_storing(chunk, tier):
                 continue

@@ -122,6 +122,10 @@ class ChunkIndex:
                     return chunk
         return None
 
+    def tail_lengths(self, parent_key: bytes) -> list[int]:
+        """How many tokens the tails under `parent_key` have, the longest first."""
+        return sorted(self._tail_lengths.get(parent_key, ()), reverse=True)
+
     def insert(self, chunk: Chunk, key: bytes, parent_key: bytes) -> bool:
         """Name `chunk`; False, and the chunk unchanged, if an equal one already has that name."""
         self._dropped.pop(key, None)

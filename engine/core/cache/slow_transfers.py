@@ -1,8 +1,9 @@
 """The transfers of slow tiers: planned, in flight, then complete or failed; each for as long as it takes.
 
-A transfer moves one chunk between its block in a slow tier and one in the secondary tier. It pins no chunk: only its two
-blocks are lent to it. So a chunk may be used, evicted from elsewhere, or lose its name meanwhile; what has arrived when the
-transfer ends belongs to whichever chunk has the name then. There is at most one transfer of a chunk at a time.
+A transfer moves one chunk between its block in a slow tier and one in the secondary tier: a load from there, a store to a
+tier that keeps it, a send to a peer. It pins no chunk: only its two blocks are lent to it. So a chunk may be used, evicted
+from elsewhere, or lose its name meanwhile; what has arrived when the transfer ends belongs to whichever chunk has the name
+then. There is at most one transfer of a chunk at a time.
 """
 
 from __future__ import annotations
@@ -53,18 +54,33 @@ class SlowTransfers:
         self._states = {tier.name: _TierState() for tier in tiers.slow}
         self._num_started = 0
         self._num_loads = 0
+        self._num_sends = 0
+        self._unawaited: set[int] = set()
 
     @property
     def num_loads(self) -> int:
         return self._num_loads
 
     @property
+    def num_awaited_loads(self) -> int:
+        """Those that were planned for a request that waits for them."""
+        return self._num_loads - len(self._unawaited)
+
+    @property
+    def num_sends(self) -> int:
+        return self._num_sends
+
+    @property
     def num_stores(self) -> int:
-        return len(self._open) - self._num_loads
+        return len(self._open) - self._num_loads - self._num_sends
 
     def is_load(self, transfer: SlowTransfer) -> bool:
         """Whether it brings a chunk to the secondary tier."""
         return transfer.copy.target_tier == self._secondary.name
+
+    def is_send(self, transfer: SlowTransfer) -> bool:
+        """Whether it brings a chunk to a peer."""
+        return not self._tiers.by_name[transfer.copy.target_tier].spec.is_store
 
     def find(self, chunk: Chunk) -> SlowTransfer | None:
         """The transfer of a named chunk that has not ended, if there is one."""
@@ -104,25 +120,46 @@ class SlowTransfers:
 
     # -- planning ------------------------------------------------------------------------------------------------------
 
-    def plan_load(self, chunk: Chunk, tier: Tier, target_block: int, now: float) -> SlowTransfer:
-        """Bring a named, unpinned chunk from a slow tier to a new block of the secondary tier."""
+    def plan_load(
+        self, chunk: Chunk, tier: Tier, target_block: int, now: float, *, is_awaited: bool = True
+    ) -> SlowTransfer:
+        """Bring a named, unpinned chunk from a slow tier to a new block of the secondary tier.
+
+        is_awaited: by a request, which counts as a use of the chunk.
+        """
+        assert not chunk.pins, f"{chunk} is in use"
         self._num_loads += 1
-        return self._plan(chunk, tier, self._secondary, target_block, now)
+        transfer = self._plan(chunk, tier, self._secondary, target_block, now)
+        if not is_awaited:
+            self._unawaited.add(transfer.transfer_id)
+        return transfer
+
+    def await_load(self, transfer: SlowTransfer) -> None:
+        """A request waits for a load that was planned before."""
+        self._unawaited.discard(transfer.transfer_id)
 
     def plan_store(self, chunk: Chunk, tier: Tier, target_block: int, now: float) -> SlowTransfer:
         """Bring a named, unpinned chunk from the secondary tier to a new block of a slow one."""
+        assert not chunk.pins, f"{chunk} is in use"
         self._states[tier.name].num_stores_left -= 1
         return self._plan(chunk, self._secondary, tier, target_block, now)
+
+    def plan_send(self, chunk: Chunk, peer: Tier, target_block: int, now: float) -> SlowTransfer:
+        """Send a named chunk from the secondary tier to a peer, by way of a free block. A pinned chunk is as good as any."""
+        self._num_sends += 1
+        return self._plan(chunk, self._secondary, peer, target_block, now)
 
     def _plan(self, chunk: Chunk, source: Tier, target: Tier, target_block: int, now: float) -> SlowTransfer:
         source_block = chunk.blocks[source.number]
         assert source_block is not None, f"{chunk} has no block in the {source.name} tier"
         assert chunk.key is not None, f"{chunk} has no name"
-        assert not chunk.pins, f"{chunk} is in use"
-        self._tiers.unfile(chunk)
+        source.spare.pop(chunk, None)
+        if not chunk.pins:
+            self._tiers.unfile(chunk)
         source.lent[source_block] = chunk
         target.lent[target_block] = None
-        self._tiers.file(chunk)
+        if not chunk.pins:
+            self._tiers.file(chunk)
         self._num_started += 1
         transfer = SlowTransfer(
             transfer_id=self._num_started,
@@ -149,12 +186,18 @@ class SlowTransfers:
 
     # -- ending --------------------------------------------------------------------------------------------------------
 
-    def complete(self, end: TransferEnd, now: float) -> None:
-        """A transfer has ended; transfers may end in any order. A source that could not be read is forgotten."""
+    def complete(self, end: TransferEnd, now: float) -> SlowTransfer:
+        """A transfer has ended; transfers may end in any order. A source that could not be read is forgotten.
+
+        So is a source that is a peer: what was expected of it has come, or does not.
+        """
         transfer = self._open.pop(end.transfer_id)
         del self._by_key[transfer.key]
         ok, is_load, copy = end.ok, self.is_load(transfer), transfer.copy
+        is_awaited = end.transfer_id not in self._unawaited
+        self._unawaited.discard(end.transfer_id)
         self._num_loads -= is_load
+        self._num_sends -= self.is_send(transfer)
         source, target = self._tiers.by_name[copy.source_tier], self._tiers.by_name[copy.target_tier]
         self._note_outcome(transfer, end, now)
         chunk = self._index.match(transfer.key)
@@ -162,22 +205,23 @@ class SlowTransfers:
         if chunk is not None and is_filed:
             self._tiers.unfile(chunk)
         source.end_loan(copy.source)
-        if ok and chunk is not None and chunk.blocks[target.number] is None:
+        if ok and chunk is not None and chunk.blocks[target.number] is None and target.spec.is_store:
             chunk.blocks[target.number] = copy.target
             target.lent[copy.target] = chunk
         target.end_loan(copy.target)
         if chunk is None:
-            return
-        if is_load and not ok and chunk.blocks[source.number] == copy.source:
+            return transfer
+        if is_load and not (ok and source.spec.is_store) and chunk.blocks[source.number] == copy.source:
             source.free_block(chunk)
         if not is_filed:
             self._tiers.note_spare_copies(chunk)
         elif all(block is None for block in chunk.blocks):
             self._index.drop(chunk)
         else:
-            if is_load and ok:
-                chunk.last_active = now  # a request waits for it
+            if is_load and ok and is_awaited:
+                chunk.last_active = now
             self._tiers.file(chunk)
+        return transfer
 
     def _slow_tier_of(self, transfer: SlowTransfer) -> str:
         return transfer.copy.source_tier if self.is_load(transfer) else transfer.copy.target_tier
@@ -192,7 +236,9 @@ class SlowTransfers:
         outcome = what if end.ok else ("load_failed" if is_load else "store_failed")
         self._stats.slow_transfers[f"{tier}_{outcome}"] += 1
         if not end.ok:
-            if now >= state.paused_until_s.get(is_load, now):  # those that were under way tell nothing new
+            if not end.gone and now >= state.paused_until_s.get(
+                is_load, now
+            ):  # those that were under way tell nothing new
                 state.num_failures[is_load] += 1
                 num_too_many = state.num_failures[is_load] - (MAX_FAILED_LOADS if is_load else 0)
                 if num_too_many > 0:
@@ -215,3 +261,5 @@ class SlowTransfers:
             assert sorted(tier.lent) == sorted(lent[tier.name]), tier.name
         assert len(self._by_key) == len(self._open) == sum(len(state.open) for state in self._states.values())
         assert self._num_loads == sum(map(self.is_load, self._open.values()))
+        assert self._num_sends == sum(map(self.is_send, self._open.values()))
+        assert all(self.is_load(self._open[transfer_id]) for transfer_id in self._unawaited)

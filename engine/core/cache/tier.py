@@ -123,14 +123,17 @@ class Tiers:
     """The row of tiers, the fastest first.
 
     primary: the one whose blocks steps compute in. secondary: exchanges blocks with it inside of plans. slow: all others,
-    which exchange blocks with the secondary one, outside of plans.
+    which exchange blocks with the secondary one, outside of plans. stores: of these, the ones that keep what is stored there.
+    peer: the one that does not, if there is one; see TierSpec.is_store.
     """
 
     def __init__(self, specs: Sequence[TierSpec], make_policy: Callable[[], EvictionPolicy]) -> None:
         self.row = tuple(Tier(number, spec, make_policy) for number, spec in enumerate(specs))
         self.primary, self.secondary, *slow = self.row
         self.slow = tuple(slow)
-        self._stores_first_use = bool(slow) and slow[0].spec.stores_first_use
+        self.stores = tuple(tier for tier in slow if tier.spec.is_store)
+        self.peer = next((tier for tier in slow if not tier.spec.is_store), None)
+        self._stores_first_use = bool(self.stores) and self.stores[0].spec.stores_first_use
         self._no_copies = (None,) * (len(self.row) - 1)
         self.by_name = {tier.name: tier for tier in self.row}
 
@@ -155,8 +158,15 @@ class Tiers:
         return chunk
 
     def slow_tier_of(self, chunk: Chunk) -> Tier | None:
-        """The fastest slow tier that has the chunk; None if none has."""
+        """The fastest slow tier that has the chunk, or from which it is expected; None if there is none."""
         for tier in self.slow:
+            if chunk.blocks[tier.number] is not None:
+                return tier
+        return None
+
+    def store_of(self, chunk: Chunk) -> Tier | None:
+        """The fastest slow tier that keeps the chunk; None if none does."""
+        for tier in self.stores:
             if chunk.blocks[tier.number] is not None:
                 return tier
         return None
@@ -192,7 +202,7 @@ class Tiers:
                 self.secondary.sole.insert(chunk)
             return
         if is_in_secondary:
-            self.secondary.file(chunk, is_copied=self.slow_tier_of(chunk) is not None)
+            self.secondary.file(chunk, is_copied=self.store_of(chunk) is not None)
         for tier in self.slow:
             if chunk.blocks[tier.number] is not None:
                 tier.file(chunk, is_copied=False)
@@ -213,7 +223,7 @@ class Tiers:
                 self.secondary.sole.remove(chunk)
             return
         if is_in_secondary:
-            self.secondary.unfile(chunk, is_copied=self.slow_tier_of(chunk) is not None)
+            self.secondary.unfile(chunk, is_copied=self.store_of(chunk) is not None)
         for tier in self.slow:
             if chunk.blocks[tier.number] is not None:
                 tier.unfile(chunk, is_copied=False)
@@ -243,6 +253,11 @@ class Tiers:
         self.secondary.spare.pop(chunk, None)
         for tier in self.slow:
             tier.spare.pop(chunk, None)
+
+    def expect_no_more(self, chunk: Chunk) -> None:
+        """Take away the place of an unfiled chunk that was expected from a peer."""
+        if self.peer is not None:
+            self.peer.free_block(chunk)
 
     def free_copies(self, chunk: Chunk) -> None:
         """Take away all blocks of a pinned chunk but that of the primary tier."""
@@ -283,4 +298,4 @@ class Tiers:
     def _is_copied(self, chunk: Chunk, tier: Tier) -> bool:
         if tier is self.primary:
             return chunk.blocks[1] is not None
-        return tier is self.secondary and self.slow_tier_of(chunk) is not None
+        return tier is self.secondary and self.store_of(chunk) is not None

@@ -120,7 +120,7 @@ class Transfers:
             self._secondary.arriving.discard(chunk)
             self._secondary.spare.pop(chunk, None)
             self._secondary.free_block(chunk)
-            is_lost = chunk.blocks[0] is None and tiers.slow_tier_of(chunk) is None
+            is_lost = chunk.blocks[0] is None and tiers.store_of(chunk) is None
             if is_lost or chunk in self._primary.arriving:  # evicted, or evicted and on its way back
                 self._index.drop(chunk)
             tiers.unpin(chunk)
