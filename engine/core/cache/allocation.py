@@ -162,7 +162,7 @@ class Allocator:
         num_blocks = num_uncopied
         if len(primary.sole):
             num_blocks = min(num_blocks, self.num_ready_blocks - watermark_blocks)
-        if self._tiers.slow and len(secondary.to_store):
+        if self._tiers.stores and len(secondary.to_store):
             # A chunk that is filled pins its twin in the secondary tier, if there is one: one stored chunk less that may go.
             num_blocks = min(num_blocks, -self._num_stores_wanted(store_watermark) - num_running)
         return None if num_blocks < 0 else num_blocks
