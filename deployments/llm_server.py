@@ -30,6 +30,7 @@ from deployments.generation import (
     ReplicaCache,
 )
 from deployments.metrics import EngineMetrics
+from deployments.routing.load import LoadMeter, ReplicaLoad
 from deployments.routing.peers import Peers
 from deployments.routing.session_router import RANK
 from engine.cache_view import CacheQuery
@@ -83,6 +84,7 @@ class LLMServer:
         self._stream_interval_s = stream_interval_s
         self._num_speaking = 0
         self._drain_s = drain_s
+        self._load_meter = LoadMeter()
         log_engine_with_serve()
         start_s = time.monotonic()
         try:
@@ -176,10 +178,17 @@ class LLMServer:
     async def get_statistics(self) -> dict[str, Any]:
         return {"replica_rank": self.replica_rank(), **self._engine.get_statistics()}
 
-    async def get_load(self) -> tuple[int, int]:
-        """(rank, requests that run or wait)."""
+    async def get_load(self) -> tuple[int, ReplicaLoad]:
+        """The rank, and how busy the replica is."""
         statistics = self._engine.get_statistics()
-        return self.replica_rank(), statistics["num_requests_running"] + statistics["num_requests_waiting"]
+        num_running, num_waiting = statistics["num_requests_running"], statistics["num_requests_waiting"]
+        num_ended = statistics["num_finished"] + statistics["num_aborted"] + statistics["num_failed"]
+        return self.replica_rank(), ReplicaLoad(
+            num_requests=num_running + num_waiting,
+            num_ahead=num_waiting or min(0, num_running - self._config.max_num_seqs),
+            turn_s=self._load_meter.turn_s(num_ended, num_waiting, time.monotonic()),
+            compute_s=self._engine.token_compute_s,
+        )
 
     async def map_cache(self, query: CacheQuery) -> ReplicaCache:
         """Where the chunks are, for watchers. Raises EngineStoppedError."""

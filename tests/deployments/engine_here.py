@@ -30,7 +30,7 @@ class EngineHere(LLMServer):
         return await self.describe()
 
     async def load(self) -> int:
-        return (await self.get_load())[1]
+        return (await self.get_load())[1].num_requests
 
     def choose_session_id(self, candidates: Sequence[str]) -> str:
         return candidates[0]

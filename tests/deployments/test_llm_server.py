@@ -20,6 +20,7 @@ from deployments.cluster.start_failure import EngineStartError, read_start_error
 from deployments.errors import InternalError, ModelReplacedError
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.llm_server import LLMServer
+from deployments.routing.load import ReplicaLoad
 from deployments.routing.peers import Member
 from deployments.routing.session_router import RANK
 from engine.config import EngineConfig
@@ -46,6 +47,7 @@ class FakeEngine:
     model_name = "tiny"
     identity = "tiny's weights and tokenizer"
     max_model_len = 100
+    token_compute_s = (0.5, 0.25)
 
     def __init__(self) -> None:
         self.num_tokens = 3
@@ -282,6 +284,7 @@ async def test_what_serve_and_the_ingress_ask(server: LLMServer, engine: FakeEng
     assert await server.record_replica_metadata() == server.record_routing_stats() == {RANK: 4}
     assert await server.describe() == ModelCard("tiny", 100, 128)
     assert await server.get_statistics() == {"replica_rank": 4, **engine.get_statistics()}
+    assert await server.get_load() == (4, ReplicaLoad(0, -96, 0.0, (0.5, 0.25)))
     server.check_health()
     with pytest.raises(AssertionError, match="a block is lost"):
         await server.check_integrity()
