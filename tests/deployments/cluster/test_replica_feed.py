@@ -1,4 +1,4 @@
-"""On a real Serve: replicas share a secret, hear who runs whenever that changes, and know when they are stopped."""
+"""On a real Serve: replicas share a secret, and hear who runs whenever that changes."""
 
 from __future__ import annotations
 
