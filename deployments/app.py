@@ -100,10 +100,13 @@ def build(args: AppArgs) -> Application:
 
 
 def _surge_percent(args: AppArgs) -> int:
-    """By default a deploy starts a second model only on CPUs: they can be shared, GPUs cannot."""
+    """By default a deploy starts a second model only on CPUs, which can be shared, and without a disk tier.
+
+    A replica that starts before the one that it replaces has ended has another rank, and finds the folder of its own in use.
+    """
     if args.max_surge_percent is not None:
         return args.max_surge_percent
-    return 0 if args.num_gpus else SURGE_PERCENT
+    return 0 if args.num_gpus or args.engine_config.kv_disk_path is not None else SURGE_PERCENT
 
 
 def _engine_limit(config: EngineConfig) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray import serve
 
+from deployments.cluster.replica_feed import PEER_ADDRESS, follow_replicas, join_network
 from deployments.cluster.start_failure import start_error
 from deployments.engine_log import log_engine_with_serve
 from deployments.errors import InternalError, ModelReplacedError
@@ -29,10 +30,13 @@ from deployments.generation import (
     ReplicaCache,
 )
 from deployments.metrics import EngineMetrics
+from deployments.routing.load import LoadMeter, ReplicaLoad
+from deployments.routing.peers import Peers
 from deployments.routing.session_router import RANK
 from engine.cache_view import CacheQuery
 from engine.config import EngineConfig
 from engine.errors import EngineStoppedError, PensieveError
+from engine.peer_network import PeerNetwork
 from engine.text.output import OutputDelta, merge_deltas
 
 if TYPE_CHECKING:
@@ -46,12 +50,12 @@ logger = logging.getLogger("ray.serve")
 MESSAGE_INTERVAL_S = 0.002
 
 
-def start_engine(config: EngineConfig, number: int) -> AsyncEngine:
+def start_engine(config: EngineConfig, number: int, network: PeerNetwork | None) -> AsyncEngine:
     # Here and not above: what builds the application, and the ingress, need neither torch nor its 300 MB.
     from engine.async_engine import AsyncEngine
 
     if config.tensor_parallel_size == 1:
-        return AsyncEngine(config, number=number)
+        return AsyncEngine(config, number=number, network=network)
     from deployments.cluster.tp_group import start_group
 
     return AsyncEngine(config, start_group, number)
@@ -62,15 +66,17 @@ class LLMServer:
 
     stream_interval_s: the first token of an answer goes out at once, later ones at most this often, and less often with
     many streams; one Serve message a token would cost more than the token.
-    drain_s: how long KV is brought to the disk tier, if there is one, when the replica is stopped. Serve may kill it earlier.
+    drain_s: how long KV is brought to the disk tier, if there is one, and to other replicas, when this one is stopped; from
+        the time on at which Serve stops it.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         stream_interval_s: float,
-        start_engine: Callable[[EngineConfig, int], AsyncEngine] = start_engine,
+        start_engine: Callable[[EngineConfig, int, PeerNetwork | None], AsyncEngine] = start_engine,
         drain_s: float = 0.0,
+        join_network: Callable[[], PeerNetwork] = join_network,
     ) -> None:
         """Blocking. Raises EngineStartError; Serve tries again, keeps the replicas that it has, and tells the reason."""
         self._is_started = False
@@ -78,10 +84,12 @@ class LLMServer:
         self._stream_interval_s = stream_interval_s
         self._num_speaking = 0
         self._drain_s = drain_s
+        self._load_meter = LoadMeter()
         log_engine_with_serve()
         start_s = time.monotonic()
         try:
-            self._engine = start_engine(config, self.replica_rank())
+            network = join_network() if config.may_hand_over else None
+            self._engine = start_engine(config, self.replica_rank(), network)
         except Exception as error:
             if isinstance(error, PensieveError):
                 logger.error("the engine cannot start: %s", error)
@@ -91,6 +99,10 @@ class LLMServer:
         self._log_start(time.monotonic() - start_s)
         self._metrics = EngineMetrics(self._engine.get_statistics)
         self._metrics.start()
+        self._peers: Peers | None = None
+        if network is not None and self._engine.peer_address is not None:
+            self._peers = Peers(network.peer_id, drain_s, self._engine.set_peers)
+        self._following: asyncio.Task[None] | None = None
         self._is_started = True
 
     def _log_start(self, load_s: float) -> None:
@@ -166,10 +178,17 @@ class LLMServer:
     async def get_statistics(self) -> dict[str, Any]:
         return {"replica_rank": self.replica_rank(), **self._engine.get_statistics()}
 
-    async def get_load(self) -> tuple[int, int]:
-        """(rank, requests that run or wait)."""
+    async def get_load(self) -> tuple[int, ReplicaLoad]:
+        """The rank, and how busy the replica is."""
         statistics = self._engine.get_statistics()
-        return self.replica_rank(), statistics["num_requests_running"] + statistics["num_requests_waiting"]
+        num_running, num_waiting = statistics["num_requests_running"], statistics["num_requests_waiting"]
+        num_ended = statistics["num_finished"] + statistics["num_aborted"] + statistics["num_failed"]
+        return self.replica_rank(), ReplicaLoad(
+            num_requests=num_running + num_waiting,
+            num_ahead=num_waiting or min(0, num_running - self._config.max_num_seqs),
+            turn_s=self._load_meter.turn_s(num_ended, num_waiting, time.monotonic()),
+            compute_s=self._engine.token_compute_s,
+        )
 
     async def map_cache(self, query: CacheQuery) -> ReplicaCache:
         """Where the chunks are, for watchers. Raises EngineStoppedError."""
@@ -190,8 +209,15 @@ class LLMServer:
 
     # -- what Serve calls by name ------------------------------------------------------------------
 
-    def record_replica_metadata(self) -> dict[str, Any]:
-        return {RANK: self.replica_rank()}
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """Serve asks once, when the replica is ready, and tells the others."""
+        if self._peers is None:
+            return {RANK: self.replica_rank()}
+        if self._following is None:
+            peers = self._peers
+            follow = follow_replicas(lambda members: peers.update(members, time.monotonic()))
+            self._following = asyncio.create_task(follow)
+        return {RANK: self.replica_rank(), PEER_ADDRESS: self._engine.peer_address}
 
     def record_routing_stats(self) -> dict[str, Any]:
         return {RANK: self.replica_rank()}
@@ -204,6 +230,13 @@ class LLMServer:
         if not self._is_started:  # Serve calls this also when the constructor has failed
             return
         self._metrics.stop()
+        drain_s, next_home = self._drain_s, None
+        if self._peers is not None:
+            next_home = self._peers.next_home
+            if self._peers.left_s is not None:  # Serve has waited for requests since
+                drain_s = max(0.0, drain_s - (time.monotonic() - self._peers.left_s))
         with suppress(EngineStoppedError):  # it is dead, and that is why the replica is stopped
-            await self._engine.drain(self._drain_s)
+            await self._engine.drain(drain_s, next_home)
+        if self._following is not None:
+            self._following.cancel()
         await self._engine.shutdown()

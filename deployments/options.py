@@ -73,8 +73,9 @@ class ReplicaOptions(_Options):
         ge=0,
         le=100,
         description="Percentage of engine replicas that may be there beyond `num_replicas` while a deploy replaces them, so "
-        "that an old one goes when a new one is ready. 0: old ones go first. None: 20 (at least one replica) on CPUs, and 0 "
-        "with `num_gpus`, as a deploy would wait forever for a GPU that does not exist.",
+        "that an old one goes when a new one is ready. 0: old ones go first. None: 20 (at least one replica) on CPUs; 0 "
+        "with `num_gpus`, as a deploy would wait forever for a GPU that does not exist, and with `kv_disk_path`, as the new "
+        "one takes over the folder of the old one.",
     )
 
 

@@ -191,6 +191,11 @@ class AsyncEngine:
             "tier_problems": self.tier_problems(),
         }
 
+    @property
+    def token_compute_s(self) -> tuple[float, float] | None:
+        """What computing a context again costs, in seconds; see LoadPrices."""
+        return self._core.token_compute_s
+
     def tier_problems(self) -> dict[str, str]:
         """Why a slow tier is not used at present, by its name; the engine serves without it and tries it again."""
         hanging = dict.fromkeys(self._core.hanging_tiers(time.monotonic()), "a transfer does not end")

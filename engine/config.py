@@ -185,6 +185,25 @@ class TierOptions(CacheOptions):
             above=0,
         ),
     ] = 16.0
+    kv_handover: Annotated[
+        str,
+        Option(
+            "Whether replicas of one application hand KV over to each other: `auto`, `on` or `off`.",
+            "A conversation that goes to another replica, because its own is full or ends, or because replicas were added or "
+            "removed, finds its KV there. It needs a CPU tier, and one rank a replica. `auto`: on if both are there; with "
+            "`on`, it is an error if they are not.",
+            choices=("auto", "on", "off"),
+        ),
+    ] = "auto"
+    kv_transfer_rate: Annotated[
+        float | None,
+        Option(
+            "Most MB/s of KV that a replica sends to others and receives, so that answers are not delayed. 0: no limit.",
+            "It does not bind a replica that ends.",
+            default="200 on a CPU, no limit on a GPU",
+            at_least=0,
+        ),
+    ] = None
     verify_swaps: Annotated[
         bool,
         Option("Checksum every block that moves between tiers; a damaged one is dropped, counted and recomputed."),
@@ -333,6 +352,16 @@ class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOption
                 "false if tensor_parallel_size is above 1: sharded layers cannot be compiled",
             ),
             (self.kv_disk_path != "", "kv_disk_path", "the path of a folder"),
+            (
+                not (is_parallel and self.kv_handover == "on"),
+                "kv_handover",
+                "auto or off if tensor_parallel_size is above 1: ranks do not hand KV over yet",
+            ),
+            (
+                not (self.mode == "stateless" and self.kv_handover == "on"),
+                "kv_handover",
+                "auto or off if mode is stateless: nothing is kept that could be handed over",
+            ),
             (not (self.enforce_eager and self.compile_layers), "compile_layers", "false if enforce_eager is set"),
             (
                 self.max_num_seqs <= self.max_num_batched_tokens,
@@ -342,6 +371,11 @@ class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOption
         ):
             if not ok:
                 raise ConfigError(f"{name} must be {must}, got {getattr(self, name)!r}", param=name)
+
+    @property
+    def may_hand_over(self) -> bool:
+        """Whether the options allow peers; they need a CPU tier as well."""
+        return self.kv_handover != "off" and self.mode != "stateless" and self.tensor_parallel_size == 1
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:

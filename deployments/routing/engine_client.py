@@ -28,16 +28,17 @@ from deployments.generation import (
     ReplicaCache,
     drain,
 )
+from deployments.routing.load import ReplicaLoad, SessionSizes, num_passed_over
 from deployments.routing.presence import DESCRIBE_TIMEOUT_S, Presence
 from deployments.routing.rendezvous import choose_session_id, rank_replicas, routing_name
 from deployments.routing.replica_failures import REPLICA_LOST, as_engine_error
 from deployments.routing.resumption import Progress, Retries
 from engine.cache_view import CacheQuery
-from engine.errors import EngineStoppedError
+from engine.errors import EngineStoppedError, OverloadedError
 
 logger = logging.getLogger("ray.serve")
 
-# Least time between two questions about the loads of all replicas, in seconds; asked only when sessions begin.
+# Least time between two questions about the loads of all replicas, in seconds; asked only when requests come.
 LOADS_PERIOD_S = 0.5
 
 
@@ -60,32 +61,43 @@ class EngineClient:
         self._handle = handle
         self._num_fallback_replicas = num_fallback_replicas
         self._presence = Presence(handle, why_absent, engine_wait_s)
-        self._loads: Refreshed[dict[int, int]] = Refreshed(
+        self._loads: Refreshed[dict[int, ReplicaLoad]] = Refreshed(
             self._ask_loads, {}, LOADS_PERIOD_S, (TimeoutError, *REPLICA_LOST)
         )
+        self._sizes = SessionSizes()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
         """The items of the answer. Never raises on account of Ray.
 
-        If the session's home is full, its next choice is asked; if all are, that is an ErrorItem. If a replica is lost,
-        another one goes on from the last token that came, as soon as it has room. When there is no replica, waits for one,
-        and an ErrorItem says why none came. Closing or cancelling this generator aborts the request in the engine.
+        If the session's home is full, its next choice is asked; if all are, that is an ErrorItem. If the queue of its home is
+        so long that another choice answers sooner, although the session's KV is not there, that is asked first. If a
+        replica is lost, another one goes on from the last token that came, as soon as it has room. When there is no
+        replica, waits for one, and an ErrorItem says why none came. Closing or cancelling this generator aborts the
+        request in the engine.
         """
         if request.sampling.seed is None and not request.sampling.is_greedy:
             # Drawn here, so that a second replica samples what the first one would have.
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
         progress, retries = Progress(request), Retries(self._num_fallback_replicas)
+        num_passed = self._num_passed_over(request.session_id)
         while True:
-            with _Call(self._handle, progress.rest_of_request(), retries.num_refusals, self._presence) as call:
+            with _Call(self._handle, progress.rest_of_request(), num_passed, self._presence) as call:
                 while isinstance(item := await call.next(), DeltaItem):
                     retries.note_delta()
+                    if item.delta.finish_reason is not None:
+                        num_tokens = item.delta.num_prompt_tokens + item.delta.num_output_tokens
+                        self._sizes.note(request.session_id, num_tokens, item.replica_rank)
                     yield progress.note(item)
             if item is None or progress.is_finished:
                 return
+            if num_passed > retries.num_refusals and item.is_a(OverloadedError):
+                num_passed = retries.num_refusals  # it is full as well: home, as if it had not been asked
+                continue
             pause_s = retries.pause_s(item, time.monotonic())
             if pause_s is None:
                 yield item
                 return
+            num_passed = retries.num_refusals
             await asyncio.sleep(pause_s)
             if retries.is_lost:
                 logger.warning(
@@ -112,13 +124,29 @@ class EngineClient:
         Waits for nothing: news of the loads arrive concurrently with the requests.
         """
         loads = self._loads()
-        chosen = choose_session_id(candidates, loads)
+        chosen = choose_session_id(candidates, {rank: load.num_requests for rank, load in loads.items()})
         ranks = sorted(loads)
         if ranks:  # until the next news, it is where we sent it
-            loads[ranks[rank_replicas(chosen, ranks)[0]]] += 1
+            load = loads[rank := ranks[rank_replicas(chosen, ranks)[0]]]
+            loads[rank] = replace(load, num_requests=load.num_requests + 1)
         return chosen
 
-    async def _ask_loads(self) -> dict[int, int]:
+    def _num_passed_over(self, session_id: str) -> int:
+        """How many of the session's choices its next request does not go to, as far as the loads are known here.
+
+        Waits for nothing: news of them arrive concurrently with the requests.
+        """
+        loads = self._loads()
+        ranks = sorted(loads)
+        if not ranks:
+            return 0
+        order = [ranks[index] for index in rank_replicas(session_id, ranks)]
+        num_passed = num_passed_over(order, loads, self._num_fallback_replicas, *self._sizes.find(session_id))
+        load = loads[rank := order[num_passed]]
+        loads[rank] = replace(load, num_ahead=load.num_ahead + 1)  # until the next news
+        return num_passed
+
+    async def _ask_loads(self) -> dict[int, ReplicaLoad]:
         answers: list[Any] = await self._handle.broadcast("get_load").results_async(
             timeout_s=DESCRIBE_TIMEOUT_S, return_exceptions=True
         )
@@ -129,7 +157,7 @@ class EngineClient:
         answers = [answer for answer in await self._ask_all("get_load") if isinstance(answer, tuple)]
         if not answers:
             raise EngineStoppedError(f"no engine replica answered within {DESCRIBE_TIMEOUT_S:g} seconds")
-        return sum(num_requests for _, num_requests in answers)
+        return sum(load.num_requests for _, load in answers)
 
     async def map_cache(self, query: CacheQuery) -> list[ReplicaCache]:
         """What is where in the replicas that answer, in the order of their ranks. None may be there."""

@@ -45,7 +45,7 @@ class SessionRouter(RequestRouter):
         session_id, num_refusals = metadata.internal_request_id, 0
         if metadata.session_id:
             session_id, num_refusals = read_routing_name(metadata.session_id)
-        order = rank_replicas(session_id, [_replica_rank(r) for r in replicas])[: self._num_choices]
+        order = rank_replicas(session_id, [rank_of(r) for r in replicas])[: self._num_choices]
         return [[replicas[index]] for index in order[num_refusals:] or order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
@@ -55,13 +55,14 @@ class SessionRouter(RequestRouter):
         if not name or chosen is None:
             return
         session_id, _ = read_routing_name(name)
-        ranks = [_replica_rank(replica) for replica in self.curr_replicas.values()]
+        ranks = [rank_of(replica) for replica in self.curr_replicas.values()]
         home_rank = ranks[rank_replicas(session_id, ranks)[0]]
-        decision = self._decisions.classify(session_id, home_rank, _replica_rank(chosen))
+        decision = self._decisions.classify(session_id, home_rank, rank_of(chosen))
         self._counter.inc(tags={"kind": decision})
 
 
-def _replica_rank(replica: RunningReplica) -> int:
+def rank_of(replica: RunningReplica) -> int:
+    """The rank of a replica, as far as Serve has told."""
     # Serve closes gaps in the ranks after a scale-down: the periodic statistics know, the metadata are from
     # the start.
     return int(replica.routing_stats.get(RANK, replica.replica_metadata[RANK]))

@@ -355,6 +355,11 @@ class EngineCore:
         statistics[f"num_{primary.name}_blocks_pinned"] = primary.pool.num_blocks - primary.num_available
         return statistics
 
+    @property
+    def token_compute_s(self) -> tuple[float, float] | None:
+        """See LoadPrices."""
+        return self._cache.prices.token_compute_s
+
     # -- for those who watch -------------------------------------------------------------------------------------------
 
     def live_conversations(self, max_num: int) -> list[tuple[str, str]]:

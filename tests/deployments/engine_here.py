@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from unittest import mock
 
 from deployments import llm_server
@@ -20,7 +21,7 @@ class EngineHere(LLMServer):
     def __init__(self, config: EngineConfig, stream_interval_s: float) -> None:
         # The engine's log stays where it is: it would be moved for the whole process, and with it for all later tests.
         with mock.patch.object(llm_server, "log_engine_with_serve"):
-            super().__init__(config, stream_interval_s)
+            super().__init__(replace(config, kv_handover="off"), stream_interval_s)
 
     def replica_rank(self) -> int:
         return 0
@@ -29,7 +30,7 @@ class EngineHere(LLMServer):
         return await self.describe()
 
     async def load(self) -> int:
-        return (await self.get_load())[1]
+        return (await self.get_load())[1].num_requests
 
     def choose_session_id(self, candidates: Sequence[str]) -> str:
         return candidates[0]

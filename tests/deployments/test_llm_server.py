@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from array import array
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from traceback import format_exception
 from types import SimpleNamespace
@@ -15,10 +15,13 @@ import pytest
 from ray import serve
 
 from deployments import llm_server
+from deployments.cluster.replica_feed import PEER_ADDRESS
 from deployments.cluster.start_failure import EngineStartError, read_start_error
 from deployments.errors import InternalError, ModelReplacedError
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest, ModelCard
 from deployments.llm_server import LLMServer
+from deployments.routing.load import ReplicaLoad
+from deployments.routing.peers import Member
 from deployments.routing.session_router import RANK
 from engine.config import EngineConfig
 from engine.core.config import CacheConfig, SchedulingConfig
@@ -26,6 +29,7 @@ from engine.core.engine_core import EngineCore
 from engine.core.request import SamplingParams
 from engine.errors import ContextLengthError, EngineStoppedError, ExecutorError, ModelLoadError
 from engine.generation import Generation
+from engine.peer_network import PeerNetwork
 from engine.tenant import Tenant
 from engine.text.output import OutputDelta
 from engine.text.prompt import AnswerBeginning, TextPrompt
@@ -34,6 +38,7 @@ from engine.text.transcript import Transcript
 SECRET = "the prompt"
 CONFIG = EngineConfig(max_num_seqs=96, max_num_queued_reqs=32)
 TRANSCRIPT = Transcript(array("I", [7, 8]), "said")
+NETWORK = PeerNetwork(b"secret", "10.0.0.1", "replica-4")
 
 
 class FakeEngine:
@@ -42,6 +47,7 @@ class FakeEngine:
     model_name = "tiny"
     identity = "tiny's weights and tokenizer"
     max_model_len = 100
+    token_compute_s = (0.5, 0.25)
 
     def __init__(self) -> None:
         self.num_tokens = 3
@@ -52,6 +58,9 @@ class FakeEngine:
         self.num_closed = 0
         self.is_shut_down = False
         self.drained_s: float | None = None
+        self.next_home: Callable[[str], str | None] | None = None
+        self.peer_address: tuple[str, int] | None = None
+        self.peers: Mapping[str, tuple[str, int]] = {}
         self.problems: dict[str, str] = {}
 
     async def generate(self, generation: Generation) -> AsyncIterator[OutputDelta]:
@@ -88,10 +97,13 @@ class FakeEngine:
     def tier_problems(self) -> dict[str, str]:
         return self.problems
 
-    async def drain(self, timeout_s: float) -> None:
+    def set_peers(self, peers: Mapping[str, tuple[str, int]]) -> None:
+        self.peers = peers
+
+    async def drain(self, timeout_s: float, next_home: Callable[[str], str | None] | None = None) -> None:
         self.check_health()
         assert not self.is_shut_down
-        self.drained_s = timeout_s
+        self.drained_s, self.next_home = timeout_s, next_home
 
     async def shutdown(self) -> None:
         self.is_shut_down = True
@@ -114,8 +126,8 @@ async def server(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
     context = SimpleNamespace(rank=SimpleNamespace(rank=4))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)  # it is for the whole process
-    start_engine: Callable[..., Any] = lambda config, number: engine  # noqa: E731
-    server = CollectableServer(CONFIG, stream_interval_s=0.0, start_engine=start_engine)
+    start_engine: Callable[..., Any] = lambda config, number, network: engine  # noqa: E731
+    server = CollectableServer(CONFIG, stream_interval_s=0.0, start_engine=start_engine, join_network=lambda: NETWORK)
     yield server
     server._metrics.stop()
 
@@ -269,9 +281,10 @@ async def test_closing_reaches_the_engine(server: LLMServer, engine: FakeEngine)
 
 
 async def test_what_serve_and_the_ingress_ask(server: LLMServer, engine: FakeEngine) -> None:
-    assert server.record_replica_metadata() == server.record_routing_stats() == {RANK: 4}
+    assert await server.record_replica_metadata() == server.record_routing_stats() == {RANK: 4}
     assert await server.describe() == ModelCard("tiny", 100, 128)
     assert await server.get_statistics() == {"replica_rank": 4, **engine.get_statistics()}
+    assert await server.get_load() == (4, ReplicaLoad(0, -96, 0.0, (0.5, 0.25)))
     server.check_health()
     with pytest.raises(AssertionError, match="a block is lost"):
         await server.check_integrity()
@@ -299,12 +312,12 @@ async def test_an_engine_that_cannot_start_says_why_in_its_log_and_to_serve(
     monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)
     monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(rank=SimpleNamespace(rank=4)))
 
-    def start_engine(config: EngineConfig, number: int) -> Any:
+    def start_engine(config: EngineConfig, number: int, network: PeerNetwork | None) -> Any:
         raise error
 
     server = object.__new__(CollectableServer)
     with pytest.raises(EngineStartError, match=reason) as info:
-        server.__init__(CONFIG, 0.0, start_engine)  # type: ignore[misc]
+        server.__init__(CONFIG, 0.0, start_engine, join_network=lambda: NETWORK)  # type: ignore[misc]
     await LLMServer.__del__(server)  # as Serve does; what this raised would hide the cause in the log
     assert info.value.__cause__ is error
     assert ("RuntimeError: DefaultCPUAllocator" if isinstance(error, RuntimeError) else str(error)) in caplog.text
@@ -339,3 +352,94 @@ async def test_kv_is_brought_to_the_disk_before_a_replica_ends(
     await LLMServer.__del__(server)
     assert engine.drained_s == (18.0 if is_healthy else None)
     assert engine.is_shut_down
+
+
+class FakeServe:
+    """Tells a replica which replicas run."""
+
+    def __init__(self) -> None:
+        self.tell: Callable[[Sequence[Member]], None] = lambda members: None
+
+    async def follow(self, on_members: Callable[[Sequence[Member]], None]) -> None:
+        self.tell = on_members
+        await asyncio.Event().wait()
+
+
+@pytest.fixture
+async def serve_and_server(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[FakeServe, LLMServer]]:
+    """A replica that hands KV over, and has told Serve so."""
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(rank=SimpleNamespace(rank=4)))
+    monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)
+    fake = FakeServe()
+    monkeypatch.setattr(llm_server, "follow_replicas", fake.follow)
+    engine.peer_address = ("10.0.0.1", 7004)
+    networks: list[PeerNetwork | None] = []
+
+    def start_engine(config: EngineConfig, number: int, network: PeerNetwork | None) -> Any:
+        networks.append(network)
+        return engine
+
+    server = CollectableServer(CONFIG, 0.0, start_engine, drain_s=18.0, join_network=lambda: NETWORK)
+    assert networks == [NETWORK]
+    assert await server.record_replica_metadata() == {RANK: 4, PEER_ADDRESS: ("10.0.0.1", 7004)}
+    await asyncio.sleep(0)
+    yield fake, server
+    server._metrics.stop()
+
+
+OTHER = Member("replica-0", 0, ("10.0.0.2", 7000))
+
+
+async def test_the_engine_hears_of_its_peers_and_where_conversations_go(
+    serve_and_server: tuple[FakeServe, LLMServer], engine: FakeEngine
+) -> None:
+    fake, server = serve_and_server
+    fake.tell([OTHER, Member("replica-4", 4, ("10.0.0.1", 7004))])
+    assert engine.peers == {"replica-0": ("10.0.0.2", 7000)}
+    num_tasks = len(asyncio.all_tasks())
+    await LLMServer.__del__(server)
+    assert engine.drained_s == 18.0
+    assert engine.next_home is not None
+    assert engine.next_home("tenant\nsession") == "replica-0"
+    await asyncio.sleep(0)
+    assert len(asyncio.all_tasks()) == num_tasks - 2, "it still follows, or measures"
+
+
+async def test_a_drain_ends_in_the_time_that_serve_gives_from_the_stop_on(
+    serve_and_server: tuple[FakeServe, LLMServer], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, server = serve_and_server
+    now = 100.0
+    monkeypatch.setattr(llm_server.time, "monotonic", lambda: now)
+    fake.tell([OTHER, Member("replica-4", 4, ("10.0.0.1", 7004))])
+    fake.tell([OTHER])
+    now = 105.0  # its requests have ended
+    await LLMServer.__del__(server)
+    assert engine.drained_s == 13.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_handover": "off"}, {"mode": "stateless"}, {"tensor_parallel_size": 2}],
+    ids=["off", "stateless", "tp"],
+)
+async def test_a_replica_that_hands_nothing_over_needs_no_secret(
+    options: dict[str, Any], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(rank=SimpleNamespace(rank=4)))
+    monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)
+    networks: list[PeerNetwork | None] = []
+
+    def start_engine(config: EngineConfig, number: int, network: PeerNetwork | None) -> Any:
+        networks.append(network)
+        return engine
+
+    def join_network() -> PeerNetwork:
+        raise AssertionError("not asked for")
+
+    server = CollectableServer(EngineConfig(**options), 0.0, start_engine, join_network=join_network)
+    server._metrics.stop()
+    assert networks == [None]
+    assert await server.record_replica_metadata() == {RANK: 4}

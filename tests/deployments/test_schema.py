@@ -1,6 +1,7 @@
 """The configuration: what AppArgs refuses, and what the check of a whole file finds that Ray would swallow."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -159,10 +160,17 @@ def test_serve_can_read_the_type_of_the_builder_s_argument() -> None:
 
 @pytest.mark.parametrize(
     ("options", "max_surge_percent"),
-    [({}, 20), ({"num_gpus": 1}, 0), ({"num_gpus": 1, "max_surge_percent": 100}, 100), ({"max_surge_percent": 0}, 0)],
+    [
+        ({}, 20),
+        ({"num_gpus": 1}, 0),
+        ({"num_gpus": 1, "max_surge_percent": 100}, 100),
+        ({"max_surge_percent": 0}, 0),
+        ({"engine": {"kv_disk_path": "/kv"}}, 0),
+        ({"engine": {"kv_disk_path": "/kv"}, "max_surge_percent": 20}, 20),
+    ],
 )
-def test_a_deploy_starts_no_second_model_beside_one_that_has_a_gpu(
-    options: dict[str, int], max_surge_percent: int
+def test_a_deploy_starts_no_second_model_beside_one_that_has_a_gpu_or_a_folder(
+    options: dict[str, Any], max_surge_percent: int
 ) -> None:
     ingress = build(AppArgs(**options))
     (engine, _) = ingress._bound_deployment.init_args

@@ -40,6 +40,8 @@ BOUNDS = [
     ("write_through", [True, False], [0, 1, None, "yes"]),
     ("kv_disk_path", ["/var/cache/kv", None], ["", 3, True]),
     ("kv_disk_size", [0.001, 1000], [0, -1, None, "16", float("nan")]),
+    ("kv_handover", ["auto", "on", "off"], ["yes", "", None, 1]),
+    ("kv_transfer_rate", [0, 0.5, 10000, None], [-1, "200", float("nan")]),
     ("verify_swaps", [True, False], [0, 1, None, "no"]),
     ("profile", ["profile.json", None], [3, True]),
     ("num_threads", [1, None], [0, -1, 1.0]),
@@ -83,6 +85,20 @@ def test_values_outside_the_bounds_are_refused_by_name(name, value):
 def test_random_weights_are_not_cut_for_ranks():
     with pytest.raises(ConfigError, match="load_format must be auto if tensor_parallel_size"):
         EngineConfig(load_format="dummy", tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("options", [{"mode": "stateless"}, {"tensor_parallel_size": 2}])
+def test_kv_is_handed_over_unless_there_is_none_or_it_is_in_parts(options):
+    assert EngineConfig().may_hand_over
+    assert not EngineConfig(kv_handover="off").may_hand_over
+    assert not EngineConfig(**options).may_hand_over
+    with pytest.raises(ConfigError, match="kv_handover must be auto or off if"):
+        EngineConfig(kv_handover="on", **options)
+
+
+@pytest.mark.parametrize(("value", "meant"), [(True, "on"), (False, "off")])
+def test_on_and_off_are_meant_as_yaml_reads_them(value, meant):
+    assert EngineConfig.from_options({"kv_handover": value}).kv_handover == meant
 
 
 def test_integers_stand_for_floats_as_yaml_gives_them():

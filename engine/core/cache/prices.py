@@ -56,6 +56,17 @@ class LoadPrices:
             return None
         return self.compute_cost(chunks) * self._unit_s
 
+    @property
+    def token_compute_s(self) -> tuple[float, float] | None:
+        """Seconds to compute the first token of a context, and how much longer each further one takes than the one before.
+
+        None until a step that computes a prompt was observed.
+        """
+        if self._unit_s is None:
+            return None
+        unit_s = self._unit_s / self._cost_model.chunk_size
+        return self._cost_model.constant * unit_s, self._cost_model.per_context_token * unit_s
+
     def needs_probe(self, tier: str, now: float) -> bool:
         """Whether the price is so old that it may be wrong."""
         return now - self._observed_at_s.get(tier, now) > PROBE_AFTER_S

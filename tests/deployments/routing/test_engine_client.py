@@ -25,6 +25,7 @@ from deployments.errors import (
 from deployments.generation import CacheHold, DeltaItem, ErrorItem, GenerationRequest, ModelCard, ReplicaCache
 from deployments.routing import engine_client, presence, resumption
 from deployments.routing.engine_client import EngineClient
+from deployments.routing.load import ReplicaLoad
 from deployments.routing.rendezvous import rank_replicas
 from engine.cache_view import CacheQuery, CacheView
 from engine.core.request import SamplingParams
@@ -36,6 +37,10 @@ from engine.text.transcript import Transcript
 REQUEST = GenerationRequest("id-1", "session-1", TextPrompt("hi"), SamplingParams(temperature=0.0), stream=True)
 ITEM = DeltaItem(OutputDelta("a"), 0)
 CARD = ModelCard("tiny", 100, 128)
+
+
+def load(num_requests: int, num_ahead: int = -9, turn_s: float = 0.0) -> ReplicaLoad:
+    return ReplicaLoad(num_requests, num_ahead, turn_s, (0.001, 0.0))
 
 
 class FakeHandle:
@@ -196,6 +201,8 @@ class Deploying(FakeHandle):
         yield DeltaItem(OutputDelta("a", (1,), finish_reason="stop"), 0)
 
     def broadcast(self, method: str) -> FakeHandle:
+        if method == "get_load":
+            return FakeHandle(answers=[])
         if self.num_broadcasts == self.num_looks:
             self.answers = [CARD]
             self._is_up.set()
@@ -260,7 +267,7 @@ async def test_a_lost_request_waits_for_the_replacement_and_is_told_why_none_com
 
 
 async def test_new_sessions_go_where_less_is_going_on() -> None:
-    handle = FakeHandle(answers=[(0, 0), ActorDiedError(), (1, 3)])
+    handle = FakeHandle(answers=[(0, load(0)), ActorDiedError(), (1, load(3))])
     client = EngineClient(handle)
     ids = [f"id-{i}" for i in range(200)]
     home = {name: rank_replicas(name, [0, 1])[0] for name in ids}
@@ -480,3 +487,45 @@ async def test_all_replicas_are_told_to_hold_back_blocks() -> None:
     handle = FakeHandle(answers=[1, ActorDiedError(), 0])
     assert await EngineClient(handle).hold_back(CacheHold(8, 4)) == [0, 1]
     assert handle.broadcast_arguments == (CacheHold(8, 4),)
+
+
+# -- busy replicas -----------------------------------------------------------------------------------------------------
+
+
+class BusyReplicas(FakeReplicas):
+    """Its home has a queue that takes `wait_s`; the other choice has room."""
+
+    def __init__(self, cuts: list[int], errors: list[Exception | ErrorItem], wait_s: float) -> None:
+        super().__init__(cuts, errors)
+        home = rank_replicas(REQUEST.session_id, [0, 1])[0]
+        self.answers = [(home, load(20, 10, wait_s / 10)), (1 - home, load(0))]
+
+
+@pytest.mark.parametrize(("wait_s", "passed"), [(2.0, "1"), (0.5, "0")])
+async def test_a_session_does_not_wait_where_another_replica_has_room(wait_s: float, passed: str) -> None:
+    handle = BusyReplicas([], [], wait_s)
+    client = EngineClient(handle)
+    for expected in ("0", passed):
+        items = [item async for item in client.generate(REQUEST)]
+        assert len(items) == 6
+        assert asked(handle)[-1] == f"{expected}|session-1"
+        await asyncio.sleep(0.01)  # the loads are known from now on
+
+
+async def test_one_that_has_no_room_after_all_was_not_asked() -> None:
+    handle = BusyReplicas([6, 0, 0, 0], [STOPPED, FULL, FULL, FULL], 2.0)
+    client = EngineClient(handle)
+    assert len([item async for item in client.generate(REQUEST)]) == 6
+    await asyncio.sleep(0.01)
+    (item,) = [item async for item in client.generate(REQUEST)]
+    assert item.is_a(OverloadedError)
+    assert [name.partition("|")[0] for name in asked(handle)] == ["0", "1", "0", "1"]
+
+
+async def test_without_fallbacks_a_session_is_only_at_home() -> None:
+    handle = BusyReplicas([], [], 100.0)
+    client = EngineClient(handle, num_fallback_replicas=0)
+    for _ in range(2):
+        assert len([item async for item in client.generate(REQUEST)]) == 6
+        await asyncio.sleep(0.01)
+    assert set(asked(handle)) == {"0|session-1"}
