@@ -413,6 +413,7 @@ class EngineCore:
         assert all(r.status is RequestStatus.LOADING for r in scheduler.loading)
         assert all(r.status is RequestStatus.RUNNING and r.chunks for r in scheduler.running)
         assert not any(r.chunks for r in (*scheduler.waiting, *scheduler.loading))
+        assert all(sum(r.cached_by_tier.values()) == r.num_cached_tokens for r in live)
         self._cache.check_integrity(scheduler.running)
 
     def _note_in_flight(self, plan: StepPlan | None) -> StepPlan | None:
