@@ -97,6 +97,9 @@ METRICS = (
     MetricDefinition(
         "counter", "pensieve_tier_transfers_total", "Chunks, by how their transfers ended", ("tier", "outcome")
     ),
+    MetricDefinition(
+        "counter", "pensieve_tier_written_bytes_total", "Bytes written to the files of slow tiers", ("tier", "content")
+    ),
     MetricDefinition("gauge", "pensieve_tier_usable", "Whether a slow tier works: 1 or 0", ("tier",)),
     ROUTER_DECISIONS,
 )
@@ -131,7 +134,7 @@ _COUNTS: dict[Series, str] = {
 def read_counters(statistics: Statistics) -> dict[Series, float]:
     """The counters of one snapshot, since the engine's start."""
     counts: dict[Series, float] = {series: statistics[key] for series, key in _COUNTS.items()}
-    for tier in _tiers(statistics):
+    for tier in statistics["tiers"]:
         counts[Series("pensieve_cached_tokens_total", (tier,))] = statistics[f"num_{tier}_cached_tokens"]
     for reason, count in statistics["evictions"].items():
         counts[Series("pensieve_evictions_total", tuple(reason.split("_", 1)))] = count
@@ -139,6 +142,7 @@ def read_counters(statistics: Statistics) -> dict[Series, float]:
         counts[Series("pensieve_changed_history_tokens_total", (reason,))] = count
     for name, key, suffix in (
         ("pensieve_tier_transfer_bytes_total", "num_slow_transfer_bytes", ""),
+        ("pensieve_tier_written_bytes_total", "num_written_bytes", ""),
         ("pensieve_tier_transfer_seconds_total", "slow_seconds", ""),
         ("pensieve_tier_transfers_total", "slow_transfers", ""),
         ("pensieve_tier_transfers_total", "slow_refusals", "_refused"),
@@ -159,7 +163,7 @@ def read_gauges(statistics: Statistics) -> dict[Series, int]:
         Series("pensieve_num_requests_running"): statistics["num_requests_running"],
         Series("pensieve_num_requests_waiting"): statistics["num_requests_waiting"],
     }
-    for tier in _tiers(statistics):
+    for tier in statistics["tiers"]:
         free, used = statistics[f"num_{tier}_blocks_free"], idle[tier] + (idle[BOTH] if tier in FAST_TIERS else 0)
         gauges[Series("pensieve_kv_blocks", (tier, "free"))] = free
         gauges[Series("pensieve_kv_blocks", (tier, "used"))] = used
@@ -168,11 +172,6 @@ def read_gauges(statistics: Statistics) -> dict[Series, int]:
         if tier not in FAST_TIERS:
             gauges[Series("pensieve_tier_usable", (tier,))] = int(tier not in statistics.get("tier_problems", {}))
     return gauges
-
-
-def _tiers(statistics: Statistics) -> list[str]:
-    """Names of all tiers of the engine."""
-    return [place for place in statistics["num_idle_chunks"] if place != BOTH]
 
 
 class CounterIncrements:

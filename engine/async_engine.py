@@ -171,6 +171,9 @@ class AsyncEngine:
 
         num_awaited_swap_out_bytes: of num_swap_out_bytes, those of evictions: a step needed their blocks, so its computation
             waited for the copies, while other swap-outs run concurrently.
+        num_slow_transfer_bytes: as slow_transfers, of those that went well.
+        num_written_bytes: to the files of slow tiers, for chunks and for transcripts. For chunks, its ratio to what was
+            stored is the write amplification.
         """
         statistics = self._core.get_statistics()
         return {
@@ -188,6 +191,7 @@ class AsyncEngine:
                 for outcome, count in statistics.get("slow_transfers", {}).items()
                 if not outcome.endswith("_failed")
             },
+            "num_written_bytes": self._kept.written_bytes(),
             "tier_problems": self.tier_problems(),
         }
 

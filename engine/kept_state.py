@@ -93,6 +93,16 @@ class KeptState:
             return {}
         return {self.disk.spec.name: self.disk.problem}
 
+    def written_bytes(self) -> dict[str, int]:
+        """To the files of slow tiers so far, "<tier>_<what>"."""
+        if self.disk is None or self._transcripts is None:
+            return {}
+        name = self.disk.spec.name
+        return {
+            f"{name}_chunks": self.disk.num_written_bytes,
+            f"{name}_transcripts": self._transcripts.num_written_bytes,
+        }
+
     def close(self) -> None:
         """Write what is left. Blocks; after the end of the engine thread, and before the executor frees the blocks."""
         if self._transcripts is not None:

@@ -21,9 +21,11 @@ from typing import Any
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
+from engine.core.tier_table import tier_title
 from engine.dialogue.messages import Dialogue
 from engine.errors import EngineStoppedError
 from engine.generation import Generation
+from engine.statistics_log import slow_transfers_lines
 from engine.tenant import LOCAL_TENANT, Tenant
 from engine.text.output import OutputDelta
 from engine.text.prompt import ChatPrompt, Prompt
@@ -135,22 +137,28 @@ class Server:
         """The statistics that matter most, for people."""
         stats = self.get_statistics()
         prompt = max(1, stats["num_prompt_tokens"])
-        gpu_used, cpu_used = (stats[f"num_{tier}_blocks"] - stats[f"num_{tier}_blocks_free"] for tier in ("gpu", "cpu"))
+        found, used = [], []
+        for tier in stats["tiers"]:
+            title, num_cached, num_blocks = (
+                tier_title(tier),
+                stats[f"num_{tier}_cached_tokens"],
+                stats[f"num_{tier}_blocks"],
+            )
+            found.append(f"{num_cached} found in the {title} tier ({num_cached / prompt:.1%})")
+            used.append(f"{title} tier: {num_blocks - stats[f'num_{tier}_blocks_free']} of {num_blocks} blocks used")
         return "\n".join(
             [
                 f"{stats['model']}, mode {stats['mode']}: {stats['num_finished']} requests finished, "
                 f"{stats['num_aborted']} aborted, {stats['num_failed']} failed",
-                f"prompt tokens {stats['num_prompt_tokens']}: "
-                f"{stats['num_gpu_cached_tokens']} found in the GPU tier ({stats['num_gpu_cached_tokens'] / prompt:.1%}), "
-                f"{stats['num_cpu_cached_tokens']} in the CPU tier ({stats['num_cpu_cached_tokens'] / prompt:.1%}), "
+                f"prompt tokens {stats['num_prompt_tokens']}: {', '.join(found)}, "
                 f"{stats['num_not_loaded_tokens']} computed because that is faster than loading, "
                 f"{stats['num_dropped_tokens']} recomputed because dropped, {stats['num_new_tokens']} new",
                 f"output tokens {stats['num_output_tokens']} in {stats['num_steps']} steps; "
                 f"{stats['num_suspensions']} suspensions",
-                f"GPU tier: {gpu_used} of {stats['num_gpu_blocks']} blocks used; CPU tier: {cpu_used} of "
-                f"{stats['num_cpu_blocks']}",
+                "; ".join(used),
                 f"swapped out {stats['num_swap_out_bytes'] / 1e6:.1f} MB, in {stats['num_swap_in_bytes'] / 1e6:.1f} MB; "
                 "evictions: " + ", ".join(f"{reason} {count}" for reason, count in stats["evictions"].items()),
+                *slow_transfers_lines(stats),
             ]
         )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from engine.core.tier_table import tier_title
 
 logger = logging.getLogger(__name__)
 
@@ -27,23 +29,44 @@ class StatisticsLog:
         if now - self._logged_s < LOG_INTERVAL_S:
             return
         self._logged_s = now
-        stats = self._get_statistics()
-        logger.info(
-            "running %d, waiting %d; prompt tokens: %d in GPU, %d in CPU, %d not loaded, %d dropped, %d new; output "
-            "tokens %d; blocks free: GPU %d/%d, CPU %d/%d; swapped in %.1f MB, out %.1f MB; %d suspensions",
-            stats["num_requests_running"],
-            stats["num_requests_waiting"],
-            stats["num_gpu_cached_tokens"],
-            stats["num_cpu_cached_tokens"],
-            stats["num_not_loaded_tokens"],
-            stats["num_dropped_tokens"],
-            stats["num_new_tokens"],
-            stats["num_output_tokens"],
-            stats["num_gpu_blocks_free"],
-            stats["num_gpu_blocks"],
-            stats["num_cpu_blocks_free"],
-            stats["num_cpu_blocks"],
-            stats["num_swap_in_bytes"] / 1e6,
-            stats["num_swap_out_bytes"] / 1e6,
-            stats["num_suspensions"],
-        )
+        logger.info("%s", statistics_line(self._get_statistics()))
+
+
+def statistics_line(stats: Mapping[str, Any]) -> str:
+    """What matters most of AsyncEngine.get_statistics."""
+    tiers = stats["tiers"]
+    cached = [f"{stats[f'num_{tier}_cached_tokens']} in {tier_title(tier)}" for tier in tiers]
+    computed = [f"{stats[f'num_{what}_tokens']} {what.replace('_', ' ')}" for what in ("not_loaded", "dropped", "new")]
+    blocks = [f"{tier_title(tier)} {stats[f'num_{tier}_blocks_free']}/{stats[f'num_{tier}_blocks']}" for tier in tiers]
+    return "; ".join(
+        [
+            f"running {stats['num_requests_running']}, waiting {stats['num_requests_waiting']}",
+            f"prompt tokens: {', '.join([*cached, *computed])}",
+            f"output tokens {stats['num_output_tokens']}",
+            f"blocks free: {', '.join(blocks)}",
+            f"swapped in {_mb(stats['num_swap_in_bytes'])}, out {_mb(stats['num_swap_out_bytes'])}",
+            *slow_transfers_lines(stats),
+            f"{stats['num_suspensions']} suspensions",
+        ]
+    )
+
+
+def slow_transfers_lines(stats: Mapping[str, Any]) -> list[str]:
+    """For each slow tier, the chunks by how their transfers ended, as far as there were any."""
+    lines = []
+    for tier in stats["tiers"]:
+        counts = {**stats.get("slow_transfers", {})}
+        counts |= {f"{what}_refused": count for what, count in stats.get("slow_refusals", {}).items()}
+        told = []
+        for what, count in counts.items():
+            if count and what.startswith(f"{tier}_"):
+                num_bytes = stats["num_slow_transfer_bytes"].get(what)
+                size = "" if num_bytes is None else f" ({_mb(num_bytes)})"
+                told.append(f"{count} {what.removeprefix(f'{tier}_').replace('_', ' ')}{size}")
+        if told:
+            lines.append(f"chunks of {tier_title(tier)}: {', '.join(told)}")
+    return lines
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"

@@ -15,6 +15,7 @@ from deployments.completions.logprobs import CompletionLogprobs, chat_logprobs, 
 from deployments.completions.requests import ChatCompletionBody, CompletionBody
 from deployments.generation import ErrorItem
 from deployments.http.answer_reader import AnswerReader, made_call_id
+from deployments.http.cache_details import cache_details
 from deployments.http.errors import error_body
 from deployments.http.event_stream import DONE, sse_event
 from engine.dialogue.events import Arguments, CallStart, Event, Reasoning, Text, gather
@@ -81,19 +82,15 @@ class _Envelope(ABC):
         firsts = [delta for index, delta in self._latest.items() if index % self._body.n == 0]
         num_prompt_tokens = sum(delta.num_prompt_tokens for delta in firsts)
         num_output_tokens = sum(delta.num_output_tokens for delta in self._latest.values())
-        recomputed: dict[str, int] = {}
-        for reason, num_tokens in (delta.recomputed for delta in firsts if delta.recomputed is not None):
-            recomputed[reason] = recomputed.get(reason, 0) + num_tokens
+        num_cached_tokens = sum(delta.num_cached_tokens for delta in firsts)
         usage: dict[str, Any] = {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_output_tokens,
             "total_tokens": num_prompt_tokens + num_output_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(delta.num_cached_tokens for delta in firsts)},
+            "prompt_tokens_details": {"cached_tokens": num_cached_tokens, **cache_details(firsts)},
         }
         if num_reasoning_tokens := sum(delta.num_reasoning_tokens for delta in self._latest.values()):
             usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning_tokens}
-        if recomputed:
-            usage["prompt_tokens_details"]["recomputed"] = recomputed
         return usage
 
     def _chunk(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic_core import from_json
 
 from deployments.generation import ErrorItem
 from deployments.http.answer_reader import AnswerReader, made_call_id
+from deployments.http.cache_details import cache_details
 from deployments.http.event_stream import sse_event
 from deployments.messages.errors import error_body
 from deployments.messages.requests import MessagesBody
@@ -44,9 +45,7 @@ def message_usage(delta: OutputDelta, *, asks_to_cache: bool) -> dict[str, Any]:
     }
     if delta.num_reasoning_tokens:
         usage["output_tokens_details"] = {"thinking_tokens": delta.num_reasoning_tokens}
-    if delta.recomputed is not None:
-        usage["recomputed"] = dict([delta.recomputed])
-    return usage
+    return usage | cache_details([delta])
 
 
 class MessageFormat:

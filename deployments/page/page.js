@@ -245,10 +245,14 @@ function stop() {
   return ended;
 }
 
+const SOURCES = { cpu: "from the CPU tier", disk: "from disk", peer: "from another replica" };
+
 function account(usage, firstToken) {
-  const cached = usage.input_tokens_details.cached_tokens;
+  const { cached_tokens: cached, cached_tokens_by_tier: byTier = {} } = usage.input_tokens_details;
+  const loaded = Object.entries(byTier).filter(([tier]) => tier !== "gpu").map(([tier, tokens]) => `${tokens} ${SOURCES[tier] ?? tier}`);
+  const from = loaded.length ? ` (${loaded.join(", ")})` : "";
   const seconds = firstToken === null ? "" : ` · first token after ${(firstToken / 1000).toFixed(2)} s`;
-  return `${cached} tokens cached · ${usage.input_tokens - cached} computed · ${usage.output_tokens} generated${seconds}`;
+  return `${cached} tokens cached${from} · ${usage.input_tokens - cached} computed · ${usage.output_tokens} generated${seconds}`;
 }
 
 /** The last question again: it and its answer are taken out first. */
@@ -404,12 +408,15 @@ const REASONS = {
   gpu_dropped: "its GPU block was wanted, and the CPU tier had no room for it",
   cpu_dropped: "its CPU block was wanted",
   cpu_copy_dropped: "its CPU block was wanted; it is still in the GPU tier",
+  cpu_reclaimed: "its CPU block was wanted; the copy on disk stays",
+  disk_dropped: "its place on disk was wanted",
+  disk_copy_dropped: "its place on disk was wanted; it is still in the CPU tier",
 };
 const STATES = {
-  gpu: "in the GPU tier", both: "in both tiers", cpu: "in the CPU tier", disk: "on disk", dropped: "dropped: computed again when wanted",
+  gpu: "in the GPU tier", both: "in both tiers", cpu: "in the CPU tier", disk: "on disk", peer: "in another replica", dropped: "dropped: computed again when wanted",
   computing: "being computed", loading: "on its way to the GPU tier", storing: "on its way to the CPU tier",
 };
-const RATES = { gpu: "GPU tier", cpu: "CPU tier", not_loaded: "not loaded", dropped: "dropped", new: "new" };
+const RATES = { gpu: "GPU tier", cpu: "CPU tier", disk: "disk", peer: "other replicas", not_loaded: "not loaded", dropped: "dropped", new: "new" };
 const MAX_SHOWN_EVICTIONS = 12;
 let map = { replicas: [] };
 let watching = null; // an AbortController
@@ -451,6 +458,8 @@ function drawCache() {
 }
 
 function drawReplicas() {
+  const tiers = new Set(map.replicas.flatMap((replica) => replica.tiers.map((tier) => tier.name)));
+  for (const entry of document.querySelectorAll("#legend [data-tier]")) entry.hidden = !tiers.has(entry.dataset.tier);
   $("replicas").replaceChildren(...map.replicas.map((replica) => {
     const box = element("div", { className: "replica" });
     if (map.replicas.length > 1) box.append(element("h3", { textContent: `Replica ${replica.replica}` }));

@@ -16,6 +16,7 @@ from typing import Any
 
 from deployments.errors import ResponseCancelledError
 from deployments.generation import ErrorItem
+from deployments.http.cache_details import cache_details
 from deployments.http.errors import error_body, wire_of
 from deployments.http.event_stream import sse_event
 from deployments.responses.items import ItemJson, NewId
@@ -168,13 +169,12 @@ def final_status(delta: OutputDelta) -> str:
 
 def response_usage(delta: OutputDelta) -> dict[str, Any]:
     """cached_tokens is there also when it is 0. Every other token of the input was computed, and its KV written."""
-    recomputed = {} if delta.recomputed is None else {"recomputed": dict([delta.recomputed])}
     return {
         "input_tokens": delta.num_prompt_tokens,
         "input_tokens_details": {
             "cached_tokens": delta.num_cached_tokens,
             "cache_write_tokens": delta.num_prompt_tokens - delta.num_cached_tokens,
-            **recomputed,
+            **cache_details([delta]),
         },
         "output_tokens": delta.num_output_tokens,
         "output_tokens_details": {"reasoning_tokens": delta.num_reasoning_tokens},

@@ -338,9 +338,13 @@ class EngineCore:
         return account
 
     def get_statistics(self) -> dict[str, Any]:
-        """Counters since the start, and the state now (requests by status, blocks by use)."""
+        """Counters since the start, and the state now (requests by status, blocks by use).
+
+        tiers: names, the fastest first; in other keys, `num_<tier>_...` is of that tier.
+        """
         cache = self._cache
         statistics = {
+            "tiers": [tier.name for tier in cache.tiers],
             **self.stats.as_dict(),
             "num_requests_running": len(self._scheduler.running),
             "num_requests_waiting": self._scheduler.num_waiting,
@@ -418,6 +422,7 @@ class EngineCore:
         assert all(r.status is RequestStatus.LOADING for r in scheduler.loading)
         assert all(r.status is RequestStatus.RUNNING and r.chunks for r in scheduler.running)
         assert not any(r.chunks for r in (*scheduler.waiting, *scheduler.loading))
+        assert all(sum(r.cached_by_tier.values()) == r.num_cached_tokens for r in live)
         self._cache.check_integrity(scheduler.running)
 
     def _note_in_flight(self, plan: StepPlan | None) -> StepPlan | None:

@@ -178,12 +178,13 @@ class Request:
 
     The scheduler's: status, num_suspensions; num_known_tokens, its length at the last admission, behind which the worker has
     sampled itself; load_deadline_s, until when it may wait for slow tiers; and the counts of cached, loaded, not loaded and
-    dropped tokens, of the first admission. It clears `loads` when the request starts.
+    dropped tokens, and of the cached ones by tier, of the first admission. It clears `loads` when the request starts.
     """
 
     __slots__ = (
         "account",
         "arrival_s",
+        "cached_by_tier",
         "chunk_keys",
         "chunks",
         "conversation_id",
@@ -246,6 +247,7 @@ class Request:
         self.chunk_keys: list[bytes] = []
         self.pending: list[tuple[int, int]] = []
         self.num_cached_tokens = 0
+        self.cached_by_tier: Mapping[str, int] = {}
         self.num_loaded_tokens = 0
         self.num_not_loaded_tokens = 0
         self.num_dropped_tokens = 0

@@ -447,7 +447,7 @@ class Scheduler:
         request.num_dropped_tokens = account.num_dropped_tokens
         stats.num_resumed_tokens += request.num_pending_tokens - num_pending
         stats.num_prompt_tokens += request.num_prompt_tokens
-        stats.note_cached(request.num_cached_tokens, account.loaded_tokens)
+        request.cached_by_tier = stats.note_cached(request.num_cached_tokens, account.loaded_tokens)
         stats.num_not_loaded_tokens += request.num_not_loaded_tokens
         stats.num_dropped_tokens += request.num_dropped_tokens
         stats.num_new_tokens += request.num_new_tokens

@@ -74,12 +74,16 @@ class EngineStats:
         self.slow_refusals = {f"{tier}_{what}": 0 for tier in slow for what in SLOW_REFUSALS}
         self.slow_seconds = {f"{tier}_{what}": 0.0 for tier in slow for what in ("loaded", "stored")}
 
-    def note_cached(self, num_tokens: int, loaded_tokens: Mapping[str, int]) -> None:
-        """So many prompt tokens were cached; of these, so many were loaded from other tiers than the first one."""
+    def note_cached(self, num_tokens: int, loaded_tokens: Mapping[str, int]) -> dict[str, int]:
+        """So many prompt tokens were cached; of these, so many were loaded from other tiers than the first one.
+
+        Returns all of them by tier, the fastest first, without tiers that had none.
+        """
         first = next(iter(self.cached_tokens))
-        self.cached_tokens[first] += num_tokens - sum(loaded_tokens.values())
-        for tier, num in loaded_tokens.items():
+        by_tier = {first: num_tokens - sum(loaded_tokens.values()), **loaded_tokens}
+        for tier, num in by_tier.items():
             self.cached_tokens[tier] += num
+        return {tier: by_tier[tier] for tier in self.cached_tokens if by_tier.get(tier)}
 
     def as_dict(self) -> dict[str, Any]:
         """The counters by name, with those of a tier under names of their own: num_<tier>_cached_tokens."""

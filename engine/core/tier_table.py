@@ -70,6 +70,11 @@ def tier_row(num_gpu_blocks: int, num_cpu_blocks: int, slow_tiers: Sequence[Tier
     return row
 
 
+def tier_title(name: str) -> str:
+    """As it is written for people."""
+    return name.upper() if name in FAST_TIERS else name
+
+
 def eviction_reasons(tiers: Sequence[str]) -> tuple[str, ...]:
     """What evictions from these tiers do, as "<tier>_<what>"; `tiers` are names, the fastest first.
 

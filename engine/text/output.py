@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine.core.stats import RequestStats
@@ -59,6 +59,7 @@ class OutputDelta:
     text: may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is
         held back.
     num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
+    cached_by_tier: the cached ones by the tier that had them, the fastest first, without tiers that had none.
     num_reasoning_tokens: of the output so far, those of thinking and its end, in a chat.
     recomputed: (reason, tokens), if tokens of the prompt that the conversation had were computed again: see text/turns.py.
     finish_reason: "stop" or "length"; it ends the stream.
@@ -90,6 +91,7 @@ class OutputDelta:
     recomputed: tuple[str, int] | None = None
     stop_string: str | None = None
     prompt_token_names: tuple[str, ...] = ()
+    cached_by_tier: Mapping[str, int] = field(default_factory=dict)
 
 
 def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
@@ -104,6 +106,7 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         prompt_token_ids=deltas[0].prompt_token_ids,
         num_prompt_tokens=last.num_prompt_tokens,
         num_cached_tokens=last.num_cached_tokens,
+        cached_by_tier=last.cached_by_tier,
         num_output_tokens=last.num_output_tokens,
         num_reasoning_tokens=last.num_reasoning_tokens,
         recomputed=last.recomputed,

@@ -175,6 +175,7 @@ class OutputProcessor:
             logprobs=logprobs,
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
+            cached_by_tier=request.cached_by_tier,
             num_output_tokens=output.num_output_tokens,
             recomputed=stream.recomputed,
             num_reasoning_tokens=0 if stream.thinking is None else stream.thinking.num_tokens,

@@ -40,7 +40,10 @@ _INDEX = "CREATE INDEX IF NOT EXISTS by_use ON conversations (last_used)"
 
 
 class TranscriptFile:
-    """The conversations of one engine. Any thread may ask; one tells. No call waits for the disk but `close`."""
+    """The conversations of one engine. Any thread may ask; one tells. No call waits for the disk but `close`.
+
+    num_written_bytes: of the rows that were written so far. SQLite writes each twice, to its log and then to its file.
+    """
 
     def __init__(self, folder: Callable[[], Path | None], max_bytes: int) -> None:
         """Opens no file yet.
@@ -50,6 +53,7 @@ class TranscriptFile:
         """
         self._folder = folder
         self._max_bytes = max_bytes
+        self.num_written_bytes = 0
         self._database: sqlite3.Connection | None = None
         self._mutex = threading.Lock()  # of the connection
         self._pending: dict[str, Remembered] = {}
@@ -128,6 +132,7 @@ class TranscriptFile:
                 with database:
                     database.executemany("INSERT OR REPLACE INTO conversations VALUES (?, ?, ?)", rows)
                     self._make_room(database)
+                self.num_written_bytes += sum(len(content) for _, _, content in rows)
             except (sqlite3.Error, OSError) as error:
                 self._give_up(error)
 

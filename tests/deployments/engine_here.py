@@ -18,10 +18,10 @@ class EngineHere(LLMServer):
 
     num_looks = 0
 
-    def __init__(self, config: EngineConfig, stream_interval_s: float) -> None:
+    def __init__(self, config: EngineConfig, stream_interval_s: float, drain_s: float = 0.0) -> None:
         # The engine's log stays where it is: it would be moved for the whole process, and with it for all later tests.
         with mock.patch.object(llm_server, "log_engine_with_serve"):
-            super().__init__(replace(config, kv_handover="off"), stream_interval_s)
+            super().__init__(replace(config, kv_handover="off"), stream_interval_s, drain_s=drain_s)
 
     def replica_rank(self) -> int:
         return 0

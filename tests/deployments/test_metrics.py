@@ -114,6 +114,7 @@ def test_a_further_tier_has_series_of_its_own() -> None:
     engine_core.stats.slow_seconds |= {"disk_loaded": 0.25}
     statistics = statistics_of(engine_core) | {
         "num_slow_transfer_bytes": {"disk_loaded": 400, "disk_stored": 0},
+        "num_written_bytes": {"disk_chunks": 700, "disk_transcripts": 80},
         "tier_problems": {"disk": "full"},
     }
     assert CounterIncrements().take(statistics) == {
@@ -125,6 +126,8 @@ def test_a_further_tier_has_series_of_its_own() -> None:
         Series("pensieve_tier_transfers_total", ("disk", "load_refused")): 6,
         Series("pensieve_tier_transfer_seconds_total", ("disk", "loaded")): 0.25,
         Series("pensieve_tier_transfer_bytes_total", ("disk", "loaded")): 400,
+        Series("pensieve_tier_written_bytes_total", ("disk", "chunks")): 700,
+        Series("pensieve_tier_written_bytes_total", ("disk", "transcripts")): 80,
     }
     assert read_gauges(statistics)[Series("pensieve_tier_usable", ("disk",))] == 0
     assert read_gauges(statistics | {"tier_problems": {}})[Series("pensieve_tier_usable", ("disk",))] == 1

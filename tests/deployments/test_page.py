@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from deployments.generation import DeltaItem
 from deployments.ingress import IngressConfig, create_app
 from deployments.tenants import TenantConfig, hash_key
 from engine.config import EngineConfig
+from engine.core.cache.prices import LoadPrices
 from engine.dialogue.formats import AnswerFormat
 from engine.dialogue.reasoning import REASONING_FORMATS
 from engine.text.output import OutputDelta
@@ -173,14 +175,15 @@ class Served:
     address: str
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+@contextmanager
+def serve_tiny(folder: Path, **changes: object) -> Iterator[Served]:
     options = {"num_threads": 1, "dtype": "float32", "chunk_size": 4, "num_gpu_blocks": 64, "num_cpu_blocks": 64}
-    url = f"sqlite:///{tmp_path_factory.mktemp('store') / 'conversations.db'}"
+    url = f"sqlite:///{folder / 'conversations.db'}"
     engines: list[EngineHere] = []
 
     async def make_app() -> FastAPI:
-        engines.append(EngineHere(EngineConfig.from_options({**options, "max_model_len": 256}), stream_interval_s=0.0))
+        config = EngineConfig.from_options({**options, "max_model_len": 256, **changes})
+        engines.append(EngineHere(config, stream_interval_s=0.0, drain_s=60.0))
         return create_app(engines[0], IngressConfig(store_url=url, demo=True), ingress_id="i")
 
     async def end() -> None:
@@ -189,6 +192,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
     with serving(make_app, end) as address:
         yield Served(engines[0], address)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serve_tiny(tmp_path_factory.mktemp("store")) as served:
+        yield served
 
 
 @pytest.fixture
@@ -300,6 +309,27 @@ def test_forced_evictions(page: Page) -> None:
     assert page.ask("what is my cat called?") == old
     page.click("#restore")
     wait_for(lambda: "held back" not in page.text(".tier.gpu"))
+
+
+def test_a_disk_tier_is_shown(chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar of its own, the chunks that are there alone, and what an answer took from it."""
+    monkeypatch.setattr(LoadPrices, "note_load", lambda *_: None)  # any load is cheap
+    folders = {"kv_disk_path": str(tmp_path / "kv"), "kv_disk_size": 0.01}
+    with serve_tiny(tmp_path, **folders) as served:
+        page = Page(chromium, served.address)
+        page.start()
+        page.ask("my cat is called Mia")
+    with serve_tiny(tmp_path, **folders) as served:
+        page = Page(chromium, served.address)
+        wait_for(lambda: "blocks used" in page.text(".tier.disk"))
+        assert int(page.text(".tier.disk .numbers").partition(" of ")[0]) > 0
+        assert "disk" in page.texts("#legend li")
+        page.start()
+        page.ask("my cat is called Mia")
+        assert "from disk" in page.text("#messages li:last-child .tools")
+        wait_for(lambda: ", disk " in page.text(".hits .numbers"))
+        page.take_picture("page-disk")
+        page.check_console()
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (800, 700), (390, 800)])

@@ -28,6 +28,7 @@ from engine.executor.tiers.disk_store import DiskStore
 from engine.executor.tiers.disk_tier import DISK, DiskTier
 from engine.make_core import make_core
 from engine.server import create_server
+from engine.statistics_log import statistics_line
 from engine.step_loop import LookAhead
 from engine.tenant import Tenant
 from tests.conftest import Driver
@@ -181,8 +182,23 @@ def test_conversations_come_back_with_their_kv_after_a_restart(tmp_path):
     )
     assert stats["slow_seconds"]["disk_loaded"] > 0
     assert stats["tier_problems"] == {}
+    assert f"{stats['num_disk_cached_tokens']} in disk, " in statistics_line(stats)
+    assert f"chunks of disk: {stats['slow_transfers']['disk_loaded']} loaded (" in statistics_line(stats)
     with served(tmp_path, {name: turns[:-2] for name, turns in messages.items()}, kv_disk_path=None) as server:
         assert [answer.text for answer in say(server, "What is my name?")] == [answer.text for answer in first]
+
+
+def test_what_is_written_is_counted(tmp_path):
+    with served(tmp_path, {}) as server:
+        say(server, "My name is {}.")
+    stats = server.get_statistics()  # after the drain
+    page_bytes, stored_bytes = 4096, stats["num_slow_transfer_bytes"]["disk_stored"]
+    slot_bytes = -(-server.engine._bytes_per_block // page_bytes) * page_bytes
+    written = stats["num_written_bytes"]
+    assert written["disk_chunks"] == stats["slow_transfers"]["disk_stored"] * (slot_bytes + page_bytes)
+    assert written["disk_chunks"] > stored_bytes > 0
+    assert 0 < written["disk_transcripts"] < written["disk_chunks"]
+    assert "disk tier: " in server.get_statistics_str()
 
 
 def test_ids_that_tokenising_would_not_give_survive_a_restart(tmp_path, monkeypatch):

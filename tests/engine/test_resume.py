@@ -111,6 +111,7 @@ async def test_text_goes_on_where_it_was_cut(engines, sampling) -> None:
         assert begun.token_ids + rest.token_ids == whole.token_ids
         assert (rest.finish_reason, rest.num_output_tokens) == (whole.finish_reason, whole.num_output_tokens)
         assert rest.num_prompt_tokens == whole.num_prompt_tokens
+        assert sum(rest.cached_by_tier.values()) == rest.num_cached_tokens
         assert rest.transcript == whole.transcript
     await second.check_integrity()
 

@@ -44,6 +44,7 @@ class DiskStore:
 
     folder: its files; None as long as there is none, because the disk could not be used so far.
     number: of the folder among those of the same identity; as long as there is none, the one that was asked for.
+    num_written_bytes: to the segments so far, rows and what fills slots up included.
     """
 
     def __init__(self, path: Path, layout: Layout, number: int = 0) -> None:
@@ -55,6 +56,7 @@ class DiskStore:
         self.layout = layout
         self.folder: Path | None = None
         self.is_direct = False
+        self.num_written_bytes = 0
         self._path = path
         self.number = number
         self._lock: int | None = None
@@ -182,6 +184,7 @@ class DiskStore:
                 self._drop_from_page_cache(descriptor, layout.slot_offset(first_row), len(buffers) * layout.slot_bytes)
         with self._mutex:
             self._unsynced.add(segment)
+            self.num_written_bytes += len(records) * (layout.slot_bytes + PAGE_BYTES)
 
     def sync(self) -> None:
         """Let all that was written survive a loss of power. Raises OSError."""

@@ -100,6 +100,11 @@ class DiskTier:
         """Of its folder among those of the same identity."""
         return self._store.number
 
+    @property
+    def num_written_bytes(self) -> int:
+        """To its files so far: more than the blocks that were stored have."""
+        return self._store.num_written_bytes
+
     def folder(self) -> Path | None:
         """Where its files are; None as long as the disk cannot be used."""
         return self._store.folder

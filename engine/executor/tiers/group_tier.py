@@ -157,6 +157,11 @@ class GroupTier:
         return self._local.number
 
     @property
+    def num_written_bytes(self) -> int:
+        """To the files of all ranks, each of which has written as much as rank 0."""
+        return self._local.num_written_bytes * len(self._ranks)
+
+    @property
     def problem(self) -> str | None:
         """Why chunks are not written at present, or not read, and on which rank; None = all is well. For people."""
         now = time.monotonic()
