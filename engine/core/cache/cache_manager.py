@@ -364,6 +364,8 @@ class CacheManager:
 
     def start_drain(self, now: float) -> None:
         """From now on, bring everything to the first slow tier that keeps it, if there is one. No request may follow."""
+        if self.handover is not None:
+            self.handover.expectations.give_up_offers()
         if self.tiers.stores:
             self.drain = Drain(
                 self.tiers, self.index, self.transfers, self.slow_transfers, self.allocator, self._cost_model, now

@@ -58,13 +58,15 @@ class Drain:
         later: list[Chunk] = []
         while self._rest and num_stores > 0 and len(later) < MAX_COPIES and self._slow.takes_chunks(tier, now):
             chunk = self._rest.pop()
-            transfer = self._slow.find(chunk)
-            if chunk in secondary.arriving or (transfer is not None and self._slow.is_send(transfer)):
+            if chunk in secondary.arriving:
                 later.append(chunk)
                 continue
-            if chunk.pins or chunk.key is None or tiers.store_of(chunk) is not None or transfer is not None:
+            if chunk.pins or chunk.key is None or tiers.store_of(chunk) is not None:
                 continue
             if chunk.blocks[0] is None and chunk.blocks[1] is None:  # a peer has it
+                continue
+            if self._slow.find(chunk) is not None:  # of another kind: it is sent, or was computed while it came
+                later.append(chunk)
                 continue
             if not self._allocator.is_worth_storing(chunk, tier):
                 continue

@@ -145,6 +145,12 @@ class Expectations:
         if key is not None:
             self._settle(key)
 
+    def give_up_offers(self) -> None:
+        """Load no more of them."""
+        to_load, self._to_load = self._to_load, {}
+        for key in to_load:
+            self._settle(key)
+
     def _settle(self, key: bytes) -> None:
         for offer_id in self._offers_of.pop(key, ()):
             self._open_offers[offer_id].discard(key)

@@ -20,10 +20,11 @@ from engine.core.cache.eviction import EVICTION_POLICIES
 from engine.core.cache.index import Chunk, chunk_key, root_key
 from engine.core.cache.transfers import StepTransfers
 from engine.core.config import CacheConfig
+from engine.core.handover import FoundChunks, records_of
 from engine.core.plan import BlockCopy, ChunkRecord, SlowTransfer, TransferEnd
 from engine.core.request import ContextAccount, Request, SamplingParams
 from engine.core.stats import EngineStats
-from engine.core.tier_table import TierSpec
+from engine.core.tier_table import PEER, TierSpec
 
 CHUNK_SIZE = 4
 MAX_TOKENS = 22
@@ -70,7 +71,7 @@ swap_outs = st.tuples(st.integers(0, 12), st.sampled_from([0, 0, 1, 3]), st.bool
 class CacheManagerMachine(RuleBasedStateMachine):
     """One plan at a time: releases and appended blocks first, then admissions, ahead-of-time swap-outs, then the step."""
 
-    SLOW_TIERS: tuple[str, ...] = ()
+    SLOW_TIERS: tuple[str, ...] = ()  # a tier of peers comes last
 
     @initialize(
         num_blocks=st.integers(6, 10),
@@ -102,7 +103,13 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.write_through = write_through
         num_cpu_blocks = max(num_cpu_blocks, bool(self.SLOW_TIERS)) if self.keep else 0
         slow_tiers = tuple(
-            TierSpec(name=name, num_blocks=size, is_fast=False, stores_first_use=stores_first_use)
+            TierSpec(
+                name=name,
+                num_blocks=size,
+                is_fast=False,
+                stores_first_use=stores_first_use,
+                is_store=name != PEER,
+            )
             for name, size in zip(self.SLOW_TIERS, slow_sizes, strict=False)
         )
         self.config = config = CacheConfig(
@@ -128,6 +135,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
         self.slow_in_flight: dict[int, tuple[SlowTransfer, list[Label]]] = {}  # with what the source held
         self.num_slow_ended = dict.fromkeys(self.stats.slow_transfers, 0)
         self.loading: dict[Request, set[int]] = {}  # requests that wait for slow transfers
+        self.asked: dict[bytes, int] = {}  # how often peers asked for a chunk since it was last sent or declined
+        self.offers: set[str] = set()  # of peers, not ended yet
         self.corrupted: set[int] = set()  # CPU blocks that do not hold what was swapped out to them
         self.names: dict[bytes, Label] = {}  # what each key must mean
         self.cached_once: set[Label] = set()  # contexts up to the end of each full chunk that was ever cached
@@ -236,6 +245,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
         assert all(a[1] < b[0] for a, b in zip(request.pending, request.pending[1:], strict=False))
         assert self.cache.num_available_blocks >= reserve
         request.loads = {}
+        self.expect_no_more(request)
         self.waiting.pop(0)
         self.running.append(request)
         self.starts.append(request)
@@ -423,9 +433,10 @@ class CacheManagerMachine(RuleBasedStateMachine):
         cache.allocator.plan_stores(watermark / 12, limit, self.now)
         self.the_books_balance()
         self.chunks_hold_what_their_names_say()
+        planned = [chunk for chunk, _ in cache.transfers.planned.swap_outs]
+        self.plan_handover()
         self.take_slow_transfers()
         transfers = cache.transfers.take()
-        planned = [chunk for chunk, _ in transfers.swap_outs]
         assert len(planned) <= (limit if self.write_through or num_wanted > 0 else 0)
         assert len(planned) == len(set(planned))
         # One that lost its copy to another one may be next.
@@ -463,6 +474,12 @@ class CacheManagerMachine(RuleBasedStateMachine):
         for transfer in self.cache.slow_transfers.take():
             copy = transfer.copy
             source, target = self.slots_of(copy.source_tier), self.slots_of(copy.target_tier)
+            assert not any(copy.target == other.copy.target for other in self.open_transfers(copy.target_tier))
+            if copy.target_tier == PEER:
+                del self.asked[transfer.key]
+                num_tokens = transfer.record.num_tokens
+                if copy.source not in self.corrupted:
+                    assert source[copy.source][:num_tokens] == self.labels_of(transfer.key)
             self.slow_in_flight[transfer.transfer_id] = (transfer, source[copy.source][:])
             target[copy.target] = [GARBAGE] * CHUNK_SIZE
             if copy.target_tier == "cpu":
@@ -490,12 +507,37 @@ class CacheManagerMachine(RuleBasedStateMachine):
         tier = copy.source_tier if is_load else copy.target_tier
         outcome = ("loaded" if ok else "load_failed") if is_load else ("stored" if ok else "store_failed")
         self.num_slow_ended[f"{tier}_{outcome}"] += 1
-        self.cache.slow_transfers.complete(TransferEnd(transfer_id, ok), self.now)
+        gone = not ok and transfer_id % 2 > 0
+        self.cache.complete_transfer(TransferEnd(transfer_id, ok, gone=gone), self.now)
         for request, transfer_ids in list(self.loading.items()):
             transfer_ids.discard(transfer_id)
             if not transfer_ids:
                 del self.loading[request]
                 self.waiting.insert(0, request)
+
+    def open_transfers(self, target_tier: str) -> list[SlowTransfer]:
+        return [transfer for transfer, _ in self.slow_in_flight.values() if transfer.copy.target_tier == target_tier]
+
+    def labels_of(self, key: bytes) -> list[Label]:
+        """What the chunk of that name holds."""
+        tenant, token_ids = self.names[key]
+        start = (len(token_ids) - 1) // CHUNK_SIZE * CHUNK_SIZE
+        return [(tenant, token_ids[: position + 1]) for position in range(start, len(token_ids))]
+
+    def plan_handover(self) -> None:
+        handover = self.cache.handover
+        if handover is None:
+            return
+        handover.plan(self.now)
+        self.the_books_balance()
+        self.chunks_hold_what_their_names_say()
+        for key in handover.take_declined():
+            del self.asked[key]
+        self.offers.difference_update(handover.take_ended_offers())
+
+    def expect_no_more(self, request: Request) -> None:
+        if self.cache.handover is not None:
+            self.cache.handover.forget(request.request_id)
 
     def slots_of(self, tier: str) -> Slots:
         return {"gpu": self.slots, "cpu": self.cpu_slots, **self.slow_slots}[tier]
@@ -546,7 +588,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
     def fail(self, transfers: StepTransfers, segments: list[Segment], *, are_copies_made: bool) -> None:
         named = set(self.cache.index)
         arriving = {target for _, target, _ in transfers.swap_ins}
-        lost = {chunk for chunk, _ in transfers.evictions if not any_block(chunk.blocks[2:]) or chunk in arriving}
+        store_of = self.cache.tiers.store_of
+        lost = {chunk for chunk, _ in transfers.evictions if store_of(chunk) is None or chunk in arriving}
         if are_copies_made and not any(copy.source in self.corrupted for _, _, copy in transfers.swap_ins):
             move(self.slots, self.cpu_slots, self.corrupted, transfers, swap_outs=True)
             lost = set()
@@ -728,7 +771,9 @@ class SlowTiersMachine(CacheManagerMachine):
     def a_request_waits_no_longer(self, aborts: bool) -> None:
         request = next(iter(self.loading))
         del self.loading[request]
-        if not aborts:
+        if aborts:
+            self.expect_no_more(request)
+        else:
             self.waiting.insert(0, request)
 
     @precondition(lambda self: self.slow_in_flight)
@@ -807,7 +852,10 @@ class SlowTiersMachine(CacheManagerMachine):
         self.num_copies = dict.fromkeys(self.num_copies, 0)
         self.num_corrupted_swaps = 0
         self.cached_once = set()
+        self.asked, self.offers = {}, set()
         for name, records in self.slow_records.items():
+            if name == PEER:
+                continue
             self.cache.await_records(name)
             self.cache.check_integrity([])
             blocks = range(len(self.slow_slots[name]))
@@ -829,6 +877,7 @@ class SlowTiersMachine(CacheManagerMachine):
                 break
             drain.plan(self.now)
             self.the_books_balance()
+            self.plan_handover()
             self.take_slow_transfers()
             transfers = self.cache.transfers.take()
             assert not any((transfers.swap_ins, transfers.evictions, transfers.local_copies))
@@ -838,10 +887,11 @@ class SlowTiersMachine(CacheManagerMachine):
                 self.end_slow_transfer(transfer_id, ok=True)
             self.the_books_balance()
         assert drain.is_done(self.now), "never done"
-        has_room = self.cache.tiers.slow[0].pool.num_free > 0
+        has_room = self.cache.tiers.stores[0].pool.num_free > 0
         is_all_worth_it = not any(self.stats.slow_refusals.values())
         if has_room and is_all_worth_it and not self.is_held_back:
-            left = [chunk for chunk in self.cache.index if self.cache.tiers.slow_tier_of(chunk) is None]
+            left = [chunk for chunk in self.cache.index if self.cache.tiers.store_of(chunk) is None]
+            left = [chunk for chunk in left if any_block(chunk.blocks[:2])]
             assert not self.corrupted or len(left) <= before
             assert self.corrupted or not left, "something was left behind"
 
@@ -850,6 +900,154 @@ class TwoSlowTiersMachine(SlowTiersMachine):
     """And with another one behind it, of which nothing is stored in yet: no rule may depend on their number."""
 
     SLOW_TIERS = ("dict", "list")
+
+
+class PeersMachine(SlowTiersMachine):
+    """And with peers: chunks come from them at any time, or do not, and they ask for ours."""
+
+    SLOW_TIERS = ("dict", PEER)
+    num_offers = 0
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "cache") and self.cache.handover is not None:
+            self.everything_comes_to_its_end()
+
+    def fill_places(self) -> None:
+        """A peer has what the names say."""
+        for chunk in self.cache.index:
+            place = chunk.blocks[-1]
+            if place is not None:
+                labels = self.labels_of(chunk.key)
+                self.slow_slots[PEER][place] = labels + [GARBAGE] * (CHUNK_SIZE - len(labels))
+                if chunk.num_tokens == CHUNK_SIZE:
+                    self.cached_once.add(self.names[chunk.key])
+
+    @precondition(lambda self: self.waiting and self.cache.handover)
+    @rule(
+        which=st.sampled_from(["all", "all", "odd", "last"]),
+        tails=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 3)), max_size=3),
+        waits=st.booleans(),
+    )
+    def a_peer_has_what_the_oldest_needs(self, which: str, tails: list[tuple[int, int]], waits: bool) -> None:
+        request, handover = self.waiting[0], self.cache.handover
+        query = handover.missing_chunks(request)
+        if query is None:
+            return
+        assert self.cache.index.match(query.keys[1]) is None if len(query.keys) > 1 else True
+        places = range(len(query.keys))
+        places = {"all": places, "odd": places[1::2], "last": places[-1:]}[which]
+        found = FoundChunks(dict.fromkeys(places, 1.0), tuple(tails))
+        records = records_of(query, found, request, CHUNK_SIZE)
+        for record in records:
+            tenant, token_ids = self.names[record.key]
+            assert (tenant, token_ids) == (request.tenant, tuple(request.token_ids[: len(token_ids)]))
+            assert len(token_ids) == record.position * CHUNK_SIZE + record.num_tokens
+        handover.expect(records, request.request_id, self.now)
+        self.fill_places()
+        if waits:
+            self.the_oldest_waits_for_a_slow_tier(0)
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def the_oldest_is_aborted(self) -> None:
+        self.expect_no_more(self.waiting.pop(0))
+
+    @precondition(lambda self: self.histories and self.cache.handover)
+    @rule(data=st.data(), idle_s=st.sampled_from([0.0, 1.0, 30.0]), new=tokens, num_cut=st.integers(0, 4))
+    def a_peer_that_ends_offers_a_conversation(
+        self, data: st.DataObject, idle_s: float, new: tuple[int, ...], num_cut: int
+    ) -> None:
+        tenant, owner, history = data.draw(st.sampled_from(self.histories))
+        context = (history[: max(1, len(history) - num_cut)] + new)[:MAX_TOKENS]
+        records = []
+        for start in range(0, len(context), CHUNK_SIZE):
+            end = min(start + CHUNK_SIZE, len(context))
+            self.learn_name(tenant, context[:end])
+            records.append(
+                ChunkRecord(
+                    key=key_of(tenant, context[:end]),
+                    parent_key=key_of(tenant, context[:start]),
+                    position=start // CHUNK_SIZE,
+                    num_tokens=end - start,
+                    owner_id=None if end - start == CHUNK_SIZE else owner,
+                    idle_s=idle_s,
+                )
+            )
+        self.num_offers += 1
+        self.offers.add(f"offer {self.num_offers}")
+        self.cache.handover.accept_offer(records, f"offer {self.num_offers}", self.now)
+        self.fill_places()
+
+    @precondition(lambda self: self.cache.handover)
+    @rule(numbers=st.lists(st.integers(0, 99), max_size=6), where=st.sampled_from(["gpu", "far", "any"]))
+    def peers_ask(self, numbers: list[int], where: str) -> None:
+        chunks = {
+            "gpu": [chunk for chunk in self.cache.index if chunk.blocks[1] is None and chunk.blocks[0] is not None],
+            "far": [chunk for chunk in self.cache.index if not any_block(chunk.blocks[:2])],
+            "any": list(self.cache.index),
+        }[where]
+        keys = [chunks[number % len(chunks)].key for number in numbers if chunks]
+        keys += [bytes([number]) * 32 for number in numbers[:1]]
+        before = self.snapshot()
+        found = self.cache.handover.find_chunks(keys, self.now)
+        assert self.snapshot() == before
+        for place, key in enumerate(keys):
+            chunk = self.cache.index.match(key)
+            if place in found.idle_s:
+                assert any_block(chunk.blocks[:-1]), "what is expected from a peer is not had"
+        self.cache.handover.start_sends(keys, self.now)
+        self.asked |= dict.fromkeys(keys, 0)
+
+    @precondition(lambda self: not self.running and not self.starts and self.cache.handover)
+    @rule(fails=st.booleans(), num_steps=st.integers(1, 4))
+    def nothing_runs_but_peers_are_served(self, fails: bool, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.plan_handover()
+            self.take_slow_transfers()
+            transfers = self.cache.transfers.take()
+            self.num_copies["swap_outs"] += len(transfers.swap_outs)
+            self.num_copies["evictions"] += len(transfers.evictions)
+            if fails:
+                self.fail(transfers, [], are_copies_made=False)
+            else:
+                self.execute(transfers, [], is_late=False)
+            self.the_books_balance()
+            for transfer_id in list(self.slow_in_flight)[::2]:
+                self.end_slow_transfer(transfer_id, ok=True)
+
+    @invariant()
+    def no_more_is_lent_than_may_be(self) -> None:
+        if self.cache.handover is not None:
+            max_copies = self.cache.handover.sends.max_copies
+            assert len(self.open_transfers(PEER)) <= max_copies
+            assert len(self.cache.handover.expectations._loading) <= max_copies
+
+    def everything_comes_to_its_end(self) -> None:
+        """No place in the peers' tier is kept, each chunk that was asked for is sent or declined, each offer ends."""
+        for request in (*self.waiting, *self.loading):
+            self.expect_no_more(request)
+        for _ in range(100):
+            if not (self.asked or self.offers or self.slow_in_flight):
+                break
+            self.now += 1
+            self.nothing_runs_but_peers_are_served(fails=False, num_steps=1)
+        assert not self.slow_in_flight
+        self.plan_handover()
+        assert not self.asked
+        assert not self.offers
+        assert not self.cache.tiers.by_name[PEER].pool.num_used
+        assert all(any_block(chunk.blocks[:-1]) for chunk in self.cache.index)
+
+
+class OnlyPeersMachine(PeersMachine):
+    """Without a tier that keeps anything behind the CPU tier."""
+
+    SLOW_TIERS = (PEER,)
+
+    def drain(self) -> None:
+        self.cache.start_drain(self.now)
+        assert self.cache.drain is None
 
 
 def any_block(blocks: list[int | None]) -> bool:
@@ -879,5 +1077,9 @@ TestCacheManager = CacheManagerMachine.TestCase
 TestCacheManager.settings = PROFILE
 TestSlowTier = SlowTiersMachine.TestCase
 TestSlowTier.settings = PROFILE
+TestPeers = PeersMachine.TestCase
+TestPeers.settings = PROFILE
+TestOnlyPeers = OnlyPeersMachine.TestCase
+TestOnlyPeers.settings = settings(PROFILE, max_examples=PROFILE.max_examples // 3)
 TestTwoSlowTiers = TwoSlowTiersMachine.TestCase
 TestTwoSlowTiers.settings = settings(PROFILE, max_examples=PROFILE.max_examples // 6)
