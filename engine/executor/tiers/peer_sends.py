@@ -99,6 +99,8 @@ class Sends:
         record = transfer.record
         if self.is_limited:
             self._rate.wait(self._blocks.num_bytes, connection.closed)
+        if connection.closed.is_set():
+            return []
         content = self._blocks.content(transfer.copy.source, record.num_tokens)
         if content is None:
             logger.error("block %d of the CPU tier is damaged; it is not sent", transfer.copy.source)
