@@ -16,9 +16,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, TypeVar
 
+from engine.config import EngineConfig
+from engine.core.executor_protocol import Executor
 from engine.core.handover import FoundChunks
 from engine.core.plan import ChunkRecord, SlowTransfer, TransferEnd
 from engine.core.tier_table import CPU, PEER, TierSpec
+from engine.errors import ConfigError
+from engine.executor.local import LocalExecutor
+from engine.executor.tiers.kv_content import kv_identity
 from engine.executor.tiers.kv_store import KVStore
 from engine.executor.tiers.peer_blocks import Blocks
 from engine.executor.tiers.peer_client import Peer, query_of
@@ -27,11 +32,12 @@ from engine.executor.tiers.peer_directory import Directory, hash_conversation
 from engine.executor.tiers.peer_lanes import Query
 from engine.executor.tiers.peer_loads import Loads
 from engine.executor.tiers.peer_messages import Offer, pack_id, pack_offer, unpack_found
-from engine.executor.tiers.peer_protocol import MAX_CONTENT_BYTES, MAX_KEYS, Greeting, Kind, pack_keys
+from engine.executor.tiers.peer_protocol import MAX_CONTENT_BYTES, MAX_KEYS, VERSION, Greeting, Kind, pack_keys
 from engine.executor.tiers.peer_sends import Sends
 from engine.executor.tiers.peer_server import PeerHandlers, PeerServer
 from engine.executor.tiers.peer_timing import Deadlines, Rate
 from engine.executor.tiers.swapper import Checksums
+from engine.peer_network import PeerNetwork
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -41,6 +47,8 @@ MAX_WAIT_S = 10.0
 REFRESH_INTERVAL_S = 2.0
 CLOSE_TIMEOUT_S = 5.0
 OFFER_TIMEOUT_S = 60.0
+# In MB/s, if no other rate is set: on a CPU, answers are computed by the same cores.
+CPU_RATE = 200.0
 # Places for chunks that peers are said to have, for each block of the CPU tier, and at least.
 PLACES_PER_BLOCK = 4
 MIN_PLACES = 1024
@@ -269,3 +277,33 @@ class PeerTier:
             return peer.ask(query, timeout_s)
         query.end(None)
         return query.future
+
+
+def make_peer_tier(config: EngineConfig, executor: Executor, network: PeerNetwork | None) -> PeerTier | None:
+    """The tier of peers, if the options allow it and this engine is to have peers; called once.
+
+    Raises ConfigError if the options demand it, and there is no CPU tier.
+    """
+    if not config.may_hand_over or not isinstance(executor, LocalExecutor):
+        return None
+    if not executor.num_cpu_blocks:
+        if config.kv_handover == "on":
+            raise ConfigError(
+                "kv_handover needs a CPU tier, because KV passes through it; set kv_offloading_size or num_cpu_blocks",
+                param="kv_handover",
+            )
+        return None
+    if network is None:
+        return None
+    rate = config.kv_transfer_rate
+    if rate is None:
+        rate = 0.0 if executor.loaded.device.type == "cuda" else CPU_RATE
+    return PeerTier(
+        kv_identity(config, executor, VERSION),
+        network.secret,
+        network.peer_id,
+        network.host,
+        rate,
+        executor.cpu_store,
+        executor.runner.swapper.checksums,
+    )

@@ -6,6 +6,11 @@ import threading
 
 import pytest
 
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.executor.local import LocalExecutor
+from engine.executor.tiers.peer_tier import make_peer_tier
+from engine.peer_network import PeerNetwork
 from tests.engine.executor.tiers.peer_engine import PeerEngine, key_of, record_of, wait_until
 
 
@@ -153,3 +158,35 @@ def test_who_knows_a_conversation_is_told(engines, monkeypatch):
     one.tier.note_conversation("chat", 150)
     wait_until(lambda: [row.num_tokens for row in three.tier.best_peers("chat")] == [150])
     assert three.tier.best_peers("another") == []
+
+
+NETWORK = PeerNetwork(secret=b"secret", host="127.0.0.1", peer_id="me")
+
+
+def options(tiny_model, **changes) -> EngineConfig:
+    values = {"num_gpu_blocks": 8, "num_cpu_blocks": 8, "chunk_size": 8, "num_threads": 1, "dtype": "float32"}
+    return EngineConfig(model=str(tiny_model("llama")), **{**values, **changes})
+
+
+def test_the_options_decide_whether_there_is_one(tiny_model):
+    executor = LocalExecutor(options(tiny_model))
+    try:
+        assert make_peer_tier(options(tiny_model), executor, None) is None
+        assert make_peer_tier(options(tiny_model, kv_handover="off"), executor, NETWORK) is None
+        for rate, expected in ((None, 200e6), (0.0, 0.0), (3.5, 3.5e6)):
+            tier = make_peer_tier(options(tiny_model, kv_transfer_rate=rate, kv_handover="on"), executor, NETWORK)
+            assert tier.address[0] == "127.0.0.1"
+            assert tier.spec.name == "peer"
+            assert not tier.spec.is_store
+            assert tier._loads._rate.bytes_per_s == tier._sends._rate.bytes_per_s == expected
+            tier.close()
+    finally:
+        executor.shutdown()
+    executor = LocalExecutor(options(tiny_model, num_cpu_blocks=0))
+    try:
+        assert make_peer_tier(options(tiny_model, num_cpu_blocks=0), executor, NETWORK) is None
+        with pytest.raises(ConfigError, match="kv_handover needs a CPU tier") as raised:
+            make_peer_tier(options(tiny_model, num_cpu_blocks=0, kv_handover="on"), executor, None)
+        assert raised.value.param == "kv_handover"
+    finally:
+        executor.shutdown()
