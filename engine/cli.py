@@ -1,4 +1,4 @@
-"""The command line: `pensieve chat`, `generate`, `compare`, `profile`.
+"""The command line: `pensieve chat`, `generate`, `compare`, `profile`, `size`.
 
 Options of the engine are those of EngineConfig, with the same names, groups and help.
 
@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import __version__
+from engine import __version__, size_command
 from engine.chat import chat
 from engine.config import GROUPS, EngineConfig
 from engine.core.grammar import GrammarSpec
@@ -121,6 +121,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         if name != "profile":
             _add_sampling_options(command, MAX_TOKENS[name], greedy=name == "compare")
         _add_engine_options(command)
+    parsers["size"] = commands.add_parser("size", help=size_command.DESCRIPTION, description=size_command.DESCRIPTION)
+    size_command.add_options(parsers["size"])
     return parser, parsers
 
 
@@ -136,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = {entry.name for entry in options_of(EngineConfig)}
     options = {name: value for name, value in arguments.items() if name in names and value is not None}
     try:
+        if namespace.command == "size":
+            return size_command.run(namespace)
         config = EngineConfig.from_options(options)
         for name in ("json", "plot", "output"):
             if arguments.get(name) is not None:

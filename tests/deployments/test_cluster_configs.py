@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from deployments.schema import AppArgs, check_serve_config
-from engine.executor.sharding import make_plan
+from engine.sizing import measure_config
 
 FOLDER = Path(__file__).parents[2] / "cluster_configs"
 GIB, KIB = 2**30, 2**10
@@ -71,21 +70,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def weight_bytes(hf_config: Any, num_ranks: int) -> tuple[float, float]:
-    """Of the whole model in 16 bits, and of one rank."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
-    plan = make_plan("model", hf_config, num_ranks) if num_ranks > 1 else {}
-    sharded = {style for style in plan.values() if "rowwise" in style or "colwise" in style}
-    total = rank = 0.0
-    for name, parameter in model.named_parameters():
-        generic = re.sub(r"\.\d+(?=\.)", ".*", name)
-        style = plan.get(generic) or plan.get(generic.rpartition(".")[0])
-        total += 2 * parameter.numel()
-        rank += 2 * parameter.numel() / (num_ranks if style in sharded else 1)
-    return total, rank
-
-
 def about(num_tokens: float) -> str:
     return f"{num_tokens / 1e6:.1f}M" if num_tokens >= 1e6 else f"{num_tokens / 1e3:.0f}k"
 
@@ -102,12 +86,9 @@ def test_an_example_is_right_and_so_is_its_arithmetic(name: str) -> None:
     config = args.engine_config
     num_ranks = config.tensor_parallel_size
     family, shape = MODELS[name]
-    hf_config = AutoConfig.for_model(family, **shape)
-    total, rank = weight_bytes(hf_config, num_ranks)
-    head_dim = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    num_kv_heads = getattr(hf_config, "num_key_value_heads", hf_config.num_attention_heads)
-    kv = 2 * hf_config.num_hidden_layers * num_kv_heads * head_dim * 2
-    assert num_kv_heads % num_ranks == 0
+    size = measure_config(AutoConfig.for_model(family, **shape), num_ranks)
+    total, rank, kv = size.weight_bytes, size.rank_weight_bytes, size.kv_bytes
+    assert size.rank_kv_bytes * num_ranks == kv
     assert config.gpu_memory_utilization * 79 == pytest.approx(USABLE_GIB, abs=0.2)
 
     said = dict(re.findall(r"^#   (weights|KV|GPU tier|CPU tier) +(.*)$", text, re.MULTILINE))
