@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from engine.answer_grammars import AnswerGrammars
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
 from engine.core.executor_protocol import Executor
+from engine.core.plan import ChunkRecord
 from engine.core.request import Request, SamplingParams
 from engine.core.thinking import ThinkingLimit, ThinkingSpan
 from engine.core.tier_table import FAST_TIERS
@@ -50,12 +51,6 @@ from engine.text.output_processor import OutputProcessor, Stream
 from engine.text.prompt import ChatPrompt, TextPrompt
 from engine.text.prompt_encoder import EncodedPrompt, PromptEncoder
 from engine.text.tokenizer import Tokenizer
-from engine.text.transcript import ConversationTable
-
-# Memory for what conversations have said, their texts and token ids; about.
-MAX_CONVERSATION_BYTES = 1 << 28
-# How often a drain is looked at, in seconds.
-DRAIN_INTERVAL_S = 0.02
 
 
 class AsyncEngine:
@@ -92,7 +87,7 @@ class AsyncEngine:
             self._tokenizer = Tokenizer(
                 location, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
             )
-            kept = KeptState(config, executor, number, network)
+            kept = KeptState(config, executor, number, network, self._tokenizer.cut_tokens)
             self._core = make_core(config, executor, kept.specs)
         except BaseException:
             if kept is not None:
@@ -106,7 +101,7 @@ class AsyncEngine:
         eos_token_id = self._tokenizer.eos_token_id
         self._eos_token_ids = tuple({*facts.model.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
         self.max_model_len = self._core.scheduling_config.max_model_len
-        self._conversations = ConversationTable(MAX_CONVERSATION_BYTES, self._tokenizer.cut_tokens, kept.keep)
+        self._conversations = kept.conversations
         self._prompts = PromptEncoder(
             self._tokenizer,
             self._conversations,
@@ -123,7 +118,8 @@ class AsyncEngine:
         executor.use_grammars(self._grammars)
         self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
         look_ahead = _choose_look_ahead(config, executor)
-        loop = StepLoop(self._core, executor, self._outputs, time.monotonic, look_ahead, kept.transport)
+        peers = kept.join(self._core, lambda command: self._thread.put(command))
+        loop = StepLoop(self._core, executor, self._outputs, time.monotonic, look_ahead, kept.transport, peers)
         log = StatisticsLog(self.get_statistics)
         self._thread = EngineThread(loop, after_step=log.write_if_due, on_end=self._outputs.fail_all)
         kept.run(self._core, self._thread.put)
@@ -141,9 +137,10 @@ class AsyncEngine:
             yield await self._encode_only(generation)
             return
         stream, prompt = await self._open(generation)
+        elsewhere = await self._kept.chunks_elsewhere(stream.request)
         is_first, is_finished = True, False
         try:
-            await self._call(lambda: self._add(stream))
+            await self._call(lambda: self._add(stream, elsewhere))
             while not is_finished:
                 delta = await stream.read()
                 if is_first and generation.return_prompt_token_ids:
@@ -249,16 +246,13 @@ class AsyncEngine:
         self._kept.set_peers(peers)
 
     async def drain(self, timeout_s: float, next_home: Callable[[str], str | None] | None = None) -> None:
-        """Bring what the fast tiers hold to the disk tier, if there is one: the most valuable chunks first.
+        """Bring what the tiers hold to the disk tier, if there is one, and to peers: the most valuable first.
 
         Takes at most so many seconds, and may be cut off at any time. No request may follow. Raises EngineStoppedError.
 
         next_home: of a conversation, by its id, the peer that gets it; None = none does.
         """
-        deadline = time.monotonic() + timeout_s
-        await self._call(lambda: self._core.start_drain(time.monotonic()))
-        while not await self._call(lambda: self._core.is_drained(time.monotonic())) and time.monotonic() < deadline:
-            await asyncio.sleep(DRAIN_INTERVAL_S)
+        await self._kept.drain(self._core, self._call, timeout_s, next_home)
 
     async def shutdown(self) -> None:
         """End all requests with EngineStoppedError, stop the thread, free the model. May be called again."""
@@ -277,7 +271,7 @@ class AsyncEngine:
         if beginning is not None and beginning.prompt is not None:
             return self._prompts.take_prompt(generation.prompt, beginning.prompt)
         if generation.conversation_id is not None and generation.beginning is None:
-            await self._kept.recall(generation.conversation_id, self._conversations)
+            await self._kept.recall(generation.conversation_id)
         return await self._prompts.encode(
             generation.prompt,
             tenant=generation.tenant,
@@ -365,9 +359,12 @@ class AsyncEngine:
         closing_ids = self._tokenizer.encode_marker(span.closing)
         return replace(sampling, thinking_limit=ThinkingLimit(span, sampling.max_thinking_tokens, closing_ids))
 
-    def _add(self, stream: Stream) -> None:
-        """Queue the request of a stream; in the engine thread."""
-        shed = self._core.add_request(stream.request, time.monotonic())
+    def _add(self, stream: Stream, elsewhere: Sequence[ChunkRecord]) -> None:
+        """Queue the request of a stream; in the engine thread. elsewhere: what a peer has of its context."""
+        now = time.monotonic()
+        shed = self._core.add_request(stream.request, now)
+        if elsewhere and self._core.handover is not None:
+            self._core.handover.expect(elsewhere, stream.request.request_id, now)
         self._outputs.add_stream(stream)
         if shed:
             message = "dropped from the queue: this tenant exceeds its share of it; try again later"

@@ -169,6 +169,16 @@ class Conversation:
             self.turns.add(key, turn)
 
     @property
+    def remembered(self) -> Remembered:
+        """It as it is kept outside of memory."""
+        return Remembered(self.branches, self.turns.items())
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the latest branch."""
+        return len(self.branches[-1].token_ids) if self.branches else 0
+
+    @property
     def num_bytes(self) -> int:
         """The memory that it takes, about."""
         id_bytes = sys.getsizeof(self.conversation_id)
@@ -270,15 +280,20 @@ class ConversationTable:
         )
 
     def find(self, conversation_id: str) -> Conversation | None:
-        """What a conversation has said, if it is remembered."""
-        return self._conversations.get(conversation_id) or self._recalled.get(conversation_id)
+        """What a conversation has said, if it is remembered; what was recalled counts for more."""
+        return self._recalled.get(conversation_id) or self._conversations.get(conversation_id)
+
+    def count_tokens(self, conversation_id: str) -> int:
+        """Of its latest branch; 0 if nothing is remembered. From any thread."""
+        conversation = self.find(conversation_id)
+        return 0 if conversation is None else conversation.num_tokens
 
     def knows(self, conversation_id: str) -> bool:
         """Whether anything is remembered of it. From any thread."""
         return conversation_id in self._conversations or conversation_id in self._recalled
 
     def recall(self, conversation_id: str, remembered: Remembered) -> None:
-        """What was kept elsewhere of a conversation that is not remembered. From any thread."""
+        """What is known elsewhere of a conversation, more than here. From any thread."""
         self._recalled[conversation_id] = Conversation(conversation_id, remembered)
         if len(self._recalled) > MAX_RECALLED:
             self._recalled.pop(next(iter(tuple(self._recalled))), None)
@@ -295,19 +310,36 @@ class ConversationTable:
 
         turn: the same as a message, and its key; None = it is no chat.
         """
-        conversation = self._conversations.get(conversation_id)
-        if conversation is None:
-            conversation = self._recalled.pop(conversation_id, None) or Conversation(conversation_id)
-            self._conversations[conversation_id] = conversation
-        else:
-            self.num_bytes -= conversation.num_bytes
+        recalled = self._recalled.pop(conversation_id, None)
+        known = self._conversations.pop(conversation_id, None)
+        if known is not None:
+            self.num_bytes -= known.num_bytes
+        conversation = recalled or known or Conversation(conversation_id)
         branch = conversation.record_turn(prompt, output_token_ids, output_text, self._cut_tokens)
         if turn is not None:
             conversation.turns.add(*turn)
+        self._remember(conversation)
+        return branch
+
+    def adopt(self, conversation_id: str, remembered: Remembered) -> None:
+        """Take over a conversation that another engine has led, unless more of it is remembered here.
+
+        In the thread that records turns.
+        """
+        conversation = Conversation(conversation_id, remembered)
+        if conversation.num_tokens <= self.count_tokens(conversation_id):
+            return
+        self._recalled.pop(conversation_id, None)
+        known = self._conversations.pop(conversation_id, None)
+        if known is not None:
+            self.num_bytes -= known.num_bytes
+        self._remember(conversation)
+
+    def _remember(self, conversation: Conversation) -> None:
+        """As the one that was used last, as long as there is room."""
         self.num_bytes += conversation.num_bytes
-        self._conversations.move_to_end(conversation_id)
+        self._conversations[conversation.conversation_id] = conversation
         while self.num_bytes > self.max_bytes:
             _, oldest = self._conversations.popitem(last=False)
             self.num_bytes -= oldest.num_bytes
-        self._keep(conversation_id, Remembered(conversation.branches, conversation.turns.items()))
-        return branch
+        self._keep(conversation.conversation_id, conversation.remembered)

@@ -38,6 +38,7 @@ class Handover:
     ) -> None:
         self._index = index
         self._matcher = matcher
+        self._prices = prices
         self.sends = Sends(tiers, index, transfers, slow, allocator, prices, peer)
         self.expectations = Expectations(tiers, index, slow, allocator, prices, peer, self.sends.max_copies)
 
@@ -86,7 +87,7 @@ class Handover:
     # -- before one of them ends ---------------------------------------------------------------------------------------
 
     def records_of(self, context: ContextKeys, owner_id: str, now: float) -> list[ChunkRecord]:
-        """What could be sent of a context of which no request is running, front first. O(chunks)."""
+        """What could be sent of a context of which no request is running, front first. O(chunks). Any thread may ask."""
         names = [*context.full, *(key for _, key in context.tails)]
         records = []
         for place in sorted(self.sends.find(names, now).idle_s):
@@ -103,6 +104,10 @@ class Handover:
                     )
                 )
         return records
+
+    def compute_cost(self, records: Iterable[ChunkRecord]) -> float:
+        """What computing these chunks again costs; see LoadPrices."""
+        return self._prices.compute_cost((record.position, record.num_tokens) for record in records)
 
     def accept_offer(self, records: Iterable[ChunkRecord], offer_id: str, now: float) -> None:
         """See Expectations.accept."""
