@@ -67,7 +67,7 @@ class KeptState:
         if self.disk is not None:
             num_bytes = int(config.kv_disk_size * TRANSCRIPT_SHARE * (1 << 30))
             self._transcripts = TranscriptFile(self.disk.folder, num_bytes)
-        self._peers = None if network is None else make_peer_tier(config, executor, network)
+        self._peers = make_peer_tier(config, executor, network)
         self._link: PeerLink | None = None
         tiers = [tier for tier in (self.disk, self._peers) if tier is not None]
         self.specs: tuple[TierSpec, ...] = tuple(tier.spec for tier in tiers)

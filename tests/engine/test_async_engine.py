@@ -696,10 +696,10 @@ async def test_cancelling_before_the_engine_has_taken_the_request_harms_nobody(e
 async def test_cancelling_while_the_engine_takes_the_request_frees_its_blocks(engine, monkeypatch):
     taking, go, add = threading.Event(), threading.Event(), engine._add
 
-    def held_add(stream: object) -> None:
+    def held_add(*arguments: object) -> None:
         taking.set()
         assert go.wait(60)
-        add(stream)
+        add(*arguments)
 
     monkeypatch.setattr(engine, "_add", held_add)
     task = asyncio.create_task(ask(engine, CAT, ENDLESS))
