@@ -89,9 +89,8 @@ class KeptState:
 
     def problems(self) -> dict[str, str]:
         """Why a slow tier cannot be used at present, by its name."""
-        if self.disk is None or self.disk.problem is None:
-            return {}
-        return {self.disk.spec.name: self.disk.problem}
+        problem = None if self.disk is None else self.disk.problem
+        return {} if self.disk is None or problem is None else {self.disk.spec.name: problem}
 
     def written_bytes(self) -> dict[str, int]:
         """To the files of slow tiers so far, "<tier>_<what>"."""

@@ -207,8 +207,10 @@ def test_without_a_rank_every_transfer_fails_at_once(monkeypatch):
     tier = GroupTier(part := Part(), {1: ours}, lambda: -1)
     assert tier.problem == "rank 1: its disk has not answered yet"
     assert tier.read_s is None
-    tier.run(lambda _: None)
+    wakes: list[None] = []
+    tier.run(lambda _: None, wake=lambda: wakes.append(None))
     tier.start(load(1))
+    assert len(wakes) == 1
     assert tier.poll() == [TransferEnd(1, ok=False)]
     theirs.send(TierOpened(0.1, None, None))
     wait_until(lambda: tier.problem is None)
