@@ -159,7 +159,8 @@ class KeptState:
     def problems(self) -> dict[str, str]:
         """Why a slow tier cannot be used at present, by its name."""
         tiers = [tier for tier in (self.disk, self._peers) if tier is not None]
-        return {tier.spec.name: tier.problem for tier in tiers if tier.problem is not None}
+        # Each is asked once, as it may change meanwhile.
+        return {tier.spec.name: problem for tier in tiers if (problem := tier.problem) is not None}
 
     def written_bytes(self) -> dict[str, int]:
         """To the files of slow tiers so far, "<tier>_<what>"."""

@@ -1,20 +1,28 @@
 """A worker process that belongs to one group after the other.
 
 Standard input: pickled (EngineConfig, GroupMember, fault). Standard output: a line after each. fault: None, or what happens
-instead of this rank's second step that computes: "raise" or "hang".
+instead of this rank's second step that computes: "raise" or "hang"; or "slow copies", which end after the step of rank 0; or
+"disk", which is full as long as there is a file "full" in kv_disk_path, and does not answer as long as there is one "hangs".
 """
 
+import errno
 import logging
+import os
 import pickle
 import sys
 import threading
+import time
+from pathlib import Path
 
 import torch
 
 from engine.executor.model_runner import ModelRunner
+from engine.executor.tiers.disk_store import DiskStore
+from engine.executor.tiers.swapper import ThreadSwapper
 from engine.executor.worker import run_worker
 
 forward = ModelRunner._forward
+read, write, swap_out = DiskStore.read, DiskStore.write, ThreadSwapper._swap_out
 
 
 def faulty(fault: str):
@@ -31,6 +39,25 @@ def faulty(fault: str):
     return instead
 
 
+def spoil_disk(path: Path) -> None:
+    def read_in_time(self, *args):
+        while (path / "hangs").exists():
+            time.sleep(0.005)
+        return read(self, *args)
+
+    def write_if_there_is_room(self, *args):
+        if (path / "full").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, *args)
+
+    DiskStore.read, DiskStore.write = read_in_time, write_if_there_is_room
+
+
+def slow_swap_out(self, *args):
+    time.sleep(0.01)
+    swap_out(self, *args)
+
+
 torch.set_num_threads(1)
 logging.basicConfig(level=logging.ERROR)
 while True:
@@ -38,6 +65,10 @@ while True:
         config, member, fault = pickle.load(sys.stdin.buffer)
     except EOFError:
         break
-    ModelRunner._forward = forward if fault is None else faulty(fault)
+    ModelRunner._forward = faulty(fault) if fault in ("raise", "hang") else forward
+    ThreadSwapper._swap_out = slow_swap_out if fault == "slow copies" else swap_out
+    DiskStore.read, DiskStore.write = read, write
+    if fault == "disk":
+        spoil_disk(Path(config.kv_disk_path))
     run_worker(config, member)  # whatever it raises ends the process, as it does elsewhere
     print("ended", flush=True)

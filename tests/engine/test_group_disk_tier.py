@@ -7,32 +7,43 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.cache.prices import LoadPrices
 from engine.core.request import SamplingParams
 from engine.executor.group import GroupExecutor
 from engine.executor.tiers.disk_format import PAGE_BYTES
 from engine.executor.tiers.disk_tier import DISK
-from tests.engine.test_disk_tier import DiskDriver
+from tests.engine.test_disk_tier import DiskDriver, say, served
 from tests.engine.test_equivalence import assert_same_tokens
 from tests.engine.test_tensor_parallel import OPTIONS, converse, sampling_of
-from tests.nightly import IS_NIGHTLY
+from tests.nightly import IS_NIGHTLY, nightly
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with GPUs each rank takes one")
 
 TIERS = {"num_gpu_blocks": 24, "num_cpu_blocks": 30, "kv_disk_size": 0.01}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=7, logprobs=2)
 NUM_PROMPTS = 6
+# Far longer than anything here takes.
+PATIENCE_S = 60.0
 PROMPT_LEN = 64
-GROUPS = [("llama", 2, True)]
+# Family, ranks, whether blocks have checksums, fault of rank 1.
+GROUPS: list[tuple[str, int, bool, str | None]] = [("llama", 2, False, "slow copies")]
 if IS_NIGHTLY:
-    GROUPS += [("llama", 4, True), ("llama", 2, False), ("gpt2", 4, False), ("qwen3", 2, True)]
+    GROUPS += [
+        ("llama", 4, True, None),
+        ("llama", 2, True, "slow copies"),
+        ("gpt2", 4, False, None),
+        ("qwen3", 2, True, None),
+    ]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,11 +79,11 @@ def start(tiny_model, warm_workers) -> Callable[..., DiskDriver]:
     return start
 
 
-@pytest.mark.parametrize(("family", "size", "verify_swaps"), GROUPS)
+@pytest.mark.parametrize(("family", "size", "verify_swaps", "fault"), GROUPS)
 def test_ranks_equal_one_process_before_and_after_a_restart(
-    family, size, verify_swaps, tiny_model, make_driver, start, tmp_path
+    family, size, verify_swaps, fault, tiny_model, make_driver, start, tmp_path
 ):
-    options = {"family": family, "tensor_parallel_size": size, "verify_swaps": verify_swaps}
+    options = {"family": family, "tensor_parallel_size": size, "verify_swaps": verify_swaps, "fault": fault}
     whole = make_driver(tiny_model(family), num_gpu_blocks=200, mode="stateless", **OPTIONS)
     kept = start(tmp_path, **options)
     prompts = converse(kept, random.Random(family))
@@ -195,3 +206,97 @@ def test_a_chunk_that_one_rank_lacks_is_there_on_none(fault, num_failed, is_cach
     assert bool(stats["slow_transfers"][f"{DISK}_load_failed"]) == bool(num_failed)
     driver.core.check_integrity()
     driver.end(drains=False)
+
+
+# -- a rank whose disk fails -----------------------------------------------------------------------------------------------
+
+
+def ask_until(driver: DiskDriver, is_over: Callable[[], bool]) -> None:
+    """The same prompts again and again, more than the tiers hold."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_over():
+        assert time.monotonic() < deadline
+        ask(driver, range(NUM_PROMPTS))
+
+
+def test_one_full_disk_leaves_two_tiers_until_there_is_room(kept, start, tmp_path, monkeypatch):
+    for pause in ("FIRST_PAUSE_S", "LONGEST_PAUSE_S"):
+        monkeypatch.setattr(f"engine.core.cache.slow_transfers.{pause}", 0.02)
+    path = tmp_path / "kv"
+    path.mkdir()
+    full = path / "full"
+    full.touch()
+    driver = start(path, fault="disk", num_cpu_blocks=12)
+    stats = driver.core.stats.slow_transfers
+    assert ask(driver, range(NUM_PROMPTS)) == kept.answers
+    ask_until(driver, lambda: driver.disk.problem is not None)
+    assert driver.disk.problem == "rank 1: No space left on device"
+    assert stats[f"{DISK}_stored"] == 0
+    assert ask(driver, range(NUM_PROMPTS)) == kept.answers
+    full.unlink()
+    ask_until(driver, lambda: bool(stats[f"{DISK}_stored"]))
+    assert driver.disk.problem is None
+    driver.core.check_integrity()
+    driver.end(drains=False)
+
+
+def test_one_disk_that_hangs_keeps_no_request(kept, start, tmp_path, monkeypatch):
+    """It is a miss after a while; no block is given away before that rank has answered."""
+    monkeypatch.setattr("engine.executor.tiers.disk_tier.MAX_WAIT_S", 0.1)
+    path = tmp_path / "kv"
+    shutil.copytree(kept.folder, path)
+    hangs = path / "hangs"
+    hangs.touch()
+    driver = start(path, fault="disk")
+    assert ask(driver, range(1)) == {"0": kept.answers["0"]}
+    assert driver.cached["0"] == 0
+    assert driver.core.get_statistics()["slow_transfers"][f"{DISK}_loaded"] == 0
+    assert driver.core.hanging_tiers(driver.now) == [DISK]
+    assert driver.disk.problem == "rank 1: a transfer does not end"
+    driver.core.check_integrity()
+    hangs.unlink()
+    deadline = time.monotonic() + PATIENCE_S
+    while driver.core.hanging_tiers(driver.now):
+        driver.step()
+        assert time.monotonic() < deadline
+    assert driver.disk.problem is None
+    assert ask(driver, range(1, NUM_PROMPTS)).items() <= kept.answers.items()
+    assert driver.cached["1"] >= PROMPT_LEN - OPTIONS["chunk_size"]
+    driver.end(drains=False)
+
+
+# -- an engine -------------------------------------------------------------------------------------------------------------
+
+
+def test_conversations_come_back_with_their_kv_after_a_restart_of_all_ranks(tmp_path, warm_workers, monkeypatch):
+    make_group = partial(AsyncEngine, make_executor=lambda config: GroupExecutor(config, warm_workers.starter()))
+    monkeypatch.setattr("engine.server.AsyncEngine", make_group)
+    messages: dict[str, list[tuple[str, str]]] = {}
+    with served(tmp_path, messages, tensor_parallel_size=2) as server:
+        say(server, "My name is {}.")
+        before = say(server, "What is my name?")
+    with served(tmp_path, messages, tensor_parallel_size=2) as server:
+        first = say(server, "What is my name?")
+        assert server.get_statistics()["tier_problems"] == {}
+    assert [answer.num_cached_tokens for answer in first] == [
+        answer.num_prompt_tokens + len(answer.token_ids) - 1 for answer in before
+    ]
+    names = sorted(folder.name.partition("-")[2] for folder in tmp_path.iterdir())
+    assert names == ["0-rank0", "0-rank1"]
+
+
+@nightly
+def test_a_group_of_another_size_takes_the_room(tmp_path, start):
+    """Its parts are others; files of the former size under the same number go."""
+    driver = start(tmp_path)
+    ask(driver, range(1))
+    driver.end(drains=True)
+    before = {folder.name for folder in tmp_path.iterdir()}
+    driver = start(tmp_path, tensor_parallel_size=4)
+    ask(driver, range(1))
+    assert driver.cached["0"] == 0
+    driver.end(drains=True)
+    after = {folder.name for folder in tmp_path.iterdir()}
+    assert len(before) == 2
+    assert len(after) == 4
+    assert not before & after

@@ -37,6 +37,8 @@ FOLDER_NAME = re.compile(r"(?P<identity>[0-9a-f]{16})-(?P<number>[0-9]+)(-rank[0
 MIN_FREE_BYTES = 1 << 30
 MIN_FREE_SHARE = 0.05
 NUM_PROBED_SLOTS = 8
+# How often it is looked whether a folder is free, in seconds.
+LOCK_INTERVAL_S = 0.05
 
 
 class DiskStore:
@@ -47,11 +49,12 @@ class DiskStore:
     num_written_bytes: to the segments so far, rows and what fills slots up included.
     """
 
-    def __init__(self, path: Path, layout: Layout, number: int = 0) -> None:
+    def __init__(self, path: Path, layout: Layout, number: int = 0, patience_s: float = 0.0) -> None:
         """Takes no file yet; see `open`.
 
         path: the folder that was asked for, of which each process has a part.
         number: of the part, if no other process has it; one that is restarted finds its files if it asks for the same.
+        patience_s: how long `open` waits for another process to give that part back, before it takes another one.
         """
         self.layout = layout
         self.folder: Path | None = None
@@ -59,6 +62,7 @@ class DiskStore:
         self.num_written_bytes = 0
         self._path = path
         self.number = number
+        self._patience_s = patience_s
         self._lock: int | None = None
         self._checksums = array("I", bytes(4 * layout.num_blocks))
         self._sized: set[int] = set()  # the segments that have their full size
@@ -76,11 +80,15 @@ class DiskStore:
             self._sized.clear()
             if not self._path.exists():
                 private_folder(self._path)  # one that exists may be for others, too, and stays as it is
+            deadline = time.monotonic() + self._patience_s
             identity, rank = self.layout.identity.hex()[:16], self.layout.rank
             for number in dict.fromkeys((self.number, *range(MAX_FOLDERS))):
                 name = f"{identity}-{number}" + ("" if rank is None else f"-rank{rank}")
                 folder = private_folder(self._path / name)
                 self._lock = _try_lock(folder)
+                while self._lock is None and number == self.number and time.monotonic() < deadline:
+                    time.sleep(LOCK_INTERVAL_S)
+                    self._lock = _try_lock(folder)
                 if self._lock is not None:
                     break
             else:

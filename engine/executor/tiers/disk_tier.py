@@ -44,6 +44,9 @@ REWRITE_S = 3600.0
 MAX_SCAN_WAIT_S = 2.0
 # How long `close` waits for a transfer that does not end, in seconds.
 CLOSE_TIMEOUT_S = 5.0
+# Who else has a worker's part of the folder that its rank 0 has is a worker of a group that was killed, and ends within that
+# time (plan_channel.END_ALONE_AFTER_S, and the time to close files); in seconds.
+FORMER_WORKER_S = 20.0
 
 Records = Mapping[int, ChunkRecord | None]
 
@@ -286,5 +289,6 @@ def make_rank_tier(config: EngineConfig, local: LocalExecutor, number: int) -> D
         )
     rank = None if local.num_ranks == 1 else local.rank
     layout = Layout(kv_identity(config, local, FORMAT_VERSION), block_bytes, num_blocks, config.chunk_size, rank)
-    store = DiskStore(Path(config.kv_disk_path).expanduser(), layout, number)
+    patience_s = FORMER_WORKER_S if local.rank else 0.0
+    store = DiskStore(Path(config.kv_disk_path).expanduser(), layout, number, patience_s)
     return DiskTier(store, local.cpu_store, local.runner.swapper.checksums)

@@ -193,10 +193,14 @@ class GroupTier:
     def start(self, transfer: SlowTransfer) -> None:
         """Begin a transfer on all ranks; returns at once."""
         with self._changed:
-            if self._silent_ranks() or self._gone:
+            is_possible = not self._silent_ranks() and not self._gone
+            if is_possible:
+                self._pending[transfer.transfer_id] = _Pending(set(self._ranks), time.monotonic())
+            else:
                 self._ended.append(TransferEnd(transfer.transfer_id, ok=False))
-                return
-            self._pending[transfer.transfer_id] = _Pending(set(self._ranks), time.monotonic())
+        if not is_possible:
+            self._wake()
+            return
         self._outbox.put(pickle.dumps(StartTransfer(transfer, self._last_step()), pickle.HIGHEST_PROTOCOL))
         self._local.start(transfer)
 

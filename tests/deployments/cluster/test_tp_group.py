@@ -47,7 +47,8 @@ NODE: dict[str, Any] = {"object_store_memory": 150 * 2**20, "include_dashboard":
 NUM_CONVERSATIONS = 10
 NUM_TURNS = 4
 # Two conversations in the GPU tier, less than one in the CPU tier: the others are evicted, swapped, dropped and recomputed.
-TIERS: dict[str, Any] = {"chunk_size": 8, "num_gpu_blocks": 64, "num_cpu_blocks": 24}
+# And a disk.
+TIERS: dict[str, Any] = {"chunk_size": 8, "num_gpu_blocks": 64, "num_cpu_blocks": 24, "kv_disk_size": 0.05}
 OPTIONS: dict[str, Any] = {"dtype": "float32", "num_threads": 1}
 # Two logits that are closer may change places: other batches and other orders of adding round otherwise.
 TIE = 1e-4
@@ -57,10 +58,16 @@ PATIENCE_S = 120.0
 
 def app_args(folder: Path, model: str = "embedded", num_ranks: int = NUM_RANKS, **more: Any) -> AppArgs:
     return AppArgs(
-        engine={"model": model, "tensor_parallel_size": num_ranks, **OPTIONS, **TIERS},
+        engine={
+            "model": model,
+            "tensor_parallel_size": num_ranks,
+            "kv_disk_path": str(folder / "kv"),
+            **OPTIONS,
+            **TIERS,
+        },
         num_cpus=0.25,  # of each rank
         ingress_num_cpus=0.1,
-        graceful_shutdown_timeout_s=2,
+        graceful_shutdown_timeout_s=10,
         store_url=f"sqlite:///{folder / 'conversations.db'}",
         **more,
     )
@@ -229,6 +236,8 @@ async def test_the_answers_are_those_of_one_process_whatever_was_evicted(
         assert statistics["num_swap_outs"] > 0
         assert statistics["num_dropped_tokens"] > 0
         assert statistics["num_gpu_cached_tokens"] > 0
+        assert statistics["slow_transfers"]["disk_stored"] > 0
+        assert statistics["tier_problems"] == {}
 
 
 async def test_ray_knows_which_rank_of_which_replica_is_where(base_url: str) -> None:
@@ -320,6 +329,27 @@ async def test_shutdown_leaves_nothing_behind(base_url: str, folder: Path) -> No
     assert [path for path in shared - store if path.exists()] == []
     assert list(folder.glob("pensieve-*")) == []
     await until(lambda: ray.available_resources().get("CPU", 0) == sum(NODE_CPUS))
+
+
+@nightly  # tests/engine restarts ranks too
+async def test_conversations_come_back_with_their_kv(cluster: str, folder: Path, expected: list[list[Turn]]) -> None:
+    """Each rank finds its part again."""
+    serve.run(build(app_args(folder)), name=APP, route_prefix="/")
+    try:
+        async with httpx.AsyncClient(base_url=cluster, timeout=PATIENCE_S) as http:
+            await repeat_all(http, "before", expected)
+    finally:
+        serve.delete(APP)
+    serve.run(build(app_args(folder)), name=APP, route_prefix="/")
+    try:
+        async with httpx.AsyncClient(base_url=cluster, timeout=PATIENCE_S) as http:
+            await repeat_all(http, "after", expected)
+        (statistics,) = await ask_all("get_statistics")
+        assert statistics["num_disk_cached_tokens"] > 0
+        assert statistics["slow_transfers"]["disk_load_failed"] == 0
+        assert statistics["tier_problems"] == {}
+    finally:
+        serve.delete(APP)
 
 
 @pytest.mark.slow

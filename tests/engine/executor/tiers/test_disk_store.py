@@ -10,6 +10,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -363,3 +365,47 @@ def test_a_process_that_is_killed_between_writing_and_publishing(tmp_path):
     num_right, num_torn = map(int, ended.stdout.split())
     assert num_right >= 3 * NUM_KILLS
     assert num_torn >= NUM_KILLS // 5, "the gap between slot and row was hit"
+
+
+def test_a_part_that_is_given_back_soon_is_waited_for(tmp_path):
+    former = DiskStore(tmp_path, LAYOUT)
+    former.open()
+    impatient, patient = DiskStore(tmp_path, LAYOUT), DiskStore(tmp_path, LAYOUT, patience_s=60.0)
+    impatient.open()
+    assert impatient.number == 1
+    threading.Timer(0.1, former.close).start()
+    patient.open()
+    assert patient.number == 0
+    for store in (impatient, patient):
+        store.close()
+
+
+def test_ranks_have_files_of_their_own_which_another_identity_replaces(tmp_path):
+    """All those of a number, but for those that a process has."""
+    ranks = [DiskStore(tmp_path, replace(LAYOUT, rank=rank)) for rank in range(3)]
+    for store in ranks:
+        store.open()
+        store.write(0, [record_of(0)], [content_of(0)])
+    assert [store.number for store in ranks] == [0, 0, 0]
+    for store in ranks[:2]:
+        store.close()
+    other = DiskStore(tmp_path, replace(LAYOUT, identity=b"j" * 16))
+    other.open()
+    kept = {ranks[2].folder.name, other.folder.name}
+    assert {folder.name for folder in tmp_path.iterdir()} == kept
+    for store in (ranks[2], other):
+        store.close()
+
+
+def test_no_rank_takes_the_files_of_another_one_for_its_own(tmp_path):
+    store = DiskStore(tmp_path, replace(LAYOUT, rank=0))
+    store.write(0, [record_of(0)], [content_of(0)])
+    folder = store.folder
+    store.close()
+    for rank, is_found in ((0, True), (1, False), (None, False)):
+        folder = folder.rename(tmp_path / f"{LAYOUT.identity.hex()[:16]}-0{'' if rank is None else f'-rank{rank}'}")
+        store = DiskStore(tmp_path, replace(LAYOUT, rank=rank))
+        store.open()
+        found = {block: record for records in store.scan() for block, record in records.items()}
+        assert (found[0] is not None) == is_found
+        store.close()
