@@ -7,11 +7,25 @@ scheduled one by one: tokens, names of chunks, evictions at their times, counter
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from engine.core.cache.cache_manager import CacheManager
 from engine.core.request import Request
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineStats
+
+
+class DecodeRun(NamedTuple):
+    """Steps that only decode.
+
+    num_steps: how many of them are foreseen; 0 = the next one has to be scheduled.
+    num_requests: that each of them computes a token of.
+    context_len: the tokens that those of the first step attend to, all together; `num_requests` more in each further one.
+    """
+
+    num_steps: int = 0
+    num_requests: int = 0
+    context_len: int = 0
 
 
 class DecodeRuns:
@@ -22,8 +36,8 @@ class DecodeRuns:
         self._cache = cache
         self._stats = stats
 
-    def count_steps(self) -> int:
-        """How many of the next steps are foreseen; 0 = the next one has to be scheduled.
+    def foresee(self) -> DecodeRun:
+        """The next steps, as far as they are foreseen; nothing changes.
 
         They are foreseen until one makes a request reach its length; until one needs a block that is not to be had without a
         copy, or a suspension; or until one would copy blocks ahead of time.
@@ -32,18 +46,19 @@ class DecodeRuns:
         running = scheduler.running
         num_blocks = scheduler.count_blocks_until_copies()
         if not running or num_blocks is None or not scheduler.starts_none_before_one_ends():
-            return 0
+            return DecodeRun()
         if cache.tiers.slow and cache.prices.learns_from(len(running)):
-            return 0
-        num_steps = running[0].max_total_tokens
+            return DecodeRun()
+        num_steps, context_len = running[0].max_total_tokens, 0
         for request in running:
             num_tokens = request.num_tokens
             if request.stop_token_ids or num_tokens <= request.num_prompt_tokens:
-                return 0
+                return DecodeRun()
             if request.pending[0][0] != num_tokens - 1:
-                return 0
+                return DecodeRun()
+            context_len += num_tokens
             num_steps = min(num_steps, request.max_total_tokens - num_tokens)
-        return self._limit_to_blocks(running, num_steps, num_blocks)
+        return DecodeRun(self._limit_to_blocks(running, num_steps, num_blocks), len(running), context_len)
 
     def _limit_to_blocks(self, running: Sequence[Request], num_steps: int, num_blocks: int) -> int:
         """The most steps, up to `num_steps`, for which the requests need no more than so many new blocks."""

@@ -11,7 +11,7 @@ its result. Otherwise, or if the executor takes one plan at a time, `core.draft_
 are the same with drafts and without; outputs are the same with plans made ahead and without.
 
 A driver without an executor need not plan steps that only decode: `core.advance` applies several at once, as many as
-`core.count_decode_steps` foresees.
+`core.foresee_decodes` foresees.
 
 With slow tiers, the driver also starts what `core.take_transfers()` gives after each plan, and tells the end of each transfer
 by `core.complete_transfer`.
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from engine.core.cache.cache_manager import CacheManager
 from engine.core.cache_map import ContextKeys, Eviction, MappedContext
 from engine.core.config import CacheConfig, SchedulingConfig
-from engine.core.decode_runs import DecodeRuns
+from engine.core.decode_runs import DecodeRun, DecodeRuns
 from engine.core.plan import ChunkRecord, Logprobs, SlowTransfer, StepPlan, StepResult, TransferEnd
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.scheduler import Scheduler
@@ -207,13 +207,14 @@ class EngineCore:
         self._land(now)
         return outputs
 
-    def count_decode_steps(self) -> int:
-        """How many of the next steps only decode and move nothing, as far as is foreseen; see `advance`.
+    def foresee_decodes(self) -> DecodeRun:
+        """The next steps that only decode and move nothing, as far as they are foreseen; see `advance`.
 
-        It holds until a request is added, aborted or stopped, or a transfer ends. 0 = schedule the next step.
+        It holds until a request is added, aborted or stopped, or a transfer ends; the step that is under way then is still
+        as foreseen. Without such steps, schedule the next one.
         """
         assert not self._in_flight, "a plan has no result yet"
-        return self._runs.count_steps()
+        return self._runs.foresee()
 
     def advance(
         self, times: Sequence[float], next_tokens: Callable[[Request, int], Sequence[int]]
@@ -221,7 +222,7 @@ class EngineCore:
         """Apply several steps at once: what so many calls of `schedule` and `update` would do, without their plans.
 
         times: when the first step begins, then when each one ends and the next one begins; for at most
-            `count_decode_steps` steps.
+            `foresee_decodes().num_steps` steps.
         next_tokens: the tokens that the steps give to a request, so many of them.
 
         Returns the outputs of those requests that end, which they do with the last step.

@@ -223,12 +223,15 @@ class Request:
         weight: float = 1.0,
         eos_token_ids: Sequence[int] = (),
         output_token_ids: Sequence[int] = (),
+        chunk_keys: Sequence[bytes] = (),
     ) -> None:
         """A request that has not arrived yet.
 
         conversation_id: None = a conversation of its own.
         output_token_ids: the beginning of the answer, if another engine has generated it and the rest is wanted.
         weight: the tenant's share, relative to others.
+        chunk_keys: of its first full chunks, as far as they are known: those of a request with the same model, tenant, chunk
+            size and beginning. They are not made again.
         """
         self.request_id = request_id
         self.conversation_id = conversation_id if conversation_id is not None else request_id
@@ -244,7 +247,7 @@ class Request:
         self.first_token_s: float | None = None
         self.max_total_tokens = 0
         self.chunks: list[Chunk] = []
-        self.chunk_keys: list[bytes] = []
+        self.chunk_keys = list(chunk_keys)
         self.pending: list[tuple[int, int]] = []
         self.num_cached_tokens = 0
         self.cached_by_tier: Mapping[str, int] = {}

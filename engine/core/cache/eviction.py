@@ -117,6 +117,12 @@ class TrailingLRU(LRU):
         return chunk.last_active, -chunk.position
 
 
+# Of the heads of RetentionValue: if more had to be looked at to find the first ones, they are ranked anew.
+MAX_LOOKED_AT = 24
+# More than what rounding can do to the order of two values.
+ROUNDING = 1e-9
+
+
 class RetentionValue:
     """Smallest `chunk_cost(position) / (now - last_active)` first (paper section 4.3.1); ties go to the front.
 
@@ -126,13 +132,21 @@ class RetentionValue:
     """
 
     def __init__(self, cost_model: CostModel) -> None:
-        """ranking: (value, position) of the heads, a heap; of the time `ranked_at`, and never above the values of then."""
+        """Costs rise with the position.
+
+        ranking: (key, position) of heads, a heap. front: (value at `front_at`, position) of the others, which were looked at.
+        The inverse of a value grows linearly: at `now` it is (now - ranked_at) / cost - key, for a key of (last_active -
+        ranked_at) / cost. So a key and the smallest cost say how small a value can be, and few heads have to be looked at.
+        """
         self._cost_model = cost_model
         self._heaps: list[_LazyHeap] = []  # by position
-        self._costs: list[float] = []  # by position
+        self._costs: list[float] = []  # by position, rising
         self._num_chunks = 0
         self._ranking: list[tuple[float, int]] = []
-        self._ranked_at: float | None = None
+        self._ranked_at = 0.0
+        self._front: list[tuple[float, int]] = []
+        self._front_positions: set[int] = set()
+        self._front_at = 0.0
 
     def insert(self, chunk: Chunk) -> None:
         position = chunk.position
@@ -142,51 +156,62 @@ class RetentionValue:
         heap = self._heaps[position]
         heap.insert(chunk)
         self._num_chunks += 1
-        if self._ranked_at is not None and heap.entries[0][2] is chunk:
-            value = _value(self._costs[position], self._ranked_at - chunk.last_active)
-            heapq.heappush(self._ranking, (value, position))
+        if heap.entries[0][2] is not chunk:
+            return
+        if position in self._front_positions:
+            heapq.heappush(self._front, (_value(self._costs[position], self._front_at - chunk.last_active), position))
+        else:
+            heapq.heappush(self._ranking, (self._key(chunk), position))
 
     def remove(self, chunk: Chunk) -> None:
         self._heaps[chunk.position].remove(chunk)
         self._num_chunks -= 1
 
     def choose_victim(self, now: float) -> Chunk | None:
-        """The chunk with the smallest retention value, whatever the number of chunks.
-
-        O(positions) for the first victim at that time, O(log positions) for each further one.
-        """
-        if now != self._ranked_at:
-            self._rank(now)
-        ranking, heaps = self._ranking, self._heaps
-        while ranking:
-            value, position = ranking[0]
-            head = heaps[position].first()
-            if head is None:
-                heapq.heappop(ranking)
+        """The chunk with the smallest retention value, whatever the number of chunks."""
+        if not self._num_chunks:
+            return None
+        if now != self._front_at:
+            self._start_front(now)
+        costs, heaps, ranking, front = self._costs, self._heaps, self._ranking, self._front
+        most_gained = (now - self._ranked_at) / costs[0]
+        while True:
+            best = heaps[front[0][1]].first() if front else None
+            if front and best is None:
+                self._front_positions.discard(heapq.heappop(front)[1])
                 continue
-            present = _value(self._costs[position], now - head.last_active)
-            if present == value:
-                return head
-            heapq.heapreplace(ranking, (present, position))  # its head was removed, and the next one was used later
-        return None
-
-    def _rank(self, now: float) -> None:
-        ranking = []
-        for position, heap in enumerate(self._heaps):
-            if not heap.entries:
-                continue
-            _, stamp, head = heap.entries[0]
-            if (
-                heap.stamps.get(head) != stamp
-            ):  # asked here, because a call for each position would take most of the time
-                live = heap.first()
-                if live is None:
+            if best is not None:
+                value, position = front[0]
+                present = _value(costs[position], now - best.last_active)
+                if present != value:  # the head of then was removed
+                    heapq.heapreplace(front, (present, position))
                     continue
-                head = live
-            idle = now - head.last_active
-            ranking.append((self._costs[position] / idle if idle > 0 else math.inf, position))
-        heapq.heapify(ranking)
-        self._ranking, self._ranked_at = ranking, now
+            if not ranking:
+                return best
+            key, position = ranking[0]
+            if best is not None and (most_gained - key + ROUNDING * (most_gained + abs(key))) * value < 1:
+                return best
+            heapq.heappop(ranking)
+            if position not in self._front_positions and (head := heaps[position].first()) is not None:
+                self._front_positions.add(position)
+                heapq.heappush(front, (_value(costs[position], now - head.last_active), position))
+
+    def _start_front(self, now: float) -> None:
+        """Nothing was looked at yet at this time."""
+        if len(self._front) > MAX_LOOKED_AT:
+            self._ranked_at = now
+            heads = [head for heap in self._heaps if (head := heap.first()) is not None]
+            self._ranking = [(self._key(head), head.position) for head in heads]
+            heapq.heapify(self._ranking)
+        else:
+            for position in self._front_positions:
+                head = self._heaps[position].first()
+                if head is not None:
+                    heapq.heappush(self._ranking, (self._key(head), position))
+        self._front, self._front_positions, self._front_at = [], set(), now
+
+    def _key(self, head: Chunk) -> float:
+        return (head.last_active - self._ranked_at) / self._costs[head.position]
 
     def goes_before(self, chunk: Chunk, other: Chunk, now: float) -> bool:
         left, right = (

@@ -43,7 +43,7 @@ class Clocked:
                 self.core.add_request(request, self.now)
             self._end_transfers()
             next_s = min(arrivals[-1][0] if arrivals else float("inf"), self._next_end_s())
-            num_steps = self.core.count_decode_steps() if self._runs_ahead else 0
+            num_steps = self.core.foresee_decodes().num_steps if self._runs_ahead else 0
             if num_steps:
                 self._advance(num_steps, next_s)
             elif not self._step():

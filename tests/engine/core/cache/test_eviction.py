@@ -232,3 +232,39 @@ def check_history(policy, rank, rng: random.Random) -> int:
             held.remove(victim)
         assert len(policy) == len(held)
     return num_choices
+
+
+@pytest.mark.parametrize("per_context_token", [0.0, 0.01, 0.25])
+@pytest.mark.parametrize("seed", range(12))
+def test_retention_value_is_the_minimum_over_all_chunks(seed, per_context_token):
+    """Whatever comes and goes in whichever order, at times close together and far apart."""
+    rng = random.Random(seed)
+    costs = CostModel(rng.choice([1.0, 1e9]), per_context_token, 4)
+    policy = RetentionValue(costs)
+    held: dict = {}  # with the number of the insertion: equal ones go in that order
+    now, num_chosen = rng.choice([0.0, 1e6]), 0
+    for number in range(400):
+        now += rng.choice([0.0, 0.0, 0.03125, 1.0, 17.3])
+        what = rng.random()
+        if what < 0.5:
+            new = chunk(rng.randrange(rng.choice([3, 40])), now - rng.choice([0.0, 0.0, 1.0, 2.0, 50 * rng.random()]))
+            policy.insert(new)
+            held[new] = number
+        elif what < 0.7 and held:
+            gone = rng.choice(list(held))
+            del held[gone]
+            policy.remove(gone)
+        elif held:
+
+            def rank(each, now=now):
+                idle = now - each.last_active
+                value = costs.chunk_cost(each.position) / idle if idle > 0 else float("inf")
+                return value, each.position, each.last_active, held[each]
+
+            assert policy.choose_victim(now) is min(held, key=rank)
+            num_chosen += 1
+            if rng.random() < 0.8:
+                gone = policy.choose_victim(now)
+                del held[gone]
+                policy.remove(gone)
+    assert num_chosen > 50

@@ -1,0 +1,94 @@
+"""Clients: each sends a turn of its session, waits for the answer, pauses, and sends the next one."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from engine.core.request import Request, SamplingParams
+from engine.workloads.session import Session, Turn
+from engine.workloads.tokens import TokenContext, repeated_tokens
+
+# Streams of answers lie above those of workloads; a token is the number of its stream.
+FIRST_ANSWER_STREAM = 1 << 31
+NUM_ANSWER_STREAMS = (1 << 32) - FIRST_ANSWER_STREAM
+
+
+@lru_cache(maxsize=4096)
+def _sampling(max_tokens: int) -> SamplingParams:
+    """One for all requests of that length: making one takes long, with its checks."""
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens)
+
+
+class Client:
+    """One session under way.
+
+    number: of the turn that is next or under way.
+    answer_token: what its answers consist of, unless the turn has a recorded one.
+    sent_s: when that turn was sent, at first. first_token_s: of what was lost with a replica; None = nothing was.
+    num_retries: how often all replicas were full.
+    """
+
+    __slots__ = (
+        "_context",
+        "_keys",
+        "answer_token",
+        "first_token_s",
+        "num_known",
+        "num_retries",
+        "number",
+        "sent_s",
+        "session",
+    )
+
+    def __init__(self, session: Session, index: int) -> None:
+        """index: counts up over all sessions."""
+        self.session = session
+        self.answer_token = FIRST_ANSWER_STREAM + index % NUM_ANSWER_STREAMS
+        self.number = 0
+        self.sent_s = 0.0
+        self.first_token_s: float | None = None
+        self.num_retries = 0
+        self.num_known = 0
+        self._context = TokenContext(repeated_tokens)
+        self._keys: list[bytes] = []
+
+    @property
+    def turn(self) -> Turn:
+        return self.session.turns[self.number]
+
+    @property
+    def token(self) -> int:
+        """What each step of the answer samples."""
+        stream = self.turn.answer_stream
+        return self.answer_token if stream is None else stream
+
+    def ask(self, now: float) -> None:
+        """The next turn is sent."""
+        self.sent_s, self.first_token_s, self.num_retries = now, None, 0
+        turn, context = self.turn, self._context
+        num_kept = len(context.token_ids) if turn.keep_tokens is None else min(len(context.token_ids), turn.keep_tokens)
+        self.num_known = num_kept
+        context.ask(turn)
+
+    def request(self, chunk_size: int, output_token_ids: list[int] | None = None) -> Request:
+        """A request for the turn that was sent.
+
+        output_token_ids: the beginning of the answer, if it was lost with its replica.
+        """
+        session = self.session
+        # The last token of an answer is never computed, but it is known: keys of full chunks hold for the whole history.
+        return Request(
+            f"{session.session_id}.{self.number}",
+            self._context.token_ids,
+            _sampling(self.turn.output_tokens),
+            conversation_id=session.session_id,
+            tenant=session.tenant,
+            output_token_ids=output_token_ids or (),
+            chunk_keys=self._keys[: self.num_known // chunk_size],
+        )
+
+    def end_turn(self, request: Request) -> bool:
+        """The answer is complete. Returns whether a further turn follows."""
+        self._context.token_ids, self._keys = request.token_ids, request.chunk_keys
+        self.number += 1
+        return self.number < len(self.session.turns)

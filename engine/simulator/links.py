@@ -1,0 +1,23 @@
+"""A way between a slow tier and the CPU tier: what is on it goes one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Link:
+    """Bandwidth, latency and queue of one direction.
+
+    bytes_per_s, latency_s: of the link; the latency of one transfer overlaps with the bytes of others.
+    free_at_s: when the last byte that is queued will have gone.
+    """
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+    free_at_s: float = 0.0
+
+    def send(self, num_bytes: float, now: float) -> float:
+        """Queue so many bytes; returns when they are there."""
+        self.free_at_s = max(self.free_at_s, now) + num_bytes / self.bytes_per_s
+        return self.free_at_s + self.latency_s
