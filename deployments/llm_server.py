@@ -188,6 +188,7 @@ class LLMServer:
             num_ahead=num_waiting or min(0, num_running - self._config.max_num_seqs),
             turn_s=self._load_meter.turn_s(num_ended, num_waiting, time.monotonic()),
             compute_s=self._engine.token_compute_s,
+            pull_s=self._engine.token_pull_s,
         )
 
     async def map_cache(self, query: CacheQuery) -> ReplicaCache:

@@ -197,6 +197,11 @@ class AsyncEngine:
         """What computing a context again costs, in seconds; see LoadPrices."""
         return self._core.token_compute_s
 
+    @property
+    def token_pull_s(self) -> float | None:
+        """What a token's KV from a peer costs, in seconds; see EngineCore."""
+        return self._core.token_pull_s
+
     def tier_problems(self) -> dict[str, str]:
         """Why a slow tier is not used at present, by its name; the engine serves without it and tries it again."""
         hanging = dict.fromkeys(self._core.hanging_tiers(time.monotonic()), "a transfer does not end")

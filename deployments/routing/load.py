@@ -25,19 +25,14 @@ class ReplicaLoad:
     turn_s: seconds from one request that ends to the next, as long as some wait; 0 = not observed yet.
     compute_s: seconds to compute the first token of a context, and how much longer each further one takes than the one before
         it; None = not observed yet.
+    pull_s: seconds until a token's KV has come from another replica; None = not observed yet.
     """
 
     num_requests: int
     num_ahead: int
     turn_s: float
     compute_s: tuple[float, float] | None
-
-    def price_s(self, num_tokens: int) -> float:
-        """Seconds to compute a context again, which bringing its KV along never exceeds; endless if that is not known."""
-        if self.compute_s is None:
-            return math.inf
-        first_s, slope_s = self.compute_s
-        return num_tokens * (first_s + slope_s * num_tokens / 2)
+    pull_s: float | None = None
 
 
 class LoadMeter:
@@ -69,17 +64,23 @@ def num_passed_over(
 ) -> int:
     """How many of a session's choices a request does not go to: 0 = it goes home, however long it waits there.
 
-    It goes elsewhere if it begins earlier there by more than what it costs to have the session's KV there.
+    It goes elsewhere if it begins earlier there by more than what it costs to have the session's KV there: to bring it, or to
+    compute it again.
 
     order: the ranks, the session's home first. num_fallbacks: how many of the others may be asked.
     num_tokens: of the session, as far as known. last_rank: where its KV was last; None = nowhere.
     """
     home = loads[order[0]]
+    compute_s = math.inf
+    if home.compute_s is not None:
+        first_s, slope_s = home.compute_s
+        compute_s = num_tokens * (first_s + slope_s * num_tokens / 2)
     best, best_s = 0, max(0, home.num_ahead) * home.turn_s - MIN_GAIN_S
     for num_passed, rank in enumerate(order[1 : 1 + num_fallbacks], 1):
         load = loads[rank]
         begins_s = max(0, load.num_ahead) * (load.turn_s or home.turn_s)
-        begins_s += 0.0 if rank == last_rank else home.price_s(num_tokens)
+        if rank != last_rank:
+            begins_s += compute_s if load.pull_s is None else min(compute_s, num_tokens * load.pull_s)
         if begins_s < best_s:
             best, best_s = num_passed, begins_s
     return best

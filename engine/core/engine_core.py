@@ -31,6 +31,7 @@ from engine.core.plan import ChunkRecord, Logprobs, SlowTransfer, StepPlan, Step
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineStats, RequestStats
+from engine.core.tier_table import PEER
 from engine.errors import ConfigError, ContextLengthError, InvalidParameterError, OverloadedError
 
 
@@ -364,6 +365,11 @@ class EngineCore:
     def token_compute_s(self) -> tuple[float, float] | None:
         """See LoadPrices."""
         return self._cache.prices.token_compute_s
+
+    @property
+    def token_pull_s(self) -> float | None:
+        """Seconds until a token's KV has come from a peer; None until that was observed."""
+        return self._cache.prices.token_load_s(PEER)
 
     # -- for those who watch -------------------------------------------------------------------------------------------
 

@@ -48,6 +48,7 @@ class FakeEngine:
     identity = "tiny's weights and tokenizer"
     max_model_len = 100
     token_compute_s = (0.5, 0.25)
+    token_pull_s = 0.125
 
     def __init__(self) -> None:
         self.num_tokens = 3
@@ -284,7 +285,7 @@ async def test_what_serve_and_the_ingress_ask(server: LLMServer, engine: FakeEng
     assert await server.record_replica_metadata() == server.record_routing_stats() == {RANK: 4}
     assert await server.describe() == ModelCard("tiny", 100, 128)
     assert await server.get_statistics() == {"replica_rank": 4, **engine.get_statistics()}
-    assert await server.get_load() == (4, ReplicaLoad(0, -96, 0.0, (0.5, 0.25)))
+    assert await server.get_load() == (4, ReplicaLoad(0, -96, 0.0, (0.5, 0.25), 0.125))
     server.check_health()
     with pytest.raises(AssertionError, match="a block is lost"):
         await server.check_integrity()

@@ -67,6 +67,11 @@ class LoadPrices:
         unit_s = self._unit_s / self._cost_model.chunk_size
         return self._cost_model.constant * unit_s, self._cost_model.per_context_token * unit_s
 
+    def token_load_s(self, tier: str) -> float | None:
+        """Seconds to load a token's KV from a slow tier; None until a load was observed."""
+        seconds = self._load_s.get(tier)
+        return None if seconds is None else seconds / self._cost_model.chunk_size
+
     def needs_probe(self, tier: str, now: float) -> bool:
         """Whether the price is so old that it may be wrong."""
         return now - self._observed_at_s.get(tier, now) > PROBE_AFTER_S

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
 import pytest
 
@@ -27,10 +27,11 @@ def test_home_if_nothing_waits_there(num_tokens: int) -> None:
 
 
 def test_away_if_the_kv_costs_less_than_the_wait() -> None:
-    assert BUSY.price_s(1000) == pytest.approx(5.0)
-    assert BUSY.price_s(1500) == pytest.approx(10.5)
-    assert passed(BUSY, IDLE, num_tokens=1000, last_rank=2) == 1
-    assert passed(BUSY, IDLE, num_tokens=1500, last_rank=2) == 0
+    assert passed(BUSY, IDLE, num_tokens=1000, last_rank=2) == 1, "5 s to compute"
+    assert passed(BUSY, IDLE, num_tokens=1500, last_rank=2) == 0, "10.5 s"
+    for pull_s, expected in ((0.005, 1), (0.007, 0)):  # 7.5 s, 10.5 s
+        assert passed(BUSY, replace(IDLE, pull_s=pull_s), num_tokens=1500, last_rank=2) == expected
+    assert passed(BUSY, replace(IDLE, pull_s=9.0), num_tokens=1000, last_rank=2) == 1, "it is computed then"
     assert passed(BUSY, IDLE, num_tokens=1500, last_rank=0) == 1, "it is there already"
     assert passed(BUSY, IDLE) == 1, "a session that begins has none"
 
@@ -58,8 +59,8 @@ def test_the_best_of_those_that_may_be_asked() -> None:
 
 def test_what_is_not_known_is_not_risked() -> None:
     unknown = ReplicaLoad(30, 20, 0.5, None)
-    assert unknown.price_s(1) == math.inf
     assert passed(unknown, IDLE, num_tokens=1) == 0
+    assert passed(unknown, replace(IDLE, pull_s=1.0), num_tokens=1) == 1
     assert passed(ReplicaLoad(30, 20, 0.0, (0.0, 0.0)), IDLE) == 0, "the queue may be fast"
 
 

@@ -70,3 +70,17 @@ def test_an_old_price_is_looked_at_again():
     prices.note_load("disk", 1.0, 1000.0)
     assert not prices.needs_probe("disk", 1000.0 + PROBE_AFTER_S)
     assert prices.needs_probe("disk", 1001.0 + PROBE_AFTER_S)
+
+
+def test_what_a_token_costs_is_told_in_seconds():
+    prices = LoadPrices(COSTS)
+    assert (prices.token_compute_s, prices.token_load_s("peer")) == (None, None)
+    computed(prices, 1.0)
+    first_s, slope_s = prices.token_compute_s
+    num_tokens, seconds = 4096, 0.0
+    for position in range(num_tokens // COSTS.chunk_size):
+        seconds += COSTS.chunk_cost(position)
+    assert first_s == COSTS.constant / COSTS.chunk_size
+    assert num_tokens * (first_s + slope_s * num_tokens / 2) == pytest.approx(seconds, rel=0.01)
+    prices.note_load("peer", 3.0, 0.0)
+    assert prices.token_load_s("peer") == 3.0 / COSTS.chunk_size
