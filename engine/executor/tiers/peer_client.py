@@ -132,8 +132,13 @@ class Peer:
         connect = partial(PeerSocket.connect, self.address)
         name, block_bytes = f"peer-ask-{self.peer_id}", self._ours.block_bytes
         lane = make(name, block_bytes, connect, self._greet, self._back_off.end, self._note_end)
+        try:
+            lane.start()
+        except RuntimeError as error:
+            self._fail()
+            logger.warning("no connection to peer %s: %s", self.peer_id, error)
+            return None
         self._open.add(lane)
-        lane.start()
         return lane
 
     def _greet(self, connection: PeerSocket) -> Greeting:

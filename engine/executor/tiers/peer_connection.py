@@ -67,7 +67,12 @@ class Connection:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Raises RuntimeError, and the connection is closed, if the system has no thread for it."""
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self.hang_up()
+            raise
 
     def put(self, item: Outgoing) -> bool:
         """Send it when it is its turn. False = the connection is closed, and nothing is done with the item."""
@@ -128,8 +133,9 @@ class Connection:
                 self._socket = opened
             if not self.closed.is_set():
                 self.other = self._greet(opened)
-                reader = threading.Thread(target=self._read, args=(opened,), name=f"{self._name}-read", daemon=True)
-                reader.start()
+                thread = threading.Thread(target=self._read, args=(opened,), name=f"{self._name}-read", daemon=True)
+                thread.start()
+                reader = thread
                 self._write(opened)
         except OSError as error:
             self.hang_up(error)

@@ -10,6 +10,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from engine.executor.tiers.peer_messages import HASH_BYTES, MAX_ROWS, DirectoryRow
@@ -47,14 +48,10 @@ class Directory:
 
     def changes_since(self, version: int, now: float) -> tuple[int, list[DirectoryRow]]:
         """The present version, and what has changed since that one: the older changes first."""
-        with self._mutex:
-            rows = []
-            for hashed_id in reversed(self._rows):
-                row = self._rows[hashed_id]
-                if row.version <= version:
-                    break
-                rows.append(DirectoryRow(hashed_id, row.num_tokens, max(0.0, now - row.last_used_s)))
-            return self._version, rows[::-1]
+        with self._mutex:  # not for longer than it takes to look at them
+            newest = takewhile(lambda entry: entry[1].version > version, reversed(self._rows.items()))
+            changed, present = list(newest), self._version
+        return present, [_row_of(hashed_id, row, now) for hashed_id, row in reversed(changed)]
 
     # -- of a peer -----------------------------------------------------------------------------------------------------
 
@@ -65,27 +62,25 @@ class Directory:
 
     def take(self, version: int, rows: Sequence[DirectoryRow], now: float) -> None:
         """Changes of a peer's directory, up to that version."""
-        with self._mutex:
-            self._version = version
-            for row in rows:
+        for row in rows:
+            with self._mutex:  # for each, because others look for one meanwhile
                 if row.num_tokens:
                     self._put(row.hashed_id, _Row(version, row.num_tokens, now - row.age_s))
                 else:
                     self._rows.pop(row.hashed_id, None)
+        self._version = version
 
     def find(self, hashed_id: bytes, now: float) -> DirectoryRow | None:
         with self._mutex:
             row = self._rows.get(hashed_id)
-        return None if row is None else DirectoryRow(hashed_id, row.num_tokens, max(0.0, now - row.last_used_s))
-
-    def clear(self) -> None:
-        """Nothing is known any more."""
-        with self._mutex:
-            self._version = 0
-            self._rows.clear()
+        return None if row is None else _row_of(hashed_id, row, now)
 
     def _put(self, hashed_id: bytes, row: _Row) -> None:
         self._rows.pop(hashed_id, None)
         self._rows[hashed_id] = row
         if len(self._rows) > self._max_rows:
             self._rows.popitem(last=False)
+
+
+def _row_of(hashed_id: bytes, row: _Row, now: float) -> DirectoryRow:
+    return DirectoryRow(hashed_id, row.num_tokens, max(0.0, now - row.last_used_s))

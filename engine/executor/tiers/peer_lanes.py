@@ -177,9 +177,12 @@ class BlockLane(Lane):
         with self._mutex:
             if not self._pending:
                 self._last_frame_s = now
+            replaced = self._pending.get(transfer.key)
             self._pending[transfer.key] = Pull(transfer, now)
             self._to_ask.append(transfer.key)
             is_first = len(self._to_ask) == 1
+        if replaced is not None:
+            self._loads.fail(replaced.transfer, gone=True)
         is_open = self.put(_Asking(self)) if is_first else not self.closed.is_set()
         # What is pending when the connection is closed ends with it; what comes later is taken back.
         return is_open or self._take(transfer.key) is None

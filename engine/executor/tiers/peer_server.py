@@ -112,23 +112,33 @@ class PeerServer:
             logger.debug("the connection from %s has ended: %r", connection.address, error)
 
     def _accept(self) -> None:
+        is_told = False
         while not self._is_closing:
             try:
-                tcp, address = self._listener.accept()
-            except OSError as error:
-                if not self._is_closing:
-                    logger.warning("no connection of a peer can be accepted at present: %s", error)
-                    time.sleep(ACCEPT_PAUSE_S)
-                continue
-            with self._mutex:
-                connection = None
-                if len(self._connections) < MAX_CONNECTIONS and not self._is_closing:
-                    connection = ServedConnection(tcp, address[0], self)
+                self._welcome(*self._listener.accept())
+                is_told = False
+            except (OSError, RuntimeError) as error:  # no more files, or threads
+                if self._is_closing:
+                    return
+                if not is_told:
+                    logger.warning("connections of peers cannot be accepted at present: %s", error)
+                is_told = True
+                time.sleep(ACCEPT_PAUSE_S)
+
+    def _welcome(self, tcp: socket.socket, address: tuple[str, int]) -> None:
+        """Serve a connection, unless there are too many. Raises RuntimeError if the system has no thread for it."""
+        connection = ServedConnection(tcp, address[0], self)
+        with self._mutex:
+            has_room = len(self._connections) < MAX_CONNECTIONS and not self._is_closing
+            if has_room:
+                try:
+                    connection.start()
                     self._connections.add(connection)
-            if connection is None:
-                tcp.close()
-            else:
-                connection.start()
+                except RuntimeError:
+                    tcp.close()
+                    raise
+        if not has_room:
+            tcp.close()
 
 
 class ServedConnection(Connection):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.executor.tiers.peer_directory import Directory, hash_conversation
@@ -12,6 +12,7 @@ from engine.executor.tiers.peer_messages import DirectoryRow
 HASHES = [hash_conversation(f"chat {number}", b"secret") for number in range(6)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)) | st.just("ask")), st.integers(1, 8))
 def test_changes_tell_everything(steps, max_rows):
     ours, theirs, now = Directory(max_rows), Directory(max_rows), 0.0

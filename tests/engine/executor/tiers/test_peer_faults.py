@@ -19,7 +19,7 @@ from tests.engine.executor.tiers.peer_engine import CHUNK_SIZE, HOST, IDENTITY, 
 from tests.nightly import IS_NIGHTLY
 
 # Of every so many places one is tried.
-STRIDE = 1 if IS_NIGHTLY else 7
+STRIDE = 1 if IS_NIGHTLY else 13
 LARGE = [LayerShape(8, 2048, 2048)]  # blocks of 1 MiB
 
 
@@ -751,3 +751,21 @@ def test_a_rate_bounds_what_is_sent(engine):
     assert not target.tier.poll()
     source.tier.close()
     assert target.end_of(second).gone
+
+
+def test_without_threads_an_engine_goes_on(engine, monkeypatch):
+    source, target = engine("source"), engine("target")
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(("peer-ask", "peer-serve")):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    misses(target, source.tier.address)
+    with socket.create_connection(source.tier.address) as tcp:
+        wait_for_end(tcp)
+    monkeypatch.undo()
+    wait_until(lambda: target.tier.ask("source", [], 20.0).result() is not None)
+    serves(source, target)

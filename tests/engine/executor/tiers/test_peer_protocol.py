@@ -74,6 +74,7 @@ GREETING = Greeting("a#1", "00" * 16, "11" * 16, BLOCK_BYTES, 4)
 NONCES = (b"n" * 32, b"m" * 32)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(list(Kind)), st.binary(max_size=50), st.integers(0, 2**64 - 1), KEYS, COUNTS)
 def test_frames_come_back(kind, content, number, key, num_tokens):
     content = content.ljust(BLOCK_BYTES, b"x") if kind is Kind.BLOCK else content[:8]
@@ -124,7 +125,7 @@ def test_lengths_are_bounded():
         unpack_length(struct.pack("<I", 4097))
 
 
-@settings(max_examples=20)
+@settings(deadline=None, max_examples=20)
 @given(
     st.lists(KEYS, max_size=5),
     FOUND,
@@ -163,12 +164,13 @@ def read_or_refuse(name: str, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", READERS)
+@settings(deadline=None, max_examples=60)
 @given(content=st.binary(max_size=300))
 def test_any_bytes_are_read_or_refused(name, content):
     read_or_refuse(name, content)
 
 
-@settings(max_examples=40)
+@settings(deadline=None, max_examples=40)
 @given(FOUND, st.lists(ROWS, max_size=5), st.lists(RECORDS, max_size=4), st.data())
 def test_contents_that_were_cut_or_changed_are_read_or_refused(found, rows, records, data):
     contents = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.executor.tiers.peer_timing import BURST_S, BackOff, Deadlines, Rate
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1000), st.floats(0, 3)), min_size=1), st.integers(1, 1000))
 def test_a_rate_is_kept_whoever_moves(moves, bytes_per_s):
     """Up to any moment, no more is let through than the rate and one burst allow; and never less than that."""
