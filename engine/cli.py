@@ -143,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {name: value for name, value in arguments.items() if name in names and value is not None}
     try:
         if namespace.command in COMMANDS:
-            return COMMANDS[namespace.command].run(namespace)
+            status: int = COMMANDS[namespace.command].run(namespace)
+            return status
         config = EngineConfig.from_options(options)
         for name in ("json", "plot", "output"):
             if arguments.get(name) is not None:

@@ -32,13 +32,13 @@ class Content:
 
     seed: another one gives other words, so that no cache serves two runs.
     mark: put in front of sessions that have a text, for the same reason; empty = nothing.
-    first_token_id, vocab_size: ids of `completions`.
+    first_token_id, vocab_size: ids of `completions`; nearly all models have these, and no special tokens among them.
     """
 
     seed: int = 0
     mark: str = ""
-    first_token_id: int = 1000
-    vocab_size: int = 8000
+    first_token_id: int = 100
+    vocab_size: int = 1000
 
     def words(self, span: Span) -> str:
         return random_words(span, self.seed)

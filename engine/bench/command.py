@@ -58,7 +58,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--body", metavar="JSON", help="Further fields of each request, such as '{\"top_k\": 1}'")
     group.add_argument("--timeout-s", type=float, default=600.0, metavar="S", help="Of one answer (default: 600)")
-    group.add_argument("--token-ids", default="1000:8000", metavar="FIRST:END", help="Ids that completions draws from")
+    group.add_argument(
+        "--token-ids",
+        default="100:1000",
+        metavar="FIRST:END",
+        help="Ids that completions draws from (default: 100:1000)",
+    )
     _add_workload_options(parser.add_argument_group("workload options"))
     _add_load_options(parser.add_argument_group("load options"))
     group = parser.add_argument_group("report options")
@@ -283,10 +288,11 @@ def _probe(plan: BenchPlan) -> tuple[BenchPlan, dict[str, Sequence[str]]]:
     import asyncio
     from dataclasses import replace
 
+    from engine.bench.apis import Content
     from engine.bench.probe import probe
 
     async def all_of_them() -> list[Any]:
-        return [await probe(endpoint) for endpoint in plan.endpoints]
+        return [await probe(endpoint, Content(0, "", *plan.token_ids)) for endpoint in plan.endpoints]
 
     probed = asyncio.run(all_of_them())
     for each in probed:
@@ -315,7 +321,7 @@ def _limits(texts: Sequence[str]) -> Limits:
 def _token_ids(text: str) -> tuple[int, int]:
     first, _, end = text.partition(":")
     if not (first.isdecimal() and end.isdecimal() and int(first) < int(end) < 2**31):
-        raise ConfigError(f"--token-ids {text}: write FIRST:END, such as 1000:8000", param="token_ids")
+        raise ConfigError(f"--token-ids {text}: write FIRST:END, such as 100:1000", param="token_ids")
     return int(first), int(end)
 
 

@@ -48,20 +48,20 @@ class Probed:
     notes: tuple[str, ...]
 
 
-async def probe(endpoint: Endpoint) -> Probed:
+async def probe(endpoint: Endpoint, content: Content | None = None) -> Probed:
     """Ask for its models and for a few short answers. Raises ConfigError."""
     endpoint = replace(endpoint, model=endpoint.model or await _first_model(endpoint))
     optional = [
         (fields, note) for fields, note in _OPTIONAL[endpoint.api] if not fields.keys() & endpoint.fields.keys()
     ]
-    answered = await _ask(endpoint, [fields for fields, _ in optional])
+    answered = await _ask(endpoint, content, [fields for fields, _ in optional])
     notes = []
     if answered.heard.error.startswith(_REFUSALS):
-        bare = await _ask(endpoint, [])
+        bare = await _ask(endpoint, content, [])
         _raise_if_wrong(endpoint, bare)
         taken: list[dict[str, Any]] = []
         for fields, note in optional:
-            answered = await _ask(endpoint, [*taken, fields])
+            answered = await _ask(endpoint, content, [*taken, fields])
             if answered.heard.error.startswith(_REFUSALS):
                 notes.append(note)
                 answered = bare
@@ -86,11 +86,11 @@ def _notes_on(endpoint: Endpoint, answered: Answered) -> list[str]:
     return notes
 
 
-async def _ask(endpoint: Endpoint, extra: list[dict[str, Any]]) -> Answered:
+async def _ask(endpoint: Endpoint, content: Content | None, extra: list[dict[str, Any]]) -> Answered:
     fields = {name: value for each in extra for name, value in each.items()}
     client = Client(replace(endpoint, fields={**fields, **endpoint.fields}))
     try:
-        conversation = make_conversation(endpoint.api, _SESSION, Content())
+        conversation = make_conversation(endpoint.api, _SESSION, content or Content())
         turn = _SESSION.turns[0]
         return await client.ask(client.request(conversation.ask(turn), turn.output_tokens, "probe"), conversation)
     except ClientFault as fault:

@@ -39,7 +39,7 @@ class BenchPlan:
     warm_up_s: float = 0.0
     seed: int = 0
     is_marked: bool = True
-    token_ids: tuple[int, int] = (1000, 8000)
+    token_ids: tuple[int, int] = (100, 1000)
 
 
 @dataclass(frozen=True, slots=True)
