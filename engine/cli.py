@@ -1,4 +1,4 @@
-"""The command line: `pensieve chat`, `generate`, `compare`, `profile`, `size`.
+"""The command line: `pensieve chat`, `generate`, `compare`, `profile`, `size`, `bench`.
 
 Options of the engine are those of EngineConfig, with the same names, groups and help.
 
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import __version__, size_command
+from engine.bench import command as bench_command
 from engine.chat import chat
 from engine.config import GROUPS, EngineConfig
 from engine.core.grammar import GrammarSpec
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 # Most tokens of an answer unless --max-tokens says otherwise; at most a quarter of the window.
 MAX_TOKENS = {"chat": chat.MAX_TOKENS, "generate": 256, "compare": 32}
 API_KEY_VARIABLE = "PENSIEVE_API_KEY"
+# Commands that need no engine, in modules of their own.
+COMMANDS = {"size": size_command, "bench": bench_command}
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -121,8 +124,9 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         if name != "profile":
             _add_sampling_options(command, MAX_TOKENS[name], greedy=name == "compare")
         _add_engine_options(command)
-    parsers["size"] = commands.add_parser("size", help=size_command.DESCRIPTION, description=size_command.DESCRIPTION)
-    size_command.add_options(parsers["size"])
+    for name, module in COMMANDS.items():
+        parsers[name] = commands.add_parser(name, help=module.DESCRIPTION, description=module.DESCRIPTION)
+        module.add_options(parsers[name])
     return parser, parsers
 
 
@@ -138,8 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = {entry.name for entry in options_of(EngineConfig)}
     options = {name: value for name, value in arguments.items() if name in names and value is not None}
     try:
-        if namespace.command == "size":
-            return size_command.run(namespace)
+        if namespace.command in COMMANDS:
+            status: int = COMMANDS[namespace.command].run(namespace)
+            return status
         config = EngineConfig.from_options(options)
         for name in ("json", "plot", "output"):
             if arguments.get(name) is not None:

@@ -62,7 +62,9 @@ def no_model(monkeypatch):
     monkeypatch.setattr("engine.profile.measure_profile", load)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in cli.MAX_TOKENS)])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in (*cli.MAX_TOKENS, *cli.COMMANDS))]
+)
 def test_help_imports_nothing_that_is_slow(arguments):
     script = (
         "import sys\n"
