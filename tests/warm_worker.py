@@ -4,7 +4,7 @@ Standard input: pickled (EngineConfig, GroupMember, fault). Standard output: a l
 
 raise, hang    its second step that computes does that instead
 slow copies    its swap-outs end after the step of rank 0
-flaky          that, and its disk fails now and then, or takes its time
+flaky          its disk fails now and then, or takes its time
 disk           its disk is full as long as there is a file "full" in kv_disk_path, and does not answer as long as there is
                one "hangs"
 """
@@ -81,7 +81,7 @@ def make_disk_flaky() -> None:
 
 
 def slow_swap_out(self, *args):
-    time.sleep(0.01)
+    time.sleep(0.05)
     swap_out(self, *args)
 
 
@@ -93,7 +93,7 @@ while True:
     except EOFError:
         break
     ModelRunner._forward = faulty(fault) if fault in ("raise", "hang") else forward
-    ThreadSwapper._swap_out = slow_swap_out if fault in ("slow copies", "flaky") else swap_out
+    ThreadSwapper._swap_out = slow_swap_out if fault == "slow copies" else swap_out
     DiskStore.read, DiskStore.write = read, write
     if fault == "disk":
         spoil_disk(Path(config.kv_disk_path))
