@@ -1,11 +1,16 @@
 """A worker process that belongs to one group after the other.
 
-Standard input: pickled (EngineConfig, GroupMember, fault). Standard output: a line after each. fault: None, or what happens
-instead of this rank's second step that computes: "raise" or "hang"; or "slow copies", which end after the step of rank 0; or
-"disk", which is full as long as there is a file "full" in kv_disk_path, and does not answer as long as there is one "hangs".
+Standard input: pickled (EngineConfig, GroupMember, fault). Standard output: a line after each. fault: None, or of this rank:
+
+raise, hang    its second step that computes does that instead
+slow copies    its swap-outs end after the step of rank 0
+flaky          its disk fails now and then, or takes its time
+disk           its disk is full as long as there is a file "full" in kv_disk_path, and does not answer as long as there is
+               one "hangs"
 """
 
 import errno
+import itertools
 import logging
 import os
 import pickle
@@ -53,8 +58,30 @@ def spoil_disk(path: Path) -> None:
     DiskStore.read, DiskStore.write = read_in_time, write_if_there_is_room
 
 
+def make_disk_flaky() -> None:
+    """Every third write fails; of every third read the first block, or all of it."""
+    reads, writes = itertools.count(1), itertools.count(1)
+
+    def read_sometimes(self, block, keys, buffers):
+        number = next(reads)
+        time.sleep(number % 4 / 200)
+        if number % 6 == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        first, *others = read(self, block, keys, buffers)
+        return [first and number % 6 != 3, *others]
+
+    def write_sometimes(self, *args):
+        number = next(writes)
+        time.sleep(number % 4 / 200)
+        if number % 3 == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        write(self, *args)
+
+    DiskStore.read, DiskStore.write = read_sometimes, write_sometimes
+
+
 def slow_swap_out(self, *args):
-    time.sleep(0.01)
+    time.sleep(0.05)
     swap_out(self, *args)
 
 
@@ -70,5 +97,7 @@ while True:
     DiskStore.read, DiskStore.write = read, write
     if fault == "disk":
         spoil_disk(Path(config.kv_disk_path))
+    elif fault == "flaky":
+        make_disk_flaky()
     run_worker(config, member)  # whatever it raises ends the process, as it does elsewhere
     print("ended", flush=True)

@@ -36,7 +36,7 @@ NUM_PROMPTS = 6
 PATIENCE_S = 60.0
 PROMPT_LEN = 64
 # Family, ranks, whether blocks have checksums, fault of rank 1.
-GROUPS: list[tuple[str, int, bool, str | None]] = [("llama", 2, False, "slow copies")]
+GROUPS: list[tuple[str, int, bool, str | None]] = [("llama", 2, False, "flaky")]
 if IS_NIGHTLY:
     GROUPS += [
         ("llama", 4, True, None),
@@ -81,8 +81,10 @@ def start(tiny_model, warm_workers) -> Callable[..., DiskDriver]:
 
 @pytest.mark.parametrize(("family", "size", "verify_swaps", "fault"), GROUPS)
 def test_ranks_equal_one_process_before_and_after_a_restart(
-    family, size, verify_swaps, fault, tiny_model, make_driver, start, tmp_path
+    family, size, verify_swaps, fault, tiny_model, make_driver, start, tmp_path, monkeypatch
 ):
+    for pause in ("FIRST_PAUSE_S", "LONGEST_PAUSE_S"):
+        monkeypatch.setattr(f"engine.core.cache.slow_transfers.{pause}", 0.02)
     options = {"family": family, "tensor_parallel_size": size, "verify_swaps": verify_swaps, "fault": fault}
     whole = make_driver(tiny_model(family), num_gpu_blocks=200, mode="stateless", **OPTIONS)
     kept = start(tmp_path, **options)
@@ -91,9 +93,10 @@ def test_ranks_equal_one_process_before_and_after_a_restart(
         whole.add(request_id, prompt, None, sampling_of(request_id))
         whole.run()
     num_ties = sum(assert_same_tokens(kept, whole, request_id) for request_id in prompts)
-    stats = kept.core.get_statistics()
-    assert min(stats["slow_transfers"][f"{DISK}_{what}"] for what in ("loaded", "stored")) > 0
     kept.end(drains=True)
+    counts = kept.core.get_statistics()["slow_transfers"]
+    assert min(counts[f"{DISK}_loaded"], counts[f"{DISK}_stored"]) > 0
+    assert bool(counts[f"{DISK}_store_failed"]) == (fault == "flaky")
 
     again = start(tmp_path, **options)
     for request_id, prompt in prompts.items():
@@ -104,8 +107,8 @@ def test_ranks_equal_one_process_before_and_after_a_restart(
     assert num_ties <= 2
     stats = again.core.get_statistics()
     assert stats[f"num_{DISK}_cached_tokens"] > 0
-    assert stats["num_corrupted_swaps"] == stats["slow_transfers"][f"{DISK}_load_failed"] == 0
-    assert again.disk.problem is None
+    assert stats["num_corrupted_swaps"] == 0
+    assert bool(stats["slow_transfers"][f"{DISK}_load_failed"]) == (fault == "flaky")
     again.core.check_integrity()
     again.end(drains=False)
 

@@ -21,12 +21,14 @@ from transformers import AutoModelForCausalLM
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.executor_protocol import ComputationFailedError
-from engine.core.plan import QuerySegment, RequestStart, StepPlan
+from engine.core.plan import BlockCopy, ChunkRecord, QuerySegment, RequestStart, SlowTransfer, StepPlan, TransferEnd
 from engine.core.request import SamplingParams
+from engine.core.tier_table import CPU
 from engine.errors import ConfigError, EngineError, EngineStoppedError, ModelLoadError, UnsupportedModelError
 from engine.executor import group, model_runner, plan_channel
-from engine.executor.group import GroupExecutor, ProcessWorkers
+from engine.executor.group import GroupExecutor, ProcessWorkers, make_disk_tier
 from engine.executor.local import LocalExecutor
+from engine.executor.tiers.disk_tier import DISK
 from engine.generation import Generation
 from engine.text.prompt import TextPrompt
 from tests.conftest import save_tiny_model
@@ -154,6 +156,26 @@ def test_a_block_that_one_worker_finds_damaged_is_told(make_group, tiny_model):
     executor.execute(StepPlan(1, (), swap_outs=(copy,)))
     assert executor.execute(StepPlan(2, (), swap_ins=(swap_in(5, 4),))).failed_swap_ins == ()
     assert executor.execute(StepPlan(3, (), swap_ins=(swap_in(6, 7),))).failed_swap_ins == (7,)
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1"], ids=["unix", "tcp"])
+def test_a_transfer_to_the_disk_waits_for_a_copy_of_the_workers_step(make_group, tmp_path, host):
+    """Rank 0 has made its own when the step's result is there; with checksums, a block without its content is noticed."""
+    options = {"chunk_size": 8, "kv_disk_path": str(tmp_path), "kv_disk_size": 0.01}
+    executor = make_group(fault="slow copies", host=host, verify_swaps=True, **options)
+    tier = make_disk_tier(EngineConfig.from_options(options), executor, 0)
+    assert tier is not None
+    tier.run(lambda _: None)
+    record = ChunkRecord(key=bytes(32), parent_key=bytes(32), position=0, num_tokens=8, owner_id=None, idle_s=0.0)
+    executor.execute(FIRST)
+    told: list[TransferEnd] = []
+    for number in range(3):
+        executor.execute(StepPlan(1 + number, (), swap_outs=(swap_out(2, number),)))
+        copy = BlockCopy(CPU, number, DISK, number)
+        tier.start(SlowTransfer(transfer_id=number, record=record, copy=copy))
+        wait_until(lambda: bool(ends := tier.poll()) and not told.extend(ends))
+    assert [end.ok for end in told] == [True] * 3
+    tier.close()
 
 
 def test_workers_may_come_over_the_network(make_group):
