@@ -116,6 +116,7 @@ def test_a_further_tier_has_series_of_its_own() -> None:
         "num_slow_transfer_bytes": {"disk_loaded": 400, "disk_stored": 0},
         "num_written_bytes": {"disk_chunks": 700, "disk_transcripts": 80},
         "tier_problems": {"disk": "full"},
+        "handover_conversations": {"recalled": 9, "offered": 0},
     }
     assert CounterIncrements().take(statistics) == {
         Series("pensieve_cached_tokens_total", ("disk",)): 3,
@@ -126,6 +127,7 @@ def test_a_further_tier_has_series_of_its_own() -> None:
         Series("pensieve_tier_transfers_total", ("disk", "load_refused")): 6,
         Series("pensieve_tier_transfer_seconds_total", ("disk", "loaded")): 0.25,
         Series("pensieve_tier_transfer_bytes_total", ("disk", "loaded")): 400,
+        Series("pensieve_handover_conversations_total", ("recalled",)): 9,
         Series("pensieve_tier_written_bytes_total", ("disk", "chunks")): 700,
         Series("pensieve_tier_written_bytes_total", ("disk", "transcripts")): 80,
     }
