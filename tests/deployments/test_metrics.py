@@ -18,7 +18,7 @@ from deployments import metrics
 from deployments.metrics import METRICS, CounterIncrements, EngineMetrics, Series, read_gauges
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
-from engine.core.tier_table import TierSpec
+from engine.core.tier_table import PEER, TierSpec
 from engine.text.output import OutputDelta
 
 
@@ -141,6 +141,29 @@ def test_a_further_tier_has_series_of_its_own() -> None:
         if len(series.values) > 1 and series.values[0] == "disk"
     }
     assert states == {"free": 10, "used": 5, "pinned": 1}
+
+
+def test_transfers_between_replicas_have_series_of_their_own() -> None:
+    engine_core = EngineCore(
+        CacheConfig(
+            num_gpu_blocks=4,
+            num_cpu_blocks=8,
+            chunk_size=8,
+            slow_tiers=(TierSpec(name=PEER, num_blocks=16, is_fast=False, is_store=False),),
+        ),
+        SchedulingConfig(max_model_len=32),
+    )
+    engine_core.stats.slow_transfers |= {"peer_loaded": 1, "peer_sent": 2, "peer_load_gone": 3}
+    engine_core.stats.slow_refusals |= {"peer_load": 4, "peer_send": 5}
+    engine_core.stats.slow_seconds |= {"peer_sent": 0.5}
+    assert CounterIncrements().take(statistics_of(engine_core)) == {
+        Series("pensieve_tier_transfers_total", ("peer", "loaded")): 1,
+        Series("pensieve_tier_transfers_total", ("peer", "sent")): 2,
+        Series("pensieve_tier_transfers_total", ("peer", "load_gone")): 3,
+        Series("pensieve_tier_transfers_total", ("peer", "load_refused")): 4,
+        Series("pensieve_tier_transfers_total", ("peer", "send_refused")): 5,
+        Series("pensieve_tier_transfer_seconds_total", ("peer", "sent")): 0.5,
+    }
 
 
 def test_names_are_what_prometheus_expects() -> None:
