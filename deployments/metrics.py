@@ -100,6 +100,12 @@ METRICS = (
     MetricDefinition(
         "counter", "pensieve_tier_written_bytes_total", "Bytes written to the files of slow tiers", ("tier", "content")
     ),
+    MetricDefinition(
+        "counter",
+        "pensieve_handover_conversations_total",
+        "Conversations between engine replicas, by event",
+        ("event",),
+    ),
     MetricDefinition("gauge", "pensieve_tier_usable", "Whether a slow tier works: 1 or 0", ("tier",)),
     ROUTER_DECISIONS,
 )
@@ -140,6 +146,8 @@ def read_counters(statistics: Statistics) -> dict[Series, float]:
         counts[Series("pensieve_evictions_total", tuple(reason.split("_", 1)))] = count
     for reason, count in statistics["recomputed_tokens"].items():
         counts[Series("pensieve_changed_history_tokens_total", (reason,))] = count
+    for event, count in statistics.get("handover_conversations", {}).items():
+        counts[Series("pensieve_handover_conversations_total", (event,))] = count
     for name, key, suffix in (
         ("pensieve_tier_transfer_bytes_total", "num_slow_transfer_bytes", ""),
         ("pensieve_tier_written_bytes_total", "num_written_bytes", ""),

@@ -186,9 +186,10 @@ class AsyncEngine:
             "num_slow_transfer_bytes": {
                 outcome: count * self._bytes_per_block
                 for outcome, count in statistics.get("slow_transfers", {}).items()
-                if not outcome.endswith("_failed")
+                if not outcome.endswith(("_failed", "_gone"))
             },
             "num_written_bytes": self._kept.written_bytes(),
+            "handover_conversations": self._kept.handover_counts(),
             "tier_problems": self.tier_problems(),
         }
 

@@ -211,6 +211,7 @@ class CacheWatch:
 
     def _tiers(self) -> tuple[TierView, ...]:
         statistics, held = self._core.get_statistics(), self._core.count_held_blocks()
+        names = [tier.name for tier in self._core.cache_config.tiers if tier.is_store]
         return tuple(
             TierView(
                 name,
@@ -218,7 +219,7 @@ class CacheWatch:
                 statistics[f"num_{name}_blocks"] - statistics[f"num_{name}_blocks_free"],
                 held[name],
             )
-            for name in held
+            for name in names
         )
 
     def _hit_rates(self) -> dict[str, float]:

@@ -172,6 +172,10 @@ class KeptState:
             f"{name}_transcripts": self._transcripts.num_written_bytes,
         }
 
+    def handover_counts(self) -> dict[str, int]:
+        """Of conversations that were told of, or left to, other engines, see PeerLink; empty if there are none."""
+        return {} if self._link is None else dict(self._link.counts)
+
     def close(self) -> None:
         """Write what is left. Blocks; after the end of the engine thread, and before the executor frees the blocks."""
         if self._transcripts is not None:

@@ -48,7 +48,11 @@ class _Offer(NamedTuple):
 
 
 class PeerLink:
-    """The conversation-level half of hand-over; the chunks are moved by the core's transfers."""
+    """The conversation-level half of hand-over; the chunks are moved by the core's transfers.
+
+    counts: conversations that a peer told more of (recalled); that were offered to their next homes (offered), and of these
+        the ones that these took (handed_over); and that peers left here (received). Each is counted in one thread.
+    """
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class PeerLink:
         self._put = put
         self._offer_ids = count(1)
         self._open_offers: dict[str, Future[bool]] = {}
+        self.counts = dict.fromkeys(("recalled", "offered", "handed_over", "received"), 0)
 
     # -- for requests --------------------------------------------------------------------------------------------------
 
@@ -78,6 +83,7 @@ class PeerLink:
         remembered = None if content is None else await asyncio.to_thread(decode, conversation_id, content)
         if remembered is not None:
             self._conversations.recall(conversation_id, remembered)
+            self.counts["recalled"] += 1
 
     async def chunks_of(self, request: Request) -> list[ChunkRecord]:
         """The chunks of a request's context that only a peer has, if it says so soon; to be expected once it is added."""
@@ -128,6 +134,7 @@ class PeerLink:
         def take() -> None:
             self._conversations.adopt(conversation_id, remembered)
             self._handover.accept_offer(records, offer_id, time.monotonic())
+            self.counts["received"] += 1
 
         self._put(take)
         return taken
@@ -164,9 +171,11 @@ class PeerLink:
                     return
                 conversation_id = offer.conversation.conversation_id
                 transcript = await asyncio.to_thread(encode, conversation_id, offer.conversation.remembered)
-                await asyncio.wrap_future(
+                self.counts["offered"] += 1
+                taken = await asyncio.wrap_future(
                     self._tier.offer(offer.peer_id, conversation_id, offer.records, transcript, left_s)
                 )
+                self.counts["handed_over"] += taken
 
         await asyncio.gather(*(make_offers() for _ in range(MAX_OFFERS_AT_ONCE)))
 

@@ -30,8 +30,9 @@ from engine.core.request import SamplingParams
 from engine.core.tier_table import CPU, GPU
 from engine.errors import ConfigError
 from engine.executor.group import make_executor
+from engine.executor.tiers.disk_device import device_of
 from engine.executor.tiers.disk_format import IDENTITY_BYTES, Layout
-from engine.executor.tiers.disk_store import DiskStore
+from engine.executor.tiers.disk_store import DiskSpeed, DiskStore
 from engine.executor.tiers.disk_tier import DISK
 from engine.paths import cache_folder, private_folder, write_private_file
 
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 MIN_CONTEXT_LEN = 64
 NUM_SWAPPED_BLOCKS = 64
 NUM_CHUNKS_AT_ONCE = 8
+MAX_MEASURED_BYTES = 1 << 28  # of a disk, at a time
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -78,7 +80,8 @@ class Profile:
     identity: of what. chunk_s: context length -> seconds of a step that computes one chunk that ends there; the slope of the
     line through them is per_context_token_s. constant_s: what one more chunk adds to a step, attention left out: chunks are
     recomputed in batches, so what a step costs anyway counts for none of them. swap_in_s, swap_out_s: seconds per block.
-    disk_read_s: the same from the disk tier to the CPU tier; None = it was measured without `kv_disk_path`.
+    disk_read_s, disk_write_s: the same between the disk tier and the CPU tier; None = it was measured without `kv_disk_path`.
+    disk: which one that was, see device_of.
     """
 
     identity: ProfileIdentity
@@ -90,6 +93,8 @@ class Profile:
     swap_in_s: float
     swap_out_s: float
     disk_read_s: float | None = None
+    disk_write_s: float | None = None
+    disk: str | None = None
 
     @property
     def model(self) -> str:
@@ -103,12 +108,15 @@ class Profile:
     def device(self) -> str:
         return self.identity.device
 
-    def cost_model(self, chunk_size: int) -> CostModel:
-        """In seconds, for any chunk size: all terms but the context's are per token of the chunk."""
+    def cost_model(self, chunk_size: int, disk: str | None = None) -> CostModel:
+        """In seconds, for any chunk size: all terms but the context's are per token of the chunk.
+
+        disk: the one that is used; of another one than was measured, the price is not known.
+        """
         scale = chunk_size / self.chunk_size
         load_costs = {CPU: self.swap_in_s * scale}
-        if self.disk_read_s is not None:
-            load_costs[DISK] = (self.disk_read_s + self.swap_in_s) * scale
+        if self.disk_load_s is not None and self.disk == disk:
+            load_costs[DISK] = self.disk_load_s * scale
         return CostModel(
             constant=self.constant_s * scale,
             per_context_token=self.per_context_token_s * scale,
@@ -116,6 +124,11 @@ class Profile:
             load_costs=load_costs,
             is_in_seconds=True,
         )
+
+    @property
+    def disk_load_s(self) -> float | None:
+        """Seconds to bring a chunk from the disk to the tier that computes; None = not measured."""
+        return None if self.disk_read_s is None else self.disk_read_s + self.swap_in_s
 
     def save(self, path: Path) -> None:
         text = json.dumps(asdict(self), indent=2) + "\n"
@@ -156,7 +169,7 @@ def load_cost_model(config: EngineConfig, facts: ExecutorFacts) -> CostModel:
     model = facts.model
     profile = _find_profile(config, facts)
     if profile is not None:
-        return profile.cost_model(config.chunk_size)
+        return profile.cost_model(config.chunk_size, _disk_of(config))
     logger.info("cost model: analytic, from the model's shape; `pensieve profile` measures it")
     return CostModel.from_model_shape(
         num_parameters=model.num_parameters,
@@ -206,6 +219,7 @@ def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
         constant = _measure_one_more_chunk(executor, config.chunk_size, repeats, slope)
         swap_out_s = _measure_swaps(executor, repeats, is_in=False)
         swap_in_s = _measure_swaps(executor, repeats, is_in=True)
+        disk = _measure_disk(config, executor.facts.bytes_per_block, repeats)
         return Profile(
             identity=_identify(config, executor.facts),
             chunk_size=config.chunk_size,
@@ -215,7 +229,9 @@ def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
             per_context_token_s=slope,
             swap_in_s=swap_in_s,
             swap_out_s=swap_out_s,
-            disk_read_s=_measure_disk(config, executor.facts.bytes_per_block, repeats),
+            disk_read_s=None if disk is None else disk.read_s,
+            disk_write_s=None if disk is None else disk.write_s,
+            disk=_disk_of(config),
         )
     finally:
         executor.shutdown()
@@ -294,19 +310,31 @@ def _measure_swaps(executor: Executor, repeats: int, *, is_in: bool) -> float:
     return statistics.median(seconds) / NUM_SWAPPED_BLOCKS
 
 
-def _measure_disk(config: EngineConfig, bytes_per_block: int, repeats: int) -> float | None:
-    """Median seconds to read a block; None without a disk tier. Raises ConfigError if the disk cannot be used."""
+def _measure_disk(config: EngineConfig, bytes_per_block: int, repeats: int) -> DiskSpeed | None:
+    """Medians for a block; None without a disk tier. Raises ConfigError if the disk cannot be used."""
     if config.kv_disk_path is None:
         return None
     path = Path(config.kv_disk_path).expanduser() / "profile"
     store = DiskStore(path, Layout(bytes(IDENTITY_BYTES), bytes_per_block, 1, config.chunk_size))
     try:
-        return statistics.median(store.measure() for _ in range(repeats))
+        num_slots = max(1, min(NUM_SWAPPED_BLOCKS, MAX_MEASURED_BYTES // bytes_per_block))
+        measured = [store.measure(num_slots) for _ in range(repeats)]
+        return DiskSpeed(*(statistics.median(column) for column in zip(*measured, strict=True)))
     except OSError as error:
         raise ConfigError(f"{path} cannot be measured: {error}; name another folder", param="kv_disk_path") from error
     finally:
         store.close()
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _disk_of(config: EngineConfig) -> str | None:
+    """Where the disk tier is to be; None if there is none, or it cannot be said."""
+    if config.kv_disk_path is None:
+        return None
+    try:
+        return device_of(Path(config.kv_disk_path).expanduser())
+    except OSError:
+        return None
 
 
 def _timed(executor: Executor, plan: StepPlan) -> float:
@@ -346,13 +374,36 @@ def _device_name(facts: ExecutorFacts) -> str:
     return f"cpu-{platform.machine()}-{torch.get_num_threads()}-threads"
 
 
+def describe_disk_gain(profile: Profile) -> str:
+    """For which chunks loading from the disk is not slower than computing, and how fast it would have to be read for more."""
+    assert profile.disk_load_s is not None
+    assert profile.disk_read_s is not None
+    model, load_s, window = profile.cost_model(profile.chunk_size), profile.disk_load_s, max(profile.chunk_s)
+    read_gb_s = profile.bytes_per_block / profile.disk_read_s / 1e9
+
+    def enough_gb_s(position: int) -> str:
+        """To read this chunk in the time that it takes to compute it, the copy to the GPU tier left out."""
+        left_s = model.chunk_cost(position) - profile.swap_in_s
+        return f"{profile.bytes_per_block / left_s / 1e9:.3f} GB/s" if left_s > 0 else "no speed"
+
+    last = window // profile.chunk_size - 1
+    if load_s <= model.chunk_cost(0):
+        return f"everywhere in a context: {enough_gb_s(0)} would be enough, and it is read at {read_gb_s:.3f} GB/s"
+    if load_s <= model.chunk_cost(last):
+        first_len = int((load_s - profile.constant_s) / profile.per_context_token_s)
+        return f"behind the first {first_len} tokens of a context; {enough_gb_s(0)} would be enough for all of it"
+    return f"nowhere within {window} tokens: {enough_gb_s(last)} would be enough for the last ones, {enough_gb_s(0)} for all"
+
+
 def describe_profile(profile: Profile) -> dict[str, Any]:
     """For people: rates instead of seconds."""
     in_gb_s, out_gb_s = (profile.bytes_per_block / s / 1e9 for s in (profile.swap_in_s, profile.swap_out_s))
     disk = {}
-    if profile.disk_read_s is not None:
-        gb_s = profile.bytes_per_block / profile.disk_read_s / 1e9
-        disk["disk"] = f"{profile.disk_read_s * 1e3:.3f} ms a block, {gb_s:.2f} GB/s"
+    if profile.disk_read_s is not None and profile.disk_write_s is not None:
+        disk["disk"] = str(profile.disk)
+        for name, seconds in (("disk reads", profile.disk_read_s), ("disk writes", profile.disk_write_s)):
+            disk[name] = f"{seconds * 1e3:.3f} ms a block, {profile.bytes_per_block / seconds / 1e9:.3f} GB/s"
+        disk["a disk tier pays"] = describe_disk_gain(profile)
     return {
         "model": profile.model,
         "dtype": profile.dtype,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engine.core.tier_table import tier_title
+from engine.core.tier_table import PEER, tier_title
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,11 @@ def statistics_line(stats: Mapping[str, Any]) -> str:
     tiers = stats["tiers"]
     cached = [f"{stats[f'num_{tier}_cached_tokens']} in {tier_title(tier)}" for tier in tiers]
     computed = [f"{stats[f'num_{what}_tokens']} {what.replace('_', ' ')}" for what in ("not_loaded", "dropped", "new")]
-    blocks = [f"{tier_title(tier)} {stats[f'num_{tier}_blocks_free']}/{stats[f'num_{tier}_blocks']}" for tier in tiers]
+    blocks = [
+        f"{tier_title(tier)} {stats[f'num_{tier}_blocks_free']}/{stats[f'num_{tier}_blocks']}"
+        for tier in tiers
+        if tier != PEER  # whose blocks are no memory
+    ]
     return "; ".join(
         [
             f"running {stats['num_requests_running']}, waiting {stats['num_requests_waiting']}",

@@ -9,12 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field
 from typing import Any
 
-from engine.core.tier_table import FAST_TIERS, eviction_reasons
-
-# How the transfers of a slow tier ended.
-SLOW_OUTCOMES = ("loaded", "stored", "load_failed", "store_failed")
-# What was not done, because computing the chunk again is cheaper.
-SLOW_REFUSALS = ("load", "store")
+from engine.core.tier_table import FAST_TIERS, PEER, eviction_reasons, transfer_outcomes
 
 
 @dataclass(slots=True)
@@ -32,9 +27,11 @@ class EngineStats:
     num_local_copies, num_swap_ins, num_swap_outs: in blocks. num_corrupted_swaps: found by `verify_swaps`.
     num_used_drafts, num_discarded_drafts: plans prepared while a step runs, used or overtaken by something unforeseen.
     num_steps_ahead: given to the executor before the step in front had a result.
-    evictions: by reason, see tier_table.eviction_reasons. slow_transfers: "<tier>_<outcome>", for slow tiers.
+    evictions: by reason, see tier_table.eviction_reasons.
+    slow_transfers: "<tier>_<outcome>" of slow tiers, see tier_table.transfer_outcomes.
     slow_refusals: chunks that were not loaded or stored because computing them again is cheaper, "<tier>_load" and
-        "<tier>_store". slow_seconds: of the tier's time, for what was loaded and stored well, as far as it was measured.
+        "<tier>_store"; and "peer_send", those that a peer asked for and that are not here, or not to be had soon.
+    slow_seconds: of the tier's time, by the outcomes that are good, as far as it was measured.
     """
 
     tiers: InitVar[Sequence[str]] = FAST_TIERS
@@ -70,9 +67,11 @@ class EngineStats:
         self.cached_tokens = dict.fromkeys(tiers, 0)
         self.evictions = dict.fromkeys(eviction_reasons(tiers), 0)
         slow = tiers[len(FAST_TIERS) :]
-        self.slow_transfers = {f"{tier}_{outcome}": 0 for tier in slow for outcome in SLOW_OUTCOMES}
-        self.slow_refusals = {f"{tier}_{what}": 0 for tier in slow for what in SLOW_REFUSALS}
-        self.slow_seconds = {f"{tier}_{what}": 0.0 for tier in slow for what in ("loaded", "stored")}
+        self.slow_transfers = {f"{tier}_{outcome}": 0 for tier in slow for outcome in transfer_outcomes(tier)}
+        self.slow_refusals = {
+            f"{tier}_{what}": 0 for tier in slow for what in ("load", "send" if tier == PEER else "store")
+        }
+        self.slow_seconds = {f"{tier}_{outcome}": 0.0 for tier in slow for outcome in transfer_outcomes(tier)[:2]}
 
     def note_cached(self, num_tokens: int, loaded_tokens: Mapping[str, int]) -> dict[str, int]:
         """So many prompt tokens were cached; of these, so many were loaded from other tiers than the first one.

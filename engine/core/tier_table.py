@@ -75,6 +75,23 @@ def tier_title(name: str) -> str:
     return name.upper() if name in FAST_TIERS else name
 
 
+def transfer_outcome(tier: str, *, is_load: bool, ok: bool, gone: bool) -> str:
+    """How a transfer of a slow tier has ended, for the counters.
+
+    gone: it was no fault of the tier: a peer no longer has the chunk, or is no longer there.
+    """
+    verb, done = ("load", "loaded") if is_load else ("send", "sent") if tier == PEER else ("store", "stored")
+    return done if ok else f"{verb}_gone" if gone and tier == PEER else f"{verb}_failed"
+
+
+def transfer_outcomes(tier: str) -> tuple[str, ...]:
+    """All of them, those that went well first."""
+    ends = ((True, False), (False, False), *([(False, True)] if tier == PEER else []))
+    return tuple(
+        transfer_outcome(tier, is_load=is_load, ok=ok, gone=gone) for ok, gone in ends for is_load in (True, False)
+    )
+
+
 def eviction_reasons(tiers: Sequence[str]) -> tuple[str, ...]:
     """What evictions from these tiers do, as "<tier>_<what>"; `tiers` are names, the fastest first.
 

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from deployments.metrics import METRICS
+from engine.core.stats import EngineStats
+from engine.core.tier_table import PEER
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "cluster_configs" / "grafana" / "pensieve.json").read_text())
@@ -67,6 +69,16 @@ def test_documentation_has_every_metric_with_its_labels() -> None:
     rows = re.findall(r"^\| `(pensieve_\w+)` \| (\w+) \| ([^|]*)\|", text, re.MULTILINE)
     documented = [(name, kind, tuple(re.findall(r"`(\w+)`:", labels))) for name, kind, labels in rows]
     assert documented == [(definition.name, definition.kind, definition.labels) for definition in METRICS]
+
+
+def test_documentation_has_every_outcome_of_a_transfer() -> None:
+    text = (ROOT / "docs" / "observability.md").read_text()
+    (row,) = re.findall(r"^\| `pensieve_tier_transfers_total` .*$", text, re.MULTILINE)
+    stats = EngineStats(["gpu", "cpu", "disk", PEER])
+    counted = {*stats.slow_transfers, *(f"{what}_refused" for what in stats.slow_refusals)}
+    outcomes = {name.split("_", 1)[1] for name in counted}
+    assert {"stored", "sent", "load_gone", "send_refused"} <= outcomes
+    assert outcomes <= set(re.findall(r"\w+", row))
 
 
 def test_prometheus_example_is_yaml_that_scrapes_ray() -> None:

@@ -18,7 +18,7 @@ from deployments import metrics
 from deployments.metrics import METRICS, CounterIncrements, EngineMetrics, Series, read_gauges
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
-from engine.core.tier_table import TierSpec
+from engine.core.tier_table import PEER, TierSpec
 from engine.text.output import OutputDelta
 
 
@@ -116,6 +116,7 @@ def test_a_further_tier_has_series_of_its_own() -> None:
         "num_slow_transfer_bytes": {"disk_loaded": 400, "disk_stored": 0},
         "num_written_bytes": {"disk_chunks": 700, "disk_transcripts": 80},
         "tier_problems": {"disk": "full"},
+        "handover_conversations": {"recalled": 9, "offered": 0},
     }
     assert CounterIncrements().take(statistics) == {
         Series("pensieve_cached_tokens_total", ("disk",)): 3,
@@ -126,6 +127,7 @@ def test_a_further_tier_has_series_of_its_own() -> None:
         Series("pensieve_tier_transfers_total", ("disk", "load_refused")): 6,
         Series("pensieve_tier_transfer_seconds_total", ("disk", "loaded")): 0.25,
         Series("pensieve_tier_transfer_bytes_total", ("disk", "loaded")): 400,
+        Series("pensieve_handover_conversations_total", ("recalled",)): 9,
         Series("pensieve_tier_written_bytes_total", ("disk", "chunks")): 700,
         Series("pensieve_tier_written_bytes_total", ("disk", "transcripts")): 80,
     }
@@ -139,6 +141,29 @@ def test_a_further_tier_has_series_of_its_own() -> None:
         if len(series.values) > 1 and series.values[0] == "disk"
     }
     assert states == {"free": 10, "used": 5, "pinned": 1}
+
+
+def test_transfers_between_replicas_have_series_of_their_own() -> None:
+    engine_core = EngineCore(
+        CacheConfig(
+            num_gpu_blocks=4,
+            num_cpu_blocks=8,
+            chunk_size=8,
+            slow_tiers=(TierSpec(name=PEER, num_blocks=16, is_fast=False, is_store=False),),
+        ),
+        SchedulingConfig(max_model_len=32),
+    )
+    engine_core.stats.slow_transfers |= {"peer_loaded": 1, "peer_sent": 2, "peer_load_gone": 3}
+    engine_core.stats.slow_refusals |= {"peer_load": 4, "peer_send": 5}
+    engine_core.stats.slow_seconds |= {"peer_sent": 0.5}
+    assert CounterIncrements().take(statistics_of(engine_core)) == {
+        Series("pensieve_tier_transfers_total", ("peer", "loaded")): 1,
+        Series("pensieve_tier_transfers_total", ("peer", "sent")): 2,
+        Series("pensieve_tier_transfers_total", ("peer", "load_gone")): 3,
+        Series("pensieve_tier_transfers_total", ("peer", "load_refused")): 4,
+        Series("pensieve_tier_transfers_total", ("peer", "send_refused")): 5,
+        Series("pensieve_tier_transfer_seconds_total", ("peer", "sent")): 0.5,
+    }
 
 
 def test_names_are_what_prometheus_expects() -> None:

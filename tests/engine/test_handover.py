@@ -139,9 +139,11 @@ async def test_a_conversation_goes_on_elsewhere_with_its_kv(fresh):
         assert answer.num_cached_tokens >= 0.95 * num_known
         assert answer.token_ids == tuple(fresh(answer, GREEDY))
         stats = second.get_statistics()
-        assert stats[f"num_{PEER}_cached_tokens"] >= 0.95 * num_known
+        assert stats[f"num_{PEER}_cached_tokens"] == answer.cached_by_tier[PEER] >= 0.95 * num_known
+        assert stats["handover_conversations"]["recalled"] == 1
+        assert stats["slow_seconds"][f"{PEER}_loaded"] > 0
         num_moved = stats["slow_transfers"][f"{PEER}_loaded"]
-        assert first.get_statistics()["slow_transfers"][f"{PEER}_stored"] == num_moved > 0
+        assert first.get_statistics()["slow_transfers"][f"{PEER}_sent"] == num_moved > 0
         await until(lambda: has_no_places(first) and has_no_places(second))
 
         await know(first, talk)  # and back: only what is new travels
@@ -174,6 +176,9 @@ async def test_a_drain_leaves_conversations_to_their_next_homes(fresh):
             await talk.say(first, "What is my name?")
         num_known = [talk.num_known for talk in talks]
         await first.drain(60.0, lambda conversation_id: "b")
+        counts = first.get_statistics()["handover_conversations"]
+        assert counts["offered"] == counts["handed_over"] == len(talks)
+        assert second.get_statistics()["handover_conversations"]["received"] == len(talks)
         await first.shutdown()
         await second.drain(60.0, lambda conversation_id: "c")
         await second.shutdown()
@@ -198,7 +203,7 @@ async def test_an_engine_that_is_lost_midway_is_a_miss(fresh):
         answer = await asked
         assert answer.num_cached_tokens == 0
         assert answer.token_ids == tuple(fresh(answer, GREEDY))
-        assert second.get_statistics()["slow_transfers"][f"{PEER}_load_failed"] > 0
+        assert second.get_statistics()["slow_transfers"][f"{PEER}_load_gone"] > 0
         assert second.get_statistics()["tier_problems"] == {}
         assert has_no_places(second)
 

@@ -11,9 +11,12 @@ import pytest
 
 from engine import cli
 from engine.config import EngineConfig
+from engine.core.cache.prices import LoadPrices
 from engine.errors import ConfigError
 from engine.executor.local import LocalExecutor
-from engine.profile import Profile, describe_profile, load_cost_model, measure_profile, profile_path
+from engine.executor.tiers import disk_device
+from engine.executor.tiers.disk_device import device_of
+from engine.profile import Profile, describe_disk_gain, describe_profile, load_cost_model, measure_profile, profile_path
 
 OPTIONS = {"num_threads": 1, "chunk_size": 16, "max_model_len": 512}
 
@@ -67,16 +70,64 @@ def test_the_disk_is_measured_if_there_is_one(profile, tmp_path):
     path = tmp_path / "kv"
     config = EngineConfig.from_options({**OPTIONS, "kv_disk_path": str(path), "max_model_len": 128})
     with_disk = measure_profile(config, repeats=1)
-    assert with_disk.disk_read_s > 0
-    assert with_disk.cost_model(32).load_costs["disk"] == pytest.approx(
+    assert min(with_disk.disk_read_s, with_disk.disk_write_s) > 0
+    assert with_disk.disk == device_of(tmp_path)
+    assert with_disk.cost_model(32, with_disk.disk).load_costs["disk"] == pytest.approx(
         2 * (with_disk.disk_read_s + with_disk.swap_in_s)
     )
-    assert "GB/s" in describe_profile(with_disk)["disk"]
+    assert "disk" not in with_disk.cost_model(32, "xfs /dev/another").load_costs
+    described = describe_profile(with_disk)
+    assert all("GB/s" in described[name] for name in ("disk reads", "disk writes"))
     assert not list(path.iterdir()), "nothing is left behind"
     path.rmdir()
     path.write_text("a file")
     with pytest.raises(ConfigError, match="cannot be measured"):
         measure_profile(config, repeats=1)
+
+
+def test_when_a_disk_pays_is_said_in_words(profile):
+    """A chunk of 16 tokens takes 1 ms and 1 microsecond more for each token of context; to the GPU tier, 0.1 ms."""
+    made = replace(
+        profile,
+        bytes_per_block=1_000_000,
+        chunk_s={512: 0.0},
+        constant_s=1e-3,
+        per_context_token_s=1e-6,
+        swap_in_s=1e-4,
+    )
+
+    def said(read_s: float) -> str:
+        return describe_disk_gain(replace(made, disk_read_s=read_s))
+
+    assert said(0.5e-3) == "everywhere in a context: 1.092 GB/s would be enough, and it is read at 2.000 GB/s"
+    assert said(1.1e-3) == "behind the first 200 tokens of a context; 1.092 GB/s would be enough for all of it"
+    assert said(2e-3) == "nowhere within 512 tokens: 0.708 GB/s would be enough for the last ones, 1.092 GB/s for all"
+    slow_link = replace(made, swap_in_s=1.0, disk_read_s=1e-3)
+    assert "no speed would be enough" in describe_disk_gain(slow_link)
+
+
+def test_the_profile_of_the_disk_is_the_first_price_if_it_cannot_be_read_at_the_start(profile, executor, tmp_path):
+    path = tmp_path / "kv"
+    config = EngineConfig.from_options({**OPTIONS, "kv_disk_path": str(path)})
+    saved = replace(profile, disk_read_s=0.5, disk_write_s=0.25, disk=device_of(path))
+    saved.save(profile_path(config, profile.model, profile.dtype, profile.device))
+    prices = LoadPrices(load_cost_model(config, executor.facts))
+    assert prices.load_cost("disk") == pytest.approx(0.5 + profile.swap_in_s)
+    assert not prices.is_loaded("disk", 0, 16)
+    prices.note_load("disk", 1e-9, now=0.0)
+    assert prices.is_loaded("disk", 0, 16), "what is observed counts"
+
+
+def test_the_device_under_a_folder(tmp_path, monkeypatch):
+    assert device_of(tmp_path / "not" / "there") == device_of(tmp_path)
+    number = os.stat(tmp_path).st_dev
+    name = f"{os.major(number)}:{os.minor(number)}"
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"21 1 99999:1 / / rw - ext4 /dev/a rw\n22 1 {name} / /x rw shared:1 - xfs /dev/b rw\n")
+    monkeypatch.setattr(disk_device, "MOUNTS", mounts)
+    assert device_of(tmp_path) == "xfs /dev/b"
+    mounts.unlink()
+    assert device_of(tmp_path) == f"device {name}"
 
 
 def test_the_engine_finds_the_profile_that_the_command_wrote(executor, capsys):

@@ -108,6 +108,7 @@ class CacheManager:
                 self.allocator,
                 self.prices,
                 self.tiers.peer,
+                stats,
             )
 
     @property

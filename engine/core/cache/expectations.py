@@ -14,6 +14,7 @@ from engine.core.cache.prices import LoadPrices
 from engine.core.cache.slow_transfers import SlowTransfers
 from engine.core.cache.tier import Tier, Tiers
 from engine.core.plan import ChunkRecord
+from engine.core.stats import EngineStats
 
 
 class Expectations:
@@ -30,6 +31,7 @@ class Expectations:
         allocator: Allocator,
         prices: LoadPrices,
         peer: Tier,
+        stats: EngineStats,
         max_loads: int,
     ) -> None:
         self._tiers = tiers
@@ -38,6 +40,7 @@ class Expectations:
         self._allocator = allocator
         self._prices = prices
         self._peer = peer
+        self._stats = stats
         self._max_loads = max_loads
         # Of each request or offer, the names of what it expects; and of each name, by how many.
         self._expected: dict[str, list[bytes]] = {}
@@ -131,6 +134,7 @@ class Expectations:
             if chunk.pins or chunk.blocks[0] is not None or chunk.blocks[1] is not None or not slow.may_load(peer, now):
                 return False
             if not self._prices.is_loaded(peer.name, chunk.position, chunk.num_tokens):
+                self._stats.slow_refusals[f"{peer.name}_load"] += 1
                 return False
             block_id = self._allocator.try_block(self._tiers.secondary, chunk, now)
             if block_id is None:

@@ -20,6 +20,7 @@ from engine.core.cache_map import ContextKeys
 from engine.core.handover import ContextQuery, FoundChunks
 from engine.core.plan import ChunkRecord
 from engine.core.request import Request
+from engine.core.stats import EngineStats
 
 
 class Handover:
@@ -35,12 +36,13 @@ class Handover:
         allocator: Allocator,
         prices: LoadPrices,
         peer: Tier,
+        stats: EngineStats,
     ) -> None:
         self._index = index
         self._matcher = matcher
         self._prices = prices
-        self.sends = Sends(tiers, index, transfers, slow, allocator, prices, peer)
-        self.expectations = Expectations(tiers, index, slow, allocator, prices, peer, self.sends.max_copies)
+        self.sends = Sends(tiers, index, transfers, slow, allocator, prices, peer, stats)
+        self.expectations = Expectations(tiers, index, slow, allocator, prices, peer, stats, self.sends.max_copies)
 
     # -- what a request lacks ------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from engine.core.cache.slow_transfers import SlowTransfers
 from engine.core.cache.tier import Tier, Tiers
 from engine.core.cache.transfers import Transfers
 from engine.core.handover import FoundChunks
+from engine.core.stats import EngineStats
 
 # Copies of each kind at a time: so many, and no more than a part of the secondary tier's blocks.
 MAX_COPIES = 64
@@ -46,6 +47,7 @@ class Sends:
         allocator: Allocator,
         prices: LoadPrices,
         peer: Tier,
+        stats: EngineStats,
     ) -> None:
         self._tiers = tiers
         self._index = index
@@ -54,6 +56,7 @@ class Sends:
         self._allocator = allocator
         self._prices = prices
         self._peer = peer
+        self._stats = stats
         self.max_copies = max(1, min(MAX_COPIES, tiers.secondary.pool.num_blocks // MAX_SHARE))
         self._wanted: dict[bytes, float] = {}  # until when
         self._declined: list[bytes] = []
@@ -83,7 +86,7 @@ class Sends:
             if len(self._wanted) < MAX_WANTED:
                 self._wanted.setdefault(key, now + MAX_DELAY_S)
             elif key not in self._wanted:
-                self._declined.append(key)
+                self._decline(key)
 
     def take_declined(self) -> list[bytes]:
         """What is not sent, since the last call."""
@@ -96,12 +99,16 @@ class Sends:
             chunk = self._index.match(key)
             if chunk is None or now >= self._wanted[key] or not self._is_on_its_way(chunk, now):
                 del self._wanted[key]
-                self._declined.append(key)
+                self._decline(key)
             elif self._is_ready(chunk) and self._slow.num_sends < self.max_copies:
                 block_id = self._peer.pool.try_allocate()
                 if block_id is not None:
                     del self._wanted[key]
                     self._slow.plan_send(chunk, self._peer, block_id, now)
+
+    def _decline(self, key: bytes) -> None:
+        self._declined.append(key)
+        self._stats.slow_refusals[f"{self._peer.name}_send"] += 1
 
     def _is_ready(self, chunk: Chunk) -> bool:
         """Whether it lies in the secondary tier, with no transfer at it."""

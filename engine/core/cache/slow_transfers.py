@@ -15,6 +15,7 @@ from engine.core.cache.prices import LoadPrices
 from engine.core.cache.tier import Tier, Tiers
 from engine.core.plan import BlockCopy, ChunkRecord, SlowTransfer, TransferEnd
 from engine.core.stats import EngineStats
+from engine.core.tier_table import transfer_outcome
 
 # After a failed store, a tier gets no more for so long, because the next one would most likely fail too; twice as long after
 # each further one. The same holds for loads, but one or two bad blocks are no reason to spare the tier.
@@ -232,9 +233,8 @@ class SlowTransfers:
     def _note_outcome(self, transfer: SlowTransfer, end: TransferEnd, now: float) -> None:
         tier, state, is_load = self._slow_tier_of(transfer), self._state_of(transfer), self.is_load(transfer)
         del state.open[end.transfer_id]
-        what = "loaded" if is_load else "stored"
-        outcome = what if end.ok else ("load_failed" if is_load else "store_failed")
-        self._stats.slow_transfers[f"{tier}_{outcome}"] += 1
+        outcome = f"{tier}_{transfer_outcome(tier, is_load=is_load, ok=end.ok, gone=end.gone)}"
+        self._stats.slow_transfers[outcome] += 1
         if not end.ok:
             if not end.gone and now >= state.paused_until_s.get(
                 is_load, now
@@ -247,7 +247,7 @@ class SlowTransfers:
             return
         state.num_failures[is_load] = 0
         if end.seconds is not None:
-            self._stats.slow_seconds[f"{tier}_{what}"] += end.seconds
+            self._stats.slow_seconds[outcome] += end.seconds
             if is_load:
                 self._prices.note_load(tier, end.seconds, now)
 

@@ -24,6 +24,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.core.plan import ChunkRecord
 from engine.executor.tiers.disk_format import PAGE_BYTES, Layout, Row, pack_row, slot_checksum, unpack_row
@@ -39,6 +40,13 @@ MIN_FREE_SHARE = 0.05
 NUM_PROBED_SLOTS = 8
 # How often it is looked whether a folder is free, in seconds.
 LOCK_INTERVAL_S = 0.05
+
+
+class DiskSpeed(NamedTuple):
+    """Seconds to read a slot, and to write one so that it survives a loss of power."""
+
+    read_s: float
+    write_s: float
 
 
 class DiskStore:
@@ -202,22 +210,24 @@ class DiskStore:
             with self._opened(segment, os.O_RDWR) as descriptor:
                 os.fsync(descriptor)
 
-    def measure(self) -> float:
-        """Seconds to read a slot, as measured with a few of them in a file that is removed again. Raises OSError."""
+    def measure(self, num_slots: int = NUM_PROBED_SLOTS) -> DiskSpeed:
+        """Write and read so many slots of a file that is removed again. Raises OSError."""
         self.open()
         assert self.folder is not None
         size = self.layout.slot_bytes
-        buffers = [memoryview(mmap.mmap(-1, size)) for _ in range(NUM_PROBED_SLOTS)]
+        buffers = [memoryview(mmap.mmap(-1, size)) for _ in range(num_slots)]
         file = self.folder / "probe"
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_DIRECT if self.is_direct else 0)
         descriptor = os.open(file, flags, 0o600)
         try:
+            start_s = time.perf_counter()
             _write_all(descriptor, buffers, 0)
             os.fsync(descriptor)
-            self._drop_from_page_cache(descriptor, 0, size * NUM_PROBED_SLOTS)
+            write_s = time.perf_counter() - start_s
+            self._drop_from_page_cache(descriptor, 0, size * num_slots)
             start_s = time.perf_counter()
             os.preadv(descriptor, buffers, 0)
-            return (time.perf_counter() - start_s) / NUM_PROBED_SLOTS
+            return DiskSpeed((time.perf_counter() - start_s) / num_slots, write_s / num_slots)
         finally:
             os.close(descriptor)
             file.unlink()

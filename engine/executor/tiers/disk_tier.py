@@ -94,7 +94,7 @@ class DiskTier:
         self._is_closing = False
         try:
             store.open()
-            self.read_s = store.measure()
+            self.read_s = store.measure().read_s
         except OSError as error:
             self._note_problem(error)
 

@@ -505,9 +505,15 @@ class CacheManagerMachine(RuleBasedStateMachine):
                 source[copy.source] = [GARBAGE] * CHUNK_SIZE  # lost
                 self.slow_records[copy.source_tier].pop(copy.source, None)
         tier = copy.source_tier if is_load else copy.target_tier
-        outcome = ("loaded" if ok else "load_failed") if is_load else ("stored" if ok else "store_failed")
-        self.num_slow_ended[f"{tier}_{outcome}"] += 1
         gone = not ok and transfer_id % 2 > 0
+        end = "gone" if gone and tier == PEER else "failed"
+        if is_load:
+            outcome = "loaded" if ok else f"load_{end}"
+        elif tier == PEER:
+            outcome = "sent" if ok else f"send_{end}"
+        else:
+            outcome = "stored" if ok else f"store_{end}"
+        self.num_slow_ended[f"{tier}_{outcome}"] += 1
         self.cache.complete_transfer(TransferEnd(transfer_id, ok, gone=gone), self.now)
         for request, transfer_ids in list(self.loading.items()):
             transfer_ids.discard(transfer_id)

@@ -160,7 +160,7 @@ def test_blocks_of_any_size(tmp_path, block_bytes):
     assert store.is_direct <= (block_bytes % PAGE_BYTES == 0)
     store.close()
     assert check(make_store(tmp_path, layout)) == 9
-    assert store.measure() > 0
+    assert min(store.measure(3)) > 0
 
 
 def test_any_flipped_byte_of_a_row_is_a_miss(tmp_path):
