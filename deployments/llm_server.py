@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -31,7 +31,7 @@ from deployments.generation import (
 )
 from deployments.metrics import EngineMetrics
 from deployments.routing.load import LoadMeter, ReplicaLoad
-from deployments.routing.peers import Peers
+from deployments.routing.peers import Member, Peers
 from deployments.routing.session_router import RANK
 from engine.cache_view import CacheQuery
 from engine.config import EngineConfig
@@ -48,6 +48,8 @@ logger = logging.getLogger("ray.serve")
 # What the way of one message through Serve costs, about, in seconds of several processes' time. The streams of a replica
 # together send no more than one in that time: with many of them each has to bring more, or the engine would starve.
 MESSAGE_INTERVAL_S = 0.002
+# A replica that is not among those that run for so long, in seconds, is stopped, and not only told new options.
+LEAVE_S = 1.0
 
 
 def start_engine(config: EngineConfig, number: int, network: PeerNetwork | None) -> AsyncEngine:
@@ -103,6 +105,7 @@ class LLMServer:
         if network is not None and self._engine.peer_address is not None:
             self._peers = Peers(network.peer_id, drain_s, self._engine.set_peers)
         self._following: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._is_started = True
 
     def _log_start(self, load_s: float) -> None:
@@ -208,6 +211,20 @@ class LLMServer:
         """Asked each time: Serve may change it after a scale-down."""
         return int(serve.get_replica_context().rank.rank)
 
+    def _note_members(self, peers: Peers, members: Sequence[Member]) -> None:
+        peers.update(members, time.monotonic())
+        if peers.left_s is not None and self._leaving is None:
+            self._leaving = asyncio.create_task(self._leave(peers))
+        elif peers.left_s is None and self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+
+    async def _leave(self, peers: Peers) -> None:
+        """Hand KV over while the last requests are answered: that may take all the time that Serve gives."""
+        await asyncio.sleep(LEAVE_S)
+        with suppress(EngineStoppedError):
+            await self._engine.hand_over(self._drain_s, peers.next_home)
+
     # -- what Serve calls by name ------------------------------------------------------------------
 
     async def record_replica_metadata(self) -> dict[str, Any]:
@@ -216,8 +233,7 @@ class LLMServer:
             return {RANK: self.replica_rank()}
         if self._following is None:
             peers = self._peers
-            follow = follow_replicas(lambda members: peers.update(members, time.monotonic()))
-            self._following = asyncio.create_task(follow)
+            self._following = asyncio.create_task(follow_replicas(lambda members: self._note_members(peers, members)))
         return {RANK: self.replica_rank(), PEER_ADDRESS: self._engine.peer_address}
 
     def record_routing_stats(self) -> dict[str, Any]:
@@ -236,6 +252,8 @@ class LLMServer:
             next_home = self._peers.next_home
             if self._peers.left_s is not None:  # Serve has waited for requests since
                 drain_s = max(0.0, drain_s - (time.monotonic() - self._peers.left_s))
+        if self._leaving is not None:
+            self._leaving.cancel()
         with suppress(EngineStoppedError):  # it is dead, and that is why the replica is stopped
             await self._engine.drain(drain_s, next_home)
         if self._following is not None:

@@ -251,6 +251,13 @@ class AsyncEngine:
         """Hear who the other engines are now, by id, and where. Any thread; returns at once."""
         self._kept.set_peers(peers)
 
+    async def hand_over(self, timeout_s: float, next_home: Callable[[str], str | None]) -> None:
+        """Leave copies of what conversations have here to their next homes, beside the requests; see `drain`.
+
+        For an engine that will be drained when its requests have ended: only what they change is left to do then.
+        """
+        await self._kept.hand_over(self._call, timeout_s, next_home)
+
     async def drain(self, timeout_s: float, next_home: Callable[[str], str | None] | None = None) -> None:
         """Bring what the tiers hold to the disk tier, if there is one, and to peers: the most valuable first.
 

@@ -136,6 +136,11 @@ class KeptState:
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
+    async def hand_over(self, call: Call, timeout_s: float, next_home: Callable[[str], str | None]) -> None:
+        """See AsyncEngine.hand_over. call: runs a function in the engine thread."""
+        if self._link is not None:
+            await self._link.offer_all(next_home, call, time.monotonic() + timeout_s)
+
     async def drain(
         self, core: EngineCore, call: Call, timeout_s: float, next_home: Callable[[str], str | None] | None
     ) -> None:
@@ -144,6 +149,7 @@ class KeptState:
         await call(lambda: core.start_drain(time.monotonic()))
         offering: asyncio.Task[None] | None = None
         if self._link is not None and next_home is not None:
+            self._link.start_drain()
             offering = asyncio.create_task(self._link.offer_all(next_home, call, deadline_s))
         try:
             while time.monotonic() < deadline_s:

@@ -154,12 +154,15 @@ class PeerLink:
 
     # -- before the engine ends ----------------------------------------------------------------------------------------
 
+    def start_drain(self) -> None:
+        """From now on, nothing else matters: send as fast as possible, and take no more offers."""
+        self._tier.draining = True
+
     async def offer_all(self, next_home: Callable[[str], str | None], call: Call, deadline_s: float) -> None:
         """Offer each conversation to its next home; ends when all that these want has been sent.
 
         call: runs a function in the engine thread. deadline_s: no offer waits for longer, by the monotonic clock.
         """
-        self._tier.draining = True
         offers = await self._value_conversations(next_home, call)
         offers.sort(key=lambda offer: offer.value, reverse=True)
         waiting = iter(offers)

@@ -59,6 +59,7 @@ class FakeEngine:
         self.num_closed = 0
         self.is_shut_down = False
         self.drained_s: float | None = None
+        self.handed_over_s: float | None = None
         self.next_home: Callable[[str], str | None] | None = None
         self.peer_address: tuple[str, int] | None = None
         self.peers: Mapping[str, tuple[str, int]] = {}
@@ -100,6 +101,10 @@ class FakeEngine:
 
     def set_peers(self, peers: Mapping[str, tuple[str, int]]) -> None:
         self.peers = peers
+
+    async def hand_over(self, timeout_s: float, next_home: Callable[[str], str | None]) -> None:
+        self.check_health()
+        self.handed_over_s, self.next_home = timeout_s, next_home
 
     async def drain(self, timeout_s: float, next_home: Callable[[str], str | None] | None = None) -> None:
         self.check_health()

@@ -21,9 +21,11 @@ from engine.peer_network import PeerNetwork
 from engine.text.prompt import ChatPrompt
 from tests.deployments.costly_model import make_costly_model
 
+CHUNK_SIZE = 32
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "num_threads": 1,
+    "chunk_size": CHUNK_SIZE,
     "num_gpu_blocks": 128,
     "num_cpu_blocks": 256,
     "kv_handover": "on",
@@ -144,3 +146,19 @@ async def test_a_conversation_that_goes_elsewhere_finds_its_kv(replicas: list[Re
     num_known = chat.num_known
     await asyncio.sleep(DIRECTORY_S)
     assert await chat.go_on(replicas[1]) >= KEPT * num_known
+
+
+async def test_one_that_still_answers_leaves_copies(replicas: list[Replica], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be killed before its last answer ends."""
+    monkeypatch.setattr(llm_server, "LEAVE_S", 0.0)
+    chat = next(chat for chat in map(Chat, map(str, range(99))) if home(chat, range(3)) == 0)
+    await chat.go_on(replicas[0])
+    num_known = chat.num_known
+    members = [await replica.member() for replica in replicas]
+    engine = replicas[home(chat, (1, 2))]._engine
+    replicas[0].tell(members[1:])
+    async with asyncio.timeout(30):
+        while engine.get_statistics()["slow_transfers"]["peer_loaded"] < num_known // CHUNK_SIZE:
+            await asyncio.sleep(0.05)
+    replicas[0]._engine.check_health()
+    assert await chat.go_on(replicas[home(chat, (1, 2))]) >= KEPT * num_known
