@@ -821,3 +821,14 @@ def test_any_disorder(engine, closing):
                 assert target.rows[block].tobytes() == random.Random(number).randbytes(target.rows.shape[1])
                 num_right += 1
     assert num_right > NUM_ROUNDS
+
+
+def test_a_low_rate_is_no_fault_of_a_peer(engine, monkeypatch):
+    monkeypatch.setattr("engine.executor.tiers.peer_lanes.STALL_S", 0.0)
+    monkeypatch.setattr("engine.executor.tiers.peer_lanes.WATCH_INTERVAL_S", 0.01)
+    source = engine("source")
+    target = engine("target", rate=384 / 0.5 / 1e6)  # half a second for a block
+    source.fill(1, 2)
+    target.tier.set_peers({"source": source.tier.address})
+    transfers = [target.load(number, 10 + number, "source") for number in (1, 2)]
+    assert all(target.end_of(transfer_id).ok for transfer_id in transfers)
