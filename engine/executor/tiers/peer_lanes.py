@@ -231,8 +231,8 @@ class BlockLane(Lane):
         if self.closed.is_set():
             return
         silence_s = time.perf_counter() - self._last_frame_s
-        if self._pending and silence_s > STALL_S:
-            self.hang_up(TimeoutError(f"no chunk has come for {STALL_S:g} s"))
+        if self._pending and silence_s > STALL_S + 2 * self._loads.pace_s:
+            self.hang_up(TimeoutError(f"no chunk has come for {silence_s:.1f} s"))
         elif not self._pending and silence_s > IDLE_S:
             self.hang_up()
         else:

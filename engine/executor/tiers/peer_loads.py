@@ -34,6 +34,8 @@ class Loads:
     def __init__(self, blocks: Blocks, rate: Rate, on_end: Callable[[TransferEnd], None]) -> None:
         """on_end: a transfer of the core has ended."""
         self.blocks = blocks
+        # What the rate makes of one block, in seconds.
+        self.pace_s = blocks.num_bytes / rate.bytes_per_s if rate.bytes_per_s else 0.0
         self._rate = rate
         self._on_end = on_end
         self._mutex = threading.Lock()

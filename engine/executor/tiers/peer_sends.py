@@ -19,7 +19,7 @@ from engine.executor.tiers.peer_timing import Deadlines, Rate
 
 logger = logging.getLogger(__name__)
 
-# What the core has not decided by then is declined: whoever waits for it has given up.
+# What the core has not decided by then is declined: those that wait for it have given up.
 MAX_WAIT_S = 10.0
 
 
@@ -39,14 +39,14 @@ class Sends:
         self._waiting: dict[bytes, _Waiters] = {}
 
     def want(self, keys: Sequence[bytes], connection: Connection, ask: Callable[[tuple[bytes, ...]], None]) -> None:
-        """Send these chunks to a peer when the core gives them. ask: the core, for those that nobody waits for yet."""
+        """Send these chunks to a peer when the core gives them. ask: the core, for those that were not asked for yet."""
         to_ask, too_many = [], []
         since_s = time.monotonic()
         with self._mutex:
             for key in dict.fromkeys(keys):
                 waiters = self._waiting.get(key)
                 if waiters is not None:
-                    waiters.connections.append(connection)
+                    waiters.connections.setdefault(connection)
                 elif len(self._waiting) < MAX_KEYS:
                     self._waiting[key] = _Waiters(connection, since_s)
                     to_ask.append(key)
@@ -67,7 +67,7 @@ class Sends:
         """Send a chunk to all that wait for it."""
         with self._mutex:
             waiters = self._waiting.pop(transfer.key, None)
-        connections = [] if waiters is None else waiters.connections
+        connections = () if waiters is None else tuple(waiters.connections)
         send = _Send(transfer, len(connections), self)
         if not connections:
             self.end(transfer, ok=False)
@@ -95,7 +95,7 @@ class Sends:
     # -- for the frames ------------------------------------------------------------------------------------------------
 
     def frame(self, transfer: SlowTransfer, connection: Connection) -> list[Buffer]:
-        """As soon as the rate allows it. A block that is damaged is gone."""
+        """The frame of a transfer, when the rate allows it; empty if the connection has ended, or the block is damaged."""
         record = transfer.record
         if self.is_limited:
             self._rate.wait(self._blocks.num_bytes, connection.closed)
@@ -114,7 +114,7 @@ class Sends:
 
 class _Waiters:
     def __init__(self, connection: Connection, since_s: float) -> None:
-        self.connections = [connection]
+        self.connections = {connection: None}  # in the order in which they came
         self.since_s = since_s
 
 

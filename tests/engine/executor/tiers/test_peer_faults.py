@@ -20,6 +20,7 @@ from tests.nightly import IS_NIGHTLY
 
 # Of every so many places one is tried.
 STRIDE = 1 if IS_NIGHTLY else 13
+NUM_ROUNDS = 300 if IS_NIGHTLY else 40
 LARGE = [LayerShape(8, 2048, 2048)]  # blocks of 1 MiB
 
 
@@ -769,3 +770,65 @@ def test_without_threads_an_engine_goes_on(engine, monkeypatch):
     monkeypatch.undo()
     wait_until(lambda: target.tier.ask("source", [], 20.0).result() is not None)
     serves(source, target)
+
+
+def test_a_peer_that_does_not_tell_its_directory_has_vanished(engine, closing, monkeypatch):
+    monkeypatch.setattr("engine.executor.tiers.peer_client.DIRECTORY_TIMEOUT_S", 0.05)
+
+    def say_nothing(tcp: socket.socket) -> None:
+        greet(PeerSocket(tcp), SECRET, greeting_of(target, "source"), is_client=False)
+        wait_for_end(tcp)
+        ended.set()
+
+    target, ended = engine("target"), threading.Event()
+    target.tier.set_peers({"source": closing(Listener(say_nothing)).address})
+    future = target.tier.ask("source", [], 1000.0)
+    assert ended.wait(20)
+    assert future.result(20) is None
+
+
+def test_a_peer_that_is_silent_for_long_has_vanished(engine, closing, monkeypatch):
+    monkeypatch.setattr("engine.executor.tiers.peer_connection.SILENCE_S", 0.1)
+    source = engine("source")
+    tcp = connect_as_peer(source, closing)
+    wait_for_end(tcp)
+    wait_until(lambda: not source.tier._server._connections)
+
+
+def test_any_disorder(engine, closing):
+    """Engines that pull from each other over ways that break, while chunks come and go: no wrong one ever arrives."""
+    rng, num_right = random.Random(2), 0
+    engines = [engine(name, num_blocks=32) for name in ("one", "two", "three")]
+    relays = {each.name: closing(Relay(each.tier.address)) for each in engines}
+    for each in engines:
+        each.tier.set_peers({name: relay.address for name, relay in relays.items() if name != each.name})
+        each.fill(*range(14))
+        each.rows[12:14] = 0  # damaged, as their checksums say
+    present = {key_of(number): (number, CHUNK_SIZE) for number in range(14)}
+    for _ in range(NUM_ROUNDS):
+        loads = []
+        for block in range(16, 24):
+            target, number = rng.choice(engines), rng.randrange(16)  # the last two are nowhere
+            transfer_id = target.load(number, block, rng.choice(engines).name)
+            loads.append((target, number, block, transfer_id))
+            if rng.random() < 0.1:
+                rng.choice(list(relays.values())).drop()
+            if rng.random() < 0.2:
+                rng.choice(engines).chunks = {key: place for key, place in present.items() if rng.random() < 0.8}
+        for target, number, block, transfer_id in loads:
+            if target.end_of(transfer_id).ok:
+                assert number < 12
+                assert target.rows[block].tobytes() == random.Random(number).randbytes(target.rows.shape[1])
+                num_right += 1
+    assert num_right > NUM_ROUNDS
+
+
+def test_a_low_rate_is_no_fault_of_a_peer(engine, monkeypatch):
+    monkeypatch.setattr("engine.executor.tiers.peer_lanes.STALL_S", 0.0)
+    monkeypatch.setattr("engine.executor.tiers.peer_lanes.WATCH_INTERVAL_S", 0.01)
+    source = engine("source")
+    target = engine("target", rate=384 / 0.5 / 1e6)  # half a second for a block
+    source.fill(1, 2)
+    target.tier.set_peers({"source": source.tier.address})
+    transfers = [target.load(number, 10 + number, "source") for number in (1, 2)]
+    assert all(target.end_of(transfer_id).ok for transfer_id in transfers)

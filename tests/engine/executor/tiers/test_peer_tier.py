@@ -109,7 +109,7 @@ def test_several_peers_may_want_one_chunk(engines):
     assert source.asked == [key_of(1)], "asked for once"
 
 
-def test_a_send_that_nobody_waits_for_ends(engines):
+def test_a_send_that_is_not_waited_for_ends(engines):
     source = engines("source")
     source.fill(1)
     end = source.end_of(source.start_send(key_of(1)))

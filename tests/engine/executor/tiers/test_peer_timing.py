@@ -13,7 +13,7 @@ from engine.executor.tiers.peer_timing import BURST_S, BackOff, Deadlines, Rate
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1000), st.floats(0, 3)), min_size=1), st.integers(1, 1000))
-def test_a_rate_is_kept_whoever_moves(moves, bytes_per_s):
+def test_a_rate_is_kept_by_all_together(moves, bytes_per_s):
     """Up to any moment, no more is let through than the rate and one burst allow; and never less than that."""
     rate, now, allowed = Rate(bytes_per_s), 100.0, []
     for num_bytes, pause_s in moves:
