@@ -87,7 +87,7 @@ class TierClosed:
 
 @dataclass(slots=True)
 class _Pending:
-    """A transfer that some ranks have not ended. ok, seconds: of those that have; the slowest counts."""
+    """A transfer that some ranks have not ended. ok, seconds: of those that have; the slowest counts, 0 = not measured."""
 
     waiting: set[int]
     began_s: float
@@ -138,8 +138,7 @@ class GroupTier:
         self._num_unread = self.spec.num_blocks
         self._gone: set[int] = set()
         self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._listener = threading.Thread(target=self._listen, name="tier-listener", daemon=True)
-        self._listener.start()
+        threading.Thread(target=self._listen, name="tier-listener", daemon=True).start()
         # A worker that is stopped does not read; that is no reason for the engine's thread to wait.
         threading.Thread(target=self._send_all, name="tier-sender", daemon=True).start()
         self._outbox.put(pickle.dumps(OpenTier(local.number)))
@@ -312,7 +311,8 @@ class GroupTier:
             transfer.seconds = max(transfer.seconds, end.seconds or 0.0)
             if not transfer.waiting:
                 del self._pending[end.transfer_id]
-                self._ended.append(TransferEnd(end.transfer_id, transfer.ok, transfer.seconds if transfer.ok else None))
+                seconds = transfer.seconds or None
+                self._ended.append(TransferEnd(end.transfer_id, transfer.ok, seconds if transfer.ok else None))
         return len(self._ended) > num_before
 
 
