@@ -60,7 +60,7 @@ def start_engine(config: EngineConfig, number: int, network: PeerNetwork | None)
         return AsyncEngine(config, number=number, network=network)
     from deployments.cluster.tp_group import start_group
 
-    return AsyncEngine(config, start_group, number)
+    return AsyncEngine(config, start_group, number, network)
 
 
 class LLMServer:

@@ -190,8 +190,8 @@ class TierOptions(CacheOptions):
         Option(
             "Whether replicas of one application hand KV over to each other: `auto`, `on` or `off`.",
             "A conversation that goes to another replica, because its own is full or ends, or because replicas were added or "
-            "removed, finds its KV there. It needs a CPU tier, and one rank a replica. `auto`: on if both are there; with "
-            "`on`, it is an error if they are not.",
+            "removed, finds its KV there. It needs a CPU tier. `auto`: on if there is one; with `on`, it is an error if "
+            "there is none.",
             choices=("auto", "on", "off"),
         ),
     ] = "auto"
@@ -353,11 +353,6 @@ class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOption
             ),
             (self.kv_disk_path != "", "kv_disk_path", "the path of a folder"),
             (
-                not (is_parallel and self.kv_handover == "on"),
-                "kv_handover",
-                "auto or off if tensor_parallel_size is above 1: ranks do not hand KV over yet",
-            ),
-            (
                 not (self.mode == "stateless" and self.kv_handover == "on"),
                 "kv_handover",
                 "auto or off if mode is stateless: nothing is kept that could be handed over",
@@ -375,7 +370,7 @@ class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOption
     @property
     def may_hand_over(self) -> bool:
         """Whether the options allow peers; they need a CPU tier as well."""
-        return self.kv_handover != "off" and self.mode != "stateless" and self.tensor_parallel_size == 1
+        return self.kv_handover != "off" and self.mode != "stateless"
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> EngineConfig:

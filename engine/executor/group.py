@@ -40,8 +40,11 @@ from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import check_can_be_sharded
 from engine.executor.plan_channel import PlanSender
 from engine.executor.process_group import GroupMember, ProcessGroup, check_no_group, serve_store
-from engine.executor.tiers.disk_tier import DiskTier, make_rank_tier, wants_disk_tier
+from engine.executor.tiers.disk_tier import DiskTier, make_rank_tier
+from engine.executor.tiers.group_blocks import GroupBlocks
+from engine.executor.tiers.group_channel import TierChannel, wants_tier_channel
 from engine.executor.tiers.group_tier import GroupTier
+from engine.executor.tiers.peer_blocks import make_rank_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +147,7 @@ class GroupExecutor:
         self._step.set_result(None)
         self._sampled: tuple[int, ...] = ()
         self._last_step = -1
+        self._tiers: TierChannel | None = None
         self._group: ProcessGroup | None = None
         self._verifies = config.verify_swaps
         self._size = config.tensor_parallel_size
@@ -157,7 +161,7 @@ class GroupExecutor:
             host=starter.host,
             path=f"{self._folder}/plans",
             on_lost=lambda rank, why: self._break(rank, why),
-            has_tiers=wants_disk_tier(config),
+            has_tiers=wants_tier_channel(config),
         )
         try:
             store, rendezvous = None, f"file://{self._folder}/store"
@@ -170,6 +174,7 @@ class GroupExecutor:
             ]
             starter.start(config, members[1:])
             self._channel.accept(starter.check, CONNECT_TIMEOUT_S)
+            self._tiers = TierChannel(self._channel.tier_connections, lambda: self._last_step)
             self.local = self._load(config, members[0], store)
             self.placements = (self.local.placement, *self._channel.wait_until_ready())
             self.check_health()
@@ -231,7 +236,13 @@ class GroupExecutor:
     def make_disk_tier(self, config: EngineConfig, number: int) -> GroupTier | None:
         """The disk tier of all ranks; see the function of that name."""
         own = make_rank_tier(config, self.local, number)
-        return None if own is None else GroupTier(own, self._channel.tier_connections, lambda: self._last_step)
+        assert self._tiers is not None
+        return None if own is None else GroupTier(own, self._tiers)
+
+    def make_blocks(self) -> GroupBlocks:
+        """The CPU tier of all ranks, for peers; called once."""
+        assert self._tiers is not None
+        return GroupBlocks(make_rank_blocks(self.local), self._tiers)
 
     def check_health(self) -> None:
         """Raise EngineStoppedError, which names the rank, if the group is broken."""
@@ -308,6 +319,8 @@ class GroupExecutor:
 
     def _end(self) -> None:
         """Give back workers, connections and files."""
+        if self._tiers is not None:
+            self._tiers.close()
         self._channel.close(0.0 if self.is_broken else LEAVE_TIMEOUT_S)
         self._starter.shutdown()
         if self._group is not None:

@@ -7,7 +7,7 @@ knows no model.
     worker -> rank 0   Beat every second; Placement once; SwapsDone if swaps are verified; Failure, its last word
 
 If the ranks have slow tiers, each worker makes a second connection for these, which is no concern of this module: a worker
-reads its plans between two steps only, and transfers must not wait for that. See tiers/group_tier.py.
+reads its plans between two steps only, and transfers do not wait for that. See tiers/group_channel.py.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ from engine.config import EngineConfig
 from engine.executor.local import LocalExecutor
 from engine.executor.plan_channel import PlanReceiver, SwapsDone, connect_tiers, failure_of
 from engine.executor.process_group import GroupMember, ProcessGroup
-from engine.executor.tiers.disk_tier import make_rank_tier, wants_disk_tier
-from engine.executor.tiers.group_tier import TierFollower
+from engine.executor.tiers.disk_tier import make_rank_tier
+from engine.executor.tiers.group_channel import TierFollower, wants_tier_channel
+from engine.executor.tiers.peer_blocks import make_rank_blocks
 
 __all__ = ["GroupMember", "run_worker"]
 
@@ -34,7 +35,7 @@ def run_worker(config: EngineConfig, member: GroupMember) -> None:
     receiver = PlanReceiver(member)
     group: ProcessGroup | None = None
     try:
-        tiers = connect_tiers(member) if wants_disk_tier(config) else None
+        tiers = connect_tiers(member) if wants_tier_channel(config) else None
         group = ProcessGroup(member, config.device)
         _follow_plans(config, group, receiver, tiers)
     except EOFError:
@@ -52,7 +53,9 @@ def _follow_plans(
     config: EngineConfig, group: ProcessGroup, receiver: PlanReceiver, tiers: Connection[Any, Any] | None
 ) -> None:
     executor = LocalExecutor(config, group)
-    follower = None if tiers is None else TierFollower(tiers, partial(make_rank_tier, config, executor))
+    follower = None
+    if tiers is not None:
+        follower = TierFollower(tiers, partial(make_rank_tier, config, executor), partial(make_rank_blocks, executor))
     try:
         receiver.report(executor.placement)
         while (message := receiver.receive()) is not None:

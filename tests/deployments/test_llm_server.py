@@ -428,8 +428,8 @@ async def test_a_drain_ends_in_the_time_that_serve_gives_from_the_stop_on(
 
 @pytest.mark.parametrize(
     "options",
-    [{"kv_handover": "off"}, {"mode": "stateless"}, {"tensor_parallel_size": 2}],
-    ids=["off", "stateless", "tp"],
+    [{"kv_handover": "off"}, {"mode": "stateless"}],
+    ids=["off", "stateless"],
 )
 async def test_a_replica_that_hands_nothing_over_needs_no_secret(
     options: dict[str, Any], engine: FakeEngine, monkeypatch: pytest.MonkeyPatch

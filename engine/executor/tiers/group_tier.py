@@ -1,14 +1,8 @@
 """The disk tier of a tensor-parallel group: each rank keeps its part of every chunk, in files and threads of its own.
 
-The core plans for all ranks at once, so a chunk has the same slot on each of them. Rank 0 passes every transfer on, and a
-transfer has ended when all ranks have said so: well, if all say that. So a chunk is there if every rank has its part. No rank
-decides anything, and none takes part in a collective for it.
-
-    rank 0 -> worker   OpenTier once; StartTransfer; STOP
-    worker -> rank 0   TierOpened once; TierRows of what an earlier process left; TierEnds; TierClosed, its last word
-
-Transfers go beside the steps, on connections of their own (see plan_channel), with one exception: a worker may still be
-copying blocks of a step that rank 0 has finished. A transfer that was planned with the result of that step waits for it.
+The core plans for all ranks at once, so a chunk has the same slot on each of them. Rank 0 passes every transfer on (see
+group_channel), and a transfer has ended when all ranks have said so: well, if all say that. So a chunk is there if every rank
+has its part. There is no collective.
 
 A rank that is slow or hangs is a tier that hangs: the core leaves it alone, and no block is given away before the last rank
 has told the end. A rank that is lost ends the group, as at any other time.
@@ -17,77 +11,38 @@ has told the end. A rank that is lost ends the group, as at any other time.
 from __future__ import annotations
 
 import logging
-import pickle
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from engine.core.plan import SlowTransfer, TransferEnd
-from engine.executor.plan_channel import hang_up
 from engine.executor.tiers.disk_tier import CLOSE_TIMEOUT_S, MAX_SCAN_WAIT_S, DiskTier, Records
+from engine.executor.tiers.group_channel import (
+    CloseTier,
+    Gone,
+    OpenTier,
+    StartTransfer,
+    TierChannel,
+    TierClosed,
+    TierEnds,
+    TierOpened,
+    TierRows,
+)
 
 logger = logging.getLogger(__name__)
 
 # How long rank 0 waits at the start until the workers have measured their disks, in seconds. One that takes longer opens its
 # part meanwhile, and the tier is used from then on.
 OPEN_TIMEOUT_S = 30.0
-STOP = pickle.dumps(None)
-
-
-@dataclass(frozen=True, slots=True)
-class OpenTier:
-    """Take a folder and tell what is there. number: of rank 0's folder; a worker takes the same one if it is free."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True)
-class StartTransfer:
-    """Begin a transfer of this rank's part, when the step `after_step` is finished on this rank."""
-
-    transfer: SlowTransfer
-    after_step: int
-
-
-@dataclass(frozen=True, slots=True)
-class TierOpened:
-    """read_s, problem, folder: as a DiskTier has them."""
-
-    read_s: float | None
-    problem: str | None
-    folder: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class TierRows:
-    """The names of the chunks of which an earlier process left a part in these blocks; None = nothing that can be used."""
-
-    keys: dict[int, bytes | None]
-
-
-@dataclass(frozen=True, slots=True)
-class TierEnds:
-    """Transfers have ended on this rank. problem: as of now."""
-
-    ends: tuple[TransferEnd, ...]
-    problem: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class TierClosed:
-    """The files of this rank are closed."""
 
 
 @dataclass(slots=True)
 class _Pending:
-    """A transfer that some ranks have not ended. ok, seconds: of those that have; the slowest counts."""
+    """A transfer that some ranks have not ended. ok, seconds: of those that have; the slowest counts, 0 = not measured."""
 
     waiting: set[int]
     began_s: float
@@ -110,23 +65,13 @@ class GroupTier:
     read_s: seconds until the slowest rank has read its part of a block; None if one could not measure it.
     """
 
-    def __init__(
-        self,
-        local: DiskTier,
-        connections: Mapping[int, Connection[Any, Any]],
-        last_step: Callable[[], int],
-    ) -> None:
-        """Have the workers open their parts.
-
-        local: rank 0's part. connections: to the workers, by rank; the owner closes them after `close`.
-        last_step: the last step that rank 0 has finished.
-        """
+    def __init__(self, local: DiskTier, channel: TierChannel) -> None:
+        """Have the workers open their parts. local: rank 0's part."""
         self.spec = local.spec
         self.read_s = local.read_s
         self._local = local
-        self._connections = dict(connections)
-        self._last_step = last_step
-        self._ranks = (0, *self._connections)
+        self._channel = channel
+        self._ranks = (0, *channel.ranks)
         self._on_records: Callable[[Records], None] = lambda _: None
         self._wake: Callable[[], None] = lambda: None
         self._changed = threading.Condition()  # and the lock of what follows
@@ -136,13 +81,9 @@ class GroupTier:
         self._problems: dict[int, str | None] = {}
         self._rows: dict[int, _Rows] = {}
         self._num_unread = self.spec.num_blocks
-        self._gone: set[int] = set()
-        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._listener = threading.Thread(target=self._listen, name="tier-listener", daemon=True)
-        self._listener.start()
-        # A worker that is stopped does not read; that is no reason for the engine's thread to wait.
-        threading.Thread(target=self._send_all, name="tier-sender", daemon=True).start()
-        self._outbox.put(pickle.dumps(OpenTier(local.number)))
+        self._closed: set[int] = set()
+        channel.add_listener(self._note)
+        channel.send(OpenTier(local.number))
         with self._changed:
             self._changed.wait_for(lambda: not self._silent_ranks(), OPEN_TIMEOUT_S)
             for rank in self._silent_ranks():
@@ -188,12 +129,12 @@ class GroupTier:
             self._on_records, self._wake = on_records, wake
         self._local.run(self._note_own_rows, self._note_own_ends)
         with self._changed:
-            self._changed.wait_for(lambda: not self._num_unread or bool(self._gone), deadline - time.monotonic())
+            self._changed.wait_for(lambda: not self._num_unread or bool(self._closed), deadline - time.monotonic())
 
     def start(self, transfer: SlowTransfer) -> None:
         """Begin a transfer on all ranks; returns at once."""
         with self._changed:
-            is_possible = not self._silent_ranks() and not self._gone
+            is_possible = not self._silent_ranks() and not self._closed
             if is_possible:
                 self._pending[transfer.transfer_id] = _Pending(set(self._ranks), time.monotonic())
             else:
@@ -201,7 +142,7 @@ class GroupTier:
         if not is_possible:
             self._wake()
             return
-        self._outbox.put(pickle.dumps(StartTransfer(transfer, self._last_step()), pickle.HIGHEST_PROTOCOL))
+        self._channel.send(StartTransfer(self._channel.last_step(), transfer))
         self._local.start(transfer)
 
     def poll(self) -> list[TransferEnd]:
@@ -213,42 +154,17 @@ class GroupTier:
 
     def close(self) -> None:
         """Close the files of all ranks, as DiskTier does. May be called again."""
-        self._outbox.put(STOP)
+        self._channel.send(CloseTier())
         self._local.close()
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self._gone) == len(self._connections), 2 * CLOSE_TIMEOUT_S):
-                logger.error(
-                    "ranks %s do not close their part of the disk tier", sorted(set(self._ranks[1:]) - self._gone)
-                )
+            if not self._changed.wait_for(lambda: len(self._closed) == len(self._channel.ranks), 2 * CLOSE_TIMEOUT_S):
+                late = sorted(set(self._channel.ranks) - self._closed)
+                logger.error("ranks %s do not close their part of the disk tier", late)
 
     def _silent_ranks(self) -> list[int]:
-        return [rank for rank in self._connections if rank not in self._opened and rank not in self._gone]
+        return [rank for rank in self._channel.ranks if rank not in self._opened and rank not in self._closed]
 
-    # -- the sender's thread -------------------------------------------------------------------------------------------
-
-    def _send_all(self) -> None:
-        message = b""
-        while message != STOP:
-            message = self._outbox.get()
-            for connection in self._connections.values():
-                with suppress(OSError):  # it is gone, which the listener finds, too
-                    connection.send_bytes(message)
-
-    # -- the listener's thread -----------------------------------------------------------------------------------------
-
-    def _listen(self) -> None:
-        ranks = {connection: rank for rank, connection in self._connections.items()}
-        while ranks:
-            for connection in wait(list(ranks)):
-                assert isinstance(connection, Connection)
-                rank = ranks[connection]
-                try:
-                    message = connection.recv()
-                except (EOFError, OSError):
-                    message = TierClosed()
-                if isinstance(message, TierClosed):
-                    del ranks[connection]
-                self._note(rank, message)
+    # -- the channel's thread ------------------------------------------------------------------------------------------
 
     def _note(self, rank: int, message: Any) -> None:
         has_ended = False
@@ -264,8 +180,8 @@ class GroupTier:
                 case TierEnds(ends, problem):
                     self._problems[rank] = problem
                     has_ended = self._note_ends(rank, ends)
-                case TierClosed():
-                    self._gone.add(rank)
+                case TierClosed() | Gone():
+                    self._closed.add(rank)
                     self._problems[rank] = "its part is closed"
             self._changed.notify_all()
         if has_ended:
@@ -285,7 +201,7 @@ class GroupTier:
         A name says all that a block holds, so parts that have the same name belong together, whenever they were written.
         """
         rows = self._rows[first_block]
-        if rows.own is None or len(rows.others) < len(self._connections):
+        if rows.own is None or len(rows.others) < len(self._channel.ranks):
             return
         del self._rows[first_block]
         self._num_unread -= len(rows.own)
@@ -312,99 +228,6 @@ class GroupTier:
             transfer.seconds = max(transfer.seconds, end.seconds or 0.0)
             if not transfer.waiting:
                 del self._pending[end.transfer_id]
-                self._ended.append(TransferEnd(end.transfer_id, transfer.ok, transfer.seconds if transfer.ok else None))
+                seconds = transfer.seconds or None
+                self._ended.append(TransferEnd(end.transfer_id, transfer.ok, seconds if transfer.ok else None))
         return len(self._ended) > num_before
-
-
-class TierFollower:
-    """A worker's side: carries out its part of what rank 0 sends, beside the steps."""
-
-    def __init__(self, connection: Connection[Any, Any], make_tier: Callable[[int], DiskTier | None]) -> None:
-        """Start a thread that opens this rank's part when rank 0 says so.
-
-        connection: to rank 0; closed by `close`.
-        make_tier: this rank's part, given the number of its folder.
-        """
-        self._connection = connection
-        self._make_tier = make_tier
-        self._tier: DiskTier | None = None
-        self._sending = threading.Lock()
-        self._holding = threading.Lock()
-        self._held: deque[StartTransfer] = deque()
-        self._last_step = -1
-        self._thread = threading.Thread(target=self._follow, name="tier-follower", daemon=True)
-        self._thread.start()
-
-    def finish_step(self, step_id: int) -> None:
-        """This rank has finished a step, with all of its copies."""
-        with self._holding:
-            self._last_step = step_id
-            while self._held and self._held[0].after_step <= step_id:
-                self._start(self._held.popleft())
-
-    def close(self) -> None:
-        """End what runs, before the blocks are freed."""
-        hang_up(self._connection)
-        self._thread.join(2 * CLOSE_TIMEOUT_S)
-        if self._thread.is_alive():
-            logger.error("the disk tier does not end; it is left behind")
-        else:
-            self._connection.close()
-
-    def _follow(self) -> None:
-        try:
-            while (message := self._receive()) is not None:
-                match message:
-                    case OpenTier(number):
-                        self._open(number)
-                    case StartTransfer():
-                        self._start_in_order(message)
-        finally:
-            if self._tier is not None:
-                self._tier.close()
-            self._send(TierClosed())
-
-    def _receive(self) -> Any:
-        """None = stop, or rank 0 is gone."""
-        try:
-            return self._connection.recv()
-        except (EOFError, OSError):
-            return None
-
-    def _open(self, number: int) -> None:
-        self._tier = tier = self._make_tier(number)
-        assert tier is not None, "rank 0 has one, by the same options"
-        folder = tier.folder()
-        self._send(TierOpened(tier.read_s, tier.problem, None if folder is None else str(folder)))
-        tier.run(
-            lambda records: self._send(
-                TierRows({block: None if record is None else record.key for block, record in records.items()})
-            ),
-            wake=self._tell_ends,
-        )
-
-    def _start_in_order(self, message: StartTransfer) -> None:
-        with self._holding:
-            if self._held or message.after_step > self._last_step:
-                self._held.append(message)
-            else:
-                self._start(message)
-
-    def _start(self, message: StartTransfer) -> None:
-        assert self._tier is not None, "rank 0 has it opened first"
-        self._tier.start(message.transfer)
-
-    def _tell_ends(self) -> None:
-        assert self._tier is not None
-        with self._sending:
-            ends = tuple(self._tier.poll())
-            if ends:
-                self._send_locked(TierEnds(ends, self._tier.problem))
-
-    def _send(self, message: Any) -> None:
-        with self._sending:
-            self._send_locked(message)
-
-    def _send_locked(self, message: Any) -> None:
-        with suppress(OSError):  # rank 0 is gone; reading tells that, too
-            self._connection.send(message)

@@ -53,7 +53,7 @@ class Loads:
             connection.receive(header.length, BLOCK_TIMEOUT_S)
             return
         block = pull.transfer.copy.target
-        content = self.blocks.view(block)
+        content = self.blocks.buffer(block)
         try:
             connection.receive_into(content, BLOCK_TIMEOUT_S)
         except OSError:
@@ -63,7 +63,9 @@ class Loads:
             logger.warning("a chunk of a peer was damaged on its way; it is computed instead")
             self.fail(pull.transfer, gone=False)
             return
-        self.blocks.note(block)
+        if not self.blocks.take(block, content):
+            self.fail(pull.transfer, gone=True)
+            return
         with self._mutex:
             # Of the tier's time: what arrives beside another chunk counts once.
             end_s = time.perf_counter()

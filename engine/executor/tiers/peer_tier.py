@@ -22,10 +22,10 @@ from engine.core.handover import FoundChunks
 from engine.core.plan import ChunkRecord, SlowTransfer, TransferEnd
 from engine.core.tier_table import CPU, PEER, TierSpec
 from engine.errors import ConfigError
+from engine.executor.group import GroupExecutor
 from engine.executor.local import LocalExecutor
 from engine.executor.tiers.kv_content import kv_identity
-from engine.executor.tiers.kv_store import KVStore
-from engine.executor.tiers.peer_blocks import Blocks
+from engine.executor.tiers.peer_blocks import Blocks, make_rank_blocks
 from engine.executor.tiers.peer_client import Peer, query_of
 from engine.executor.tiers.peer_connection import Connection
 from engine.executor.tiers.peer_directory import Directory, hash_conversation
@@ -36,7 +36,6 @@ from engine.executor.tiers.peer_protocol import MAX_CONTENT_BYTES, MAX_KEYS, VER
 from engine.executor.tiers.peer_sends import Sends
 from engine.executor.tiers.peer_server import PeerHandlers, PeerServer
 from engine.executor.tiers.peer_timing import Deadlines, Rate
-from engine.executor.tiers.swapper import Checksums
 from engine.peer_network import PeerNetwork
 
 logger = logging.getLogger(__name__)
@@ -77,19 +76,18 @@ class PeerTier:
         peer_id: str,
         host: str,
         rate: float,
-        cpu: KVStore,
-        checksums: Checksums | None = None,
+        blocks: Blocks,
     ) -> None:
         """Take a port.
 
         identity: of all that the content of a block depends on. secret: of all peers.
         peer_id: our name among them. host: the address of this machine to listen at.
         rate: in MB/s, for what is received, and for what is sent; 0 = no bound.
-        cpu: the CPU tier. checksums: of its blocks, if they are verified.
+        blocks: of the CPU tier.
         """
         self.spec = TierSpec(
             name=PEER,
-            num_blocks=max(PLACES_PER_BLOCK * cpu.num_blocks, MIN_PLACES),
+            num_blocks=max(PLACES_PER_BLOCK * blocks.num_blocks, MIN_PLACES),
             is_fast=False,
             max_wait_s=MAX_WAIT_S,
             is_store=False,
@@ -99,11 +97,10 @@ class PeerTier:
         self._wake: Callable[[], None] = lambda: None
         self._ended: deque[TransferEnd] = deque()
         self._deadlines = Deadlines("peer-deadlines")
-        blocks = Blocks(cpu, checksums)
         self._loads = Loads(blocks, Rate(rate * 1e6), self._note_end)
         self._sends = Sends(blocks, Rate(rate * 1e6), self._note_end, self._deadlines)
         self._directory = Directory()
-        self._greeting = Greeting(peer_id, os.urandom(16).hex(), identity.hex(), blocks.num_bytes, cpu.chunk_size)
+        self._greeting = Greeting(peer_id, os.urandom(16).hex(), identity.hex(), blocks.num_bytes, blocks.chunk_size)
         self._peers: dict[str, Peer] = {}
         self._removed: set[Peer] = set()
         self._expected: OrderedDict[bytes, str] = OrderedDict()
@@ -284,9 +281,10 @@ def make_peer_tier(config: EngineConfig, executor: Executor, network: PeerNetwor
 
     Raises ConfigError if the options demand it, and there is no CPU tier.
     """
-    if not config.may_hand_over or not isinstance(executor, LocalExecutor):
+    local = executor.local if isinstance(executor, GroupExecutor) else executor
+    if not config.may_hand_over or not isinstance(local, LocalExecutor):
         return None
-    if not executor.num_cpu_blocks:
+    if not local.num_cpu_blocks:
         if config.kv_handover == "on":
             raise ConfigError(
                 "kv_handover needs a CPU tier, because KV passes through it; set kv_offloading_size or num_cpu_blocks",
@@ -297,13 +295,12 @@ def make_peer_tier(config: EngineConfig, executor: Executor, network: PeerNetwor
         return None
     rate = config.kv_transfer_rate
     if rate is None:
-        rate = 0.0 if executor.loaded.device.type == "cuda" else CPU_RATE
+        rate = 0.0 if local.loaded.device.type == "cuda" else CPU_RATE
     return PeerTier(
-        kv_identity(config, executor, VERSION),
+        kv_identity(config, local, VERSION),
         network.secret,
         network.peer_id,
         network.host,
         rate,
-        executor.cpu_store,
-        executor.runner.swapper.checksums,
+        executor.make_blocks() if isinstance(executor, GroupExecutor) else make_rank_blocks(local),
     )

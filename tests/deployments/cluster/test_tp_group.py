@@ -226,7 +226,7 @@ async def repeat_all(http: httpx.AsyncClient, name: str, expected: list[list[Tur
 
 
 async def test_the_answers_are_those_of_one_process_whatever_was_evicted(
-    http: httpx.AsyncClient, expected: list[list[Turn]]
+    http: httpx.AsyncClient, expected: list[list[Turn]], folder: Path
 ) -> None:
     for round_number in range(2):
         await repeat_all(http, f"round-{round_number}", expected)
@@ -238,6 +238,8 @@ async def test_the_answers_are_those_of_one_process_whatever_was_evicted(
         assert statistics["num_gpu_cached_tokens"] > 0
         assert statistics["slow_transfers"]["disk_stored"] > 0
         assert statistics["tier_problems"] == {}
+    parts = sorted(part.name.partition("-")[2] for part in (folder / "kv").iterdir())
+    assert parts == [f"{replica}-rank{rank}" for replica in range(2) for rank in range(NUM_RANKS)]
 
 
 async def test_ray_knows_which_rank_of_which_replica_is_where(base_url: str) -> None:

@@ -15,6 +15,7 @@ from engine.core.handover import FoundChunks
 from engine.core.plan import BlockCopy, ChunkRecord, SlowTransfer, TransferEnd
 from engine.core.tier_table import CPU, PEER
 from engine.executor.tiers.kv_store import KVStore
+from engine.executor.tiers.peer_blocks import Blocks, LocalBlocks
 from engine.executor.tiers.peer_tier import PeerTier
 from engine.executor.tiers.swapper import Checksums
 
@@ -60,13 +61,15 @@ class PeerEngine:
         identity: bytes = IDENTITY,
         layers: Sequence[LayerShape] = (LayerShape(2, 4, 4), LayerShape(1, 6, 2)),
         verifies: bool = True,
+        blocks: Blocks | None = None,
     ) -> None:
+        """blocks: what is sent and received instead of those of its own CPU tier."""
         self.name = name
         self.cpu = KVStore(
             layers, num_blocks=num_blocks, chunk_size=CHUNK_SIZE, dtype=torch.float32, device=torch.device("cpu")
         )
         self.checksums = Checksums(self.cpu) if verifies else None
-        self.tier = PeerTier(identity, secret, name, HOST, rate, self.cpu, self.checksums)
+        self.tier = PeerTier(identity, secret, name, HOST, rate, blocks or LocalBlocks(self.cpu, self.checksums))
         self.rows = self.cpu.storage.view(torch.uint8).numpy()
         self.chunks: dict[bytes, tuple[int, int]] = {}
         self.transcripts: dict[str, bytes] = {}

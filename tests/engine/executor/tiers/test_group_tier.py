@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
@@ -12,7 +13,9 @@ from engine.core.plan import BlockCopy, ChunkRecord, SlowTransfer, TransferEnd
 from engine.core.tier_table import CPU, TierSpec
 from engine.executor.tiers import group_tier
 from engine.executor.tiers.disk_tier import DISK
-from engine.executor.tiers.group_tier import GroupTier, TierFollower, TierOpened
+from engine.executor.tiers.group_channel import OpenTier, TierChannel, TierFollower, TierOpened
+from engine.executor.tiers.group_tier import GroupTier
+from engine.executor.tiers.peer_blocks import LocalBlocks
 
 # Only a defect waits for it.
 PATIENCE_S = 30.0
@@ -75,6 +78,10 @@ class Part:
         self.is_closed = True
 
 
+def no_blocks() -> LocalBlocks:
+    raise AssertionError("nothing is copied here")
+
+
 class Ranks:
     """A group of threads of this process.
 
@@ -87,11 +94,12 @@ class Ranks:
         self.numbers: list[int] = []
         pipes = [Pipe() for _ in parts[1:]]
         self.followers = [
-            TierFollower(connection, lambda number, part=part: self.numbers.append(number) or part)
+            TierFollower(connection, lambda number, part=part: self.numbers.append(number) or part, no_blocks)
             for (_, connection), part in zip(pipes, parts[1:], strict=True)
         ]
         connections = {rank: connection for rank, (connection, _) in enumerate(pipes, 1)}
-        self.tier = GroupTier(parts[0], connections, lambda: self.last_step)
+        self.channel = TierChannel(connections, lambda: self.last_step)
+        self.tier = GroupTier(parts[0], self.channel)
         self.records: dict[int, ChunkRecord | None] = {}
         self.num_wakes = 0
         self.tier.run(self._note_records, self._wake)
@@ -188,8 +196,8 @@ def test_a_rank_with_a_problem_is_named_until_it_is_well(make_ranks):
 def test_a_rank_that_does_not_read_holds_up_nobody(monkeypatch):
     """More than a socket takes; the engine's thread goes on, and the rank is named."""
     ours, theirs = Pipe()
-    theirs.send(TierOpened(0.1, None, None))
-    tier = GroupTier(Part(max_wait_s=0.0), {1: ours}, lambda: -1)
+    threading.Thread(target=lambda: theirs.recv() and theirs.send(TierOpened(0.1, None, None))).start()
+    tier = GroupTier(Part(max_wait_s=0.0), TierChannel({1: ours}, lambda: -1))
     monkeypatch.setattr(group_tier, "CLOSE_TIMEOUT_S", 0.01)
     for transfer_id in range(5000):
         tier.start(load(transfer_id))
@@ -204,7 +212,7 @@ def test_without_a_rank_every_transfer_fails_at_once(monkeypatch):
     monkeypatch.setattr(group_tier, "OPEN_TIMEOUT_S", 0.01)
     monkeypatch.setattr(group_tier, "MAX_SCAN_WAIT_S", 0.01)
     ours, theirs = Pipe()
-    tier = GroupTier(part := Part(), {1: ours}, lambda: -1)
+    tier = GroupTier(part := Part(), TierChannel({1: ours}, lambda: -1))
     assert tier.problem == "rank 1: its disk has not answered yet"
     assert tier.read_s is None
     wakes: list[None] = []
@@ -233,9 +241,9 @@ def test_closing_waits_until_all_ranks_have_closed_their_files(make_ranks):
 
 def test_a_part_is_closed_when_rank_0_is_gone():
     ours, theirs = Pipe()
-    follower = TierFollower(theirs, lambda _: part)
     part = Part()
-    ours.send(group_tier.OpenTier(0))
+    follower = TierFollower(theirs, lambda _: part, no_blocks)
+    ours.send(OpenTier(0))
     assert isinstance(ours.recv(), TierOpened)
     ours.close()
     wait_until(lambda: part.is_closed)
