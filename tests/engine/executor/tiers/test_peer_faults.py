@@ -420,6 +420,7 @@ def test_a_peer_that_does_not_answer(fake, monkeypatch):
     assert target.tier.ask("source", [key_of(1)], 0.05).result(20) is None
     assert target.tier.fetch_transcript("source", "chat", 0.05).result(20) is None
     assert target.tier.offer("source", "chat", [], b"", 0.05).result(20) is False
+    monkeypatch.setattr("engine.executor.tiers.peer_lanes.STALL_S", 20.0)
     answers[0] = lambda tcp, keys: [
         send_frame(tcp, Kind.BLOCK, CONTENT, key=key, num_tokens=CHUNK_SIZE) for key in keys
     ]
@@ -432,6 +433,7 @@ def test_a_chunk_that_comes_too_late_is_not_written(fake, monkeypatch):
     asked: list[tuple[socket.socket, bytes]] = []
     target = fake(lambda tcp, keys: asked.extend((tcp, key) for key in keys))
     assert target.end_of(target.load(1, 10, "source")).gone
+    monkeypatch.setattr("engine.executor.tiers.peer_lanes.MAX_LOAD_S", 20.0)
     target.rows[10] = 7
     send_frame(asked[0][0], Kind.BLOCK, CONTENT, key=key_of(1), num_tokens=CHUNK_SIZE)
     transfer_id = target.load(2, 11, "source")
@@ -613,6 +615,7 @@ def test_a_peer_that_does_not_read(engine, closing, monkeypatch):
     tcp = connect_as_peer(source, closing)
     send_frame(tcp, Kind.GET, b"".join(map(key_of, range(1, 17))))
     wait_until(lambda: len(source.asked) == 16)
+    source.tier._sends.timeout_s = 20.0  # of later connections
     target.tier.set_peers({"source": source.tier.address})
     assert target.end_of(target.load(1, 10, "source")).ok
     ends = [source.end_of(transfer_id) for transfer_id in range(1, 18)]
@@ -654,6 +657,7 @@ def test_an_engine_that_does_not_decide(engine, monkeypatch):
     target.tier.set_peers({"source": source.tier.address})
     assert target.end_of(target.load(1, 10, "source")).gone
     source.on_send = source.send_now
+    monkeypatch.setattr("engine.executor.tiers.peer_sends.MAX_WAIT_S", 20.0)
     assert target.end_of(target.load(1, 10, "source")).ok
 
 
@@ -827,7 +831,9 @@ def test_a_low_rate_is_no_fault_of_a_peer(engine, monkeypatch):
     monkeypatch.setattr("engine.executor.tiers.peer_lanes.STALL_S", 0.0)
     monkeypatch.setattr("engine.executor.tiers.peer_lanes.WATCH_INTERVAL_S", 0.01)
     source = engine("source")
-    target = engine("target", rate=384 / 0.5 / 1e6)  # half a second for a block
+    target = engine("target", rate=384 / 0.2 / 1e6)  # 0.2 s for a block
+    assert 0.1 < target.tier._loads.pace_s < 0.3
+    target.tier._loads.pace_s = 20.0
     source.fill(1, 2)
     target.tier.set_peers({"source": source.tier.address})
     transfers = [target.load(number, 10 + number, "source") for number in (1, 2)]
