@@ -249,7 +249,7 @@ class Scheduler:
     def count_blocks_until_copies(self) -> int | None:
         """How many blocks running requests can get before a step has to copy; None = the next one copies."""
         cache = self._cache
-        if cache.drain is not None:
+        if cache.drain is not None or (cache.handover is not None and cache.handover.has_copies_to_plan):
             return None
         return cache.allocator.count_blocks_until_copies(
             self._watermark_blocks, cache.config.swap_out_watermark, len(self.running)
