@@ -332,7 +332,11 @@ class CacheManager:
     def commit(self, request: Request, start: int, end: int) -> None:
         """The KV of positions [start, end) is written. Names the chunks that this completes, so that others find them."""
         size = self.chunk_size
-        for position in range(start // size, -(-end // size)):
+        first = start // size
+        if end < (first + 1) * size:  # most steps of a decode
+            request.chunks[first].num_tokens = end - first * size
+            return
+        for position in range(first, -(-end // size)):
             chunk = request.chunks[position]
             chunk.num_tokens = num_tokens = min(end - position * size, size)
             if num_tokens < size or not self.keep:
