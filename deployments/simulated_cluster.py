@@ -11,6 +11,7 @@ from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.tier_table import TierSpec
 from engine.errors import ConfigError
+from engine.own_policy import load_policy
 from engine.simulator.devices import GIB
 from engine.simulator.routing import LeastLoaded, PowerOfTwo, Router
 from engine.simulator.simulator import Cluster, LinkSpec
@@ -87,6 +88,7 @@ def make_cluster(case: Case, seed: int) -> Cluster:
         num_cpu_blocks=num_cpu_blocks,
         keep=engine.mode == "pensieve",
         cost_model=cost.cost_model(engine.chunk_size),
+        own_policy=load_policy(engine.eviction_policy),
         slow_tiers=tuple(slow),
     )
     window = num_gpu_blocks * engine.chunk_size

@@ -76,7 +76,9 @@ class CacheManager:
         self.keep = config.keep
         self.index = ChunkIndex(config.chunk_size)
         self._cost_model = config.cost_model or CostModel(chunk_size=config.chunk_size)
-        self.tiers = Tiers(config.tiers, partial(make_policy, config.eviction_policy, self._cost_model))
+        self.tiers = Tiers(
+            config.tiers, partial(config.own_policy or partial(make_policy, config.eviction_policy), self._cost_model)
+        )
         self._primary, self._secondary = self.tiers.primary, self.tiers.secondary
         self.transfers = Transfers(self.tiers, self.index, stats)
         self.eviction_log = EvictionLog(self._cost_model)
