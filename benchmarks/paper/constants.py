@@ -10,8 +10,8 @@ from __future__ import annotations
 # The figures of the A100: engine/simulator/devices.py, "a100-80gb", from the paper's Figures 3 and 4.
 DEVICE = "a100-80gb"
 
-# Section 5: 40 GB a GPU for KV in every system, up to 220 GB of host memory a GPU; chunks of 32 tokens, the watermark at 25 %,
-# 10 % of blocks reserved; contexts up to 16,384 tokens.
+# Section 5: 40 GB a GPU for KV in every system, up to 220 GB of host memory a GPU; chunks of 32 tokens, the watermark at
+# 25 %, 10 % of blocks reserved; contexts up to 16,384 tokens.
 GPU_BYTES, HOST_BYTES = 40e9, 220e9
 CHUNK_SIZE, WATERMARK, RESERVE, WINDOW = 32, 0.25, 0.10, 16_384
 # Section 5: an exponential think time with a mean of 60 s. (The default of sharegpt-like and ultrachat-like.)

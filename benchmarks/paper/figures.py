@@ -12,6 +12,7 @@ import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ Point = tuple[float, float]
 
 
 class SeparateBatches(Roofline):
-    """As vLLM 0.2.0: prompts and decodes are never in one batch, so a step with both is two, each of which reads all weights."""
+    """As vLLM 0.2.0: prompts and decodes are never in one batch, so a step with both is two, and reads all weights twice."""
 
     def step_time(self, work: StepWork) -> float:
         if not (work.num_decodes and work.num_prompt_tokens):
@@ -117,7 +118,7 @@ def read_digitised(figure: str) -> dict[str, list[Point]]:
 
 def rate_at(points: Sequence[Point], level: float) -> float | None:
     """The rate at which a curve passes a latency, between two of its points; None if it does not."""
-    for (rate, latency), (next_rate, next_latency) in zip(points, points[1:], strict=False):
+    for (rate, latency), (next_rate, next_latency) in pairwise(points):
         if latency <= level < next_latency:
             return rate + (next_rate - rate) * (level - latency) / (next_latency - latency)
     return None
