@@ -58,6 +58,7 @@ def _engine_row(entry: OptionField) -> Row:
     if option.choices:
         values = ", ".join(f"`{choice}`" for choice in option.choices)
         values += "".join(f", `{alias}` (= `{choice}`)" for alias, choice in option.aliases)
+        values += ", or `MODULE:NAME`" if option.or_import_path else ""
     else:
         values = ", ".join(filter(None, (KIND_NAMES[entry.kind], option.bounds)))
     default = option.default or f"`{entry.shown_default}`"

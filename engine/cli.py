@@ -1,5 +1,7 @@
 """The command line: `pensieve chat`, `generate`, `compare`, `profile`, `size`, `bench`.
 
+`pensieve serve` and `pensieve simulate` are other programs.
+
 Options of the engine are those of EngineConfig, with the same names, groups and help.
 
 What is slow to import (torch, transformers, and the modules that need them) is imported by the command that uses it, after
@@ -14,6 +16,8 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
+import subprocess
 import sys
 import typing
 import uuid
@@ -44,6 +48,13 @@ API_KEY_VARIABLE = "PENSIEVE_API_KEY"
 COMMANDS = {"size": size_command, "bench": bench_command}
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
+
+
+# Commands that are programs of the cluster's part: `pensieve NAME` runs `pensieve-NAME`.
+PROGRAMS = {
+    "serve": "Serve a config file on this machine",
+    "simulate": "Say what a cluster of a config file would do with a workload, without a model or a device",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,11 +138,16 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     for name, module in COMMANDS.items():
         parsers[name] = commands.add_parser(name, help=module.DESCRIPTION, description=module.DESCRIPTION)
         module.add_options(parsers[name])
+    for name, text in PROGRAMS.items():
+        commands.add_parser(name, help=text, add_help=False)
     return parser, parsers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 = done, 1 = the command failed (compare: outputs differ), 2 = usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in PROGRAMS:
+        return _run_program(argv)
     parser, parsers = build_parser()
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -169,6 +185,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (KeyboardInterrupt, BrokenPipeError):
         return 130
+
+
+def _run_program(argv: Sequence[str]) -> int:
+    """The program beside this one, or else on the PATH."""
+    name = f"pensieve-{argv[0]}"
+    path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if path is None:
+        print(f"pensieve: there is no {name} here; pip install 'pensieve-ray[serve]'", file=sys.stderr)
+        return 1
+    return subprocess.call([path, *argv[1:]])
 
 
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,7 @@ class Option:
     default: how the default is told if its value does not tell it; needed if it is None.
     choices: all values that a text may have.
     aliases: pairs of a further value and the choice that it stands for.
+    or_import_path: MODULE:NAME is a value, too: something of a Python module.
     at_least, above, at_most, below: bounds of a number.
     is_tuning: few need it; listed apart from its group.
     """
@@ -36,6 +37,7 @@ class Option:
     default: str = ""
     choices: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
+    or_import_path: bool = False
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -47,19 +49,26 @@ class Option:
         """The allowed values in words, such as "at least 0 and below 1"; empty if all are."""
         if self.choices:
             aliases = [f"{alias} for {choice}" for alias, choice in self.aliases]
-            return "one of " + ", ".join(self.choices) + "".join(f" ({alias})" for alias in aliases)
+            path = " or MODULE:NAME" if self.or_import_path else ""
+            return "one of " + ", ".join(self.choices) + "".join(f" ({alias})" for alias in aliases) + path
         bounds = [("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below)]
         return " and ".join(f"{words} {bound:g}" for words, bound in bounds if bound is not None)
 
     def allows(self, value: Any) -> bool:
         """Whether a value of the right type is within the bounds. Not a number (NaN) is never."""
         return (
-            (not self.choices or value in self.choices)
+            (not self.choices or value in self.choices or (self.or_import_path and is_import_path(value)))
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
             and (self.below is None or value < self.below)
         )
+
+
+def is_import_path(value: str) -> bool:
+    """Whether it is MODULE:NAME, such as mypackage.policies:Mine. Imports nothing."""
+    module, colon, name = value.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), name))
 
 
 @dataclass(frozen=True, slots=True)

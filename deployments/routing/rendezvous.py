@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+# Sessions whose order is remembered: 8 MB with 256 replicas.
+MAX_REMEMBERED = 4096
 
 
 def rank_replicas(session_id: str, ranks: Sequence[int]) -> list[int]:
@@ -17,7 +21,13 @@ def rank_replicas(session_id: str, ranks: Sequence[int]) -> list[int]:
     choice. Equal ranks (seen for a moment while a replica is replaced) keep the order in which they were
     given.
     """
-    return sorted(range(len(ranks)), key=lambda index: _weight(session_id, ranks[index]), reverse=True)
+    return list(_order(session_id, tuple(ranks)))
+
+
+@lru_cache(maxsize=MAX_REMEMBERED)
+def _order(session_id: str, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """See rank_replicas. Remembered, because it takes a hash for each rank, and a session asks turn by turn."""
+    return tuple(sorted(range(len(ranks)), key=lambda index: _weight(session_id, ranks[index]), reverse=True))
 
 
 def routing_name(session_id: str, num_refusals: int) -> str:

@@ -6,11 +6,12 @@ user sets options under flat names; the configs inherit them too, and add what i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Self
 
 from engine.core.cache.cost_model import CostModel
-from engine.core.cache.eviction import EVICTION_POLICIES
+from engine.core.cache.eviction import EVICTION_POLICIES, EvictionPolicy
 from engine.core.tier_table import TierSpec, tier_row
 from engine.options import Option
 
@@ -27,8 +28,10 @@ class CacheOptions:
         Option(
             "Which chunks leave a full tier first.",
             "`retention_value`: those that are cheapest to recompute for the time they have been idle. `lru`: those unused "
-            "for longest. `trailing_lru`: of the contexts unused for longest, the last chunks first, as radix caches do.",
+            "for longest. `trailing_lru`: of the contexts unused for longest, the last chunks first, as radix caches do. "
+            "`MODULE:NAME`: a class of your own, see docs/extending.md.",
             choices=EVICTION_POLICIES,
+            or_import_path=True,
         ),
     ] = "retention_value"
     write_through: Annotated[
@@ -106,6 +109,7 @@ class CacheConfig(CacheOptions):
     keep: False is the stateless mode: nothing outlives its request, nothing is shared, and the CPU tier is not used.
     model: fingerprint of the model, part of each chunk's key.
     cost_model: what computing and loading a chunk costs; None = CostModel's defaults for this chunk size.
+    own_policy: makes the eviction policy, if that is none of the named ones.
     """
 
     num_gpu_blocks: int
@@ -113,6 +117,7 @@ class CacheConfig(CacheOptions):
     keep: bool = True
     model: str = ""
     cost_model: CostModel | None = None
+    own_policy: Callable[[CostModel], EvictionPolicy] | None = None
     slow_tiers: tuple[TierSpec, ...] = ()
 
     @property

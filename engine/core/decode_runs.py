@@ -51,20 +51,22 @@ class DecodeRuns:
             return DecodeRun()
         num_steps, context_len = running[0].max_total_tokens, 0
         for request in running:
-            num_tokens = request.num_tokens
+            num_tokens = len(request.token_ids)
             if request.stop_token_ids or num_tokens <= request.num_prompt_tokens:
                 return DecodeRun()
             if request.pending[0][0] != num_tokens - 1:
                 return DecodeRun()
             context_len += num_tokens
-            num_steps = min(num_steps, request.max_total_tokens - num_tokens)
+            num_left = request.max_total_tokens - num_tokens
+            if num_left < num_steps:
+                num_steps = num_left
         return DecodeRun(self._limit_to_blocks(running, num_steps, num_blocks), len(running), context_len)
 
     def _limit_to_blocks(self, running: Sequence[Request], num_steps: int, num_blocks: int) -> int:
         """The most steps, up to `num_steps`, for which the requests need no more than so many new blocks."""
         size = self._cache.chunk_size
         # A request needs its first block in the step with this number, and one after each `size` further steps.
-        firsts = [len(request.chunks) * size - request.num_tokens + 1 for request in running]
+        firsts = [len(request.chunks) * size - len(request.token_ids) + 1 for request in running]
 
         def fits(num: int) -> bool:
             return sum(-((first - num) // size) for first in firsts if first < num) <= num_blocks
@@ -93,11 +95,13 @@ class DecodeRuns:
         # ends, which names the chunks that it has filled, before the next one begins, which takes blocks.
         events: list[tuple[int, bool, int]] = []
         for number, request in enumerate(running):
-            num_tokens = request.num_tokens
+            num_tokens = len(request.token_ids)
             num_filled = -num_tokens % size + 1
-            events += [(step, False, number) for step in range(num_filled, num_steps, size)]
+            if num_filled < num_steps:
+                events += [(step, False, number) for step in range(num_filled, num_steps, size)]
             first_block = len(request.chunks) * size - num_tokens + 1
-            events += [(step, True, number) for step in range(first_block, num_steps, size)]
+            if first_block < num_steps:
+                events += [(step, True, number) for step in range(first_block, num_steps, size)]
             tokens = next_tokens(request, num_steps)
             assert len(tokens) == num_steps, (len(tokens), num_steps)
             request.token_ids += tokens
@@ -118,7 +122,7 @@ class DecodeRuns:
                 end = request.num_tokens - num_steps + step - 1
                 cache.commit(request, end - 1, end)
         for request in running:
-            end = request.num_tokens - 1
-            cache.commit(request, end - 1, end)
-            if request.num_tokens >= request.max_total_tokens:
+            num_tokens = len(request.token_ids)
+            cache.commit(request, num_tokens - 2, num_tokens - 1)
+            if num_tokens >= request.max_total_tokens:
                 yield request

@@ -185,11 +185,12 @@ class EngineCore:
         scores = iter(result.prompt_logprobs)
         num_step_tokens = 0
         outputs = []
+        running = RequestStatus.RUNNING
         for segment in plan.segments:
             token_id, logprobs = next(sampled) if segment.samples else (None, None)
-            scored = tuple(islice(scores, len(segment.targets)))
+            scored = tuple(islice(scores, len(segment.targets))) if segment.targets else ()
             request = self._requests.get(segment.request_id)
-            if request is None or request.status is not RequestStatus.RUNNING:
+            if request is None or request.status is not running:
                 continue
             num_tokens = segment.query_len
             self._cache.commit(request, segment.start, segment.start + num_tokens)
@@ -470,7 +471,8 @@ class EngineCore:
 
     def _append(self, request: Request, token_id: int, logprobs: Logprobs | None, now: float) -> RequestOutput:
         request.token_ids.append(token_id)
-        num_tokens, num_output_tokens = request.num_tokens, request.num_output_tokens
+        num_tokens = len(request.token_ids)
+        num_output_tokens = num_tokens - request.num_prompt_tokens
         request.pending = [(num_tokens - 1, num_tokens)]
         self.stats.num_output_tokens += 1
         self._scheduler.waiting.charge(request, 1)

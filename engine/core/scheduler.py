@@ -249,7 +249,7 @@ class Scheduler:
     def count_blocks_until_copies(self) -> int | None:
         """How many blocks running requests can get before a step has to copy; None = the next one copies."""
         cache = self._cache
-        if cache.drain is not None:
+        if cache.drain is not None or (cache.handover is not None and cache.handover.has_copies_to_plan):
             return None
         return cache.allocator.count_blocks_until_copies(
             self._watermark_blocks, cache.config.swap_out_watermark, len(self.running)
@@ -302,8 +302,9 @@ class Scheduler:
             else:
                 num_computed[request_id] = num_computed.get(request_id, 0) + segment.query_len
         prefills: list[tuple[Request, list[tuple[int, int]]]] = []
+        chunk_size = self._cache.chunk_size
         for request in self.running:
-            num_tokens, pending = request.num_tokens, request.pending
+            num_tokens, pending = len(request.token_ids), request.pending
             if request.request_id in samplers:
                 pending = [(num_tokens, num_tokens + 1)]
                 num_tokens += 1
@@ -313,9 +314,13 @@ class Scheduler:
                 pending = without_front(pending, num_computed[request.request_id])
             draft.running.append(request)
             if num_tokens > request.num_prompt_tokens and pending[0][0] == num_tokens - 1:
-                if self._cache.num_chunks(num_tokens) > len(request.chunks):
+                if num_tokens > len(request.chunks) * chunk_size:
                     draft.growing.append(request)
-                self._add_segments(draft, request, pending)
+                if draft.budget and num_tokens > request.num_known_tokens:  # as _add_segments has it, but sooner
+                    draft.segments.append(QuerySegment(request.request_id, num_tokens - 1, None, True))
+                    draft.budget -= 1
+                else:
+                    self._add_segments(draft, request, pending)
             else:
                 prefills.append((request, pending))
         for request, pending in prefills:

@@ -14,6 +14,7 @@ class TurnRow(NamedTuple):
     """One turn; times in seconds from the beginning, counts in tokens as in RequestStats.
 
     is_tool: the turn is the result of a call. sent_s: before any retry.
+    num_known_tokens: of the prompt, those that the session had before, wherever they were computed.
     """
 
     session: int
@@ -24,6 +25,7 @@ class TurnRow(NamedTuple):
     first_token_s: float
     finished_s: float
     num_prompt_tokens: int
+    num_known_tokens: int
     num_cached_tokens: int
     num_loaded_tokens: int
     num_not_loaded_tokens: int
@@ -73,7 +75,7 @@ class Summary:
     """Statistics of the turns that were sent after the warm-up; times in seconds.
 
     turns_per_s: finished, within the time measured. s_per_token: from sending to the end of the answer, over its tokens, as
-    the paper measures. hit_rate: of the tokens that had been computed before, the part that was found and used, in any tier.
+    the paper measures. hit_rate: of the tokens that sessions had before, the part that was found and used, in any tier.
     recompute_s, num_recomputed_tokens: over the whole run, of all replicas. busy: share of the replicas' time in steps.
     balance: of the replicas' busy time, the largest over the mean.
     """
@@ -137,11 +139,7 @@ class Outcome:
         within = finished_s >= warm_up_s
         latency = (finished_s[is_counted] - counted("sent_s")) / counted("num_output_tokens")
         first_token = counted("first_token_s") - counted("sent_s")
-        num_cached, num_lost = (
-            counted("num_cached_tokens"),
-            counted("num_dropped_tokens") + counted("num_not_loaded_tokens"),
-        )
-        num_known = num_cached.sum() + num_lost.sum()
+        num_cached, num_known = counted("num_cached_tokens"), counted("num_known_tokens")
         s_50, s_90, s_99 = np.percentile(latency, [50, 90, 99])
         t_50, t_90, t_99 = np.percentile(first_token, [50, 90, 99])
         lives = [max(row.ended_s - row.started_s, 1e-9) for row in self.replicas]
@@ -162,7 +160,7 @@ class Outcome:
             first_token_p90_s=float(t_90),
             first_token_p99_s=float(t_99),
             prompt_tokens_mean=float(counted("num_prompt_tokens").mean()),
-            hit_rate=float(num_cached.sum() / num_known) if num_known else 0.0,
+            hit_rate=float(np.minimum(num_cached, num_known).sum() / num_known.sum()) if num_known.any() else 0.0,
             loaded_share=float(counted("num_loaded_tokens").sum() / num_cached.sum()) if num_cached.sum() else 0.0,
             recompute_s=sum(row.recompute_s for row in self.replicas),
             num_recomputed_tokens=sum(row.num_recomputed_tokens for row in self.replicas),

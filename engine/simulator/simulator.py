@@ -203,6 +203,7 @@ class Simulator:
                 stats.first_token_s if client.first_token_s is None else client.first_token_s,
                 now,
                 stats.num_prompt_tokens,
+                client.num_known,
                 stats.num_cached_tokens,
                 stats.num_loaded_tokens,
                 stats.num_not_loaded_tokens,

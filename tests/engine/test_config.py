@@ -28,7 +28,11 @@ BOUNDS = [
     ("gpu_memory_gib", [0.001, 2, None], [0, 0.0, -1, "2", float("nan"), True]),
     ("gpu_memory_utilization", [0.01, 1, 1.0], [0, 1.01, -0.5, None, "0.9", float("nan"), True]),
     ("kv_offloading_size", [0, 0.5], [-1, -0.5, None, float("nan")]),
-    ("eviction_policy", ["retention_value", "lru", "trailing_lru"], ["fifo", "", None]),
+    (
+        "eviction_policy",
+        ["retention_value", "lru", "trailing_lru", "my.policies:Mine"],
+        ["fifo", "", None, "my:", "a b:c"],
+    ),
     ("max_num_seqs", [1, 512], [0, 513, 1.0, None]),
     ("max_num_batched_tokens", [64, 10**6], [0, 63, None, 512.0]),
     ("prefill_batch_tokens", [1, 10**6, None], [0, -1, 2.0, "4"]),

@@ -198,14 +198,15 @@ class Allocator:
         if victim is None:
             primary.pool.free(primary.held.pop())
             return
-        tiers.unfile(victim)
         primary_block = victim.blocks[0]
         assert primary_block is not None
-        primary.free_block(victim)
-        if victim.blocks[1] is not None:
+        if victim.blocks[1] is not None:  # where else it is filed stays as it is
             self._note(primary, "reclaimed", victim, now)
-            tiers.file(victim)
+            primary.copied.remove(victim)
+            primary.free_block(victim)
             return
+        tiers.unfile(victim)
+        primary.free_block(victim)
         secondary_block = self.try_block(self._secondary, victim, now)
         if secondary_block is not None:
             self._note(primary, "swapped_out", victim, now)

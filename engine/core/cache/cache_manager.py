@@ -76,7 +76,9 @@ class CacheManager:
         self.keep = config.keep
         self.index = ChunkIndex(config.chunk_size)
         self._cost_model = config.cost_model or CostModel(chunk_size=config.chunk_size)
-        self.tiers = Tiers(config.tiers, partial(make_policy, config.eviction_policy, self._cost_model))
+        self.tiers = Tiers(
+            config.tiers, partial(config.own_policy or partial(make_policy, config.eviction_policy), self._cost_model)
+        )
         self._primary, self._secondary = self.tiers.primary, self.tiers.secondary
         self.transfers = Transfers(self.tiers, self.index, stats)
         self.eviction_log = EvictionLog(self._cost_model)
@@ -332,7 +334,11 @@ class CacheManager:
     def commit(self, request: Request, start: int, end: int) -> None:
         """The KV of positions [start, end) is written. Names the chunks that this completes, so that others find them."""
         size = self.chunk_size
-        for position in range(start // size, -(-end // size)):
+        first = start // size
+        if end < (first + 1) * size:  # most steps of a decode
+            request.chunks[first].num_tokens = end - first * size
+            return
+        for position in range(first, -(-end // size)):
             chunk = request.chunks[position]
             chunk.num_tokens = num_tokens = min(end - position * size, size)
             if num_tokens < size or not self.keep:

@@ -175,26 +175,32 @@ class RetentionValue:
             self._start_front(now)
         costs, heaps, ranking, front = self._costs, self._heaps, self._ranking, self._front
         most_gained = (now - self._ranked_at) / costs[0]
-        while True:
-            best = heaps[front[0][1]].first() if front else None
-            if front and best is None:
+        best: Chunk | None = None
+        value, position = math.inf, 0
+        while front:
+            value, position = front[0]
+            best = heaps[position].first()
+            if best is None:
                 self._front_positions.discard(heapq.heappop(front)[1])
                 continue
-            if best is not None:
-                value, position = front[0]
-                present = _value(costs[position], now - best.last_active)
-                if present != value:  # the head of then was removed
-                    heapq.heapreplace(front, (present, position))
-                    continue
-            if not ranking:
-                return best
-            key, position = ranking[0]
+            present = _value(costs[position], now - best.last_active)
+            if present == value:
+                break
+            heapq.heapreplace(front, (present, position))  # the head of then was removed
+        while ranking:
+            key, other = ranking[0]
             if best is not None and (most_gained - key + ROUNDING * (most_gained + abs(key))) * value < 1:
-                return best
+                break
             heapq.heappop(ranking)
-            if position not in self._front_positions and (head := heaps[position].first()) is not None:
-                self._front_positions.add(position)
-                heapq.heappush(front, (_value(costs[position], now - head.last_active), position))
+            if other in self._front_positions or (head := heaps[other].first()) is None:
+                continue
+            self._front_positions.add(other)
+            idle_s = now - head.last_active
+            present = costs[other] / idle_s if idle_s > 0 else math.inf
+            heapq.heappush(front, (present, other))
+            if best is None or (present, other) < (value, position):
+                best, value, position = head, present, other
+        return best
 
     def _start_front(self, now: float) -> None:
         """Nothing was looked at yet at this time."""

@@ -117,6 +117,11 @@ class Expectations:
         if not keys:
             self._end_offer(offer_id)
 
+    @property
+    def has_loads_to_plan(self) -> bool:
+        """Whether chunks of offers wait for their loads."""
+        return bool(self._to_load)
+
     def plan_loads(self, now: float) -> None:
         """Plan the next loads for offers."""
         while self._to_load and not self._slow.num_awaited_loads and len(self._loading) < self._max_loads:

@@ -121,6 +121,11 @@ class Handover:
 
     # -- beside the steps ----------------------------------------------------------------------------------------------
 
+    @property
+    def has_copies_to_plan(self) -> bool:
+        """Whether `plan` may plan something."""
+        return len(self.sends) > 0 or self.expectations.has_loads_to_plan
+
     def plan(self, now: float) -> None:
         """Plan the next sends, and the next loads for offers."""
         self.sends.plan(now)

@@ -1,0 +1,169 @@
+"""What `pensieve simulate` is asked: a Serve config file, or an experiment, and the cases that come of it.
+
+    serve: serve_config.yaml        # or engine: {...}, num_replicas, num_fallback_replicas
+    simulation:
+      device: a100-80gb
+      model_shape: opt-13b
+      arrivals: [poisson:0.3, poisson:0.5]
+      engine.eviction_policy: [retention_value, lru]
+
+Each combination of what lists give is a case, and each case is run with each seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from deployments.schema import IMPORT_PATH, AppArgs, check_serve_config, read_serve_config
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.simulator.devices import Device, ModelShape, find_device, find_model
+from engine.simulator.simulator import Change
+from engine.workloads.arrivals import parse_arrivals
+from engine.workloads.sources import parse_options
+
+ROUTERS = ("affinity", "affinity_of_two", "least_loaded", "power_of_two")
+# Options of an experiment that may be lists, each value of which makes cases of its own.
+VARIED = ("arrivals", "routing", "num_replicas", "device", "model_shape", "workload")
+ENGINE_PREFIX = "engine."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One cluster and one workload.
+
+    engine: options of each replica. workload_options: see WorkloadOptions. arrivals: see engine/workloads/arrivals.py.
+    arrivals_per_replica: rates of arrivals and numbers of sessions are for each replica. routing: one of ROUTERS.
+    duration_s, warm_up_s: of the simulated time; turns that are sent in the warm-up do not count. disk: bytes a second and
+    seconds of a disk tier. name: what sets it apart from the other cases.
+    """
+
+    engine: EngineConfig
+    num_replicas: int = 1
+    num_fallback_replicas: int = 1
+    workload: str = "sharegpt-like"
+    workload_options: Mapping[str, Any] = field(default_factory=dict)
+    arrivals: str = "poisson:0.5"
+    arrivals_per_replica: bool = False
+    device: Device
+    model_shape: ModelShape
+    routing: str = "affinity"
+    duration_s: float = 600.0
+    warm_up_s: float = 200.0
+    changes: tuple[Change, ...] = ()
+    disk: Mapping[str, float] = field(default_factory=lambda: {"read": 2e9, "write": 1e9, "latency_s": 0.0005})
+    name: str = ""
+
+
+def read_cases(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[list[Case], list[int]]:
+    """The cases of a file, and the seeds. Raises ConfigError.
+
+    overrides: of the options under `simulation`.
+    """
+    content = read_serve_config(path)
+    simulation: dict[str, Any] = {}
+    if "applications" in content:
+        cluster = _read_cluster(path)
+    else:
+        _refuse_unknown(content, {"serve", "engine", "num_replicas", "num_fallback_replicas", "simulation"}, str(path))
+        cluster = _read_cluster(Path(path).parent / content["serve"]) if "serve" in content else {}
+        cluster |= {name: content[name] for name in ("num_replicas", "num_fallback_replicas") if name in content}
+        cluster["engine"] = cluster.get("engine", {}) | (content.get("engine") or {})
+        simulation = content.get("simulation") or {}
+    simulation = {**simulation, **(overrides or {})}
+    seeds = simulation.pop("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise ConfigError(f"seeds must be a list of whole numbers, got {seeds!r}", param="seeds")
+    return list(_cases(cluster, simulation)), seeds
+
+
+def _read_cluster(path: str | Path) -> dict[str, Any]:
+    """What a Serve config file says of our application."""
+    problems = check_serve_config(path)
+    if problems:
+        raise ConfigError(f"{path}: " + "; ".join(problems))
+    for application in read_serve_config(path)["applications"]:
+        if application["import_path"] == IMPORT_PATH:
+            args = AppArgs.model_validate(application.get("args") or {})
+            deployments = {each["name"]: each for each in application.get("deployments") or ()}
+            engine = deployments.get("LLMServer", {})
+            num_replicas = engine.get("num_replicas", args.num_replicas)
+            if not isinstance(num_replicas, int):
+                num_replicas = (engine.get("autoscaling_config") or {}).get("min_replicas", 1)
+            return {
+                "engine": dict(args.engine),
+                "num_replicas": num_replicas,
+                "num_fallback_replicas": args.num_fallback_replicas,
+            }
+    raise ConfigError(f"{path}: no application has the import path {IMPORT_PATH}; name a config file of this project")
+
+
+def _cases(cluster: Mapping[str, Any], simulation: Mapping[str, Any]) -> Iterator[Case]:
+    engine = dict(cluster.get("engine", {}))
+    given = {"num_replicas": cluster.get("num_replicas", 1), **simulation}
+    of_engine = {name: value for name, value in given.items() if name.startswith(ENGINE_PREFIX)}
+    options = {name: value for name, value in given.items() if name not in of_engine}
+    _refuse_unknown(options, {each.name for each in fields(Case)} - {"engine", "name"}, "simulation")
+    varied = {name: value for name, value in given.items() if isinstance(value, list) and _may_vary(name)}
+    if empty := [name for name, value in varied.items() if not value]:
+        raise ConfigError(f"{empty[0]} is an empty list; give at least one value", param=empty[0])
+    for values in itertools.product(*varied.values()):
+        chosen = dict(zip(varied, values, strict=True))
+        case = {**given, **chosen}
+        name = ", ".join(f"{key.removeprefix(ENGINE_PREFIX)} {_short(value)}" for key, value in chosen.items())
+        of_case = {key.removeprefix(ENGINE_PREFIX): case.pop(key) for key in of_engine}
+        case.setdefault("num_fallback_replicas", cluster.get("num_fallback_replicas", 1))
+        yield _make_case(engine | of_case, case, name)
+
+
+def _make_case(engine: Mapping[str, Any], options: dict[str, Any], name: str) -> Case:
+    config = EngineConfig.from_options(engine)
+    options["model_shape"] = find_model(options.get("model_shape", config.model))
+    device = find_device(options.get("device", "a100-80gb"))
+    options["device"] = replace(device, num_devices=config.tensor_parallel_size)
+    options["changes"] = tuple(_make_change(each) for each in options.get("changes") or ())
+    for number in ("num_replicas", "duration_s"):
+        value = options.get(number, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ConfigError(f"{number} must be a number above 0, got {value!r}", param=number)
+    case = Case(engine=config, name=name, **options)
+    if case.routing not in ROUTERS:
+        raise ConfigError(f"routing must be one of {', '.join(ROUTERS)}, got {case.routing!r}", param="routing")
+    if case.warm_up_s >= case.duration_s:
+        raise ConfigError(
+            f"warm_up_s is {case.warm_up_s:g}, and duration_s {case.duration_s:g}; raise duration_s", param="warm_up_s"
+        )
+    parse_arrivals(case.arrivals)
+    parse_options(case.workload_options)
+    return case
+
+
+def _make_change(value: Any) -> Change:
+    names = {each.name: each.default is MISSING for each in fields(Change)}
+    if (
+        not isinstance(value, Mapping)
+        or not value.keys() <= names.keys()
+        or value.get("what") not in ("add", "drain", "lose")
+    ):
+        raise ConfigError(
+            f"a change must have time_s, what (add, drain or lose), and may have rank and restart_s; got {value!r}",
+            param="changes",
+        )
+    return Change(**value)
+
+
+def _may_vary(name: str) -> bool:
+    return name in VARIED or name.startswith(ENGINE_PREFIX)
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> None:
+    if unknown := given.keys() - known:
+        raise ConfigError(f"{where}: unknown key {sorted(unknown)[0]}; known are {', '.join(sorted(known))}")
+
+
+def _short(value: Any) -> str:
+    return str(value.get("base", "custom")) if isinstance(value, Mapping) else str(value)

@@ -1,0 +1,144 @@
+"""From a case to what the simulator takes: the core's configs from the engine's options, and the router that serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from deployments.experiment import Case
+from deployments.routing.rendezvous import choose_session_id, rank_replicas
+from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.engine_core import EngineCore
+from engine.core.tier_table import TierSpec
+from engine.errors import ConfigError
+from engine.own_policy import load_policy
+from engine.simulator.devices import GIB
+from engine.simulator.routing import LeastLoaded, PowerOfTwo, Router
+from engine.simulator.simulator import Cluster, LinkSpec
+from engine.simulator.step_cost import Roofline
+from engine.workloads.arrivals import ClosedLoop, Poisson, Ramp, arrange, parse_arrivals
+from engine.workloads.session import Session
+from engine.workloads.sources import load_workload, parse_options
+
+# What a device keeps for activations and graphs, in bytes.
+ACTIVATIONS_BYTES = 3 * GIB
+# As the disk tier says of itself.
+DISK_MAX_WAIT_S, DISK_REWRITE_S = 10.0, 3600.0
+# Sessions are drawn, for arrivals at a rate, until this many times as many as are expected to start.
+MARGIN = 1.2
+
+
+class Affinity:
+    """The order of SessionRouter: a session's home by rendezvous hashing, then its next choices.
+
+    of_two: the session's name is the better of two, as for stored conversations, whose ids the server chooses.
+    """
+
+    def __init__(self, num_fallback_replicas: int, *, of_two: bool) -> None:
+        self._num_choices = 1 + num_fallback_replicas
+        self._of_two = of_two
+        self._names: dict[str, str] = {}
+
+    def place(self, session_id: str, is_first_turn: bool, ranks: Sequence[int], loads: Mapping[int, int]) -> list[int]:
+        name = session_id
+        if self._of_two:
+            name = self._names.get(session_id, "")
+            if not name:
+                candidates = [f"{session_id}/{number}" for number in range(2)]
+                name = self._names[session_id] = choose_session_id(
+                    candidates, {rank: loads.get(rank, 0) for rank in ranks}
+                )
+        return [ranks[index] for index in rank_replicas(name, ranks)[: self._num_choices]]
+
+    def forget(self, session_id: str) -> None:
+        self._names.pop(session_id, None)
+
+
+def make_cluster(case: Case, seed: int) -> Cluster:
+    """Raises ConfigError if a tier would have no block."""
+    engine, shape, device = case.engine, case.model_shape, case.device
+    bytes_per_block = shape.kv_bytes_per_token * engine.chunk_size
+    cost = Roofline(shape, device, bytes_per_block)
+    num_gpu_blocks = engine.num_gpu_blocks or int(_gpu_tier_bytes(case) / bytes_per_block)
+    if num_gpu_blocks < 1:
+        raise ConfigError(
+            "the device has no room for a GPU tier beside the weights; set gpu_memory_gib or num_gpu_blocks, or a higher "
+            "tensor_parallel_size",
+            param="gpu_memory_gib",
+        )
+    num_cpu_blocks = engine.num_cpu_blocks
+    if num_cpu_blocks is None:
+        num_cpu_blocks = int(engine.kv_offloading_size * GIB / bytes_per_block)
+    slow, links = [], []
+    if engine.kv_disk_path is not None and num_cpu_blocks and engine.mode == "pensieve":
+        num_blocks = int(engine.kv_disk_size * GIB / bytes_per_block)
+        spec = TierSpec(
+            name="disk",
+            num_blocks=num_blocks,
+            is_fast=False,
+            max_wait_s=DISK_MAX_WAIT_S,
+            stores_first_use=False,
+            rewrite_s=DISK_REWRITE_S,
+        )
+        slow.append(spec)
+        links.append(("disk", LinkSpec(case.disk["read"], case.disk["write"], case.disk.get("latency_s", 0.0))))
+    cache = CacheConfig.of(
+        engine,
+        num_gpu_blocks=num_gpu_blocks,
+        num_cpu_blocks=num_cpu_blocks,
+        keep=engine.mode == "pensieve",
+        cost_model=cost.cost_model(engine.chunk_size),
+        own_policy=load_policy(engine.eviction_policy),
+        slow_tiers=tuple(slow),
+    )
+    window = num_gpu_blocks * engine.chunk_size
+    scheduling = SchedulingConfig.of(engine, max_model_len=min(engine.max_model_len or window, window))
+    return Cluster(
+        make_core=lambda: EngineCore(cache, scheduling),
+        cost=cost,
+        router=make_router(case, seed),
+        num_replicas=case.num_replicas,
+        bytes_per_block=bytes_per_block,
+        links=tuple(links),
+        changes=case.changes,
+    )
+
+
+def make_router(case: Case, seed: int) -> Router:
+    """By its name in ROUTERS."""
+    if case.routing == "least_loaded":
+        return LeastLoaded()
+    if case.routing == "power_of_two":
+        return PowerOfTwo(seed)
+    return Affinity(case.num_fallback_replicas, of_two=case.routing == "affinity_of_two")
+
+
+def make_sessions(case: Case, seed: int) -> tuple[Iterable[Session], int | None]:
+    """The workload in order of start times; and how many sessions are under way at any time, if that is fixed.
+
+    Raises WorkloadError.
+    """
+    arrivals = parse_arrivals(case.arrivals)
+    factor = case.num_replicas if case.arrivals_per_replica else 1
+    options = {"seed": seed, **case.workload_options}
+    if isinstance(arrivals, Poisson):
+        arrivals = Poisson(arrivals.sessions_per_s * factor)
+        options.setdefault("num_sessions", max(1, int(arrivals.sessions_per_s * case.duration_s * MARGIN) + 10))
+    elif isinstance(arrivals, Ramp):
+        arrivals = replace(arrivals, from_per_s=arrivals.from_per_s * factor, to_per_s=arrivals.to_per_s * factor)
+        most = max(arrivals.from_per_s, arrivals.to_per_s)
+        options.setdefault("num_sessions", max(1, int(most * case.duration_s * MARGIN) + 10))
+    elif isinstance(arrivals, ClosedLoop):
+        arrivals = ClosedLoop(arrivals.num_active * factor)
+        options.setdefault("num_sessions", max(1000, 50 * arrivals.num_active))
+    sessions = load_workload(case.workload, parse_options(options))
+    num_active = arrivals.num_active if isinstance(arrivals, ClosedLoop) else None
+    return arrange(sessions, arrivals, seed), num_active
+
+
+def _gpu_tier_bytes(case: Case) -> float:
+    device, engine = case.device, case.engine
+    if engine.gpu_memory_gib is not None:
+        return engine.gpu_memory_gib * GIB * device.num_devices
+    usable = device.memory_bytes * engine.gpu_memory_utilization - ACTIVATIONS_BYTES
+    return usable * device.num_devices - case.model_shape.weight_bytes
