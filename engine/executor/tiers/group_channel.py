@@ -235,8 +235,8 @@ class TierFollower:
         try:
             while (message := self._receive()) is not None:
                 match message:
-                    case OpenTier(number):
-                        self._open(number)
+                    case OpenTier(number):  # in a thread, because a disk may hang
+                        threading.Thread(target=self._open, args=(number,), name="tier-open", daemon=True).start()
                     case CloseTier():
                         self._close_tier()
                         self._send(TierClosed())

@@ -12,11 +12,12 @@ import torch
 from engine.attention.protocol import LayerShape
 from engine.core.plan import TransferEnd
 from engine.executor.tiers.group_blocks import GroupBlocks
-from engine.executor.tiers.group_channel import TierChannel, TierFollower
+from engine.executor.tiers.group_channel import OpenTier, TierChannel, TierFollower
 from engine.executor.tiers.kv_store import KVStore
 from engine.executor.tiers.peer_blocks import LocalBlocks
 from engine.executor.tiers.swapper import Checksums
 from tests.engine.executor.tiers.peer_engine import CHUNK_SIZE, PeerEngine, record_of, wait_until
+from tests.engine.executor.tiers.test_group_tier import Part
 
 LAYERS = (LayerShape(2, 4, 4), LayerShape(1, 6, 2))
 NUM_BLOCKS = 6
@@ -39,29 +40,32 @@ class Rank:
 
 
 class Group:
-    """Ranks of this process. last_step: of rank 0."""
+    """Ranks of this process. last_step: of rank 0. Their disks hang."""
 
     def __init__(self, size: int) -> None:
         self.ranks = [Rank(rank) for rank in range(size)]
         self.last_step = -1
+        self.has_disk = threading.Event()
+        self.is_opening = threading.Event()
         pipes = [Pipe() for _ in range(1, size)]
         self.followers = [
-            TierFollower(theirs, no_disk, lambda rank=rank: rank.blocks)
+            TierFollower(theirs, self.open_disk, lambda rank=rank: rank.blocks)
             for (_, theirs), rank in zip(pipes, self.ranks[1:], strict=True)
         ]
         self.connections = {rank: ours for rank, (ours, _) in enumerate(pipes, 1)}
         self.channel = TierChannel(self.connections, lambda: self.last_step)
         self.blocks = GroupBlocks(self.ranks[0].blocks, self.channel)
 
+    def open_disk(self, _: int) -> Part:
+        self.is_opening.set()
+        self.has_disk.wait()
+        return Part()
+
     def rows(self, block: int) -> list[list[float]]:
         return [rank.cpu.storage[block].tolist() for rank in self.ranks]
 
     def are_intact(self, block: int) -> list[bool]:
         return [rank.checksums.is_intact(block) for rank in self.ranks]
-
-
-def no_disk(_: int) -> None:
-    raise AssertionError("there is no disk here")
 
 
 @pytest.fixture
@@ -74,9 +78,17 @@ def make_group() -> Iterator[Callable[[int], Group]]:
 
     yield make
     for group in made:
+        group.has_disk.set()
         for follower in group.followers:
             follower.close()
         group.channel.close()
+
+
+def test_a_disk_that_hangs_keeps_no_block(make_group):
+    group = make_group(2)
+    group.channel.send(OpenTier(0))
+    assert group.is_opening.wait(PATIENCE_S)
+    assert group.blocks.content(0, CHUNK_SIZE) is not None
 
 
 @pytest.mark.parametrize("size", [2, 3])
