@@ -76,7 +76,7 @@ class Allocator:
             self._take_copy(tier, victim, now)
         return tier.pool.try_allocate()
 
-    def try_block_for_drain(self, now: float) -> int | None:
+    def try_copied_block(self, now: float) -> int | None:
         """A block of the secondary tier that is free, or whose chunk a slow tier has too."""
         tier = self._secondary
         if not tier.pool.num_free:

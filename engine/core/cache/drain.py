@@ -77,7 +77,7 @@ class Drain:
                     num_stores -= 1
                 continue
             later.append(chunk)
-            secondary_block = self._allocator.try_block_for_drain(now) if num_swap_outs > 0 else None
+            secondary_block = self._allocator.try_copied_block(now) if num_swap_outs > 0 else None
             is_moving = self._slow.num_stores or self._transfers.num_swap_outs
             if secondary_block is None and not is_moving:  # no block will come free by itself
                 secondary_block = self._allocator.try_block(secondary, chunk, now)

@@ -16,6 +16,9 @@ from engine.core.cache.tier import Tier, Tiers
 from engine.core.plan import ChunkRecord
 from engine.core.stats import EngineStats
 
+# What is loaded for an offer keeps no request waiting, so it may cost so many times what computing it would.
+OFFER_DISCOUNT = 4.0
+
 
 class Expectations:
     """Who expects which chunk. One that has come, or is not to come, loses its place with the end of its transfer.
@@ -138,7 +141,8 @@ class Expectations:
         if transfer is None:
             if chunk.pins or chunk.blocks[0] is not None or chunk.blocks[1] is not None or not slow.may_load(peer, now):
                 return False
-            if not self._prices.is_loaded(peer.name, chunk.position, chunk.num_tokens):
+            compute_cost = self._prices.compute_cost([(chunk.position, chunk.num_tokens)])
+            if self._prices.load_cost(peer.name) > OFFER_DISCOUNT * compute_cost:
                 self._stats.slow_refusals[f"{peer.name}_load"] += 1
                 return False
             block_id = self._allocator.try_block(self._tiers.secondary, chunk, now)

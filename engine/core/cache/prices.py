@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from engine.core.cache.cost_model import CostModel
 from engine.core.plan import QuerySegment
 
-# Weight of a new observation against all earlier ones.
+# Weight of a new observation against all earlier ones; the first ones count the same.
 LOAD_WEIGHT = 1 / 16
 STEP_WEIGHT = 1 / 4
 # After so many seconds without a load that was observed, one is made only to see what it costs now.
@@ -28,6 +28,7 @@ class LoadPrices:
         self._cost_model = cost_model
         self._unit_s = 1.0 if cost_model.is_in_seconds else None
         self._load_s: dict[str, float] = {}
+        self._num_loads: dict[str, int] = {}
         self._observed_at_s: dict[str, float] = {}
 
     def load_cost(self, tier: str) -> float:
@@ -79,7 +80,8 @@ class LoadPrices:
     def note_load(self, tier: str, seconds: float, now: float) -> None:
         """A chunk was loaded in so much of the tier's time."""
         known = self._load_s.get(tier, seconds)
-        self._load_s[tier] = known + LOAD_WEIGHT * (seconds - known)
+        self._num_loads[tier] = num_loads = self._num_loads.get(tier, 0) + 1
+        self._load_s[tier] = known + max(LOAD_WEIGHT, 1 / num_loads) * (seconds - known)
         self._observed_at_s[tier] = now
 
     def learns_from(self, num_tokens: int) -> bool:

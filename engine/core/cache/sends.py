@@ -130,6 +130,8 @@ class Sends:
         if num_copies >= self.max_copies:
             return True
         block_id = self._allocator.try_block(tiers.secondary, chunk, now)
+        if block_id is None:  # what lies on a disk is older than all that is here
+            block_id = self._allocator.try_copied_block(now)
         if block_id is None:  # one may come free when what is under way has ended
             return bool(self._transfers.num_swap_outs or slow.num_loads or slow.num_stores or slow.num_sends)
         if is_in_primary:

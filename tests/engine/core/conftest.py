@@ -18,9 +18,12 @@ from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.executor_protocol import ComputationFailedError
 from engine.core.plan import BlockCopy, QuerySegment, StepPlan, StepResult
 from engine.core.request import FinishReason, Request, SamplingParams
+from engine.core.tier_table import PEER
 from engine.errors import EngineError
 from engine.step_loop import LookAhead, StepLoop
+from engine.transports import Transports
 from tests.delayed_tier import DelayedTier
+from tests.peer_double import PeerEnd
 
 FIRST_TOKEN, NUM_TOKENS = 100, 50
 
@@ -245,9 +248,19 @@ class CoreDriver:
         self.now = 0.0
         self.answers = Answers(self._after_look_ahead)
         self.slow_tier: DelayedTier | None = None
-        if cache.slow_tiers:
+        self.peers: PeerEnd | None = None
+        transports = {}
+        if any(tier.is_store for tier in cache.slow_tiers):
             self.slow_tier = DelayedTier(self.executor.read_slots, self.executor.write_slots, seed=cache.num_gpu_blocks)
-        self.loop = StepLoop(self.core, self.executor, self.answers, lambda: self.now, LookAhead.DRAFT, self.slow_tier)
+            transports[cache.slow_tiers[0].name] = self.slow_tier
+        if self.core.handover is not None:
+            memory = self.executor.read_slots, self.executor.write_slots
+            self.peers = PeerEnd(self.core, *memory, lambda: self.now, seed=cache.num_gpu_blocks)
+            transports[PEER] = self.peers
+        transport = Transports(transports) if transports else None
+        self.loop = StepLoop(
+            self.core, self.executor, self.answers, lambda: self.now, LookAhead.DRAFT, transport, self.peers
+        )
         self.requests: dict[str, Request] = {}
         self.plans, self.tokens, self.finished = self.executor.plans, self.answers.tokens, self.answers.finished
         self._to_abort: str | None = None
@@ -267,6 +280,8 @@ class CoreDriver:
 
     def add_request(self, request: Request) -> None:
         self.core.add_request(request, self.now)
+        if self.peers is not None:
+            self.peers.find(request)
         self.requests[request.request_id] = request
         self.tokens[request.request_id] = ()
 

@@ -1,6 +1,7 @@
 """Arrivals, ends and faults at random, for a CoreDriver."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from engine.core.cache.cost_model import CostModel
@@ -39,6 +40,12 @@ class Load:
     conversations: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
+        for _ in self.steps():
+            pass
+        self.driver.settle()
+
+    def steps(self) -> Iterator[None]:
+        """One step after the other, until no request is left."""
         rng, driver = random.Random(self.seed), self.driver
         num_cpu_blocks = driver.core.cache_config.num_cpu_blocks
         window = driver.core.scheduling_config.max_model_len
@@ -83,5 +90,5 @@ class Load:
                     driver.core.abort(name, driver.now)
                 if name not in driver.core._requests:
                     histories[self.conversations.pop(name)] = self.prompts[name] + driver.tokens[name]
+            yield
         driver.executor.fails = driver.executor.computation_fails = False
-        driver.settle()
