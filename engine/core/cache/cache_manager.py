@@ -254,6 +254,8 @@ class CacheManager:
 
     def plan_copies(self, watermark_blocks: int, now: float) -> None:
         """Plan what goes beside the next step: copies ahead of time, or those of a drain; and what peers have asked for."""
+        if self.handover is not None:  # first, so that what was brought to be sent is not evicted for a copy ahead of time
+            self.handover.plan(now)
         if self.drain is None:
             max_swap_outs = self.config.max_swap_outs
             if self.transfers.planned.swap_ins:
@@ -262,8 +264,6 @@ class CacheManager:
             self.allocator.plan_stores(self.config.swap_out_watermark, max_swap_outs, now)
         else:
             self.drain.plan(now)
-        if self.handover is not None:
-            self.handover.plan(now)
 
     def await_records(self, tier_name: str) -> None:
         """Give out no block of that tier until `restore` tells what lies there. Before the first request."""

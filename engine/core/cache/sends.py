@@ -94,19 +94,28 @@ class Sends:
         return declined
 
     def plan(self, now: float) -> None:
-        """Plan the next copies."""
+        """Plan the next copies: sends first, so that what was brought for them is not evicted for the next ones."""
+        is_held_up = False
         for key in list(islice(self._wanted, MAX_LOOKED_AT)):
             chunk = self._index.match(key)
-            if chunk is None or now >= self._wanted[key] or not self._is_on_its_way(chunk, now):
-                del self._wanted[key]
+            if chunk is None or now >= self._wanted[key]:
                 self._decline(key)
-            elif self._is_ready(chunk) and self._slow.num_sends < self.max_copies:
-                block_id = self._peer.pool.try_allocate()
-                if block_id is not None:
-                    del self._wanted[key]
-                    self._slow.plan_send(chunk, self._peer, block_id, now)
+            elif self._is_ready(chunk):
+                may_send = self._slow.num_sends < self.max_copies
+                block_id = self._peer.pool.try_allocate() if may_send else None
+                if block_id is None:
+                    is_held_up = True
+                    continue
+                del self._wanted[key]
+                self._slow.plan_send(chunk, self._peer, block_id, now)
+        if not is_held_up:
+            for key in list(islice(self._wanted, MAX_LOOKED_AT)):
+                chunk = self._index.match(key)
+                if chunk is None or not self._is_on_its_way(chunk, now):
+                    self._decline(key)
 
     def _decline(self, key: bytes) -> None:
+        self._wanted.pop(key, None)
         self._declined.append(key)
         self._stats.slow_refusals[f"{self._peer.name}_send"] += 1
 

@@ -199,7 +199,8 @@ def test_what_cannot_be_had_soon_is_declined(make_peers):
     assert set(first.core.handover.take_declined()) == set(keys)
 
 
-def test_sends_lend_no_more_than_a_part_of_the_cpu_tier(make_peers):
+def test_sends_lend_no_more_than_a_part_of_the_cpu_tier(make_peers, monkeypatch):
+    monkeypatch.setattr("engine.core.cache.sends.MAX_DELAY_S", 100.0)
     first, second = make_peers(2, 40, num_cpu_blocks=24)
     first.add("a1", range(100, 181), max_tokens=1, conversation_id="a")
     first.run()
@@ -217,10 +218,11 @@ def test_sends_lend_no_more_than_a_part_of_the_cpu_tier(make_peers):
     assert request.num_cached_tokens > 40
 
 
-def test_chunks_on_the_disk_are_loaded_to_be_sent(make_peers, answer):
+def test_chunks_on_the_disk_are_loaded_to_be_sent(make_peers, answer, monkeypatch):
+    monkeypatch.setattr("engine.core.cache.sends.MAX_DELAY_S", 100.0)
     first, second = make_peers(2, 4, slow_tiers=(dict_tier(32),), num_cpu_blocks=4, swap_out_watermark=0.99)
     for driver in (first, second):
-        driver.slow_tier._failures = driver.slow_tier._hangs = 0.0
+        driver.slow_tier._failures, driver.slow_tier._hangs, driver.slow_tier._max_delay = 0.0, 0.0, 0
     for name, begin in (("a", 0), ("b", 20), ("c", 40)):
         first.add(f"{name}1", range(begin, begin + 13), max_tokens=1, conversation_id=name)
         run_all([first, second])
@@ -230,7 +232,9 @@ def test_chunks_on_the_disk_are_loaded_to_be_sent(make_peers, answer):
     run_all([first, second])
     assert second.tokens["a2"] == answer(tuple(range(14)), 2)
     assert request.num_cached_tokens >= 8
-    assert first.core.stats.slow_transfers["dict_loaded"] > 0
+    assert first.core.stats.slow_transfers["dict_loaded"] == first.core.stats.slow_transfers[f"{PEER}_stored"], (
+        "once each"
+    )
 
 
 # -- offers ----------------------------------------------------------------------------------------------------------------
