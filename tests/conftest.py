@@ -33,8 +33,10 @@ from engine.executor.group import GroupExecutor
 from engine.executor.local import LocalExecutor
 from engine.make_core import make_core
 from engine.step_loop import LookAhead, StepLoop
+from engine.transports import Transports
 from tests.delayed_tier import DelayedTier
 from tests.group_workers import WarmWorkers
+from tests.peer_double import PeerEnd
 
 torch.set_num_threads(1)
 
@@ -145,13 +147,23 @@ class Driver:
     """Drives one core with one executor by the engine's own loop, in the test's thread. Time is the number of the step."""
 
     def __init__(self, executor: LocalExecutor | GroupExecutor, core: EngineCore) -> None:
-        """Slow tiers of the core are in memory, behind a delay; see `slow_tier`."""
+        """Slow tiers of the core are in memory, behind a delay; see `slow_tier` and `peers`."""
         self.executor = executor
         self.core = core
         self.now = 0.0
         self.answers = Answers(self._abort)
-        self.slow_tier = DelayedTier(self._read, self._write) if core.cache_config.slow_tiers else None
-        self.loop = StepLoop(self.core, executor, self.answers, lambda: self.now, LookAhead.DRAFT, self.slow_tier)
+        self.slow_tier: DelayedTier | None = None
+        self.peers: PeerEnd | None = None
+        transports = {}
+        for tier in core.cache_config.slow_tiers:
+            if tier.is_store:
+                transports[tier.name] = self.slow_tier = DelayedTier(self._read, self._write)
+            else:
+                transports[tier.name] = self.peers = PeerEnd(core, self._read, self._write, lambda: self.now)
+        transport = Transports(transports) if transports else None
+        self.loop = StepLoop(
+            self.core, executor, self.answers, lambda: self.now, LookAhead.DRAFT, transport, self.peers
+        )
         self.outputs, self.cached, self.finished = self.answers.outputs, self.answers.cached, self.answers.finished
         self._finished_plans: list[StepPlan] = []
         self._to_abort: str | None = None
@@ -172,6 +184,8 @@ class Driver:
         sampling = sampling or SamplingParams(temperature=0.0, max_tokens=8, logprobs=2)
         request = Request(request_id, token_ids, sampling, conversation_id=conversation_id, **kwargs)  # type: ignore[arg-type]
         self.core.add_request(request, self.now)
+        if self.peers is not None:
+            self.peers.find(request)
         self.outputs[request_id] = []
 
     def step(self, abort_in_flight: str | None = None) -> list[RequestOutput]:

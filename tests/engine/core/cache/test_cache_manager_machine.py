@@ -1082,9 +1082,9 @@ PROFILE = settings.get_profile("nightly" if os.environ.get("HYPOTHESIS_PROFILE")
 TestCacheManager = CacheManagerMachine.TestCase
 TestCacheManager.settings = PROFILE
 TestSlowTier = SlowTiersMachine.TestCase
-TestSlowTier.settings = PROFILE
+TestSlowTier.settings = settings(PROFILE, max_examples=PROFILE.max_examples // 2)
 TestPeers = PeersMachine.TestCase
-TestPeers.settings = PROFILE
+TestPeers.settings = settings(PROFILE, max_examples=PROFILE.max_examples // 2)
 TestOnlyPeers = OnlyPeersMachine.TestCase
 TestOnlyPeers.settings = settings(PROFILE, max_examples=PROFILE.max_examples // 3)
 TestTwoSlowTiers = TwoSlowTiersMachine.TestCase
