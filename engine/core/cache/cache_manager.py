@@ -254,7 +254,9 @@ class CacheManager:
 
     def plan_copies(self, watermark_blocks: int, now: float) -> None:
         """Plan what goes beside the next step: copies ahead of time, or those of a drain; and what peers have asked for."""
-        if self.handover is not None:  # first, so that what was brought to be sent is not evicted for a copy ahead of time
+        if (
+            self.handover is not None
+        ):  # first, so that what was brought to be sent is not evicted for a copy ahead of time
             self.handover.plan(now)
         if self.drain is None:
             max_swap_outs = self.config.max_swap_outs

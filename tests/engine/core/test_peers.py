@@ -166,7 +166,7 @@ def test_what_is_gone_is_no_fault_of_the_tier(make_peers, answer):
         assert second.tokens[f"b{turn}"] == answer(prompt, 1)
         assert request.num_cached_tokens == 0
         assert slow.may_load(second.core._cache.tiers.peer, second.now)
-    assert second.core.stats.slow_transfers[f"{PEER}_load_failed"] >= 5
+    assert second.core.stats.slow_transfers[f"{PEER}_load_gone"] >= 5
 
 
 def test_a_chunk_of_a_running_request_is_sent(make_peers):
@@ -232,7 +232,7 @@ def test_chunks_on_the_disk_are_loaded_to_be_sent(make_peers, answer, monkeypatc
     run_all([first, second])
     assert second.tokens["a2"] == answer(tuple(range(14)), 2)
     assert request.num_cached_tokens >= 8
-    assert first.core.stats.slow_transfers["dict_loaded"] == first.core.stats.slow_transfers[f"{PEER}_stored"], (
+    assert first.core.stats.slow_transfers["dict_loaded"] == first.core.stats.slow_transfers[f"{PEER}_sent"], (
         "once each"
     )
 
@@ -292,6 +292,26 @@ def test_offers_wait_while_a_request_loads(make_peers):
     first.peers.offer(second.peers, "one", tuple(range(20, 33)), "b", "local")
     second.step()
     assert slow.num_loads == num_awaited > 0
+    second.peers.hangs = 0.0
+    first.step()
+    second.peers.wake()
+    run_all([first, second])
+    assert second.peers.ended_offers == ["one"]
+
+
+def test_a_request_may_wait_for_what_an_offer_has_begun(make_peers):
+    first, second = make_peers(2, 8)
+    first.add("a1", range(13), max_tokens=1, conversation_id="a")
+    first.run()
+    second.peers.hangs = 1.0
+    first.peers.offer(second.peers, "one", tuple(range(13)), "a", "local")
+    second.step()
+    slow = second.core._cache.slow_transfers
+    assert (slow.num_loads, slow.num_awaited_loads) == (2, 0)
+    request = second.add("a2", range(14), max_tokens=1, conversation_id="a")
+    second.step()
+    assert request.status is RequestStatus.LOADING
+    assert slow.num_awaited_loads == slow.num_loads
     second.peers.hangs = 0.0
     first.step()
     second.peers.wake()
@@ -377,9 +397,7 @@ def test_under_any_load_every_answer_is_right(make_core, answer, seed, with_disk
             assert load.driver.tokens[name] == answer(prompt, len(load.driver.tokens[name]))
     assert sum(len(driver.peers.ended_offers) for driver in drivers) == num_offers
     if num_cpu_blocks > 1:
-        outcomes = [
-            sum(d.core.stats.slow_transfers[f"{PEER}_{what}"] for d in drivers) for what in ("loaded", "stored")
-        ]
+        outcomes = [sum(d.core.stats.slow_transfers[f"{PEER}_{what}"] for d in drivers) for what in ("loaded", "sent")]
         assert all(outcomes), outcomes
 
 
@@ -403,3 +421,54 @@ def test_transfers_of_peers_may_end_in_any_state_of_their_chunks(make_peers):
         second.core.complete_transfer(TransferEnd(transfer_id, transfer_id % 2 > 0), second.now)
         second.core.check_integrity()
     comes_to_rest(second)
+
+
+def test_a_load_whose_request_has_ended_is_kept(make_peers):
+    """The bytes were paid for."""
+    first, second = make_peers(2, 8)
+    first.add("a1", range(13), max_tokens=1, conversation_id="a")
+    first.run()
+    second.peers.hangs = 1.0
+    second.add("a2", range(14), max_tokens=1, conversation_id="a")
+    second.step()
+    first.run_steps(1)  # swaps out what is wanted
+    second.core.abort("a2", second.now)
+    second.core.check_integrity()
+    second.peers.hangs = 0.0
+    for load in second.peers._loads.values():
+        load.due = 0
+    run_all([first, second])
+    assert second.core.get_statistics()["num_idle_chunks"]["cpu"] == 4
+
+
+def test_a_request_that_runs_expects_no_more(make_peers):
+    first, second = make_peers(2, 8)
+    first.add("a1", range(13), max_tokens=1, conversation_id="a")
+    first.run()
+    request = second.add("a2", range(14), max_tokens=8, conversation_id="a")
+    second.core._cache.prices.is_loaded = lambda *_: False  # all of it is computed
+    second.step()
+    assert request.status is RequestStatus.RUNNING
+    comes_to_rest(second)
+
+
+def test_what_was_computed_while_it_was_on_its_way_is_not_stored_yet(make_peers):
+    """One chunk has one slow transfer at a time."""
+    first, second = make_peers(2, 4, slow_tiers=(dict_tier(16),), num_cpu_blocks=8, swap_out_watermark=0.99)
+    second.slow_tier._failures, second.slow_tier._hangs, second.slow_tier._max_delay = 0.0, 0.0, 0
+    first.add("a1", range(13), max_tokens=1, conversation_id="a")
+    first.run()
+    second.peers.hangs = 1.0
+    request = second.add("a2", range(14), max_tokens=1, conversation_id="a")
+    second.step()
+    assert len(second.peers._loads) == 4
+    request.load_deadline_s = second.now
+    second.run()
+    for _ in range(20):
+        second.step()
+    assert second.core.get_statistics()["num_idle_chunks"]["both"] == 4
+    assert second.core.stats.slow_transfers["dict_stored"] <= 1, "at most the tail that it has just made"
+    for driver in (first, second):
+        driver.peers.hangs = 0.0
+        driver.peers.wake()
+    run_all([first, second])
