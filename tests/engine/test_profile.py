@@ -109,10 +109,11 @@ def test_when_a_disk_pays_is_said_in_words(profile):
 def test_the_profile_of_the_disk_is_the_first_price_if_it_cannot_be_read_at_the_start(profile, executor, tmp_path):
     path = tmp_path / "kv"
     config = EngineConfig.from_options({**OPTIONS, "kv_disk_path": str(path)})
-    saved = replace(profile, disk_read_s=0.5, disk_write_s=0.25, disk=device_of(path))
+    costs = {"constant_s": 0.1, "per_context_token_s": 0.0, "swap_in_s": 0.01}
+    saved = replace(profile, **costs, disk_read_s=0.5, disk_write_s=0.25, disk=device_of(path))
     saved.save(profile_path(config, profile.model, profile.dtype, profile.device))
     prices = LoadPrices(load_cost_model(config, executor.facts))
-    assert prices.load_cost("disk") == pytest.approx(0.5 + profile.swap_in_s)
+    assert prices.load_cost("disk") == pytest.approx(0.51)
     assert not prices.is_loaded("disk", 0, 16)
     prices.note_load("disk", 1e-9, now=0.0)
     assert prices.is_loaded("disk", 0, 16), "what is observed counts"
