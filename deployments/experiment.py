@@ -39,7 +39,8 @@ class Case:
     engine: options of each replica. workload_options: see WorkloadOptions. arrivals: see engine/workloads/arrivals.py.
     arrivals_per_replica: rates of arrivals and numbers of sessions are for each replica. routing: one of ROUTERS.
     duration_s, warm_up_s: of the simulated time; turns that are sent in the warm-up do not count. disk: bytes a second and
-    seconds of a disk tier. name: what sets it apart from the other cases.
+    seconds of a disk tier. steps: a file of `pensieve profile --steps`, which then says how long steps take. name: what sets
+    it apart from the other cases.
     """
 
     engine: EngineConfig
@@ -56,6 +57,7 @@ class Case:
     warm_up_s: float = 200.0
     changes: tuple[Change, ...] = ()
     disk: Mapping[str, float] = field(default_factory=lambda: {"read": 2e9, "write": 1e9, "latency_s": 0.0005})
+    steps: str | None = None
     name: str = ""
 
 

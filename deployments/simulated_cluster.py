@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from deployments.experiment import Case
 from deployments.routing.rendezvous import choose_session_id, rank_replicas
@@ -15,7 +16,8 @@ from engine.own_policy import load_policy
 from engine.simulator.devices import GIB
 from engine.simulator.routing import LeastLoaded, PowerOfTwo, Router
 from engine.simulator.simulator import Cluster, LinkSpec
-from engine.simulator.step_cost import Roofline
+from engine.simulator.step_cost import Roofline, StepCost
+from engine.simulator.step_table import StepTable
 from engine.workloads.arrivals import ClosedLoop, Poisson, Ramp, arrange, parse_arrivals
 from engine.workloads.session import Session
 from engine.workloads.sources import load_workload, parse_options
@@ -58,7 +60,12 @@ def make_cluster(case: Case, seed: int) -> Cluster:
     """Raises ConfigError if a tier would have no block."""
     engine, shape, device = case.engine, case.model_shape, case.device
     bytes_per_block = shape.kv_bytes_per_token * engine.chunk_size
-    cost = Roofline(shape, device, bytes_per_block)
+    cost: StepCost = Roofline(shape, device, bytes_per_block)
+    if case.steps is not None:
+        table = StepTable.load(Path(case.steps))
+        scale = engine.chunk_size / table.chunk_size
+        cost = replace(table, chunk_size=engine.chunk_size, load_s=table.load_s * scale, store_s=table.store_s * scale)
+        bytes_per_block = table.bytes_per_block * scale
     num_gpu_blocks = engine.num_gpu_blocks or int(_gpu_tier_bytes(case) / bytes_per_block)
     if num_gpu_blocks < 1:
         raise ConfigError(

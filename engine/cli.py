@@ -130,6 +130,12 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
                 metavar="FILE",
                 help="Write the profile to this file, and not to the user's cache folder",
             )
+            command.add_argument(
+                "--steps",
+                type=Path,
+                metavar="FILE",
+                help="Measure instead how long steps take, for pensieve simulate, and write that to this file",
+            )
         if name in ("compare", "profile"):
             command.add_argument("--plot", type=Path, metavar="FILE.png", help="Plot the figures to this file")
         if name != "profile":
@@ -162,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status: int = COMMANDS[namespace.command].run(namespace)
             return status
         config = EngineConfig.from_options(options)
-        for name in ("json", "plot", "output"):
+        for name in ("json", "plot", "output", "steps"):
             if arguments.get(name) is not None:
                 _check_output_file(name, arguments[name])
         sampling = None if arguments["command"] == "profile" else _sampling(arguments)
@@ -414,6 +420,13 @@ def _profile(arguments: dict[str, Any], config: EngineConfig) -> int:
     from engine.profile import describe_profile, measure_profile, plot_profile, profile_path
 
     transformers.logging.set_verbosity_error()
+    if arguments["steps"] is not None:
+        from engine.step_measurement import measure_steps
+
+        table = measure_steps(config)
+        table.save(arguments["steps"])
+        print(f"measured on {table.measured_on}; written to {arguments['steps']}")
+        return 0
     profile = measure_profile(config)
     path = arguments["output"] or profile_path(config, profile.model, profile.dtype, profile.device)
     profile.save(path)

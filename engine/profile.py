@@ -217,8 +217,8 @@ def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
         chunk_s = _measure_chunks(executor, config.chunk_size, lengths, repeats)
         slope = max(0.0, statistics.linear_regression(list(chunk_s), list(chunk_s.values())).slope)
         constant = _measure_one_more_chunk(executor, config.chunk_size, repeats, slope)
-        swap_out_s = _measure_swaps(executor, repeats, is_in=False)
-        swap_in_s = _measure_swaps(executor, repeats, is_in=True)
+        swap_out_s = measure_swaps(executor, repeats, is_in=False)
+        swap_in_s = measure_swaps(executor, repeats, is_in=True)
         disk = _measure_disk(config, executor.facts.bytes_per_block, repeats)
         return Profile(
             identity=_identify(config, executor.facts),
@@ -280,7 +280,7 @@ def _measure_chunks(executor: Executor, chunk_size: int, lengths: list[int], rep
         for length in lengths:
             begin = length - chunk_size
             plan = StepPlan(0, (QuerySegment("profile", begin, tokens[begin:length], samples=True),))
-            seconds = _timed(executor, plan)
+            seconds = timed(executor, plan)
             if number:
                 samples[length].append(seconds)
     return {length: statistics.median(values) for length, values in samples.items()}
@@ -295,18 +295,18 @@ def _measure_one_more_chunk(executor: Executor, chunk_size: int, repeats: int, s
     vocab_size = executor.facts.model.vocab_size
     tokens = tuple(i % vocab_size for i in range(num_chunks * chunk_size))
     plans = [StepPlan(0, (QuerySegment("profile", 0, tokens[: n * chunk_size]),)) for n in (1, num_chunks)]
-    seconds = [[_timed(executor, plan) for plan in plans] for _ in range(2 * repeats + 1)][1:]
+    seconds = [[timed(executor, plan) for plan in plans] for _ in range(2 * repeats + 1)][1:]
     one, many = (statistics.median(column) for column in zip(*seconds, strict=True))
     mean_context_len = (num_chunks + 2) / 2 * chunk_size  # of the 2nd to the last chunk
     return max(float(many - one) / (num_chunks - 1) - slope * mean_context_len, 1e-9)
 
 
-def _measure_swaps(executor: Executor, repeats: int, *, is_in: bool) -> float:
+def measure_swaps(executor: Executor, repeats: int, *, is_in: bool) -> float:
     """Median seconds per block."""
     source, target = (CPU, GPU) if is_in else (GPU, CPU)
     copies = tuple(BlockCopy(source, i, target, i) for i in range(NUM_SWAPPED_BLOCKS))
     plan = StepPlan(0, (), swap_ins=copies) if is_in else StepPlan(0, (), swap_outs=copies)
-    seconds = [_timed(executor, plan) for _ in range(repeats + 1)][1:]
+    seconds = [timed(executor, plan) for _ in range(repeats + 1)][1:]
     return statistics.median(seconds) / NUM_SWAPPED_BLOCKS
 
 
@@ -337,7 +337,7 @@ def _disk_of(config: EngineConfig) -> str | None:
         return None
 
 
-def _timed(executor: Executor, plan: StepPlan) -> float:
+def timed(executor: Executor, plan: StepPlan) -> float:
     start = time.perf_counter()
     executor.execute(plan)
     if not executor.facts.is_on_cpu:
@@ -357,6 +357,12 @@ def _identify(config: EngineConfig, facts: ExecutorFacts) -> ProfileIdentity:
         pack_weights=config.pack_weights,
         torch=torch.__version__,
     )
+
+
+def describe_machine(config: EngineConfig, facts: ExecutorFacts) -> str:
+    """What figures of it are measured with, in words."""
+    identity = _identify(config, facts)
+    return f"{identity.model}, {identity.dtype}, {identity.device}, {identity.processor}, {identity.attention}"
 
 
 def _processor_name() -> str:

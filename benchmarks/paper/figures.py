@@ -38,6 +38,8 @@ from engine.workloads.synthetic import Synthetic, draw_sessions, sharegpt
 DIGITISED = Path(__file__).parent / "digitised_10ab.csv"
 FOLDER = RESULTS / "paper"
 FIGURES = {"10a": ("opt-13b", sharegpt)}
+# Latencies up to this one are below the bend of a curve.
+BEND_S = 0.08
 SYSTEMS = ("vllm-0.2.0", "pensieve-gpu-only", "pensieve")
 Point = tuple[float, float]
 
@@ -124,10 +126,16 @@ def rate_at(points: Sequence[Point], level: float) -> float | None:
     return None
 
 
-def run(figure: str, seeds: int, duration_s: float, warm_up_s: float) -> None:
-    """Simulate all systems of a figure, and write what came of it."""
-    paper = read_digitised(figure)
-    curves: dict[str, list[Point]] = {}
+def latency_at(points: Sequence[Point], rate: float) -> float | None:
+    """The latency of a curve at a rate, between two of its points; None beyond them."""
+    for (left, latency), (right, next_latency) in pairwise(points):
+        if left <= rate <= right:
+            return latency + (next_latency - latency) * (rate - left) / (right - left)
+    return None
+
+
+def simulate_all(figure: str, seeds: int, duration_s: float, warm_up_s: float) -> None:
+    """Simulate all systems of a figure, and write a row for each system and rate."""
     rows: list[dict[str, float | str]] = []
     tasks = [
         (system, rate) for system in SYSTEMS for rate in constants.RATES[figure] if rate <= constants.SATURATED[system]
@@ -135,28 +143,55 @@ def run(figure: str, seeds: int, duration_s: float, warm_up_s: float) -> None:
     for system, rate in tqdm(tasks, desc=f"figure {figure}", disable=not sys.stderr.isatty()):
         summaries = [simulate(figure, system, rate, seed, duration_s, warm_up_s) for seed in range(seeds)]
         mean = {name: float(np.mean([each.as_dict()[name] for each in summaries])) for name in summaries[0].as_dict()}
-        curves.setdefault(system, []).append((mean["turns_per_s"], mean[constants.METRIC]))
         rows.append({"system": system, "offered_per_s": rate, **mean})
-    lines = {f"{system}, simulated": points for system, points in curves.items()}
-    lines |= {f"{system}, paper": paper[system] for system in SYSTEMS}
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / f"figure_{figure}.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: f"{v:.5g}" if isinstance(v, float) else v for name, v in row.items()} for row in rows)
+
+
+def read_simulated(figure: str) -> dict[str, list[Point]]:
+    """(requests a second that were achieved, seconds a token) by system, of the last simulation."""
+    curves: dict[str, list[Point]] = {}
+    with (FOLDER / f"figure_{figure}.csv").open() as stream:
+        for row in csv.DictReader(stream):
+            point = (float(row["turns_per_s"]), float(row[constants.METRIC]))
+            curves.setdefault(row["system"], []).append(point)
+    return curves
+
+
+def compare(figure: str, run: dict[str, float]) -> None:
+    """The simulated curves beside the paper's: a plot, rates at given latencies, and latencies below the bend."""
+    paper, curves = read_digitised(figure), read_simulated(figure)
+    lines = {f"{system}, simulated": points for system, points in curves.items()}
+    lines |= {f"{system}, paper": paper[system] for system in SYSTEMS}
     plot = plot_lines(f"Figure {figure}", "requests a second, achieved", "s/token, 90th percentile", lines, y_max=0.35)
     (FOLDER / f"figure_{figure}.svg").write_text(plot + "\n")
-    levels = {
+    rates = {
         system: {
             str(level): {"paper": rate_at(paper[system], level), "simulated": rate_at(curves[system], level)}
             for level in constants.LEVELS[figure]
         }
         for system in SYSTEMS
     }
-    write_result(f"figure_{figure}", {"seeds": seeds, "duration_s": duration_s, "rate_at": levels}, FOLDER)
+    below = {
+        system: [
+            {"rate": rate, "paper": latency, "simulated": latency_at(curves[system], rate)}
+            for rate, latency in paper[system]
+            if latency <= BEND_S
+        ]
+        for system in SYSTEMS
+    }
+    write_result(f"figure_{figure}", {**run, "rate_at": rates, "latency_below_the_bend": below}, FOLDER)
     print(f"{'rate at s/token':20}" + "".join(f"{level:>24}" for level in constants.LEVELS[figure]))
-    for system, row in levels.items():
+    for system, row in rates.items():
         print(f"{system:20}" + "".join(f"{_compare(each):>24}" for each in row.values()))
+    for system, points in below.items():
+        errors = [
+            f"{each['rate']:.2f}: {each['simulated'] / each['paper'] - 1:+.0%}" for each in points if each["simulated"]
+        ]
+        print(f"latency of {system} at requests a second: {', '.join(errors)}")
 
 
 def _compare(rates: dict[str, float | None]) -> str:
@@ -172,8 +207,11 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--duration-s", type=float, default=constants.DURATION_S)
     parser.add_argument("--warm-up-s", type=float, default=constants.WARM_UP_S)
+    parser.add_argument("--compare-only", action="store_true", help="Compare what was simulated last")
     options = parser.parse_args()
-    run(options.figure, options.seeds, options.duration_s, options.warm_up_s)
+    if not options.compare_only:
+        simulate_all(options.figure, options.seeds, options.duration_s, options.warm_up_s)
+    compare(options.figure, {name: getattr(options, name) for name in ("seeds", "duration_s", "warm_up_s")})
     return 0
 
 

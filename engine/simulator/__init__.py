@@ -5,6 +5,7 @@ the router is handed in. What it adds is how long things take.
 
     devices.py     models and devices as numbers, each with its source
     step_cost.py   what a step is made of, and how long it takes
+    step_table.py  step times that were measured
     links.py       bandwidth and queue between a slow tier and the CPU tier
     replica.py     one EngineCore and the time of its steps
     events.py      the heap of events

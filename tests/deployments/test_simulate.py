@@ -11,6 +11,8 @@ from deployments.simulated_cluster import Affinity, make_cluster, make_sessions
 from engine import cli
 from engine.errors import ConfigError
 from engine.simulator.devices import GIB, MODELS
+from engine.simulator.step_cost import StepWork
+from engine.simulator.step_table import StepTable
 
 FOLDER = Path(__file__).parents[2]
 EXPERIMENT = """
@@ -134,6 +136,26 @@ def test_the_router_is_the_one_that_serves():
     homes = [two.place(f"s{number}", True, ranks, loads)[0] for number in range(300)]
     assert homes == [two.place(f"s{number}", False, ranks, {0: 9, 1: 0, 3: 0})[0] for number in range(300)]
     assert homes.count(0) > homes.count(3) > homes.count(1)
+
+
+def test_measured_steps_take_the_place_of_a_device(tmp_path):
+    table = StepTable(
+        measured_on="here",
+        chunk_size=32,
+        bytes_per_block=1 << 20,
+        num_tokens_s={1: 0.5, 2: 0.5},
+        pair_s=0.0,
+        context_token_s=0.0,
+        load_s=0.01,
+        store_s=0.01,
+        overlaps_copies=False,
+    )
+    table.save(tmp_path / "steps.json")
+    cases, _ = read_cases(write(tmp_path, EXPERIMENT), {"steps": str(tmp_path / "steps.json")})
+    cluster = make_cluster(cases[0], 0)
+    assert cluster.cost.step_time(StepWork(2, 100)) == 0.5
+    assert cluster.cost.step_time(StepWork(num_swap_ins=1)) == 0.02, "blocks of 64 tokens"
+    assert cluster.make_core().cache_config.num_gpu_blocks == 10 * 2**30 // 2**21
 
 
 def test_load_may_be_given_for_each_replica(tmp_path):
