@@ -86,6 +86,14 @@ class Allocator:
             self._take_copy(tier, victim, now)
         return tier.pool.try_allocate()
 
+    def try_give_up_copy(self, chunk: Chunk, now: float) -> bool:
+        """Free the block that a chunk has in the secondary tier; False if it has none, or something uses it."""
+        block_id = chunk.blocks[1]
+        if chunk.pins or block_id is None or block_id in self._secondary.lent:
+            return False
+        self._take_copy(self._secondary, chunk, now)
+        return True
+
     # -- ahead of time -------------------------------------------------------------------------------------------------
 
     @property

@@ -248,9 +248,9 @@ class CacheManager:
 
     def complete_transfer(self, end: TransferEnd, now: float) -> None:
         """A slow transfer has ended."""
-        self.slow_transfers.complete(end, now)
+        transfer = self.slow_transfers.complete(end, now)
         if self.handover is not None:
-            self.handover.end_transfer(end.transfer_id)
+            self.handover.end_transfer(transfer, ok=end.ok)
 
     def plan_copies(self, watermark_blocks: int, now: float) -> None:
         """Plan what goes beside the next step: copies ahead of time, or those of a drain; and what peers have asked for."""
@@ -374,7 +374,7 @@ class CacheManager:
     def start_drain(self, now: float) -> None:
         """From now on, bring everything to the first slow tier that keeps it, if there is one. No request may follow."""
         if self.handover is not None:
-            self.handover.expectations.give_up_offers()
+            self.handover.start_drain()
         if self.tiers.stores:
             self.drain = Drain(
                 self.tiers, self.index, self.transfers, self.slow_transfers, self.allocator, self._cost_model, now

@@ -18,7 +18,7 @@ from engine.core.cache.tier import Tier, Tiers
 from engine.core.cache.transfers import Transfers
 from engine.core.cache_map import ContextKeys
 from engine.core.handover import ContextQuery, FoundChunks
-from engine.core.plan import ChunkRecord
+from engine.core.plan import ChunkRecord, SlowTransfer
 from engine.core.request import Request
 from engine.core.stats import EngineStats
 
@@ -131,9 +131,16 @@ class Handover:
         self.sends.plan(now)
         self.expectations.plan_loads(now)
 
-    def end_transfer(self, transfer_id: int) -> None:
+    def end_transfer(self, transfer: SlowTransfer, *, ok: bool) -> None:
         """A slow transfer has ended."""
-        self.expectations.end_transfer(transfer_id)
+        self.expectations.end_transfer(transfer.transfer_id)
+        if ok and transfer.copy.target_tier == self.sends.peer_name:
+            self.sends.note_sent(transfer.key)
+
+    def start_drain(self) -> None:
+        """The engine is about to end: it takes nothing more, and what it has sent makes room for the rest."""
+        self.expectations.give_up_offers()
+        self.sends.is_draining = True
 
     def check_integrity(self) -> None:
         """See Expectations.check_integrity."""

@@ -28,6 +28,8 @@ MAX_WANTED = 4096
 MAX_DELAY_S = 5.0
 # How many of those that wait for their turn are looked at for one plan.
 MAX_LOOKED_AT = 256
+# Before the engine ends, so many chunks may lose their place in the secondary tier to others before they were sent.
+MAX_DISPLACED = 8
 # Lengths of partial chunks that a peer is told.
 MAX_TAILS = 4
 
@@ -36,6 +38,7 @@ class Sends:
     """What peers have asked for and did not get yet, in order of arrival.
 
     max_copies: sends at a time, each of which holds a block of the secondary tier.
+    is_draining: the engine is about to end, so that a chunk that a peer has got is needed here no longer.
     """
 
     def __init__(
@@ -60,9 +63,15 @@ class Sends:
         self.max_copies = max(1, min(MAX_COPIES, tiers.secondary.pool.num_blocks // MAX_SHARE))
         self._wanted: dict[bytes, float] = {}  # until when
         self._declined: list[bytes] = []
+        self._sent: dict[bytes, None] = {}  # the latest ones, no more than the secondary tier may hold
+        self.is_draining = False
 
     def __len__(self) -> int:
         return len(self._wanted)
+
+    @property
+    def peer_name(self) -> str:
+        return self._peer.name
 
     @property
     def deadline_s(self) -> float | None:
@@ -92,6 +101,12 @@ class Sends:
         """What is not sent, since the last call."""
         declined, self._declined = self._declined, []
         return declined
+
+    def note_sent(self, key: bytes) -> None:
+        """A peer has got that chunk."""
+        self._sent[key] = None
+        if len(self._sent) > self._tiers.secondary.pool.num_blocks:
+            del self._sent[next(iter(self._sent))]
 
     def plan(self, now: float) -> None:
         """Plan the next copies: sends first, so that what was brought for them is not evicted for the next ones."""
@@ -138,6 +153,10 @@ class Sends:
         num_copies = self._transfers.num_swap_outs if is_in_primary else slow.num_loads
         if num_copies >= self.max_copies:
             return True
+        if self.is_draining and not tiers.secondary.pool.num_free:
+            num_moving = self._transfers.num_swap_outs + slow.num_sends
+            if not self._try_give_up_sent_copy(now) and num_moving >= MAX_DISPLACED:
+                return True  # what is sent now makes room
         block_id = self._allocator.try_block(tiers.secondary, chunk, now)
         if block_id is None:  # what lies on a disk is older than all that is here
             block_id = self._allocator.try_copied_block(now)
@@ -148,6 +167,16 @@ class Sends:
         elif store is not None:
             slow.plan_load(chunk, store, block_id, now, is_awaited=False)
         return True
+
+    def _try_give_up_sent_copy(self, now: float) -> bool:
+        """Free a block of the secondary tier, if a chunk lies in one that a peer has got and that nothing uses."""
+        while self._sent:
+            key = next(iter(self._sent))
+            del self._sent[key]
+            chunk = self._index.match(key)
+            if chunk is not None and self._allocator.try_give_up_copy(chunk, now):
+                return True
+        return False
 
     def _is_to_be_had(self, chunk: Chunk, now: float) -> bool:
         if chunk.blocks[0] is not None or chunk.blocks[1] is not None:

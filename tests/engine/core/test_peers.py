@@ -25,10 +25,11 @@ from tests.peer_double import connect, peer_tier
 def make_peers(make_core):
     """(number of cores, GPU blocks, options of both configs) -> drivers that know each other and make no faults."""
 
-    def make(num_cores: int, num_gpu_blocks: int, slow_tiers=(), **options):
+    def make(num_cores: int, num_gpu_blocks: int, slow_tiers=(), max_wait_s=30.0, **options):
         options = {"num_cpu_blocks": 16, **options}
         drivers = [
-            make_core(num_gpu_blocks, slow_tiers=(*slow_tiers, peer_tier(64)), **options) for _ in range(num_cores)
+            make_core(num_gpu_blocks, slow_tiers=(*slow_tiers, peer_tier(64, max_wait_s)), **options)
+            for _ in range(num_cores)
         ]
         connect([driver.peers for driver in drivers])
         for driver in drivers:
@@ -235,6 +236,33 @@ def test_chunks_on_the_disk_are_loaded_to_be_sent(make_peers, answer, monkeypatc
     assert first.core.stats.slow_transfers["dict_loaded"] == first.core.stats.slow_transfers[f"{PEER}_sent"], (
         "once each"
     )
+
+
+def test_before_the_end_what_was_sent_makes_room_for_the_rest(make_peers, answer, monkeypatch):
+    """The CPU tier is full, and what lies in the GPU tier passes through it."""
+    monkeypatch.setattr("engine.core.cache.sends.MAX_DELAY_S", 1000.0)
+    monkeypatch.setattr("engine.core.cache.sends.MAX_DISPLACED", 1)
+    (first,) = make_peers(1, 16, num_cpu_blocks=8, swap_out_watermark=0.0, max_wait_s=1000.0)
+    (third,) = make_peers(1, 16, num_cpu_blocks=40, max_wait_s=1000.0)
+    connect([first.peers, third.peers])
+    names = {"a": 0, "b": 20, "c": 40, "d": 60, "e": 80, "f": 100}
+    for name, begin in names.items():
+        first.add(f"{name}1", range(begin, begin + 13), max_tokens=1, conversation_id=name)
+        first.run()
+        first.now += 10
+    assert first.core._cache.tiers.secondary.pool.num_free == 0
+    assert len(first.core._cache.index) == 24, "both tiers are full"
+    first.core.start_drain(first.now)
+    for name, begin in names.items():
+        context = (*range(begin, begin + 13), *first.tokens[f"{name}1"])
+        first.peers.offer(third.peers, name, context, name, "local")
+    run_all([first, third])
+    assert len(third.core._cache.index) == 24, "all of it has arrived"
+    for name, begin in names.items():
+        request = third.add(f"{name}2", range(begin, begin + 14), max_tokens=2, conversation_id=name)
+        third.run()
+        assert request.num_cached_tokens == 13
+        assert third.tokens[f"{name}2"] == answer(tuple(range(begin, begin + 14)), 2)
 
 
 # -- offers ----------------------------------------------------------------------------------------------------------------
