@@ -44,7 +44,7 @@ from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
 from engine.peer_network import PeerNetwork
 from engine.statistics_log import StatisticsLog
-from engine.step_loop import LookAhead, StepLoop
+from engine.step_loop import StepLoop, choose_look_ahead
 from engine.text.logprobs import check_prompt_logprobs, tell_prompt_in_time
 from engine.text.output import OutputDelta, ToldPrompt
 from engine.text.output_processor import OutputProcessor, Stream
@@ -117,7 +117,7 @@ class AsyncEngine:
         self._answer_grammars = AnswerGrammars(self._grammars, self._tokenizer.marker_ids, config.max_num_queued_reqs)
         executor.use_grammars(self._grammars)
         self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
-        look_ahead = _choose_look_ahead(config, executor)
+        look_ahead = choose_look_ahead(config.async_scheduling, executor)
         peers = kept.join(self._core, lambda command: self._thread.put(command))
         loop = StepLoop(self._core, executor, self._outputs, time.monotonic, look_ahead, kept.transport, peers)
         log = StatisticsLog(self.get_statistics)
@@ -393,13 +393,3 @@ def _start_compiler(vocabulary: Vocabulary) -> GrammarCompiler:
     from engine.grammar.trial import TriedCompiler
 
     return TriedCompiler(vocabulary)
-
-
-def _choose_look_ahead(config: EngineConfig, executor: Executor) -> LookAhead:
-    """By the option `async_scheduling` and what the executor can do; a CPU computes alone by default."""
-    is_overlapped = config.async_scheduling
-    if is_overlapped is None:
-        is_overlapped = not executor.facts.is_on_cpu
-    if not is_overlapped:
-        return LookAhead.NOTHING
-    return LookAhead.LAUNCH if executor.max_steps_in_flight > 1 else LookAhead.DRAFT

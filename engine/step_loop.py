@@ -40,6 +40,18 @@ class LookAhead(Enum):
     LAUNCH = "launch"  # it is launched behind the first one, unless it depends on that one's result
 
 
+def choose_look_ahead(is_overlapped: bool | None, executor: Executor) -> LookAhead:
+    """The most that the executor can do.
+
+    is_overlapped: whether steps overlap at all; None = unless the executor computes on a CPU, which computes alone.
+    """
+    if is_overlapped is None:
+        is_overlapped = not executor.facts.is_on_cpu
+    if not is_overlapped:
+        return LookAhead.NOTHING
+    return LookAhead.LAUNCH if executor.max_steps_in_flight > 1 else LookAhead.DRAFT
+
+
 class Outputs(Protocol):
     """Takes what the steps give, and passes it on."""
 
