@@ -20,6 +20,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from engine.answer_grammar import thinking_span
@@ -51,6 +52,7 @@ from engine.text.output_processor import OutputProcessor, Stream
 from engine.text.prompt import ChatPrompt, TextPrompt
 from engine.text.prompt_encoder import EncodedPrompt, PromptEncoder
 from engine.text.tokenizer import Tokenizer
+from engine.trace_recorder import TraceRecorder
 
 
 class AsyncEngine:
@@ -83,7 +85,10 @@ class AsyncEngine:
         self.model_name = config.served_model_name or default_model_name(config.model)
         executor = make_executor(config)
         kept: KeptState | None = None
+        recorder: TraceRecorder | None = None
         try:
+            if config.record_trace is not None:
+                recorder = TraceRecorder(Path(config.record_trace).expanduser(), number)
             self._tokenizer = Tokenizer(
                 location, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser
             )
@@ -92,9 +97,11 @@ class AsyncEngine:
         except BaseException:
             if kept is not None:
                 kept.close()
+            if recorder is not None:
+                recorder.close()
             executor.shutdown()  # it may have other processes
             raise
-        self._executor, self._kept = executor, kept
+        self._executor, self._kept, self._recorder = executor, kept, recorder
         self.identity = f"{config.model} {self._tokenizer.fingerprint}"
         facts = executor.facts
         self._bytes_per_block = facts.bytes_per_block
@@ -133,12 +140,13 @@ class AsyncEngine:
         at fault, OverloadedError before it if too many requests wait, EngineError at any time if the engine is at fault.
         """
         self.check_health()
+        begin_s = time.time()
         if generation.only_encodes:
             yield await self._encode_only(generation)
             return
         stream, prompt = await self._open(generation)
         elsewhere = await self._kept.chunks_elsewhere(stream.request)
-        is_first, is_finished = True, False
+        is_first, is_finished, num_output_tokens = True, False, 0
         try:
             await self._call(lambda: self._add(stream, elsewhere))
             while not is_finished:
@@ -152,11 +160,14 @@ class AsyncEngine:
                 if is_first and prompt.is_known:
                     delta = replace(delta, prompt_transcript=stream.prompt)
                 is_first = False
-                is_finished = delta.finish_reason is not None
+                is_finished, num_output_tokens = delta.finish_reason is not None, delta.num_output_tokens
                 yield delta
         finally:
             if not is_finished:
                 self._thread.put(lambda: self._outputs.abandon(stream))
+            if self._recorder is not None:
+                tenant_id, prompt_ids = generation.tenant.tenant_id, stream.prompt.token_ids
+                self._recorder.record(tenant_id, generation.conversation_id, prompt_ids, num_output_tokens, begin_s)
 
     @property
     def has_chat_template(self) -> bool:
@@ -276,6 +287,8 @@ class AsyncEngine:
         if not self._is_shut_down:
             self._is_shut_down = True
             await asyncio.to_thread(self._kept.close)
+            if self._recorder is not None:
+                await asyncio.to_thread(self._recorder.close)
             self._executor.shutdown()
 
     async def _encode(self, generation: Generation) -> EncodedPrompt:

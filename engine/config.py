@@ -317,6 +317,23 @@ class ParallelOptions:
     ] = 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecordingOptions:
+    """What is written down of requests. Has no instances of its own."""
+
+    __slots__ = ()
+
+    record_trace: Annotated[
+        str | None,
+        Option(
+            "A folder for a trace of all requests: times, lengths and keyed hashes of their blocks; no text, no token.",
+            "In Mooncake's format, one file a replica, `trace-RANK.jsonl`, at most 1 GiB. `pensieve bench --workload "
+            "mooncake:FILE --arrivals trace` replays it, and so does aiperf. Only this user can read it.",
+            default="none",
+        ),
+    ] = None
+
+
 # The groups as they are listed for users.
 GROUPS: tuple[tuple[str, type], ...] = (
     ("model", ModelOptions),
@@ -324,11 +341,12 @@ GROUPS: tuple[tuple[str, type], ...] = (
     ("scheduling", SchedulingOptions),
     ("execution", ExecutionOptions),
     ("parallel", ParallelOptions),
+    ("recording", RecordingOptions),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOptions, ParallelOptions):
+class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOptions, ParallelOptions, RecordingOptions):
     """All options of one engine. Raises ConfigError, which names the option and the remedy."""
 
     def __post_init__(self) -> None:
@@ -352,6 +370,7 @@ class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOption
                 "false if tensor_parallel_size is above 1: sharded layers cannot be compiled",
             ),
             (self.kv_disk_path != "", "kv_disk_path", "the path of a folder"),
+            (self.record_trace != "", "record_trace", "the path of a folder"),
             (
                 not (self.mode == "stateless" and self.kv_handover == "on"),
                 "kv_handover",

@@ -11,7 +11,9 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -179,7 +181,7 @@ def _run(
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "source": arguments.workload,
     }
-    with _progress(plan) as (begin, advance):
+    with _progress(plan) as (begin, advance), _stopped_like_ctrl_c():
         results = run_plan(plan, begin, advance)
     summary = summarise(plan, results, notes, about)
     turns = turn_rows(plan, results)
@@ -343,6 +345,19 @@ def _without_key(words: Sequence[str]) -> list[str]:
         elif number and words[number - 1] == "--api-key":
             shown[number] = "..."
     return shown
+
+
+@contextlib.contextmanager
+def _stopped_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM, which `timeout` and container runtimes send, ends a run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -37,12 +37,10 @@ class Row:
 
 
 def read_rows(path: Path, block_tokens: int = BLOCK_TOKENS) -> Iterator[Row]:
-    """In the order of the file, which is that of time. Raises WorkloadError."""
+    """In the order of the file. Raises WorkloadError."""
     time_s = 0.0
     for record in read_jsonl(path):
         row = _row(record, time_s, block_tokens)
-        if row.time_s < time_s:
-            record.fail("'timestamp' is before that of the line above; sort the trace by it")
         time_s = row.time_s
         yield row
 
@@ -50,7 +48,7 @@ def read_rows(path: Path, block_tokens: int = BLOCK_TOKENS) -> Iterator[Row]:
 def read_mooncake(
     path: Path, *, guess_sessions: bool = True, block_tokens: int = BLOCK_TOKENS, s_per_token: float = 0.0
 ) -> Iterator[Session]:
-    """Sessions by the time of their first request.
+    """Sessions by the time of their first request, from that of the first one on.
 
     guess_sessions: else each request without a session_id is a session of its own.
     s_per_token: how fast answers came, which the trace does not tell. A pause is the time between two requests less that of
@@ -59,8 +57,10 @@ def read_mooncake(
     threads: dict[str, _Thread] = {}
     guesses = _Guesses() if guess_sessions else None
     streams: dict[int, int] = {}
-    for number, read in enumerate(read_rows(path, block_tokens)):
-        row = replace(read, hash_ids=tuple(streams.setdefault(block, len(streams)) for block in read.hash_ids))
+    rows = sorted(read_rows(path, block_tokens), key=lambda row: row.time_s)  # a recording has them as they ended
+    for number, read in enumerate(rows):
+        hash_ids = tuple(streams.setdefault(block, len(streams)) for block in read.hash_ids)
+        row = replace(read, hash_ids=hash_ids, time_s=read.time_s - rows[0].time_s)
         name = row.session_id or (guesses.session_of(row) if guesses else "") or f"session-{number}"
         if guesses:
             guesses.remember(row, name)

@@ -60,6 +60,7 @@ BOUNDS = [
     ("compile_layers", [True, False, None], [0, 1, "yes"]),
     ("async_scheduling", [True, False, None], [0, 1, "yes"]),
     ("tensor_parallel_size", [1, 8], [0, -1, None, 2.0, "2", True]),
+    ("record_trace", ["/tmp/traces", None], ["", 1, True]),
 ]
 
 
