@@ -101,7 +101,7 @@ class LoadPrices:
             context_len = segment.start + segment.query_len / 2
             num_tokens += segment.query_len
             cost += segment.query_len * (model.constant + model.per_context_token * context_len) / model.chunk_size
-        if not self.learns_from(num_tokens):
+        if not self.learns_from(num_tokens) or seconds <= 0:
             return
         unit_s = seconds / cost
         known = unit_s if self._unit_s is None else self._unit_s
