@@ -190,11 +190,13 @@ def test_behind_a_fast_disk_hardly_anything_is_computed_again(num_at_once):
     assert core.stats.slow_refusals["disk_load"] == 0
 
 
-def test_a_disk_that_becomes_slow_is_left_alone():
-    """What is loaded at first shows the new price, and the rest is computed."""
+@pytest.mark.parametrize("num_fast_rounds", [0, 2])
+def test_a_disk_that_becomes_slow_is_left_alone(num_fast_rounds):
+    """The first context that is loaded shows the new price, for no more than twice what computing it takes."""
     without, *_ = serve_rounds(None, 4)
-    seconds, *_ = serve_rounds(Disk(500e6, slow_from_s=sum(without[:2])), 4)
-    assert most_late(seconds, without) < 0.03
-    seconds, _, core = serve_rounds(Disk(500e6, slow_from_s=1e-3), 4)  # it was only fast when it was measured
-    assert core.stats.slow_transfers["disk_loaded"] <= 8, "one context"
-    assert seconds[3:] == pytest.approx(without[3:])
+    slow_from_s = 1e-3 + sum(without[:num_fast_rounds])  # it was fast when it was measured, at least
+    seconds, _, core = serve_rounds(Disk(500e6, slow_from_s=slow_from_s), 4)
+    ends = zip(accumulate(seconds), accumulate(without), strict=True)
+    assert max(own_s - other_s for own_s, other_s in ends) < 2 * without[0] / 16
+    assert core.stats.slow_refusals["disk_load"] > 0
+    assert seconds[-2:] == pytest.approx(without[-2:], rel=0.01)
