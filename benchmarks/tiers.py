@@ -40,7 +40,7 @@ from engine.config import EngineConfig
 from engine.core.plan import ChunkRecord
 from engine.core.request import SamplingParams
 from engine.executor.tiers.disk_format import Layout
-from engine.executor.tiers.disk_store import DiskStore
+from engine.executor.tiers.disk_store import NUM_PROBED_SLOTS, DiskSpeed, DiskStore
 from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
 
@@ -81,15 +81,17 @@ class ThrottledStore(DiskStore):
         super().write(block, records, buffers)
         self._wait(len(records))
 
-    def measure(self) -> float:
-        return max(super().measure(), self.layout.slot_bytes / self._bytes_per_s)
+    def measure(self, num_slots: int = NUM_PROBED_SLOTS) -> DiskSpeed:
+        least_s = self.layout.slot_bytes / self._bytes_per_s
+        return DiskSpeed(*(max(seconds, least_s) for seconds in super().measure(num_slots)))
 
 
 @dataclass(slots=True)
 class Side:
     """An engine, or whatever else serves turns, and its conversations.
 
-    round_s: of each round, until what was to be stored is stored. first_token_s: of each turn, by round.
+    Of each round: round_s, its time; cpu_s, that of the process on all cores, which other processes disturb less;
+    first_token_s, of each turn; computed, how many tokens were.
     """
 
     name: str
@@ -97,11 +99,12 @@ class Side:
     contexts: list[list[int]]
     rng: random.Random
     round_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
     first_token_s: list[list[float]] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
 
     async def make_round(self, number: int) -> None:
-        begin_s = time.perf_counter()
+        begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
         before = self.engine.get_statistics()["num_computed_tokens"]
         self.first_token_s.append([])
         for index, context in enumerate(self.contexts):
@@ -115,6 +118,7 @@ class Side:
                 context.extend(delta.token_ids)
             context.extend(self.rng.choices(TOKEN_IDS, k=NUM_NEW_TOKENS))
         self.round_s.append(time.perf_counter() - begin_s)
+        self.cpu_s.append(time.process_time() - begin_cpu_s)
         self.computed.append(self.engine.get_statistics()["num_computed_tokens"] - before)
 
 
@@ -158,20 +162,24 @@ def figures_of(side: Side, without: Sequence[Side]) -> dict[str, Any]:
     """Of the rounds behind the first ones, and how much faster than without a disk these and the first ones were."""
     first, rest = slice(NUM_FIRST_ROUNDS), slice(NUM_FIRST_ROUNDS, None)
     num_turns = len(side.contexts)
-    logs = [
-        math.log(statistics.mean(s) / own) for own, *s in zip(side.round_s, *(w.round_s for w in without), strict=True)
-    ]
-    noise = [math.log(a / b) for a, b in zip(*(w.round_s for w in without), strict=True)]
+
+    def logs(times: str) -> list[float]:
+        """How much faster each round was than the mean of the same round of both without a disk."""
+        rounds = zip(getattr(side, times), *(getattr(other, times) for other in without), strict=True)
+        return [math.log(statistics.mean(others) / own) for own, *others in rounds]
+
+    noise = [math.log(a / b) for a, b in zip(*(other.round_s[rest] for other in without), strict=True)]
     statistics_now = side.engine.get_statistics()
     num_tokens = sum(map(len, side.contexts))
     return {
         "disk": side.name,
         "turns_per_s": num_turns / statistics.median(side.round_s[rest]),
         "first_token_s": statistics.median(s for round_s in side.first_token_s[rest] for s in round_s),
-        "faster": math.exp(statistics.median(logs[rest])) - 1,
-        "faster_in_first_rounds": math.exp(statistics.median(logs[first])) - 1,
+        "faster": math.exp(statistics.median(logs("round_s")[rest])) - 1,
+        "faster_in_first_rounds": math.exp(statistics.median(logs("round_s")[first])) - 1,
+        "less_cpu": math.exp(statistics.median(logs("cpu_s")[rest])) - 1,
         # Of the mean of the rounds, from what two engines without a disk differ by; each of these is one of a mean of two.
-        "error": math.sqrt(statistics.mean(d * d for d in noise) * 3 / 4 / len(logs[rest])),
+        "error": math.sqrt(statistics.mean(d * d for d in noise) * 3 / 4 / len(noise)),
         "computed_share": statistics.mean(side.computed[rest]) / num_tokens,
         "loaded_bytes": statistics_now["num_slow_transfer_bytes"].get("disk_loaded", 0),
         "stored_bytes": statistics_now["num_slow_transfer_bytes"].get("disk_stored", 0),
@@ -208,7 +216,8 @@ def main() -> None:
     half = CONVERSATIONS_IN_TIERS // 2 * num_chunks + num_chunks // 2
     rows: list[dict[str, Any]] = []
     print(
-        f"{'set':>4} {'disk':>14} {'turns/s':>8} {'first token':>12} {'faster':>8} {'+-':>6} {'computed':>9} loaded, stored"
+        f"{'set':>4} {'disk':>14} {'turns/s':>8} {'first token':>12} {'faster':>8} {'+-':>6} {'less CPU':>9} {'computed':>9} "
+        "loaded, stored"
     )
     with tempfile.TemporaryDirectory(dir=arguments.path, prefix="tiers-") as folder:
         model = arguments.model
@@ -243,7 +252,7 @@ def main() -> None:
 def describe(row: dict[str, Any]) -> str:
     return (
         f"{row['working_set']:>3g}x {row['disk']:>14} {row['turns_per_s']:>8.2f} {row['first_token_s'] * 1e3:>9.1f} ms "
-        f"{row['faster']:>+8.1%} {2 * row['error']:>6.1%} {row['computed_share']:>9.1%} "
+        f"{row['faster']:>+8.1%} {2 * row['error']:>6.1%} {row['less_cpu']:>+9.1%} {row['computed_share']:>9.1%} "
         f"{row['loaded_bytes'] / 1e6:.0f}, {row['stored_bytes'] / 1e6:.0f} MB; "
         f"first rounds {row['faster_in_first_rounds']:+.1%} {verdict(row)}"
     )
