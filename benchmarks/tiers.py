@@ -2,141 +2,259 @@
 
 Conversations take turns in one engine, one after the other, and all of them come back in each round. The working set is told
 in multiples of what the GPU and the CPU tier hold together. The disk is the real one, and the real one slowed down to so many
-MB/s. Wanted: at no point more than 3 % slower than without.
+MB/s, reads and writes together. All engines live in one process and make a round in turns, in an order that changes; each
+round of one is compared with the same round of two engines without a disk, and what these two differ by is the noise.
 
-    python benchmarks/tiers.py [--model smollm2] [--context-len 512] [--plot]
+Wanted: at no point more than 3 % slower than without. A point holds, or it does not, if that is so within two standard
+errors; else it is told as unclear, and more rounds are needed.
+
+    python benchmarks/tiers.py --plot                                   SmolLM2-135M in bfloat16
+    python benchmarks/tiers.py --model random --multiples 1 8           a small random model; a minute
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import random
 import statistics
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from machine import RESULTS, write_result
+from peers.model import build_tokenizer
+from random_llama import save_random_llama
 from tqdm import tqdm
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
+from engine.core.plan import ChunkRecord
 from engine.core.request import SamplingParams
-from engine.executor.tiers.disk_store import DiskStore
+from engine.executor.tiers.disk_format import Layout
+from engine.executor.tiers.disk_store import NUM_PROBED_SLOTS, DiskSpeed, DiskStore
 from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
 
 CHUNK_SIZE = 32
 CONVERSATIONS_IN_TIERS = 4
 NUM_NEW_TOKENS = 16
-# Two until the second use has admitted what there is to the disk; the rest are measured.
-NUM_FIRST_ROUNDS, NUM_ROUNDS = 2, 4
+# Until the second use has admitted what there is to the disk; told apart from the others.
+NUM_FIRST_ROUNDS = 2
 ANSWER = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+WITHOUT = ("without", "without again")
+MAX_SLOWER = 0.03
+# The system prompts of no two conversations are alike, so nothing is shared.
+TOKEN_IDS = range(500, 1000)
 
 
-def throttled(speed_mb_s: float | None) -> mock._patch_dict | Any:
-    """A disk that reads at most so many MB a second; None = as it is."""
-    read, measure = DiskStore.read, DiskStore.measure
+class ThrottledStore(DiskStore):
+    """A disk that moves at most so many MB a second, in both directions together."""
 
-    def wait(num_bytes: int, begin_s: float) -> None:
-        if speed_mb_s is not None:
-            time.sleep(max(0.0, num_bytes / speed_mb_s / 1e6 - (time.perf_counter() - begin_s)))
+    def __init__(self, path: Path, layout: Layout, number: int = 0, *, mb_per_s: float) -> None:
+        super().__init__(path, layout, number)
+        self._mutex_of_time = threading.Lock()
+        self._bytes_per_s = mb_per_s * 1e6
+        self._free_at_s = 0.0
 
-    def slow_read(self: DiskStore, block: int, keys: Any, buffers: Any) -> list[bool]:
-        begin_s = time.perf_counter()
-        results = read(self, block, keys, buffers)
-        wait(len(keys) * self.layout.slot_bytes, begin_s)
+    def _wait(self, num_slots: int) -> None:
+        with self._mutex_of_time:
+            begin_s = max(time.perf_counter(), self._free_at_s)
+            self._free_at_s = begin_s + num_slots * self.layout.slot_bytes / self._bytes_per_s
+            wait_s = self._free_at_s - time.perf_counter()
+        time.sleep(max(0.0, wait_s))
+
+    def read(self, block: int, keys: Sequence[bytes], buffers: Sequence[memoryview]) -> list[bool]:
+        results = super().read(block, keys, buffers)
+        self._wait(len(keys))
         return results
 
-    def slow_measure(self: DiskStore) -> float:
-        seconds = measure(self)
-        return seconds if speed_mb_s is None else max(seconds, self.layout.slot_bytes / speed_mb_s / 1e6)
+    def write(self, block: int, records: Sequence[ChunkRecord], buffers: Sequence[memoryview]) -> None:
+        super().write(block, records, buffers)
+        self._wait(len(records))
 
-    return mock.patch.multiple(DiskStore, read=slow_read, measure=slow_measure)
+    def measure(self, num_slots: int = NUM_PROBED_SLOTS) -> DiskSpeed:
+        least_s = self.layout.slot_bytes / self._bytes_per_s
+        return DiskSpeed(*(max(seconds, least_s) for seconds in super().measure(num_slots)))
 
 
-async def measure(config: EngineConfig, num_conversations: int, context_len: int) -> dict[str, Any]:
-    engine = AsyncEngine(config)
-    rng = random.Random(0)
-    contexts = [[rng.randrange(500, 1000) for _ in range(context_len)] for _ in range(num_conversations)]
-    first_s: list[float] = []
-    begin_s = 0.0
-    for round_number in range(NUM_FIRST_ROUNDS + NUM_ROUNDS):
-        if round_number == NUM_FIRST_ROUNDS:
-            before, begin_s = engine.get_statistics(), time.perf_counter()
-        for number, context in enumerate(contexts):
-            request_id = f"{number}.{round_number}"
+@dataclass(slots=True)
+class Side:
+    """An engine, or whatever else serves turns, and its conversations.
+
+    Of each round: round_s, its time; cpu_s, that of the process on all cores, which other processes disturb less;
+    first_token_s, of each turn; computed, how many tokens were.
+    """
+
+    name: str
+    engine: AsyncEngine
+    contexts: list[list[int]]
+    rng: random.Random
+    round_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    first_token_s: list[list[float]] = field(default_factory=list)
+    computed: list[int] = field(default_factory=list)
+
+    async def make_round(self, number: int) -> None:
+        begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
+        before = self.engine.get_statistics()["num_computed_tokens"]
+        self.first_token_s.append([])
+        for index, context in enumerate(self.contexts):
             asked_s = time.perf_counter()
             is_first = True
-            generation = Generation(request_id, str(number), TokenPrompt(tuple(context)), ANSWER)
-            async for delta in engine.generate(generation):
-                if is_first and round_number >= NUM_FIRST_ROUNDS:
-                    first_s.append(time.perf_counter() - asked_s)
+            generation = Generation(f"{index}.{number}", str(index), TokenPrompt(tuple(context)), ANSWER)
+            async for delta in self.engine.generate(generation):
+                if is_first:
+                    self.first_token_s[-1].append(time.perf_counter() - asked_s)
                 is_first = False
                 context.extend(delta.token_ids)
-            context.extend(rng.randrange(500, 1000) for _ in range(NUM_NEW_TOKENS))
-    elapsed_s = time.perf_counter() - begin_s
-    after = engine.get_statistics()
-    await engine.shutdown()
-    return {
-        "turns_per_s": len(first_s) / elapsed_s,
-        "first_token_s": statistics.median(first_s),
-        "cached": 1
-        - (after["num_computed_tokens"] - before["num_computed_tokens"]) / sum(map(len, contexts)) / NUM_ROUNDS,
-        "loaded_bytes": after["num_slow_transfer_bytes"].get("disk_loaded", 0),
-        "stored_bytes": after["num_slow_transfer_bytes"].get("disk_stored", 0),
-        "refused": after.get("slow_refusals", {}),
+            context.extend(self.rng.choices(TOKEN_IDS, k=NUM_NEW_TOKENS))
+        self.round_s.append(time.perf_counter() - begin_s)
+        self.cpu_s.append(time.process_time() - begin_cpu_s)
+        self.computed.append(self.engine.get_statistics()["num_computed_tokens"] - before)
+
+
+def open_side(name: str, mb_per_s: float | None, options: dict[str, Any], contexts: list[list[int]]) -> Side:
+    """name: of the mode. mb_per_s: of the disk, if it is slowed down."""
+    with ExitStack() as stack:
+        if mb_per_s is not None:
+            store = partial(ThrottledStore, mb_per_s=mb_per_s)
+            stack.enter_context(mock.patch("engine.executor.tiers.disk_tier.DiskStore", store))
+        engine = AsyncEngine(EngineConfig.from_options(options))
+    return Side(name, engine, [context[:] for context in contexts], random.Random(0))
+
+
+async def measure(
+    multiple: int, arguments: argparse.Namespace, options: dict[str, Any], folder: Path
+) -> list[dict[str, Any]]:
+    """A row for each mode, of one working set."""
+    rng = random.Random(0)
+    num_conversations = round(CONVERSATIONS_IN_TIERS * multiple)
+    contexts = [rng.choices(TOKEN_IDS, k=arguments.context_len) for _ in range(num_conversations)]
+    modes: dict[str, float | None] = {
+        **dict.fromkeys(WITHOUT),
+        **{f"{s:g} MB/s": s for s in arguments.speeds},
+        "disk": None,
     }
+    sides = []
+    for number, (name, mb_per_s) in enumerate(modes.items()):
+        path = folder / f"{multiple} {number}"
+        disk = {} if name in WITHOUT else {"kv_disk_path": str(path), "kv_disk_size": arguments.disk_gib}
+        sides.append(open_side(name, mb_per_s, {**options, **disk}, contexts))
+    for number in tqdm(range(NUM_FIRST_ROUNDS + arguments.num_rounds), desc=f"{multiple}x"):
+        for side in rng.sample(sides, len(sides)):
+            await side.make_round(number)
+    rows = [figures_of(side, sides[: len(WITHOUT)]) for side in sides]
+    for side in sides:
+        await side.engine.shutdown()
+    return [{"working_set": multiple, **row} for row in rows]
+
+
+def figures_of(side: Side, without: Sequence[Side]) -> dict[str, Any]:
+    """Of the rounds behind the first ones, and how much faster than without a disk these and the first ones were."""
+    first, rest = slice(NUM_FIRST_ROUNDS), slice(NUM_FIRST_ROUNDS, None)
+    num_turns = len(side.contexts)
+
+    def logs(times: str) -> list[float]:
+        """How much faster each round was than the mean of the same round of both without a disk."""
+        rounds = zip(getattr(side, times), *(getattr(other, times) for other in without), strict=True)
+        return [math.log(statistics.mean(others) / own) for own, *others in rounds]
+
+    noise = [math.log(a / b) for a, b in zip(*(other.round_s[rest] for other in without), strict=True)]
+    statistics_now = side.engine.get_statistics()
+    num_tokens = sum(map(len, side.contexts))
+    return {
+        "disk": side.name,
+        "turns_per_s": num_turns / statistics.median(side.round_s[rest]),
+        "first_token_s": statistics.median(s for round_s in side.first_token_s[rest] for s in round_s),
+        "faster": math.exp(statistics.median(logs("round_s")[rest])) - 1,
+        "faster_in_first_rounds": math.exp(statistics.median(logs("round_s")[first])) - 1,
+        "less_cpu": math.exp(statistics.median(logs("cpu_s")[rest])) - 1,
+        # Of the mean of the rounds, from what two engines without a disk differ by; each of these is one of a mean of two.
+        "error": math.sqrt(statistics.mean(d * d for d in noise) * 3 / 4 / len(noise)),
+        "computed_share": statistics.mean(side.computed[rest]) / num_tokens,
+        "loaded_bytes": statistics_now["num_slow_transfer_bytes"].get("disk_loaded", 0),
+        "stored_bytes": statistics_now["num_slow_transfer_bytes"].get("disk_stored", 0),
+        "refused": statistics_now.get("slow_refusals", {}),
+        "round_s": side.round_s,
+    }
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Whether it is at most MAX_SLOWER slower than without."""
+    if row["disk"] in WITHOUT:
+        return ""
+    if row["faster"] - 2 * row["error"] >= -MAX_SLOWER:
+        return "holds"
+    return "slower" if row["faster"] + 2 * row["error"] < -MAX_SLOWER else "unclear"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--num-threads", type=int, default=None)
-    parser.add_argument("--context-len", type=int, default=512)
-    parser.add_argument("--multiples", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--model", default="smollm2", help="random: a small one with random weights")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--num-threads", type=int, default=2)
+    parser.add_argument("--context-len", type=int, default=192)
+    parser.add_argument("--num-rounds", type=int, default=4, help="that are measured")
+    parser.add_argument("--multiples", type=float, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--speeds", type=float, nargs="+", default=[20, 100, 500], help="MB/s; the real disk is added")
+    parser.add_argument("--disk-gib", type=float, default=1.0)
     parser.add_argument("--path", type=Path, default=None, help="a folder on the disk to measure")
+    parser.add_argument("--name", default="tiers", help="of the result files")
     parser.add_argument("--plot", action="store_true")
-    args = parser.parse_args()
-    final_len = args.context_len + (NUM_FIRST_ROUNDS + NUM_ROUNDS) * (NUM_NEW_TOKENS + ANSWER.max_tokens)
+    arguments = parser.parse_args()
+    final_len = arguments.context_len + (NUM_FIRST_ROUNDS + arguments.num_rounds) * (NUM_NEW_TOKENS + ANSWER.max_tokens)
     num_chunks = -(-final_len // CHUNK_SIZE)
-    half = CONVERSATIONS_IN_TIERS // 2 * num_chunks
-    options = {
-        "model": args.model,
-        "dtype": args.dtype,
-        "num_threads": args.num_threads,
-        "chunk_size": CHUNK_SIZE,
-        "num_gpu_blocks": half + num_chunks // 2,
-        "num_cpu_blocks": half + num_chunks // 2,
-        "max_model_len": final_len + CHUNK_SIZE,
-        "decode_reserve": 0.02,
-    }
+    half = CONVERSATIONS_IN_TIERS // 2 * num_chunks + num_chunks // 2
     rows: list[dict[str, Any]] = []
-    print(f"{'set':>4} {'disk':>10} {'turns/s':>8} {'first token':>12} {'cached':>7} {'loaded':>9} {'stored':>9}")
-    modes: list[tuple[str, float | None]] = [("none", None), *((f"{s:g} MB/s", s) for s in args.speeds), ("disk", None)]
-    for multiple in tqdm(args.multiples, desc="working sets"):
-        for name, speed in modes:
-            with tempfile.TemporaryDirectory(dir=args.path) as folder, throttled(speed):
-                disk = {} if name == "none" else {"kv_disk_path": folder, "kv_disk_size": 8}
-                config = EngineConfig.from_options({**options, **disk})
-                num_conversations = CONVERSATIONS_IN_TIERS * multiple
-                figures = asyncio.run(measure(config, num_conversations, args.context_len))
-            rows.append({"working_set": multiple, "disk": name, **figures})
-            tqdm.write(describe(rows[-1]))
-    write_result("tiers", {"options": options, "context_len": args.context_len, "rows": rows})
-    if args.plot:
-        plot(rows, RESULTS / "tiers.png")
+    print(
+        f"{'set':>4} {'disk':>14} {'turns/s':>8} {'first token':>12} {'faster':>8} {'+-':>6} {'less CPU':>9} {'computed':>9} "
+        "loaded, stored"
+    )
+    with tempfile.TemporaryDirectory(dir=arguments.path, prefix="tiers-") as folder:
+        model = arguments.model
+        if model == "random":
+            model = f"{folder}/model"
+            save_random_llama(Path(model), hidden=256, layers=4)
+            build_tokenizer().save_pretrained(model)
+        options = {
+            "model": model,
+            "dtype": arguments.dtype,
+            "num_threads": arguments.num_threads,
+            "chunk_size": CHUNK_SIZE,
+            "num_gpu_blocks": half,
+            "num_cpu_blocks": half,
+            "max_model_len": final_len + CHUNK_SIZE,
+            "decode_reserve": 0.02,
+        }
+        for multiple in arguments.multiples:
+            rows += asyncio.run(measure(multiple, arguments, options, Path(folder)))
+            for row in rows[-len(arguments.speeds) - 1 - len(WITHOUT) :]:
+                print(describe(row), flush=True)
+    given = {name: value for name, value in vars(arguments).items() if name not in ("path", "name", "plot")}
+    verdicts = {name: sum(verdict(row) == name for row in rows) for name in ("holds", "unclear", "slower")}
+    print(verdicts)
+    write_result(
+        arguments.name, {**given, "options": {**options, "model": arguments.model}, "verdicts": verdicts, "rows": rows}
+    )
+    if arguments.plot:
+        plot(rows, RESULTS / f"{arguments.name}.png")
 
 
 def describe(row: dict[str, Any]) -> str:
     return (
-        f"{row['working_set']:>3}x {row['disk']:>10} {row['turns_per_s']:>8.2f} {row['first_token_s'] * 1e3:>9.1f} ms "
-        f"{row['cached']:>7.1%} {row['loaded_bytes'] / 1e6:>6.0f} MB {row['stored_bytes'] / 1e6:>6.0f} MB"
+        f"{row['working_set']:>3g}x {row['disk']:>14} {row['turns_per_s']:>8.2f} {row['first_token_s'] * 1e3:>9.1f} ms "
+        f"{row['faster']:>+8.1%} {2 * row['error']:>6.1%} {row['less_cpu']:>+9.1%} {row['computed_share']:>9.1%} "
+        f"{row['loaded_bytes'] / 1e6:.0f}, {row['stored_bytes'] / 1e6:.0f} MB; "
+        f"first rounds {row['faster_in_first_rounds']:+.1%} {verdict(row)}"
     )
 
 
@@ -148,15 +266,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for name in dict.fromkeys(row["disk"] for row in rows):
         own = [row for row in rows if row["disk"] == name]
         sizes = [row["working_set"] for row in own]
-        style = "k--" if name == "none" else "o-"
+        style = {WITHOUT[0]: "k--", WITHOUT[1]: "k:"}.get(name, "o-")
         speed_axes.plot(sizes, [row["turns_per_s"] for row in own], style, label=name)
         latency_axes.plot(sizes, [row["first_token_s"] * 1e3 for row in own], style, label=name)
-    speed_axes.set(title="turns per second", xlabel="working set / (GPU tier + CPU tier)", xscale="log")
-    latency_axes.set(
-        title="median time to first token (ms)", xlabel="working set / (GPU tier + CPU tier)", xscale="log"
-    )
+    label = "working set / (GPU tier + CPU tier)"
+    speed_axes.set(title="turns per second", xlabel=label, xscale="log")
+    latency_axes.set(title="median time to first token (ms)", xlabel=label, xscale="log")
     for axes in (speed_axes, latency_axes):
-        axes.set_xticks(sizes, [f"{size}x" for size in sizes])
+        axes.set_xticks(sizes, [f"{size:g}x" for size in sizes])
         axes.legend(title="disk tier")
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)

@@ -15,6 +15,8 @@ LOAD_WEIGHT = 1 / 16
 STEP_WEIGHT = 1 / 4
 # After so many seconds without a load that was observed, one is made only to see what it costs now.
 PROBE_AFTER_S = 30.0
+# A chunk is stored if it is loaded so many times as fast as computed: stores delay loads, and loads begin a step late.
+STORE_MARGIN = 4 / 3
 
 
 class LoadPrices:
@@ -42,6 +44,11 @@ class LoadPrices:
         """Whether loading the chunk alone costs no more than computing `num_tokens` of it; see CostModel.is_loaded."""
         chunk_size = self._cost_model.chunk_size
         return self.load_cost(tier) * chunk_size <= self._cost_model.chunk_cost(position) * num_tokens
+
+    def is_worth_storing(self, tier: str, position: int, num_tokens: int) -> bool:
+        """Whether loading the chunk would be so much cheaper than to compute it that storing it pays."""
+        chunk_size = self._cost_model.chunk_size
+        return STORE_MARGIN * self.load_cost(tier) * chunk_size <= self._cost_model.chunk_cost(position) * num_tokens
 
     def compute_cost(self, chunks: Iterable[tuple[int, int]]) -> float:
         """Of these (position, number of tokens) together."""
@@ -101,7 +108,7 @@ class LoadPrices:
             context_len = segment.start + segment.query_len / 2
             num_tokens += segment.query_len
             cost += segment.query_len * (model.constant + model.per_context_token * context_len) / model.chunk_size
-        if not self.learns_from(num_tokens):
+        if not self.learns_from(num_tokens) or seconds <= 0:
             return
         unit_s = seconds / cost
         known = unit_s if self._unit_s is None else self._unit_s

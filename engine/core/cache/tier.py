@@ -67,12 +67,14 @@ class Tier:
         return self.copied.choose_victim(now) or self.sole.choose_victim(now)
 
     def choose_victim_before(self, chunk: Chunk, now: float) -> Chunk | None:
-        """As `choose_victim`, but only one that the policy would let go before `chunk`."""
-        for policy in (self.copied, self.sole):
-            victim = policy.choose_victim(now)
-            if victim is not None and policy.goes_before(victim, chunk, now):
-                return victim
-        return None
+        """As `choose_victim`, but only if the policy would let one go before `chunk`."""
+        copied, sole = self.copied.choose_victim(now), self.sole.choose_victim(now)
+        if copied is not None and self.sole.goes_before(copied, chunk, now):
+            return copied
+        if sole is None or not self.sole.goes_before(sole, chunk, now):
+            return None
+        # One of them loses its block. What a slow tier has is loaded again, while the other one would be computed again.
+        return copied if copied is not None and sole.is_to_store else sole
 
     def choose_victim_idle_at(self, now: float) -> Chunk | None:
         """As `choose_victim`, but only one that was not used just now."""

@@ -249,12 +249,37 @@ def test_a_tail_that_is_written_on_loses_its_copies_in_all_tiers(make_core):
 
 
 def test_no_load_that_costs_more_than_computing(make_core):
-    costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, load_costs={"cpu": 0.5, NAME: 3.5})
+    prices = {"cpu": 0.5, NAME: 1.5}
+    costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, load_costs=prices, is_in_seconds=True)
     driver = with_a_context_in_the_slow_tier(make_core, cost_model=costs)
+    driver.core.note_load_price(NAME, 3.25, driver.now)  # what is stored has become more expensive
     request = driver.add("a2", range(14), max_tokens=2, conversation_id="a")  # chunks cost 2, 3 and 4
     driver.step()
     assert request.status is RequestStatus.LOADING
     assert [key in request.loads for key in request.chunk_keys] == [False, False, True]
+
+
+def test_no_store_unless_loading_will_be_clearly_cheaper_than_computing(make_core):
+    """By a quarter at least."""
+    costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, load_costs={NAME: 2.9})
+    driver = with_a_context_in_the_slow_tier(make_core, cost_model=costs)
+    stored = [chunk.position for chunk in driver.core._cache.index if chunk.blocks[2] is not None]
+    assert set(stored) == {2}, "chunks cost 2, 3 and 4"
+    assert driver.core.stats.slow_refusals[f"{NAME}_store"] > 0
+
+
+@pytest.mark.parametrize("num_cpu_blocks", [2, 4, 6])
+def test_of_a_context_larger_than_the_secondary_tier_the_end_is_loaded(make_core, answer, num_cpu_blocks):
+    """As much as there are blocks; what costs least is computed."""
+    driver = make_core(14, num_cpu_blocks=num_cpu_blocks, slow_tiers=(dict_tier(64),), swap_out_watermark=1.0)
+    driver.slow_tier._failures = driver.slow_tier._hangs = 0.0
+    for turn in range(3):
+        for name, first in (("a", 0), ("b", 60), ("c", 120)):
+            request = driver.add(f"{name}{turn}", range(first, first + 41), max_tokens=2, conversation_id=name)
+            driver.run()
+            driver.settle()
+            assert driver.tokens[f"{name}{turn}"] == answer(tuple(range(first, first + 41)), 2)
+    assert request.num_loaded_tokens >= 4 * num_cpu_blocks - 3
 
 
 def test_a_tier_that_fails_is_left_alone_for_a_while(make_core):
