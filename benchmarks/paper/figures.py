@@ -169,7 +169,10 @@ def compare(figure: str, run: dict[str, float]) -> None:
     paper, curves = read_digitised(figure), read_simulated(figure)
     lines = {f"{system}, simulated": points for system, points in curves.items()}
     lines |= {f"{system}, paper": paper[system] for system in SYSTEMS}
-    plot = plot_lines(f"Figure {figure}", "requests a second, achieved", "s/token, 90th percentile", lines, y_max=0.35)
+    pairs = {f"{system}, paper": f"{system}, simulated" for system in SYSTEMS}
+    plot = plot_lines(
+        f"Figure {figure}", "requests a second, achieved", "s/token, 90th percentile", lines, y_max=0.35, dashed=pairs
+    )
     (FOLDER / f"figure_{figure}.svg").write_text(plot + "\n")
     rates = {
         system: {
