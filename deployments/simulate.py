@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -50,27 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_cases(cases: Sequence[Case], seeds: Sequence[int], num_jobs: int = 1) -> list[Result]:
     """Simulate each case with each seed, `num_jobs` at a time. Raises ConfigError."""
     tasks = [(case, seed) for case in cases for seed in seeds]
-    progress = tqdm(total=len(tasks), desc="simulating", unit="run", disable=not sys.stderr.isatty())
-    summaries: list[Summary] = []
-    with progress:
+    total_s = round(sum(case.duration_s for case, _ in tasks))
+    with tqdm(total=total_s, desc="simulating", unit="s", disable=not sys.stderr.isatty()) as progress:
         if num_jobs == 1 or len(tasks) == 1:
-            done: Iterable[Summary] = map(_run_task, tasks)
-            for summary in done:
-                summaries.append(summary)
-                progress.update()
+            summaries = [_run_shown(case, seed, progress) for case, seed in tasks]
         else:
+            summaries = []
             with multiprocessing.get_context("spawn").Pool(min(num_jobs, len(tasks))) as pool:
-                for summary in pool.imap(_run_task, tasks):
+                for (case, _), summary in zip(tasks, pool.imap(_run_task, tasks), strict=True):
                     summaries.append(summary)
-                    progress.update()
+                    progress.update(round(case.duration_s))
     rows = [summaries[start : start + len(seeds)] for start in range(0, len(summaries), len(seeds))]
     return [_result(case, row) for case, row in zip(cases, rows, strict=True)]
 
 
-def run_case(case: Case, seed: int) -> Summary:
-    """One simulation. Raises ConfigError, also if it is too short for any turn to end."""
+def run_case(case: Case, seed: int, on_progress: Callable[[float], None] = lambda now: None) -> Summary:
+    """One simulation. Raises ConfigError, also if it is too short for any turn to end.
+
+    on_progress: is told the simulated time, about once a simulated second.
+    """
     sessions, num_active = make_sessions(case, seed)
-    outcome = Simulator(make_cluster(case, seed), sessions, num_active=num_active).run(case.duration_s)
+    simulator = Simulator(make_cluster(case, seed), sessions, num_active=num_active)
+    outcome = simulator.run(case.duration_s, on_progress)
     try:
         return outcome.summary(case.warm_up_s)
     except ValueError as error:
@@ -91,6 +92,17 @@ def describe(case: Case) -> str:
         "changes": "; ".join(f"{each.what} {each.rank} at {each.time_s:g} s" for each in case.changes) or "none",
     }
     return "\n".join(f"{name}: {text}" for name, text in lines.items())
+
+
+def _run_shown(case: Case, seed: int, progress: tqdm[NoReturn]) -> Summary:
+    start_s = progress.n
+
+    def show(now: float) -> None:
+        progress.update(start_s + round(now) - progress.n)
+
+    summary = run_case(case, seed, show)
+    show(case.duration_s)
+    return summary
 
 
 def _run_task(task: tuple[Case, int]) -> Summary:

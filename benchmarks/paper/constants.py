@@ -2,7 +2,7 @@
 
 The paper: Yu, Lin, Li, "Stateful Large Language Model Serving with Pensieve", EuroSys 2025. What is fitted was fitted on
 Figure 10a by an earlier prototype with another cost model for the same device, and not again since; no other panel was
-looked at.
+looked at: 10b is simulated with the same constants, as a prediction.
 """
 
 from __future__ import annotations
@@ -31,8 +31,15 @@ METRIC = "s_per_token_p90"
 
 # Requests a second that are offered, by figure. The points are at the rate that is achieved, as the paper's move left when a
 # system is saturated.
-RATES = {"10a": (0.5, 1.0, 1.5, 2.0, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0)}
-SATURATED = {"vllm-0.2.0": 3.25, "pensieve-gpu-only": 3.25, "pensieve": 4.0}
+RATES = {
+    "10a": (0.5, 1.0, 1.5, 2.0, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0),
+    "10b": (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0),
+}
+# The highest rate that is worth simulating.
+SATURATED = {
+    "10a": {"vllm-0.2.0": 3.25, "pensieve-gpu-only": 3.25, "pensieve": 4.0},
+    "10b": {"vllm-0.2.0": 7.0, "pensieve-gpu-only": 7.0, "pensieve": 10.0},
+}
 # Latencies at which rates are compared, in seconds a token.
-LEVELS = {"10a": (0.05, 0.08, 0.12, 0.18)}
+LEVELS = {"10a": (0.05, 0.08, 0.12, 0.18), "10b": (0.05, 0.08, 0.12, 0.18)}
 DURATION_S, WARM_UP_S = 1800.0, 600.0

@@ -37,7 +37,7 @@ from engine.workloads.synthetic import Synthetic, draw_sessions, sharegpt
 
 DIGITISED = Path(__file__).parent / "digitised_10ab.csv"
 FOLDER = RESULTS / "paper"
-FIGURES = {"10a": ("opt-13b", sharegpt)}
+FIGURES = {"10a": ("opt-13b", sharegpt), "10b": ("llama-2-13b-gqa", sharegpt)}
 # Latencies up to this one are below the bend of a curve.
 BEND_S = 0.08
 SYSTEMS = ("vllm-0.2.0", "pensieve-gpu-only", "pensieve")
@@ -138,7 +138,10 @@ def simulate_all(figure: str, seeds: int, duration_s: float, warm_up_s: float) -
     """Simulate all systems of a figure, and write a row for each system and rate."""
     rows: list[dict[str, float | str]] = []
     tasks = [
-        (system, rate) for system in SYSTEMS for rate in constants.RATES[figure] if rate <= constants.SATURATED[system]
+        (system, rate)
+        for system in SYSTEMS
+        for rate in constants.RATES[figure]
+        if rate <= constants.SATURATED[figure][system]
     ]
     for system, rate in tqdm(tasks, desc=f"figure {figure}", disable=not sys.stderr.isatty()):
         summaries = [simulate(figure, system, rate, seed, duration_s, warm_up_s) for seed in range(seeds)]
@@ -166,7 +169,10 @@ def compare(figure: str, run: dict[str, float]) -> None:
     paper, curves = read_digitised(figure), read_simulated(figure)
     lines = {f"{system}, simulated": points for system, points in curves.items()}
     lines |= {f"{system}, paper": paper[system] for system in SYSTEMS}
-    plot = plot_lines(f"Figure {figure}", "requests a second, achieved", "s/token, 90th percentile", lines, y_max=0.35)
+    pairs = {f"{system}, paper": f"{system}, simulated" for system in SYSTEMS}
+    plot = plot_lines(
+        f"Figure {figure}", "requests a second, achieved", "s/token, 90th percentile", lines, y_max=0.35, dashed=pairs
+    )
     (FOLDER / f"figure_{figure}.svg").write_text(plot + "\n")
     rates = {
         system: {

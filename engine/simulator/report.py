@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,11 +106,15 @@ def plot_lines(
     y_label: str,
     lines: Mapping[str, Sequence[tuple[float, float]]],
     y_max: float | None = None,
+    dashed: Mapping[str, str] | None = None,
 ) -> str:
-    """An SVG of lines through points, by name, with axes from 0."""
+    """An SVG of lines through points, by name, with axes from 0.
+
+    y_max: what is above is drawn at the edge; None = nothing is. dashed: lines by name, and those whose colors they share.
+    """
     points = [point for line in lines.values() for point in line]
-    x_end = max((x for x, _ in points), default=1.0) * 1.05 or 1.0
-    y_end = y_max or max((y for _, y in points), default=1.0) * 1.1 or 1.0
+    x_step, x_end = _ticks(max((x for x, _ in points), default=1.0))
+    y_step, y_end = _ticks(y_max or max((y for _, y in points), default=1.0))
 
     def place(x: float, y: float) -> tuple[float, float]:
         return MARGIN + x / x_end * (WIDTH - MARGIN - 10), HEIGHT - MARGIN - min(y / y_end, 1.0) * (
@@ -121,28 +126,31 @@ def plot_lines(
         f'font-family="sans-serif" font-size="11"><text x="{WIDTH / 2}" y="16" text-anchor="middle" font-size="13">'
         f"{html.escape(title)}</text>"
     ]
-    for number in range(6):
-        x, y = x_end * number / 5, y_end * number / 5
-        (left, at_y), (at_x, low) = place(0, y), place(x, 0)
+    for number in range(round(y_end / y_step) + 1):
+        left, at_y = place(0, number * y_step)
         parts.append(
             f'<line x1="{left}" y1="{at_y:.1f}" x2="{WIDTH - 10}" y2="{at_y:.1f}" stroke="#ddd"/>'
-            f'<text x="{left - 4}" y="{at_y + 4:.1f}" text-anchor="end">{y:.3g}</text>'
-            f'<text x="{at_x:.1f}" y="{low + 14}" text-anchor="middle">{x:.3g}</text>'
+            f'<text x="{left - 4}" y="{at_y + 4:.1f}" text-anchor="end">{number * y_step:.3g}</text>'
         )
+    for number in range(round(x_end / x_step) + 1):
+        at_x, low = place(number * x_step, 0)
+        parts.append(f'<text x="{at_x:.1f}" y="{low + 14}" text-anchor="middle">{number * x_step:.3g}</text>')
     parts.append(
         f'<text x="{WIDTH / 2}" y="{HEIGHT - 22}" text-anchor="middle">{html.escape(x_label)}</text>'
         f'<text x="12" y="{HEIGHT / 2}" text-anchor="middle" transform="rotate(-90 12 {HEIGHT / 2})">'
         f"{html.escape(y_label)}</text>"
     )
     for number, (name, line) in enumerate(lines.items()):
-        color = COLORS[number % len(COLORS)]
+        shared = (dashed or {}).get(name)
+        color = COLORS[(number if shared is None else list(lines).index(shared)) % len(COLORS)]
+        dash = "" if shared is None else ' stroke-dasharray="5 4"'
         places = [place(x, y) for x, y in line]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.6"{dash}/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
         at = HEIGHT - 6 + 16 * number
         parts.append(
-            f'<rect x="{MARGIN}" y="{at}" width="12" height="3" fill="{color}"/>'
+            f'<line x1="{MARGIN}" y1="{at}" x2="{MARGIN + 14}" y2="{at}" stroke="{color}" stroke-width="3"{dash}/>'
             f'<text x="{MARGIN + 18}" y="{at + 5}">{html.escape(name or "all")}</text>'
         )
     return "".join(parts) + "</svg>"
@@ -168,6 +176,13 @@ def _plots(results: Sequence[Result]) -> list[str]:
         }
         plots.append(plot_lines(title, "turns a second, achieved", label, lines))
     return plots
+
+
+def _ticks(most: float) -> tuple[float, float]:
+    """A round distance of some five to ten ticks from 0 that reach `most`, and the last of them."""
+    power = 10 ** math.floor(math.log10(most)) if most > 0 else 1.0
+    step = next(power * part for part in (0.1, 0.2, 0.5, 1.0, 2.0) if most <= 10 * power * part)
+    return step, step * max(1, math.ceil(most / step - 1e-9))
 
 
 def _plus_minus(result: Result, name: str, form: str) -> str:
