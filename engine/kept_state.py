@@ -18,8 +18,8 @@ from engine.core.plan import ChunkRecord
 from engine.core.request import Request
 from engine.core.tier_table import TierSpec
 from engine.executor.group import make_disk_tier
+from engine.executor.peers.tier import make_peer_tier
 from engine.executor.tiers.disk_tier import TRANSCRIPT_SHARE
-from engine.executor.tiers.peer_tier import make_peer_tier
 from engine.peer_link import PeerLink
 from engine.peer_network import PeerNetwork
 from engine.step_loop import PeerAnswers, Transport

@@ -24,7 +24,7 @@ from engine.core.config import CacheConfig
 from engine.core.handover import FoundChunks, records_of
 from engine.core.plan import ChunkRecord
 from engine.core.request import Request
-from engine.executor.tiers.peer_tier import PeerTier
+from engine.executor.peers.tier import PeerTier
 from engine.text.transcript import Conversation, ConversationTable
 from engine.text.transcript_file import decode, encode
 

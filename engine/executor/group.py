@@ -38,13 +38,13 @@ from engine.errors import ConfigError, EngineError, EngineStoppedError
 from engine.executor.host import available_cores
 from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import check_can_be_sharded
+from engine.executor.peers.blocks import make_rank_blocks
 from engine.executor.plan_channel import PlanSender
 from engine.executor.process_group import GroupMember, ProcessGroup, check_no_group, serve_store
 from engine.executor.tiers.disk_tier import DiskTier, make_rank_tier
 from engine.executor.tiers.group_blocks import GroupBlocks
 from engine.executor.tiers.group_channel import TierChannel, wants_tier_channel
 from engine.executor.tiers.group_tier import GroupTier
-from engine.executor.tiers.peer_blocks import make_rank_blocks
 
 logger = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.executor.local import LocalExecutor
+from engine.executor.peers.blocks import make_rank_blocks
 from engine.executor.plan_channel import PlanReceiver, SwapsDone, connect_tiers, failure_of
 from engine.executor.process_group import GroupMember, ProcessGroup
 from engine.executor.tiers.disk_tier import make_rank_tier
 from engine.executor.tiers.group_channel import TierFollower, wants_tier_channel
-from engine.executor.tiers.peer_blocks import make_rank_blocks
 
 __all__ = ["GroupMember", "run_worker"]
 

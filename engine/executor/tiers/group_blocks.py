@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
+from engine.executor.peers.blocks import LocalBlocks
 from engine.executor.tiers.group_channel import BlockRead, BlockWritten, Gone, ReadBlock, TierChannel, WriteBlock
-from engine.executor.tiers.peer_blocks import LocalBlocks
 
 
 class GroupBlocks:

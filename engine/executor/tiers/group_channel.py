@@ -24,9 +24,9 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.core.plan import SlowTransfer, TransferEnd
+from engine.executor.peers.blocks import LocalBlocks
 from engine.executor.plan_channel import hang_up
 from engine.executor.tiers.disk_tier import CLOSE_TIMEOUT_S, DiskTier, wants_disk_tier
-from engine.executor.tiers.peer_blocks import LocalBlocks
 
 logger = logging.getLogger(__name__)
 

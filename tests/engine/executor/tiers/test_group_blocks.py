@@ -11,12 +11,12 @@ import torch
 
 from engine.attention.protocol import LayerShape
 from engine.core.plan import TransferEnd
+from engine.executor.peers.blocks import LocalBlocks
 from engine.executor.tiers.group_blocks import GroupBlocks
 from engine.executor.tiers.group_channel import OpenTier, TierChannel, TierFollower
 from engine.executor.tiers.kv_store import KVStore
-from engine.executor.tiers.peer_blocks import LocalBlocks
 from engine.executor.tiers.swapper import Checksums
-from tests.engine.executor.tiers.peer_engine import CHUNK_SIZE, PeerEngine, record_of, wait_until
+from tests.engine.executor.peers.peer_engine import CHUNK_SIZE, PeerEngine, record_of, wait_until
 from tests.engine.executor.tiers.test_group_tier import Part
 
 LAYERS = (LayerShape(2, 4, 4), LayerShape(1, 6, 2))

@@ -11,11 +11,11 @@ import pytest
 
 from engine.core.plan import BlockCopy, ChunkRecord, SlowTransfer, TransferEnd
 from engine.core.tier_table import CPU, TierSpec
+from engine.executor.peers.blocks import LocalBlocks
 from engine.executor.tiers import group_tier
 from engine.executor.tiers.disk_tier import DISK
 from engine.executor.tiers.group_channel import OpenTier, TierChannel, TierFollower, TierOpened
 from engine.executor.tiers.group_tier import GroupTier
-from engine.executor.tiers.peer_blocks import LocalBlocks
 
 # Only a defect waits for it.
 PATIENCE_S = 30.0

@@ -14,9 +14,9 @@ from engine.attention.protocol import LayerShape
 from engine.core.handover import FoundChunks
 from engine.core.plan import BlockCopy, ChunkRecord, SlowTransfer, TransferEnd
 from engine.core.tier_table import CPU, PEER
+from engine.executor.peers.blocks import Blocks, LocalBlocks
+from engine.executor.peers.tier import PeerTier
 from engine.executor.tiers.kv_store import KVStore
-from engine.executor.tiers.peer_blocks import Blocks, LocalBlocks
-from engine.executor.tiers.peer_tier import PeerTier
 from engine.executor.tiers.swapper import Checksums
 
 SECRET = b"s" * 32

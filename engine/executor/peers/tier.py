@@ -24,18 +24,18 @@ from engine.core.tier_table import CPU, PEER, TierSpec
 from engine.errors import ConfigError
 from engine.executor.group import GroupExecutor
 from engine.executor.local import LocalExecutor
+from engine.executor.peers.blocks import Blocks, make_rank_blocks
+from engine.executor.peers.client import Peer, query_of
+from engine.executor.peers.connection import Connection
+from engine.executor.peers.directory import Directory, hash_conversation
+from engine.executor.peers.lanes import Query
+from engine.executor.peers.loads import Loads
+from engine.executor.peers.messages import Offer, pack_id, pack_offer, unpack_found
+from engine.executor.peers.protocol import MAX_CONTENT_BYTES, MAX_KEYS, VERSION, Greeting, Kind, pack_keys
+from engine.executor.peers.sends import Sends
+from engine.executor.peers.server import PeerHandlers, PeerServer
+from engine.executor.peers.timing import Deadlines, Rate
 from engine.executor.tiers.kv_content import kv_identity
-from engine.executor.tiers.peer_blocks import Blocks, make_rank_blocks
-from engine.executor.tiers.peer_client import Peer, query_of
-from engine.executor.tiers.peer_connection import Connection
-from engine.executor.tiers.peer_directory import Directory, hash_conversation
-from engine.executor.tiers.peer_lanes import Query
-from engine.executor.tiers.peer_loads import Loads
-from engine.executor.tiers.peer_messages import Offer, pack_id, pack_offer, unpack_found
-from engine.executor.tiers.peer_protocol import MAX_CONTENT_BYTES, MAX_KEYS, VERSION, Greeting, Kind, pack_keys
-from engine.executor.tiers.peer_sends import Sends
-from engine.executor.tiers.peer_server import PeerHandlers, PeerServer
-from engine.executor.tiers.peer_timing import Deadlines, Rate
 from engine.peer_network import PeerNetwork
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ import pytest
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executor.local import LocalExecutor
-from engine.executor.tiers.peer_tier import make_peer_tier
+from engine.executor.peers.tier import make_peer_tier
 from engine.peer_network import PeerNetwork
-from tests.engine.executor.tiers.peer_engine import PeerEngine, key_of, record_of, wait_until
+from tests.engine.executor.peers.peer_engine import PeerEngine, key_of, record_of, wait_until
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_an_offer_is_taken_or_not(engines):
 
 
 def test_who_knows_a_conversation_is_told(engines, monkeypatch):
-    monkeypatch.setattr("engine.executor.tiers.peer_tier.REFRESH_INTERVAL_S", 0.02)
+    monkeypatch.setattr("engine.executor.peers.tier.REFRESH_INTERVAL_S", 0.02)
     one, two, three = engines("one"), engines("two"), engines("three")
     one.tier.note_conversation("chat", 100)
     two.tier.note_conversation("chat", 300)

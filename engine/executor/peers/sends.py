@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from engine.core.plan import SlowTransfer, TransferEnd
-from engine.executor.tiers.peer_blocks import Blocks
-from engine.executor.tiers.peer_connection import SEND_TIMEOUT_S, Connection, Message
-from engine.executor.tiers.peer_protocol import MAX_KEYS, Buffer, Kind, pack_frame, pack_keys
-from engine.executor.tiers.peer_timing import Deadlines, Rate
+from engine.executor.peers.blocks import Blocks
+from engine.executor.peers.connection import SEND_TIMEOUT_S, Connection, Message
+from engine.executor.peers.protocol import MAX_KEYS, Buffer, Kind, pack_frame, pack_keys
+from engine.executor.peers.timing import Deadlines, Rate
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from typing import Protocol, TypeVar
 
 from engine.core.handover import FoundChunks
 from engine.core.plan import ChunkRecord
-from engine.executor.tiers.peer_connection import Connection, Message
-from engine.executor.tiers.peer_directory import Directory
-from engine.executor.tiers.peer_messages import pack_found, pack_rows, unpack_id, unpack_offer, unpack_version
-from engine.executor.tiers.peer_protocol import (
+from engine.executor.peers.connection import Connection, Message
+from engine.executor.peers.directory import Directory
+from engine.executor.peers.messages import pack_found, pack_rows, unpack_id, unpack_offer, unpack_version
+from engine.executor.peers.protocol import (
     MAX_CONTENT_BYTES,
     Greeting,
     Header,
@@ -25,8 +25,8 @@ from engine.executor.tiers.peer_protocol import (
     StrangerError,
     unpack_keys,
 )
-from engine.executor.tiers.peer_sends import Sends
-from engine.executor.tiers.peer_socket import PeerSocket, greet
+from engine.executor.peers.sends import Sends
+from engine.executor.peers.socket import PeerSocket, greet
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

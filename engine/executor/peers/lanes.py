@@ -10,9 +10,9 @@ from itertools import count
 from typing import Any, Generic, TypeVar
 
 from engine.core.plan import SlowTransfer
-from engine.executor.tiers.peer_connection import Connection
-from engine.executor.tiers.peer_loads import Loads, Pull
-from engine.executor.tiers.peer_protocol import (
+from engine.executor.peers.connection import Connection
+from engine.executor.peers.loads import Loads, Pull
+from engine.executor.peers.protocol import (
     MAX_KEYS,
     Buffer,
     Greeting,
@@ -23,8 +23,8 @@ from engine.executor.tiers.peer_protocol import (
     pack_keys,
     unpack_keys,
 )
-from engine.executor.tiers.peer_socket import PeerSocket
-from engine.executor.tiers.peer_timing import Deadlines
+from engine.executor.peers.socket import PeerSocket
+from engine.executor.peers.timing import Deadlines
 
 T = TypeVar("T")
 

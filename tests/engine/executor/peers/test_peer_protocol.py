@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from engine.core.handover import FoundChunks
 from engine.core.plan import ChunkRecord
-from engine.executor.tiers import peer_messages, peer_protocol
-from engine.executor.tiers.peer_messages import (
+from engine.executor.peers import messages, protocol
+from engine.executor.peers.messages import (
     MAX_ROWS,
     DirectoryRow,
     Offer,
@@ -28,7 +28,7 @@ from engine.executor.tiers.peer_messages import (
     unpack_rows,
     unpack_version,
 )
-from engine.executor.tiers.peer_protocol import (
+from engine.executor.peers.protocol import (
     HEADER_BYTES,
     MAX_CONTENT_BYTES,
     MAX_KEYS,
@@ -107,8 +107,8 @@ def test_lengths_are_bounded():
 
     def header_of(kind: Kind | int, length: int) -> bytes:
         values = (b"PENS", kind, 0, NO_KEY, 0, length, 0)
-        head = peer_protocol._HEADER.pack(*values)
-        return head + struct.pack("<I", peer_protocol.zlib.crc32(head))
+        head = protocol._HEADER.pack(*values)
+        return head + struct.pack("<I", protocol.zlib.crc32(head))
 
     keys, content = MAX_KEYS * 32, MAX_CONTENT_BYTES
     longest = {Kind.FIND: keys, Kind.GET: keys, Kind.GONE: keys, Kind.TRANSCRIPT: 4096, Kind.DIRECTORY: 8}
@@ -192,7 +192,7 @@ def test_what_is_larger_than_was_asked_for_is_refused():
     with pytest.raises(ProtocolError):
         unpack_found(pack_found(FoundChunks({}, ((3, 1),))), 3)
     with pytest.raises(ProtocolError):
-        unpack_rows(pack_version(1) + bytes((MAX_ROWS + 1) * peer_messages._ROW.size))
+        unpack_rows(pack_version(1) + bytes((MAX_ROWS + 1) * messages._ROW.size))
     for num_tokens in (0, 33):
         record = ChunkRecord(
             key=NO_KEY, parent_key=NO_KEY, position=0, num_tokens=num_tokens, owner_id=None, idle_s=0.0

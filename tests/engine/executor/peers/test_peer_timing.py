@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.executor.tiers.peer_timing import BURST_S, BackOff, Deadlines, Rate
+from engine.executor.peers.timing import BURST_S, BackOff, Deadlines, Rate
 
 
 @settings(deadline=None)

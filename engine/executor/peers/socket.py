@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from engine.executor.tiers.peer_protocol import (
+from engine.executor.peers.protocol import (
     HAIL_BYTES,
     LENGTH_BYTES,
     NONCE_BYTES,
@@ -111,7 +111,7 @@ class PeerSocket:
 
 
 def greet(connection: PeerSocket, secret: bytes, ours: Greeting, *, is_client: bool) -> Greeting:
-    """Prove to each other that both know the secret, and say who one is; see peer_protocol.
+    """Prove to each other that both know the secret, and say who one is; see protocol.
 
     Returns who the other one is. Raises OSError; StrangerError if it is none of our peers.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from engine.core.cache.index import KEY_BYTES
 from engine.core.handover import FoundChunks
 from engine.core.plan import ChunkRecord
-from engine.executor.tiers.peer_protocol import MAX_ID_BYTES, MAX_KEYS, ProtocolError, read
+from engine.executor.peers.protocol import MAX_ID_BYTES, MAX_KEYS, ProtocolError, read
 
 HASH_BYTES = 8
 # Rows of one directory: what is newer than these is told, what is older is forgotten.

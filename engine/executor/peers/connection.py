@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from engine.executor.tiers.peer_protocol import HEADER_BYTES, Buffer, Greeting, Header, Kind, pack_frame, unpack_header
-from engine.executor.tiers.peer_socket import PeerSocket
+from engine.executor.peers.protocol import HEADER_BYTES, Buffer, Greeting, Header, Kind, pack_frame, unpack_header
+from engine.executor.peers.socket import PeerSocket
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 from engine.core.plan import SlowTransfer
-from engine.executor.tiers.peer_connection import Connection
-from engine.executor.tiers.peer_directory import Directory
-from engine.executor.tiers.peer_lanes import BlockLane, Lane, Query, QueryLane
-from engine.executor.tiers.peer_loads import Loads
-from engine.executor.tiers.peer_messages import pack_version, unpack_rows
-from engine.executor.tiers.peer_protocol import Greeting, Kind, StrangerError
-from engine.executor.tiers.peer_socket import PeerSocket, greet
-from engine.executor.tiers.peer_timing import BackOff, Deadlines
+from engine.executor.peers.connection import Connection
+from engine.executor.peers.directory import Directory
+from engine.executor.peers.lanes import BlockLane, Lane, Query, QueryLane
+from engine.executor.peers.loads import Loads
+from engine.executor.peers.messages import pack_version, unpack_rows
+from engine.executor.peers.protocol import Greeting, Kind, StrangerError
+from engine.executor.peers.socket import PeerSocket, greet
+from engine.executor.peers.timing import BackOff, Deadlines
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

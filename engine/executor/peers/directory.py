@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
-from engine.executor.tiers.peer_messages import HASH_BYTES, MAX_ROWS, DirectoryRow
+from engine.executor.peers.messages import HASH_BYTES, MAX_ROWS, DirectoryRow
 
 
 def hash_conversation(conversation_id: str, secret: bytes) -> bytes:

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.core.plan import SlowTransfer, TransferEnd
-from engine.executor.tiers.peer_blocks import Blocks
-from engine.executor.tiers.peer_protocol import Header, checksum_of
-from engine.executor.tiers.peer_socket import PeerSocket
-from engine.executor.tiers.peer_timing import Rate
+from engine.executor.peers.blocks import Blocks
+from engine.executor.peers.protocol import Header, checksum_of
+from engine.executor.peers.socket import PeerSocket
+from engine.executor.peers.timing import Rate
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.executor.tiers.peer_directory import Directory, hash_conversation
-from engine.executor.tiers.peer_messages import DirectoryRow
+from engine.executor.peers.directory import Directory, hash_conversation
+from engine.executor.peers.messages import DirectoryRow
 
 HASHES = [hash_conversation(f"chat {number}", b"secret") for number in range(6)]
 

@@ -13,9 +13,9 @@ from contextlib import suppress
 import pytest
 
 from engine.attention.protocol import LayerShape
-from engine.executor.tiers.peer_protocol import HEADER_BYTES, Greeting, Kind, pack_frame, pack_hail, unpack_header
-from engine.executor.tiers.peer_socket import PeerSocket, greet
-from tests.engine.executor.tiers.peer_engine import CHUNK_SIZE, HOST, IDENTITY, SECRET, PeerEngine, key_of, wait_until
+from engine.executor.peers.protocol import HEADER_BYTES, Greeting, Kind, pack_frame, pack_hail, unpack_header
+from engine.executor.peers.socket import PeerSocket, greet
+from tests.engine.executor.peers.peer_engine import CHUNK_SIZE, HOST, IDENTITY, SECRET, PeerEngine, key_of, wait_until
 from tests.nightly import IS_NIGHTLY
 
 # Of every so many places one is tried.
@@ -27,15 +27,15 @@ LARGE = [LayerShape(8, 2048, 2048)]  # blocks of 1 MiB
 @pytest.fixture(autouse=True)
 def no_grudge(monkeypatch):
     """A peer that failed is tried again at once."""
-    monkeypatch.setattr("engine.executor.tiers.peer_timing.FIRST_BACK_OFF_S", 0.0)
+    monkeypatch.setattr("engine.executor.peers.timing.FIRST_BACK_OFF_S", 0.0)
 
 
 @pytest.fixture
 def impatient(monkeypatch):
     """Nothing of a peer is waited for for long."""
-    monkeypatch.setattr("engine.executor.tiers.peer_socket.HANDSHAKE_TIMEOUT_S", 0.2)
-    monkeypatch.setattr("engine.executor.tiers.peer_connection.CONTENT_TIMEOUT_S", 0.2)
-    monkeypatch.setattr("engine.executor.tiers.peer_loads.BLOCK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("engine.executor.peers.socket.HANDSHAKE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("engine.executor.peers.connection.CONTENT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("engine.executor.peers.loads.BLOCK_TIMEOUT_S", 0.2)
 
 
 @pytest.fixture
@@ -410,8 +410,8 @@ def test_a_frame_that_is_no_answer(fake):
 
 def test_a_peer_that_does_not_answer(fake, monkeypatch):
     """Its connection is closed after a while, all that waits has ended, and what is asked later goes over a new one."""
-    monkeypatch.setattr("engine.executor.tiers.peer_lanes.STALL_S", 0.1)
-    monkeypatch.setattr("engine.executor.tiers.peer_lanes.WATCH_INTERVAL_S", 0.02)
+    monkeypatch.setattr("engine.executor.peers.lanes.STALL_S", 0.1)
+    monkeypatch.setattr("engine.executor.peers.lanes.WATCH_INTERVAL_S", 0.02)
     answers = [lambda tcp, keys: None]
 
     target = fake(lambda tcp, keys: answers[0](tcp, keys))
@@ -420,7 +420,7 @@ def test_a_peer_that_does_not_answer(fake, monkeypatch):
     assert target.tier.ask("source", [key_of(1)], 0.05).result(20) is None
     assert target.tier.fetch_transcript("source", "chat", 0.05).result(20) is None
     assert target.tier.offer("source", "chat", [], b"", 0.05).result(20) is False
-    monkeypatch.setattr("engine.executor.tiers.peer_lanes.STALL_S", 20.0)
+    monkeypatch.setattr("engine.executor.peers.lanes.STALL_S", 20.0)
     answers[0] = lambda tcp, keys: [
         send_frame(tcp, Kind.BLOCK, CONTENT, key=key, num_tokens=CHUNK_SIZE) for key in keys
     ]
@@ -428,12 +428,12 @@ def test_a_peer_that_does_not_answer(fake, monkeypatch):
 
 
 def test_a_chunk_that_comes_too_late_is_not_written(fake, monkeypatch):
-    monkeypatch.setattr("engine.executor.tiers.peer_lanes.MAX_LOAD_S", 0.1)
-    monkeypatch.setattr("engine.executor.tiers.peer_lanes.WATCH_INTERVAL_S", 0.02)
+    monkeypatch.setattr("engine.executor.peers.lanes.MAX_LOAD_S", 0.1)
+    monkeypatch.setattr("engine.executor.peers.lanes.WATCH_INTERVAL_S", 0.02)
     asked: list[tuple[socket.socket, bytes]] = []
     target = fake(lambda tcp, keys: asked.extend((tcp, key) for key in keys))
     assert target.end_of(target.load(1, 10, "source")).gone
-    monkeypatch.setattr("engine.executor.tiers.peer_lanes.MAX_LOAD_S", 20.0)
+    monkeypatch.setattr("engine.executor.peers.lanes.MAX_LOAD_S", 20.0)
     target.rows[10] = 7
     send_frame(asked[0][0], Kind.BLOCK, CONTENT, key=key_of(1), num_tokens=CHUNK_SIZE)
     transfer_id = target.load(2, 11, "source")
@@ -444,8 +444,8 @@ def test_a_chunk_that_comes_too_late_is_not_written(fake, monkeypatch):
 
 
 def test_a_connection_without_work_is_closed(fake, monkeypatch):
-    monkeypatch.setattr("engine.executor.tiers.peer_lanes.IDLE_S", 0.05)
-    monkeypatch.setattr("engine.executor.tiers.peer_lanes.WATCH_INTERVAL_S", 0.02)
+    monkeypatch.setattr("engine.executor.peers.lanes.IDLE_S", 0.05)
+    monkeypatch.setattr("engine.executor.peers.lanes.WATCH_INTERVAL_S", 0.02)
     target = fake(lambda tcp, keys: send_frame(tcp, Kind.GONE, b"".join(keys)))
     peer = target.tier._peers["source"]
     for _ in range(2):
@@ -456,7 +456,7 @@ def test_a_connection_without_work_is_closed(fake, monkeypatch):
 
 def test_a_peer_that_restarts_has_nothing_of_before(engine, closing, monkeypatch):
     """On the same address, under the same name: its directory is another one."""
-    monkeypatch.setattr("engine.executor.tiers.peer_tier.REFRESH_INTERVAL_S", 0.02)
+    monkeypatch.setattr("engine.executor.peers.tier.REFRESH_INTERVAL_S", 0.02)
     target, source = engine("target"), engine("source")
     relay = closing(Relay(source.tier.address))
     for number in range(5):
@@ -474,7 +474,7 @@ def test_a_peer_that_restarts_has_nothing_of_before(engine, closing, monkeypatch
 
 
 def test_a_peer_is_forgotten_when_it_and_its_connection_are_gone(engine, monkeypatch):
-    monkeypatch.setattr("engine.executor.tiers.peer_tier.REFRESH_INTERVAL_S", 0.02)
+    monkeypatch.setattr("engine.executor.peers.tier.REFRESH_INTERVAL_S", 0.02)
     target, source = engine("target"), engine("source")
     source.fill(1)
     source.tier.note_conversation("chat", 10)
@@ -490,8 +490,8 @@ def test_a_peer_is_forgotten_when_it_and_its_connection_are_gone(engine, monkeyp
 
 
 def test_a_peer_that_failed_is_left_alone_for_a_while(engine, closing, monkeypatch):
-    monkeypatch.setattr("engine.executor.tiers.peer_timing.FIRST_BACK_OFF_S", 1000.0)
-    monkeypatch.setattr("engine.executor.tiers.peer_timing.LONGEST_BACK_OFF_S", 1000.0)
+    monkeypatch.setattr("engine.executor.peers.timing.FIRST_BACK_OFF_S", 1000.0)
+    monkeypatch.setattr("engine.executor.peers.timing.LONGEST_BACK_OFF_S", 1000.0)
     connected = []
 
     def hang_up(tcp: socket.socket) -> None:
@@ -555,8 +555,8 @@ def test_a_proof_that_was_overheard_or_sent_back_is_of_no_use(engine, closing):
 
 
 def test_there_are_only_so_many_connections(engine, closing, monkeypatch):
-    monkeypatch.setattr("engine.executor.tiers.peer_server.MAX_CONNECTIONS", 3)
-    monkeypatch.setattr("engine.executor.tiers.peer_socket.HANDSHAKE_TIMEOUT_S", 20.0)
+    monkeypatch.setattr("engine.executor.peers.server.MAX_CONNECTIONS", 3)
+    monkeypatch.setattr("engine.executor.peers.socket.HANDSHAKE_TIMEOUT_S", 20.0)
     source, target = engine("source"), engine("target")
     strangers = [connect(source, closing) for _ in range(8)]
     num_served = 0
@@ -607,7 +607,7 @@ def test_any_bytes_after_the_greeting(engine, closing):
 
 def test_a_peer_that_does_not_read(engine, closing, monkeypatch):
     """Its transfers end, so that their blocks are free again; others get their chunks meanwhile."""
-    monkeypatch.setattr("engine.executor.tiers.peer_sends.SEND_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("engine.executor.peers.sends.SEND_TIMEOUT_S", 0.2)
     source, target = engine("source", layers=LARGE, num_blocks=17), engine("target", layers=LARGE, num_blocks=17)
     source.fill(1)
     for number in range(2, 17):
@@ -650,14 +650,14 @@ def test_a_peer_that_vanishes_before_its_chunks_are_ready(engine, closing):
 
 
 def test_an_engine_that_does_not_decide(engine, monkeypatch):
-    monkeypatch.setattr("engine.executor.tiers.peer_sends.MAX_WAIT_S", 0.05)
+    monkeypatch.setattr("engine.executor.peers.sends.MAX_WAIT_S", 0.05)
     source, target = engine("source"), engine("target")
     source.fill(1)
     source.on_send = lambda keys: None
     target.tier.set_peers({"source": source.tier.address})
     assert target.end_of(target.load(1, 10, "source")).gone
     source.on_send = source.send_now
-    monkeypatch.setattr("engine.executor.tiers.peer_sends.MAX_WAIT_S", 20.0)
+    monkeypatch.setattr("engine.executor.peers.sends.MAX_WAIT_S", 20.0)
     assert target.end_of(target.load(1, 10, "source")).ok
 
 
@@ -682,7 +682,7 @@ def test_an_engine_that_fails_to_answer(engine, monkeypatch):
 
 
 def test_queries_may_be_cancelled_and_are_bounded(engine, monkeypatch):
-    monkeypatch.setattr("engine.executor.tiers.peer_server.MAX_QUERIES", 3)
+    monkeypatch.setattr("engine.executor.peers.server.MAX_QUERIES", 3)
     source, target = engine("source"), engine("target")
     open_queries: list[Future] = []
     monkeypatch.setattr(source, "transcript", lambda _: open_queries.append(Future()) or open_queries[-1])
@@ -777,7 +777,7 @@ def test_without_threads_an_engine_goes_on(engine, monkeypatch):
 
 
 def test_a_peer_that_does_not_tell_its_directory_has_vanished(engine, closing, monkeypatch):
-    monkeypatch.setattr("engine.executor.tiers.peer_client.DIRECTORY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("engine.executor.peers.client.DIRECTORY_TIMEOUT_S", 0.05)
 
     def say_nothing(tcp: socket.socket) -> None:
         greet(PeerSocket(tcp), SECRET, greeting_of(target, "source"), is_client=False)
@@ -792,7 +792,7 @@ def test_a_peer_that_does_not_tell_its_directory_has_vanished(engine, closing, m
 
 
 def test_a_peer_that_is_silent_for_long_has_vanished(engine, closing, monkeypatch):
-    monkeypatch.setattr("engine.executor.tiers.peer_connection.SILENCE_S", 0.1)
+    monkeypatch.setattr("engine.executor.peers.connection.SILENCE_S", 0.1)
     source = engine("source")
     tcp = connect_as_peer(source, closing)
     wait_for_end(tcp)
@@ -828,8 +828,8 @@ def test_any_disorder(engine, closing):
 
 
 def test_a_low_rate_is_no_fault_of_a_peer(engine, monkeypatch):
-    monkeypatch.setattr("engine.executor.tiers.peer_lanes.STALL_S", 0.0)
-    monkeypatch.setattr("engine.executor.tiers.peer_lanes.WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr("engine.executor.peers.lanes.STALL_S", 0.0)
+    monkeypatch.setattr("engine.executor.peers.lanes.WATCH_INTERVAL_S", 0.01)
     source = engine("source")
     target = engine("target", rate=384 / 0.2 / 1e6)  # 0.2 s for a block
     assert 0.1 < target.tier._loads.pace_s < 0.3
