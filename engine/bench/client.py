@@ -26,6 +26,7 @@ class Endpoint:
 
     url: with /v1, without a slash at the end.
     api: one of APIS.
+    model: empty = requests name none.
     fields: of every request, such as the temperature.
     """
 
@@ -73,7 +74,7 @@ class Client:
     def request(self, asked: Json, output_tokens: int, session_id: str) -> httpx.Request:
         """Made beforehand, so that only sending it is timed."""
         body = {
-            "model": self._endpoint.model,
+            **({"model": self._endpoint.model} if self._endpoint.model else {}),
             "stream": True,
             self._max_tokens: output_tokens,
             **asked,

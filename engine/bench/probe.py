@@ -76,7 +76,7 @@ async def probe(endpoint: Endpoint, content: Content | None = None) -> Probed:
 
 def _notes_on(endpoint: Endpoint, answered: Answered) -> list[str]:
     counts = counts_of(answered.heard)
-    notes = []
+    notes = [] if endpoint.model else ["lists no model: requests name none"]
     if counts.num_output_tokens is None:
         notes.append("does not count the tokens of its answers: their pieces are counted instead")
     if counts.num_cached_tokens is None:
@@ -102,7 +102,7 @@ async def _ask(endpoint: Endpoint, content: Content | None, extra: list[dict[str
 def _raise_if_wrong(endpoint: Endpoint, answered: Answered) -> None:
     error = answered.heard.error or ("" if answered.num_pieces else "an empty answer")
     if error:
-        hint = " (--api-key)" if error.startswith("401:") else ""
+        hint = " (--api-key)" if error.startswith("401:") else "" if endpoint.model else "; name the model with --model"
         raise ConfigError(
             f"{endpoint.name}: a first short request to {endpoint.api} at {endpoint.url} failed: {error}{hint}",
             param="url",
@@ -110,25 +110,20 @@ def _raise_if_wrong(endpoint: Endpoint, answered: Answered) -> None:
 
 
 async def _first_model(endpoint: Endpoint) -> str:
+    """The first model that it lists; empty if it lists none, as transformers' server may, whose requests need none."""
     headers = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     try:
         async with httpx.AsyncClient(headers=headers, timeout=CONNECT_TIMEOUT_S, trust_env=False) as http:
             response = await http.get(f"{endpoint.url}/models")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
+        message = f"no answer from {endpoint.url} ({error or type(error).__name__}); is the server running?"
+        raise ConfigError(message, param="url") from error
+    if response.status_code in (401, 403):
         raise ConfigError(
-            f"no answer from {endpoint.url} ({error or type(error).__name__}); is the server running?", param="url"
-        ) from error
+            f"{endpoint.url}/models answers {response.status_code}; give the key with --api-key", param="api_key"
+        )
     try:
         model = response.json()["data"][0]["id"]
     except (ValueError, LookupError, TypeError):
-        model = None
-    if not isinstance(model, str):
-        hint = (
-            "give the key with --api-key"
-            if response.status_code == 401
-            else "check the URL, or name the model with --model"
-        )
-        raise ConfigError(
-            f"{endpoint.url}/models answers {response.status_code} and names no model; {hint}", param="model"
-        )
-    return model
+        return ""
+    return model if isinstance(model, str) else ""

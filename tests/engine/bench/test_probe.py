@@ -69,8 +69,8 @@ def test_a_server_without_token_ids_is_told(server: FakeServer, url: str) -> Non
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"models": []}, "/models answers 200 and names no model; check the URL, or name the model"),
-        ({"needs_key": "sk"}, "/models answers 401 and names no model; give the key with --api-key"),
+        ({"models": [], "failing": {1: 404}}, "failed: 404: it is broken; name the model with --model"),
+        ({"needs_key": "sk"}, "/models answers 401; give the key with --api-key"),
         ({"failing": {1: 500}}, "fake: a first short request to chat at .* failed: 500: it is broken"),
         ({"refused": {"messages"}}, "a first short request to chat at .* failed: 400: unknown field messages"),
     ],
@@ -85,6 +85,13 @@ def test_a_server_that_cannot_be_asked(server: FakeServer, url: str, change: dic
 def test_a_server_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match=r"no answer from http://127.0.0.1:9/v1 .*; is the server running"):
         find("http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize("models", [[], [{}]])
+def test_a_server_that_lists_no_model_is_asked_for_none(server: FakeServer, url: str, models: list[Any]) -> None:
+    server.models = models
+    assert find(url).notes[0] == "lists no model: requests name none"
+    assert "model" not in server.bodies[0]
 
 
 def test_keys_are_sent(server: FakeServer, url: str) -> None:
