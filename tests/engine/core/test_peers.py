@@ -412,10 +412,14 @@ def test_under_any_load_every_answer_is_right(make_core, answer, seed, with_disk
             if rng.random() < 0.05:
                 driver.peers.wake()
     for driver in drivers:
-        driver.peers.hangs = 0.0
-    for _ in range(60):
+        driver.peers.hangs = driver.peers.failures = 0.0
+        if driver.slow_tier is not None:
+            driver.slow_tier._hangs = driver.slow_tier._failures = 0.0
+    for _ in range(300):
+        is_busy = [driver.step() is not None for driver in drivers]
+        if not any(is_busy) and not any(num_open(driver) for driver in drivers):
+            break
         for driver in drivers:
-            driver.step()
             driver.peers.wake()
             if driver.slow_tier is not None:
                 driver.slow_tier.wake()
@@ -424,7 +428,7 @@ def test_under_any_load_every_answer_is_right(make_core, answer, seed, with_disk
         for name, prompt in load.prompts.items():
             assert load.driver.tokens[name] == answer(prompt, len(load.driver.tokens[name]))
     assert sum(len(driver.peers.ended_offers) for driver in drivers) == num_offers
-    if num_cpu_blocks > 1:
+    if num_cpu_blocks > 3:
         outcomes = [sum(d.core.stats.slow_transfers[f"{PEER}_{what}"] for d in drivers) for what in ("loaded", "sent")]
         assert all(outcomes), outcomes
 
