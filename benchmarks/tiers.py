@@ -39,7 +39,6 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.core.plan import ChunkRecord
 from engine.core.request import SamplingParams
-from engine.executor.tiers.disk_format import Layout
 from engine.executor.tiers.disk_store import NUM_PROBED_SLOTS, DiskSpeed, DiskStore
 from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
@@ -59,8 +58,8 @@ TOKEN_IDS = range(500, 1000)
 class ThrottledStore(DiskStore):
     """A disk that moves at most so many MB a second, in both directions together."""
 
-    def __init__(self, path: Path, layout: Layout, number: int = 0, *, mb_per_s: float) -> None:
-        super().__init__(path, layout, number)
+    def __init__(self, *arguments: Any, mb_per_s: float) -> None:
+        super().__init__(*arguments)
         self._mutex_of_time = threading.Lock()
         self._bytes_per_s = mb_per_s * 1e6
         self._free_at_s = 0.0

@@ -82,7 +82,6 @@ class Scheduler:
         # The last request that was not admitted because running requests hold the blocks; None once one of them ends. And
         # whether a prompt was computed then, which may have been the beginning of its own.
         self._refused: Request | None = None
-        self._may_more_load = False
         self._is_prompt_computed = False
 
     def add(self, request: Request) -> None:
@@ -99,7 +98,6 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         self._expect_no_more(request)
-        self._may_more_load |= bool(request.loads)
 
     def _expect_no_more(self, request: Request) -> None:
         if self._cache.handover is not None:
@@ -161,22 +159,11 @@ class Scheduler:
     def end_transfer(self, transfer_id: int) -> None:
         """A slow transfer has ended: the requests that waited for nothing else are next again."""
         for request, loading in list(self.loading.items()):
-            if transfer_id in loading.transfer_ids:
-                loading.transfer_ids.remove(transfer_id)
-                if not loading.transfer_ids:
-                    self._end_loading(request)
-        self._let_others_load()
-
-    def _let_others_load(self) -> None:
-        """There may be room for more: the first request that waits for it tries again, or all if nothing is being loaded."""
-        self._may_more_load = False
-        held_up = [request for request, loading in self.loading.items() if not loading.transfer_ids]
-        for request in held_up[: 1 if self._cache.slow_transfers.num_loads else None]:
-            self._end_loading(request)
+            loading.transfer_ids.discard(transfer_id)
+            if not loading.transfer_ids:
+                self._end_loading(request)
 
     def _end_late_loading(self, now: float) -> None:
-        if self._may_more_load:
-            self._let_others_load()
         for request in list(self.loading):
             if request.load_deadline_s is None or now >= request.load_deadline_s:
                 self._end_loading(request)
@@ -198,10 +185,8 @@ class Scheduler:
         wait = self._cache.start_loads(request, now)
         if wait is None:
             return False
-        # Waiting until others' loads are through leaves it the time that its own will take.
-        deadline_s = now + wait.max_wait_s
-        if request.load_deadline_s is None or deadline_s < request.load_deadline_s:
-            request.load_deadline_s = deadline_s
+        if request.load_deadline_s is None:
+            request.load_deadline_s = now + wait.max_wait_s
         self.waiting.remove(request)
         self.loading[request] = _Loading(request.status, wait.transfer_ids)
         request.status = RequestStatus.LOADING
@@ -405,7 +390,6 @@ class Scheduler:
             self.waiting.serve(request, request.num_pending_tokens)
             self._count_admission(request)
             request.status = RequestStatus.RUNNING
-            self._may_more_load |= bool(request.loads)  # once its step has copied them
             request.loads, request.load_deadline_s = {}, None
             self._expect_no_more(request)
             request.num_known_tokens = request.num_tokens

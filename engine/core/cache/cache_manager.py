@@ -36,7 +36,7 @@ from engine.core.cache.transfers import Transfers
 from engine.core.cache_map import CacheMap, EvictionLog
 from engine.core.config import CacheConfig
 from engine.core.plan import ChunkRecord, TransferEnd
-from engine.core.request import ContextAccount, Request, RequestStatus
+from engine.core.request import ContextAccount, Request
 from engine.core.stats import EngineStats
 from engine.core.tier_table import BOTH
 
@@ -97,7 +97,6 @@ class CacheManager:
             self.eviction_log,
             write_through=config.write_through,
         )
-        self._awaiting: dict[Request, None] = {}  # that have had loads, and are not known to have started since
         self._matcher = ContextMatcher(self.index, config.model)
         self.match_context = self._matcher.match
         self.handover: Handover | None = None
@@ -189,10 +188,6 @@ class CacheManager:
         wanted = self._choose_loads(request, match, now)
         if not wanted:
             return None
-        most_loads = max(1, self._secondary.pool.num_blocks // 2)
-        if not request.loads and self._count_awaited_loads() >= most_loads:
-            return LoadWait(set(), wanted[-1][-1].spec.max_wait_s)  # they would take each other's blocks
-        self._awaiting[request] = None
         for chunk in (*match.full.values(), *(chunk for chunk, _ in match.tails.values())):
             self.tiers.touch(chunk, now)
         transfer_ids: set[int] = set()
@@ -200,8 +195,8 @@ class CacheManager:
         for _, chunk, _, tier in reversed(wanted):  # the end of a context costs most to compute
             transfer = self.slow_transfers.find(chunk)
             if transfer is None:
-                if self.slow_transfers.num_loads >= most_loads:
-                    has_to_wait = True
+                if self.slow_transfers.num_loads >= max(1, self._secondary.pool.num_blocks // 2):
+                    has_to_wait = True  # more at once would evict each other
                     break
                 block_id = self.allocator.try_block_for_load(now)
                 if block_id is not None:
@@ -216,18 +211,9 @@ class CacheManager:
         slowest = max((tier for *_, tier in wanted), key=lambda tier: tier.number)
         compute_s = self.prices.compute_s(slowest.name, ((position, num) for position, _, num, _ in wanted))
         max_wait_s = slowest.spec.max_wait_s
-        if compute_s is not None and transfer_ids:
+        if compute_s is not None:
             max_wait_s = min(max_wait_s, max(MIN_LOAD_WAIT_S, 2 * compute_s))
         return LoadWait(transfer_ids, max_wait_s)
-
-    def _count_awaited_loads(self) -> int:
-        """Chunks that were loaded, or are being loaded, for requests that have not started since."""
-        self._awaiting = {
-            request: None
-            for request in self._awaiting
-            if request.loads and request.status is not RequestStatus.FINISHED
-        }
-        return sum(len(request.loads) for request in self._awaiting)
 
     def _choose_loads(self, request: Request, match: ContextMatch, now: float) -> list[tuple[int, Chunk, int, Tier]]:
         """What of the match is to be loaded from slow tiers: (position, chunk, number of valid tokens, tier), front first.
