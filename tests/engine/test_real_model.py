@@ -158,7 +158,13 @@ def test_a_fact_of_turn_1_is_recalled_in_turn_6_behind_3k_tokens(smollm2, make_d
     turns = turns_of(tokenizer, messages)[:-1]
     assert len(turns) == 6
     assert len(turns[5]) - len(turns[0]) > 3000
-    options = {"chunk_size": 32, "max_num_batched_tokens": 512, "decode_reserve": 0.0, "max_model_len": 3200}
+    options = {
+        "chunk_size": 32,
+        "max_num_batched_tokens": 512,
+        "decode_reserve": 0.0,
+        "max_model_len": 3200,
+        "max_swap_outs": 8,  # more would take the place of what is to be loaded, in so small a CPU tier
+    }
     driver = make_driver(smollm2, num_gpu_blocks=101, num_cpu_blocks=32, **options)
     given = SamplingParams(temperature=0.0, max_tokens=1)
     for number, turn in enumerate(turns[:5]):

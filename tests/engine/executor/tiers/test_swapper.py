@@ -141,7 +141,13 @@ def answer_after_corruption(*, verify_swaps: bool) -> tuple[str, dict]:
 
 def test_blocks_that_a_step_waited_for_are_counted_apart_from_those_copied_ahead_of_time():
     """Long prompts need more blocks at once than are copied ahead of them."""
-    options = {"chunk_size": 8, "max_model_len": 190, "swap_out_watermark": 0.02, "write_through": False}
+    options = {
+        "chunk_size": 8,
+        "max_model_len": 190,
+        "swap_out_watermark": 0.02,
+        "max_swap_outs": 1,
+        "write_through": False,
+    }
     with create_server(num_threads=1, num_gpu_blocks=24, num_cpu_blocks=90, **options) as server:
         for name in range(8):
             server.process_request(
