@@ -183,7 +183,7 @@ class Allocator:
 
     def is_worth_storing(self, chunk: Chunk, tier: Tier) -> bool:
         """Whether loading the chunk from there would be clearly cheaper than to compute it; counts and notes it if not."""
-        if self._prices.is_worth_storing(tier.name, chunk.position, chunk.num_tokens):
+        if self._prices.is_loaded(tier.name, chunk.position, chunk.num_tokens):
             return True
         self._stats.slow_refusals[f"{tier.name}_store"] += 1
         self._tiers.refuse_to_store(chunk)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
 from operator import attrgetter
@@ -151,7 +152,7 @@ class RetentionValue:
     def insert(self, chunk: Chunk) -> None:
         position = chunk.position
         while len(self._heaps) <= position:
-            self._costs.append(self._cost_model.chunk_cost(len(self._heaps)))
+            self._costs.append(self._cost_model.chunk_cost(len(self._heaps)) or sys.float_info.min)  # divided by
             self._heaps.append(_LazyHeap(attrgetter("last_active")))
         heap = self._heaps[position]
         heap.insert(chunk)

@@ -15,8 +15,9 @@ LOAD_WEIGHT = 1 / 16
 STEP_WEIGHT = 1 / 4
 # After so many seconds without a load that was observed, one is made only to see what it costs now.
 PROBE_AFTER_S = 30.0
-# A chunk is stored if it is loaded so many times as fast as computed: stores delay loads, and loads begin a step late.
-STORE_MARGIN = 4 / 3
+# What a load costs beside the tier's time: it begins a step late, stores delay it, and a request waits for its last chunk.
+# Without it, a tier that loads about as fast as the model computes was slower than none (benchmarks/tiers.py).
+LOAD_OVERHEAD = 4 / 3
 
 
 class LoadPrices:
@@ -29,6 +30,7 @@ class LoadPrices:
     def __init__(self, cost_model: CostModel) -> None:
         self._cost_model = cost_model
         self._unit_s = 1.0 if cost_model.is_in_seconds else None
+        self._small_step_s: float | None = None
         self._load_s: dict[str, float] = {}
         self._num_loads: dict[str, int] = {}
         self._observed_at_s: dict[str, float] = {}
@@ -37,18 +39,13 @@ class LoadPrices:
         """Of one chunk, all the way to the tier that computes."""
         model, seconds = self._cost_model, self._load_s.get(tier)
         if seconds is None or self._unit_s is None:
-            return model.load_costs.get(tier, 0.0)
-        return seconds / self._unit_s + model.swap_in_cost
+            return LOAD_OVERHEAD * model.load_costs.get(tier, 0.0)
+        return LOAD_OVERHEAD * seconds / self._unit_s + model.swap_in_cost
 
     def is_loaded(self, tier: str, position: int, num_tokens: int) -> bool:
         """Whether loading the chunk alone costs no more than computing `num_tokens` of it; see CostModel.is_loaded."""
         chunk_size = self._cost_model.chunk_size
         return self.load_cost(tier) * chunk_size <= self._cost_model.chunk_cost(position) * num_tokens
-
-    def is_worth_storing(self, tier: str, position: int, num_tokens: int) -> bool:
-        """Whether loading the chunk would be so much cheaper than to compute it that storing it pays."""
-        chunk_size = self._cost_model.chunk_size
-        return STORE_MARGIN * self.load_cost(tier) * chunk_size <= self._cost_model.chunk_cost(position) * num_tokens
 
     def compute_cost(self, chunks: Iterable[tuple[int, int]]) -> float:
         """Of these (position, number of tokens) together."""
@@ -99,7 +96,11 @@ class LoadPrices:
         return not self._cost_model.is_in_seconds and num_tokens >= 2 * self._cost_model.chunk_size
 
     def note_step(self, segments: Iterable[QuerySegment], seconds: float) -> None:
-        """A step was computed."""
+        """A step was computed.
+
+        What a step takes in any case does not count, because it is made for the new tokens, whatever is loaded: about what a
+        step takes that computes little.
+        """
         model = self._cost_model
         if model.is_in_seconds:
             return
@@ -108,8 +109,13 @@ class LoadPrices:
             context_len = segment.start + segment.query_len / 2
             num_tokens += segment.query_len
             cost += segment.query_len * (model.constant + model.per_context_token * context_len) / model.chunk_size
-        if not self.learns_from(num_tokens) or seconds <= 0:
+        if not self.learns_from(num_tokens):
+            if num_tokens:
+                known = seconds if self._small_step_s is None else self._small_step_s
+                weight = STEP_WEIGHT if seconds < known else LOAD_WEIGHT  # one that was held up says little
+                self._small_step_s = known + weight * (seconds - known)
             return
-        unit_s = seconds / cost
-        known = unit_s if self._unit_s is None else self._unit_s
-        self._unit_s = known + STEP_WEIGHT * (unit_s - known)
+        unit_s = (seconds - (self._small_step_s or 0.0)) / cost
+        if unit_s > 0:
+            known = unit_s if self._unit_s is None else self._unit_s
+            self._unit_s = known + STEP_WEIGHT * (unit_s - known)

@@ -252,7 +252,7 @@ def test_no_load_that_costs_more_than_computing(make_core):
     prices = {"cpu": 0.5, NAME: 1.5}
     costs = CostModel(constant=1.0, per_context_token=0.25, chunk_size=4, load_costs=prices, is_in_seconds=True)
     driver = with_a_context_in_the_slow_tier(make_core, cost_model=costs)
-    driver.core.note_load_price(NAME, 3.25, driver.now)  # what is stored has become more expensive
+    driver.core.note_load_price(NAME, 2.5, driver.now)  # what is stored has become more expensive
     request = driver.add("a2", range(14), max_tokens=2, conversation_id="a")  # chunks cost 2, 3 and 4
     driver.step()
     assert request.status is RequestStatus.LOADING

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.core.cache.cost_model import CostModel
-from engine.core.cache.prices import PROBE_AFTER_S, LoadPrices
+from engine.core.cache.prices import LOAD_OVERHEAD, PROBE_AFTER_S, LoadPrices
 from engine.core.plan import QuerySegment
 
 # In its own units: 2, 3, 4, ... for chunks 0, 1, 2, ...
@@ -27,7 +27,7 @@ def test_a_tier_of_an_unknown_price_is_always_preferred():
 
 def test_seconds_and_units_are_compared_by_what_a_step_took():
     prices = LoadPrices(COSTS)
-    prices.note_load("disk", 3.0, 0.0)
+    prices.note_load("disk", 3.0 / LOAD_OVERHEAD, 0.0)
     computed(prices, 1.0)
     assert prices.load_cost("disk") == 3.0 + 0.5, "and then from the CPU tier"
     assert [prices.is_loaded("disk", position, 4) for position in range(4)] == [False, False, True, True]
@@ -38,10 +38,10 @@ def test_seconds_and_units_are_compared_by_what_a_step_took():
 
 def test_measured_costs_are_seconds():
     prices = LoadPrices(CostModel(1.0, 0.25, 4, load_costs={"cpu": 0.5, "disk": 2.5}, is_in_seconds=True))
-    assert prices.load_cost("disk") == 2.5
+    assert prices.load_cost("disk") == 2.5 * LOAD_OVERHEAD
     computed(prices, 1000.0)
     prices.note_load("disk", 3.0, 0.0)
-    assert prices.load_cost("disk") == 3.5
+    assert prices.load_cost("disk") == 3.0 * LOAD_OVERHEAD + 0.5
 
 
 def test_new_observations_count_more_than_old_ones():
@@ -49,19 +49,36 @@ def test_new_observations_count_more_than_old_ones():
     prices.note_load("disk", 1.0, 0.0)
     for _ in range(100):
         prices.note_load("disk", 2.0, 0.0)
-    assert prices.load_cost("disk") == pytest.approx(2.0, abs=0.01)
+    assert prices.load_cost("disk") == pytest.approx(2.0 * LOAD_OVERHEAD, abs=0.02)
     for _ in range(100):
         prices.note_load("disk", 1.0, 0.0)
-    assert prices.load_cost("disk") == pytest.approx(1.0, abs=0.01)
+    assert prices.load_cost("disk") == pytest.approx(LOAD_OVERHEAD, abs=0.02)
 
 
-def test_decodes_tell_nothing_of_what_a_prompt_costs():
+def decoded(prices: LoadPrices, seconds: float) -> None:
+    prices.note_step([QuerySegment(f"r{i}", 10, None, samples=True) for i in range(7)], seconds)
+
+
+def test_decodes_alone_tell_nothing_of_what_a_prompt_costs():
     prices = LoadPrices(COSTS)
     prices.note_load("disk", 3.0, 0.0)
-    prices.note_step([QuerySegment(f"r{i}", 10, None, samples=True) for i in range(7)], 100.0)
+    decoded(prices, 100.0)
     assert prices.load_cost("disk") == 0.0
-    computed(prices, 1.0)
-    assert prices.load_cost("disk") == 3.5
+
+
+def test_what_a_step_takes_in_any_case_is_no_price_of_computing():
+    prices = LoadPrices(COSTS)
+    prices.note_load("disk", 3.0 / LOAD_OVERHEAD, 0.0)
+    decoded(prices, 2.0)
+    prices.note_step([QuerySegment("a", 0, tuple(range(8)), samples=True)], 6.0)  # 4 units
+    assert prices.load_cost("disk") == 3.0 + 0.5
+    for _ in range(100):
+        decoded(prices, 1.0)
+        prices.note_step([QuerySegment("a", 0, tuple(range(8)), samples=True)], 5.0)
+    assert prices.load_cost("disk") == pytest.approx(3.5, abs=0.01)
+    decoded(prices, 1000.0)  # held up
+    prices.note_step([QuerySegment("a", 0, tuple(range(8)), samples=True)], 5.0)
+    assert prices.load_cost("disk") == pytest.approx(3.5, abs=0.01), "less than that takes no step"
 
 
 def test_an_old_price_is_looked_at_again():
