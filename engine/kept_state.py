@@ -97,6 +97,8 @@ class KeptState:
                 core.note_load_price(disk.spec.name, disk.read_s, time.monotonic())
             disk.run(lambda records: put(lambda: core.restore(disk.spec.name, records, time.monotonic())), wake=wake)
         if self._peers is not None and self._link is not None:
+            if self._peers.load_s is not None:
+                core.note_load_price(self._peers.spec.name, self._peers.load_s, time.monotonic())
             self._peers.run(self._link, wake)
 
     # -- conversations -------------------------------------------------------------------------------------------------

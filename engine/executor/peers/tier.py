@@ -67,6 +67,7 @@ class PeerTier:
     spec: of the tier, for the core.
     address: at which it listens, once peers may connect; None if that is not possible.
     problem: why it does not listen, for people; None = all is well.
+    load_s: seconds that a block takes at the allowed rate, until one was observed; None = there is no bound.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class PeerTier:
             is_store=False,
         )
         self.problem: str | None = None
+        self.load_s = blocks.num_bytes / (rate * 1e6) if rate else None
         self._secret = secret
         self._wake: Callable[[], None] = lambda: None
         self._ended: deque[TransferEnd] = deque()
