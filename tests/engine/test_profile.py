@@ -11,7 +11,7 @@ import pytest
 
 from engine import cli
 from engine.config import EngineConfig
-from engine.core.cache.prices import LoadPrices
+from engine.core.cache.prices import LOAD_OVERHEAD, LoadPrices
 from engine.errors import ConfigError
 from engine.executor.local import LocalExecutor
 from engine.executor.tiers import disk_device
@@ -113,7 +113,7 @@ def test_the_profile_of_the_disk_is_the_first_price_if_it_cannot_be_read_at_the_
     saved = replace(profile, **costs, disk_read_s=0.5, disk_write_s=0.25, disk=device_of(path))
     saved.save(profile_path(config, profile.model, profile.dtype, profile.device))
     prices = LoadPrices(load_cost_model(config, executor.facts))
-    assert prices.load_cost("disk") == pytest.approx(0.51)
+    assert prices.load_cost("disk") == pytest.approx(0.51 * LOAD_OVERHEAD)
     assert not prices.is_loaded("disk", 0, 16)
     prices.note_load("disk", 1e-9, now=0.0)
     assert prices.is_loaded("disk", 0, 16), "what is observed counts"
