@@ -64,7 +64,7 @@ class PeerEnd:
         self._loads: dict[int, _Load] = {}
         self._sends: dict[int, tuple[float, SlowTransfer, bytes | None]] = {}
         self._expected: dict[bytes, PeerEnd] = {}
-        self._asked: dict[bytes, list[tuple[PeerEnd, int]]] = {}  # by whom, and for which of its transfers
+        self._asked: dict[bytes, list[tuple[PeerEnd, int]]] = {}  # the peers that asked, and their transfers
         self._num_polls = 0
 
     @property

@@ -280,7 +280,7 @@ class Scheduler:
         )
 
     def skip_steps(self, num_steps: int) -> None:
-        """So many steps that nobody is told of did what was foreseen."""
+        """So many steps, of which no result is told, did what was foreseen."""
         self._step_id += num_steps
         self._ended, self._ahead = [], None
         if len(self.running) >= self._config.max_num_seqs or not len(self.waiting):

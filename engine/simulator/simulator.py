@@ -241,7 +241,7 @@ class Simulator:
         if rank is None:
             rank = next(number for number in range(len(self._replicas) + 1) if number not in self._replicas)
         links = {
-            name: tuple(Link(rate, spec.latency_s) for rate in (spec.read_bytes_per_s, spec.write_bytes_per_s))
+            name: (Link(spec.read_bytes_per_s, spec.latency_s), Link(spec.write_bytes_per_s, spec.latency_s))
             for name, spec in cluster.links
         }
         self._replicas[rank] = Replica(
@@ -250,7 +250,7 @@ class Simulator:
             cluster.cost,
             self._events,
             self._on_end,
-            links,  # type: ignore[arg-type]
+            links,
             cluster.bytes_per_block,
             self._on_plan,
         )

@@ -44,7 +44,7 @@ class Loads:
     def receive(self, pull: Pull | None, header: Header, connection: PeerSocket, closed: threading.Event) -> None:
         """Receive the content of a BLOCK to where it belongs; not before the rate allows it.
 
-        pull: None = nobody waits for it any more. closed: the connection ends. Raises OSError if it ends before it is whole.
+        pull: None = it is not waited for any more. closed: the connection ends. Raises OSError if that is before it is whole.
         """
         self._rate.wait(header.length, closed)
         if pull is None or pull.transfer.record.num_tokens != header.num_tokens:

@@ -18,7 +18,7 @@ class Person(BaseModel, extra="forbid"):
 
 
 class Greet(BaseModel):
-    """A greeting and whom it is for."""
+    """A greeting, and the name in it."""
 
     person: Person
 

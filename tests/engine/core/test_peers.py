@@ -162,7 +162,7 @@ def test_what_is_gone_is_no_fault_of_the_tier(make_peers, answer):
         first.run()
         prompt = tuple(range(20 * turn, 20 * turn + 14))
         request = second.add(f"b{turn}", prompt, max_tokens=1)
-        second.peers._expected.clear()  # as if nobody had it
+        second.peers._expected.clear()  # as if no peer had it
         run_all([first, second])
         assert second.tokens[f"b{turn}"] == answer(prompt, 1)
         assert request.num_cached_tokens == 0

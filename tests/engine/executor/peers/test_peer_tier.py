@@ -59,7 +59,7 @@ def test_what_a_peer_does_not_have_is_gone(engines):
 
 def test_a_chunk_that_no_peer_is_known_to_have_is_gone(engines):
     target = engines("target")
-    for peer_id in (None, "nobody", "target"):
+    for peer_id in (None, "unknown", "target"):
         end = target.end_of(target.load(1, 10, peer_id))
         assert (end.ok, end.gone) == (False, True)
 
@@ -127,7 +127,7 @@ def test_queries(engines):
     assert target.tier.fetch_transcript("source", "unknown", 5.0).result() is None
     assert target.tier.fetch_transcript("source", "x" * 5000, 5.0).result() is None
     for tier_call in (
-        lambda: target.tier.ask("nobody", [], 5.0),
+        lambda: target.tier.ask("unknown", [], 5.0),
         lambda: target.tier.fetch_transcript("target", "", 5.0),
     ):
         assert tier_call().result() is None
@@ -144,7 +144,7 @@ def test_an_offer_is_taken_or_not(engines):
     target.tier.draining = True
     assert not source.tier.offer("target", "chat", records, b"said").result()
     assert len(target.offers) == 2
-    assert not source.tier.offer("nobody", "chat", records, b"said").result()
+    assert not source.tier.offer("unknown", "chat", records, b"said").result()
 
 
 def test_who_knows_a_conversation_is_told(engines, monkeypatch):
