@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine.core.cache.index import Chunk
 from engine.core.grammar import GrammarSpec
+from engine.core.reuse import NO_REUSE, Reuse
 from engine.core.thinking import ThinkingLimit
 from engine.errors import InvalidParameterError
 
@@ -179,6 +180,8 @@ class Request:
     The scheduler's: status, num_suspensions; num_known_tokens, its length at the last admission, behind which the worker has
     sampled itself; load_deadline_s, until when it may wait for slow tiers; and the counts of cached, loaded, not loaded and
     dropped tokens, and of the cached ones by tier, of the first admission. It clears `loads` when the request starts.
+
+    The caller's: reuse, what is known of the next use of its context; may change until the request ends.
     """
 
     __slots__ = (
@@ -204,6 +207,7 @@ class Request:
         "pending",
         "prompt_logprobs",
         "request_id",
+        "reuse",
         "sampling",
         "status",
         "stop_token_ids",
@@ -224,6 +228,7 @@ class Request:
         eos_token_ids: Sequence[int] = (),
         output_token_ids: Sequence[int] = (),
         chunk_keys: Sequence[bytes] = (),
+        reuse: Reuse = NO_REUSE,
     ) -> None:
         """A request that has not arrived yet.
 
@@ -232,11 +237,13 @@ class Request:
         weight: the tenant's share, relative to others.
         chunk_keys: of its first full chunks, as far as they are known: those of a request with the same model, tenant, chunk
             size and beginning. They are not made again.
+        reuse: what is known of the next use of its context. Times count from the request's end.
         """
         self.request_id = request_id
         self.conversation_id = conversation_id if conversation_id is not None else request_id
         self.tenant = tenant
         self.weight = weight
+        self.reuse = reuse
         self.token_ids = [*prompt_token_ids, *output_token_ids]
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling = sampling

@@ -468,11 +468,11 @@ class Scheduler:
 
     def _put_back(self, request: Request, now: float, *, step_failed: bool) -> None:
         self.running.remove(request)
-        self._end(request, now, step_failed)
+        self._end(request, now, step_failed, is_preempted=True)
         request.status = RequestStatus.SUSPENDED
         self.waiting.put_back(request)
 
-    def _end(self, request: Request, now: float, step_failed: bool = False) -> None:
-        self._cache.release(request, now, step_failed=step_failed)
+    def _end(self, request: Request, now: float, step_failed: bool = False, is_preempted: bool = False) -> None:
+        self._cache.release(request, now, step_failed=step_failed, is_preempted=is_preempted)
         self._ended.append(request.request_id)
         self._refused = None

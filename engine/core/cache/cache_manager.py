@@ -350,20 +350,24 @@ class CacheManager:
             if not self.index.insert(chunk, key, self._matcher.parent_key(request, position)):
                 self._merge(request, chunk, key)
 
-    def release(self, request: Request, now: float, *, step_failed: bool = False) -> None:
+    def release(self, request: Request, now: float, *, step_failed: bool = False, is_preempted: bool = False) -> None:
         """Unpin the row of a request that ends or is preempted. What it computed stays, as long as there is room.
 
         step_failed: what the last step wrote or copied is unknown, so what has no name yet is not kept.
+        is_preempted: the request goes on later, so its turn is no use of the chunks yet, and says nothing of the next one.
         """
         if not self.keep:
             self._matcher.extend_keys(request)
             for chunk, key in zip(request.chunks, request.chunk_keys, strict=False):
                 if chunk.num_tokens == self.chunk_size:
                     self.index.remember_dropped(key)
+        conversation_id, reuse = request.conversation_id, request.reuse.since(now)
         for chunk in request.chunks:
             if chunk.key is None and self.keep and not step_failed:
                 self._try_name(request, chunk)
             chunk.last_active = now
+            if not is_preempted:
+                chunk.note_use(conversation_id, reuse, now)
             self.tiers.unpin(chunk)
             self.allocator.note_end_of_turn(chunk)
         request.chunks, request.pending = [], []

@@ -10,6 +10,8 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 
+from engine.core.reuse import NO_REUSE, Reuse
+
 KEY_BYTES = 32
 # Keys of dropped chunks that are remembered, for the statistics: some 14 MB, four million tokens in chunks of 32.
 MAX_DROPPED_KEYS = 1 << 17
@@ -27,6 +29,10 @@ class Chunk:
     last_active: latest use by any conversation that contains it, in seconds.
     owner_id: the conversation that left it as its tail (tails only).
     is_to_store: it is worth a place in a slow tier, as far as is known. Changes only while the chunk is pinned or unfiled.
+    reuse: what is known of its next use; times are on the engine's clock. Does not change while a policy holds the chunk.
+    num_uses: turns that have used it, the one included that made it.
+    last_user_id: the conversation that used it last. num_users: conversations that used it; one that comes back after
+        another counts again.
     """
 
     __slots__ = (
@@ -34,11 +40,15 @@ class Chunk:
         "is_to_store",
         "key",
         "last_active",
+        "last_user_id",
         "num_tokens",
+        "num_users",
+        "num_uses",
         "owner_id",
         "parent_key",
         "pins",
         "position",
+        "reuse",
     )
 
     def __init__(self, position: int, blocks: list[int | None]) -> None:
@@ -51,6 +61,18 @@ class Chunk:
         self.last_active = 0.0
         self.owner_id: str | None = None
         self.is_to_store = False
+        self.reuse: Reuse = NO_REUSE
+        self.num_uses = 0
+        self.last_user_id: str | None = None
+        self.num_users = 0
+
+    def note_use(self, conversation_id: str, reuse: Reuse, now: float) -> None:
+        """A turn of that conversation has used it, and says this of its next use."""
+        self.num_uses += 1
+        if conversation_id != self.last_user_id:
+            self.last_user_id = conversation_id
+            self.num_users += 1
+        self.reuse = reuse if self.num_users == 1 else self.reuse.merged(reuse, now)
 
     def __repr__(self) -> str:
         return (
