@@ -1,122 +1,17 @@
-"""Which chunk is evicted first.
-
-A policy holds the chunks that may go and promises the exact order of its victims; the cache decides when to ask, and what
-happens to a victim.
-"""
+"""By the cost of computing a chunk again, for the time that it has been idle: the paper's policy."""
 
 from __future__ import annotations
 
 import heapq
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from operator import attrgetter
-from typing import Any, Protocol
 
 from engine.core.cache.cost_model import CostModel
+from engine.core.cache.eviction.lazy_heap import LazyHeap
 from engine.core.cache.index import Chunk
-from engine.errors import ConfigError
-
-
-class EvictionPolicy(Protocol):
-    """Holds chunks whose `last_active` does not change while they are held."""
-
-    def insert(self, chunk: Chunk) -> None: ...
-    def remove(self, chunk: Chunk) -> None: ...
-    def choose_victim(self, now: float) -> Chunk | None:
-        """The next to go, still held; None when the policy holds nothing."""
-        ...
-
-    def goes_before(self, chunk: Chunk, other: Chunk, now: float) -> bool:
-        """Whether `chunk` would be chosen before `other`, held or not."""
-        ...
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Chunk]: ...
-    def __contains__(self, chunk: object) -> bool: ...
-
-
-class _LazyHeap:
-    """Chunks by a key that is fixed while they are held.
-
-    A removed chunk's entry stays in the heap until it comes up, or until such entries are the majority.
-    """
-
-    def __init__(self, key: Callable[[Chunk], Any]) -> None:
-        """entries: (key, stamp, chunk), a heap. stamps: of the chunks that are held; an entry with another one is old."""
-        self._key = key
-        self.entries: list[tuple[Any, int, Chunk]] = []
-        self.stamps: dict[Chunk, int] = {}
-        self._num_inserted = 0
-
-    def insert(self, chunk: Chunk) -> None:
-        self._num_inserted += 1
-        self.stamps[chunk] = self._num_inserted
-        heapq.heappush(self.entries, (self._key(chunk), self._num_inserted, chunk))
-
-    def remove(self, chunk: Chunk) -> None:
-        del self.stamps[chunk]
-        if len(self.entries) > 64 and len(self.entries) > 2 * len(self.stamps):
-            self.entries = [entry for entry in self.entries if self.stamps.get(entry[2]) == entry[1]]
-            heapq.heapify(self.entries)
-
-    def first(self) -> Chunk | None:
-        entries, stamps = self.entries, self.stamps
-        while entries:
-            _, stamp, chunk = entries[0]
-            if stamps.get(chunk) == stamp:
-                return chunk
-            heapq.heappop(entries)
-        return None
-
-    def __len__(self) -> int:
-        return len(self.stamps)
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return iter(self.stamps)
-
-    def __contains__(self, chunk: object) -> bool:
-        return chunk in self.stamps
-
-
-class LRU:
-    """Least recently used first; among chunks of one time the leading one first."""
-
-    def __init__(self) -> None:
-        self._heap = _LazyHeap(self._rank)
-        self.insert, self.remove = self._heap.insert, self._heap.remove
-
-    @staticmethod
-    def _rank(chunk: Chunk) -> tuple[Any, ...]:
-        return chunk.last_active, chunk.position
-
-    def choose_victim(self, now: float) -> Chunk | None:
-        return self._heap.first()
-
-    def goes_before(self, chunk: Chunk, other: Chunk, now: float) -> bool:
-        return self._rank(chunk) < self._rank(other)
-
-    def __len__(self) -> int:
-        return len(self._heap)
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return iter(self._heap)
-
-    def __contains__(self, chunk: object) -> bool:
-        return chunk in self._heap
-
-
-class TrailingLRU(LRU):
-    """Least recently used first; among chunks of one time the last one first.
-
-    Radix caches do that, as they can only cut leaves.
-    """
-
-    @staticmethod
-    def _rank(chunk: Chunk) -> tuple[Any, ...]:
-        return chunk.last_active, -chunk.position
-
 
 # Of the heads of RetentionValue: if more had to be looked at to find the first ones, they are ranked anew.
 MAX_LOOKED_AT = 24
@@ -140,7 +35,7 @@ class RetentionValue:
         ranked_at) / cost. So a key and the smallest cost say how small a value can be, and few heads have to be looked at.
         """
         self._cost_model = cost_model
-        self._heaps: list[_LazyHeap] = []  # by position
+        self._heaps: list[LazyHeap] = []  # by position
         self._costs: list[float] = []  # by position, rising
         self._num_chunks = 0
         self._ranking: list[tuple[float, int]] = []
@@ -153,7 +48,7 @@ class RetentionValue:
         position = chunk.position
         while len(self._heaps) <= position:
             self._costs.append(self._cost_model.chunk_cost(len(self._heaps)) or sys.float_info.min)  # divided by
-            self._heaps.append(_LazyHeap(attrgetter("last_active")))
+            self._heaps.append(LazyHeap(attrgetter("last_active")))
         heap = self._heaps[position]
         heap.insert(chunk)
         self._num_chunks += 1
@@ -239,21 +134,3 @@ class RetentionValue:
 def _value(cost: float, idle_s: float) -> float:
     """See RetentionValue; infinite for a chunk that was used just now."""
     return cost / idle_s if idle_s > 0 else math.inf
-
-
-# By the name in the configuration; what makes one from the cost model.
-POLICIES: dict[str, Callable[[CostModel], EvictionPolicy]] = {
-    "retention_value": RetentionValue,
-    "lru": lambda cost_model: LRU(),
-    "trailing_lru": lambda cost_model: TrailingLRU(),
-}
-EVICTION_POLICIES = tuple(POLICIES)
-
-
-def make_policy(name: str, cost_model: CostModel) -> EvictionPolicy:
-    """A policy by its name in the configuration. Raises ConfigError."""
-    if name not in POLICIES:
-        raise ConfigError(
-            f"eviction_policy must be one of {', '.join(POLICIES)}, got {name!r}", param="eviction_policy"
-        )
-    return POLICIES[name](cost_model)

@@ -1,0 +1,47 @@
+"""By the time of the last use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from engine.core.cache.eviction.lazy_heap import LazyHeap
+from engine.core.cache.index import Chunk
+
+
+class LRU:
+    """Least recently used first; among chunks of one time the leading one first."""
+
+    def __init__(self) -> None:
+        self._heap = LazyHeap(self._rank)
+        self.insert, self.remove = self._heap.insert, self._heap.remove
+
+    @staticmethod
+    def _rank(chunk: Chunk) -> tuple[Any, ...]:
+        return chunk.last_active, chunk.position
+
+    def choose_victim(self, now: float) -> Chunk | None:
+        return self._heap.first()
+
+    def goes_before(self, chunk: Chunk, other: Chunk, now: float) -> bool:
+        return self._rank(chunk) < self._rank(other)
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return iter(self._heap)
+
+    def __contains__(self, chunk: object) -> bool:
+        return chunk in self._heap
+
+
+class TrailingLRU(LRU):
+    """Least recently used first; among chunks of one time the last one first.
+
+    Radix caches do that, as they can only cut leaves.
+    """
+
+    @staticmethod
+    def _rank(chunk: Chunk) -> tuple[Any, ...]:
+        return chunk.last_active, -chunk.position
