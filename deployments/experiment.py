@@ -39,8 +39,8 @@ class Case:
     engine: options of each replica. workload_options: see WorkloadOptions. arrivals: see engine/workloads/arrivals.py.
     arrivals_per_replica: rates of arrivals and numbers of sessions are for each replica. routing: one of ROUTERS.
     duration_s, warm_up_s: of the simulated time; turns that are sent in the warm-up do not count. disk: bytes a second and
-    seconds of a disk tier. steps: a file of `pensieve profile --steps`, which then says how long steps take, or `distserve`.
-    name: what sets it apart from the other cases.
+    seconds of a disk tier. steps: a file of `pensieve profile --steps`, which then says how long steps take. name: what sets
+    it apart from the other cases.
     """
 
     engine: EngineConfig

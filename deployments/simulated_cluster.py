@@ -13,8 +13,7 @@ from engine.core.engine_core import EngineCore
 from engine.core.tier_table import TierSpec
 from engine.errors import ConfigError
 from engine.own_policy import load_policy
-from engine.simulator.devices import DEVICES, GIB, MODELS
-from engine.simulator.distserve import DistServe
+from engine.simulator.devices import GIB
 from engine.simulator.routing import LeastLoaded, PowerOfTwo, Router
 from engine.simulator.simulator import Cluster, LinkSpec
 from engine.simulator.step_cost import Roofline, StepCost
@@ -25,8 +24,6 @@ from engine.workloads.sources import load_workload, parse_options
 
 # What a device keeps for activations and graphs, in bytes.
 ACTIVATIONS_BYTES = 3 * GIB
-# Instead of a file of steps: step times that were measured by others.
-DISTSERVE = "distserve"
 # As the disk tier says of itself.
 DISK_MAX_WAIT_S, DISK_REWRITE_S = 10.0, 3600.0
 # Sessions are drawn, for arrivals at a rate, until this many times as many as are expected to start.
@@ -64,14 +61,7 @@ def make_cluster(case: Case, seed: int) -> Cluster:
     engine, shape, device = case.engine, case.model_shape, case.device
     bytes_per_block = shape.kv_bytes_per_token * engine.chunk_size
     cost: StepCost = Roofline(shape, device, bytes_per_block)
-    if case.steps == DISTSERVE:
-        if (shape, device) != (MODELS["opt-13b"], DEVICES["a100-80gb"]):
-            raise ConfigError(
-                "DistServe's step times are those of opt-13b on one a100-80gb; simulate these, or leave `steps` out",
-                param="steps",
-            )
-        cost = DistServe(bytes_per_block)
-    elif case.steps is not None:
+    if case.steps is not None:
         table = StepTable.load(Path(case.steps))
         scale = engine.chunk_size / table.chunk_size
         cost = replace(table, chunk_size=engine.chunk_size, load_s=table.load_s * scale, store_s=table.store_s * scale)

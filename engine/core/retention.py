@@ -1,7 +1,6 @@
 """What clients and the engine may say about how long the KV of a context is worth keeping, and what came of it.
 
-Values only. A hint is soft: a factor in the order of eviction until some time, never a pin. See cache/retention.py for what is
-done with it.
+Values only. A hint is soft: a factor in the order of eviction until some time, never a pin. Done by cache/retention.py.
 """
 
 from __future__ import annotations
@@ -70,8 +69,8 @@ class RetentionHint:
         for span, following in zip(self.spans, self.spans[1:], strict=False):
             if span.end is None or span.end > following.start:
                 raise InvalidParameterError(
-                    f"spans to keep must be in order and not overlap; one begins at token {following.start}, but the one before "
-                    f"it goes to {'the end' if span.end is None else span.end}",
+                    f"spans to keep must be in order and not overlap; one begins at token {following.start}, but the one "
+                    f"before it goes to {'the end' if span.end is None else span.end}",
                     param="retention",
                 )
         _check_priority(self.rest_priority)

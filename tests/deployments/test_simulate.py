@@ -158,15 +158,6 @@ def test_measured_steps_take_the_place_of_a_device(tmp_path):
     assert cluster.make_core().cache_config.num_gpu_blocks == 10 * 2**30 // 2**21
 
 
-def test_distserves_step_times_are_those_of_one_model_on_one_device(tmp_path):
-    (case, *_), _ = read_cases(write(tmp_path, EXPERIMENT), {"steps": "distserve"})
-    assert make_cluster(case, 0).cost.step_time(StepWork(1, 101)) == pytest.approx(0.020036, abs=1e-6)
-    for other in ({"model_shape": "llama-3.1-8b"}, {"device": "h100-80gb"}):
-        (case, *_), _ = read_cases(write(tmp_path, EXPERIMENT), {"steps": "distserve", **other})
-        with pytest.raises(ConfigError, match="opt-13b on one a100-80gb"):
-            make_cluster(case, 0)
-
-
 def test_load_may_be_given_for_each_replica(tmp_path):
     text = EXPERIMENT.replace("duration_s: 60", "duration_s: 60\n  arrivals_per_replica: true")
     cases, _ = read_cases(write(tmp_path, text), {"num_replicas": [1, 4], "arrivals": "poisson:0.5"})
