@@ -71,11 +71,7 @@ def build(args: AppArgs) -> Application:
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=args.graceful_shutdown_timeout_s,
         max_surge_percent=_surge_percent(args),
-        request_router_config=RequestRouterConfig(
-            request_router_class=SessionRouter,
-            request_router_kwargs={"num_fallback_replicas": args.num_fallback_replicas},
-            request_routing_stats_period_s=ROUTING_STATS_PERIOD_S,
-        ),
+        request_router_config=_router(args),
     )
     # A store in a file is on one node: another node's ingress would make an empty one there, and nothing would say so.
     where = {"resources": {HEAD_NODE: 0.001}} if is_file(args.store_url) else {}
@@ -97,6 +93,16 @@ def build(args: AppArgs) -> Application:
     )
     drain_s = max(0.0, args.graceful_shutdown_timeout_s - SHUTDOWN_S)
     return ingress.bind(engine.bind(engine_config, args.stream_interval_s, drain_s=drain_s), config)
+
+
+def _router(args: AppArgs) -> RequestRouterConfig:
+    own = {}
+    if args.routing == "affinity":
+        own = {
+            "request_router_class": SessionRouter,
+            "request_router_kwargs": {"num_fallback_replicas": args.num_fallback_replicas},
+        }
+    return RequestRouterConfig(**own, request_routing_stats_period_s=ROUTING_STATS_PERIOD_S)
 
 
 def _surge_percent(args: AppArgs) -> int:

@@ -1,4 +1,4 @@
-"""What `pensieve simulate` is asked: a Serve config file, or an experiment, and the cases that come of it.
+"""What an experiment asks: a Serve config file, or a file of its own, and the cases that come of it.
 
     serve: serve_config.yaml        # or engine: {...}, num_replicas, num_fallback_replicas
     simulation:
@@ -6,6 +6,8 @@
       model_shape: opt-13b
       arrivals: [poisson:0.3, poisson:0.5]
       engine.eviction_policy: [retention_value, lru]
+    cluster:                        # how `pensieve experiment run` deploys and drives them; `pensieve simulate` needs none
+      args: {num_cpus: 1}
 
 Each combination of what lists give is a case, and each case is run with each seed.
 """
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.schema import IMPORT_PATH, AppArgs, check_serve_config, read_serve_config
+from engine.bench.apis import APIS
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.simulator.devices import Device, ModelShape, find_device, find_model
@@ -28,8 +31,9 @@ from engine.workloads.sources import parse_options
 
 ROUTERS = ("affinity", "affinity_of_two", "least_loaded", "power_of_two")
 # Options of an experiment that may be lists, each value of which makes cases of its own.
-VARIED = ("arrivals", "routing", "num_replicas", "device", "model_shape", "workload")
+VARIED = ("arrivals", "arrivals_per_replica", "routing", "num_replicas", "device", "model_shape", "workload")
 ENGINE_PREFIX = "engine."
+TOP_LEVEL = {"serve", "engine", "num_replicas", "num_fallback_replicas", "simulation", "cluster", "title", "notes"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +43,8 @@ class Case:
     engine: options of each replica. workload_options: see WorkloadOptions. arrivals: see engine/workloads/arrivals.py.
     arrivals_per_replica: rates of arrivals and numbers of sessions are for each replica. routing: one of ROUTERS.
     duration_s, warm_up_s: of the simulated time; turns that are sent in the warm-up do not count. disk: bytes a second and
-    seconds of a disk tier. steps: a file of `pensieve profile --steps`, which then says how long steps take. name: what sets
-    it apart from the other cases.
+    seconds of a disk tier. steps: a file of `pensieve profile --steps`, which then says how long steps take. axes: what sets
+    it apart from the other cases, by the options' names. name: the same in words.
     """
 
     engine: EngineConfig
@@ -58,7 +62,47 @@ class Case:
     changes: tuple[Change, ...] = ()
     disk: Mapping[str, float] = field(default_factory=lambda: {"read": 2e9, "write": 1e9, "latency_s": 0.0005})
     steps: str | None = None
+    axes: tuple[tuple[str, Any], ...] = ()
     name: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterOptions:
+    """How a case is deployed and driven on a Ray cluster.
+
+    args: of the application (deployments/options.py), besides `engine` and `num_replicas`. port: of Serve's HTTP proxies.
+    api: what is sent, one of engine/bench/apis.py. token_ids: first and end of those that `completions` sends.
+    ready_timeout_s: for a deployment to be ready. turn_timeout_s: for an answer. drivers_per_node: actors that send the load;
+    None = by the number of sessions. max_lag_s: how late they may be; None = see engine/bench/figures.py. metrics_wait_s: how
+    long after a load the metrics are read, because Ray collects them every ten seconds.
+    """
+
+    args: Mapping[str, Any] = field(default_factory=dict)
+    port: int = 8000
+    api: str = "completions"
+    token_ids: tuple[int, int] = (100, 1000)
+    ready_timeout_s: float = 900.0
+    turn_timeout_s: float = 600.0
+    drivers_per_node: int | None = None
+    max_lag_s: float | None = None
+    metrics_wait_s: float = 12.0
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """All that a file says.
+
+    title, notes: for its report. serve: the content of the Serve config file that it names, or is; None if there is none.
+    folder: of the file, in which a model may be.
+    """
+
+    title: str
+    notes: tuple[str, ...]
+    cases: list[Case]
+    seeds: list[int]
+    cluster: ClusterOptions
+    serve: dict[str, Any] | None
+    folder: Path
 
 
 def read_cases(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[list[Case], list[int]]:
@@ -66,13 +110,24 @@ def read_cases(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
 
     overrides: of the options under `simulation`.
     """
+    experiment = read_experiment(path, overrides)
+    return experiment.cases, experiment.seeds
+
+
+def read_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """As read_cases, with all else. Raises ConfigError."""
     content = read_serve_config(path)
     simulation: dict[str, Any] = {}
-    if "applications" in content:
-        cluster = _read_cluster(path)
+    serve_path = path if "applications" in content else None
+    options = ClusterOptions()
+    if serve_path is not None:
+        cluster = _read_cluster(serve_path)
     else:
-        _refuse_unknown(content, {"serve", "engine", "num_replicas", "num_fallback_replicas", "simulation"}, str(path))
-        cluster = _read_cluster(Path(path).parent / content["serve"]) if "serve" in content else {}
+        _refuse_unknown(content, TOP_LEVEL, str(path))
+        if "serve" in content:
+            serve_path = Path(path).parent / content["serve"]
+        cluster = {} if serve_path is None else _read_cluster(serve_path)
+        options = _make_cluster_options(content.get("cluster") or {})
         cluster |= {name: content[name] for name in ("num_replicas", "num_fallback_replicas") if name in content}
         cluster["engine"] = cluster.get("engine", {}) | (content.get("engine") or {})
         simulation = content.get("simulation") or {}
@@ -80,7 +135,41 @@ def read_cases(path: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     seeds = simulation.pop("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
         raise ConfigError(f"seeds must be a list of whole numbers, got {seeds!r}", param="seeds")
-    return list(_cases(cluster, simulation)), seeds
+    if isinstance(simulation.get("steps"), str) and (beside := Path(path).parent / simulation["steps"]).exists():
+        simulation["steps"] = str(beside)
+    serve = None if serve_path is None else read_serve_config(serve_path)
+    notes = content.get("notes") or []
+    notes = (notes,) if isinstance(notes, str) else tuple(map(str, notes))
+    title = str(content.get("title") or Path(path).stem)
+    return Experiment(title, notes, list(_cases(cluster, simulation)), seeds, options, serve, Path(path).parent)
+
+
+def _make_cluster_options(given: Any) -> ClusterOptions:
+    """Raises ConfigError. What `args` says is checked when a case is deployed, with the rest of the application's."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"cluster must have options, got {given!r}", param="cluster")
+    _refuse_unknown(given, {each.name for each in fields(ClusterOptions)}, "cluster")
+    values = dict(given)
+    if "token_ids" in values:
+        values["token_ids"] = _make_token_ids(values["token_ids"])
+    options = ClusterOptions(**values)
+    for name in ("port", "ready_timeout_s", "turn_timeout_s", "drivers_per_node", "max_lag_s", "metrics_wait_s"):
+        value = getattr(options, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            raise ConfigError(f"{name} of cluster must be a number, at least 0, got {value!r}", param=name)
+    if options.api not in APIS:
+        raise ConfigError(f"api of cluster must be one of {', '.join(APIS)}, got {options.api!r}", param="api")
+    if not isinstance(options.args, Mapping) or (own := options.args.keys() & {"engine", "num_replicas"}):
+        wrong = "options" if not isinstance(options.args, Mapping) else f"no {sorted(own)[0]}, which the cases say"
+        raise ConfigError(f"args of cluster must have {wrong}", param="args")
+    return options
+
+
+def _make_token_ids(value: Any) -> tuple[int, int]:
+    match value:
+        case [int(first), int(end)] if 0 <= first < end:
+            return first, end
+    raise ConfigError(f"token_ids must be a list of the first id and the end, got {value!r}", param="token_ids")
 
 
 def _read_cluster(path: str | Path) -> dict[str, Any]:
@@ -109,20 +198,20 @@ def _cases(cluster: Mapping[str, Any], simulation: Mapping[str, Any]) -> Iterato
     given = {"num_replicas": cluster.get("num_replicas", 1), **simulation}
     of_engine = {name: value for name, value in given.items() if name.startswith(ENGINE_PREFIX)}
     options = {name: value for name, value in given.items() if name not in of_engine}
-    _refuse_unknown(options, {each.name for each in fields(Case)} - {"engine", "name"}, "simulation")
+    _refuse_unknown(options, {each.name for each in fields(Case)} - {"engine", "name", "axes"}, "simulation")
     varied = {name: value for name, value in given.items() if isinstance(value, list) and _may_vary(name)}
     if empty := [name for name, value in varied.items() if not value]:
         raise ConfigError(f"{empty[0]} is an empty list; give at least one value", param=empty[0])
     for values in itertools.product(*varied.values()):
         chosen = dict(zip(varied, values, strict=True))
         case = {**given, **chosen}
-        name = ", ".join(f"{key.removeprefix(ENGINE_PREFIX)} {_short(value)}" for key, value in chosen.items())
+        axes = tuple((key.removeprefix(ENGINE_PREFIX), _short(value)) for key, value in chosen.items())
         of_case = {key.removeprefix(ENGINE_PREFIX): case.pop(key) for key in of_engine}
         case.setdefault("num_fallback_replicas", cluster.get("num_fallback_replicas", 1))
-        yield _make_case(engine | of_case, case, name)
+        yield _make_case(engine | of_case, case, axes)
 
 
-def _make_case(engine: Mapping[str, Any], options: dict[str, Any], name: str) -> Case:
+def _make_case(engine: Mapping[str, Any], options: dict[str, Any], axes: tuple[tuple[str, Any], ...]) -> Case:
     config = EngineConfig.from_options(engine)
     options["model_shape"] = find_model(options.get("model_shape", config.model))
     device = find_device(options.get("device", "a100-80gb"))
@@ -132,7 +221,7 @@ def _make_case(engine: Mapping[str, Any], options: dict[str, Any], name: str) ->
         value = options.get(number, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ConfigError(f"{number} must be a number above 0, got {value!r}", param=number)
-    case = Case(engine=config, name=name, **options)
+    case = Case(engine=config, axes=axes, name=", ".join(f"{name} {value}" for name, value in axes), **options)
     if case.routing not in ROUTERS:
         raise ConfigError(f"routing must be one of {', '.join(ROUTERS)}, got {case.routing!r}", param="routing")
     if case.warm_up_s >= case.duration_s:
@@ -167,5 +256,5 @@ def _refuse_unknown(given: Mapping[str, Any], known: set[str], where: str) -> No
         raise ConfigError(f"{where}: unknown key {sorted(unknown)[0]}; known are {', '.join(sorted(known))}")
 
 
-def _short(value: Any) -> str:
-    return str(value.get("base", "custom")) if isinstance(value, Mapping) else str(value)
+def _short(value: Any) -> Any:
+    return str(value.get("base", "custom")) if isinstance(value, Mapping) else value

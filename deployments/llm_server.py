@@ -179,7 +179,8 @@ class LLMServer:
         return ModelCard(self._engine.model_name, self._engine.max_model_len, max_num_requests, warnings)
 
     async def get_statistics(self) -> dict[str, Any]:
-        return {"replica_rank": self.replica_rank(), **self._engine.get_statistics()}
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        return {"replica_rank": self.replica_rank(), "replica_id": replica_id, **self._engine.get_statistics()}
 
     async def get_load(self) -> tuple[int, ReplicaLoad]:
         """The rank, and how busy the replica is."""

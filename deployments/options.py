@@ -57,6 +57,11 @@ class ReplicaOptions(_Options):
         "further ones get HTTP status 429. Serve also counts requests that are being routed, so a small number rejects "
         "bursts.",
     )
+    routing: Literal["affinity", "power_of_two"] = Field(
+        default="affinity",
+        description="Which engine replica gets a request: `affinity` is the home of its session, with its cache; "
+        "`power_of_two` is Serve's own router, which takes the less busy of two, as a baseline.",
+    )
     stream_interval_s: float = Field(
         default=0.01,
         ge=0,

@@ -18,7 +18,7 @@ from deployments.experiment import ROUTERS, Case, read_cases
 from deployments.simulated_cluster import make_cluster, make_sessions
 from engine.errors import ConfigError, PensieveError
 from engine.simulator.devices import DEVICES, MODELS
-from engine.simulator.outcome import Summary
+from engine.simulator.outcome import Outcome, Summary
 from engine.simulator.report import Result, format_csv, format_html, format_table
 from engine.simulator.simulator import Simulator
 from engine.workloads.arrivals import USAGE as ARRIVALS
@@ -69,13 +69,17 @@ def run_case(case: Case, seed: int, on_progress: Callable[[float], None] = lambd
 
     on_progress: is told the simulated time, about once a simulated second.
     """
-    sessions, num_active = make_sessions(case, seed)
-    simulator = Simulator(make_cluster(case, seed), sessions, num_active=num_active)
-    outcome = simulator.run(case.duration_s, on_progress)
+    outcome = run_outcome(case, seed, on_progress)
     try:
         return outcome.summary(case.warm_up_s)
     except ValueError as error:
         raise ConfigError(f"{case.name or 'the case'}: {error}", param="duration_s") from None
+
+
+def run_outcome(case: Case, seed: int, on_progress: Callable[[float], None] = lambda now: None) -> Outcome:
+    """As run_case, with all that comes of it."""
+    sessions, num_active = make_sessions(case, seed)
+    return Simulator(make_cluster(case, seed), sessions, num_active=num_active).run(case.duration_s, on_progress)
 
 
 def describe(case: Case) -> str:

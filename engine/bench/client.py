@@ -15,6 +15,8 @@ import httpx
 from engine.bench.apis import APIS, Conversation, Heard, Json
 
 CONNECT_TIMEOUT_S = 30.0
+# In which our own server says the rank of the engine replica that answers.
+REPLICA_HEADER = "x-pensieve-replica"
 # Of what a server may send as one event, or as the body of an error.
 MAX_EVENT_BYTES = 1 << 24
 MAX_ERROR_CHARS = 300
@@ -45,7 +47,10 @@ class ClientFault(Exception):
 
 @dataclass(slots=True)
 class Answered:
-    """An answer and the times of its pieces, in seconds of the clock. first_s: None if there were none."""
+    """An answer and the times of its pieces, in seconds of the clock. first_s: None if there were none.
+
+    replica: which one of the server's answered, if it says that.
+    """
 
     sent_s: float
     end_s: float
@@ -53,6 +58,7 @@ class Answered:
     first_s: float | None = None
     num_pieces: int = 0
     max_gap_s: float = 0.0
+    replica: str = ""
 
 
 class Client:
@@ -108,6 +114,7 @@ class Client:
             if response.status_code != 200:
                 answered.heard.error = await _error_of(response)
                 return
+            answered.replica = response.headers.get(REPLICA_HEADER, "")
             latest_s = answered.sent_s
             async for data in _events(response):
                 now_s = time.perf_counter()

@@ -112,6 +112,7 @@ class Driver:
             answered.max_gap_s,
             answered.heard.finish_reason,
             error,
+            answered.replica,
         )
 
     def _now(self) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.bench.summary import Json, table_of
 
-_STYLE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 html { color: #1c2330; background: #fff }
 h1 { font-size: 1.5rem; margin-bottom: .2rem }
@@ -59,7 +59,7 @@ def make_page(summary: Json, images: Mapping[str, Path]) -> str:
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n'
-        f"<title>pensieve bench</title>\n<style>{_STYLE}</style>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>pensieve bench</title>\n<style>{STYLE}</style>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 

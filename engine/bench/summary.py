@@ -132,6 +132,7 @@ def _turn_row(plan: BenchPlan, result: CellResult, record: TurnRecord) -> Json:
         "cached_by": " ".join(f"{name}={count}" for name, count in record.cached_by),
         "finish_reason": record.finish_reason,
         "error": record.error,
+        "replica": record.replica,
         "is_measured": not result.refusal and record.due_s >= plan.warm_up_s,
     }
 

@@ -18,6 +18,7 @@ class TurnRecord:
     cached_by: the cached ones by where they were, if the server says that.
     max_gap_s: the longest time between two pieces of the answer.
     error: what went wrong; empty = nothing.
+    replica: which one of the server's answered, if it says that.
     """
 
     session_id: str
@@ -35,6 +36,7 @@ class TurnRecord:
     max_gap_s: float = 0.0
     finish_reason: str = ""
     error: str = ""
+    replica: str = ""
 
     @property
     def is_good(self) -> bool:

@@ -129,7 +129,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 async def server(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LLMServer]:
-    context = SimpleNamespace(rank=SimpleNamespace(rank=4))
+    context = SimpleNamespace(rank=SimpleNamespace(rank=4), replica_id=SimpleNamespace(unique_id="abc"))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(llm_server, "log_engine_with_serve", lambda: None)  # it is for the whole process
     start_engine: Callable[..., Any] = lambda config, number, network: engine  # noqa: E731
@@ -289,7 +289,7 @@ async def test_closing_reaches_the_engine(server: LLMServer, engine: FakeEngine)
 async def test_what_serve_and_the_ingress_ask(server: LLMServer, engine: FakeEngine) -> None:
     assert await server.record_replica_metadata() == server.record_routing_stats() == {RANK: 4}
     assert await server.describe() == ModelCard("tiny", 100, 128)
-    assert await server.get_statistics() == {"replica_rank": 4, **engine.get_statistics()}
+    assert await server.get_statistics() == {"replica_rank": 4, "replica_id": "abc", **engine.get_statistics()}
     assert await server.get_load() == (4, ReplicaLoad(0, -96, 0.0, (0.5, 0.25), 0.125))
     server.check_health()
     with pytest.raises(AssertionError, match="a block is lost"):

@@ -1,0 +1,82 @@
+"""Every file of experiments/ can be read, makes its cases, and can be deployed if it says how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deployments.experiment import read_experiment
+from deployments.experiments.deployment import check_measurable, serve_config_of
+from deployments.schema import AppArgs
+from deployments.simulated_cluster import make_cluster
+from engine.errors import ConfigError
+
+FOLDER = Path(__file__).parents[3] / "experiments"
+FILES = sorted(FOLDER.rglob("*.yaml"))
+MEASURED = [path for path in FILES if "cluster" in yaml.safe_load(path.read_text())]
+SMALL = FOLDER / "small_machine.yaml"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(FOLDER).as_posix())
+def test_it_makes_cases_that_can_be_simulated(path: Path) -> None:
+    experiment = read_experiment(path)
+    assert len({case.name for case in experiment.cases}) == len(experiment.cases)
+    for case in experiment.cases:
+        assert make_cluster(case, 0).make_core().cache_config.num_gpu_blocks > 0
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.relative_to(FOLDER).as_posix())
+def test_it_can_be_deployed(path: Path) -> None:
+    check_measurable(read_experiment(path))
+
+
+def test_a_case_becomes_an_application() -> None:
+    experiment = read_experiment(SMALL)
+    config = serve_config_of(experiment, experiment.cases[-1])
+    (application,) = config["applications"]
+    assert application["deployments"] == [{"name": "LLMServer", "num_replicas": 4}]
+    args = AppArgs.model_validate(application["args"])
+    assert (args.num_cpus, args.routing, args.engine["num_cpu_blocks"]) == (0.5, "affinity", 64)
+    assert Path(args.engine["model"]) == FOLDER / "models" / "random-10m"
+
+
+def test_what_serves_already_is_the_base(tmp_path: Path) -> None:
+    (tmp_path / "serve.yaml").write_text((FOLDER.parent / "serve_config.yaml").read_text())
+    path = tmp_path / "experiment.yaml"
+    path.write_text(
+        "serve: serve.yaml\nengine: {chunk_size: 64}\ncluster: {args: {num_cpus: 0.1}, port: 8123}\n"
+        "simulation: {model_shape: smollm2, engine.mode: [pensieve, stateless], num_replicas: 3, routing: power_of_two}\n"
+    )
+    experiment = read_experiment(path)
+    (application,) = serve_config_of(experiment, experiment.cases[1])["applications"]
+    assert application["deployments"] == [
+        {"name": "LLMServer", "num_replicas": 3},
+        {"name": "Ingress", "num_replicas": 1},
+    ]
+    args = application["args"]
+    assert (args["num_cpus"], args["ingress_num_cpus"], args["routing"]) == (0.1, 0.25, "power_of_two")
+    assert (args["engine"]["mode"], args["engine"]["chunk_size"]) == ("stateless", 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("simulation: {routing: least_loaded}", "routing least_loaded is a baseline of the simulator"),
+        ("simulation: {routing: affinity_of_two}", "goes with `api: responses-stored`"),
+        ("cluster: {api: responses-stored}", "goes with `api: responses-stored`"),
+        ("simulation: {device: [a100-80gb, h100-80gb]}", "run this file with --simulate"),
+        ("cluster: {args: {num_cpu: 1}}", "num_cpu"),
+        ("cluster: {args: {num_replicas: 2}}", "args of cluster must have no num_replicas, which the cases say"),
+        ("cluster: {prot: 8000}", "cluster: unknown key prot"),
+        ("cluster: {port: high}", "port of cluster must be a number"),
+        ("cluster: {api: soap}", "api of cluster must be one of"),
+        ("cluster: {token_ids: [9, 3]}", "token_ids must be a list of the first id and the end"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_anything_starts(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(f"engine: {{model: smollm2}}\n{text}\n")
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        check_measurable(read_experiment(path))
