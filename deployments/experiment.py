@@ -25,15 +25,34 @@ from engine.bench.apis import APIS
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.simulator.devices import Device, ModelShape, find_device, find_model
-from engine.simulator.simulator import Change
+from engine.simulator.simulator import SHUTDOWN_S, Change
 from engine.workloads.arrivals import parse_arrivals
 from engine.workloads.sources import parse_options
 
-ROUTERS = ("affinity", "affinity_of_two", "least_loaded", "power_of_two")
+# The first one is what serves.
+ROUTERS = (
+    "price_of_moving",
+    "price_of_moving_of_two",
+    "affinity",
+    "affinity_of_two",
+    "least_loaded",
+    "power_of_two",
+)
 # Options of an experiment that may be lists, each value of which makes cases of its own.
-VARIED = ("arrivals", "arrivals_per_replica", "routing", "num_replicas", "device", "model_shape", "workload")
+VARIED = (
+    "arrivals",
+    "arrivals_per_replica",
+    "routing",
+    "num_replicas",
+    "num_ingresses",
+    "device",
+    "model_shape",
+    "workload",
+)
 ENGINE_PREFIX = "engine."
 TOP_LEVEL = {"serve", "engine", "num_replicas", "num_fallback_replicas", "simulation", "cluster", "title", "notes"}
+# Of a message between replicas, in seconds: an answer that comes later than twice that is not waited for live.
+MAX_LATENCY_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +61,8 @@ class Case:
 
     engine: options of each replica. workload_options: see WorkloadOptions. arrivals: see engine/workloads/arrivals.py.
     arrivals_per_replica: rates of arrivals and numbers of sessions are for each replica. routing: one of ROUTERS.
+    num_ingresses: each knows the loads by itself. network: between replicas, see NetworkSpec. drain_s: so long a replica that
+    drains hands over at most; graceful_shutdown_timeout_s, less the two seconds that it needs to end.
     duration_s, warm_up_s: of the simulated time; turns that are sent in the warm-up do not count. disk: bytes a second and
     seconds of a disk tier. steps: a file of `pensieve profile --steps`, which then says how long steps take. axes: what sets
     it apart from the other cases, by the options' names. name: the same in words.
@@ -56,7 +77,10 @@ class Case:
     arrivals_per_replica: bool = False
     device: Device
     model_shape: ModelShape
-    routing: str = "affinity"
+    routing: str = ROUTERS[0]
+    num_ingresses: int = 1
+    network: Mapping[str, float] = field(default_factory=dict)
+    drain_s: float = 18.0
     duration_s: float = 600.0
     warm_up_s: float = 200.0
     changes: tuple[Change, ...] = ()
@@ -189,6 +213,7 @@ def _read_cluster(path: str | Path) -> dict[str, Any]:
                 "engine": dict(args.engine),
                 "num_replicas": num_replicas,
                 "num_fallback_replicas": args.num_fallback_replicas,
+                "drain_s": max(0.0, args.graceful_shutdown_timeout_s - SHUTDOWN_S),
             }
     raise ConfigError(f"{path}: no application has the import path {IMPORT_PATH}; name a config file of this project")
 
@@ -207,7 +232,9 @@ def _cases(cluster: Mapping[str, Any], simulation: Mapping[str, Any]) -> Iterato
         case = {**given, **chosen}
         axes = tuple((key.removeprefix(ENGINE_PREFIX), _short(value)) for key, value in chosen.items())
         of_case = {key.removeprefix(ENGINE_PREFIX): case.pop(key) for key in of_engine}
-        case.setdefault("num_fallback_replicas", cluster.get("num_fallback_replicas", 1))
+        for shared in ("num_fallback_replicas", "drain_s"):
+            if shared in cluster:
+                case.setdefault(shared, cluster[shared])
         yield _make_case(engine | of_case, case, axes)
 
 
@@ -217,7 +244,7 @@ def _make_case(engine: Mapping[str, Any], options: dict[str, Any], axes: tuple[t
     device = find_device(options.get("device", "a100-80gb"))
     options["device"] = replace(device, num_devices=config.tensor_parallel_size)
     options["changes"] = tuple(_make_change(each) for each in options.get("changes") or ())
-    for number in ("num_replicas", "duration_s"):
+    for number in ("num_replicas", "num_ingresses", "duration_s"):
         value = options.get(number, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ConfigError(f"{number} must be a number above 0, got {value!r}", param=number)
@@ -228,6 +255,7 @@ def _make_case(engine: Mapping[str, Any], options: dict[str, Any], axes: tuple[t
         raise ConfigError(
             f"warm_up_s is {case.warm_up_s:g}, and duration_s {case.duration_s:g}; raise duration_s", param="warm_up_s"
         )
+    _check_network(case.network)
     parse_arrivals(case.arrivals)
     parse_options(case.workload_options)
     return case
@@ -241,10 +269,25 @@ def _make_change(value: Any) -> Change:
         or value.get("what") not in ("add", "drain", "lose")
     ):
         raise ConfigError(
-            f"a change must have time_s, what (add, drain or lose), and may have rank and restart_s; got {value!r}",
+            "a change must have time_s, what (add, drain or lose), and may have rank, restart_s and start_s; "
+            f"got {value!r}",
             param="changes",
         )
     return Change(**value)
+
+
+def _check_network(network: Any) -> None:
+    names = {"bytes_per_s", "latency_s"}
+    if (
+        not isinstance(network, Mapping)
+        or not network.keys() <= names
+        or not all(isinstance(value, int | float) and value > 0 for value in network.values())
+        or network.get("latency_s", 0.0) > MAX_LATENCY_S
+    ):
+        raise ConfigError(
+            f"network may have bytes_per_s and latency_s, above 0, the latter at most {MAX_LATENCY_S}; got {network!r}",
+            param="network",
+        )
 
 
 def _may_vary(name: str) -> bool:

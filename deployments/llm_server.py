@@ -185,14 +185,14 @@ class LLMServer:
     async def get_load(self) -> tuple[int, ReplicaLoad]:
         """The rank, and how busy the replica is."""
         statistics = self._engine.get_statistics()
-        num_running, num_waiting = statistics["num_requests_running"], statistics["num_requests_waiting"]
-        num_ended = statistics["num_finished"] + statistics["num_aborted"] + statistics["num_failed"]
-        return self.replica_rank(), ReplicaLoad(
-            num_requests=num_running + num_waiting,
-            num_ahead=num_waiting or min(0, num_running - self._config.max_num_seqs),
-            turn_s=self._load_meter.turn_s(num_ended, num_waiting, time.monotonic()),
+        return self.replica_rank(), self._load_meter.load(
+            num_running=statistics["num_requests_running"],
+            num_waiting=statistics["num_requests_waiting"],
+            num_ended=statistics["num_finished"] + statistics["num_aborted"] + statistics["num_failed"],
+            max_num_seqs=self._config.max_num_seqs,
             compute_s=self._engine.token_compute_s,
             pull_s=self._engine.token_pull_s,
+            now=time.monotonic(),
         )
 
     async def map_cache(self, query: CacheQuery) -> ReplicaCache:

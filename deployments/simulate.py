@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from deployments.experiment import ROUTERS, Case, read_cases
-from deployments.simulated_cluster import make_cluster, make_sessions
+from deployments.simulated_cluster import make_cluster, make_network, make_sessions
 from engine.errors import ConfigError, PensieveError
 from engine.simulator.devices import DEVICES, MODELS
 from engine.simulator.outcome import Outcome, Summary
@@ -88,7 +88,8 @@ def describe(case: Case) -> str:
     lines = {
         "workload": f"{case.workload} {dict(case.workload_options) or ''}",
         "arrivals": case.arrivals + (" for each replica" if case.arrivals_per_replica else ""),
-        "replicas": f"{case.num_replicas}, routing {case.routing}",
+        "replicas": f"{case.num_replicas}, routing {case.routing}, {case.num_ingresses} ingresses",
+        "hand-over": str(make_network(case) or "none"),
         "engine": ", ".join(f"{name} {value}" for name, value in engine.items()),
         "model": str(case.model_shape),
         "device": str(case.device),
@@ -159,7 +160,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arrivals", nargs="+", help=ARRIVALS)
     parser.add_argument("--device", help=f"one of {', '.join(DEVICES)} (default: a100-80gb)")
     parser.add_argument("--model-shape", help=f"one of {', '.join(MODELS)} (default: the engine's model, if it is one)")
-    parser.add_argument("--routing", nargs="+", choices=ROUTERS, help="(default: affinity)")
+    parser.add_argument("--routing", nargs="+", choices=ROUTERS, help=f"(default: {ROUTERS[0]})")
     parser.add_argument("--num-replicas", nargs="+", type=int, metavar="N", help="(default: the file's)")
     parser.add_argument("--duration-s", type=float, metavar="S", help="simulated time (default: 600)")
     parser.add_argument("--warm-up-s", type=float, metavar="S", help="turns sent before do not count (default: 200)")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from deployments.experiment import Case
-from deployments.routing.rendezvous import choose_session_id, rank_replicas
+from deployments.simulated_routing import Affinity, PriceOfMoving
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
-from engine.core.tier_table import TierSpec
+from engine.core.tier_table import TierSpec, peer_tier
 from engine.errors import ConfigError
 from engine.own_policy import load_policy
 from engine.simulator.devices import GIB
+from engine.simulator.handover import NetworkSpec
 from engine.simulator.routing import LeastLoaded, PowerOfTwo, Router
 from engine.simulator.simulator import Cluster, LinkSpec
 from engine.simulator.step_cost import Roofline, StepCost
@@ -28,32 +29,6 @@ ACTIVATIONS_BYTES = 3 * GIB
 DISK_MAX_WAIT_S, DISK_REWRITE_S = 10.0, 3600.0
 # Sessions are drawn, for arrivals at a rate, until this many times as many as are expected to start.
 MARGIN = 1.2
-
-
-class Affinity:
-    """The order of SessionRouter: a session's home by rendezvous hashing, then its next choices.
-
-    of_two: the session's name is the better of two, as for stored conversations, whose ids the server chooses.
-    """
-
-    def __init__(self, num_fallback_replicas: int, *, of_two: bool) -> None:
-        self._num_choices = 1 + num_fallback_replicas
-        self._of_two = of_two
-        self._names: dict[str, str] = {}
-
-    def place(self, session_id: str, is_first_turn: bool, ranks: Sequence[int], loads: Mapping[int, int]) -> list[int]:
-        name = session_id
-        if self._of_two:
-            name = self._names.get(session_id, "")
-            if not name:
-                candidates = [f"{session_id}/{number}" for number in range(2)]
-                name = self._names[session_id] = choose_session_id(
-                    candidates, {rank: loads.get(rank, 0) for rank in ranks}
-                )
-        return [ranks[index] for index in rank_replicas(name, ranks)[: self._num_choices]]
-
-    def forget(self, session_id: str) -> None:
-        self._names.pop(session_id, None)
 
 
 def make_cluster(case: Case, seed: int) -> Cluster:
@@ -89,6 +64,9 @@ def make_cluster(case: Case, seed: int) -> Cluster:
         )
         slow.append(spec)
         links.append(("disk", LinkSpec(case.disk["read"], case.disk["write"], case.disk.get("latency_s", 0.0))))
+    network = make_network(case) if num_cpu_blocks else None
+    if network is not None:
+        slow.append(peer_tier(num_cpu_blocks))
     cache = CacheConfig.of(
         engine,
         num_gpu_blocks=num_gpu_blocks,
@@ -107,8 +85,19 @@ def make_cluster(case: Case, seed: int) -> Cluster:
         num_replicas=case.num_replicas,
         bytes_per_block=bytes_per_block,
         links=tuple(links),
+        network=network,
+        drain_s=case.drain_s,
+        num_ingresses=case.num_ingresses,
         changes=case.changes,
     )
+
+
+def make_network(case: Case) -> NetworkSpec | None:
+    """Between replicas that hand over; None = they do not, or there is never another one."""
+    if not case.engine.may_hand_over or (case.num_replicas == 1 and not case.changes):
+        return None
+    rate = case.engine.kv_transfer_rate
+    return NetworkSpec(**case.network, rate_bytes_per_s=rate * 1e6 if rate else None)
 
 
 def make_router(case: Case, seed: int) -> Router:
@@ -117,7 +106,8 @@ def make_router(case: Case, seed: int) -> Router:
         return LeastLoaded()
     if case.routing == "power_of_two":
         return PowerOfTwo(seed)
-    return Affinity(case.num_fallback_replicas, of_two=case.routing == "affinity_of_two")
+    kind = PriceOfMoving if case.routing.startswith("price_of_moving") else Affinity
+    return kind(case.num_fallback_replicas, of_two=case.routing.endswith("_of_two"))
 
 
 def make_sessions(case: Case, seed: int) -> tuple[Iterable[Session], int | None]:

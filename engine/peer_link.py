@@ -11,7 +11,6 @@ A peer that does not answer soon, or whatever else goes wrong, is a miss.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 from engine.core.cache.handover import Handover
 from engine.core.cache_map import context_keys
 from engine.core.config import CacheConfig
-from engine.core.handover import FoundChunks, records_of
+from engine.core.handover import MAX_OFFERED, MAX_OFFERED_CHUNKS, MAX_OFFERS_AT_ONCE, FoundChunks, records_of
 from engine.core.plan import ChunkRecord
 from engine.core.request import Request
 from engine.executor.peers.tier import PeerTier
@@ -30,10 +29,6 @@ from engine.text.transcript_file import decode, encode
 
 # A request waits no longer for what a peer knows, and again for what it has; in seconds.
 ASK_TIMEOUT_S = 0.25
-# Before the engine ends: conversations that are looked through, chunks of each, and offers at a time.
-MAX_OFFERED = 4096
-MAX_OFFERED_CHUNKS = 4096
-MAX_OFFERS_AT_ONCE = 8
 
 Call = Callable[[Callable[[], Any]], Awaitable[Any]]
 
@@ -200,6 +195,5 @@ class PeerLink:
             now = time.monotonic()
             # The end of a context is worth most.
             records = handover.records_of(keys, conversation_id, now)[::-1]
-            idle_s = min((record.idle_s for record in records), default=math.inf)
-            offers.append(_Offer(handover.compute_cost(records) / max(idle_s, 1e-3), peer_id, conversation, records))
+            offers.append(_Offer(handover.value_of(records), peer_id, conversation, records))
         return offers

@@ -34,7 +34,11 @@ LOOK_S = 0.5
 CALL_TIMEOUT_S = 30.0
 TAKE_DOWN_TIMEOUT_S = 300.0
 # Routings of a case that a cluster can do: our router's, or Serve's own without affinity.
-MEASURED_ROUTINGS = {"affinity": "affinity", "affinity_of_two": "affinity", "power_of_two": "power_of_two"}
+MEASURED_ROUTINGS = {
+    "price_of_moving": "affinity",
+    "price_of_moving_of_two": "affinity",
+    "power_of_two": "power_of_two",
+}
 
 
 class DeploymentFailedError(PensieveError):
@@ -59,10 +63,10 @@ def check_measurable(experiment: Experiment) -> None:
                 f"{', '.join(MEASURED_ROUTINGS)}",
                 param="routing",
             )
-        if (case.routing == "affinity_of_two") != (experiment.cluster.api == "responses-stored"):
+        if (case.routing == "price_of_moving_of_two") != (experiment.cluster.api == "responses-stored"):
             raise ConfigError(
-                "routing affinity_of_two is for conversations that the server stores: it goes with `api: responses-stored` "
-                "under cluster, and that with no other",
+                "routing price_of_moving_of_two is for conversations that the server stores: it goes with "
+                "`api: responses-stored` under cluster, and that with no other",
                 param="routing",
             )
         if varied := {name for name, _ in case.axes} & {"device", "model_shape"}:

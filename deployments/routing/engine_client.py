@@ -28,7 +28,7 @@ from deployments.generation import (
     ReplicaCache,
     drain,
 )
-from deployments.routing.load import ReplicaLoad, SessionSizes, num_passed_over
+from deployments.routing.load import ReplicaLoad, SessionSizes, pass_over
 from deployments.routing.presence import DESCRIBE_TIMEOUT_S, Presence
 from deployments.routing.rendezvous import choose_session_id, rank_replicas, routing_name
 from deployments.routing.replica_failures import REPLICA_LOST, as_engine_error
@@ -141,10 +141,7 @@ class EngineClient:
         if not ranks:
             return 0
         order = [ranks[index] for index in rank_replicas(session_id, ranks)]
-        num_passed = num_passed_over(order, loads, self._num_fallback_replicas, *self._sizes.find(session_id))
-        load = loads[rank := order[num_passed]]
-        loads[rank] = replace(load, num_ahead=load.num_ahead + 1)  # until the next news
-        return num_passed
+        return pass_over(session_id, order, loads, self._num_fallback_replicas, self._sizes)
 
     async def _ask_loads(self) -> dict[int, ReplicaLoad]:
         answers: list[Any] = await self._handle.broadcast("get_load").results_async(

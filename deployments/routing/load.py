@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # A request leaves home only to begin so much earlier, in seconds: what is known of the loads is half a second old.
 MIN_GAIN_S = 1.0
@@ -58,6 +58,26 @@ class LoadMeter:
         self._last_s, self._last_ended, self._was_waiting = now, num_ended, num_waiting > 0
         return self._seconds / max(1.0, self._num_ended)
 
+    def load(
+        self,
+        *,
+        num_running: int,
+        num_waiting: int,
+        num_ended: int,
+        max_num_seqs: int,
+        compute_s: tuple[float, float] | None,
+        pull_s: float | None,
+        now: float,
+    ) -> ReplicaLoad:
+        """What the replica says of itself now; see `turn_s` and ReplicaLoad. max_num_seqs: requests that may run at once."""
+        return ReplicaLoad(
+            num_requests=num_running + num_waiting,
+            num_ahead=num_waiting or min(0, num_running - max_num_seqs),
+            turn_s=self.turn_s(num_ended, num_waiting, now),
+            compute_s=compute_s,
+            pull_s=pull_s,
+        )
+
 
 def num_passed_over(
     order: Sequence[int], loads: Mapping[int, ReplicaLoad], num_fallbacks: int, num_tokens: int, last_rank: int | None
@@ -105,3 +125,13 @@ class SessionSizes:
     def find(self, session_id: str) -> tuple[int, int | None]:
         """(tokens, rank) as of its last turn; (0, None) if none is known."""
         return self._sizes.get(hash(session_id), (0, None))
+
+
+def pass_over(
+    session_id: str, order: Sequence[int], loads: dict[int, ReplicaLoad], num_fallbacks: int, sizes: SessionSizes
+) -> int:
+    """See num_passed_over; and until the next news of the loads, that is where the request was sent."""
+    num_passed = num_passed_over(order, loads, num_fallbacks, *sizes.find(session_id))
+    load = loads[rank := order[num_passed]]
+    loads[rank] = replace(load, num_ahead=load.num_ahead + 1)
+    return num_passed

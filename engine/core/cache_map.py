@@ -75,15 +75,24 @@ def context_keys(token_ids: Sequence[int], *, model: str, tenant: str, chunk_siz
     The last token of a turn was sampled and perhaps never computed: a chunk that it would begin does not count, and the
     one that it ends may be there without it.
     """
-    num_chunks = -(-max(len(token_ids) - 1, min(len(token_ids), 1)) // chunk_size)
+    num_chunks = count_computed_chunks(len(token_ids), chunk_size)
     key = root_key(model, "", tenant)
     full = []
     for position in range(min(num_chunks - 1, max_chunks)):
         key = chunk_key(key, token_ids[position * chunk_size : (position + 1) * chunk_size])
         full.append(key)
     tail = token_ids[len(full) * chunk_size : num_chunks * chunk_size] if len(full) < max_chunks else ()
-    tails = tuple((length, chunk_key(key, tail[:length])) for length in range(len(tail), 0, -1))
-    return ContextKeys(tuple(full), tails, num_chunks)
+    return ContextKeys(tuple(full), tail_keys(key, tail), num_chunks)
+
+
+def count_computed_chunks(num_tokens: int, chunk_size: int) -> int:
+    """Chunks of a context that has had a turn, whose last token was perhaps never computed."""
+    return -(-max(num_tokens - 1, min(num_tokens, 1)) // chunk_size)
+
+
+def tail_keys(parent_key: bytes, tail: Sequence[int]) -> tuple[tuple[int, bytes], ...]:
+    """See ContextKeys.tails. parent_key: of the last full chunk. tail: the tokens behind it, of one chunk at most."""
+    return tuple((length, chunk_key(parent_key, tail[:length])) for length in range(len(tail), 0, -1))
 
 
 class MappedContext(NamedTuple):

@@ -340,6 +340,16 @@ class EngineCore:
         self.stats.num_finished += 1
         return account
 
+    @property
+    def num_running(self) -> int:
+        """Requests that are computed."""
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for their turn, or for what is being loaded for them."""
+        return self._scheduler.num_waiting
+
     def get_statistics(self) -> dict[str, Any]:
         """Counters since the start, and the state now (requests by status, blocks by use).
 

@@ -5,6 +5,12 @@ Engine A has a request; engine B may have chunks of its context:
     A  query = core.handover.missing_chunks(request)     what no tier of A has
     B  found = core.handover.find_chunks(query.keys)     which of these B has, and what is below the last one
     A  core.handover.expect(records_of(query, found, request), request_id)
+
+Engine B is about to end, and knows what conversations have said:
+
+    B  records = core.handover.records_of(context, ...)[::-1]   the end of a context is worth most
+    B  core.handover.value_of(records)                          the most valuable conversation is offered first
+    A  core.handover.accept_offer(records, offer_id)
 """
 
 from __future__ import annotations
@@ -15,6 +21,11 @@ from dataclasses import dataclass
 from engine.core.cache.index import chunk_key
 from engine.core.plan import ChunkRecord
 from engine.core.request import Request
+
+# Before an engine ends: conversations that are looked through, chunks of each, and offers at a time.
+MAX_OFFERED = 4096
+MAX_OFFERED_CHUNKS = 4096
+MAX_OFFERS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,11 @@ CPU = "cpu"
 FAST_TIERS = (GPU, CPU)
 # Other engines: the slow tier whose blocks are no memory, but places for chunks that are expected from a peer or sent to one.
 PEER = "peer"
+# Places for chunks that peers are said to have, for each block of the CPU tier, and at least.
+PLACES_PER_BLOCK = 4
+MIN_PLACES = 1024
+# A request waits no longer for peers, in seconds; every load ends before.
+MAX_PEER_WAIT_S = 10.0
 # What is shown instead of a tier for a chunk that lies in both fast ones, and for one that lies in none.
 BOTH = "both"
 DROPPED = "dropped"
@@ -44,6 +49,17 @@ class TierSpec:
     stores_first_use: bool = True
     rewrite_s: float = 0.0
     is_store: bool = True
+
+
+def peer_tier(num_cpu_blocks: int) -> TierSpec:
+    """The tier of peers beside a CPU tier of that size."""
+    return TierSpec(
+        name=PEER,
+        num_blocks=max(PLACES_PER_BLOCK * num_cpu_blocks, MIN_PLACES),
+        is_fast=False,
+        max_wait_s=MAX_PEER_WAIT_S,
+        is_store=False,
+    )
 
 
 def tier_row(num_gpu_blocks: int, num_cpu_blocks: int, slow_tiers: Sequence[TierSpec] = ()) -> tuple[TierSpec, ...]:

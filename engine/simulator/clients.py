@@ -25,7 +25,8 @@ class Client:
     number: of the turn that is next or under way.
     answer_token: what its answers consist of, unless the turn has a recorded one.
     sent_s: when that turn was sent, at first. first_token_s: of what was lost with a replica; None = nothing was.
-    num_retries: how often all replicas were full.
+    num_retries: how often all replicas were full. ingress: through which the turn came in.
+    last_rank: the replica that answered last; None = none has.
     """
 
     __slots__ = (
@@ -33,6 +34,8 @@ class Client:
         "_keys",
         "answer_token",
         "first_token_s",
+        "ingress",
+        "last_rank",
         "num_known",
         "num_retries",
         "number",
@@ -49,6 +52,8 @@ class Client:
         self.first_token_s: float | None = None
         self.num_retries = 0
         self.num_known = 0
+        self.ingress = 0
+        self.last_rank: int | None = None
         self._context = TokenContext(repeated_tokens)
         self._keys: list[bytes] = []
 

@@ -13,13 +13,15 @@ import numpy as np
 class TurnRow(NamedTuple):
     """One turn; times in seconds from the beginning, counts in tokens as in RequestStats.
 
-    is_tool: the turn is the result of a call. sent_s: before any retry.
+    is_tool: the turn is the result of a call. is_moved: another replica had answered the session's turn before.
+    sent_s: before any retry.
     num_known_tokens: of the prompt, those that the session had before, wherever they were computed.
     """
 
     session: int
     number: int
     is_tool: int
+    is_moved: int
     rank: int
     sent_s: float
     first_token_s: float
@@ -59,7 +61,7 @@ class TurnTable:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaRow:
-    """What one replica did: counters of its core, and time."""
+    """What one replica did: counters of its core, and time. pulled_bytes: of KV that it got from other replicas."""
 
     rank: int
     started_s: float
@@ -67,6 +69,7 @@ class ReplicaRow:
     busy_s: float
     recompute_s: float
     num_recomputed_tokens: int
+    pulled_bytes: float
     counters: Mapping[str, Any] = field(repr=False)
 
 
@@ -78,6 +81,9 @@ class Summary:
     the paper measures. hit_rate: of the tokens that sessions had before, the part that was found and used, in any tier.
     recompute_s, num_recomputed_tokens: over the whole run, of all replicas. busy: share of the replicas' time in steps.
     balance: of the replicas' busy time, the largest over the mean.
+    moved_share: of the turns that follow another one, those that another replica answers than that one. moved_hit_rate,
+    moved_first_token_p90_s: of these alone; 0 if there are none. pulled_gb: KV that replicas got from others, over the whole
+    run, in 10^9 bytes.
     """
 
     num_turns: int
@@ -101,6 +107,10 @@ class Summary:
     num_suspensions: int
     busy: float
     balance: float
+    moved_share: float
+    moved_hit_rate: float
+    moved_first_token_p90_s: float
+    pulled_gb: float
 
     def as_dict(self) -> dict[str, float]:
         return {each.name: getattr(self, each.name) for each in fields(self)}
@@ -145,6 +155,9 @@ class Outcome:
         lives = [max(row.ended_s - row.started_s, 1e-9) for row in self.replicas]
         busy = [row.busy_s / life for row, life in zip(self.replicas, lives, strict=True)]
         mean_busy = float(np.mean(busy))
+        is_moved = counted("is_moved").astype(bool)
+        num_following = int((counted("number") > 0).sum())
+        num_found = np.minimum(num_cached, num_known)
         return Summary(
             num_turns=int(is_counted.sum()),
             num_unfinished=self.num_unfinished,
@@ -160,11 +173,19 @@ class Outcome:
             first_token_p90_s=float(t_90),
             first_token_p99_s=float(t_99),
             prompt_tokens_mean=float(counted("num_prompt_tokens").mean()),
-            hit_rate=float(np.minimum(num_cached, num_known).sum() / num_known.sum()) if num_known.any() else 0.0,
+            hit_rate=_share(num_found, num_known),
             loaded_share=float(counted("num_loaded_tokens").sum() / num_cached.sum()) if num_cached.sum() else 0.0,
             recompute_s=sum(row.recompute_s for row in self.replicas),
             num_recomputed_tokens=sum(row.num_recomputed_tokens for row in self.replicas),
             num_suspensions=int(counted("num_suspensions").sum()),
             busy=mean_busy,
             balance=max(busy) / mean_busy if mean_busy else 1.0,
+            moved_share=float(is_moved.sum()) / num_following if num_following else 0.0,
+            moved_hit_rate=_share(num_found[is_moved], num_known[is_moved]),
+            moved_first_token_p90_s=float(np.percentile(first_token[is_moved], 90)) if is_moved.any() else 0.0,
+            pulled_gb=sum(row.pulled_bytes for row in self.replicas) / 1e9,
         )
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> float:
+    return float(part.sum() / whole.sum()) if whole.any() else 0.0

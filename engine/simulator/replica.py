@@ -6,10 +6,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from engine.core.engine_core import EngineCore, RequestOutput
-from engine.core.plan import StepPlan, StepResult, TransferEnd
+from engine.core.plan import SlowTransfer, StepPlan, StepResult, TransferEnd
 from engine.core.request import Request
+from engine.core.tier_table import PEER
 from engine.simulator.events import END_OF_STEP, END_OF_TRANSFER, Events
+from engine.simulator.handover import Peer
 from engine.simulator.links import Link
+from engine.simulator.routing import ReplicaState
 from engine.simulator.step_cost import StepCost, StepWork
 
 
@@ -31,15 +34,19 @@ class Replica:
         links: Mapping[str, tuple[Link, Link]] | None = None,
         bytes_per_block: float = 0.0,
         on_plan: Callable[[StepPlan, float], None] | None = None,
+        replica_id: int = 0,
     ) -> None:
         """Nothing is under way.
 
+        replica_id: another one for each replica that starts. peer: its end of the network, if it hands over.
         on_end: is told each request that has ended. links: from and to each slow tier.
         on_plan: is told each plan, and when; then every step is scheduled. None = steps that only decode are applied at once.
         recompute_s: what was spent on computing again what had been computed before. busy_s: time of steps.
         """
         self.rank = rank
+        self.replica_id = replica_id
         self.core = core
+        self.peer: Peer | None = None
         self.requests: dict[str, Request] = {}
         self.recompute_s = 0.0
         self.num_recomputed_tokens = 0
@@ -57,10 +64,25 @@ class Replica:
         self._times: list[float] = []
         self._wake_number = 0  # of the wake-up that counts; those before it were for what has been cut since
         self._is_idle = True
+        self._is_stopped = False
 
     @property
     def num_open_requests(self) -> int:
         return len(self.requests)
+
+    def state(self) -> ReplicaState:
+        """What ingresses are told."""
+        core = self.core
+        stats = core.stats
+        return ReplicaState(
+            self.replica_id,
+            core.num_running,
+            core.num_waiting,
+            stats.num_finished + stats.num_aborted + stats.num_failed,
+            core.scheduling_config.max_num_seqs,
+            core.token_compute_s,
+            core.token_pull_s,
+        )
 
     def add(self, request: Request, token: int, num_known: int, now: float) -> list[Request]:
         """A request has arrived. Returns the waiting ones of other tenants that were shed for it.
@@ -77,20 +99,35 @@ class Replica:
             self._wake_at(now)  # behind all else that arrives now
         return shed
 
+    def run(self, command: Callable[[], None], now: float) -> None:
+        """Let the core do something beside its steps, and then whatever follows from it."""
+        self._cut(now)
+        command()
+        if self._is_idle:
+            self._wake_at(now)
+
     def fail(self, now: float) -> list[Request]:
         """The replica is lost, with the step under way. Returns its requests, with the tokens that were given."""
         if self._times:
             num_done = bisect_right(self._times, now) - 1
             if num_done:
                 self.core.advance(self._times[: num_done + 1], self._next_tokens)
-        self._wake_number += 1
+        self.stop()
         lost, self.requests = list(self.requests.values()), {}
         return lost
+
+    def stop(self) -> None:
+        """Nothing is computed any more, whatever comes."""
+        self._wake_number += 1
+        self._is_stopped = True
+        self._plan, self._times = None, []
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def _wake_at(self, time_s: float, since: float | None = None) -> None:
         """since: when what ends then began; None = nothing is computed."""
+        if self._is_stopped:
+            return
         self._wake_number += 1
         self._is_idle = False
         self._events.add(time_s, END_OF_STEP, self._wake, self._wake_number)
@@ -129,7 +166,9 @@ class Replica:
             return
         plan = core.schedule(now)
         for transfer in core.take_transfers():
-            self._start_transfer(transfer.transfer_id, transfer.copy.source_tier, transfer.copy.target_tier, now)
+            self._start_transfer(transfer, now)
+        if self.peer is not None:
+            self.peer.tell(now)
         if plan is None:
             self._is_idle = True
             deadline_s = core.next_deadline_s()
@@ -183,15 +222,18 @@ class Replica:
 
     # -- slow tiers ----------------------------------------------------------------------------------------------------
 
-    def _start_transfer(self, transfer_id: int, source_tier: str, target_tier: str, now: float) -> None:
+    def _start_transfer(self, transfer: SlowTransfer, now: float) -> None:
+        source_tier, target_tier = transfer.copy.source_tier, transfer.copy.target_tier
+        if self.peer is not None and PEER in (source_tier, target_tier):
+            self.peer.start(transfer, now)
+            return
         is_load = source_tier in self._links
         link = self._links[source_tier][0] if is_load else self._links[target_tier][1]
         began_s = max(now, link.free_at_s)
         end_s = link.send(self._bytes_per_block, now)
-        self._events.add(end_s, END_OF_TRANSFER, self._end_transfer, TransferEnd(transfer_id, True, end_s - began_s))
+        end = TransferEnd(transfer.transfer_id, True, end_s - began_s)
+        self._events.add(end_s, END_OF_TRANSFER, self.end_transfer, end)
 
-    def _end_transfer(self, now: float, end: TransferEnd) -> None:
-        self._cut(now)
-        self.core.complete_transfer(end, now)
-        if self._is_idle:
-            self._wake_at(now)
+    def end_transfer(self, now: float, end: TransferEnd) -> None:
+        """A slow transfer has ended."""
+        self.run(lambda: self.core.complete_transfer(end, now), now)

@@ -1,20 +1,22 @@
 """A cluster and its clients, by events: turns are sent, routed, computed and answered; replicas come, go and fail.
 
-Client.ask -> Router.place -> Replica.add ... Replica's steps ... on_end -> pause -> Client.ask
+Client.ask -> Router.place -> (Peer.ask) -> Replica.add ... Replica's steps ... on_end -> pause -> Client.ask
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from engine.core.engine_core import EngineCore, RequestOutput
-from engine.core.plan import StepPlan
+from engine.core.plan import ChunkRecord, StepPlan
 from engine.core.request import Request
 from engine.errors import ContextLengthError, OverloadedError
 from engine.simulator.clients import Client
 from engine.simulator.events import ARRIVAL, CHANGE, Events
+from engine.simulator.handover import Network, NetworkSpec
 from engine.simulator.links import Link
 from engine.simulator.outcome import Outcome, ReplicaRow, TurnRow, TurnTable
 from engine.simulator.replica import Replica
@@ -23,10 +25,13 @@ from engine.simulator.step_cost import StepCost
 from engine.workloads.session import Session
 
 # As live: how old an ingress lets the loads of the replicas become, how soon a client asks again if all that were asked are
-# full, and how soon a lost replica's requests are sent elsewhere.
+# full, how soon a lost replica's requests are sent elsewhere, how soon a replica that drains offers what it has, and what it
+# needs to end, of graceful_shutdown_timeout_s.
 LOADS_PERIOD_S = 0.5
 RETRY_AFTER_S = 2.0
 LOSS_NOTICED_S = 1.0
+LEAVE_S = 1.0
+SHUTDOWN_S = 2.0
 # How often the loads are noted for the report.
 SAMPLE_PERIOD_S = 1.0
 
@@ -44,14 +49,16 @@ class LinkSpec:
 class Change:
     """Something that happens to the cluster.
 
-    add: one more replica, with the lowest rank that is free. drain: the replica of that rank takes no more requests, and goes
-    when it has none. lose: it is gone at once; another one takes its rank after `restart_s`, empty.
+    add: one more replica, with the lowest rank that is free, after `start_s`. drain: the replica of that rank takes no more
+    requests, and goes when it has none and has handed over what it can (Cluster.drain_s). lose: it is gone at once; another
+    one takes its rank after `restart_s`, empty.
     """
 
     time_s: float
     what: Literal["add", "drain", "lose"]
     rank: int = 0
     restart_s: float = 60.0
+    start_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +66,10 @@ class Cluster:
     """What is simulated.
 
     make_core: an engine core for one replica. cost: of its steps. bytes_per_block: of all tiers. links: by slow tier.
+    network: between replicas that hand over; then cores have a tier of peers. None = they do not.
+    drain_s: how long a replica that drains hands over at most, beside its last requests and after them. Requests that run for
+        longer, by SHUTDOWN_S, go on elsewhere, as if it were lost.
+    num_ingresses: each hears of the loads by itself; turns come in at one after the other.
     """
 
     make_core: Callable[[], EngineCore]
@@ -67,7 +78,27 @@ class Cluster:
     num_replicas: int = 1
     bytes_per_block: float = 0.0
     links: tuple[tuple[str, LinkSpec], ...] = ()
+    network: NetworkSpec | None = None
+    drain_s: float = 18.0
+    num_ingresses: int = 1
     changes: tuple[Change, ...] = ()
+
+
+class _Ingress:
+    """One router, and until when its news of the replicas hold."""
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self.news_until_s = -1.0
+
+
+class _Sending:
+    """A turn on its way to a replica. ranks: of those that may still be asked."""
+
+    def __init__(self, client: Client, output_token_ids: list[int] | None, ranks: Iterable[int]) -> None:
+        self.client = client
+        self.output_token_ids = output_token_ids
+        self.ranks = iter(ranks)
 
 
 class Simulator:
@@ -93,10 +124,15 @@ class Simulator:
         self._events = Events()
         self._replicas: dict[int, Replica] = {}
         self._started_s: dict[int, float] = {}
-        self._draining: set[int] = set()
-        self._ranks: list[int] = []
-        self._loads: dict[int, int] = {}
-        self._loads_until_s = -1.0
+        self._num_started = 0
+        self._draining: dict[int, float] = {}  # rank: until when it hands over
+        self._ranks: tuple[int, ...] = ()
+        routers = [cluster.router, *(cluster.router.another() for _ in range(cluster.num_ingresses - 1))]
+        self._ingresses = [_Ingress(router) for router in routers]
+        self._num_sent = 0
+        self._network: Network | None = None
+        if cluster.network is not None:
+            self._network = Network(cluster.network, self._events, cluster.bytes_per_block)
         self._clients: dict[str, Client] = {}
         self._num_sessions = 0
         self._turns = TurnTable()
@@ -158,28 +194,55 @@ class Simulator:
 
     def _send(self, now: float, client: Client, output_token_ids: list[int] | None = None) -> None:
         """Ask the replicas that the router names, one after the other; later again if all of them are full."""
-        session = client.session
-        ranks = self._ranks
-        for rank in (
-            self._cluster.router.place(session.session_id, client.number == 0, ranks, self._known_loads(now))
-            if ranks
-            else ()
-        ):
-            replica = self._replicas[rank]
-            request = client.request(replica.core.cache_config.chunk_size, output_token_ids)
-            try:
-                shed = replica.add(request, client.token, client.num_known, now)
-            except OverloadedError:
+        client.ingress = self._num_sent % len(self._ingresses)
+        self._num_sent += 1
+        ranks: Sequence[int] = ()
+        if self._ranks:
+            router = self._informed_router(client.ingress, now)
+            ranks = router.place(client.session.session_id, client.number == 0, self._ranks)
+        self._try_next(now, _Sending(client, output_token_ids, ranks))
+
+    def _try_next(self, now: float, sending: _Sending) -> None:
+        """Ask the next replica, which asks a peer first for what the session has there."""
+        client = sending.client
+        for rank in sending.ranks:
+            replica = self._replicas.get(rank)
+            if replica is None:  # it has gone while another one was asked
                 continue
-            except ContextLengthError:
-                self._num_too_long += 1
-                self._end_session(now, client)
+            request = client.request(replica.core.cache_config.chunk_size, sending.output_token_ids)
+            then = partial(self._add_expecting, replica, request, sending)
+            if replica.peer is not None and replica.peer.ask(request, now, then):
                 return
-            self._loads[rank] = self._loads.get(rank, 0) + 1
-            for other in shed:
-                self._retry(now, self._clients[other.conversation_id], other.token_ids[other.num_prompt_tokens :])
-            return
-        self._retry(now, client, output_token_ids)
+            if self._try_add(now, replica, request, client):
+                return
+        self._retry(now, client, sending.output_token_ids)
+
+    def _add_expecting(
+        self, replica: Replica, request: Request, sending: _Sending, now: float, records: Sequence[ChunkRecord]
+    ) -> None:
+        """A peer has told what it has of the request's context."""
+        client = sending.client
+        is_ending = replica.peer is not None and replica.peer.is_draining
+        if self._replicas.get(replica.rank) is not replica or is_ending:
+            self._events.add(now + LOSS_NOTICED_S, ARRIVAL, self._send_again, (client, sending.output_token_ids))
+        elif not self._try_add(now, replica, request, client):
+            self._try_next(now, sending)
+        elif records and replica.core.handover is not None and request.request_id in replica.requests:
+            replica.core.handover.expect(records, request.request_id, now)
+
+    def _try_add(self, now: float, replica: Replica, request: Request, client: Client) -> bool:
+        """Whether the replica has taken the request, or the session has ended with it."""
+        try:
+            shed = replica.add(request, client.token, client.num_known, now)
+        except OverloadedError:
+            return False
+        except ContextLengthError:
+            self._num_too_long += 1
+            self._end_session(now, client)
+            return True
+        for other in shed:
+            self._retry(now, self._clients[other.conversation_id], other.token_ids[other.num_prompt_tokens :])
+        return True
 
     def _retry(self, now: float, client: Client, output_token_ids: list[int] | None) -> None:
         client.num_retries += 1
@@ -198,6 +261,7 @@ class Simulator:
                 client.answer_token,
                 client.number,
                 int(client.turn.kind == "tool"),
+                int(client.last_rank not in (None, replica.rank)),
                 replica.rank,
                 client.sent_s,
                 stats.first_token_s if client.first_token_s is None else client.first_token_s,
@@ -214,27 +278,37 @@ class Simulator:
                 client.num_retries,
             )
         )
+        client.last_rank = replica.rank
+        router = self._ingresses[client.ingress].router
+        router.note_end(client.session.session_id, request.num_tokens, replica.rank)
+        if replica.peer is not None:
+            replica.peer.note(request, now)
         if client.end_turn(request):
             self._events.add(now + client.turn.pause_s, ARRIVAL, self._ask, client)
         else:
             self._end_session(now, client)
         if replica.rank in self._draining and not replica.num_open_requests:
-            self._end_replica(replica.rank, now)
+            self._end_drain(replica, now)
 
     def _end_session(self, now: float, client: Client) -> None:
-        del self._clients[client.session.session_id]
-        self._cluster.router.forget(client.session.session_id)
+        session_id = client.session.session_id
+        del self._clients[session_id]
+        for ingress in self._ingresses:
+            ingress.router.forget(session_id)
+        if self._network is not None:
+            self._network.directory.forget(session_id)
         if self._is_closed:
             self._start_next_session(now)
 
     # -- replicas ------------------------------------------------------------------------------------------------------
 
-    def _known_loads(self, now: float) -> dict[int, int]:
-        """As an ingress knows them: what it heard at most LOADS_PERIOD_S ago, and what it has sent since."""
-        if now >= self._loads_until_s:
-            self._loads = {rank: self._replicas[rank].num_open_requests for rank in self._ranks}
-            self._loads_until_s = now + LOADS_PERIOD_S
-        return self._loads
+    def _informed_router(self, number: int, now: float) -> Router:
+        """The router of an ingress, with news that are at most LOADS_PERIOD_S old."""
+        ingress = self._ingresses[number]
+        if now >= ingress.news_until_s:
+            ingress.router.hear({rank: self._replicas[rank].state() for rank in self._ranks}, now)
+            ingress.news_until_s = now + LOADS_PERIOD_S
+        return ingress.router
 
     def _start_replica(self, now: float, rank: int | None = None) -> int:
         cluster = self._cluster
@@ -244,7 +318,8 @@ class Simulator:
             name: (Link(spec.read_bytes_per_s, spec.latency_s), Link(spec.write_bytes_per_s, spec.latency_s))
             for name, spec in cluster.links
         }
-        self._replicas[rank] = Replica(
+        self._num_started += 1
+        replica = self._replicas[rank] = Replica(
             rank,
             cluster.make_core(),
             cluster.cost,
@@ -253,14 +328,18 @@ class Simulator:
             links,
             cluster.bytes_per_block,
             self._on_plan,
+            self._num_started,
         )
+        if self._network is not None:
+            replica.peer = self._network.join(replica.replica_id, replica, now)
         self._started_s[rank] = now
         self._note_ranks()
         return rank
 
     def _end_replica(self, rank: int, now: float) -> None:
         replica = self._replicas.pop(rank)
-        self._draining.discard(rank)
+        replica.stop()
+        self._draining.pop(rank, None)
         self._gone.append(
             ReplicaRow(
                 rank,
@@ -269,37 +348,88 @@ class Simulator:
                 replica.busy_s,
                 replica.recompute_s,
                 replica.num_recomputed_tokens,
+                replica.core.stats.slow_transfers.get("peer_loaded", 0) * self._cluster.bytes_per_block,
                 replica.core.get_statistics(),
             )
         )
         self._note_ranks()
+        if self._network is not None:
+            self._network.leave(replica.replica_id, now)
 
     def _note_ranks(self) -> None:
-        self._ranks = sorted(self._replicas.keys() - self._draining)
-        self._loads_until_s = -1.0
+        self._ranks = tuple(sorted(self._replicas.keys() - self._draining.keys()))
+        for ingress in self._ingresses:
+            ingress.news_until_s = -1.0
 
     def _change(self, now: float, change: Change) -> None:
         rank = change.rank
         if change.what == "add":
-            self._messages.append(f"{now:.1f} s: replica {self._start_replica(now)} is added")
+            self._events.add(now + change.start_s, CHANGE, self._add_replica, None)
         elif rank not in self._replicas or rank in self._draining:
             self._messages.append(f"{now:.1f} s: no replica {rank} to {change.what}")
         elif change.what == "drain":
             self._messages.append(f"{now:.1f} s: replica {rank} drains")
-            self._draining.add(rank)
-            self._note_ranks()
-            if not self._replicas[rank].num_open_requests:
-                self._end_replica(rank, now)
+            self._start_drain(self._replicas[rank], now)
         else:
-            lost = self._replicas[rank].fail(now)
-            self._messages.append(f"{now:.1f} s: replica {rank} is lost, with {len(lost)} requests")
-            self._end_replica(rank, now)
-            for request in lost:
-                client = self._clients[request.conversation_id]
-                client.first_token_s = client.first_token_s if request.first_token_s is None else request.first_token_s
-                beginning = request.token_ids[request.num_prompt_tokens :]
-                self._events.add(now + LOSS_NOTICED_S, ARRIVAL, self._send_again, (client, beginning))
+            self._lose(self._replicas[rank], now)
             self._events.add(now + change.restart_s, CHANGE, self._restart, rank)
+
+    def _lose(self, replica: Replica, now: float) -> None:
+        """Its requests go on elsewhere, from the last token that they got."""
+        lost = replica.fail(now)
+        self._messages.append(f"{now:.1f} s: replica {replica.rank} is lost, with {len(lost)} requests")
+        self._end_replica(replica.rank, now)
+        for request in lost:
+            client = self._clients[request.conversation_id]
+            client.first_token_s = client.first_token_s if request.first_token_s is None else request.first_token_s
+            beginning = request.token_ids[request.num_prompt_tokens :]
+            self._events.add(now + LOSS_NOTICED_S, ARRIVAL, self._send_again, (client, beginning))
+
+    def _add_replica(self, now: float, _: None) -> None:
+        self._messages.append(f"{now:.1f} s: replica {self._start_replica(now)} is added")
+
+    def _start_drain(self, replica: Replica, now: float) -> None:
+        """It takes no more requests, and soon begins to hand over, beside its last ones."""
+        until_s = self._draining[replica.rank] = now + self._cluster.drain_s
+        self._note_ranks()
+        self._events.add(until_s + SHUTDOWN_S, CHANGE, self._cut_off, replica)
+        if replica.peer is not None:
+            self._events.add(now + LEAVE_S, CHANGE, self._hand_over, replica)
+            self._events.add(until_s, CHANGE, self._end_hand_over, replica)
+        if not replica.num_open_requests:
+            self._end_drain(replica, now)
+
+    def _hand_over(self, now: float, replica: Replica) -> None:
+        """Within the rate that is allowed."""
+        if self._replicas.get(replica.rank) is replica and replica.num_open_requests and replica.peer is not None:
+            replica.peer.offer_all(now, self._next_peer, lambda now: None)
+
+    def _end_drain(self, replica: Replica, now: float) -> None:
+        """It has no requests any more: the rest is handed over as fast as possible."""
+        peer = replica.peer
+        if peer is None or now >= self._draining[replica.rank]:
+            self._end_replica(replica.rank, now)
+        elif not peer.is_draining:
+            replica.core.start_drain(now)
+            peer.start_drain()
+            peer.offer_all(now, self._next_peer, lambda now: self._end_hand_over(now, replica))
+
+    def _end_hand_over(self, now: float, replica: Replica) -> None:
+        """All that is wanted of it has gone, or its time is over."""
+        is_here = self._replicas.get(replica.rank) is replica
+        if is_here and not replica.num_open_requests:
+            self._messages.append(f"{now:.1f} s: replica {replica.rank} has handed over and ends")
+            self._end_replica(replica.rank, now)
+
+    def _cut_off(self, now: float, replica: Replica) -> None:
+        """A replica that drains gets no more time."""
+        if self._replicas.get(replica.rank) is replica:
+            self._lose(replica, now)
+
+    def _next_peer(self, session_id: str) -> int | None:
+        """The replica that gets a session when its own one has ended."""
+        rank = self._ingresses[0].router.next_home(session_id, self._ranks) if self._ranks else None
+        return None if rank is None else self._replicas[rank].replica_id
 
     def _restart(self, now: float, rank: int) -> None:
         if rank not in self._replicas:

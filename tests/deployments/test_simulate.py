@@ -1,5 +1,6 @@
 """`pensieve simulate`: the files that it takes, the router that it hands in, and what it prints and writes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,12 @@ import pytest
 from deployments import simulate
 from deployments.experiment import read_cases
 from deployments.routing.rendezvous import rank_replicas
-from deployments.simulated_cluster import Affinity, make_cluster, make_sessions
+from deployments.simulated_cluster import make_cluster, make_sessions
+from deployments.simulated_routing import Affinity, PriceOfMoving
 from engine import cli
 from engine.errors import ConfigError
 from engine.simulator.devices import GIB, MODELS
+from engine.simulator.routing import ReplicaState
 from engine.simulator.step_cost import StepWork
 from engine.simulator.step_table import StepTable
 
@@ -36,7 +39,7 @@ def write(tmp_path: Path, text: str) -> str:
 
 def test_a_file_for_serving_is_one_case():
     (case,), seeds = read_cases(FOLDER / "serve_config.yaml", {"model_shape": "smollm2"})
-    assert (case.num_replicas, case.engine.gpu_memory_gib, case.routing, seeds) == (1, 0.375, "affinity", [0])
+    assert (case.num_replicas, case.engine.gpu_memory_gib, case.routing, seeds) == (1, 0.375, "price_of_moving", [0])
     cluster = make_cluster(case, 0)
     cache = cluster.make_core().cache_config
     assert cache.num_gpu_blocks == int(0.375 * GIB / (MODELS["smollm2"].kv_bytes_per_token * 32))
@@ -78,7 +81,7 @@ def test_an_experiment_may_name_the_file_that_serves(tmp_path):
     [
         ("simulation: {divice: a100-80gb}", "unknown key divice"),
         ("engine: {model: opt-13b}\nsimulation: {device: a100}", "unknown device 'a100'; there are a100-80gb"),
-        ("engine: {model: opt-13b}\nsimulation: {routing: best}", "routing must be one of affinity"),
+        ("engine: {model: opt-13b}\nsimulation: {routing: best}", "routing must be one of price_of_moving"),
         ("engine: {model: opt-13b}\nsimulation: {arrivals: often}", "unknown arrivals 'often'"),
         ("engine: {model: opt-13b}\nsimulation: {arrivals: []}", "arrivals is an empty list"),
         ("engine: {model: opt-13b}\nsimulation: {warm_up_s: 700}", "raise duration_s"),
@@ -126,16 +129,44 @@ def test_several_processes_give_what_one_gives(tmp_path):
     assert alone == together
 
 
+def states(num_requests: dict[int, int], num_waiting: int = 0) -> dict[int, ReplicaState]:
+    return {rank: ReplicaState(rank, num, num_waiting, 0, 8, (1e-4, 0.0), None) for rank, num in num_requests.items()}
+
+
 def test_the_router_is_the_one_that_serves():
-    ranks, loads = [0, 1, 3], {0: 1, 1: 5, 3: 2}
+    ranks, news = (0, 1, 3), states({0: 1, 1: 5, 3: 2})
     for number in range(50):
         name = f"s{number}"
-        home = Affinity(1, of_two=False).place(name, True, ranks, loads)
+        home = Affinity(1, of_two=False).place(name, True, ranks)
         assert home == [ranks[index] for index in rank_replicas(name, ranks)[:2]]
     two = Affinity(0, of_two=True)
-    homes = [two.place(f"s{number}", True, ranks, loads)[0] for number in range(300)]
-    assert homes == [two.place(f"s{number}", False, ranks, {0: 9, 1: 0, 3: 0})[0] for number in range(300)]
+    homes = []
+    for number in range(300):
+        two.hear(news, 0.0)
+        homes.append(two.place(f"s{number}", True, ranks)[0])
+    other = two.another()
+    other.hear(states({0: 9, 1: 0, 3: 0}), 0.0)
+    assert homes == [other.place(f"s{number}", False, ranks)[0] for number in range(300)]
     assert homes.count(0) > homes.count(3) > homes.count(1)
+
+
+def test_what_serves_leaves_home_only_if_that_pays():
+    router = PriceOfMoving(1, of_two=False)
+    ranks = (0, 1)
+    home, other = Affinity(1, of_two=False).place("a", True, ranks)
+    router.note_end("a", 1000, home)
+    queue = {
+        home: ReplicaState(1, 8, 10, 0, 8, (1e-4, 0.0), None),
+        other: ReplicaState(2, 2, 0, 0, 8, (1e-4, 0.0), None),
+    }
+    router.hear(queue, 0.0)
+    assert router.place("a", False, ranks) == [home, other], "how fast the queue moves is not known"
+    router.hear({rank: replace(state, num_ended=4) for rank, state in queue.items()}, 1.0)
+    assert router.place("a", False, ranks) == [other, home, other], (
+        "2.5 s in the queue, 0.1 s to compute its context again"
+    )
+    router.note_end("a", 20_000, home)
+    assert router.place("a", False, ranks) == [home, other], "2 s to compute it again"
 
 
 def test_measured_steps_take_the_place_of_a_device(tmp_path):

@@ -5,6 +5,7 @@ A peer is one more slow tier, whose blocks are places for chunks that are on the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from engine.core.cache.allocation import Allocator
@@ -21,6 +22,9 @@ from engine.core.handover import ContextQuery, FoundChunks
 from engine.core.plan import ChunkRecord, SlowTransfer
 from engine.core.request import Request
 from engine.core.stats import EngineStats
+
+# Of conversations whose last use is just over, those that would cost most to compute are worth most.
+MIN_IDLE_S = 1e-3
 
 
 class Handover:
@@ -107,9 +111,13 @@ class Handover:
                 )
         return records
 
-    def compute_cost(self, records: Iterable[ChunkRecord]) -> float:
-        """What computing these chunks again costs; see LoadPrices."""
-        return self._prices.compute_cost((record.position, record.num_tokens) for record in records)
+    def value_of(self, records: Sequence[ChunkRecord]) -> float:
+        """What it is worth to leave these chunks of one conversation to a peer; only ratios count.
+
+        As of a chunk's retention: what computing them again costs, over the time for which nothing used them.
+        """
+        cost = self._prices.compute_cost((record.position, record.num_tokens) for record in records)
+        return cost / max(min((record.idle_s for record in records), default=math.inf), MIN_IDLE_S)
 
     def accept_offer(self, records: Iterable[ChunkRecord], offer_id: str, now: float) -> None:
         """See Expectations.accept."""

@@ -20,7 +20,7 @@ from engine.config import EngineConfig
 from engine.core.executor_protocol import Executor
 from engine.core.handover import FoundChunks
 from engine.core.plan import ChunkRecord, SlowTransfer, TransferEnd
-from engine.core.tier_table import CPU, PEER, TierSpec
+from engine.core.tier_table import CPU, peer_tier
 from engine.errors import ConfigError
 from engine.executor.group import GroupExecutor
 from engine.executor.local import LocalExecutor
@@ -41,16 +41,11 @@ from engine.peer_network import PeerNetwork
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# A request waits no longer for it; every load ends before, in seconds.
-MAX_WAIT_S = 10.0
 REFRESH_INTERVAL_S = 2.0
 CLOSE_TIMEOUT_S = 5.0
 OFFER_TIMEOUT_S = 60.0
 # In MB/s, if no other rate is set: on a CPU, answers are computed by the same cores.
 CPU_RATE = 200.0
-# Places for chunks that peers are said to have, for each block of the CPU tier, and at least.
-PLACES_PER_BLOCK = 4
-MIN_PLACES = 1024
 
 
 class PeerRow(NamedTuple):
@@ -86,13 +81,7 @@ class PeerTier:
         rate: in MB/s, for what is received, and for what is sent; 0 = no bound.
         blocks: of the CPU tier.
         """
-        self.spec = TierSpec(
-            name=PEER,
-            num_blocks=max(PLACES_PER_BLOCK * blocks.num_blocks, MIN_PLACES),
-            is_fast=False,
-            max_wait_s=MAX_WAIT_S,
-            is_store=False,
-        )
+        self.spec = peer_tier(blocks.num_blocks)
         self.problem: str | None = None
         self.load_s = blocks.num_bytes / (rate * 1e6) if rate else None
         self._secret = secret

@@ -64,7 +64,7 @@ def test_what_serves_already_is_the_base(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("simulation: {routing: least_loaded}", "routing least_loaded is a baseline of the simulator"),
-        ("simulation: {routing: affinity_of_two}", "goes with `api: responses-stored`"),
+        ("simulation: {routing: price_of_moving_of_two}", "goes with `api: responses-stored`"),
         ("cluster: {api: responses-stored}", "goes with `api: responses-stored`"),
         ("simulation: {device: [a100-80gb, h100-80gb]}", "run this file with --simulate"),
         ("cluster: {args: {num_cpu: 1}}", "num_cpu"),

@@ -13,7 +13,7 @@ from engine.simulator.events import ARRIVAL, END_OF_STEP, Events
 from engine.simulator.links import Link
 from engine.simulator.outcome import Outcome
 from engine.simulator.report import Result, format_csv, format_html, format_table
-from engine.simulator.routing import LeastLoaded, PowerOfTwo
+from engine.simulator.routing import LeastLoaded, PowerOfTwo, ReplicaState
 from engine.simulator.simulator import RETRY_AFTER_S, Change, Cluster, LinkSpec, Simulator
 from engine.simulator.step_cost import Roofline, StepWork
 from engine.workloads.arrivals import Poisson, arrange
@@ -157,16 +157,32 @@ def test_events_come_in_order_of_time_then_kind_then_arrival():
     assert events.run_next(2.5) is None
 
 
+def states(**num_requests: int) -> dict[int, ReplicaState]:
+    return {int(name[1:]): ReplicaState(0, num, 0, 0, 8, None, None) for name, num in num_requests.items()}
+
+
 def test_routers_send_where_they_say():
-    loads = {0: 5, 1: 1, 2: 3}
+    news = states(r0=5, r1=1, r2=3)
     table = LeastLoaded()
-    assert table.place("a", True, [0, 1, 2], loads) == [1]
-    assert table.place("a", False, [0, 1, 2], {0: 0, 1: 9, 2: 0}) == [1]
-    assert table.place("a", False, [0, 2], loads) == [2], "its replica has gone"
+    table.hear(news, 0.0)
+    assert table.place("a", True, (0, 1, 2)) == [1]
+    table.hear(states(r0=0, r1=9, r2=0), 0.5)
+    assert table.another().place("a", False, (0, 1, 2)) == [1], "all ingresses share the table"
+    assert table.place("a", False, (0, 2)) == [0], "its replica has gone"
+    assert table.next_home("a", (1, 2)) == table.place("a", False, (1, 2))[0] == 2
     table.forget("a")
-    assert table.place("a", True, [0, 1, 2], {0: 0, 1: 9, 2: 9}) == [0]
-    drawn = {PowerOfTwo(seed).place("a", True, [0, 1, 2], loads)[0] for seed in range(20)}
+    table.hear(states(r0=0, r1=9, r2=0), 1.0)
+    assert table.place("a", True, (0, 1, 2)) == [0]
+    assert table.place("b", True, (0, 1, 2)) == [2], "what was sent since the news counts"
+    drawn = set()
+    for seed in range(20):
+        router = PowerOfTwo(seed)
+        router.hear(news, 0.0)
+        drawn.add(router.place("a", True, (0, 1, 2))[0])
     assert drawn == {1, 2}, "the most loaded one is never the better of two"
+    others = [PowerOfTwo(1).another(), PowerOfTwo(1).another()]
+    draws = [[other.place("a", True, tuple(range(9))) for _ in range(9)] for other in others]
+    assert draws[0] == draws[1] != [PowerOfTwo(1).place("a", True, tuple(range(9))) for _ in range(9)]
 
 
 def test_the_same_seed_gives_the_same_run():
