@@ -1,6 +1,6 @@
 """What crosses between the core and an executor, as plain data: ints, strings, tuples.
 
-It pickles to worker actors and compares in tests.
+It pickles to worker actors and compares in tests. What a step has many of is a tuple, because those are made fastest.
 
 One step is told as a difference: a worker keeps the block table and the last sampled token of every request it was told to
 start, until it is told that the request ended. A token that a worker sampled is never told back to it, so that a plan can be
@@ -16,12 +16,12 @@ made before the token is known. Example, chunk_size 4, a 10-token context of whi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.core.request import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class QuerySegment:
+class QuerySegment(NamedTuple):
     """Consecutive positions of one request that this step computes. Each attends causally to all before it.
 
     start: first position. token_ids: the tokens there, `query_len` of them; None: the one token that the request's previous
@@ -46,8 +46,7 @@ class QuerySegment:
         return self.start + self.query_len
 
 
-@dataclass(frozen=True, slots=True)
-class RequestStart:
+class RequestStart(NamedTuple):
     """A request that the worker is to know from this step on.
 
     num_tokens: of its context. num_prompt_tokens: of these, the first ones are the prompt.
@@ -64,16 +63,14 @@ class RequestStart:
     token_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class BlockAppend:
+class BlockAppend(NamedTuple):
     """A block that a started request got at the end of its block table."""
 
     request_id: str
     block_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
+class BlockCopy(NamedTuple):
     """Copy block `source` of one tier to block `target` of another one, or of the same.
 
     source_tier, target_tier: names, see tier_table.
