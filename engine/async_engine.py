@@ -357,6 +357,12 @@ class AsyncEngine:
             weight=generation.tenant.weight,
             eos_token_ids=self._eos_token_ids,
             output_token_ids=() if beginning is None else beginning.token_ids,
+            chunk_keys=self._conversations.find_chunk_keys(
+                generation.conversation_id or "",
+                prompt.transcript.token_ids,
+                generation.tenant.tenant_id,
+                self._core.cache_config.chunk_size,
+            ),
         )
         detokenizer = self._tokenizer.detokenizer(
             sampling.stop,

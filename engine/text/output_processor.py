@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.plan import Logprobs
@@ -24,7 +24,7 @@ from engine.text.detokenizer import Detokenizer
 from engine.text.logprobs import token_logprob
 from engine.text.output import OutputDelta, TokenLogprob, merge_deltas
 from engine.text.tokenizer import Tokenizer
-from engine.text.transcript import ConversationTable, Transcript
+from engine.text.transcript import ChunkNames, ConversationTable, Transcript
 from engine.text.turns import REASONS, RecognisedChat
 
 logger = logging.getLogger(__name__)
@@ -200,6 +200,9 @@ class OutputProcessor:
         request, prompt = stream.request, stream.prompt
         if request.conversation_id == request.request_id:
             return None
+        size = self._core.cache_config.chunk_size
+        names = ChunkNames(request.tenant, b"".join(request.chunk_keys[: len(prompt.token_ids) // size]))
+        prompt = replace(prompt, names=names)
         output_ids = self._kept_output_ids(stream)
         if not prompt.text:  # a prompt of token ids: nothing to compare texts with
             self._conversations.record_turn(request.conversation_id, prompt, output_ids, "")

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
+from engine.core.cache.index import KEY_BYTES
 from engine.text.turns import Turn, Turns
 
 MAX_BRANCHES = 8
@@ -43,6 +44,14 @@ CONVERSATION_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkNames:
+    """The keys of the first full chunks of a context, one behind the other, as this engine has made them for a tenant."""
+
+    tenant: str
+    keys: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Transcript:
     """One branch of a conversation up to the end of a turn: `token_ids` stand for `text`.
 
@@ -51,6 +60,7 @@ class Transcript:
     fingerprint: what made the ids (Tokenizer.fingerprint). Empty = not known: only the text counts.
     answer_start: where the last answer begins, as an anchor; None = not known. It decides nothing but whether that answer is
     recognised in other words.
+    names: of its first chunks, so that they need not be hashed again; None = not known. It is kept in memory only.
     """
 
     token_ids: array[int]
@@ -58,12 +68,14 @@ class Transcript:
     anchors: tuple[tuple[int, int], ...] = ()
     fingerprint: str = ""
     answer_start: tuple[int, int] | None = field(default=None, compare=False)
+    names: ChunkNames | None = field(default=None, compare=False)
 
     @property
     def num_bytes(self) -> int:
         """The memory that it takes, about."""
         rows = sys.getsizeof(self.token_ids) + sys.getsizeof(self.text)
-        return BRANCH_BYTES + rows + ANCHOR_BYTES * len(self.anchors)
+        num_key_bytes = 0 if self.names is None else len(self.names.keys)
+        return BRANCH_BYTES + rows + ANCHOR_BYTES * len(self.anchors) + num_key_bytes
 
     def continues(self, old: Transcript, cut_tokens: Mapping[int, str]) -> bool:
         """Whether everything that goes on from `old` is found here, too.
@@ -208,6 +220,17 @@ class Conversation:
         longest = max((len(branch.token_ids) for branch in branches), default=0)
         return num_same, min(longest, len(token_ids))
 
+    def find_chunk_keys(self, token_ids: array[int], tenant: str, chunk_size: int) -> list[bytes]:
+        """The keys of the first full chunks of `token_ids`, as far as a branch of that tenant has the same tokens."""
+        keys, num_same = b"", 0
+        for branch in self.branches:
+            if branch.names is not None and branch.names.tenant == tenant:
+                same = common_prefix_len(branch.token_ids, token_ids) // chunk_size * KEY_BYTES
+                same = min(same, len(branch.names.keys))
+                if same > num_same:
+                    keys, num_same = branch.names.keys, same
+        return [keys[start : start + KEY_BYTES] for start in range(0, num_same, KEY_BYTES)]
+
     def record_turn(
         self, prompt: Transcript, output_token_ids: Sequence[int], output_text: str, cut_tokens: Mapping[int, str]
     ) -> Transcript:
@@ -224,7 +247,7 @@ class Conversation:
         elif end is not None:  # it is in no text: the client could not send it again
             token_ids.pop()
         answer_start = (len(prompt.token_ids), len(prompt.text))
-        branch = Transcript(token_ids, text, anchors, prompt.fingerprint, answer_start)
+        branch = Transcript(token_ids, text, anchors, prompt.fingerprint, answer_start, prompt.names)
         kept = [old for old in self.branches if not branch.continues(old, cut_tokens)]
         self.branches = (*kept, branch)[-MAX_BRANCHES:]
         return branch
@@ -282,6 +305,11 @@ class ConversationTable:
     def find(self, conversation_id: str) -> Conversation | None:
         """What a conversation has said, if it is remembered; what was recalled counts for more."""
         return self._recalled.get(conversation_id) or self._conversations.get(conversation_id)
+
+    def find_chunk_keys(self, conversation_id: str, token_ids: array[int], tenant: str, chunk_size: int) -> list[bytes]:
+        """See Conversation.find_chunk_keys. From any thread."""
+        conversation = self.find(conversation_id)
+        return [] if conversation is None else conversation.find_chunk_keys(token_ids, tenant, chunk_size)
 
     def count_tokens(self, conversation_id: str) -> int:
         """Of its latest branch; 0 if nothing is remembered. From any thread."""

@@ -7,7 +7,7 @@ import pickle
 import re
 import threading
 from array import array
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -17,6 +17,8 @@ import pytest
 from engine import engine_thread
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
+from engine.core.cache import matching
+from engine.core.cache.index import full_chunk_keys
 from engine.core.grammar import GrammarSpec
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
@@ -489,6 +491,28 @@ async def test_a_diverging_history_is_cut_at_the_divergence(engine):
     assert answer.token_ids == fresh.token_ids
     back = await ask(engine, (*second_turn, ("assistant", second.text), QUESTION), session="s")
     assert back.last.num_cached_tokens == second.last.num_prompt_tokens + len(second.token_ids) - 1
+
+
+async def test_a_turn_hashes_only_what_the_conversation_did_not_say_before(engine, monkeypatch):
+    hashed: list[int] = []
+
+    def spied(parent_key: bytes, token_ids: Sequence[int], chunk_size: int) -> list[bytes]:
+        hashed.append(len(token_ids))
+        return full_chunk_keys(parent_key, token_ids, chunk_size)
+
+    monkeypatch.setattr(matching, "full_chunk_keys", spied)
+    first = await ask(engine, CAT, session="s")
+    num_known = first.last.num_prompt_tokens // 8 * 8
+    assert hashed[0] == first.last.num_prompt_tokens
+    hashed.clear()
+    history = (*CAT, ("assistant", first.text), QUESTION)
+    second = await ask(engine, history, session="s")
+    assert hashed[0] == second.last.num_prompt_tokens - num_known
+    assert second.token_ids == (await ask(engine, history)).token_ids
+    hashed.clear()
+    edited = await ask(engine, (("user", "A dog. " + CAT[0][1]), *history[1:]), session="s")
+    assert hashed[0] > edited.last.num_prompt_tokens - num_known
+    await assert_all_free(engine)
 
 
 async def test_a_fork_shares_what_is_full_and_both_go_on_right(engine):

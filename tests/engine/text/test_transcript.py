@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.core.cache.index import full_chunk_keys, root_key
 from engine.text.transcript import (
     MAX_BRANCHES,
     NO_MATCH,
+    ChunkNames,
     Conversation,
     ConversationTable,
     Transcript,
@@ -249,3 +251,27 @@ def test_the_memory_of_conversations_is_bounded_in_bytes(num_tokens, num_anchors
         tracemalloc.stop()
     assert 0.66 * conversations.num_bytes < num_bytes < 1.33 * conversations.num_bytes
     assert 0.5 * (1 << 20) < conversations.num_bytes <= 1 << 20
+
+
+def test_keys_of_chunks_are_found_as_far_as_the_tokens_are_the_same_and_for_the_same_tenant_only():
+    said = array("I", range(100, 123))  # five chunks of 4 tokens, and 3 tokens
+    keys = full_chunk_keys(root_key("model", "", "anna"), said, 4)
+    prompt = Transcript(said, "", names=ChunkNames("anna", b"".join(keys)))
+    conversations = table()
+    conversations.record_turn("c", prompt, [7, 8], "")
+
+    def found(token_ids: array, tenant: str = "anna", conversation_id: str = "c") -> list[bytes]:
+        return conversations.find_chunk_keys(conversation_id, token_ids, tenant, 4)
+
+    longer = said + ids(7, 8, 9, 10, 11)
+    assert found(longer) == keys
+    assert found(said[:11]) == keys[:2]
+    edited = array("I", longer)
+    edited[13] = 9
+    assert found(edited) == keys[:3]
+    assert found(longer, tenant="ben") == found(longer, conversation_id="d") == []
+
+
+def test_keys_of_chunks_count_as_memory_of_their_conversation():
+    plain, named = Transcript(ids(1, 2), ""), Transcript(ids(1, 2), "", names=ChunkNames("anna", bytes(64)))
+    assert named.num_bytes == plain.num_bytes + 64
