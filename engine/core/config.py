@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 
 from engine.core.cache.cost_model import CostModel
 from engine.core.cache.eviction import EVICTION_POLICIES, EvictionPolicy
+from engine.core.retention import HINT_MODES
 from engine.core.tier_table import TierSpec, tier_row
 from engine.options import Option
 
@@ -34,6 +35,23 @@ class CacheOptions:
             or_import_path=True,
         ),
     ] = "retention_value"
+    kv_hints: Annotated[
+        str,
+        Option(
+            "Hints on which contexts are worth keeping, and for how long.",
+            "`off`: those of clients are refused, with that reason. `client`: they are carried out. `learned`: these, and "
+            "what the server has learned of how long each tool takes until its conversation goes on.",
+            choices=HINT_MODES,
+        ),
+    ] = "off"
+    kv_retention_share: Annotated[
+        float,
+        Option(
+            "Part of the GPU and CPU tiers that hints may keep, shared by the tenants' weights; more is clipped.",
+            above=0,
+            at_most=1,
+        ),
+    ] = 0.5
     write_through: Annotated[
         bool,
         Option("Copy what a turn leaves to the CPU tier at its end, and not only when GPU blocks run short."),

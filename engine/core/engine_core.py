@@ -24,11 +24,13 @@ from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 from engine.core.cache.cache_manager import CacheManager
+from engine.core.cache.retention import OUTCOMES
 from engine.core.cache_map import ContextKeys, Eviction, MappedContext
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.decode_runs import DecodeRun, DecodeRuns
 from engine.core.plan import ChunkRecord, Logprobs, SlowTransfer, StepPlan, StepResult, TransferEnd
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
+from engine.core.retention import RetentionHint, RetentionOutcome
 from engine.core.scheduler import Scheduler
 from engine.core.stats import EngineStats, RequestStats
 from engine.core.tier_table import PEER
@@ -112,6 +114,7 @@ class EngineCore:
         request.max_total_tokens = window if max_tokens is None else num_prompt + max_tokens
         request.arrival_s = now
         self._requests[request.request_id] = request
+        self._cache.shares.note(request.tenant, request.weight)
         self._scheduler.add(request)
         self.stats.num_requests += 1
         return shed
@@ -257,7 +260,7 @@ class EngineCore:
         if are_copies_made:
             self._cache.transfers.complete()
         else:
-            self._cache.transfers.abort()
+            self._cache.transfers.abort(now)
         request_ids = dict.fromkeys(segment.request_id for segment in plan.segments)
         failed = [self._requests[request_id] for request_id in request_ids if request_id in self._requests]
         for request in failed:
@@ -364,6 +367,7 @@ class EngineCore:
             "num_tokens_waiting": self._scheduler.num_waiting_tokens,
             "num_chunks": len(cache.index),
             "num_idle_chunks": cache.count_idle_chunks(),
+            "retention": self._count_retention(),
         }
         for tier in cache.tiers:
             statistics[f"num_{tier.name}_blocks"] = tier.pool.num_blocks
@@ -371,6 +375,13 @@ class EngineCore:
         primary = cache.tiers.primary
         statistics[f"num_{primary.name}_blocks_pinned"] = primary.pool.num_blocks - primary.num_available
         return statistics
+
+    def _count_retention(self) -> dict[str, int]:
+        """Hints by outcome, and the tokens that they keep, the last chunk of a context counted as a full one."""
+        retention = self._cache.retention
+        if retention is None:
+            return {**dict.fromkeys(OUTCOMES, 0), "refused": self.stats.num_refused_hints, "num_kept_tokens": 0}
+        return {**retention.counts, "num_kept_tokens": retention.count_kept() * self._cache.chunk_size}
 
     @property
     def token_compute_s(self) -> tuple[float, float] | None:
@@ -381,6 +392,27 @@ class EngineCore:
     def token_pull_s(self) -> float | None:
         """Seconds until a token's KV has come from a peer; None until that was observed."""
         return self._cache.prices.token_load_s(PEER)
+
+    # -- hints ---------------------------------------------------------------------------------------------------------
+
+    def retain(
+        self, conversation_id: str, keys: ContextKeys, tenant: str, hint: RetentionHint, now: float
+    ) -> RetentionOutcome:
+        """Keep, or let go, what is cached of a conversation.
+
+        If requests of it wait or run, it is said of them at their end: nothing that they bring undoes it.
+
+        keys: of its context, as far as that is known.
+        """
+        for request in self._requests.values():
+            if request.conversation_id == conversation_id:
+                request.retention = hint
+        return self._cache.retain(conversation_id, keys, tenant, hint, now)
+
+    def expect_use(self, keys: ContextKeys, expected_use_s: float, reuse_class: int, now: float) -> None:
+        """The context of a conversation, of which no request runs, is expected to be used then."""
+        if self._cache.retention is not None:
+            self._cache.retention.expect(self._cache.idle_chunks(keys), expected_use_s, reuse_class, now)
 
     # -- for those who watch -------------------------------------------------------------------------------------------
 
@@ -466,7 +498,7 @@ class EngineCore:
 
     def _restart_corrupted(self, plan: StepPlan, result: StepResult, now: float) -> None:
         """Requests that a failed swap-in has reached start again from what else is cached."""
-        failed = {self._cache.transfers.fail_swap_in(gpu_block) for gpu_block in result.failed_swap_ins}
+        failed = {self._cache.transfers.fail_swap_in(gpu_block, now) for gpu_block in result.failed_swap_ins}
         if failed:
             for request in list(reversed(self._scheduler.running)):  # the oldest comes to lie in front
                 if not failed.isdisjoint(request.chunks):
@@ -516,8 +548,12 @@ class EngineCore:
         request.status = RequestStatus.FINISHED
         del self._requests[request.request_id]
 
-    @staticmethod
-    def _account(request: Request, now: float) -> RequestStats:
+    def _count_written(self, request: Request) -> int:
+        """Tokens whose KV is kept and was not before: all but the last one, which nothing has computed yet."""
+        num_known = request.num_cached_tokens + request.num_not_loaded_tokens
+        return max(0, request.num_tokens - 1 - num_known) if self.cache_config.keep else 0
+
+    def _account(self, request: Request, now: float) -> RequestStats:
         return RequestStats(
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=request.num_cached_tokens,
@@ -528,6 +564,7 @@ class EngineCore:
             num_output_tokens=request.num_output_tokens,
             num_computed_tokens=request.num_computed_tokens,
             num_suspensions=request.num_suspensions,
+            num_written_tokens=self._count_written(request),
             arrival_s=request.arrival_s,
             first_token_s=request.first_token_s,
             finished_s=now,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine.core.cache.index import Chunk
 from engine.core.grammar import GrammarSpec
+from engine.core.retention import RetentionHint, RetentionOutcome
 from engine.core.reuse import NO_REUSE, Reuse
 from engine.core.thinking import ThinkingLimit
 from engine.errors import InvalidParameterError
@@ -181,7 +182,8 @@ class Request:
     sampled itself; load_deadline_s, until when it may wait for slow tiers; and the counts of cached, loaded, not loaded and
     dropped tokens, and of the cached ones by tier, of the first admission. It clears `loads` when the request starts.
 
-    The caller's: reuse, what is known of the next use of its context; may change until the request ends.
+    The caller's: reuse, what is known of the next use of its context, and retention; both may change until the request ends.
+    retention_outcome, of the hint, is the cache manager's, and is there when the request has ended.
     """
 
     __slots__ = (
@@ -207,6 +209,8 @@ class Request:
         "pending",
         "prompt_logprobs",
         "request_id",
+        "retention",
+        "retention_outcome",
         "reuse",
         "sampling",
         "status",
@@ -229,6 +233,7 @@ class Request:
         output_token_ids: Sequence[int] = (),
         chunk_keys: Sequence[bytes] = (),
         reuse: Reuse = NO_REUSE,
+        retention: RetentionHint | None = None,
     ) -> None:
         """A request that has not arrived yet.
 
@@ -238,12 +243,15 @@ class Request:
         chunk_keys: of its first full chunks, as far as they are known: those of a request with the same model, tenant, chunk
             size and beginning. They are not made again.
         reuse: what is known of the next use of its context. Times count from the request's end.
+        retention: what its client wants to be kept of it; counts for more than reuse.
         """
         self.request_id = request_id
         self.conversation_id = conversation_id if conversation_id is not None else request_id
         self.tenant = tenant
         self.weight = weight
         self.reuse = reuse
+        self.retention = retention
+        self.retention_outcome: RetentionOutcome | None = None
         self.token_ids = [*prompt_token_ids, *output_token_ids]
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling = sampling

@@ -13,6 +13,8 @@ from typing import Self
 from engine.core.reuse import Reuse
 from engine.errors import InvalidParameterError
 
+# Values of the option kv_hints.
+HINT_MODES = ("off", "client", "learned")
 MAX_SPANS = 64
 # No hint holds for longer, in seconds.
 MAX_TTL_S = 86_400.0

@@ -23,7 +23,7 @@ class EngineStats:
     was here and is gone, as far as ChunkIndex remembers; num_new_tokens.
     num_resumed_tokens: left to compute when preempted requests came back, and of answers that were begun elsewhere.
     num_gave_way: of the suspensions, those for another tenant's turn and not for want of blocks to go on.
-    num_refused: too many were waiting.
+    num_refused: too many were waiting. num_refused_hints: because none are taken.
     num_local_copies, num_swap_ins, num_swap_outs: in blocks. num_corrupted_swaps: found by `verify_swaps`.
     num_used_drafts, num_discarded_drafts: plans prepared while a step runs, used or overtaken by something unforeseen.
     num_steps_ahead: given to the executor before the step in front had a result.
@@ -41,6 +41,7 @@ class EngineStats:
     num_aborted: int = 0
     num_failed: int = 0
     num_refused: int = 0
+    num_refused_hints: int = 0
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     cached_tokens: dict[str, int] = field(init=False)
@@ -103,7 +104,7 @@ class RequestStats:
 
     Prompt tokens by where they were on arrival, as in EngineStats: num_cached_tokens, in any tier and used;
     num_loaded_tokens, of these the ones that came from a slower tier.
-    num_computed_tokens: all, those after suspensions too.
+    num_computed_tokens: all, those after suspensions too. num_written_tokens: newly kept for later requests.
     """
 
     num_prompt_tokens: int
@@ -115,6 +116,7 @@ class RequestStats:
     num_output_tokens: int
     num_computed_tokens: int
     num_suspensions: int
+    num_written_tokens: int = 0
     arrival_s: float
     first_token_s: float | None
     finished_s: float

@@ -225,7 +225,7 @@ class Allocator:
         else:
             self._note(primary, "dropped", victim, now)
             tiers.expect_no_more(victim)
-            self._index.drop(victim)
+            self._index.drop(victim, f"{primary.name}_dropped", now)
 
     def _try_drop_spare_copy(self, tier: Tier, now: float) -> bool:
         if not tier.spare:
@@ -249,7 +249,7 @@ class Allocator:
         else:
             self._note(tier, "dropped", victim, now)
             self._tiers.expect_no_more(victim)
-            self._index.drop(victim)
+            self._index.drop(victim, f"{tier.name}_dropped", now)
 
     def _note(self, tier: Tier, what: str, chunk: Chunk, now: float) -> None:
         reason = f"{tier.name}_{what}"

@@ -30,13 +30,17 @@ from engine.core.cache.handover import Handover
 from engine.core.cache.index import Chunk, ChunkIndex, chunk_key
 from engine.core.cache.matching import ContextMatch, ContextMatcher
 from engine.core.cache.prices import LoadPrices
+from engine.core.cache.retention import HINTS_ARE_OFF, Retention
 from engine.core.cache.slow_transfers import SlowTransfers
+from engine.core.cache.tenant_shares import TenantShares
 from engine.core.cache.tier import Tier, Tiers
 from engine.core.cache.transfers import Transfers
-from engine.core.cache_map import CacheMap, EvictionLog
+from engine.core.cache_map import CacheMap, ContextKeys, EvictionLog
 from engine.core.config import CacheConfig
 from engine.core.plan import ChunkRecord, TransferEnd
 from engine.core.request import ContextAccount, Request
+from engine.core.retention import RetentionHint, RetentionOutcome
+from engine.core.reuse import Reuse
 from engine.core.stats import EngineStats
 from engine.core.tier_table import BOTH
 
@@ -68,6 +72,7 @@ class CacheManager:
     handover: of chunks between this engine and others; None unless there is a tier for it.
     drain: brings everything to the slow tiers; None unless the engine is about to end.
     map: what an observer is shown.
+    shares: the tenants' weights. retention: carries out hints; None = none are taken.
     """
 
     def __init__(self, config: CacheConfig, stats: EngineStats) -> None:
@@ -76,9 +81,18 @@ class CacheManager:
         self.keep = config.keep
         self.index = ChunkIndex(config.chunk_size)
         self._cost_model = config.cost_model or CostModel(chunk_size=config.chunk_size)
-        self.tiers = Tiers(
-            config.tiers, partial(config.own_policy or partial(make_policy, config.eviction_policy), self._cost_model)
-        )
+        self.shares = TenantShares()
+        takes_hints = config.keep and config.kv_hints != "off"
+        named_policy = partial(make_policy, config.eviction_policy, shares=self.shares if takes_hints else None)
+        self.tiers = Tiers(config.tiers, partial(config.own_policy or named_policy, self._cost_model))
+        self.retention: Retention | None = None
+        if takes_hints:
+            self.tiers.tell_policies_their_size()
+            num_blocks = config.num_gpu_blocks + config.num_cpu_blocks
+            self.retention = Retention(
+                self.tiers, self.shares, int(config.kv_retention_share * num_blocks), config.chunk_size
+            )
+            self.index.on_drop.append(self.retention.forget)
         self._primary, self._secondary = self.tiers.primary, self.tiers.secondary
         self.transfers = Transfers(self.tiers, self.index, stats)
         self.eviction_log = EvictionLog(self._cost_model)
@@ -360,18 +374,56 @@ class CacheManager:
             self._matcher.extend_keys(request)
             for chunk, key in zip(request.chunks, request.chunk_keys, strict=False):
                 if chunk.num_tokens == self.chunk_size:
-                    self.index.remember_dropped(key)
+                    self.index.remember_dropped(key, "stateless", now)
         conversation_id, reuse = request.conversation_id, request.reuse.since(now)
+        stated = None if is_preempted else self._carry_out_hint(request, reuse, now, step_failed)
         for chunk in request.chunks:
             if chunk.key is None and self.keep and not step_failed:
                 self._try_name(request, chunk)
             chunk.last_active = now
-            if not is_preempted:
+            if stated is not None and self.retention is not None:
+                chunk.note_use(conversation_id, stated[chunk.position], now)
+                chunk.is_to_store |= chunk.reuse.weight > 1
+                self.retention.note(chunk, now)
+            elif not is_preempted:
                 chunk.note_use(conversation_id, reuse, now)
             self.tiers.unpin(chunk)
             self.allocator.note_end_of_turn(chunk)
         request.chunks, request.pending = [], []
         self.allocator.hold(now)
+
+    def _carry_out_hint(self, request: Request, reuse: Reuse, now: float, step_failed: bool) -> Sequence[Reuse] | None:
+        """What the request says of each chunk of its row, by its hint; None = of all what `reuse` says."""
+        if self.retention is None:
+            if request.retention is not None:
+                request.retention_outcome = self._refuse_hint()
+            return None
+        for chunk in request.chunks:
+            if chunk.key is None and not step_failed:
+                self._try_name(request, chunk)
+            chunk.tenant = request.tenant
+        stated, request.retention_outcome = self.retention.say_at_end(
+            request.retention, request.chunks, request.conversation_id, request.tenant, reuse, now
+        )
+        return stated
+
+    def _refuse_hint(self) -> RetentionOutcome:
+        self._stats.num_refused_hints += 1
+        return HINTS_ARE_OFF
+
+    def retain(
+        self, conversation_id: str, keys: ContextKeys, tenant: str, hint: RetentionHint, now: float
+    ) -> RetentionOutcome:
+        """Say that of what is cached of a conversation of which no request runs; see Retention."""
+        if self.retention is None:
+            return self._refuse_hint()
+        return self.retention.say_while_idle(hint, self.idle_chunks(keys), conversation_id, tenant, now)
+
+    def idle_chunks(self, keys: ContextKeys) -> list[Chunk]:
+        """The unpinned chunks of a context, wherever they lie, front first."""
+        tail = next((chunk for _, key in keys.tails if (chunk := self.index.match(key)) is not None), None)
+        chunks = [*map(self.index.match, keys.full), tail]
+        return [chunk for chunk in chunks if chunk is not None and not chunk.pins]
 
     # -- before the engine ends ----------------------------------------------------------------------------------------
 
@@ -525,11 +577,13 @@ class CacheManager:
 
     # -- proof ---------------------------------------------------------------------------------------------------------
 
-    def check_integrity(self, requests: Iterable[Request]) -> None:
+    def check_integrity(self, requests: Iterable[Request], now: float | None = None) -> None:
         """Raises AssertionError unless the books balance. O(everything).
 
         Every block of each tier is exactly one of free or owned by one chunk, pins count the rows and the transfers that
-        use a chunk, and unpinned chunks are filed where their blocks say. requests: all that hold a row.
+        use a chunk, and unpinned chunks are filed where their blocks say.
+
+        requests: all that hold a row. now: to check hints, too.
         """
         pins: dict[Chunk, int] = {}
         for request in requests:
@@ -549,5 +603,7 @@ class CacheManager:
             assert (chunk.key is not None) == (chunk in named)
         self.tiers.check_integrity(named, chunks)
         self.slow_transfers.check_integrity()
+        if self.retention is not None and now is not None:
+            self.retention.check_integrity(named, now)
         if self.handover is not None:
             self.handover.check_integrity()

@@ -99,7 +99,7 @@ class Expectations:
         self._tiers.unfile(chunk)
         self._peer.free_block(chunk)
         if all(block is None for block in chunk.blocks):
-            self._index.drop(chunk)
+            self._index.drop(chunk, "peer_gone", chunk.last_active)
         else:
             self._tiers.file(chunk)
 

@@ -7,8 +7,10 @@ comes before a chunk need not be resident to recognise it. Knows nothing of bloc
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from engine.core.reuse import NO_REUSE, Reuse
 
@@ -33,6 +35,7 @@ class Chunk:
     num_uses: turns that have used it, the one included that made it.
     last_user_id: the conversation that used it last. num_users: conversations that used it; one that comes back after
         another counts again.
+    tenant: whose it is, if hints are taken. Does not change while a policy holds the chunk.
     """
 
     __slots__ = (
@@ -49,6 +52,7 @@ class Chunk:
         "pins",
         "position",
         "reuse",
+        "tenant",
     )
 
     def __init__(self, position: int, blocks: list[int | None]) -> None:
@@ -65,6 +69,7 @@ class Chunk:
         self.num_uses = 0
         self.last_user_id: str | None = None
         self.num_users = 0
+        self.tenant = ""
 
     def note_use(self, conversation_id: str, reuse: Reuse, now: float) -> None:
         """A turn of that conversation has used it, and says this of its next use."""
@@ -79,6 +84,18 @@ class Chunk:
             f"Chunk(position={self.position}, tokens={self.num_tokens}, blocks={self.blocks}, pins={self.pins}, "
             f"last_active={self.last_active})"
         )
+
+
+class Drop(NamedTuple):
+    """The end of a chunk's KV.
+
+    reason: that of the eviction, see tier_table.eviction_reasons; "released", if it was said before that it may go; "failed",
+        if what should have brought or kept it did; "peer_gone", if another engine had it; "stateless", if nothing is kept.
+    time_s: on the engine's clock; of what another engine had, its last use.
+    """
+
+    reason: str
+    time_s: float
 
 
 def root_key(model: str, adapter: str, tenant: str) -> bytes:
@@ -117,10 +134,13 @@ class ChunkIndex:
     """
 
     def __init__(self, chunk_size: int) -> None:
+        """on_drop: told each chunk whose KV is gone, while it still has its name."""
         self.chunk_size = chunk_size
+        self.on_drop: list[Callable[[Chunk], object]] = []
         self._chunks: dict[bytes, Chunk] = {}
         self._tail_lengths: dict[bytes, dict[int, int]] = {}
-        self._dropped: dict[bytes, None] = {}
+        self._dropped: dict[bytes, Drop] = {}
+        self._last_drop = Drop("", 0.0)
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -173,24 +193,38 @@ class ChunkIndex:
                 del self._tail_lengths[chunk.parent_key]
         chunk.key = None
 
-    def drop(self, chunk: Chunk) -> None:
-        """Take the name away, if there is one, because the KV is gone; remember the key of a full chunk."""
+    def drop(self, chunk: Chunk, reason: str, now: float) -> None:
+        """Take the name away, if there is one, because the KV is gone; remember the key of a full chunk.
+
+        reason: why, see Drop.
+        """
         if chunk.key is None:
             return
+        for told in self.on_drop:
+            told(chunk)
+        if chunk.reuse.expected_use_s == math.inf:
+            reason = "released"
         if chunk.num_tokens == self.chunk_size:
-            self.remember_dropped(chunk.key)
+            self.remember_dropped(chunk.key, reason, now)
         self.remove(chunk)
 
-    def remember_dropped(self, key: bytes) -> None:
+    def remember_dropped(self, key: bytes, reason: str, now: float) -> None:
         """The KV of a full chunk with that key was here, and is gone."""
+        last = self._last_drop
+        if last.time_s != now or last.reason != reason:  # most go together: one value for all of them
+            self._last_drop = last = Drop(reason, now)
         self._dropped.pop(key, None)
-        self._dropped[key] = None
+        self._dropped[key] = last
         if len(self._dropped) > MAX_DROPPED_KEYS:
             del self._dropped[next(iter(self._dropped))]
 
     def was_dropped(self, key: bytes) -> bool:
         """Whether the KV of that full chunk was here and is gone, as far as is remembered."""
         return key in self._dropped
+
+    def why_dropped(self, key: bytes) -> Drop | None:
+        """When and why the KV of that full chunk went, as far as is remembered."""
+        return self._dropped.get(key)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if a chunk is known by a wrong key, or both resident and gone."""

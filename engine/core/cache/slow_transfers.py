@@ -217,7 +217,7 @@ class SlowTransfers:
         if not is_filed:
             self._tiers.note_spare_copies(chunk)
         elif all(block is None for block in chunk.blocks):
-            self._index.drop(chunk)
+            self._index.drop(chunk, "failed", now)
         else:
             if is_load and ok and is_awaited:
                 chunk.last_active = now

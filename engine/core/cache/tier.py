@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from engine.core.cache.block_pool import BlockPool
-from engine.core.cache.eviction import EvictionPolicy
+from engine.core.cache.eviction import EvictionPolicy, HintedRetention
 from engine.core.cache.index import Chunk
 from engine.core.plan import ChunkRecord
 from engine.core.tier_table import TierSpec
@@ -172,6 +172,13 @@ class Tiers:
             if chunk.blocks[tier.number] is not None:
                 return tier
         return None
+
+    def tell_policies_their_size(self) -> None:
+        """Tell those eviction policies that divide a tier between tenants how many blocks it has."""
+        for tier in self.row:
+            for policy in (tier.sole, tier.copied, tier.to_store):
+                if isinstance(policy, HintedRetention):
+                    policy.num_blocks = tier.pool.num_blocks
 
     # -- which blocks may be taken -------------------------------------------------------------------------------------
 

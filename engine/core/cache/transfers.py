@@ -109,7 +109,7 @@ class Transfers:
             tiers.unpin(source)
             tiers.note_spare_copies(source)
 
-    def abort(self) -> None:
+    def abort(self, now: float) -> None:
         """The executor failed at the oldest plan in flight: whatever it was to write is not to be trusted.
 
         Chunks keep the copy that was read, and those whose only copy was on its way are dropped.
@@ -122,7 +122,7 @@ class Transfers:
             self._secondary.free_block(chunk)
             is_lost = chunk.blocks[0] is None and tiers.store_of(chunk) is None
             if is_lost or chunk in self._primary.arriving:  # evicted, or evicted and on its way back
-                self._index.drop(chunk)
+                self._index.drop(chunk, "failed", now)
             tiers.unpin(chunk)
         for source, target, _ in transfers.swap_ins:
             self._undo_swap_in(source, target)
@@ -136,7 +136,7 @@ class Transfers:
             self._tiers.free_copies(source)
         self._tiers.unpin(source)
 
-    def fail_swap_in(self, primary_block: int) -> Chunk | None:
+    def fail_swap_in(self, primary_block: int, now: float) -> Chunk | None:
         """A swap-in of the oldest plan in flight brought something else than what was swapped out: forget the chunk.
 
         Returns the chunk that was to be written, whichever request holds it; None if there is no such swap-in.
@@ -147,7 +147,7 @@ class Transfers:
                 self._in_flight[0].swap_ins.remove(transfer)
                 self._primary.arriving.discard(target)
                 for chunk in {source, target}:
-                    self._index.drop(chunk)
+                    self._index.drop(chunk, "failed", now)
                     self._tiers.forget_spare_copies(chunk)
                 self._tiers.free_copies(source)
                 self._tiers.unpin(source)

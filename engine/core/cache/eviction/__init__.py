@@ -4,9 +4,19 @@ A policy holds the chunks that may go and promises the exact order of its victim
 happens to a victim. One policy a file; `registry` has their names.
 """
 
+from engine.core.cache.eviction.hinted import HintedRetention
 from engine.core.cache.eviction.lru import LRU, TrailingLRU
 from engine.core.cache.eviction.policy import EvictionPolicy
 from engine.core.cache.eviction.registry import EVICTION_POLICIES, POLICIES, make_policy
 from engine.core.cache.eviction.retention_value import RetentionValue
 
-__all__ = ["EVICTION_POLICIES", "LRU", "POLICIES", "EvictionPolicy", "RetentionValue", "TrailingLRU", "make_policy"]
+__all__ = [
+    "EVICTION_POLICIES",
+    "LRU",
+    "POLICIES",
+    "EvictionPolicy",
+    "HintedRetention",
+    "RetentionValue",
+    "TrailingLRU",
+    "make_policy",
+]

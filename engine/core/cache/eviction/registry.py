@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.core.cache.cost_model import CostModel
+from engine.core.cache.eviction.hinted import HintedRetention
 from engine.core.cache.eviction.lru import LRU, TrailingLRU
 from engine.core.cache.eviction.policy import EvictionPolicy
 from engine.core.cache.eviction.retention_value import RetentionValue
+from engine.core.cache.tenant_shares import TenantShares
 from engine.errors import ConfigError
 
 # By the name in the configuration; what makes one from the cost model.
@@ -19,10 +21,25 @@ POLICIES: dict[str, Callable[[CostModel], EvictionPolicy]] = {
 EVICTION_POLICIES = tuple(POLICIES)
 
 
-def make_policy(name: str, cost_model: CostModel) -> EvictionPolicy:
-    """A policy by its name in the configuration. Raises ConfigError."""
+# Of these, the ones that know nothing of hints; and what takes the place of the one that has a form for them.
+WITHOUT_HINTS = ("lru", "trailing_lru")
+HINTED = "retention_value"
+
+
+def make_policy(name: str, cost_model: CostModel, shares: TenantShares | None = None) -> EvictionPolicy:
+    """A policy by its name in the configuration.
+
+    shares: of the tenants, if the policy has to go by hints; None = there are none.
+
+    Raises ConfigError.
+    """
     if name not in POLICIES:
         raise ConfigError(
             f"eviction_policy must be one of {', '.join(POLICIES)}, got {name!r}", param="eviction_policy"
         )
-    return POLICIES[name](cost_model)
+    if shares is not None and name in WITHOUT_HINTS:
+        raise ConfigError(
+            f"eviction_policy {name} does not go by hints; set kv_hints to off, or eviction_policy to {HINTED}",
+            param="kv_hints",
+        )
+    return HintedRetention(cost_model, shares) if shares is not None and name == HINTED else POLICIES[name](cost_model)

@@ -269,7 +269,7 @@ def test_a_chunk_that_was_evicted_and_on_its_way_back_when_the_step_failed_is_fo
     transfers = cache.transfers.take()
     assert [copy for _, copy in transfers.evictions] == [swap_out(0, 0), swap_out(1, 1), swap_out(2, 2)]
     assert [copy for _, _, copy in transfers.swap_ins] == [swap_in(0, 1)]
-    cache.transfers.abort()
+    cache.transfers.abort(1.0)
     cache.release(one, 3.0, step_failed=True)
     cache.release(two, 3.0, step_failed=True)
     cache.check_integrity([])

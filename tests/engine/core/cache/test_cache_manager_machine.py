@@ -458,7 +458,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
                 self.write(request, position, GARBAGE if request in misled else label(request, position))
         if is_late:
             move_out(self.slots, self.cpu_slots, self.corrupted, transfers.swap_outs)
-        reached = [self.cache.transfers.fail_swap_in(gpu_block) for gpu_block in failed]
+        reached = [self.cache.transfers.fail_swap_in(gpu_block, self.now) for gpu_block in failed]
         self.num_corrupted_swaps += len(failed)
         for request in reversed(list(self.running)):
             if not set(reached).isdisjoint(request.chunks):
@@ -605,7 +605,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
                 self.slots[copy.target] = [GARBAGE] * CHUNK_SIZE
             for _, copy in (*transfers.evictions, *transfers.swap_outs):
                 self.cpu_slots[copy.target] = [GARBAGE] * CHUNK_SIZE
-            self.cache.transfers.abort()
+            self.cache.transfers.abort(self.now)
         for request, start, end in segments:
             for position in range(start, end):
                 self.write(request, position, GARBAGE)
