@@ -36,6 +36,9 @@ from engine.core.stats import EngineStats, RequestStats
 from engine.core.tier_table import PEER
 from engine.errors import ConfigError, ContextLengthError, InvalidParameterError, OverloadedError
 
+# Requests that only prepare a context; more may not wait.
+MAX_BACKGROUND_REQUESTS = 64
+
 
 class RequestOutput(NamedTuple):
     """What one step gave to one request: its next token. The counts are as of then.
@@ -103,15 +106,17 @@ class EngineCore:
             )
         if not num_prompt:
             raise InvalidParameterError("the prompt is empty; give at least one token", param="prompt")
-        max_tokens = request.sampling.max_tokens
-        if num_prompt + (max_tokens or 1) > window:
+        max_tokens = 0 if request.is_prewarm else request.sampling.max_tokens
+        if num_prompt + (1 if max_tokens is None else max_tokens) > window:
             answer = "one token of answer" if max_tokens is None else f"max_tokens={max_tokens}"
             raise ContextLengthError(
                 f"the context window is {window} tokens, but the prompt has {num_prompt} and needs room for {answer}; "
                 "shorten the prompt" + ("" if max_tokens is None else " or lower max_tokens"),
             )
-        shed = self._make_room_to_wait(request, now)
-        request.max_total_tokens = window if max_tokens is None else num_prompt + max_tokens
+        if request.is_prewarm and len(self._scheduler.background) >= MAX_BACKGROUND_REQUESTS:
+            raise OverloadedError(f"{MAX_BACKGROUND_REQUESTS} contexts wait to be prepared already; try again later")
+        shed = [] if request.is_prewarm else self._make_room_to_wait(request, now)
+        request.max_total_tokens = window if max_tokens is None else num_prompt + (max_tokens or 1)
         request.arrival_s = now
         self._requests[request.request_id] = request
         self._cache.shares.note(request.tenant, request.weight)
@@ -467,11 +472,11 @@ class EngineCore:
     def check_integrity(self) -> None:
         """Raises AssertionError where the books do not balance; see CacheManager.check_integrity."""
         scheduler = self._scheduler
-        live = [*scheduler.running, *scheduler.waiting, *scheduler.loading]
+        live = [*scheduler.running, *scheduler.waiting, *scheduler.loading, *scheduler.background]
         assert {id(r) for r in self._requests.values()} == {id(r) for r in live}
         assert all(r.status is RequestStatus.LOADING for r in scheduler.loading)
         assert all(r.status is RequestStatus.RUNNING and r.chunks for r in scheduler.running)
-        assert not any(r.chunks for r in (*scheduler.waiting, *scheduler.loading))
+        assert not any(r.chunks for r in (*scheduler.waiting, *scheduler.loading, *scheduler.background))
         assert all(sum(r.cached_by_tier.values()) == r.num_cached_tokens for r in live)
         self._cache.check_integrity(scheduler.running)
 
@@ -512,6 +517,8 @@ class EngineCore:
         request.num_scored += len(new)
 
     def _append(self, request: Request, token_id: int, logprobs: Logprobs | None, now: float) -> RequestOutput:
+        if request.is_prewarm:
+            return self._end_prewarm(request, token_id, now)
         request.token_ids.append(token_id)
         num_tokens = len(request.token_ids)
         num_output_tokens = num_tokens - request.num_prompt_tokens
@@ -543,6 +550,15 @@ class EngineCore:
             prompt_logprobs,
         )
 
+    def _end_prewarm(self, request: Request, token_id: int, now: float) -> RequestOutput:
+        """The whole context is computed; the token behind it is not wanted."""
+        self._finish(request, now)
+        self.stats.num_finished += 1
+        account = self._account(request, now)
+        return RequestOutput(
+            request.request_id, token_id, None, 0, request.num_cached_tokens, FinishReason.STOP, account
+        )
+
     def _finish(self, request: Request, now: float, *, step_failed: bool = False) -> None:
         self._scheduler.remove(request, now, step_failed=step_failed)
         request.status = RequestStatus.FINISHED
@@ -551,7 +567,9 @@ class EngineCore:
     def _count_written(self, request: Request) -> int:
         """Tokens whose KV is kept and was not before: all but the last one, which nothing has computed yet."""
         num_known = request.num_cached_tokens + request.num_not_loaded_tokens
-        return max(0, request.num_tokens - 1 - num_known) if self.cache_config.keep else 0
+        return (
+            max(0, request.num_tokens - (0 if request.is_prewarm else 1) - num_known) if self.cache_config.keep else 0
+        )
 
     def _account(self, request: Request, now: float) -> RequestStats:
         return RequestStats(

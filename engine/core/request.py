@@ -163,6 +163,20 @@ class ContextAccount(NamedTuple):
     num_dropped_tokens: int = 0
 
 
+class Miss(NamedTuple):
+    """Tokens [start, end) of a prompt that were computed, and why.
+
+    reason: "new", they were never cached, as far as is remembered; "not_loaded", they were there, but computing them is
+        cheaper; or that of the end of their KV, see index.Drop.
+    time_s: when that was, on the engine's clock; None = the reason has no time.
+    """
+
+    start: int
+    end: int
+    reason: str
+    time_s: float | None = None
+
+
 class Request:
     """One turn of a conversation, and its state between arrival and end.
 
@@ -176,7 +190,8 @@ class Request:
         exactly its last token pending. The cache manager sets it when it admits the request.
 
     The cache manager's: chunk_keys; chunks, its row of pinned chunks, front first, empty unless it runs; account, of the last
-    admission; loads, the names of the chunks that were tried to load from slow tiers since, with the tier.
+    admission; misses, of the first one, if they were asked for; loads, the names of the chunks that were tried to load from
+    slow tiers since, with the tier.
 
     The scheduler's: status, num_suspensions; num_known_tokens, its length at the last admission, behind which the worker has
     sampled itself; load_deadline_s, until when it may wait for slow tiers; and the counts of cached, loaded, not loaded and
@@ -193,10 +208,13 @@ class Request:
         "chunk_keys",
         "chunks",
         "conversation_id",
+        "explains_misses",
         "first_token_s",
+        "is_prewarm",
         "load_deadline_s",
         "loads",
         "max_total_tokens",
+        "misses",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_dropped_tokens",
@@ -234,6 +252,8 @@ class Request:
         chunk_keys: Sequence[bytes] = (),
         reuse: Reuse = NO_REUSE,
         retention: RetentionHint | None = None,
+        is_prewarm: bool = False,
+        explains_misses: bool = False,
     ) -> None:
         """A request that has not arrived yet.
 
@@ -243,6 +263,9 @@ class Request:
         chunk_keys: of its first full chunks, as far as they are known: those of a request with the same model, tenant, chunk
             size and beginning. They are not made again.
         reuse: what is known of the next use of its context. Times count from the request's end.
+        is_prewarm: nothing is generated: the context is only brought to the tier that computes, while no other request runs
+            or waits.
+        explains_misses: it is to be noted why tokens were not cached.
         retention: what its client wants to be kept of it; counts for more than reuse.
         """
         self.request_id = request_id
@@ -251,6 +274,9 @@ class Request:
         self.weight = weight
         self.reuse = reuse
         self.retention = retention
+        self.is_prewarm = is_prewarm
+        self.explains_misses = explains_misses
+        self.misses: tuple[Miss, ...] = ()
         self.retention_outcome: RetentionOutcome | None = None
         self.token_ids = [*prompt_token_ids, *output_token_ids]
         self.num_prompt_tokens = len(prompt_token_ids)

@@ -7,6 +7,7 @@ running requests; asks the cache manager for room, never looks into a chunk.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -55,6 +56,8 @@ class Scheduler:
 
     That holds for whose turn it is to start (WaitingQueue), and for what the running requests use (FairShares).
     `running` is in order of admission; `loading` are the requests that wait for slow tiers, outside of the queue.
+    `background` are those that only prepare a context (Request.is_prewarm): one of them runs while no other request runs or
+    waits, and is suspended as soon as one does.
 
     No request waits for ever: the oldest running request is never suspended for another one, every request fits the primary
     tier alone (the engine core refuses those that do not), no request is admitted before the one whose turn it is, and
@@ -67,6 +70,7 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Request] = []
         self.loading: dict[Request, _Loading] = {}
+        self.background: deque[Request] = deque()
         self._config = config
         self._cache = cache
         self._shares = FairShares(config.max_num_seqs, cache.num_blocks)
@@ -86,6 +90,9 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
+        if request.is_prewarm:
+            self.background.append(request)
+            return
         self.waiting.append(request, {other.tenant for other in (*self.running, *self.loading)})
 
     def remove(self, request: Request, now: float, *, step_failed: bool = False) -> None:
@@ -96,8 +103,11 @@ class Scheduler:
         elif request.status is RequestStatus.LOADING:
             del self.loading[request]
         else:
-            self.waiting.remove(request)
+            self._take_out(request)
         self._expect_no_more(request)
+
+    def _take_out(self, request: Request) -> None:
+        (self.background if request.is_prewarm else self.waiting).remove(request)
 
     def _expect_no_more(self, request: Request) -> None:
         if self._cache.handover is not None:
@@ -138,10 +148,27 @@ class Scheduler:
         request = self.waiting.peek()
         if request is None:
             return False
+        if self._has_to_make_way:
+            return True
         is_same = len(draft.running) == len(self.running) and all(s.token_ids is None for s in executing.segments)
         if len(draft.running) == self._config.max_num_seqs or (is_same and request is self._refused):
             return bool(self._choose_to_give_way(request))
         return True
+
+    @property
+    def _has_to_make_way(self) -> bool:
+        """Whether the running request only prepares a context, and another one is there."""
+        return bool(self.running) and self.running[0].is_prewarm and bool(len(self.waiting) or self._is_any_loading)
+
+    @property
+    def _is_any_loading(self) -> bool:
+        return any(not request.is_prewarm for request in self.loading)
+
+    def _whose_turn(self) -> Request | None:
+        request = self.waiting.peek()
+        if request is None and self.background and not self.running and not self._is_any_loading:
+            return self.background[0]
+        return request
 
     # -- loading from slow tiers ---------------------------------------------------------------------------------------
 
@@ -170,7 +197,10 @@ class Scheduler:
 
     def _end_loading(self, request: Request) -> None:
         request.status = self.loading.pop(request).status
-        self.waiting.put_back_in_order(request)
+        if request.is_prewarm:
+            self.background.appendleft(request)
+        else:
+            self.waiting.put_back_in_order(request)
         self._refused = None
 
     def _try_start_loading(self, request: Request, now: float) -> bool:
@@ -187,7 +217,7 @@ class Scheduler:
             return False
         if request.load_deadline_s is None:
             request.load_deadline_s = now + wait.max_wait_s
-        self.waiting.remove(request)
+        self._take_out(request)
         self.loading[request] = _Loading(request.status, wait.transfer_ids)
         request.status = RequestStatus.LOADING
         return True
@@ -202,6 +232,8 @@ class Scheduler:
         # Whatever unforeseen happens to a running request (it ends, fails, is aborted or has to start again) takes it out of
         # the running ones. So where those are the foreseen ones, the step did for each what was foreseen.
         self._end_late_loading(now)
+        if self._has_to_make_way:
+            self._put_back(self.running[0], now, step_failed=False)
         ahead, self._ahead = self._ahead, None
         draft = ahead if ahead is not None and ahead.running == self.running else self._draft()
         appends = self._append_blocks(draft.growing, now)
@@ -292,7 +324,12 @@ class Scheduler:
         That is if nothing unforeseen happens: its segments are computed, a token is sampled where it samples, and a
         request that reaches its length ends.
         """
-        draft = _Draft(self._config.max_num_batched_tokens, MAX_SCORED_ROWS)
+        budget = self._config.max_num_batched_tokens
+        if (
+            self.running and self.running[0].is_prewarm
+        ):  # a request that arrives meanwhile waits for the end of the step
+            budget = min(budget, self._prefill_batch_tokens)
+        draft = _Draft(budget, MAX_SCORED_ROWS)
         num_computed: dict[str, int] = {}
         samplers: set[str] = set()
         for segment in () if executing is None else executing.segments:
@@ -374,7 +411,7 @@ class Scheduler:
         self._refused = None
         may_go_on = True
         while may_go_on and draft.num_prompt_tokens < self._prefill_batch_tokens:
-            request = self.waiting.peek()
+            request = self._whose_turn()
             has_place = len(self.running) < self._config.max_num_seqs
             # Nothing is started without budget; but where decodes take all of it, each gives a token back with its place.
             if request is not None and self._cache.has_slow_chunks and self._try_start_loading(request, now):
@@ -387,7 +424,11 @@ class Scheduler:
                 if starts or not self._try_admit_instead(request, now):
                     break
                 draft, may_go_on = self._draft(), False
-            self.waiting.serve(request, request.num_pending_tokens)
+            if request.is_prewarm:
+                self.background.remove(request)
+                draft.budget = min(draft.budget, self._prefill_batch_tokens)
+            else:
+                self.waiting.serve(request, request.num_pending_tokens)
             self._count_admission(request)
             request.status = RequestStatus.RUNNING
             request.loads, request.load_deadline_s = {}, None
@@ -470,7 +511,10 @@ class Scheduler:
         self.running.remove(request)
         self._end(request, now, step_failed, is_preempted=True)
         request.status = RequestStatus.SUSPENDED
-        self.waiting.put_back(request)
+        if request.is_prewarm:
+            self.background.appendleft(request)
+        else:
+            self.waiting.put_back(request)
 
     def _end(self, request: Request, now: float, step_failed: bool = False, is_preempted: bool = False) -> None:
         self._cache.release(request, now, step_failed=step_failed, is_preempted=is_preempted)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from engine.core.request import Miss
+from engine.core.retention import RetentionOutcome
 from engine.core.stats import RequestStats
 from engine.dialogue.formats import AnswerFormat
 from engine.text.transcript import Transcript
@@ -59,6 +61,8 @@ class OutputDelta:
     text: may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is
         held back.
     num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
+    retention: what became of the hint, with the finish_reason, if there was one.
+    misses: in the first delta, if they were asked for: why tokens of the prompt were computed.
     cached_by_tier: the cached ones by the tier that had them, the fastest first, without tiers that had none.
     num_reasoning_tokens: of the output so far, those of thinking and its end, in a chat.
     recomputed: (reason, tokens), if tokens of the prompt that the conversation had were computed again: see text/turns.py.
@@ -92,6 +96,8 @@ class OutputDelta:
     stop_string: str | None = None
     prompt_token_names: tuple[str, ...] = ()
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
+    retention: RetentionOutcome | None = None
+    misses: tuple[Miss, ...] = ()
 
 
 def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
@@ -117,4 +123,6 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         prompt_transcript=deltas[0].prompt_transcript,
         answer_format=deltas[0].answer_format,
         stop_string=last.stop_string,
+        retention=last.retention,
+        misses=deltas[0].misses,
     )

@@ -166,12 +166,12 @@ class OutputProcessor:
             del self.streams[request.request_id]
         if detokenizer.is_stopped:
             reason = FinishReason.STOP
-        if stream.thinking is not None:
+        if stream.thinking is not None and not request.is_prewarm:
             stream.thinking.accept(output.token_id)
         transcript = None if reason is None else self._remember(stream)
         return OutputDelta(
             text=detokenizer.take_text(final=reason is not None),
-            token_ids=(output.token_id,),
+            token_ids=() if request.is_prewarm else (output.token_id,),
             logprobs=logprobs,
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=output.num_cached_tokens,
@@ -183,6 +183,8 @@ class OutputProcessor:
             stats=stats,
             transcript=transcript,
             stop_string=detokenizer.stopped_by,
+            retention=None if reason is None else request.retention_outcome,
+            misses=request.misses if output.num_output_tokens <= 1 else (),
         )
 
     def _logprobs(self, output: RequestOutput, detokenizer: Detokenizer) -> tuple[TokenLogprob, ...]:

@@ -38,7 +38,7 @@ from engine.core.cache.transfers import Transfers
 from engine.core.cache_map import CacheMap, ContextKeys, EvictionLog
 from engine.core.config import CacheConfig
 from engine.core.plan import ChunkRecord, TransferEnd
-from engine.core.request import ContextAccount, Request
+from engine.core.request import ContextAccount, Miss, Request
 from engine.core.retention import RetentionHint, RetentionOutcome
 from engine.core.reuse import Reuse
 from engine.core.stats import EngineStats
@@ -191,6 +191,9 @@ class CacheManager:
             row[position].num_tokens = num_valid
         request.chunks = row
         request.pending = self._missing_ranges(row, match.full.keys(), request.num_tokens)
+        if request.explains_misses:
+            request.explains_misses = False
+            request.misses = self._explain(request, match, not_loaded)
         return True
 
     def start_loads(self, request: Request, now: float) -> LoadWait | None:
@@ -560,6 +563,25 @@ class CacheManager:
             key = chunk_key(parent, request.token_ids[start : start + chunk.num_tokens])
             chunk.owner_id = request.conversation_id
             self.index.insert(chunk, key, parent)
+
+    def _explain(self, request: Request, match: ContextMatch, not_loaded: Mapping[int, int]) -> tuple[Miss, ...]:
+        """Why the pending tokens of the prompt are, neighbours of one reason and time together."""
+        misses: list[Miss] = []
+        size = self.chunk_size
+        for start, end in request.pending:
+            for position in range(start // size, -(-min(end, request.num_prompt_tokens) // size)):
+                drop = self.index.why_dropped(request.chunk_keys[position]) if position in match.dropped else None
+                reason = "not_loaded" if position in not_loaded else "new" if drop is None else drop.reason
+                miss = Miss(
+                    max(start, position * size),
+                    min(end, (position + 1) * size, request.num_prompt_tokens),
+                    reason,
+                    None if drop is None else drop.time_s,
+                )
+                if misses and misses[-1].end == miss.start and misses[-1][2:] == miss[2:]:
+                    miss = miss._replace(start=misses.pop().start)
+                misses.append(miss)
+        return tuple(misses)
 
     def _missing_ranges(self, row: list[Chunk], full: Iterable[int], num_tokens: int) -> list[tuple[int, int]]:
         """[start, end) of what is not in the row's blocks yet, front first, adjacent ranges joined."""
