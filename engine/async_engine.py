@@ -30,6 +30,7 @@ from engine.config import EngineConfig
 from engine.core.executor_protocol import Executor
 from engine.core.plan import ChunkRecord
 from engine.core.request import Request, SamplingParams
+from engine.core.retention import ConversationCache, RetentionHint, RetentionOutcome
 from engine.core.thinking import ThinkingLimit, ThinkingSpan
 from engine.core.tier_table import FAST_TIERS
 from engine.dialogue.events import parse_answer
@@ -44,6 +45,7 @@ from engine.kept_state import KeptState
 from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
 from engine.peer_network import PeerNetwork
+from engine.retention import ConversationRetention
 from engine.statistics_log import StatisticsLog
 from engine.step_loop import StepLoop, choose_look_ahead
 from engine.text.logprobs import check_prompt_logprobs, tell_prompt_in_time
@@ -128,7 +130,17 @@ class AsyncEngine:
         peers = kept.join(self._core, lambda command: self._thread.put(command))
         loop = StepLoop(self._core, executor, self._outputs, time.monotonic, look_ahead, kept.transport, peers)
         log = StatisticsLog(self.get_statistics)
-        self._thread = EngineThread(loop, after_step=log.write_if_due, on_end=self._outputs.fail_all)
+        self._retention = ConversationRetention(
+            self._core, self._conversations, self._call, time.monotonic, config.kv_hints
+        )
+        if config.kv_hints != "off":
+            self._outputs.note_end = self._retention.note_end
+        self._thread = EngineThread(
+            loop,
+            after_step=log.write_if_due,
+            on_end=self._outputs.fail_all,
+            on_idle=self._retention.fill_holes,
+        )
         kept.run(self._core, self._thread.put)
         self._cache_watch = CacheWatch(self._core, self._conversations, self._call, time.monotonic)
         self._is_shut_down = False
@@ -225,6 +237,19 @@ class AsyncEngine:
         Each call runs two short commands between steps; nothing runs between calls. Raises EngineStoppedError.
         """
         return await self._cache_watch.look(query, asyncio.to_thread)
+
+    async def retain(self, conversation_id: str, hint: RetentionHint) -> RetentionOutcome:
+        """Keep what is cached of a conversation, or let it go; the hint holds for its later turns that bring none, too.
+
+        A release holds until the next turn begins; the end of one that runs does not undo it. Raises EngineStoppedError.
+
+        conversation_id: see Generation.
+        """
+        return await self._retention.retain(conversation_id, hint)
+
+    async def cache_state(self, conversation_id: str) -> ConversationCache | None:
+        """What is cached of a conversation; None if it is not known here. Raises EngineStoppedError."""
+        return await self._retention.look(conversation_id)
 
     async def hold_back(self, *, gpu_blocks_left: int | None = None, cpu_blocks_left: int | None = None) -> None:
         """Leave only so many blocks of each tier in use, for a demonstration; None = all.
@@ -363,6 +388,9 @@ class AsyncEngine:
                 generation.tenant.tenant_id,
                 self._core.cache_config.chunk_size,
             ),
+            retention=generation.retention or self._retention.hint_for(generation.conversation_id),
+            is_prewarm=generation.prewarms,
+            explains_misses=generation.explains_misses,
         )
         detokenizer = self._tokenizer.detokenizer(
             sampling.stop,
@@ -394,6 +422,7 @@ class AsyncEngine:
     def _add(self, stream: Stream, elsewhere: Sequence[ChunkRecord]) -> None:
         """Queue the request of a stream; in the engine thread. elsewhere: what a peer has of its context."""
         now = time.monotonic()
+        self._retention.note_start(stream.request)
         shed = self._core.add_request(stream.request, now)
         if elsewhere and self._core.handover is not None:
             self._core.handover.expect(elsewhere, stream.request.request_id, now)

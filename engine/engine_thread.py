@@ -26,16 +26,23 @@ class EngineThread:
     """Steps a loop until `stop`; waits for commands when there is nothing to compute."""
 
     def __init__(
-        self, loop: StepLoop, *, after_step: Callable[[], None], on_end: Callable[[EngineStoppedError], None]
+        self,
+        loop: StepLoop,
+        *,
+        after_step: Callable[[], None],
+        on_end: Callable[[EngineStoppedError], None],
+        on_idle: Callable[[], bool] = lambda: False,
     ) -> None:
         """Starts the thread.
 
         after_step: called in it after each step.
+        on_idle: called in it when there is nothing to do; says whether there is something now.
         on_end: called in it when it ends for whatever reason, to end the requests that are left with this error.
         """
         self._loop = loop
         self._after_step = after_step
         self._on_end = on_end
+        self._on_idle = on_idle
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._step_start_s: float | None = None  # None while there is nothing to do
         self._is_stopping = False
@@ -107,7 +114,9 @@ class EngineThread:
                 self._run_commands(max_wait_s=0.0)
                 if self._loop.step() is not None:
                     self._after_step()
-                elif not self._is_stopping:  # a shutdown's wake-up call may have been taken already
+                elif (
+                    not self._is_stopping and not self._on_idle()
+                ):  # a shutdown's wake-up call may have been taken already
                     self._step_start_s = None
                     self._run_commands(max_wait_s=self._loop.max_pause_s())
         except BaseException as error:

@@ -414,10 +414,17 @@ class EngineCore:
                 request.retention = hint
         return self._cache.retain(conversation_id, keys, tenant, hint, now)
 
-    def expect_use(self, keys: ContextKeys, expected_use_s: float, reuse_class: int, now: float) -> None:
-        """The context of a conversation, of which no request runs, is expected to be used then."""
-        if self._cache.retention is not None:
-            self._cache.retention.expect(self._cache.idle_chunks(keys), expected_use_s, reuse_class, now)
+    def expect_use(self, request: Request, expected_use_s: float, now: float) -> None:
+        """The context of a request that has ended is expected to be used then."""
+        if self._cache.retention is not None and request.status is RequestStatus.FINISHED:
+            self._cache.retention.expect(self._cache.idle_chunks_of(request), expected_use_s, now)
+
+    def has_holes_to_fill(self, request: Request) -> bool:
+        """Whether parts of a context are to be computed, behind others or not, and there are blocks for it that cost nothing.
+
+        request: that would do it.
+        """
+        return self._cache.has_holes_to_fill(request)
 
     # -- for those who watch -------------------------------------------------------------------------------------------
 

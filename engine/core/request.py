@@ -211,6 +211,7 @@ class Request:
         "explains_misses",
         "first_token_s",
         "is_prewarm",
+        "is_refill",
         "load_deadline_s",
         "loads",
         "max_total_tokens",
@@ -253,6 +254,7 @@ class Request:
         reuse: Reuse = NO_REUSE,
         retention: RetentionHint | None = None,
         is_prewarm: bool = False,
+        is_refill: bool = False,
         explains_misses: bool = False,
     ) -> None:
         """A request that has not arrived yet.
@@ -264,7 +266,7 @@ class Request:
             size and beginning. They are not made again.
         reuse: what is known of the next use of its context. Times count from the request's end.
         is_prewarm: nothing is generated: the context is only brought to the tier that computes, while no other request runs
-            or waits.
+            or waits. is_refill: that, by the engine itself: it is no use of the chunks, and only new ones get its `reuse`.
         explains_misses: it is to be noted why tokens were not cached.
         retention: what its client wants to be kept of it; counts for more than reuse.
         """
@@ -274,7 +276,8 @@ class Request:
         self.weight = weight
         self.reuse = reuse
         self.retention = retention
-        self.is_prewarm = is_prewarm
+        self.is_prewarm = is_prewarm or is_refill
+        self.is_refill = is_refill
         self.explains_misses = explains_misses
         self.misses: tuple[Miss, ...] = ()
         self.retention_outcome: RetentionOutcome | None = None

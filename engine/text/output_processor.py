@@ -77,6 +77,7 @@ class OutputProcessor:
     Each stream gets all of its output, in order, before any error.
 
     streams: by the id of the request that runs or waits.
+    note_end: told each request of a conversation that has ended, with the tool that its answer calls first ("" = none).
     num_recomputed: prompt tokens that conversations had and that were computed again, by reason: see text/turns.py.
     """
 
@@ -86,6 +87,7 @@ class OutputProcessor:
         self._core = core
         self._tokenizer = tokenizer
         self._conversations = conversations
+        self.note_end: Callable[[Request, str], object] = lambda *_: None
         self._pending: list[tuple[Stream, RequestOutput]] = []  # without a text yet
         self._unsent: list[tuple[Stream, Item]] = []
 
@@ -102,7 +104,9 @@ class OutputProcessor:
         If a stop string may end an answer, its text is made now, so that the next step is planned without it.
         """
         for output in outputs:
-            stream = self.streams[output.request_id]
+            stream = self.streams.get(output.request_id)
+            if stream is None:  # it only prepared a context
+                continue
             if output.prompt_logprobs:
                 stream.prompt_logprobs = output.prompt_logprobs
             if output.finish_reason is not None:
@@ -208,12 +212,16 @@ class OutputProcessor:
         output_ids = self._kept_output_ids(stream)
         if not prompt.text:  # a prompt of token ids: nothing to compare texts with
             self._conversations.record_turn(request.conversation_id, prompt, output_ids, "")
+            self.note_end(request, "")
             return None
         text = self._tokenizer.token_bytes.text(output_ids)
-        turn = None
+        turn, tool = None, ""
         if stream.chat is not None:
             num_tokens = request.num_prompt_tokens + len(output_ids)
-            turn = stream.chat.answered(stream.read_answer(stream.detokenizer.text), num_tokens)
+            answer = stream.read_answer(stream.detokenizer.text)
+            turn = stream.chat.answered(answer, num_tokens)
+            tool = answer.calls[0].name if answer.calls else ""
+        self.note_end(request, tool)
         return self._conversations.record_turn(request.conversation_id, prompt, output_ids, text, turn)
 
     def _kept_output_ids(self, stream: Stream) -> list[int]:

@@ -379,7 +379,8 @@ class CacheManager:
                 if chunk.num_tokens == self.chunk_size:
                     self.index.remember_dropped(key, "stateless", now)
         conversation_id, reuse = request.conversation_id, request.reuse.since(now)
-        stated = None if is_preempted else self._carry_out_hint(request, reuse, now, step_failed)
+        is_use = not (is_preempted or request.is_refill)
+        stated = None if not is_use else self._carry_out_hint(request, reuse, now, step_failed)
         for chunk in request.chunks:
             if chunk.key is None and self.keep and not step_failed:
                 self._try_name(request, chunk)
@@ -388,8 +389,15 @@ class CacheManager:
                 chunk.note_use(conversation_id, stated[chunk.position], now)
                 chunk.is_to_store |= chunk.reuse.weight > 1
                 self.retention.note(chunk, now)
-            elif not is_preempted:
+            elif is_use:
                 chunk.note_use(conversation_id, reuse, now)
+            elif request.is_refill and not chunk.num_uses:
+                chunk.tenant, chunk.reuse, chunk.last_user_id, chunk.num_users = (
+                    request.tenant,
+                    reuse,
+                    conversation_id,
+                    1,
+                )
             self.tiers.unpin(chunk)
             self.allocator.note_end_of_turn(chunk)
         request.chunks, request.pending = [], []
@@ -427,6 +435,20 @@ class CacheManager:
         tail = next((chunk for _, key in keys.tails if (chunk := self.index.match(key)) is not None), None)
         chunks = [*map(self.index.match, keys.full), tail]
         return [chunk for chunk in chunks if chunk is not None and not chunk.pins]
+
+    def idle_chunks_of(self, request: Request) -> list[Chunk]:
+        """The unpinned chunks of the context of a request that has ended."""
+        match = self.match_context(request)
+        chunks = (*match.full.values(), *(chunk for chunk, _ in match.tails.values()))
+        return [chunk for chunk in chunks if not chunk.pins]
+
+    def has_holes_to_fill(self, request: Request) -> bool:
+        """Whether something of its context is to be computed, and what it takes is free, or copied to the secondary tier."""
+        match = self.match_context(request)
+        num_missing = request.num_tokens - 1 - match.num_cached_tokens
+        num_blocks = sum(chunk.blocks[0] is None for chunk in match.full.values())
+        num_blocks += self.num_chunks(request.num_tokens) - len(match.full)
+        return num_missing > 0 and num_blocks <= self.allocator.num_ready_blocks
 
     # -- before the engine ends ----------------------------------------------------------------------------------------
 

@@ -89,11 +89,11 @@ class Retention:
                 self._restate(chunk, reuse if is_own else chunk.reuse.merged(reuse, now), now, tenant)
         return outcome
 
-    def expect(self, chunks: Sequence[Chunk], expected_use_s: float, reuse_class: int, now: float) -> None:
+    def expect(self, chunks: Sequence[Chunk], expected_use_s: float, now: float) -> None:
         """The next use of unpinned chunks is expected then; a client's own statement counts for more."""
         for chunk in chunks:
             if not chunk.pins and chunk.reuse.expected_use_s is None and chunk.num_users == 1:
-                reuse = replace(chunk.reuse, expected_use_s=expected_use_s, reuse_class=reuse_class)
+                reuse = replace(chunk.reuse, expected_use_s=expected_use_s)
                 self._restate(chunk, reuse, now, chunk.tenant)
 
     def note(self, chunk: Chunk, now: float) -> None:

@@ -1,0 +1,158 @@
+"""What holds for conversations between their turns: hints of clients, what is learned of pauses, and holes that are filled.
+
+Knows no HTTP. Chunks are looked up in the engine thread, named outside of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from engine.core.cache_map import ContextKeys, context_keys
+from engine.core.engine_core import EngineCore
+from engine.core.request import Request, SamplingParams
+from engine.core.retention import ConversationCache, RetentionHint, RetentionOutcome
+from engine.core.reuse import Reuse
+from engine.core.tier_table import BOTH, DROPPED
+from engine.errors import EngineError
+from engine.pauses import Pauses
+from engine.text.transcript import ConversationTable, Transcript
+
+# Hints on conversations that are remembered for their next turns.
+MAX_STANDING_HINTS = 1 << 14
+# The holes of a conversation are filled if it is expected within so many seconds.
+REFILL_S = 30.0
+MAX_EXPECTED = 1 << 12
+
+Call = Callable[[Callable[[], Any]], Awaitable[Any]]
+
+
+class ConversationRetention:
+    """Hints on conversations, the same whichever request of it comes next.
+
+    learns: pauses, by tool; else only clients say when a conversation goes on.
+    """
+
+    def __init__(
+        self, core: EngineCore, conversations: ConversationTable, call: Call, clock: Callable[[], float], mode: str
+    ) -> None:
+        """call: runs a function in the engine thread. mode: see CacheOptions.kv_hints."""
+        self.learns = mode == "learned"
+        self._fills_holes = mode != "off"
+        self._core = core
+        self._conversations = conversations
+        self._call = call
+        self._clock = clock
+        self._standing: OrderedDict[str, RetentionHint] = OrderedDict()
+        self._pauses = Pauses()
+        self._expected: list[tuple[float, str, str, float]] = []  # (when, conversation, tenant, weight), a heap
+        self._num_refills = 0
+
+    # -- what clients say ----------------------------------------------------------------------------------------------
+
+    def hint_for(self, conversation_id: str | None) -> RetentionHint | None:
+        """What holds for a conversation's next turn, if that says nothing itself."""
+        return None if conversation_id is None else self._standing.get(conversation_id)
+
+    async def retain(self, conversation_id: str, hint: RetentionHint) -> RetentionOutcome:
+        """See AsyncEngine.retain."""
+        keys = await asyncio.to_thread(self._keys_of, conversation_id)
+        outcome: RetentionOutcome = await self._call(
+            lambda: self._core.retain(conversation_id, keys, _tenant_of(conversation_id), hint, self._clock())
+        )
+        self._standing.pop(conversation_id, None)
+        if outcome.outcome != "refused" and not hint.is_release:
+            self._standing[conversation_id] = hint
+            if len(self._standing) > MAX_STANDING_HINTS:
+                self._standing.popitem(last=False)
+        return outcome
+
+    async def look(self, conversation_id: str) -> ConversationCache | None:
+        """See AsyncEngine.cache_state."""
+        if not self._conversations.knows(conversation_id):
+            return None
+        keys = await asyncio.to_thread(self._keys_of, conversation_id)
+        context = (
+            await self._call(lambda: self._core.map_contexts({conversation_id: keys}, keys.num_chunks, self._clock()))
+        )[conversation_id]
+        tokens: Counter[str] = Counter()
+        for cell in context.cells:
+            if cell.state not in (DROPPED, "computing"):
+                tokens[{BOTH: "gpu", "loading": "cpu", "storing": "gpu"}.get(cell.state, cell.state)] += cell.num_tokens
+        return ConversationCache(
+            self._conversations.count_tokens(conversation_id), dict(tokens), self._standing.get(conversation_id)
+        )
+
+    def _keys_of(self, conversation_id: str) -> ContextKeys:
+        branch = self._branch_of(conversation_id)
+        config = self._core.cache_config
+        token_ids = () if branch is None else branch.token_ids
+        return context_keys(
+            token_ids,
+            model=config.model,
+            tenant=_tenant_of(conversation_id),
+            chunk_size=config.chunk_size,
+            max_chunks=-(-len(token_ids) // config.chunk_size),
+        )
+
+    def _branch_of(self, conversation_id: str) -> Transcript | None:
+        conversation = self._conversations.find(conversation_id)
+        return None if conversation is None or not conversation.branches else conversation.branches[-1]
+
+    # -- in the engine thread ------------------------------------------------------------------------------------------
+
+    def note_start(self, request: Request) -> None:
+        """A turn has come."""
+        if self.learns:
+            self._pauses.note_return(request.conversation_id, self._clock())
+
+    def note_end(self, request: Request, tool: str) -> None:
+        """A turn has ended, with a call of that tool, or "" = with an answer to a person."""
+        now = self._clock()
+        hint = request.retention
+        expected_s = None if hint is None else hint.expected_return_s
+        if self.learns:
+            learned_s = self._pauses.note_end(request.conversation_id, request.tenant, tool, now)
+            if expected_s is None and learned_s is not None and (hint is None or not hint.is_release):
+                expected_s = learned_s
+                self._core.expect_use(request, now + learned_s, now)
+        if expected_s is not None and self._fills_holes and len(self._expected) < MAX_EXPECTED:
+            heapq.heappush(self._expected, (now + expected_s, request.conversation_id, request.tenant, request.weight))
+
+    def fill_holes(self) -> bool:
+        """Queue a request that computes what is missing of the conversation that is expected next; False if there is none.
+
+        For when nothing else is to be done: the request makes way for any other, and takes only blocks that cost nothing.
+        """
+        now = self._clock()
+        while self._expected and self._expected[0][0] <= now + REFILL_S:
+            expected_s, conversation_id, tenant, weight = heapq.heappop(self._expected)
+            branch = self._branch_of(conversation_id)
+            if branch is None or expected_s <= now:
+                continue
+            self._num_refills += 1
+            request = Request(
+                f"refill-{self._num_refills}",
+                branch.token_ids[:-1],
+                SamplingParams(temperature=0.0),
+                conversation_id=conversation_id,
+                tenant=tenant,
+                weight=weight,
+                reuse=Reuse(expected_use_s=expected_s - now),
+                is_refill=True,
+            )
+            if not self._core.has_holes_to_fill(request):
+                continue
+            try:
+                self._core.add_request(request, now)
+            except EngineError:  # it no longer fits the window, or too many wait
+                continue
+            return True
+        return False
+
+
+def _tenant_of(conversation_id: str) -> str:
+    return conversation_id.partition("\n")[0]
