@@ -72,6 +72,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
     """One plan at a time: releases and appended blocks first, then admissions, ahead-of-time swap-outs, then the step."""
 
     SLOW_TIERS: tuple[str, ...] = ()  # a tier of peers comes last
+    KV_HINTS = "off"
 
     @initialize(
         num_blocks=st.integers(6, 10),
@@ -116,7 +117,8 @@ class CacheManagerMachine(RuleBasedStateMachine):
             chunk_size=CHUNK_SIZE,
             num_gpu_blocks=num_blocks,
             num_cpu_blocks=num_cpu_blocks,
-            eviction_policy=policy,
+            eviction_policy=policy if self.KV_HINTS == "off" else "retention_value",
+            kv_hints=self.KV_HINTS,
             cost_model=self.costs,
             model=MODEL,
             keep=self.keep,
@@ -660,7 +662,7 @@ class CacheManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_books_balance(self) -> None:
-        self.cache.check_integrity(self.running)
+        self.cache.check_integrity(self.running, self.now)
 
     @invariant()
     def workers_know_the_block_tables(self) -> None:
