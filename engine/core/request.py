@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine.core.cache.index import Chunk
 from engine.core.grammar import GrammarSpec
-from engine.core.retention import RetentionHint, RetentionOutcome
+from engine.core.retention import Miss, RetentionHint, RetentionOutcome
 from engine.core.reuse import NO_REUSE, Reuse
 from engine.core.thinking import ThinkingLimit
 from engine.errors import InvalidParameterError
@@ -161,20 +161,6 @@ class ContextAccount(NamedTuple):
     loaded_tokens: Mapping[str, int] = {}
     num_not_loaded_tokens: int = 0
     num_dropped_tokens: int = 0
-
-
-class Miss(NamedTuple):
-    """Tokens [start, end) of a prompt that were computed, and why.
-
-    reason: "new", they were never cached, as far as is remembered; "not_loaded", they were there, but computing them is
-        cheaper; or that of the end of their KV, see index.Drop.
-    time_s: when that was, on the engine's clock; None = the reason has no time.
-    """
-
-    start: int
-    end: int
-    reason: str
-    time_s: float | None = None
 
 
 class Request:

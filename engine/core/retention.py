@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from engine.core.reuse import Reuse
 from engine.errors import InvalidParameterError
@@ -150,6 +150,20 @@ class ConversationCache:
     num_tokens: int
     tokens_by_tier: Mapping[str, int]
     hint: RetentionHint | None = None
+
+
+class Miss(NamedTuple):
+    """Tokens [start, end) of a prompt that were computed, and why.
+
+    reason: "new", they were never cached, as far as is remembered; "not_loaded", they were there, but computing them is
+        cheaper; or that of the end of their KV, see index.Drop.
+    time_s: when that was, on the engine's clock; None = the reason has no time.
+    """
+
+    start: int
+    end: int
+    reason: str
+    time_s: float | None = None
 
 
 def _check_priority(priority: int) -> None:

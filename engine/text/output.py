@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.core.request import Miss
-from engine.core.retention import RetentionOutcome
+from engine.core.retention import Miss, RetentionOutcome
 from engine.core.stats import RequestStats
 from engine.dialogue.formats import AnswerFormat
 from engine.text.transcript import Transcript

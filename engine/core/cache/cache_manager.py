@@ -38,8 +38,8 @@ from engine.core.cache.transfers import Transfers
 from engine.core.cache_map import CacheMap, ContextKeys, EvictionLog
 from engine.core.config import CacheConfig
 from engine.core.plan import ChunkRecord, TransferEnd
-from engine.core.request import ContextAccount, Miss, Request
-from engine.core.retention import RetentionHint, RetentionOutcome
+from engine.core.request import ContextAccount, Request
+from engine.core.retention import Miss, RetentionHint, RetentionOutcome
 from engine.core.reuse import Reuse
 from engine.core.stats import EngineStats
 from engine.core.tier_table import BOTH

@@ -217,7 +217,7 @@ class Answers:
 
     def add(self, outputs: Iterable[RequestOutput]) -> None:
         for output in outputs:
-            self.tokens[output.request_id] += (output.token_id,)
+            self.tokens[output.request_id] += (output.token_id,) if output.num_output_tokens else ()
             assert len(self.tokens[output.request_id]) == output.num_output_tokens
             if output.finish_reason is not None:
                 self.finished[output.request_id] = output
