@@ -56,6 +56,7 @@ class Drain:
         num_swap_outs = MAX_COPIES - self._transfers.num_swap_outs
         num_stores = MAX_COPIES - self._slow.num_stores
         later: list[Chunk] = []
+        refused: list[Chunk] = []  # would take a block of the secondary tier from a chunk that the policy keeps
         while self._rest and num_stores > 0 and len(later) < MAX_COPIES and self._slow.takes_chunks(tier, now):
             chunk = self._rest.pop()
             if chunk in secondary.arriving:
@@ -82,8 +83,10 @@ class Drain:
             if secondary_block is None and not is_moving:  # no block will come free by itself
                 secondary_block = self._allocator.try_block(secondary, chunk, now)
                 if secondary_block is None:
-                    later.pop()
+                    refused.append(later.pop())
             if secondary_block is not None:
                 self._transfers.plan_swap_out(chunk, secondary_block)
                 num_swap_outs -= 1
+        if self._slow.num_stores or self._transfers.num_swap_outs:
+            later += refused  # the chunk in their way may be among those that are stored now
         self._rest += reversed(later)

@@ -454,6 +454,24 @@ def test_a_tier_that_hangs_is_left_alone_until_it_has_ended(make_core, answer):
     assert driver.core.hanging_tiers(driver.now) == []
 
 
+def test_a_drain_comes_back_to_chunks_that_the_policy_would_let_go_before_those_in_the_cpu_tier(make_core):
+    driver = make_core(
+        8, num_cpu_blocks=1, slow_tiers=(second_use_only(16),), write_through=True, eviction_policy="trailing_lru"
+    )
+    driver.slow_tier._failures = driver.slow_tier._hangs = 0.0
+    driver.add("a", range(13), max_tokens=1)  # its last chunk is the most valuable one, and the first to go
+    driver.run()
+    driver.settle()
+    (in_cpu,) = driver.core._cache.tiers.secondary.sole
+    assert in_cpu.position == 0
+    driver.now += 1000
+    driver.core.start_drain(driver.now)
+    while not driver.core.is_drained(driver.now):
+        driver.step()
+        driver.slow_tier.wake()
+    assert all(driver.core._cache.tiers.store_of(chunk) for chunk in driver.core._cache.index)
+
+
 @pytest.mark.parametrize("num_cpu_blocks", [1, 3, 16])
 def test_what_a_drain_has_stored_is_found_by_the_next_process(make_core, answer, num_cpu_blocks):
     options = {"num_cpu_blocks": num_cpu_blocks, "slow_tiers": (second_use_only(16),), "write_through": True}
