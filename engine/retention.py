@@ -13,12 +13,12 @@ from typing import Any
 
 from engine.core.cache_map import ContextKeys, context_keys
 from engine.core.engine_core import EngineCore
+from engine.core.pauses import Pauses
 from engine.core.request import Request, SamplingParams
 from engine.core.retention import ConversationCache, RetentionHint, RetentionOutcome
 from engine.core.reuse import Reuse
 from engine.core.tier_table import BOTH, DROPPED
 from engine.errors import EngineError
-from engine.pauses import Pauses
 from engine.text.transcript import ConversationTable, Transcript
 
 # Hints on conversations that are remembered for their next turns.
@@ -49,7 +49,7 @@ class ConversationRetention:
         self._standing: OrderedDict[str, RetentionHint] = OrderedDict()
         self._pauses = Pauses()
         self._expected: list[tuple[float, str, str, float]] = []  # (when, conversation, tenant, weight), a heap
-        self._num_refills = 0
+        self.num_refills = 0
 
     # -- what clients say ----------------------------------------------------------------------------------------------
 
@@ -133,9 +133,9 @@ class ConversationRetention:
             branch = self._branch_of(conversation_id)
             if branch is None or expected_s <= now:
                 continue
-            self._num_refills += 1
+            self.num_refills += 1
             request = Request(
-                f"refill-{self._num_refills}",
+                f"refill-{self.num_refills}",
                 branch.token_ids[:-1],
                 SamplingParams(temperature=0.0),
                 conversation_id=conversation_id,
