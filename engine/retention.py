@@ -6,19 +6,21 @@ Knows no HTTP. Chunks are looked up in the engine thread, named outside of it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from engine.core.cache_map import ContextKeys, context_keys
 from engine.core.engine_core import EngineCore
+from engine.core.pauses import Pauses
 from engine.core.request import Request, SamplingParams
 from engine.core.retention import ConversationCache, RetentionHint, RetentionOutcome
 from engine.core.reuse import Reuse
 from engine.core.tier_table import BOTH, DROPPED
 from engine.errors import EngineError
-from engine.pauses import Pauses
 from engine.text.transcript import ConversationTable, Transcript
 
 # Hints on conversations that are remembered for their next turns.
@@ -26,8 +28,20 @@ MAX_STANDING_HINTS = 1 << 14
 # The holes of a conversation are filled if it is expected within so many seconds.
 REFILL_S = 30.0
 MAX_EXPECTED = 1 << 12
+# Of these, those whose holes are looked for at a time.
+MAX_LOOKED_AT = 8
 
 Call = Callable[[Callable[[], Any]], Awaitable[Any]]
+
+
+@dataclass(slots=True)
+class _Expected:
+    """A conversation whose next turn is expected. chunk_keys: of its context, once they were made."""
+
+    when_s: float
+    tenant: str
+    weight: float
+    chunk_keys: Sequence[bytes] = ()
 
 
 class ConversationRetention:
@@ -48,8 +62,8 @@ class ConversationRetention:
         self._clock = clock
         self._standing: OrderedDict[str, RetentionHint] = OrderedDict()
         self._pauses = Pauses()
-        self._expected: list[tuple[float, str, str, float]] = []  # (when, conversation, tenant, weight), a heap
-        self._num_refills = 0
+        self._expected: dict[str, _Expected] = {}
+        self.num_refills = 0
 
     # -- what clients say ----------------------------------------------------------------------------------------------
 
@@ -106,6 +120,7 @@ class ConversationRetention:
 
     def note_start(self, request: Request) -> None:
         """A turn has come."""
+        self._expected.pop(request.conversation_id, None)
         if self.learns:
             self._pauses.note_return(request.conversation_id, self._clock())
 
@@ -120,37 +135,40 @@ class ConversationRetention:
                 expected_s = learned_s
                 self._core.expect_use(request, now + learned_s, now)
         if expected_s is not None and self._fills_holes and len(self._expected) < MAX_EXPECTED:
-            heapq.heappush(self._expected, (now + expected_s, request.conversation_id, request.tenant, request.weight))
+            self._expected[request.conversation_id] = _Expected(now + expected_s, request.tenant, request.weight)
 
     def fill_holes(self) -> bool:
-        """Queue a request that computes what is missing of the conversation that is expected next; False if there is none.
+        """Queue a request that computes what is missing of a conversation that is expected soon; False if nothing is.
 
         For when nothing else is to be done: the request makes way for any other, and takes only blocks that cost nothing.
         """
         now = self._clock()
-        while self._expected and self._expected[0][0] <= now + REFILL_S:
-            expected_s, conversation_id, tenant, weight = heapq.heappop(self._expected)
+        for conversation_id in [name for name, expected in self._expected.items() if expected.when_s <= now]:
+            del self._expected[conversation_id]
+        soon = ((name, each) for name, each in self._expected.items() if each.when_s <= now + REFILL_S)
+        for conversation_id, expected in heapq.nsmallest(MAX_LOOKED_AT, soon, key=lambda entry: entry[1].when_s):
             branch = self._branch_of(conversation_id)
-            if branch is None or expected_s <= now:
+            if branch is None:
+                del self._expected[conversation_id]
                 continue
-            self._num_refills += 1
             request = Request(
-                f"refill-{self._num_refills}",
+                f"refill-{self.num_refills}",
                 branch.token_ids[:-1],
                 SamplingParams(temperature=0.0),
                 conversation_id=conversation_id,
-                tenant=tenant,
-                weight=weight,
-                reuse=Reuse(expected_use_s=expected_s - now),
+                tenant=expected.tenant,
+                weight=expected.weight,
+                chunk_keys=expected.chunk_keys,
+                reuse=Reuse(expected_use_s=expected.when_s - now),
                 is_refill=True,
             )
-            if not self._core.has_holes_to_fill(request):
-                continue
-            try:
-                self._core.add_request(request, now)
-            except EngineError:  # it no longer fits the window, or too many wait
-                continue
-            return True
+            has_holes = self._core.has_holes_to_fill(request)
+            expected.chunk_keys = request.chunk_keys
+            if has_holes:
+                self.num_refills += 1
+                with contextlib.suppress(EngineError):  # it no longer fits the window
+                    self._core.add_request(request, now)
+                    return True
         return False
 
 

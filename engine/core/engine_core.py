@@ -24,6 +24,7 @@ from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 from engine.core.cache.cache_manager import CacheManager
+from engine.core.cache.chunk_events import ChunkEvents
 from engine.core.cache.retention import OUTCOMES
 from engine.core.cache_map import ContextKeys, Eviction, MappedContext
 from engine.core.config import CacheConfig, SchedulingConfig
@@ -425,6 +426,10 @@ class EngineCore:
         request: that would do it.
         """
         return self._cache.has_holes_to_fill(request)
+
+    def watch_chunks(self) -> ChunkEvents:
+        """Which full chunks come and go, noted from the first call on; to be taken between two steps."""
+        return self._cache.watch_chunks()
 
     # -- for those who watch -------------------------------------------------------------------------------------------
 

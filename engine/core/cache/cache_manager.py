@@ -23,6 +23,7 @@ from functools import partial
 from typing import NamedTuple
 
 from engine.core.cache.allocation import Allocator
+from engine.core.cache.chunk_events import ChunkEvents
 from engine.core.cache.cost_model import CostModel
 from engine.core.cache.drain import Drain
 from engine.core.cache.eviction import make_policy
@@ -72,6 +73,7 @@ class CacheManager:
     handover: of chunks between this engine and others; None unless there is a tier for it.
     drain: brings everything to the slow tiers; None unless the engine is about to end.
     map: what an observer is shown.
+    events: what others are told of chunks; None = nobody listens.
     shares: the tenants' weights. retention: carries out hints; None = none are taken.
     """
 
@@ -85,6 +87,7 @@ class CacheManager:
         takes_hints = config.keep and config.kv_hints != "off"
         named_policy = partial(make_policy, config.eviction_policy, shares=self.shares if takes_hints else None)
         self.tiers = Tiers(config.tiers, partial(config.own_policy or named_policy, self._cost_model))
+        self.events: ChunkEvents | None = None
         self.retention: Retention | None = None
         if takes_hints:
             self.tiers.tell_policies_their_size()
@@ -284,6 +287,13 @@ class CacheManager:
         else:
             self.drain.plan(now)
 
+    def watch_chunks(self) -> ChunkEvents:
+        """The events of chunks, noted from the first call on."""
+        if self.events is None:
+            self.events = ChunkEvents(self.chunk_size)
+            self.index.on_drop.append(self.events.note_removed)
+        return self.events
+
     def await_records(self, tier_name: str) -> None:
         """Give out no block of that tier until `restore` tells what lies there. Before the first request."""
         tier = self.tiers.by_name[tier_name]
@@ -364,8 +374,12 @@ class CacheManager:
                 continue
             self._matcher.extend_keys(request)
             key = request.chunk_keys[position]
-            if not self.index.insert(chunk, key, self._matcher.parent_key(request, position)):
+            parent_key = self._matcher.parent_key(request, position)
+            if not self.index.insert(chunk, key, parent_key):
                 self._merge(request, chunk, key)
+            elif self.events is not None:
+                token_ids = request.token_ids[position * size : (position + 1) * size]
+                self.events.note_stored(key, parent_key, token_ids, position)
 
     def release(self, request: Request, now: float, *, step_failed: bool = False, is_preempted: bool = False) -> None:
         """Unpin the row of a request that ends or is preempted. What it computed stays, as long as there is room.
@@ -584,7 +598,9 @@ class CacheManager:
             parent = self._matcher.parent_key(request, chunk.position)
             key = chunk_key(parent, request.token_ids[start : start + chunk.num_tokens])
             chunk.owner_id = request.conversation_id
-            self.index.insert(chunk, key, parent)
+            is_named = self.index.insert(chunk, key, parent)
+            if is_named and self.events is not None and chunk.num_tokens == self.chunk_size:
+                self.events.note_stored(key, parent, request.token_ids[start : start + self.chunk_size], chunk.position)
 
     def _explain(self, request: Request, match: ContextMatch, not_loaded: Mapping[int, int]) -> tuple[Miss, ...]:
         """Why the pending tokens of the prompt are, neighbours of one reason and time together."""

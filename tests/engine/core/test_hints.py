@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from engine.core.cache import chunk_events
+from engine.core.cache.chunk_events import ChunkRemoved, ChunkStored
 from engine.core.cache_map import context_keys
 from engine.core.request import FinishReason, Request, SamplingParams
 from engine.core.retention import KeptSpan, Miss, RetentionHint
@@ -106,6 +108,31 @@ def test_a_release_is_not_undone_by_a_turn_that_ends_later(make_core):
 def test_wrong_hints_are_named(make, named):
     with pytest.raises(InvalidParameterError, match=named):
         make()
+
+
+def test_who_listens_hears_which_chunks_come_and_go(make_core):
+    driver = make_core(4)
+    cached_after(driver, request("before", range(40, 48)))
+    events = driver.core.watch_chunks()
+    cached_after(driver, request("a", range(10)))
+    first, second = [event for event in events.take() if isinstance(event, ChunkStored)]
+    assert (first.parent_key, first.token_ids, first.position) == (None, (0, 1, 2, 3), 0)
+    assert (second.parent_key, second.token_ids, second.position) == (first.key, (4, 5, 6, 7), 1)
+    cached_after(driver, request("b", range(100, 115)))
+    events_of_b = events.take()
+    assert {ChunkRemoved(first.key), ChunkRemoved(second.key)} <= set(events_of_b)
+    assert [event.position for event in events_of_b if isinstance(event, ChunkStored)] == [0, 1, 2]
+    assert events.take() == []
+
+
+def test_more_events_than_are_noted_are_lost_together(monkeypatch, make_core):
+    monkeypatch.setattr(chunk_events, "MAX_EVENTS", 3)
+    driver = make_core(8)
+    events = driver.core.watch_chunks()
+    cached_after(driver, request("a", range(17)))
+    assert events.take() is None
+    cached_after(driver, request("b", range(50, 55)))
+    assert [event.token_ids for event in events.take() if isinstance(event, ChunkStored)] == [(50, 51, 52, 53)]
 
 
 # -- requests that only prepare a context ------------------------------------------------------------------------------
