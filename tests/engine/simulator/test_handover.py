@@ -10,8 +10,9 @@ from engine.core.engine_core import EngineCore
 from engine.core.tier_table import peer_tier
 from engine.simulator import handover, simulator
 from engine.simulator.devices import DEVICES, MODELS
+from engine.simulator.directory import REFRESH_INTERVAL_S, Directory
 from engine.simulator.events import Events
-from engine.simulator.handover import Directory, Network, NetworkSpec
+from engine.simulator.handover import Network, NetworkSpec
 from engine.simulator.outcome import Outcome
 from engine.simulator.replica import Replica
 from engine.simulator.routing import LeastLoaded
@@ -319,7 +320,7 @@ def test_constants_are_those_of_the_live_engine():
     from deployments.routing import engine_client
     from engine.executor.peers import lanes, tier
 
-    assert handover.REFRESH_INTERVAL_S == tier.REFRESH_INTERVAL_S
+    assert REFRESH_INTERVAL_S == tier.REFRESH_INTERVAL_S
     assert (handover.MAX_LOAD_S, handover.WATCH_INTERVAL_S) == (lanes.MAX_LOAD_S, lanes.WATCH_INTERVAL_S)
     assert simulator.LOADS_PERIOD_S == engine_client.LOADS_PERIOD_S
     assert simulator.LEAVE_S == llm_server.LEAVE_S
