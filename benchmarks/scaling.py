@@ -3,8 +3,8 @@
     python benchmarks/scaling.py run [--most-replicas 64] [--files llama_8b_grow ...]
     python benchmarks/scaling.py report
 
-`run` takes up where it was cut off: each case and seed is a line of benchmarks/results/simulator/scaling/FILE.jsonl as soon as
-it is done, and the smallest ones come first. `report` makes the tables and plots of docs/scaling.md from these lines.
+`run` takes up where it was cut off: each case and seed is a line of benchmarks/results/simulator/scaling/FILE.jsonl as soon
+as it is done, and the smallest ones come first. `report` makes the tables and plots of docs/scaling.md from these lines.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def _missing(names: list[str], most_replicas: int, most_seeds: int) -> Iterator[
         for seed in seeds[:most_seeds]:
             todo += [(name, case, seed) for case in cases if (case.name, seed) not in done]
     todo = [each for each in todo if each[1].num_replicas <= most_replicas]
-    return iter(sorted(todo, key=lambda each: (each[1].num_replicas * each[1].duration_s, each[2], names.index(each[0]))))
+    return iter(
+        sorted(todo, key=lambda each: (each[1].num_replicas * each[1].duration_s, each[2], names.index(each[0])))
+    )
 
 
 def _simulate(name: str, case: Case, seed: int) -> dict[str, Any]:

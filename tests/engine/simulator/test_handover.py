@@ -12,7 +12,8 @@ from engine.simulator import handover, simulator
 from engine.simulator.devices import DEVICES, MODELS
 from engine.simulator.directory import REFRESH_INTERVAL_S, Directory
 from engine.simulator.events import Events
-from engine.simulator.handover import Network, NetworkSpec
+from engine.simulator.handover import Peer
+from engine.simulator.network import Network, NetworkSpec
 from engine.simulator.outcome import Outcome
 from engine.simulator.replica import Replica
 from engine.simulator.routing import LeastLoaded
@@ -189,7 +190,7 @@ def test_a_drain_takes_the_time_of_its_bytes():
     network = Network(spec, events, BYTES_PER_BLOCK)
     replicas = [Replica(rank, cluster.make_core(), COST, events, lambda *_: None, replica_id=rank) for rank in range(2)]
     for replica in replicas:
-        replica.peer = network.join(replica.rank, replica, 0.0)
+        replica.peer = Peer(replica.rank, replica, network, 0.0)
     client = simulator.Client(moving_session(), 0)
     client.ask(0.0)
     request = client.request(CHUNK_SIZE)

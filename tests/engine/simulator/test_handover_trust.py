@@ -14,8 +14,8 @@ from engine.core.plan import SlowTransfer, StepPlan, StepResult, TransferEnd
 from engine.core.tier_table import PEER
 from engine.simulator.clients import Client
 from engine.simulator.directory import Directory
-from engine.simulator.handover import NetworkSpec
 from engine.simulator.links import Link
+from engine.simulator.network import NetworkSpec
 from engine.simulator.simulator import Simulator
 from engine.simulator.step_cost import StepWork
 from engine.step_loop import LookAhead, StepLoop
