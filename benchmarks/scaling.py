@@ -35,7 +35,7 @@ def main() -> int:
     options = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     if options.what == "report":
-        from scaling_report import write_report
+        from benchmarks.scaling_report import write_report
 
         write_report(RESULTS)
         return 0
