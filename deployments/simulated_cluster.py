@@ -14,7 +14,7 @@ from engine.core.tier_table import TierSpec, peer_tier
 from engine.errors import ConfigError
 from engine.own_policy import load_policy
 from engine.simulator.devices import GIB
-from engine.simulator.handover import NetworkSpec
+from engine.simulator.network import NetworkSpec
 from engine.simulator.routing import LeastLoaded, PowerOfTwo, Router
 from engine.simulator.simulator import Cluster, LinkSpec
 from engine.simulator.step_cost import Roofline, StepCost

@@ -13,47 +13,23 @@ Not simulated: what goes wrong with a connection that stays, and the transcripts
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 from engine.core.cache.handover import Handover
-from engine.core.cache.index import root_key
-from engine.core.cache_map import ContextKeys, count_computed_chunks, tail_keys
 from engine.core.engine_core import EngineCore
-from engine.core.handover import (
-    MAX_OFFERED,
-    MAX_OFFERED_CHUNKS,
-    MAX_OFFERS_AT_ONCE,
-    ContextQuery,
-    FoundChunks,
-    records_of,
-)
+from engine.core.handover import MAX_OFFERED, ContextQuery, FoundChunks, records_of
 from engine.core.plan import ChunkRecord, SlowTransfer, TransferEnd
 from engine.core.request import Request
 from engine.core.tier_table import PEER
-from engine.simulator.events import ARRIVAL, END_OF_TRANSFER, Events
+from engine.simulator.events import ARRIVAL, END_OF_TRANSFER
 from engine.simulator.links import Link
+from engine.simulator.network import Network
+from engine.simulator.offers import Known, Offer, Offers
 
-# As live: how often replicas hear of each other's conversations; when a chunk that does not come is given up, and how often
-# that is looked at; all in seconds.
-REFRESH_INTERVAL_S = 2.0
+# As live: when a chunk that does not come is given up, and how often that is looked at; in seconds.
 MAX_LOAD_S = 8.0
 WATCH_INTERVAL_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkSpec:
-    """Between replicas.
-
-    bytes_per_s: out of each replica, and into it. latency_s: of a message. rate_bytes_per_s: what kv_transfer_rate allows,
-    out and in; None = all. A replica that ends is not bound by it.
-    """
-
-    bytes_per_s: float = 12.5e9
-    latency_s: float = 0.0005
-    rate_bytes_per_s: float | None = None
 
 
 class Driver(Protocol):
@@ -68,102 +44,6 @@ class Driver(Protocol):
     def end_transfer(self, now: float, end: TransferEnd) -> None:
         """A transfer of the core has ended."""
         ...
-
-
-class _Row(NamedTuple):
-    """num_tokens, noted_s: as of the last turn. heard_s: when others hear of that. num_before: what they know until then."""
-
-    num_tokens: int
-    noted_s: float
-    heard_s: float
-    num_before: int
-
-
-class Directory:
-    """Which replica knows how much of which conversation, as the others hear of it."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, dict[int, _Row]] = {}
-
-    def note(self, conversation_id: str, peer_id: int, num_tokens: int, now: float) -> None:
-        """A turn has ended there."""
-        rows = self._rows.setdefault(conversation_id, {})
-        known = rows.get(peer_id)
-        num_before = 0 if known is None else known.num_tokens if known.heard_s <= now else known.num_before
-        heard_s = REFRESH_INTERVAL_S * (now // REFRESH_INTERVAL_S + 1)
-        rows[peer_id] = _Row(num_tokens, now, heard_s, num_before)
-
-    def best(self, conversation_id: str, asker_id: int, now: float) -> tuple[int, int] | None:
-        """The other replica that knows most of a conversation, of equal ones the latest; and how many tokens."""
-        best: tuple[int, float, int] | None = None
-        for peer_id, row in self._rows.get(conversation_id, {}).items():
-            num_tokens = row.num_tokens if row.heard_s <= now else row.num_before
-            if peer_id != asker_id and num_tokens and (best is None or (num_tokens, row.noted_s) > best[:2]):
-                best = num_tokens, row.noted_s, peer_id
-        return None if best is None else (best[2], best[0])
-
-    def forget(self, conversation_id: str) -> None:
-        """It will not come back."""
-        self._rows.pop(conversation_id, None)
-
-    def forget_peer(self, peer_id: int) -> None:
-        """A replica has gone."""
-        for rows in self._rows.values():
-            rows.pop(peer_id, None)
-
-
-class Network:
-    """The replicas that hand over to each other, and the messages between them."""
-
-    def __init__(self, spec: NetworkSpec, events: Events, bytes_per_block: float) -> None:
-        self.spec = spec
-        self.events = events
-        self.bytes_per_block = bytes_per_block
-        self.directory = Directory()
-        self._peers: dict[int, Peer] = {}
-
-    def join(self, peer_id: int, replica: Driver, now: float) -> Peer:
-        """A replica has started. peer_id: no other one has had it."""
-        peer = self._peers[peer_id] = Peer(peer_id, replica, self, now)
-        return peer
-
-    def leave(self, peer_id: int, now: float) -> None:
-        """A replica has gone, with all that it was about to send."""
-        gone = self._peers.pop(peer_id)
-        self.directory.forget_peer(peer_id)
-        gone.give_up(now)
-        for peer in self._peers.values():
-            peer.note_gone(peer_id, now)
-
-    def has(self, peer_id: int) -> bool:
-        return peer_id in self._peers
-
-    def post(self, time_s: float, receiver_id: int, method: Callable[..., None], *arguments: Any) -> None:
-        """A message that leaves then: `method` of the receiver with the time of its arrival, if that one is there by then."""
-        self.events.add(time_s + self.spec.latency_s, ARRIVAL, self._deliver, (receiver_id, method, arguments))
-
-    def _deliver(self, now: float, message: tuple[int, Callable[..., None], tuple[Any, ...]]) -> None:
-        receiver_id, method, arguments = message
-        peer = self._peers.get(receiver_id)
-        if peer is not None:
-            method(peer, now, *arguments)
-
-
-class Known(NamedTuple):
-    """A conversation that had a turn here, or was left here: the names of its full chunks, and the tokens behind them."""
-
-    num_tokens: int
-    tenant: str
-    full: Sequence[bytes]
-    tail: Sequence[int]
-
-    @classmethod
-    def of(cls, request: Request, chunk_size: int) -> Known:
-        """As of the request's end."""
-        num_full = max(0, count_computed_chunks(request.num_tokens, chunk_size) - 1)
-        full = request.chunk_keys[:num_full]
-        tail = request.token_ids[len(full) * chunk_size : (num_full + 1) * chunk_size]
-        return cls(request.num_tokens, request.tenant, full, tail)
 
 
 class _Pull(NamedTuple):
@@ -183,21 +63,11 @@ class _Ask(NamedTuple):
     then: Callable[[float, Sequence[ChunkRecord]], None]
 
 
-class _Offer(NamedTuple):
-    """A conversation, what it is worth, and whom it goes to."""
-
-    value: float
-    peer_id: int
-    conversation_id: str
-    known: Known
-    records: Sequence[ChunkRecord]
-
-
 class Peer:
     """One replica's end of the network."""
 
     def __init__(self, peer_id: int, replica: Driver, network: Network, now: float) -> None:
-        """Made by Network.join. Raises AssertionError if the core has no tier of peers."""
+        """Joins the network. Raises AssertionError if the core has no tier of peers."""
         handover = replica.core.handover
         assert handover is not None, "the core has no tier of peers"
         self.peer_id = peer_id
@@ -222,10 +92,8 @@ class Peer:
         self._known: OrderedDict[str, Known] = OrderedDict()  # the last used one last
         self._accepted: dict[str, tuple[int, int]] = {}  # whose offers they are, and which of theirs
         self._num_accepted = 0
-        self._offers: Iterator[_Offer] = iter(())
-        self._open_offers: dict[int, int] = {}
-        self._num_offers = 0
-        self._on_offered: Callable[[float], None] = lambda now: None
+        self._offers = Offers(network, self._handover, self._config, self._post_offer)
+        network.join(peer_id, self)
 
     # -- for requests --------------------------------------------------------------------------------------------------
 
@@ -381,36 +249,10 @@ class Peer:
     def offer_all(
         self, now: float, next_home: Callable[[str], int | None], on_offered: Callable[[float], None]
     ) -> None:
-        """Offer each conversation to its next home, the most valuable one first. Offers of an earlier call are given up.
+        """See Offers.make."""
+        self._offers.make(now, self._known, next_home, on_offered)
 
-        next_home: the peer of a conversation; None = there is none. on_offered: is told when all that these want has come.
-        """
-        offers = list(self._value_conversations(now, next_home))
-        offers.sort(key=lambda offer: offer.value, reverse=True)
-        self._offers, self._on_offered = iter(offers), on_offered
-        self._open_offers = {}
-        for offer in islice(self._offers, MAX_OFFERS_AT_ONCE):
-            self._offer(offer, now)
-        if not offers:
-            on_offered(now)
-
-    def _value_conversations(self, now: float, next_home: Callable[[str], int | None]) -> Iterator[_Offer]:
-        config, handover = self._config, self._handover
-        for conversation_id, known in reversed(self._known.items()):
-            peer_id = next_home(conversation_id)
-            if peer_id is None:
-                continue
-            full = tuple(known.full[:MAX_OFFERED_CHUNKS])
-            parent_key = full[-1] if full else root_key(config.model, "", known.tenant)
-            tails = tail_keys(parent_key, known.tail) if len(full) == len(known.full) else ()
-            context = ContextKeys(full, tails, count_computed_chunks(known.num_tokens, config.chunk_size))
-            records = handover.records_of(context, conversation_id, now)[::-1]  # the end of a context is worth most
-            yield _Offer(handover.value_of(records), peer_id, conversation_id, known, records)
-
-    def _offer(self, offer: _Offer, now: float) -> None:
-        self._num_offers += 1
-        number = self._num_offers
-        self._open_offers[number] = offer.peer_id
+    def _post_offer(self, now: float, number: int, offer: Offer) -> None:
         contents = offer.conversation_id, offer.known, offer.records
         self._network.post(now, offer.peer_id, Peer._on_offer, self.peer_id, number, *contents)
 
@@ -436,13 +278,7 @@ class Peer:
         self._replica.run(lambda: self._handover.accept_offer(records, offer_id, now), now)
 
     def _on_offer_end(self, now: float, number: int) -> None:
-        if self._open_offers.pop(number, None) is None:
-            return
-        following = next((offer for offer in self._offers if self._network.has(offer.peer_id)), None)
-        if following is not None:
-            self._offer(following, now)
-        elif not self._open_offers:
-            self._on_offered(now)
+        self._offers.end(now, number)
 
     # -- replicas that go ----------------------------------------------------------------------------------------------
 
@@ -453,9 +289,7 @@ class Peer:
             if ask.peer_id == peer_id:
                 del self._asks[number]
                 ask.then(now, ())
-        for number, receiver_id in list(self._open_offers.items()):
-            if receiver_id == peer_id:
-                self._on_offer_end(now, number)
+        self._offers.note_gone(peer_id, now)
 
     def give_up(self, now: float) -> None:
         """This replica has gone: requests that were about to be added here are to go elsewhere."""

@@ -80,7 +80,8 @@ class Summary:
     turns_per_s: finished, within the time measured. s_per_token: from sending to the end of the answer, over its tokens, as
     the paper measures. hit_rate: of the tokens that sessions had before, the part that was found and used, in any tier.
     recompute_s, num_recomputed_tokens: over the whole run, of all replicas. busy: share of the replicas' time in steps.
-    balance: of the replicas' busy time, the largest over the mean.
+    balance: of the replicas' busy time, the largest over the mean. requests_balance: the same of the requests that are open
+    at each replica, on average over time after the warm-up.
     moved_share: of the turns that follow another one, those that another replica answers than that one. moved_hit_rate,
     moved_first_token_p90_s: of these alone; 0 if there are none. pulled_gb: KV that replicas got from others, over the whole
     run, in 10^9 bytes.
@@ -107,6 +108,7 @@ class Summary:
     num_suspensions: int
     busy: float
     balance: float
+    requests_balance: float
     moved_share: float
     moved_hit_rate: float
     moved_first_token_p90_s: float
@@ -180,11 +182,22 @@ class Outcome:
             num_suspensions=int(counted("num_suspensions").sum()),
             busy=mean_busy,
             balance=max(busy) / mean_busy if mean_busy else 1.0,
+            requests_balance=self._requests_balance(warm_up_s),
             moved_share=float(is_moved.sum()) / num_following if num_following else 0.0,
             moved_hit_rate=_share(num_found[is_moved], num_known[is_moved]),
             moved_first_token_p90_s=float(np.percentile(first_token[is_moved], 90)) if is_moved.any() else 0.0,
             pulled_gb=sum(row.pulled_bytes for row in self.replicas) / 1e9,
         )
+
+    def _requests_balance(self, warm_up_s: float) -> float:
+        """Over the replicas that there were at some time after the warm-up, each over its own time."""
+        samples: dict[int, list[int]] = {}
+        for time_s, loads in self.loads:
+            if time_s >= warm_up_s:
+                for rank, num_requests in loads.items():
+                    samples.setdefault(rank, []).append(num_requests)
+        means = [float(np.mean(each)) for each in samples.values()]
+        return max(means) / float(np.mean(means)) if any(means) else 1.0
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> float:

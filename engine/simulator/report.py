@@ -27,7 +27,9 @@ COLUMNS = (
     ("recompute_s", "recomputed (s)", ".1f"),
     ("num_suspensions", "suspensions", ".0f"),
     ("busy", "busy", ".2f"),
-    ("balance", "max/mean", ".2f"),
+    ("requests_balance", "requests max/mean", ".2f"),
+    ("moved_share", "moved", ".3f"),
+    ("pulled_gb", "pulled (GB)", ".0f"),
 )
 COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22")
 WIDTH, HEIGHT, MARGIN = 560, 320, 56

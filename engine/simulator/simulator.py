@@ -16,8 +16,9 @@ from engine.core.request import Request
 from engine.errors import ContextLengthError, OverloadedError
 from engine.simulator.clients import Client
 from engine.simulator.events import ARRIVAL, CHANGE, Events
-from engine.simulator.handover import Network, NetworkSpec
+from engine.simulator.handover import Peer
 from engine.simulator.links import Link
+from engine.simulator.network import Network, NetworkSpec
 from engine.simulator.outcome import Outcome, ReplicaRow, TurnRow, TurnTable
 from engine.simulator.replica import Replica
 from engine.simulator.routing import Router
@@ -331,7 +332,7 @@ class Simulator:
             self._num_started,
         )
         if self._network is not None:
-            replica.peer = self._network.join(replica.replica_id, replica, now)
+            replica.peer = Peer(replica.replica_id, replica, self._network, now)
         self._started_s[rank] = now
         self._note_ranks()
         return rank

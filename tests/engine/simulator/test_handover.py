@@ -10,8 +10,10 @@ from engine.core.engine_core import EngineCore
 from engine.core.tier_table import peer_tier
 from engine.simulator import handover, simulator
 from engine.simulator.devices import DEVICES, MODELS
+from engine.simulator.directory import REFRESH_INTERVAL_S, Directory
 from engine.simulator.events import Events
-from engine.simulator.handover import Directory, Network, NetworkSpec
+from engine.simulator.handover import Peer
+from engine.simulator.network import Network, NetworkSpec
 from engine.simulator.outcome import Outcome
 from engine.simulator.replica import Replica
 from engine.simulator.routing import LeastLoaded
@@ -188,7 +190,7 @@ def test_a_drain_takes_the_time_of_its_bytes():
     network = Network(spec, events, BYTES_PER_BLOCK)
     replicas = [Replica(rank, cluster.make_core(), COST, events, lambda *_: None, replica_id=rank) for rank in range(2)]
     for replica in replicas:
-        replica.peer = network.join(replica.rank, replica, 0.0)
+        replica.peer = Peer(replica.rank, replica, network, 0.0)
     client = simulator.Client(moving_session(), 0)
     client.ask(0.0)
     request = client.request(CHUNK_SIZE)
@@ -319,7 +321,7 @@ def test_constants_are_those_of_the_live_engine():
     from deployments.routing import engine_client
     from engine.executor.peers import lanes, tier
 
-    assert handover.REFRESH_INTERVAL_S == tier.REFRESH_INTERVAL_S
+    assert REFRESH_INTERVAL_S == tier.REFRESH_INTERVAL_S
     assert (handover.MAX_LOAD_S, handover.WATCH_INTERVAL_S) == (lanes.MAX_LOAD_S, lanes.WATCH_INTERVAL_S)
     assert simulator.LOADS_PERIOD_S == engine_client.LOADS_PERIOD_S
     assert simulator.LEAVE_S == llm_server.LEAVE_S

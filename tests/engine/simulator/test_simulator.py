@@ -1,6 +1,7 @@
 """Clients, replicas that come and go, links, and what is told of a run."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -214,6 +215,13 @@ def test_the_summary_is_that_of_its_rows():
     assert 0 < summary.busy <= 1
     with pytest.raises(ValueError, match="longer"):
         outcome.summary(1e12)
+
+
+def test_balance_is_of_open_requests_after_the_warm_up():
+    outcome = Simulator(make_cluster(), chats(1.0, 3)).run(1e9)
+    loads = [(0.0, {0: 90, 1: 0}), (1.0, {0: 2, 1: 4}), (2.0, {0: 4, 1: 4}), (3.0, {1: 4, 2: 2})]
+    assert replace(outcome, loads=loads).summary(0.5).requests_balance == pytest.approx(4 / 3)
+    assert replace(outcome, loads=()).summary().requests_balance == 1.0
 
 
 def test_reports_have_every_case_and_need_nothing_else():
