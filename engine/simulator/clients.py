@@ -26,7 +26,7 @@ class Client:
     answer_token: what its answers consist of, unless the turn has a recorded one.
     sent_s: when that turn was sent, at first. first_token_s: of what was lost with a replica; None = nothing was.
     num_retries: how often all replicas were full. ingress: through which the turn came in.
-    last_rank: the replica that answered last; None = none has.
+    last_rank: the replica that answered last; None = none has. is_asked: that turn has been sent.
     """
 
     __slots__ = (
@@ -35,6 +35,7 @@ class Client:
         "answer_token",
         "first_token_s",
         "ingress",
+        "is_asked",
         "last_rank",
         "num_known",
         "num_retries",
@@ -54,6 +55,7 @@ class Client:
         self.num_known = 0
         self.ingress = 0
         self.last_rank: int | None = None
+        self.is_asked = False
         self._context = TokenContext(repeated_tokens)
         self._keys: list[bytes] = []
 
@@ -73,6 +75,7 @@ class Client:
         turn, context = self.turn, self._context
         num_kept = len(context.token_ids) if turn.keep_tokens is None else min(len(context.token_ids), turn.keep_tokens)
         self.num_known = num_kept
+        self.is_asked = True
         context.ask(turn)
 
     def request(self, chunk_size: int, output_token_ids: list[int] | None = None) -> Request:
@@ -95,5 +98,17 @@ class Client:
     def end_turn(self, request: Request) -> bool:
         """The answer is complete. Returns whether a further turn follows."""
         self._context.token_ids, self._keys = request.token_ids, request.chunk_keys
+        return self.go_on()
+
+    def go_on(self) -> bool:
+        """The turn is over. Returns whether a further one follows."""
         self.number += 1
+        self.is_asked = False
         return self.number < len(self.session.turns)
+
+    def skip_to(self, number: int) -> None:
+        """The turns up to there were answered elsewhere, in full."""
+        while self.number < number:
+            self._context.ask(self.turn)
+            self._context.add_answer([self.token] * self.turn.output_tokens)
+            self.go_on()
