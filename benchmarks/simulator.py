@@ -4,7 +4,7 @@
     python benchmarks/simulator.py --num-replicas 8 --processes 2 --max-turns 1000000 --out benchmarks/results/simulator.json
 
 Chats of ShareGPT's lengths at `--rate` turns a second and replica, OPT-13B on an A100, tiers of 40 and 220 GB. A result is
-added to the file, with what was asked. CPU time is that of all processes, user and system, their start included. Bytes a chunk
+added to the file, with what was asked. CPU time is that of all processes, their start included. Bytes a chunk
 are what all processes have grown by since the first simulated moment, over the chunks that are cached in the end: so the
 contexts of sessions and the rows of turns are in them.
 """

@@ -184,7 +184,7 @@ class Group:
         client = self._clients.get(session_id)
         if client is None or client.number != send.number:
             client = self._clients[session_id] = Client(send.session, send.session_number)
-            client.skip_to(send.number)
+            client.number = send.number
         if not client.is_asked:
             client.ask(send.sent_s)
         client.sent_s, client.first_token_s = send.sent_s, send.first_token_s
