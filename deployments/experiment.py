@@ -64,8 +64,9 @@ class Case:
     num_ingresses: each knows the loads by itself. network: between replicas, see NetworkSpec. drain_s: so long a replica that
     drains hands over at most; graceful_shutdown_timeout_s, less the two seconds that it needs to end.
     duration_s, warm_up_s: of the simulated time; turns that are sent in the warm-up do not count. disk: bytes a second and
-    seconds of a disk tier. steps: a file of `pensieve profile --steps`, which then says how long steps take. axes: what sets
-    it apart from the other cases, by the options' names. name: the same in words.
+    seconds of a disk tier. steps: a file of `pensieve profile --steps`, which then says how long steps take. processes: that
+    share one simulation, in windows of time (engine/simulator/windows.py), any number of them with the same figures. None =
+    one, without windows. axes: what sets it apart from the other cases, by the options' names. name: the same in words.
     """
 
     engine: EngineConfig
@@ -86,6 +87,7 @@ class Case:
     changes: tuple[Change, ...] = ()
     disk: Mapping[str, float] = field(default_factory=lambda: {"read": 2e9, "write": 1e9, "latency_s": 0.0005})
     steps: str | None = None
+    processes: int | None = None
     axes: tuple[tuple[str, Any], ...] = ()
     name: str = ""
 
@@ -248,6 +250,9 @@ def _make_case(engine: Mapping[str, Any], options: dict[str, Any], axes: tuple[t
         value = options.get(number, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ConfigError(f"{number} must be a number above 0, got {value!r}", param=number)
+    processes = options.get("processes")
+    if processes is not None and (isinstance(processes, bool) or not isinstance(processes, int) or processes < 1):
+        raise ConfigError(f"processes must be a whole number above 0, got {processes!r}", param="processes")
     case = Case(engine=config, axes=axes, name=", ".join(f"{name} {value}" for name, value in axes), **options)
     if case.routing not in ROUTERS:
         raise ConfigError(f"routing must be one of {', '.join(ROUTERS)}, got {case.routing!r}", param="routing")

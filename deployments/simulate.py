@@ -18,9 +18,11 @@ from deployments.experiment import ROUTERS, Case, read_cases
 from deployments.simulated_cluster import make_cluster, make_network, make_sessions
 from engine.errors import ConfigError, PensieveError
 from engine.simulator.devices import DEVICES, MODELS
+from engine.simulator.group_processes import rare_collections
 from engine.simulator.outcome import Outcome, Summary
 from engine.simulator.report import Result, format_csv, format_html, format_table
 from engine.simulator.simulator import Simulator
+from engine.simulator.windows import WindowedSimulator
 from engine.workloads.arrivals import USAGE as ARRIVALS
 
 
@@ -50,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_cases(cases: Sequence[Case], seeds: Sequence[int], num_jobs: int = 1) -> list[Result]:
     """Simulate each case with each seed, `num_jobs` at a time. Raises ConfigError."""
     tasks = [(case, seed) for case in cases for seed in seeds]
+    if num_jobs > 1 and any(case.processes is not None for case in cases):
+        raise ConfigError("each simulation has processes of its own (`processes`); leave --jobs out", param="processes")
     total_s = round(sum(case.duration_s for case, _ in tasks))
     with tqdm(total=total_s, desc="simulating", unit="s", disable=not sys.stderr.isatty()) as progress:
         if num_jobs == 1 or len(tasks) == 1:
@@ -79,7 +83,16 @@ def run_case(case: Case, seed: int, on_progress: Callable[[float], None] = lambd
 def run_outcome(case: Case, seed: int, on_progress: Callable[[float], None] = lambda now: None) -> Outcome:
     """As run_case, with all that comes of it."""
     sessions, num_active = make_sessions(case, seed)
-    return Simulator(make_cluster(case, seed), sessions, num_active=num_active).run(case.duration_s, on_progress)
+    cluster = make_cluster(case, seed)
+    simulator = (
+        Simulator(cluster, sessions, num_active=num_active)
+        if case.processes is None
+        else WindowedSimulator(
+            cluster, sessions, num_groups=case.processes, in_processes=case.processes > 1, num_active=num_active
+        )
+    )
+    with rare_collections():
+        return simulator.run(case.duration_s, on_progress)
 
 
 def describe(case: Case) -> str:
@@ -133,6 +146,7 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
             "num_replicas",
             "duration_s",
             "warm_up_s",
+            "processes",
         )
         if (value := getattr(options, name)) is not None
     }
@@ -165,10 +179,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--duration-s", type=float, metavar="S", help="simulated time (default: 600)")
     parser.add_argument("--warm-up-s", type=float, metavar="S", help="turns sent before do not count (default: 200)")
     parser.add_argument("--seeds", type=int, metavar="N", help="number of runs of each case (default: 1)")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="simulations at a time (default: 1)")
+    parser.add_argument("--processes", type=int, metavar="N", help="that share a simulation, in windows of 0.5 s")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write cases.csv and report.html to this folder")
     options = parser.parse_args(arguments)
-    for name in ("seeds", "jobs"):
+    for name in ("seeds", "jobs", "processes"):
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name} must be at least 1")
     return options

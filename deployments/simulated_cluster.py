@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from deployments.experiment import Case
@@ -79,7 +80,7 @@ def make_cluster(case: Case, seed: int) -> Cluster:
     window = num_gpu_blocks * engine.chunk_size
     scheduling = SchedulingConfig.of(engine, max_model_len=min(engine.max_model_len or window, window))
     return Cluster(
-        make_core=lambda: EngineCore(cache, scheduling),
+        make_core=partial(EngineCore, cache, scheduling),
         cost=cost,
         router=make_router(case, seed),
         num_replicas=case.num_replicas,

@@ -14,7 +14,7 @@ from engine.core.executor_protocol import Executor
 from engine.core.tier_table import TierSpec
 from engine.errors import ConfigError
 from engine.own_policy import load_policy
-from engine.profile import load_cost_model
+from engine.profile import choose_max_swap_outs, load_cost_model
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ def make_core(config: EngineConfig, executor: Executor, slow_tiers: tuple[TierSp
             keep=config.mode == "pensieve",
             model=facts.model.fingerprint,
             cost_model=load_cost_model(config, facts),
+            max_swap_outs=choose_max_swap_outs(config, facts),
             own_policy=load_policy(config.eviction_policy),
             slow_tiers=slow_tiers,
         ),

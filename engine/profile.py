@@ -43,6 +43,8 @@ NUM_SWAPPED_BLOCKS = 64
 NUM_CHUNKS_AT_ONCE = 8
 MAX_MEASURED_BYTES = 1 << 28  # of a disk, at a time
 CPUINFO = Path("/proc/cpuinfo")
+# Of a step, however fast copies are: more at a time save nothing, and would fill the CPU tier in a burst.
+MAX_SWAP_OUTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,11 @@ class Profile:
             is_in_seconds=True,
         )
 
+    def max_swap_outs(self, chunk_size: int) -> int:
+        """Blocks that can be copied from the tier that computes in the time of the shortest step: 1 to MAX_SWAP_OUTS."""
+        num_blocks = min(self.chunk_s.values()) / (self.swap_out_s * chunk_size / self.chunk_size)
+        return max(1, min(int(num_blocks), MAX_SWAP_OUTS))
+
     @property
     def disk_load_s(self) -> float | None:
         """Seconds to bring a chunk from the disk to the tier that computes; None = not measured."""
@@ -180,8 +187,19 @@ def load_cost_model(config: EngineConfig, facts: ExecutorFacts) -> CostModel:
     )
 
 
-def _find_profile(config: EngineConfig, facts: ExecutorFacts) -> Profile | None:
-    """None if there is none, or one of something else."""
+def choose_max_swap_outs(config: EngineConfig, facts: ExecutorFacts) -> int | None:
+    """The option; by default as many as the shortest step that was measured can copy beside its computation.
+
+    None = that is not known, or there is nothing beside it, because a CPU copies with the cores that compute.
+    """
+    if config.max_swap_outs is not None or facts.is_on_cpu:
+        return config.max_swap_outs
+    profile = _find_profile(config, facts, tells=False)
+    return None if profile is None else profile.max_swap_outs(config.chunk_size)
+
+
+def _find_profile(config: EngineConfig, facts: ExecutorFacts, *, tells: bool = True) -> Profile | None:
+    """None if there is none, or one of something else. tells: to the log."""
     wanted = _identify(config, facts)
     path = profile_path(config, wanted.model, wanted.dtype, wanted.device)
     if config.profile is None and not path.exists():
@@ -191,13 +209,16 @@ def _find_profile(config: EngineConfig, facts: ExecutorFacts) -> Profile | None:
     except ConfigError as error:
         if config.profile is not None:
             raise
-        logger.warning("%s", error)  # an earlier version's
+        if tells:
+            logger.warning("%s", error)  # an earlier version's
         return None
     differences = profile.identity.differences(wanted)
     if differences:
-        logger.warning("%s is not used: it is a profile of %s; make one with `pensieve profile`", path, differences)
+        if tells:
+            logger.warning("%s is not used: it is a profile of %s; make one with `pensieve profile`", path, differences)
         return None
-    logger.info("cost model: measured, from %s", path)
+    if tells:
+        logger.info("cost model: measured, from %s", path)
     return profile
 
 

@@ -66,14 +66,15 @@ class CacheOptions:
         ),
     ] = 0.25
     max_swap_outs: Annotated[
-        int,
+        int | None,
         Option(
             "Most blocks that one step copies to the CPU tier ahead of time.",
             "A quarter of it in a step that also loads blocks, because the two directions slow each other down.",
+            default="what a GPU copies in the time of its shortest step, if `pensieve profile` has measured that; else 16",
             at_least=1,
             is_tuning=True,
         ),
-    ] = 16
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +148,8 @@ class CacheConfig(CacheOptions):
 
     @classmethod
     def of(cls, options: CacheOptions, **resolved: Any) -> Self:
-        """The options, with the other fields as given."""
-        return cls(**_values(CacheOptions, options), **resolved)
+        """The options, with the other fields, and options that are resolved here, as given."""
+        return cls(**{**_values(CacheOptions, options), **resolved})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import repeat
 
 from engine.core.request import Request, SamplingParams
 from engine.workloads.session import Session, Turn
@@ -11,6 +12,7 @@ from engine.workloads.tokens import TokenContext, repeated_tokens
 # Streams of answers lie above those of workloads; a token is the number of its stream.
 FIRST_ANSWER_STREAM = 1 << 31
 NUM_ANSWER_STREAMS = (1 << 32) - FIRST_ANSWER_STREAM
+NO_CONTEXT = TokenContext(repeated_tokens)
 
 
 @lru_cache(maxsize=4096)
@@ -22,11 +24,13 @@ def _sampling(max_tokens: int) -> SamplingParams:
 class Client:
     """One session under way.
 
+    Between its turns it has no context: that is made again from the session, because a token takes eight bytes.
+
     number: of the turn that is next or under way.
     answer_token: what its answers consist of, unless the turn has a recorded one.
     sent_s: when that turn was sent, at first. first_token_s: of what was lost with a replica; None = nothing was.
     num_retries: how often all replicas were full. ingress: through which the turn came in.
-    last_rank: the replica that answered last; None = none has.
+    last_rank: the replica that answered last; None = none has. is_asked: that turn has been sent.
     """
 
     __slots__ = (
@@ -35,6 +39,7 @@ class Client:
         "answer_token",
         "first_token_s",
         "ingress",
+        "is_asked",
         "last_rank",
         "num_known",
         "num_retries",
@@ -54,7 +59,8 @@ class Client:
         self.num_known = 0
         self.ingress = 0
         self.last_rank: int | None = None
-        self._context = TokenContext(repeated_tokens)
+        self.is_asked = False
+        self._context = NO_CONTEXT
         self._keys: list[bytes] = []
 
     @property
@@ -64,16 +70,22 @@ class Client:
     @property
     def token(self) -> int:
         """What each step of the answer samples."""
-        stream = self.turn.answer_stream
-        return self.answer_token if stream is None else stream
+        return self._token(self.turn)
+
+    def _token(self, turn: Turn) -> int:
+        return self.answer_token if turn.answer_stream is None else turn.answer_stream
 
     def ask(self, now: float) -> None:
         """The next turn is sent."""
         self.sent_s, self.first_token_s, self.num_retries = now, None, 0
-        turn, context = self.turn, self._context
-        num_kept = len(context.token_ids) if turn.keep_tokens is None else min(len(context.token_ids), turn.keep_tokens)
-        self.num_known = num_kept
-        context.ask(turn)
+        context = self._context = TokenContext(repeated_tokens)
+        for turn in self.session.turns[: self.number]:
+            context.ask(turn)
+            context.add_answer(repeat(self._token(turn), turn.output_tokens))
+        num_kept, keep_tokens = len(context.token_ids), self.turn.keep_tokens
+        self.num_known = num_kept if keep_tokens is None else min(num_kept, keep_tokens)
+        self.is_asked = True
+        context.ask(self.turn)
 
     def request(self, chunk_size: int, output_token_ids: list[int] | None = None) -> Request:
         """A request for the turn that was sent.
@@ -94,6 +106,11 @@ class Client:
 
     def end_turn(self, request: Request) -> bool:
         """The answer is complete. Returns whether a further turn follows."""
-        self._context.token_ids, self._keys = request.token_ids, request.chunk_keys
+        self._context, self._keys = NO_CONTEXT, request.chunk_keys
+        return self.go_on()
+
+    def go_on(self) -> bool:
+        """The turn is over. Returns whether a further one follows."""
         self.number += 1
+        self.is_asked = False
         return self.number < len(self.session.turns)

@@ -12,6 +12,7 @@ from engine.core.tier_table import PEER
 from engine.simulator.events import END_OF_STEP, END_OF_TRANSFER, Events
 from engine.simulator.handover import Peer
 from engine.simulator.links import Link
+from engine.simulator.outcome import ReplicaRow
 from engine.simulator.routing import ReplicaState
 from engine.simulator.step_cost import StepCost, StepWork
 
@@ -82,6 +83,19 @@ class Replica:
             core.scheduling_config.max_num_seqs,
             core.token_compute_s,
             core.token_pull_s,
+        )
+
+    def row(self, started_s: float, ended_s: float) -> ReplicaRow:
+        """What it has done."""
+        return ReplicaRow(
+            self.rank,
+            started_s,
+            ended_s,
+            self.busy_s,
+            self.recompute_s,
+            self.num_recomputed_tokens,
+            self.core.stats.slow_transfers.get("peer_loaded", 0) * self._bytes_per_block,
+            self.core.get_statistics(),
         )
 
     def add(self, request: Request, token: int, num_known: int, now: float) -> list[Request]:

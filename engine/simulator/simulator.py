@@ -85,7 +85,7 @@ class Cluster:
     changes: tuple[Change, ...] = ()
 
 
-class _Ingress:
+class Ingress:
     """One router, and until when its news of the replicas hold."""
 
     def __init__(self, router: Router) -> None:
@@ -93,17 +93,20 @@ class _Ingress:
         self.news_until_s = -1.0
 
 
-class _Sending:
-    """A turn on its way to a replica. ranks: of those that may still be asked."""
+class Sending:
+    """A turn on its way to a replica. ranks: of those that may still be asked. is_begun: one of them was asked."""
 
     def __init__(self, client: Client, output_token_ids: list[int] | None, ranks: Iterable[int]) -> None:
         self.client = client
         self.output_token_ids = output_token_ids
         self.ranks = iter(ranks)
+        self.is_begun = False
 
 
 class Simulator:
     """One run of one cluster with one workload."""
+
+    _client_class: type[Client] = Client
 
     def __init__(
         self,
@@ -129,7 +132,7 @@ class Simulator:
         self._draining: dict[int, float] = {}  # rank: until when it hands over
         self._ranks: tuple[int, ...] = ()
         routers = [cluster.router, *(cluster.router.another() for _ in range(cluster.num_ingresses - 1))]
-        self._ingresses = [_Ingress(router) for router in routers]
+        self._ingresses = [Ingress(router) for router in routers]
         self._num_sent = 0
         self._network: Network | None = None
         if cluster.network is not None:
@@ -179,7 +182,7 @@ class Simulator:
         session = next(self._sessions, None)
         if session is None:
             return
-        client = Client(session, self._num_sessions)
+        client = self._client_class(session, self._num_sessions)
         self._num_sessions += 1
         self._events.add(now if self._is_closed else max(now, session.start_s), ARRIVAL, self._begin_session, client)
 
@@ -201,9 +204,9 @@ class Simulator:
         if self._ranks:
             router = self._informed_router(client.ingress, now)
             ranks = router.place(client.session.session_id, client.number == 0, self._ranks)
-        self._try_next(now, _Sending(client, output_token_ids, ranks))
+        self._try_next(now, Sending(client, output_token_ids, ranks))
 
-    def _try_next(self, now: float, sending: _Sending) -> None:
+    def _try_next(self, now: float, sending: Sending) -> None:
         """Ask the next replica, which asks a peer first for what the session has there."""
         client = sending.client
         for rank in sending.ranks:
@@ -219,7 +222,7 @@ class Simulator:
         self._retry(now, client, sending.output_token_ids)
 
     def _add_expecting(
-        self, replica: Replica, request: Request, sending: _Sending, now: float, records: Sequence[ChunkRecord]
+        self, replica: Replica, request: Request, sending: Sending, now: float, records: Sequence[ChunkRecord]
     ) -> None:
         """A peer has told what it has of the request's context."""
         client = sending.client
@@ -254,31 +257,8 @@ class Simulator:
         self._send(now, *argument)
 
     def _on_end(self, replica: Replica, request: Request, output: RequestOutput, now: float) -> None:
-        client, stats = self._clients[request.conversation_id], output.stats
-        assert stats is not None
-        assert stats.first_token_s is not None
-        self._turns.append(
-            TurnRow(
-                client.answer_token,
-                client.number,
-                int(client.turn.kind == "tool"),
-                int(client.last_rank not in (None, replica.rank)),
-                replica.rank,
-                client.sent_s,
-                stats.first_token_s if client.first_token_s is None else client.first_token_s,
-                now,
-                stats.num_prompt_tokens,
-                client.num_known,
-                stats.num_cached_tokens,
-                stats.num_loaded_tokens,
-                stats.num_not_loaded_tokens,
-                stats.num_dropped_tokens,
-                stats.num_new_tokens,
-                stats.num_output_tokens,
-                stats.num_suspensions,
-                client.num_retries,
-            )
-        )
+        client = self._clients[request.conversation_id]
+        self._turns.append(turn_row(client, replica.rank, output, now))
         client.last_rank = replica.rank
         router = self._ingresses[client.ingress].router
         router.note_end(client.session.session_id, request.num_tokens, replica.rank)
@@ -314,11 +294,7 @@ class Simulator:
     def _start_replica(self, now: float, rank: int | None = None) -> int:
         cluster = self._cluster
         if rank is None:
-            rank = next(number for number in range(len(self._replicas) + 1) if number not in self._replicas)
-        links = {
-            name: (Link(spec.read_bytes_per_s, spec.latency_s), Link(spec.write_bytes_per_s, spec.latency_s))
-            for name, spec in cluster.links
-        }
+            rank = self._free_rank()
         self._num_started += 1
         replica = self._replicas[rank] = Replica(
             rank,
@@ -326,7 +302,7 @@ class Simulator:
             cluster.cost,
             self._events,
             self._on_end,
-            links,
+            make_links(cluster.links),
             cluster.bytes_per_block,
             self._on_plan,
             self._num_started,
@@ -337,22 +313,14 @@ class Simulator:
         self._note_ranks()
         return rank
 
+    def _free_rank(self) -> int:
+        return next(number for number in range(len(self._replicas) + 1) if number not in self._replicas)
+
     def _end_replica(self, rank: int, now: float) -> None:
         replica = self._replicas.pop(rank)
         replica.stop()
         self._draining.pop(rank, None)
-        self._gone.append(
-            ReplicaRow(
-                rank,
-                self._started_s.pop(rank),
-                now,
-                replica.busy_s,
-                replica.recompute_s,
-                replica.num_recomputed_tokens,
-                replica.core.stats.slow_transfers.get("peer_loaded", 0) * self._cluster.bytes_per_block,
-                replica.core.get_statistics(),
-            )
-        )
+        self._gone.append(replica.row(self._started_s.pop(rank), now))
         self._note_ranks()
         if self._network is not None:
             self._network.leave(replica.replica_id, now)
@@ -436,3 +404,38 @@ class Simulator:
         if rank not in self._replicas:
             self._start_replica(now, rank)
             self._messages.append(f"{now:.1f} s: replica {rank} is back, empty")
+
+
+def make_links(links: Iterable[tuple[str, LinkSpec]]) -> dict[str, tuple[Link, Link]]:
+    """From and to each slow tier, for one replica."""
+    return {
+        name: (Link(spec.read_bytes_per_s, spec.latency_s), Link(spec.write_bytes_per_s, spec.latency_s))
+        for name, spec in links
+    }
+
+
+def turn_row(client: Client, rank: int, output: RequestOutput, now: float) -> TurnRow:
+    """The account of a turn that has ended, before the client goes on."""
+    stats = output.stats
+    assert stats is not None
+    assert stats.first_token_s is not None
+    return TurnRow(
+        client.answer_token,
+        client.number,
+        int(client.turn.kind == "tool"),
+        int(client.last_rank not in (None, rank)),
+        rank,
+        client.sent_s,
+        stats.first_token_s if client.first_token_s is None else client.first_token_s,
+        now,
+        stats.num_prompt_tokens,
+        client.num_known,
+        stats.num_cached_tokens,
+        stats.num_loaded_tokens,
+        stats.num_not_loaded_tokens,
+        stats.num_dropped_tokens,
+        stats.num_new_tokens,
+        stats.num_output_tokens,
+        stats.num_suspensions,
+        client.num_retries,
+    )

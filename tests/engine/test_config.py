@@ -40,7 +40,7 @@ BOUNDS = [
     ("max_num_queued_tokens", [1, None], [0, -1, 2.0, "4"]),
     ("decode_reserve", [0, 0.0, 0.999], [1, 1.0, -0.01, None, float("nan")]),
     ("swap_out_watermark", [0, 0.5], [1, -0.01, None]),
-    ("max_swap_outs", [1, 64], [0, -1, None, 2.0]),
+    ("max_swap_outs", [1, 64, None], [0, -1, 2.0]),
     ("write_through", [True, False], [0, 1, None, "yes"]),
     ("kv_disk_path", ["/var/cache/kv", None], ["", 3, True]),
     ("kv_disk_size", [0.001, 1000], [0, -1, None, "16", float("nan")]),

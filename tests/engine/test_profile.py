@@ -10,13 +10,22 @@ from dataclasses import replace
 import pytest
 
 from engine import cli
+from engine import profile as profile_module
 from engine.config import EngineConfig
 from engine.core.cache.prices import LOAD_OVERHEAD, LoadPrices
 from engine.errors import ConfigError
 from engine.executor.local import LocalExecutor
 from engine.executor.tiers import disk_device
 from engine.executor.tiers.disk_device import device_of
-from engine.profile import Profile, describe_disk_gain, describe_profile, load_cost_model, measure_profile, profile_path
+from engine.profile import (
+    Profile,
+    choose_max_swap_outs,
+    describe_disk_gain,
+    describe_profile,
+    load_cost_model,
+    measure_profile,
+    profile_path,
+)
 
 OPTIONS = {"num_threads": 1, "chunk_size": 16, "max_model_len": 512}
 
@@ -139,6 +148,17 @@ def test_the_engine_finds_the_profile_that_the_command_wrote(executor, capsys):
     assert "GB/s" in capsys.readouterr().out
     measured = load_cost_model(EngineConfig.from_options(OPTIONS), executor.facts)
     assert measured.load_costs["cpu"] > 0
+
+
+def test_a_step_copies_as_many_blocks_ahead_of_time_as_the_shortest_one_has_time_for(profile, executor, monkeypatch):
+    profile = replace(profile, chunk_size=16, chunk_s={16: 0.011, 32: 0.010}, swap_out_s=0.0007)
+    assert [profile.max_swap_outs(chunk_size) for chunk_size in (16, 32, 1024, 1)] == [14, 7, 1, 64]
+    config, on_gpu = EngineConfig.from_options(OPTIONS), replace(executor.facts, device="cuda:0")
+    found = [None, profile, profile]
+    monkeypatch.setattr(profile_module, "_find_profile", lambda *_, **__: found.pop(0))
+    assert [choose_max_swap_outs(config, on_gpu) for _ in range(2)] == [None, 14]
+    assert choose_max_swap_outs(config, executor.facts) is None  # copies take the time of the cores that compute
+    assert choose_max_swap_outs(EngineConfig.from_options({**OPTIONS, "max_swap_outs": 3}), on_gpu) == 3
 
 
 OTHERS = {

@@ -47,6 +47,8 @@ from engine.core.tier_table import BOTH
 
 # A request waits that long for a slow tier, in seconds, even if computing would take less: one step may take as long.
 MIN_LOAD_WAIT_S = 0.5
+# Of a step, if it is not known how many the device can copy beside it.
+DEFAULT_MAX_SWAP_OUTS = 16
 
 
 class LoadWait(NamedTuple):
@@ -81,6 +83,7 @@ class CacheManager:
         self.config = config
         self.chunk_size = config.chunk_size
         self.keep = config.keep
+        self._max_swap_outs = config.max_swap_outs or DEFAULT_MAX_SWAP_OUTS
         self.index = ChunkIndex(config.chunk_size)
         self._cost_model = config.cost_model or CostModel(chunk_size=config.chunk_size)
         self.shares = TenantShares()
@@ -279,7 +282,7 @@ class CacheManager:
         ):  # first, so that what was brought to be sent is not evicted for a copy ahead of time
             self.handover.plan(now)
         if self.drain is None:
-            max_swap_outs = self.config.max_swap_outs
+            max_swap_outs = self._max_swap_outs
             if self.transfers.planned.swap_ins:
                 max_swap_outs //= 4  # the two directions slow each other down (paper section 5)
             self.allocator.plan_swap_outs(watermark_blocks, max_swap_outs, now)
