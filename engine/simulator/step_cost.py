@@ -83,12 +83,17 @@ class Roofline:
         self.overhead_s = device.step_overhead_s
         self._layer_share = 1 / model.num_layers
 
-    def step_time(self, work: StepWork) -> float:
-        num_decodes, context_len, num_prompt_tokens, num_pairs, num_swap_ins, num_evictions, num_swap_outs = work
-        num_tokens = num_decodes + num_prompt_tokens
-        compute_s = num_pairs * self.pair_s + context_len * self.context_token_s
+    def compute_time(self, work: StepWork) -> float:
+        """Of what a step computes, in seconds, without the constant that goes with each step."""
+        compute_s = work.num_prompt_pairs * self.pair_s + work.decode_context_len * self.context_token_s
+        num_tokens = work.num_decodes + work.num_prompt_tokens
         if num_tokens:
             compute_s += max(self.weights_s, num_tokens * self.token_s)
+        return compute_s
+
+    def step_time(self, work: StepWork) -> float:
+        compute_s = self.compute_time(work)
+        num_swap_ins, num_evictions, num_swap_outs = work.num_swap_ins, work.num_evictions, work.num_swap_outs
         if not (num_swap_ins or num_evictions or num_swap_outs):
             return compute_s + self.overhead_s
         if num_swap_ins:

@@ -15,6 +15,7 @@ TABLE = StepTable(
     chunk_size=16,
     bytes_per_block=1000,
     num_tokens_s={1: 1.0, 4: 1.3, 16: 2.5},
+    decodes_s={1: 1.1, 2: 1.3, 8: 1.6},
     pair_s=0.001,
     context_token_s=0.01,
     load_s=0.25,
@@ -26,12 +27,13 @@ TABLE = StepTable(
 @pytest.mark.parametrize(
     ("work", "seconds"),
     [
-        (StepWork(1, 100), 1.0 + 1.0),
-        (StepWork(4, 0), 1.3),
-        (StepWork(0, 0, 10, 500), 1.3 + 1.2 * 6 / 12 + 0.5),
-        (StepWork(16, 0, 4), 2.5 + 4 * 0.1),  # as from 4 to 16
+        (StepWork(1, 100), 1.1 + 1.0),
+        (StepWork(4, 0), 1.4),
+        (StepWork(14, 0), 1.9),  # as from 2 to 8
+        (StepWork(0, 0, 10, 500), 1.3 + 1.2 * 6 / 12 + 0.5 + 0.1),  # what goes with a step of one decode, too
+        (StepWork(4, 10, 16), 2.5 + 4 * 0.1 + 0.1 + (1.4 - 1.3)),  # as from 4 to 16, and what four decodes add
         (StepWork(num_swap_ins=4), 1.0),
-        (StepWork(4, 0, num_swap_ins=4, num_swap_outs=1, num_evictions=2), 1.0 + 1.3 + 1.0 + 0.5),
+        (StepWork(4, 0, num_swap_ins=4, num_swap_outs=1, num_evictions=2), 1.0 + 1.4 + 1.0 + 0.5),
     ],
 )
 def test_a_step_takes_what_lies_between_the_measured_ones(work, seconds):
@@ -40,7 +42,7 @@ def test_a_step_takes_what_lies_between_the_measured_ones(work, seconds):
 
 def test_copies_go_beside_the_computation_where_the_device_can():
     work = StepWork(4, 0, num_swap_ins=4, num_swap_outs=1, num_evictions=2)
-    assert replace(TABLE, overlaps_copies=True).step_time(work) == pytest.approx(1.0 + 1.3)
+    assert replace(TABLE, overlaps_copies=True).step_time(work) == pytest.approx(1.0 + 1.4)
 
 
 def test_a_chunk_costs_what_it_adds_to_a_large_step():
@@ -54,7 +56,8 @@ def test_a_saved_table_is_the_same_and_anything_else_is_refused(tmp_path):
     TABLE.save(path)
     assert StepTable.load(path) == TABLE
     data = json.loads(path.read_text())
-    for wrong in ({**data, "num_tokens_s": {"1": 1.0}}, {"chunk_size": 16}, [1], {**data, "more": 1}):
+    of_before = {name: value for name, value in data.items() if name != "decodes_s"}
+    for wrong in ({**data, "num_tokens_s": {"1": 1.0}}, of_before, {"chunk_size": 16}, [1], {**data, "more": 1}):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ConfigError, match="pensieve profile --steps"):
             StepTable.load(path)
@@ -64,13 +67,21 @@ def test_a_saved_table_is_the_same_and_anything_else_is_refused(tmp_path):
 
 def test_a_model_is_measured(tmp_path, capsys):
     path = tmp_path / "steps.json"
-    options = ["--model", "embedded", "--num-threads", "1", "--max-model-len", "256", "--chunk-size", "16"]
+    options = ["--model", "embedded", "--num-threads", "1", "--max-model-len", "128", "--chunk-size", "16"]
+    options += ["--max-num-seqs", "6"]
     assert cli.main(["profile", *options, "--steps", str(path)]) == 0
     table = StepTable.load(path)
     assert "embedded" in table.measured_on
-    assert list(table.num_tokens_s) == [1, 2, 4, 8, 16, 32, 64, 128]
-    assert min(table.num_tokens_s.values()) > 0
+    assert list(table.num_tokens_s) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert list(table.decodes_s) == [1, 2, 3, 4, 6]
+    assert min(*table.num_tokens_s.values(), *table.decodes_s.values()) > 0
     assert min(table.pair_s, table.context_token_s) >= 0
     assert min(table.load_s, table.store_s) > 0
     assert not table.overlaps_copies
     assert str(path) in capsys.readouterr().out
+
+
+def test_a_window_that_is_too_small_is_refused(tmp_path, capsys):
+    options = ["--model", "embedded", "--num-threads", "1", "--max-model-len", "100"]
+    assert cli.main(["profile", *options, "--steps", str(tmp_path / "steps.json")]) == 1
+    assert "a window of 100 tokens is too small" in capsys.readouterr().err
