@@ -1,7 +1,8 @@
 """Measures how long steps take on this machine, for simulations; see engine/simulator/step_table.py.
 
 Steps of prompts and copies are timed in the executor. Decodes are timed as a client of the engine sees them, from token to
-token: what scheduling, text and delivery add to a step is in them, as far as it does not go beside the computation.
+token: what scheduling, text and delivery add to a step is in them, as far as it does not go beside the computation. Copies by
+the cores that compute are timed in steps that compute: they cost more there than alone.
 
 All sizes are timed in turn, several times over, so that a machine that is slower for some seconds is slower for all of them.
 Means and not medians: simulations add steps up, and the slow ones count.
@@ -17,14 +18,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from tqdm import tqdm
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
-from engine.core.executor_protocol import Executor
-from engine.core.plan import QuerySegment, RequestStart, StepPlan
+from engine.core.executor_protocol import Executor, PendingStep
+from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan, StepResult
 from engine.core.request import SamplingParams
+from engine.core.tier_table import CPU, GPU
 from engine.errors import ConfigError
 from engine.executor.group import make_executor
 from engine.generation import Generation
@@ -59,25 +62,31 @@ def measure_steps(config: EngineConfig, *, repeats: int = 5) -> StepTable:
     executor = make_executor(probe)
     try:
         prompts = _measure_prompts(executor, config.chunk_size, window, repeats)
-        load_s, store_s = (measure_swaps(executor, repeats, is_in=is_in) for is_in in (True, False))
         facts = executor.facts
+        load_s, store_s = prompts.load_s, prompts.store_s
+        if not facts.is_on_cpu:
+            load_s, store_s = (measure_swaps(executor, repeats, is_in=is_in) for is_in in (True, False))
     except BaseException:
         executor.shutdown()
         raise
     # Nothing is kept, so that nothing is copied beside the steps. Shuts the executor down.
-    engine = AsyncEngine(replace(probe, mode="stateless", async_scheduling=config.async_scheduling), lambda _: executor)
+    watched = _WatchedExecutor(executor)
+    engine = AsyncEngine(replace(probe, mode="stateless", async_scheduling=config.async_scheduling), lambda _: watched)
     sizes = _sizes(min(config.max_num_seqs, MAX_DECODES))
-    decodes_s, context_token_s = asyncio.run(
-        _measure_decodes(engine, sizes, facts.model.vocab_size, long_context, repeats)
-    )
+    decodes = asyncio.run(_measure_decodes(engine, watched, sizes, long_context, repeats))
+    # What a token of context adds to a prompt of several tokens: a pair for each of them, and that its KV is read.
+    pair_s = max(0.0, prompts.context_token_s - decodes.context_token_s) / (prompts.num_asked - 1)
     return StepTable(
         measured_on=describe_machine(config, facts),
         chunk_size=config.chunk_size,
         bytes_per_block=facts.bytes_per_block,
-        num_tokens_s=prompts.num_tokens_s,
-        decodes_s=decodes_s,
-        pair_s=prompts.pair_s,
-        context_token_s=context_token_s,
+        num_tokens_s={
+            num: max(1e-9, took_s - pair_s * num * (num + 1) / 2) for num, took_s in prompts.num_tokens_s.items()
+        },
+        decodes_s=decodes.decodes_s,
+        pair_s=pair_s,
+        context_token_s=decodes.context_token_s,
+        request_s=decodes.request_s,
         load_s=load_s,
         store_s=store_s,
         overlaps_copies=not facts.is_on_cpu,
@@ -95,10 +104,18 @@ def _sizes(largest: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class _Prompts:
-    """num_tokens_s, pair_s: as StepTable has them."""
+    """Seconds of steps.
+
+    num_tokens_s: by the tokens of a prompt without context, attention included.
+    context_token_s: more for each token in front of a prompt of `num_asked` tokens.
+    load_s, store_s: of a block, beside a token.
+    """
 
     num_tokens_s: dict[int, float]
-    pair_s: float
+    num_asked: int
+    context_token_s: float
+    load_s: float
+    store_s: float
 
 
 def _measure_prompts(executor: Executor, chunk_size: int, window: int, repeats: int) -> _Prompts:
@@ -108,6 +125,12 @@ def _measure_prompts(executor: Executor, chunk_size: int, window: int, repeats: 
     short, long = window // 8, window - num_asked
     plans = {f"tokens {num}": steps.prompt(0, num) for num in sizes}
     plans |= {"short": steps.prompt(short, num_asked), "long": steps.prompt(long, num_asked)}
+    loads = tuple(BlockCopy(CPU, number, GPU, number) for number in range(NUM_COPIED_BLOCKS))
+    stores = tuple(BlockCopy(GPU, number, CPU, number) for number in range(NUM_COPIED_BLOCKS))
+    plans |= {
+        "store": replace(steps.prompt(0, 1), swap_outs=stores),
+        "load": replace(steps.prompt(0, 1), swap_ins=loads),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in plans}
     for number in tqdm(range(repeats + 1), desc="prompts", unit="round", disable=not sys.stderr.isatty()):
         for name, plan in plans.items():
@@ -116,8 +139,13 @@ def _measure_prompts(executor: Executor, chunk_size: int, window: int, repeats: 
                 seconds[name].append(took_s)
     steps.end()
     mean = {name: statistics.mean(values) for name, values in seconds.items()}
-    pair_s = max(0.0, mean["long"] - mean["short"]) / (num_asked * (long - short))
-    return _Prompts({num: max(1e-9, mean[f"tokens {num}"] - pair_s * num * (num + 1) / 2) for num in sizes}, pair_s)
+    copies_s = [max(1e-9, mean[name] - mean["tokens 1"]) / NUM_COPIED_BLOCKS for name in ("load", "store")]
+    return _Prompts(
+        {num: mean[f"tokens {num}"] for num in sizes},
+        num_asked,
+        max(0.0, mean["long"] - mean["short"]) / (long - short),
+        *copies_s,
+    )
 
 
 class _Steps:
@@ -145,17 +173,51 @@ class _Steps:
 # -- decodes, as a client sees them ------------------------------------------------------------------------------------
 
 
+class _WatchedExecutor:
+    """Notes when steps begin; the executor itself in all else."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.begun_s: list[float] = []
+        self._executor = executor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._executor, name)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.begun_s.append(time.perf_counter())
+        return self._executor.execute(plan)
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        self.begun_s.append(time.perf_counter())
+        return self._executor.submit(plan)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decodes:
+    """As StepTable has them."""
+
+    decodes_s: dict[int, float]
+    context_token_s: float
+    request_s: float
+
+
 async def _measure_decodes(
-    engine: AsyncEngine, sizes: Sequence[int], vocab_size: int, long_context: int, repeats: int
-) -> tuple[dict[int, float], float]:
-    """(decodes_s, context_token_s), as StepTable has them. Shuts the engine down."""
+    engine: AsyncEngine, executor: _WatchedExecutor, sizes: Sequence[int], long_context: int, repeats: int
+) -> _Decodes:
+    """Shuts the engine down."""
+    vocab_size = executor.facts.model.vocab_size
     num_long = max(size for size in sizes if size <= NUM_DECODES)
     cases = [*((num, SHORT_CONTEXT) for num in sizes), (num_long, long_context)]
     timed_steps: dict[tuple[int, int], list[tuple[float, float]]] = {case: [] for case in cases}
+    begun_after_s = []
     try:
         await _time_decodes(engine, 1, SHORT_CONTEXT, vocab_size)  # warms up
         for _ in tqdm(range(repeats), desc="decodes", unit="round", disable=not sys.stderr.isatty()):
             for num, context_len in cases:
+                executor.begun_s.clear()
+                sent_s = time.perf_counter()
+                await _time_decodes(engine, 1, NUM_PROMPT_TOKENS, vocab_size, num_steps=1)
+                begun_after_s.append(executor.begun_s[0] - sent_s)
                 timed_steps[num, context_len].append(await _time_decodes(engine, num, context_len, vocab_size))
     finally:
         await engine.shutdown()
@@ -168,13 +230,15 @@ async def _measure_decodes(
     for num in sizes:
         step_s, num_tokens = means[num, SHORT_CONTEXT]
         decodes_s[num] = max(1e-9, step_s - context_token_s * num_tokens)
-    return decodes_s, context_token_s
+    return _Decodes(decodes_s, context_token_s, statistics.mean(begun_after_s))
 
 
-async def _time_decodes(engine: AsyncEngine, num: int, context_len: int, vocab_size: int) -> tuple[float, float]:
+async def _time_decodes(
+    engine: AsyncEngine, num: int, context_len: int, vocab_size: int, num_steps: int = NUM_STEPS
+) -> tuple[float, float]:
     """(seconds of a step of so many decodes, tokens that these attend to together), each request with a prompt of its own."""
     num_prompt_steps = -(-num * context_len // MIN_WINDOW) + 1
-    max_tokens = NUM_STEPS + num_prompt_steps
+    max_tokens = num_steps + num_prompt_steps
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     rng = random.Random(num)
     stamps: list[list[float]] = [[] for _ in range(num)]

@@ -16,6 +16,7 @@ class StepWork(NamedTuple):
     num_decodes, decode_context_len: segments of one token, and the tokens that these attend to, all together.
     num_prompt_tokens, num_prompt_pairs: tokens of other segments, and the pairs (token, token that it attends to).
     num_swap_ins, num_evictions, num_swap_outs: blocks; evictions come before anything else of the step.
+    prompt_context_len: tokens in front of the segments of prompts, all together. num_starts: requests that begin.
     """
 
     num_decodes: int = 0
@@ -25,10 +26,12 @@ class StepWork(NamedTuple):
     num_swap_ins: int = 0
     num_evictions: int = 0
     num_swap_outs: int = 0
+    prompt_context_len: int = 0
+    num_starts: int = 0
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepWork:
-        num_decodes = decode_context_len = num_tokens = num_pairs = 0
+        num_decodes = decode_context_len = num_tokens = num_pairs = prompt_context_len = 0
         for segment in plan.segments:
             if segment.token_ids is None:
                 num_decodes += 1
@@ -37,6 +40,7 @@ class StepWork(NamedTuple):
                 num = len(segment.token_ids)
                 num_tokens += num
                 num_pairs += num * segment.start + num * (num + 1) // 2
+                prompt_context_len += segment.start
         return cls(
             num_decodes,
             decode_context_len,
@@ -45,6 +49,8 @@ class StepWork(NamedTuple):
             len(plan.swap_ins),
             len(plan.evictions),
             len(plan.swap_outs),
+            prompt_context_len,
+            len(plan.starts),
         )
 
 

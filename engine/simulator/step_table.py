@@ -24,7 +24,9 @@ class StepTable:
     decodes_s: number of requests -> seconds from one step to the next if each of them decodes, context left out, with all
         that the engine does between two steps. Both ascend, with at least two numbers.
     pair_s: more for each pair (token, token that it attends to) of prompts.
-    context_token_s: more for each token that a decode attends to.
+    context_token_s: more for each token that a decode attends to: the pair, and reading the token's KV, which all tokens of a
+        prompt do together.
+    request_s: more for each request that begins with the step, for what is done before it is scheduled.
     load_s, store_s: of one block.
     chunk_size, bytes_per_block: of these.
     overlaps_copies: copies go beside the computation, as on a GPU; else behind it, on the same cores.
@@ -37,6 +39,7 @@ class StepTable:
     decodes_s: dict[int, float]
     pair_s: float
     context_token_s: float
+    request_s: float
     load_s: float
     store_s: float
     overlaps_copies: bool
@@ -44,6 +47,9 @@ class StepTable:
     def step_time(self, work: StepWork) -> float:
         num_decodes = work.num_decodes
         compute_s = work.num_prompt_pairs * self.pair_s + work.decode_context_len * self.context_token_s
+        compute_s += (
+            work.prompt_context_len * max(0.0, self.context_token_s - self.pair_s) + work.num_starts * self.request_s
+        )
         if work.num_prompt_tokens:
             # Tokens are computed alike. What decodes add is a row of logits and a text each, and what goes with any step.
             compute_s += _interpolate(self.num_tokens_s, num_decodes + work.num_prompt_tokens)

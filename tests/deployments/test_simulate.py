@@ -178,6 +178,7 @@ def test_measured_steps_take_the_place_of_a_device(tmp_path):
         decodes_s={1: 0.5, 2: 0.5},
         pair_s=0.0,
         context_token_s=0.0,
+        request_s=0.0,
         load_s=0.01,
         store_s=0.01,
         overlaps_copies=False,

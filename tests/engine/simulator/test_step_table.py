@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 
 from engine import cli
+from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
+from engine.core.request import SamplingParams
 from engine.errors import ConfigError
 from engine.simulator.step_cost import StepWork
 from engine.simulator.step_table import StepTable
@@ -18,6 +20,7 @@ TABLE = StepTable(
     decodes_s={1: 1.1, 2: 1.3, 8: 1.6},
     pair_s=0.001,
     context_token_s=0.01,
+    request_s=0.05,
     load_s=0.25,
     store_s=0.5,
     overlaps_copies=False,
@@ -32,6 +35,11 @@ TABLE = StepTable(
         (StepWork(14, 0), 1.9),  # as from 2 to 8
         (StepWork(0, 0, 10, 500), 1.3 + 1.2 * 6 / 12 + 0.5 + 0.1),  # what goes with a step of one decode, too
         (StepWork(4, 10, 16), 2.5 + 4 * 0.1 + 0.1 + (1.4 - 1.3)),  # as from 4 to 16, and what four decodes add
+        # KV in front of prompts is read once for all of their tokens
+        (
+            StepWork(0, 0, 10, 500, prompt_context_len=100, num_starts=2),
+            1.9 + 0.5 + 0.1 + 100 * (0.01 - 0.001) + 2 * 0.05,
+        ),
         (StepWork(num_swap_ins=4), 1.0),
         (StepWork(4, 0, num_swap_ins=4, num_swap_outs=1, num_evictions=2), 1.0 + 1.4 + 1.0 + 0.5),
     ],
@@ -76,9 +84,29 @@ def test_a_model_is_measured(tmp_path, capsys):
     assert list(table.decodes_s) == [1, 2, 3, 4, 6]
     assert min(*table.num_tokens_s.values(), *table.decodes_s.values()) > 0
     assert min(table.pair_s, table.context_token_s) >= 0
-    assert min(table.load_s, table.store_s) > 0
+    assert min(table.load_s, table.store_s, table.request_s) > 0
     assert not table.overlaps_copies
     assert str(path) in capsys.readouterr().out
+
+
+def test_the_work_of_a_step_is_counted():
+    """Two prompts, one of which goes on behind 40 tokens, and a decode; two requests begin with it."""
+    starts = tuple(RequestStart(name, 50, 50, SamplingParams(), (), (0,)) for name in "ab")
+    segments = (
+        QuerySegment("a", 40, tuple(range(10)), samples=True),
+        QuerySegment("b", 0, (1, 2, 3)),
+        QuerySegment("c", 99, None, samples=True),
+    )
+    plan = StepPlan(0, segments, starts, swap_ins=(BlockCopy("cpu", 1, "gpu", 2),))
+    assert StepWork.of(plan) == StepWork(
+        num_decodes=1,
+        decode_context_len=100,
+        num_prompt_tokens=13,
+        num_prompt_pairs=10 * 40 + 55 + 6,
+        num_swap_ins=1,
+        prompt_context_len=40,
+        num_starts=2,
+    )
 
 
 def test_a_window_that_is_too_small_is_refused(tmp_path, capsys):
