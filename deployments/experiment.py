@@ -64,9 +64,10 @@ class Case:
     num_ingresses: each knows the loads by itself. network: between replicas, see NetworkSpec. drain_s: so long a replica that
     drains hands over at most; graceful_shutdown_timeout_s, less the two seconds that it needs to end.
     duration_s, warm_up_s: of the simulated time; turns that are sent in the warm-up do not count. disk: bytes a second and
-    seconds of a disk tier. steps: a file of `pensieve profile --steps`, which then says how long steps take. processes: that
-    share one simulation, in windows of time (engine/simulator/windows.py), any number of them with the same figures. None =
-    one, without windows. axes: what sets it apart from the other cases, by the options' names. name: the same in words.
+    seconds of a disk tier. steps: a file of `pensieve profile --steps`, which then says how long steps take, or `distserve`.
+    processes: that share one simulation, in windows of time (engine/simulator/windows.py), any number of them with the same
+    figures. None = one, without windows. axes: what sets it apart from the other cases, by the options' names. name: the same
+    in words.
     """
 
     engine: EngineConfig

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from deployments.experiment import Case
 from deployments.simulated_routing import Affinity, PriceOfMoving
-from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.config import CPU_PREFILL_BATCH_TOKENS, CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.tier_table import TierSpec, peer_tier
 from engine.errors import ConfigError
 from engine.own_policy import load_policy
-from engine.simulator.devices import GIB
+from engine.simulator.devices import DEVICES, GIB, MODELS
+from engine.simulator.distserve import DistServe
 from engine.simulator.network import NetworkSpec
 from engine.simulator.routing import LeastLoaded, PowerOfTwo, Router
 from engine.simulator.simulator import Cluster, LinkSpec
@@ -26,6 +27,8 @@ from engine.workloads.sources import load_workload, parse_options
 
 # What a device keeps for activations and graphs, in bytes.
 ACTIVATIONS_BYTES = 3 * GIB
+# Instead of a file of steps: step times that were measured by others.
+DISTSERVE = "distserve"
 # As the disk tier says of itself.
 DISK_MAX_WAIT_S, DISK_REWRITE_S = 10.0, 3600.0
 # Sessions are drawn, for arrivals at a rate, until this many times as many as are expected to start.
@@ -34,14 +37,8 @@ MARGIN = 1.2
 
 def make_cluster(case: Case, seed: int) -> Cluster:
     """Raises ConfigError if a tier would have no block."""
-    engine, shape, device = case.engine, case.model_shape, case.device
-    bytes_per_block = shape.kv_bytes_per_token * engine.chunk_size
-    cost: StepCost = Roofline(shape, device, bytes_per_block)
-    if case.steps is not None:
-        table = StepTable.load(Path(case.steps))
-        scale = engine.chunk_size / table.chunk_size
-        cost = replace(table, chunk_size=engine.chunk_size, load_s=table.load_s * scale, store_s=table.store_s * scale)
-        bytes_per_block = table.bytes_per_block * scale
+    engine = case.engine
+    cost, bytes_per_block = make_cost(case)
     num_gpu_blocks = engine.num_gpu_blocks or int(_gpu_tier_bytes(case) / bytes_per_block)
     if num_gpu_blocks < 1:
         raise ConfigError(
@@ -78,7 +75,12 @@ def make_cluster(case: Case, seed: int) -> Cluster:
         slow_tiers=tuple(slow),
     )
     window = num_gpu_blocks * engine.chunk_size
-    scheduling = SchedulingConfig.of(engine, max_model_len=min(engine.max_model_len or window, window))
+    is_on_cpu = isinstance(cost, StepTable) and not cost.overlaps_copies
+    scheduling = SchedulingConfig.of(
+        engine,
+        max_model_len=min(engine.max_model_len or window, window),
+        prefill_batch_tokens=engine.prefill_batch_tokens or (CPU_PREFILL_BATCH_TOKENS if is_on_cpu else None),
+    )
     return Cluster(
         make_core=partial(EngineCore, cache, scheduling),
         cost=cost,
@@ -91,6 +93,23 @@ def make_cluster(case: Case, seed: int) -> Cluster:
         num_ingresses=case.num_ingresses,
         changes=case.changes,
     )
+
+
+def make_cost(case: Case) -> tuple[StepCost, float]:
+    """The cost of steps, and bytes of a block. Raises ConfigError."""
+    shape, device, chunk_size = case.model_shape, case.device, case.engine.chunk_size
+    bytes_per_block = shape.kv_bytes_per_token * chunk_size
+    if case.steps is None:
+        return Roofline(shape, device, bytes_per_block), bytes_per_block
+    if case.steps == DISTSERVE:
+        if (shape, device) != (MODELS["opt-13b"], DEVICES["a100-80gb"]):
+            raise ConfigError(
+                "DistServe's step times are those of opt-13b on one a100-80gb; simulate these, or leave `steps` out",
+                param="steps",
+            )
+        return DistServe(bytes_per_block), bytes_per_block
+    table = StepTable.load(Path(case.steps)).with_chunks_of(chunk_size)
+    return table, table.bytes_per_block
 
 
 def make_network(case: Case) -> NetworkSpec | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 
 from engine.config import EngineConfig
-from engine.core.config import CacheConfig, SchedulingConfig
+from engine.core.config import CPU_PREFILL_BATCH_TOKENS, CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.executor_protocol import Executor
 from engine.core.tier_table import TierSpec
@@ -17,9 +17,6 @@ from engine.own_policy import load_policy
 from engine.profile import choose_max_swap_outs, load_cost_model
 
 logger = logging.getLogger(__name__)
-
-# See EngineConfig.prefill_batch_tokens: a CPU's matrix kernels are at their full speed with some dozens of rows.
-CPU_PREFILL_BATCH_TOKENS = 128
 
 
 def make_core(config: EngineConfig, executor: Executor, slow_tiers: tuple[TierSpec, ...] = ()) -> EngineCore:

@@ -16,6 +16,9 @@ from engine.core.retention import HINT_MODES
 from engine.core.tier_table import TierSpec, tier_row
 from engine.options import Option
 
+# SchedulingOptions.prefill_batch_tokens of a CPU: its matrix kernels are at their full speed with some dozens of rows.
+CPU_PREFILL_BATCH_TOKENS = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions:

@@ -16,6 +16,7 @@ class StepWork(NamedTuple):
     num_decodes, decode_context_len: segments of one token, and the tokens that these attend to, all together.
     num_prompt_tokens, num_prompt_pairs: tokens of other segments, and the pairs (token, token that it attends to).
     num_swap_ins, num_evictions, num_swap_outs: blocks; evictions come before anything else of the step.
+    prompt_context_len: tokens in front of the segments of prompts, all together. num_starts: requests that begin.
     """
 
     num_decodes: int = 0
@@ -25,10 +26,12 @@ class StepWork(NamedTuple):
     num_swap_ins: int = 0
     num_evictions: int = 0
     num_swap_outs: int = 0
+    prompt_context_len: int = 0
+    num_starts: int = 0
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepWork:
-        num_decodes = decode_context_len = num_tokens = num_pairs = 0
+        num_decodes = decode_context_len = num_tokens = num_pairs = prompt_context_len = 0
         for segment in plan.segments:
             if segment.token_ids is None:
                 num_decodes += 1
@@ -37,6 +40,7 @@ class StepWork(NamedTuple):
                 num = len(segment.token_ids)
                 num_tokens += num
                 num_pairs += num * segment.start + num * (num + 1) // 2
+                prompt_context_len += segment.start
         return cls(
             num_decodes,
             decode_context_len,
@@ -45,6 +49,8 @@ class StepWork(NamedTuple):
             len(plan.swap_ins),
             len(plan.evictions),
             len(plan.swap_outs),
+            prompt_context_len,
+            len(plan.starts),
         )
 
 
@@ -83,12 +89,17 @@ class Roofline:
         self.overhead_s = device.step_overhead_s
         self._layer_share = 1 / model.num_layers
 
-    def step_time(self, work: StepWork) -> float:
-        num_decodes, context_len, num_prompt_tokens, num_pairs, num_swap_ins, num_evictions, num_swap_outs = work
-        num_tokens = num_decodes + num_prompt_tokens
-        compute_s = num_pairs * self.pair_s + context_len * self.context_token_s
+    def compute_time(self, work: StepWork) -> float:
+        """Of what a step computes, in seconds, without the constant that goes with each step."""
+        compute_s = work.num_prompt_pairs * self.pair_s + work.decode_context_len * self.context_token_s
+        num_tokens = work.num_decodes + work.num_prompt_tokens
         if num_tokens:
             compute_s += max(self.weights_s, num_tokens * self.token_s)
+        return compute_s
+
+    def step_time(self, work: StepWork) -> float:
+        compute_s = self.compute_time(work)
+        num_swap_ins, num_evictions, num_swap_outs = work.num_swap_ins, work.num_evictions, work.num_swap_outs
         if not (num_swap_ins or num_evictions or num_swap_outs):
             return compute_s + self.overhead_s
         if num_swap_ins:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from engine.core.cache.cost_model import CostModel
@@ -15,30 +16,47 @@ from engine.simulator.step_cost import StepWork
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTable:
-    """A step's time by what it computes; medians, in seconds.
+    """A step's time by what it computes; means, in seconds.
 
     measured_on: model, dtype, device and processor, in words.
-    num_tokens_s: number of tokens -> seconds of a step that computes so many, attention left out; ascending, at least two.
-    pair_s: more for each pair (token, token that it attends to) of prompts. context_token_s: more for each token that a
-    decode attends to. load_s, store_s: of one block. chunk_size, bytes_per_block: of these. overlaps_copies: copies go beside
-    the computation, as on a GPU; else behind it, on the same cores.
+    num_tokens_s: number of tokens -> seconds of a step that computes a prompt of so many, attention left out, in the executor
+        alone.
+    decodes_s: number of requests -> seconds from one step to the next if each of them decodes, context left out, with all
+        that the engine does between two steps. Both ascend, with at least two numbers.
+    pair_s: more for each pair (token, token that it attends to) of prompts.
+    context_token_s: more for each token that a decode attends to: the pair, and reading the token's KV, which all tokens of a
+        prompt do together.
+    request_s: more for each request that begins with the step, for what is done before it is scheduled.
+    load_s, store_s: of one block.
+    chunk_size, bytes_per_block: of these.
+    overlaps_copies: copies go beside the computation, as on a GPU; else behind it, on the same cores.
     """
 
     measured_on: str
     chunk_size: int
     bytes_per_block: int
     num_tokens_s: dict[int, float]
+    decodes_s: dict[int, float]
     pair_s: float
     context_token_s: float
+    request_s: float
     load_s: float
     store_s: float
     overlaps_copies: bool
 
     def step_time(self, work: StepWork) -> float:
-        num_tokens = work.num_decodes + work.num_prompt_tokens
+        num_decodes = work.num_decodes
         compute_s = work.num_prompt_pairs * self.pair_s + work.decode_context_len * self.context_token_s
-        if num_tokens:
-            compute_s += self._interpolate(num_tokens)
+        compute_s += (
+            work.prompt_context_len * max(0.0, self.context_token_s - self.pair_s) + work.num_starts * self.request_s
+        )
+        if work.num_prompt_tokens:
+            # Tokens are computed alike. What decodes add is a row of logits and a text each, and what goes with any step.
+            compute_s += _interpolate(self.num_tokens_s, num_decodes + work.num_prompt_tokens)
+            beside = max(1, num_decodes)
+            compute_s += _interpolate(self.decodes_s, beside) - _interpolate(self.num_tokens_s, beside)
+        elif num_decodes:
+            compute_s += _interpolate(self.decodes_s, num_decodes)
         copies = (work.num_swap_ins * self.load_s, work.num_swap_outs * self.store_s)
         beside_s = max(compute_s, *copies) if self.overlaps_copies else compute_s + sum(copies)
         return work.num_evictions * self.store_s + beside_s
@@ -58,15 +76,16 @@ class StepTable:
         (n1, s1), (n2, s2) = list(self.num_tokens_s.items())[-2:]
         return (s2 - s1) / (n2 - n1)
 
-    def _interpolate(self, num_tokens: int) -> float:
-        """Linear between two numbers that were measured; beyond the last one as between the last two."""
-        sizes = list(self.num_tokens_s)
-        if num_tokens <= sizes[0]:
-            return self.num_tokens_s[sizes[0]]
-        right = min(bisect_right(sizes, num_tokens), len(sizes) - 1)
-        n1, n2 = sizes[right - 1], sizes[right]
-        s1, s2 = self.num_tokens_s[n1], self.num_tokens_s[n2]
-        return s1 + (s2 - s1) * (num_tokens - n1) / (n2 - n1)
+    def with_chunks_of(self, chunk_size: int) -> StepTable:
+        """The same for blocks of another size."""
+        scale = chunk_size / self.chunk_size
+        return replace(
+            self,
+            chunk_size=chunk_size,
+            bytes_per_block=round(self.bytes_per_block * scale),
+            load_s=self.load_s * scale,
+            store_s=self.store_s * scale,
+        )
 
     def save(self, path: Path) -> None:
         """As JSON. Raises ConfigError."""
@@ -82,12 +101,30 @@ class StepTable:
         """Raises ConfigError if the file is no such table."""
         try:
             data = json.loads(path.read_text())
-            sizes = {int(num): float(seconds) for num, seconds in data.pop("num_tokens_s").items()}
-            table = cls(num_tokens_s=dict(sorted(sizes.items())), **data)
-            if len(sizes) < 2:
-                raise ValueError("fewer than two sizes of a step")
+            data |= {name: _ascending(data[name]) for name in ("num_tokens_s", "decodes_s")}
+            table = cls(**data)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(
                 f"{path} is no table of steps ({error}); make one with `pensieve profile --steps FILE`", param="steps"
             ) from error
         return table
+
+
+def _ascending(seconds: Mapping[str, float]) -> dict[int, float]:
+    """As JSON has it. Raises ValueError."""
+    if len(seconds) < 2:
+        raise ValueError("fewer than two sizes of a step")
+    return dict(sorted((int(num), float(value)) for num, value in seconds.items()))
+
+
+def _interpolate(seconds: Mapping[int, float], num: int) -> float:
+    """Linear between two numbers that were measured; beyond the last one as between the last two."""
+    if num in seconds:
+        return seconds[num]
+    sizes = list(seconds)
+    if num <= sizes[0]:
+        return seconds[sizes[0]]
+    right = min(bisect_right(sizes, num), len(sizes) - 1)
+    n1, n2 = sizes[right - 1], sizes[right]
+    s1, s2 = seconds[n1], seconds[n2]
+    return s1 + (s2 - s1) * (num - n1) / (n2 - n1)

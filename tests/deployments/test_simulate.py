@@ -175,8 +175,10 @@ def test_measured_steps_take_the_place_of_a_device(tmp_path):
         chunk_size=32,
         bytes_per_block=1 << 20,
         num_tokens_s={1: 0.5, 2: 0.5},
+        decodes_s={1: 0.5, 2: 0.5},
         pair_s=0.0,
         context_token_s=0.0,
+        request_s=0.0,
         load_s=0.01,
         store_s=0.01,
         overlaps_copies=False,
@@ -186,7 +188,18 @@ def test_measured_steps_take_the_place_of_a_device(tmp_path):
     cluster = make_cluster(cases[0], 0)
     assert cluster.cost.step_time(StepWork(2, 100)) == 0.5
     assert cluster.cost.step_time(StepWork(num_swap_ins=1)) == 0.02, "blocks of 64 tokens"
-    assert cluster.make_core().cache_config.num_gpu_blocks == 10 * 2**30 // 2**21
+    core = cluster.make_core()
+    assert core.cache_config.num_gpu_blocks == 10 * 2**30 // 2**21
+    assert core.scheduling_config.prefill_batch_tokens == 128, "as the engine has it on a CPU"
+
+
+def test_distserves_step_times_are_those_of_one_model_on_one_device(tmp_path):
+    (case, *_), _ = read_cases(write(tmp_path, EXPERIMENT), {"steps": "distserve"})
+    assert make_cluster(case, 0).cost.step_time(StepWork(1, 101)) == pytest.approx(0.020036, abs=1e-6)
+    for other in ({"model_shape": "llama-3.1-8b"}, {"device": "h100-80gb"}):
+        (case, *_), _ = read_cases(write(tmp_path, EXPERIMENT), {"steps": "distserve", **other})
+        with pytest.raises(ConfigError, match="opt-13b on one a100-80gb"):
+            make_cluster(case, 0)
 
 
 def test_load_may_be_given_for_each_replica(tmp_path):

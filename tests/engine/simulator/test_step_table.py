@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 
 from engine import cli
+from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
+from engine.core.request import SamplingParams
 from engine.errors import ConfigError
 from engine.simulator.step_cost import StepWork
 from engine.simulator.step_table import StepTable
@@ -15,8 +17,10 @@ TABLE = StepTable(
     chunk_size=16,
     bytes_per_block=1000,
     num_tokens_s={1: 1.0, 4: 1.3, 16: 2.5},
+    decodes_s={1: 1.1, 2: 1.3, 8: 1.6},
     pair_s=0.001,
     context_token_s=0.01,
+    request_s=0.05,
     load_s=0.25,
     store_s=0.5,
     overlaps_copies=False,
@@ -26,12 +30,18 @@ TABLE = StepTable(
 @pytest.mark.parametrize(
     ("work", "seconds"),
     [
-        (StepWork(1, 100), 1.0 + 1.0),
-        (StepWork(4, 0), 1.3),
-        (StepWork(0, 0, 10, 500), 1.3 + 1.2 * 6 / 12 + 0.5),
-        (StepWork(16, 0, 4), 2.5 + 4 * 0.1),  # as from 4 to 16
+        (StepWork(1, 100), 1.1 + 1.0),
+        (StepWork(4, 0), 1.4),
+        (StepWork(14, 0), 1.9),  # as from 2 to 8
+        (StepWork(0, 0, 10, 500), 1.3 + 1.2 * 6 / 12 + 0.5 + 0.1),  # what goes with a step of one decode, too
+        (StepWork(4, 10, 16), 2.5 + 4 * 0.1 + 0.1 + (1.4 - 1.3)),  # as from 4 to 16, and what four decodes add
+        # KV in front of prompts is read once for all of their tokens
+        (
+            StepWork(0, 0, 10, 500, prompt_context_len=100, num_starts=2),
+            1.9 + 0.5 + 0.1 + 100 * (0.01 - 0.001) + 2 * 0.05,
+        ),
         (StepWork(num_swap_ins=4), 1.0),
-        (StepWork(4, 0, num_swap_ins=4, num_swap_outs=1, num_evictions=2), 1.0 + 1.3 + 1.0 + 0.5),
+        (StepWork(4, 0, num_swap_ins=4, num_swap_outs=1, num_evictions=2), 1.0 + 1.4 + 1.0 + 0.5),
     ],
 )
 def test_a_step_takes_what_lies_between_the_measured_ones(work, seconds):
@@ -40,7 +50,7 @@ def test_a_step_takes_what_lies_between_the_measured_ones(work, seconds):
 
 def test_copies_go_beside_the_computation_where_the_device_can():
     work = StepWork(4, 0, num_swap_ins=4, num_swap_outs=1, num_evictions=2)
-    assert replace(TABLE, overlaps_copies=True).step_time(work) == pytest.approx(1.0 + 1.3)
+    assert replace(TABLE, overlaps_copies=True).step_time(work) == pytest.approx(1.0 + 1.4)
 
 
 def test_a_chunk_costs_what_it_adds_to_a_large_step():
@@ -54,7 +64,8 @@ def test_a_saved_table_is_the_same_and_anything_else_is_refused(tmp_path):
     TABLE.save(path)
     assert StepTable.load(path) == TABLE
     data = json.loads(path.read_text())
-    for wrong in ({**data, "num_tokens_s": {"1": 1.0}}, {"chunk_size": 16}, [1], {**data, "more": 1}):
+    of_before = {name: value for name, value in data.items() if name != "decodes_s"}
+    for wrong in ({**data, "num_tokens_s": {"1": 1.0}}, of_before, {"chunk_size": 16}, [1], {**data, "more": 1}):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ConfigError, match="pensieve profile --steps"):
             StepTable.load(path)
@@ -64,13 +75,41 @@ def test_a_saved_table_is_the_same_and_anything_else_is_refused(tmp_path):
 
 def test_a_model_is_measured(tmp_path, capsys):
     path = tmp_path / "steps.json"
-    options = ["--model", "embedded", "--num-threads", "1", "--max-model-len", "256", "--chunk-size", "16"]
+    options = ["--model", "embedded", "--num-threads", "1", "--max-model-len", "128", "--chunk-size", "16"]
+    options += ["--max-num-seqs", "6"]
     assert cli.main(["profile", *options, "--steps", str(path)]) == 0
     table = StepTable.load(path)
     assert "embedded" in table.measured_on
-    assert list(table.num_tokens_s) == [1, 2, 4, 8, 16, 32, 64, 128]
-    assert min(table.num_tokens_s.values()) > 0
+    assert list(table.num_tokens_s) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
+    assert list(table.decodes_s) == [1, 2, 3, 4, 6]
+    assert min(*table.num_tokens_s.values(), *table.decodes_s.values()) > 0
     assert min(table.pair_s, table.context_token_s) >= 0
-    assert min(table.load_s, table.store_s) > 0
+    assert min(table.load_s, table.store_s, table.request_s) > 0
     assert not table.overlaps_copies
     assert str(path) in capsys.readouterr().out
+
+
+def test_the_work_of_a_step_is_counted():
+    """Two prompts, one of which goes on behind 40 tokens, and a decode; two requests begin with it."""
+    starts = tuple(RequestStart(name, 50, 50, SamplingParams(), (), (0,)) for name in "ab")
+    segments = (
+        QuerySegment("a", 40, tuple(range(10)), samples=True),
+        QuerySegment("b", 0, (1, 2, 3)),
+        QuerySegment("c", 99, None, samples=True),
+    )
+    plan = StepPlan(0, segments, starts, swap_ins=(BlockCopy("cpu", 1, "gpu", 2),))
+    assert StepWork.of(plan) == StepWork(
+        num_decodes=1,
+        decode_context_len=100,
+        num_prompt_tokens=13,
+        num_prompt_pairs=10 * 40 + 55 + 6,
+        num_swap_ins=1,
+        prompt_context_len=40,
+        num_starts=2,
+    )
+
+
+def test_a_window_that_is_too_small_is_refused(tmp_path, capsys):
+    options = ["--model", "embedded", "--num-threads", "1", "--max-model-len", "100"]
+    assert cli.main(["profile", *options, "--steps", str(tmp_path / "steps.json")]) == 1
+    assert "a window of 100 tokens is too small" in capsys.readouterr().err

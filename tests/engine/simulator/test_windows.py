@@ -10,7 +10,7 @@ from engine.core.engine_core import EngineCore
 from engine.core.tier_table import TierSpec
 from engine.errors import ConfigError
 from engine.simulator.devices import DEVICES, MODELS
-from engine.simulator.handover import NetworkSpec
+from engine.simulator.network import NetworkSpec
 from engine.simulator.outcome import Outcome
 from engine.simulator.routing import LeastLoaded, PowerOfTwo
 from engine.simulator.simulator import LOADS_PERIOD_S, Change, Cluster, LinkSpec, Simulator
