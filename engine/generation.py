@@ -66,4 +66,9 @@ class Generation:
     @property
     def conversation_id(self) -> str | None:
         """The session's name among all tenants'; None = no conversation."""
-        return None if self.session_id is None else f"{self.tenant.tenant_id}\n{self.session_id}"
+        return None if self.session_id is None else conversation_name(self.tenant, self.session_id)
+
+
+def conversation_name(tenant: Tenant, session_id: str) -> str:
+    """A session's name among all tenants'."""
+    return f"{tenant.tenant_id}\n{session_id}"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from engine.core.retention import NEUTRAL_PRIORITY, KeptSpan, RetentionHint
+from engine.core.retention import NEUTRAL_PRIORITY, KeptSpan, RetentionHint, RetentionOutcome
 from engine.text.comparisons import SYSTEM, TOOLS, CacheComparison, Loss
 from engine.text.output import OutputDelta
 
@@ -75,25 +76,29 @@ def hint_report(deltas: Sequence[OutputDelta]) -> dict[str, Any]:
 
     expires_at: Unix time in seconds.
     """
-    reports = []
-    for delta in deltas:
-        if delta.retention is None:
-            continue
-        outcome, reason = delta.retention.outcome, delta.retention.reason
-        if delta.num_lost_marks and outcome != "refused":
-            outcome, reason = "clipped", reason or LOST_MARKS
-        reports.append((OUTCOMES.index(outcome), reason, delta.retention.num_tokens, delta.retention.until_s))
-    if not reports:
+    outcomes = [_with_lost_marks(delta) for delta in deltas if delta.retention is not None]
+    if not outcomes:
         return {}
-    worst = max(reports, key=lambda report: report[0])
-    ends = [until_s for *_, until_s in reports if until_s is not None]
+    worst = max(outcomes, key=lambda each: OUTCOMES.index(each.outcome))
+    ends = [each.until_s for each in outcomes if each.until_s is not None]
+    whole = replace(worst, num_tokens=sum(each.num_tokens for each in outcomes), until_s=min(ends) if ends else None)
+    return {"prompt_cache_hint": outcome_report(whole)}
+
+
+def _with_lost_marks(delta: OutputDelta) -> RetentionOutcome:
+    assert delta.retention is not None
+    if not delta.num_lost_marks or delta.retention.outcome == "refused":
+        return delta.retention
+    return replace(delta.retention, outcome="clipped", reason=delta.retention.reason or LOST_MARKS)
+
+
+def outcome_report(outcome: RetentionOutcome) -> dict[str, Any]:
+    """What came of one hint, as hint_report tells it."""
     return {
-        "prompt_cache_hint": {
-            "outcome": OUTCOMES[worst[0]],
-            "reason": worst[1] or None,
-            "kept_tokens": sum(num_tokens for _, _, num_tokens, _ in reports),
-            "expires_at": int(min(ends)) if ends else None,
-        }
+        "outcome": outcome.outcome,
+        "reason": outcome.reason or None,
+        "kept_tokens": outcome.num_tokens,
+        "expires_at": None if outcome.until_s is None else int(outcome.until_s),
     }
 
 

@@ -86,22 +86,24 @@ class CacheComparison:
         """Tokens that are the same and were computed."""
         return sum(loss.num_tokens for loss in self.losses)
 
-    def with_losses(self, num_cached: int, misses: Sequence[Miss], now: float) -> CacheComparison:
+    def with_losses(self, num_cached: int, misses: Sequence[Miss], now: float, chunk_size: int) -> CacheComparison:
         """The same with what became of the tokens that both begin with.
 
         num_cached: tokens of the prompt that were cached. misses: why which tokens were computed, as far as it is known.
         now: on the clock of the misses.
+        chunk_size: what two contexts share are whole chunks; nothing of another one can be lost.
         """
+        num_shared = self.num_same // chunk_size * chunk_size
         found: dict[str, tuple[int, float | None]] = {}
         for miss in misses:
-            num_tokens = min(miss.end, self.num_same) - miss.start
+            num_tokens = min(miss.end, num_shared) - miss.start
             if num_tokens > 0:
                 num_before, ago_s = found.get(miss.reason, (0, None))
                 if miss.time_s is not None:  # of several the latest
                     ago_s = now - miss.time_s if ago_s is None else min(ago_s, now - miss.time_s)
                 found[miss.reason] = num_before + num_tokens, ago_s
-        if not misses and num_cached < self.num_same:
-            found["unknown"] = self.num_same - num_cached, None
+        if not misses and num_cached < num_shared:
+            found["unknown"] = num_shared - num_cached, None
         losses = (Loss(reason, *what) for reason, what in found.items())
         return replace(self, losses=tuple(sorted(losses, key=lambda loss: -loss.num_tokens)))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from engine.core.retention import Miss, RetentionHint, RetentionOutcome
@@ -103,6 +104,13 @@ class OutputDelta:
     num_lost_marks: int = 0
     comparison: CacheComparison | None = None
     misses: tuple[Miss, ...] = ()
+
+
+def with_unix_time(outcome: RetentionOutcome) -> RetentionOutcome:
+    """The same with its end as Unix time: an engine's clock means nothing elsewhere."""
+    if outcome.until_s is None:
+        return outcome
+    return replace(outcome, until_s=time.time() + outcome.until_s - time.monotonic())
 
 
 def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.plan import Logprobs
 from engine.core.request import FinishReason, Request
-from engine.core.retention import RetentionHint, RetentionOutcome
+from engine.core.retention import RetentionHint
 from engine.dialogue.events import ParsedAnswer
 from engine.errors import EngineError
 from engine.grammar.interface import CompiledGrammar
@@ -24,7 +24,7 @@ from engine.grammar.thinking import ThinkingScanner
 from engine.text.comparisons import CacheComparison, RecentContext, RecentContexts
 from engine.text.detokenizer import Detokenizer
 from engine.text.logprobs import token_logprob
-from engine.text.output import OutputDelta, TokenLogprob, merge_deltas
+from engine.text.output import OutputDelta, TokenLogprob, merge_deltas, with_unix_time
 from engine.text.tokenizer import Tokenizer
 from engine.text.transcript import ChunkNames, ConversationTable, Transcript
 from engine.text.turns import REASONS, RecognisedChat
@@ -211,18 +211,17 @@ class OutputProcessor:
         return replace(
             delta,
             transcript=transcript,
-            retention=_with_unix_time(request.retention_outcome),
+            retention=None if request.retention_outcome is None else with_unix_time(request.retention_outcome),
             num_lost_marks=stream.num_lost_marks,
         )
 
-    @staticmethod
-    def _explain(stream: Stream, num_cached_tokens: int) -> None:
+    def _explain(self, stream: Stream, num_cached_tokens: int) -> None:
         """With the first token: why which tokens of the prompt were computed, if it is compared with another one."""
         if stream.comparison is not None and not stream.is_explained:
             stream.is_explained = True
-            stream.comparison = stream.comparison.with_losses(
-                num_cached_tokens, stream.request.misses, time.monotonic()
-            )
+            size = self._core.cache_config.chunk_size
+            misses = stream.request.misses
+            stream.comparison = stream.comparison.with_losses(num_cached_tokens, misses, time.monotonic(), size)
 
     def _logprobs(self, output: RequestOutput, detokenizer: Detokenizer) -> tuple[TokenLogprob, ...]:
         if output.logprobs is None:
@@ -279,13 +278,6 @@ class OutputProcessor:
                 loop.call_soon_threadsafe(_put_all, batch)
             except RuntimeError:  # that loop is closed, so no consumer is left there
                 logger.debug("an event loop closed before its requests ended")
-
-
-def _with_unix_time(outcome: RetentionOutcome | None) -> RetentionOutcome | None:
-    """With its end as Unix time: the engine's clock means nothing elsewhere."""
-    if outcome is None or outcome.until_s is None:
-        return outcome
-    return replace(outcome, until_s=time.time() + outcome.until_s - time.monotonic())
 
 
 def _put_all(batch: Sequence[tuple[Stream, Item]]) -> None:
