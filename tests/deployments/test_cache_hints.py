@@ -37,7 +37,8 @@ ASK = [{"role": "user", "content": FACT}]
 async def app(tmp_path: Path) -> AsyncIterator[FastAPI]:
     here = EngineHere(EngineConfig.from_options(OPTIONS), stream_interval_s=0.0)
     tenants = tuple(
-        TenantConfig(id=name, api_keys_sha256=(hash_key(key),)) for name, key in zip(("acme", "zeta"), KEYS, strict=True)
+        TenantConfig(id=name, api_keys_sha256=(hash_key(key),))
+        for name, key in zip(("acme", "zeta"), KEYS, strict=True)
     )
     config = IngressConfig(store_url=f"sqlite:///{tmp_path / 'c.db'}", tenants=tenants)
     application = create_app(here, config, ingress_id="ingress-1")
