@@ -226,6 +226,7 @@ def test_export(notebook: Notebook) -> None:
     assert notebook.states == {
         ("num_requests_running",): 0,
         ("num_requests_waiting",): 0,
+        ("hinted_tokens",): 0,
         ("kv_blocks", "gpu", "free"): 4,
         ("kv_blocks", "gpu", "used"): 0,
         ("kv_blocks", "gpu", "pinned"): 0,
