@@ -9,6 +9,7 @@ from collections.abc import AsyncIterable
 from dataclasses import KW_ONLY, dataclass
 
 from engine.cache_view import CacheView
+from engine.core.retention import ConversationCache, RetentionOutcome
 from engine.errors import PensieveError
 from engine.generation import Generation
 from engine.text.output import OutputDelta
@@ -91,6 +92,15 @@ class ReplicaCache:
 
     replica_rank: int
     view: CacheView
+
+
+@dataclass(frozen=True, slots=True)
+class KeptConversation:
+    """What the engine replica of that rank has cached of a conversation, and what came of a hint; its end is a Unix time."""
+
+    replica_rank: int
+    cache: ConversationCache
+    outcome: RetentionOutcome | None = None
 
 
 @dataclass(frozen=True, slots=True)

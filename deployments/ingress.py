@@ -28,10 +28,12 @@ from deployments.cluster.coalesced import Coalesced
 from deployments.cluster.replica_count import replica_count
 from deployments.completions.routes import add_completion_routes
 from deployments.completions.tokens import add_token_routes
+from deployments.conversation_cache import add_conversation_cache_routes
 from deployments.generation import (
     CacheHold,
     GenerationItem,
     GenerationRequest,
+    KeptConversation,
     ModelCard,
     ReplicaCache,
 )
@@ -56,7 +58,9 @@ from deployments.store.conversation_store import ConversationStore
 from deployments.store.url import read_password
 from deployments.tenants import TenantConfig, WatchedTenants
 from engine.cache_view import CacheQuery
+from engine.core.retention import RetentionHint
 from engine.paths import data_folder, private_folder
+from engine.tenant import Tenant
 
 # How often readiness asks the engines and the store, at most, in seconds: that needs no key.
 READY_PERIOD_S = 1.0
@@ -82,6 +86,10 @@ class Engine(Protocol):
     async def map_cache(self, query: CacheQuery) -> list[ReplicaCache]: ...
 
     async def hold_back(self, hold: CacheHold) -> list[int]: ...
+
+    async def keep(
+        self, tenant: Tenant, session_id: str, hint: RetentionHint | None, *, even_unknown: bool = False
+    ) -> KeptConversation | None: ...
 
 
 class IngressConfig(IngressOptions):
@@ -206,7 +214,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_allowed_origins,
-            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_methods=("GET", "HEAD", "POST", "PATCH", "DELETE"),
             allow_headers=("*",),
             expose_headers=(IGNORED_HEADER, "x-pensieve-replica", "x-pensieve-ingress", "x-request-id", "retry-after"),
         )
@@ -215,7 +223,9 @@ def create_app(
     add_token_routes(app, gate, admission, engine)
     add_message_routes(app, gate, admission, engine, ingress_id)
     add_response_routes(app, gate, ResponsesApi(admission, upkeep, engine.choose_session_id))
-    add_conversation_routes(app, gate, ConversationsApi(admission, upkeep, engine.choose_session_id))
+    conversations = ConversationsApi(admission, upkeep, engine.choose_session_id)
+    add_conversation_routes(app, gate, conversations)
+    add_conversation_cache_routes(app, gate, admission, engine, conversations.get)
     add_cache_routes(app, gate, engine, demo=config.demo)
     if config.page:
         add_page(app)

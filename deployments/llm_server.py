@@ -26,6 +26,7 @@ from deployments.generation import (
     ErrorItem,
     GenerationItem,
     GenerationRequest,
+    KeptConversation,
     ModelCard,
     ReplicaCache,
 )
@@ -35,9 +36,10 @@ from deployments.routing.peers import Member, Peers
 from deployments.routing.session_router import RANK
 from engine.cache_view import CacheQuery
 from engine.config import EngineConfig
+from engine.core.retention import ConversationCache, RetentionHint
 from engine.errors import EngineStoppedError, PensieveError
 from engine.peer_network import PeerNetwork
-from engine.text.output import OutputDelta, merge_deltas
+from engine.text.output import OutputDelta, merge_deltas, with_unix_time
 
 if TYPE_CHECKING:
     from engine.async_engine import AsyncEngine
@@ -198,6 +200,22 @@ class LLMServer:
     async def map_cache(self, query: CacheQuery) -> ReplicaCache:
         """Where the chunks are, for watchers. Raises EngineStoppedError."""
         return ReplicaCache(self.replica_rank(), await self._engine.map_cache(query))
+
+    async def keep(
+        self, conversation_id: str, hint: RetentionHint | None, *, even_unknown: bool = False
+    ) -> KeptConversation | None:
+        """Keeps a conversation as the hint says, or only looks at it; None if it is not known here.
+
+        even_unknown: it may come later. Raises EngineStoppedError.
+        """
+        found = await self._engine.cache_state(conversation_id)
+        if found is None and not even_unknown:
+            return None
+        outcome = None
+        if hint is not None:
+            outcome = with_unix_time(await self._engine.retain(conversation_id, hint))
+            found = await self._engine.cache_state(conversation_id)
+        return KeptConversation(self.replica_rank(), found or ConversationCache(0, {}, hint), outcome)
 
     async def hold_back(self, hold: CacheHold) -> int:
         """Makes the tiers smaller, or gives back what was taken; returns the rank. Raises EngineStoppedError."""

@@ -106,6 +106,10 @@ METRICS = (
         "Conversations between engine replicas, by event",
         ("event",),
     ),
+    MetricDefinition(
+        "counter", "pensieve_cache_hints_total", "Hints on what is worth keeping, by outcome", ("outcome",)
+    ),
+    MetricDefinition("gauge", "pensieve_hinted_tokens", "Tokens that hints keep now"),
     MetricDefinition("gauge", "pensieve_tier_usable", "Whether a slow tier works: 1 or 0", ("tier",)),
     ROUTER_DECISIONS,
 )
@@ -119,6 +123,7 @@ class Series:
     values: tuple[str, ...] = ()
 
 
+HINT_OUTCOMES = ("accepted", "clipped", "refused")
 # Where in the engine's statistics each counter is.
 _COUNTS: dict[Series, str] = {
     Series("pensieve_requests_total", ("finished",)): "num_finished",
@@ -146,6 +151,8 @@ def read_counters(statistics: Statistics) -> dict[Series, float]:
         counts[Series("pensieve_evictions_total", tuple(reason.split("_", 1)))] = count
     for reason, count in statistics["recomputed_tokens"].items():
         counts[Series("pensieve_changed_history_tokens_total", (reason,))] = count
+    for outcome in HINT_OUTCOMES:
+        counts[Series("pensieve_cache_hints_total", (outcome,))] = statistics["retention"][outcome]
     for event, count in statistics.get("handover_conversations", {}).items():
         counts[Series("pensieve_handover_conversations_total", (event,))] = count
     for name, key, suffix in (
@@ -170,6 +177,7 @@ def read_gauges(statistics: Statistics) -> dict[Series, int]:
     gauges = {
         Series("pensieve_num_requests_running"): statistics["num_requests_running"],
         Series("pensieve_num_requests_waiting"): statistics["num_requests_waiting"],
+        Series("pensieve_hinted_tokens"): statistics["retention"]["num_kept_tokens"],
     }
     for tier in statistics["tiers"]:
         free, used = statistics[f"num_{tier}_blocks_free"], idle[tier] + (idle[BOTH] if tier in FAST_TIERS else 0)

@@ -16,6 +16,7 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from deployments.cache_map import HoldBody, MapQuery
 from deployments.completions.requests import ChatCompletionBody, CompletionBody
 from deployments.completions.tokens import DetokenizeBody, TokenizeBody
+from deployments.conversation_cache import CacheHintBody
 from deployments.http.parsing import Body, Query
 from deployments.messages.requests import CountTokensBody, MessagesBody
 from deployments.responses.conversation_requests import (
@@ -123,6 +124,9 @@ class _Operation:
 
 _RESPONSE = _object("response", "id", "created_at", "status", "model", "output")
 _CONVERSATION = _object("conversation", "id", "created_at", "metadata")
+_CONVERSATION_CACHE = _object(
+    "conversation.cache", "id", "replica", "tokens", "cached_tokens", "cached_tokens_by_tier", "hint"
+)
 _ITEM = _fields("id", "type", "status")
 _CACHE_MAP = _object("cache.map", "operator", "demo", "replicas")
 _MESSAGE = ("id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage")
@@ -204,6 +208,15 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         "Replace a conversation's metadata", _CONVERSATION, _STORE, body=ConversationUpdateBody
     ),
     ("DELETE", "/v1/conversations/{conversation_id}"): _Operation("Delete a conversation", _DELETED, _STORE),
+    ("GET", "/v1/conversations/{conversation_id}/cache"): _Operation(
+        "What is cached of a conversation", _CONVERSATION_CACHE, (*_STORE, 429)
+    ),
+    ("PATCH", "/v1/conversations/{conversation_id}/cache"): _Operation(
+        "Say how long a conversation is worth keeping in the cache",
+        _CONVERSATION_CACHE,
+        (*_STORE, 429),
+        body=CacheHintBody,
+    ),
     ("GET", "/v1/conversations/{conversation_id}/items"): _Operation(
         "The items of a conversation", _LIST, _STORE, query=ListQuery
     ),

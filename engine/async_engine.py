@@ -49,6 +49,7 @@ from engine.peer_network import PeerNetwork
 from engine.retention import ConversationRetention
 from engine.statistics_log import StatisticsLog
 from engine.step_loop import StepLoop, choose_look_ahead
+from engine.text.comparisons import NOT_FOUND, CacheComparison
 from engine.text.logprobs import check_prompt_logprobs, tell_prompt_in_time
 from engine.text.output import OutputDelta, ToldPrompt
 from engine.text.output_processor import OutputProcessor, Stream
@@ -326,7 +327,7 @@ class AsyncEngine:
         """The prompt as token ids."""
         beginning = generation.beginning
         if beginning is not None and beginning.prompt is not None:
-            return self._prompts.take_prompt(generation.prompt, beginning.prompt)
+            return self._prompts.take_prompt(generation.prompt, beginning.prompt, generation.cache_wish)
         if generation.conversation_id is not None and generation.beginning is None:
             await self._kept.recall(generation.conversation_id)
         return await self._prompts.encode(
@@ -336,6 +337,7 @@ class AsyncEngine:
             conversation_id=generation.conversation_id if generation.beginning is None else None,
             history=generation.history,
             room=self.max_model_len - (generation.sampling.max_tokens or 1),
+            wish=generation.cache_wish,
         )
 
     async def _encode_only(self, generation: Generation) -> OutputDelta:
@@ -379,6 +381,7 @@ class AsyncEngine:
         sampling = self._limit_thinking(sampling, span)
         if sampling.seed is None and not sampling.is_greedy:
             sampling = replace(sampling, seed=secrets.randbits(62))
+        hint = generation.retention or prompt.retention
         request = Request(
             generation.request_id,
             prompt.transcript.token_ids,
@@ -394,7 +397,7 @@ class AsyncEngine:
                 generation.tenant.tenant_id,
                 self._core.cache_config.chunk_size,
             ),
-            retention=generation.retention or self._retention.hint_for(generation.conversation_id),
+            retention=hint or self._retention.hint_for(generation.conversation_id),
             is_prewarm=generation.prewarms,
             explains_misses=generation.explains_misses,
         )
@@ -416,7 +419,18 @@ class AsyncEngine:
             tools = generation.tool_choice.offered(generation.prompt.tools)
             stream.read_answer = lambda text: parse_answer(answer_format.parser(tools), text)
         stream.recomputed = prompt.recomputed
+        stream.hint, stream.num_lost_marks = hint, prompt.num_lost_marks
+        if generation.cache_wish.compared_to is not None:
+            stream.comparison = await self._compare(generation, prompt)
         return stream, prompt
+
+    async def _compare(self, generation: Generation, prompt: EncodedPrompt) -> CacheComparison:
+        """The prompt with the context of the earlier request that is named; a stranger's is not found."""
+        tenant, compared_to = generation.tenant, generation.cache_wish.compared_to or ""
+        context = self._outputs.recent.find(tenant.tenant_id, compared_to)
+        if context is None:
+            return NOT_FOUND
+        return await self._prompts.compare(context, prompt, generation.prompt, tenant)
 
     def _limit_thinking(self, sampling: SamplingParams, span: ThinkingSpan | None) -> SamplingParams:
         """The same, with the limit of thinking as the executor keeps it. A model that does not think keeps any limit."""

@@ -8,6 +8,7 @@ from engine.core.request import SamplingParams
 from engine.core.retention import RetentionHint
 from engine.dialogue.tools import AS_THE_MODEL_LIKES, ToolChoice
 from engine.tenant import LOCAL_TENANT, Tenant
+from engine.text.cache_marks import NO_WISH, CacheWish
 from engine.text.prompt import AnswerBeginning, Prompt
 from engine.text.transcript import Transcript
 
@@ -32,10 +33,12 @@ class Generation:
     beginning: an answer to go on from; counts of the deltas include it, their texts and tokens do not.
     clamps_max_tokens: if the window leaves less than max_tokens, the answer may have what it leaves; else that is an error.
     only_encodes: nothing is computed: the one delta counts the prompt's tokens, and brings them if they were asked for.
-    retention: what is to be kept of the context; None = what was said of the conversation, if anything was.
+    spells_prompt: with only_encodes, the delta has the text of the prompt's tokens, and their names.
+    cache_wish: how long the KV of the context is to be kept, and what it is to be compared with.
+    retention: the same in tokens; it counts instead of the wish and what is marked in messages. If neither says anything,
+        what was said of the conversation holds.
     prewarms: nothing is generated: the context is only computed or loaded, while nothing else is to be done.
     explains_misses: the first delta is to say why tokens of the prompt were computed.
-    spells_prompt: with only_encodes, the delta has the text of the prompt's tokens, and their names.
     """
 
     request_id: str
@@ -55,6 +58,7 @@ class Generation:
     clamps_max_tokens: bool = False
     only_encodes: bool = False
     spells_prompt: bool = False
+    cache_wish: CacheWish = NO_WISH
     retention: RetentionHint | None = None
     prewarms: bool = False
     explains_misses: bool = False
@@ -62,4 +66,9 @@ class Generation:
     @property
     def conversation_id(self) -> str | None:
         """The session's name among all tenants'; None = no conversation."""
-        return None if self.session_id is None else f"{self.tenant.tenant_id}\n{self.session_id}"
+        return None if self.session_id is None else conversation_name(self.tenant, self.session_id)
+
+
+def conversation_name(tenant: Tenant, session_id: str) -> str:
+    """A session's name among all tenants'."""
+    return f"{tenant.tenant_id}\n{session_id}"

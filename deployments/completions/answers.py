@@ -15,7 +15,7 @@ from deployments.completions.logprobs import CompletionLogprobs, chat_logprobs, 
 from deployments.completions.requests import ChatCompletionBody, CompletionBody
 from deployments.generation import ErrorItem
 from deployments.http.answer_reader import AnswerReader, made_call_id
-from deployments.http.cache_details import cache_details
+from deployments.http.cache_details import cache_details, diagnostics, hint_report, write_details
 from deployments.http.errors import error_body
 from deployments.http.event_stream import DONE, sse_event
 from engine.dialogue.events import Arguments, CallStart, Event, Reasoning, Text, gather
@@ -61,8 +61,11 @@ class _Envelope(ABC):
 
     def events(self, delta: OutputDelta, index: int = 0) -> str:
         """All chunks in one message, because each message has its price."""
-        said = "".join(map(sse_event, self.chunks(delta, index)))
+        chunks = self.chunks(delta, index)
         self._num_open -= delta.finish_reason is not None
+        if not self._num_open and chunks:
+            chunks[-1] |= self._cache_report()
+        said = "".join(map(sse_event, chunks))
         if self._num_open:
             return said
         return said + (sse_event(self.usage_chunk()) if self._body.include_usage else "") + DONE
@@ -77,9 +80,20 @@ class _Envelope(ABC):
         self._latest[index] = delta
         return is_first
 
+    def _firsts(self) -> list[OutputDelta]:
+        """The latest of the first answer to each prompt."""
+        return [delta for index, delta in self._latest.items() if index % self._body.n == 0]
+
+    def _cache_report(self) -> dict[str, Any]:
+        """Beside the choices: what came of hints, and of a comparison with an earlier request."""
+        firsts = self._firsts()
+        compared = [delta.comparison for delta in firsts if delta.comparison is not None]
+        told = hint_report(firsts)
+        return told | ({"prompt_cache_diagnostics": diagnostics(compared[0])} if compared else {})
+
     def _usage(self) -> dict[str, Any]:
         """Each prompt counts once, and all answers do. cached_tokens is there also when it is 0."""
-        firsts = [delta for index, delta in self._latest.items() if index % self._body.n == 0]
+        firsts = self._firsts()
         num_prompt_tokens = sum(delta.num_prompt_tokens for delta in firsts)
         num_output_tokens = sum(delta.num_output_tokens for delta in self._latest.values())
         num_cached_tokens = sum(delta.num_cached_tokens for delta in firsts)
@@ -87,7 +101,11 @@ class _Envelope(ABC):
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_output_tokens,
             "total_tokens": num_prompt_tokens + num_output_tokens,
-            "prompt_tokens_details": {"cached_tokens": num_cached_tokens, **cache_details(firsts)},
+            "prompt_tokens_details": {
+                "cached_tokens": num_cached_tokens,
+                **write_details(firsts),
+                **cache_details(firsts),
+            },
         }
         if num_reasoning_tokens := sum(delta.num_reasoning_tokens for delta in self._latest.values()):
             usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning_tokens}
@@ -110,6 +128,7 @@ class ChatFormat(_Envelope):
     def whole(self, *deltas: OutputDelta) -> dict[str, Any]:
         choices = [self._whole_choice(delta, index) for index, delta in enumerate(deltas)]
         answer = {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
+        answer |= self._cache_report()
         if self._body.return_token_ids:
             answer["prompt_token_ids"] = list(deltas[0].prompt_token_ids)
         if self._body.prompt_logprobs is not None and deltas[0].told_prompt is not None:
@@ -206,7 +225,12 @@ class CompletionFormat(_Envelope):
 
     def whole(self, *deltas: OutputDelta) -> dict[str, Any]:
         choices = [self._choice(delta, index) for index, delta in enumerate(deltas)]
-        return {**self._head, "object": "text_completion", "choices": choices, "usage": self._usage()}
+        return {
+            **self._head,
+            "object": "text_completion",
+            "choices": choices,
+            "usage": self._usage(),
+        } | self._cache_report()
 
     def chunks(self, delta: OutputDelta, index: int = 0) -> list[dict[str, Any]]:
         choice = self._choice(delta, index)

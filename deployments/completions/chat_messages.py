@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from deployments.http.cache_hints import BreakablePart, Markable, part_marks
 from deployments.http.function_tools import MAX_CALLS, Function, Name
 from deployments.http.generation_body import MAX_MESSAGES
 from deployments.http.parsing import MAX_NAME_CHARS, Body
@@ -25,9 +26,9 @@ from engine.dialogue import messages as dialogue
 from engine.dialogue import tools as dialogue_tools
 
 MESSAGE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"audio": (), "function_call": ()}
-# What is not for the model: the content once more, from OpenAI's client; where it came from; what to cache.
-MESSAGE_IGNORED = frozenset({"annotations", "cache_control", "parsed", "prompt_cache_breakpoint"})
-PART_IGNORED = frozenset({"annotations", "cache_control", "logprobs", "prompt_cache_breakpoint"})
+# What is not for the model: the content once more, from OpenAI's client; where it came from.
+MESSAGE_IGNORED = frozenset({"annotations", "parsed"})
+PART_IGNORED = frozenset({"annotations", "logprobs"})
 
 
 PART_TYPES = ("text", "input_text", "output_text", "refusal")
@@ -40,7 +41,7 @@ def _check_part_type(kind: Any) -> Any:
     return kind
 
 
-class ChatTextPart(Body):
+class ChatTextPart(BreakablePart):
     """A part of a message's content, under the names that OpenAI's two APIs have for a text."""
 
     ignored = PART_IGNORED
@@ -90,15 +91,15 @@ class CalledFunction(Body):
 class MessageCall(Body):
     """A call that an assistant's message made."""
 
-    ignored = frozenset({"cache_control", "index"})
+    ignored = frozenset({"index"})
 
     id: Name
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class Message(Body):
-    """One message of the conversation."""
+class Message(BreakablePart):
+    """One message of the conversation. A mark on it is one on all of it."""
 
     not_implemented = MESSAGE_NOT_IMPLEMENTED
     ignored = MESSAGE_IGNORED
@@ -151,7 +152,14 @@ class Message(Body):
             dialogue.ToolCall(call.function.name, call.function.arguments or "{}", call.id) for call in self.tool_calls
         )
         reasoning = self.reasoning_content or self.reasoning or ""
-        return dialogue.Message(role, self.text, reasoning, calls, self.tool_call_id or "", self.name or "")
+        name = self.name or ""
+        return dialogue.Message(role, self.text, reasoning, calls, self.tool_call_id or "", name, self._cache_marks())
+
+    def _cache_marks(self) -> tuple[dialogue.CacheMark, ...]:
+        if not isinstance(self.content, list):
+            return self.marks()
+        parts = [(part, part.text or part.refusal or "") for part in self.content]
+        return (*part_marks(parts, ends_message=not self.tool_calls), *self.marks())
 
 
 def check_continued(messages: Sequence[Message], *, opens_answer: bool | None) -> None:
@@ -169,10 +177,8 @@ def check_continued(messages: Sequence[Message], *, opens_answer: bool | None) -
     raise PydanticCustomError("invalid", problem, {"param": "continue_final_message"})
 
 
-class ToolDefinition(Body):
+class ToolDefinition(Markable):
     """A tool; only functions are."""
-
-    ignored = frozenset({"cache_control"})
 
     type: Literal["function"]
     function: Function

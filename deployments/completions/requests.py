@@ -13,7 +13,7 @@ Everything in a body is done, or listed here as ignored, or named as unknown. Kn
                      whole answer); prompt as token ids, or a list of prompts;
                      session_id, conversation, conversation_id and prompt_cache_key name the session
     rejected, unless *_NOT_IMPLEMENTED below, with the values that ask for nothing and therefore pass
-    ignored          CHOICES_IGNORED in choices_body.py: they change nothing in the answer (labels, hints for caching)
+    ignored          CHOICES_IGNORED in choices_body.py: they change nothing in the answer (labels)
     anything else    unknown: ignored by name, or rejected with strict_parameters
 
 null is the same as absent everywhere. Roles: system, developer (the same), user, assistant, tool, function (the same).
@@ -37,6 +37,7 @@ from deployments.completions.chat_messages import (
 )
 from deployments.completions.choices_body import CHOICES_NOT_IMPLEMENTED, MAX_N, MAX_PROMPTS, ChoicesBody
 from deployments.generation import ErrorItem
+from deployments.http.cache_hints import with_tools_marks
 from deployments.http.function_tools import MAX_TOOLS, check_tools
 from deployments.http.generation_body import MAX_MESSAGES, TemplateKwargs, TokenId, TokenLimit, as_limit
 from engine.core.request import MAX_LOGPROBS, SamplingParams
@@ -148,7 +149,7 @@ class ChatCompletionBody(ChoicesBody):
             reasoning_effort=self.reasoning_effort,
             enable_thinking=None if self.reasoning_effort is None else self.reasoning_effort != "none",
         )
-        messages = tuple(message.value() for message in self.messages)
+        messages = with_tools_marks([message.value() for message in self.messages], self.tools)
         return ChatPrompt(
             messages,
             tools=self._tools(),

@@ -13,23 +13,23 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.generation import ErrorItem, GenerationRequest
+from deployments.http.cache_hints import PromptCacheOptions, wish_of
 from deployments.http.parsing import MAX_NAME_CHARS, Body
 from engine.core.grammar import GrammarSpec
 from engine.core.request import MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 from engine.dialogue.tools import AS_THE_MODEL_LIKES, Tool, ToolChoice
 from engine.tenant import Tenant
+from engine.text.cache_marks import CacheWish
 from engine.text.prompt import Prompt
 from engine.text.transcript import Transcript
 
-# What changes no answer: labels for a service's own books; hints about caching, which follows use here; hints about speed;
-# and verbosity, which models learn from their prompts. docs/http_api.md has them one by one.
+# What changes no answer: labels for a service's own books; hints about speed; and verbosity, which models learn from their
+# prompts. docs/http_api.md has them one by one.
 IGNORED = frozenset(
     {
         "metadata",
         "prediction",
         "priority",
-        "prompt_cache_options",
-        "prompt_cache_retention",
         "request_id",
         "safety_identifier",
         "service_tier",
@@ -118,6 +118,8 @@ class GenerationBody(Body):
         ),
     ] = None
     prompt_cache_key: SessionKey | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
@@ -163,7 +165,20 @@ class GenerationBody(Body):
             history=history,
             returns_transcript=returns_transcript,
             clamps_max_tokens=self.clamps_max_tokens,
+            cache_wish=self.cache_wish,
+            prewarms=self.is_prewarm,
+            explains_misses=self.cache_wish.compared_to is not None,
         )
+
+    @property
+    def cache_wish(self) -> CacheWish:
+        """What is to become of the context in the cache, besides what is marked in messages."""
+        return wish_of(self.prompt_cache_options, self.prompt_cache_retention)
+
+    @property
+    def is_prewarm(self) -> bool:
+        """Whether the prompt is only to be cached, and no answer is wanted."""
+        return self.prompt_cache_options is not None and self.prompt_cache_options.prewarm
 
     @property
     def num_choices(self) -> int:

@@ -13,7 +13,8 @@ from pydantic_core import from_json
 
 from deployments.generation import ErrorItem
 from deployments.http.answer_reader import AnswerReader, made_call_id
-from deployments.http.cache_details import cache_details
+from deployments.http.cache_details import cache_details, hint_report, message_diagnostics, written_spans
+from deployments.http.cache_hints import TTL_S
 from deployments.http.event_stream import sse_event
 from deployments.messages.errors import error_body
 from deployments.messages.requests import MessagesBody
@@ -31,21 +32,26 @@ PIECES = {
 }
 
 
-def message_usage(delta: OutputDelta, *, asks_to_cache: bool) -> dict[str, Any]:
+def message_usage(delta: OutputDelta) -> dict[str, Any]:
     """The prompt's tokens in three counts, whose sum is all of them.
 
-    asks_to_cache: the request marked something for the cache; then what was computed counts as written to it.
+    What was computed of the part that is marked for the cache counts as written to it, by the time that it is to be kept.
     """
-    num_computed = delta.num_prompt_tokens - delta.num_cached_tokens
+    written = {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0}
+    for span, num_tokens in written_spans(delta):
+        written[f"ephemeral_{'5m' if (span.ttl_s or 0) < TTL_S['1h'] else '1h'}_input_tokens"] += num_tokens
+    num_written = sum(written.values())
     usage: dict[str, Any] = {
-        "input_tokens": 0 if asks_to_cache else num_computed,
-        "cache_creation_input_tokens": num_computed if asks_to_cache else 0,
+        "input_tokens": delta.num_prompt_tokens - delta.num_cached_tokens - num_written,
+        "cache_creation_input_tokens": num_written,
         "cache_read_input_tokens": delta.num_cached_tokens,
         "output_tokens": delta.num_output_tokens,
     }
+    if delta.hint is not None:
+        usage["cache_creation"] = written
     if delta.num_reasoning_tokens:
         usage["output_tokens_details"] = {"thinking_tokens": delta.num_reasoning_tokens}
-    return usage | cache_details([delta])
+    return usage | cache_details([delta]) | hint_report([delta])
 
 
 class MessageFormat:
@@ -55,7 +61,6 @@ class MessageFormat:
         self._answer_id = answer_id
         self._request_id = request_id
         self._body = body
-        self._asks_to_cache = body.asks_to_cache
         self._reader = AnswerReader(body.offered_tools)
         self._is_first = True
         self._num_blocks = 0  # begun so far
@@ -80,7 +85,7 @@ class MessageFormat:
         told += self._block_events(delta)
         if delta.finish_reason is not None:
             ended = {"stop_reason": self._stop_reason(delta), "stop_sequence": delta.stop_string}
-            told.append({"type": "message_delta", "delta": ended, "usage": self._usage(delta)})
+            told.append({"type": "message_delta", "delta": ended, "usage": message_usage(delta)})
             told.append({"type": "message_stop"})
         return "".join(sse_event(event, event["type"]) for event in told)
 
@@ -98,14 +103,14 @@ class MessageFormat:
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
-            "usage": self._usage(delta),
+            "usage": message_usage(delta),
+            **({} if delta.comparison is None else {"diagnostics": message_diagnostics(delta.comparison)}),
         }
-
-    def _usage(self, delta: OutputDelta) -> dict[str, Any]:
-        return message_usage(delta, asks_to_cache=self._asks_to_cache)
 
     def _stop_reason(self, delta: OutputDelta) -> str:
         """Clients make the calls of an answer that ends with "tool_use": all of them have to be whole."""
+        if not self._body.max_tokens:
+            return "max_tokens"
         if delta.stop_string is not None:
             return "stop_sequence"
         if delta.finish_reason == "length":

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from deployments.http.cache_hints import Markable, MarkablePart, part_marks
 from deployments.http.function_tools import MAX_CALLS, Name
 from deployments.http.generation_body import MAX_MESSAGES
 from deployments.http.parsing import MAX_NAME_CHARS, Body
@@ -53,20 +54,14 @@ def _as_blocks(content: Any) -> Any:
     return content
 
 
-class Part(Body):
-    """A part of a request, which may be marked for the cache. Everything is cached here anyway."""
-
-    cache_control: dict[str, Any] | None = None
-
-
-class TextBlock(Part):
+class TextBlock(MarkablePart):
     ignored = frozenset({"citations", "parsed_output"})
 
     type: Literal["text"]
     text: str
 
 
-class ThinkingBlock(Part):
+class ThinkingBlock(Markable):
     """What the assistant thought. signature: see signatures.py; empty = the client has none."""
 
     type: Literal["thinking"]
@@ -74,7 +69,7 @@ class ThinkingBlock(Part):
     signature: str = ""
 
 
-class RedactedThinkingBlock(Part):
+class RedactedThinkingBlock(Markable):
     """Thinking that another server keeps to itself; nothing of it can be read here."""
 
     ignored = frozenset({"data"})
@@ -82,7 +77,7 @@ class RedactedThinkingBlock(Part):
     type: Literal["redacted_thinking"]
 
 
-class ToolUseBlock(Part):
+class ToolUseBlock(Markable):
     """A call that the assistant made."""
 
     ignored = frozenset({"caller", "toolset_name"})
@@ -100,7 +95,7 @@ TextBlocks = Annotated[list[Annotated[TextBlock, _check_type("text")]], Field(ma
 Texts = Annotated[TextBlocks, BeforeValidator(_as_blocks, json_schema_input_type=str | TextBlocks)]
 
 
-class ToolResultBlock(Part):
+class ToolResultBlock(MarkablePart):
     """What a call gave."""
 
     ignored = frozenset({"toolset_name"})
@@ -112,8 +107,10 @@ class ToolResultBlock(Part):
 
     def message(self, tool_name: str) -> dialogue.Message:
         """Chat templates have no place for an error, so the text says it."""
-        text = (ERROR_PREFIX if self.is_error else "") + joined(self.content)
-        return dialogue.Message("tool", text, tool_call_id=self.tool_use_id, name=tool_name)
+        prefix = ERROR_PREFIX if self.is_error else ""
+        marks = (*text_marks(self.content, start=len(prefix)), *self.marks())
+        text = prefix + joined(self.content)
+        return dialogue.Message("tool", text, tool_call_id=self.tool_use_id, name=tool_name, cache_marks=marks)
 
 
 Block = Annotated[
@@ -123,7 +120,7 @@ Block = Annotated[
     _check_type("text", "thinking", "redacted_thinking", "tool_use", "tool_result"),
 ]
 Blocks = Annotated[list[Block], Field(max_length=MAX_BLOCKS, fail_fast=True)]
-ROLES: Mapping[type[Part], str] = {
+ROLES: Mapping[type[Body], str] = {
     ThinkingBlock: "assistant",
     RedactedThinkingBlock: "assistant",
     ToolUseBlock: "assistant",
@@ -131,7 +128,7 @@ ROLES: Mapping[type[Part], str] = {
 }
 
 
-class Message(Part):
+class Message(Body):
     """One message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
@@ -154,19 +151,16 @@ def joined(blocks: Iterable[TextBlock]) -> str:
     return "\n".join(block.text for block in blocks)
 
 
-def system_text(blocks: Sequence[TextBlock]) -> str:
-    """Of a system prompt; without the line about billing, and without blocks that say nothing."""
-    texts = [block.text for block in blocks]
-    texts[:1] = map(without_billing_line, texts[:1])
-    return "\n".join(filter(None, texts))
+def text_marks(blocks: Iterable[TextBlock], *, start: int = 0) -> tuple[dialogue.CacheMark, ...]:
+    """What is marked for the cache in a content of `start` other characters and these blocks, joined."""
+    return part_marks([(block, block.text) for block in blocks], start=start, separator="\n")
 
 
-def marked(parts: Iterable[Part]) -> bool:
-    """Whether a part is marked for the cache, or one within it."""
-    return any(
-        part.cache_control is not None or (isinstance(part, (Message, ToolResultBlock)) and marked(part.content))
-        for part in parts
-    )
+def system_message(blocks: Sequence[TextBlock]) -> dialogue.Message | None:
+    """Without the line about billing, and without blocks that say nothing; None = nothing is said."""
+    shown = [block.model_copy(update={"text": without_billing_line(block.text)}) for block in blocks[:1]]
+    said = [block for block in (*shown, *blocks[1:]) if block.text]
+    return dialogue.Message("system", joined(said), cache_marks=text_marks(said)) if said else None
 
 
 def dialogue_messages(messages: Sequence[Message], model: str) -> Iterator[dialogue.Message]:
@@ -186,13 +180,17 @@ def dialogue_messages(messages: Sequence[Message], model: str) -> Iterator[dialo
                 block.thinking for block in blocks if isinstance(block, ThinkingBlock) and _is_own(block, model)
             )
             # An answer's blocks are pieces of one text: joined, they are what was generated.
-            yield dialogue.Message(role, "".join(block.text for block in texts), "".join(thoughts), calls)
+            others = [block for block in blocks if isinstance(block, Markable)]
+            marks = part_marks([(block, block.text) for block in texts], ends_message=not calls)
+            marks += tuple(mark for block in others for mark in block.marks())
+            text = "".join(block.text for block in texts)
+            yield dialogue.Message(role, text, "".join(thoughts), calls, cache_marks=marks)
             continue
         results = [block for block in blocks if isinstance(block, ToolResultBlock)]
         for result in results:
             yield result.message(names.get(result.tool_use_id, ""))
         if texts or not results:
-            yield dialogue.Message(role, joined(texts))
+            yield dialogue.Message(role, joined(texts), cache_marks=text_marks(texts))
 
 
 def _is_own(block: ThinkingBlock, model: str) -> bool:

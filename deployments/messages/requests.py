@@ -1,11 +1,12 @@
 """The bodies of Anthropic's Messages API as this server takes them.
 
     implemented      model, messages, system, max_tokens, stop_sequences, temperature, top_p, top_k, stream, tools,
-                     tool_choice, thinking, output_config (effort, format) and its older name output_format
+                     tool_choice, thinking, output_config (effort, format) and its older name output_format,
+                     cache_control, diagnostics
     beyond it        what chat has: seed, min_p, repetition_penalty, presence_penalty, frequency_penalty, min_tokens,
                      ignore_eos, stop_token_ids, timeout; session_id, conversation and prompt_cache_key name the session
     rejected         blocks that are not text, tools that run on Anthropic's servers, mcp_servers
-    ignored          IGNORED, and each part's own; cache_control only says how usage is told
+    ignored          IGNORED, and each part's own
     anything else    as in all bodies: ignored and told, or rejected with strict_parameters
 
 null is the same as absent everywhere. Knows no HTTP library, no engine and no Ray.
@@ -22,17 +23,19 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.http import generation_body
+from deployments.http.cache_hints import MAX_ID_CHARS, TTL_S, CacheControl, Markable, with_tools_marks
 from deployments.http.function_tools import Name, Parameters, check_tools
 from deployments.http.generation_body import MAX_MESSAGES, GenerationBody, StopString
 from deployments.http.json_form import Schema
-from deployments.http.parsing import MAX_NAME_CHARS
-from deployments.messages.blocks import Message, Part, Texts, dialogue_messages, marked, system_text
+from deployments.http.parsing import MAX_NAME_CHARS, Body
+from deployments.messages.blocks import Message, Texts, dialogue_messages, system_message
 from engine.core.grammar import GrammarSpec
 from engine.core.request import MAX_STOP_STRINGS, SamplingParams
 from engine.dialogue import messages as dialogue
 from engine.dialogue import tools as dialogue_tools
 from engine.dialogue.template_values import template_kwargs
 from engine.errors import InvalidParameterError
+from engine.text.cache_marks import CacheWish
 from engine.text.prompt import ChatPrompt
 
 # Features of Anthropic's own service, which agents ask for whether a server has them or not.
@@ -40,7 +43,6 @@ IGNORED = generation_body.IGNORED | {
     "betas",
     "container",
     "context_management",
-    "diagnostics",
     "inference_geo",
     "return_token_ids",
     "speed",
@@ -63,7 +65,7 @@ def _check_tool_type(kind: Any) -> Any:
     return kind
 
 
-class Tool(Part):
+class Tool(Markable):
     """A function that the client offers."""
 
     ignored = frozenset({"allowed_callers", "defer_loading", "eager_input_streaming", "input_examples"})
@@ -79,7 +81,7 @@ class Tool(Part):
         return dialogue_tools.Tool(self.name, self.description, self.input_schema, self.strict)
 
 
-class ToolChoice(Part):
+class ToolChoice(Body):
     """Whether the answer has to call something."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -97,7 +99,7 @@ class ToolChoice(Part):
         return dialogue_tools.ToolChoice(TOOL_MODES[self.type], (self.name or "") if self.type == "tool" else "")
 
 
-class Thinking(Part):
+class Thinking(Body):
     """Whether the model is to think before it answers.
 
     display: with "omitted", the answer has only the signature of what was thought.
@@ -114,18 +116,24 @@ class Thinking(Part):
         return self
 
 
-class OutputFormat(Part):
+class OutputFormat(Body):
     """The form of the answer: JSON by a schema, which has to be one that can be enforced."""
 
     type: Literal["json_schema"]
     schema_: Annotated[Schema, Field(alias="schema")]
 
 
-class OutputConfig(Part):
+class OutputConfig(Body):
     """How much effort goes into the answer, and its form."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
+
+
+class Diagnostics(Body):
+    """What the request is compared with, to tell why its beginning was not cached. None = with nothing."""
+
+    previous_message_id: Annotated[str, Field(max_length=MAX_ID_CHARS)] | None = None
 
 
 class CountTokensBody(GenerationBody):
@@ -144,7 +152,8 @@ class CountTokensBody(GenerationBody):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
-    cache_control: dict[str, Any] | None = None
+    cache_control: CacheControl | None = None
+    diagnostics: Diagnostics | None = None
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
@@ -175,9 +184,11 @@ class CountTokensBody(GenerationBody):
         return self.tool_choice is None or not self.tool_choice.disable_parallel_tool_use
 
     @property
-    def asks_to_cache(self) -> bool:
-        """Whether something is marked for the cache."""
-        return self.cache_control is not None or marked((*self.system, *self.tools, *self.messages))
+    def cache_wish(self) -> CacheWish:
+        wish = super().cache_wish
+        if self.diagnostics is None or self.diagnostics.previous_message_id is None:
+            return wish
+        return replace(wish, compared_to=self.diagnostics.previous_message_id)
 
     @property
     def omits_thinking(self) -> bool:
@@ -213,15 +224,19 @@ class CountTokensBody(GenerationBody):
         last = messages[-1]
         if last.role == "assistant" and not (last.content or last.tool_calls):
             messages.pop()
-        if system := system_text(self.system):
-            messages.insert(0, dialogue.Message("system", system))
+        continues = messages[-1:] == [last] and last.role == "assistant"
+        if (system := system_message(self.system)) is not None:
+            messages.insert(0, system)
+        messages = list(with_tools_marks(messages, self.tools))
+        if self.cache_control is not None and messages:  # short for a mark on the last thing that can have one
+            mark = dialogue.CacheMark(ttl_s=TTL_S[self.cache_control.ttl])
+            messages[-1] = replace(messages[-1], cache_marks=(*messages[-1].cache_marks, mark))
         effort = None if self.output_config is None else self.output_config.effort
         values = template_kwargs(
             {},
             reasoning_effort=MAX_EFFORT if effort == "max" else effort,
             enable_thinking=None if self.thinking is None else THINKS.get(self.thinking.type),
         )
-        continues = messages[-1:] == [last] and last.role == "assistant"
         return ChatPrompt(tuple(messages), tools=self._tools(), template_kwargs=values, continues=continues)
 
     def sampling_params(self) -> SamplingParams:
@@ -243,6 +258,10 @@ class MessagesBody(CountTokensBody):
     stop: Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True, alias="stop_sequences")] = (
         Field(default=[])
     )
+
+    @property
+    def is_prewarm(self) -> bool:
+        return not self.max_tokens or super().is_prewarm
 
     def sampling_params(self) -> SamplingParams:
         return self._sampling_params(max(1, self.max_tokens), None, self._grammar())

@@ -16,7 +16,7 @@ from typing import Any
 
 from deployments.errors import ResponseCancelledError
 from deployments.generation import ErrorItem
-from deployments.http.cache_details import cache_details
+from deployments.http.cache_details import cache_details, diagnostics, hint_report, write_details
 from deployments.http.errors import error_body, wire_of
 from deployments.http.event_stream import sse_event
 from deployments.responses.items import ItemJson, NewId
@@ -40,7 +40,7 @@ class ResponseObject:
 
     def output(self) -> Output:
         """What is to become its output."""
-        return Output(self.response_id, self._new_id, self._body.offered_tools)
+        return Output(self.response_id, self._new_id, self._body.offered_tools, is_empty=self._body.is_prewarm)
 
     def in_progress(self, output: Sequence[ItemJson] = (), delta: OutputDelta | None = None) -> ResponseJson:
         """With the answer so far. delta: the latest one, if there is any."""
@@ -50,6 +50,9 @@ class ResponseObject:
         """With the whole answer. delta: the last one, with its finish_reason."""
         status = final_status(delta)
         response = self._response(status, output, response_usage(delta))
+        response |= hint_report([delta])
+        if delta.comparison is not None:
+            response["prompt_cache_diagnostics"] = diagnostics(delta.comparison)
         if status == "incomplete":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         return response
@@ -76,6 +79,8 @@ class ResponseObject:
             "truncation": body.truncation,
             "store": body.store,
             "prompt_cache_key": body.prompt_cache_key,
+            "prompt_cache_options": None if body.prompt_cache_options is None else body.prompt_cache_options.shown(),
+            "prompt_cache_retention": body.prompt_cache_retention,
             "parallel_tool_calls": body.parallel_tool_calls,
             "max_tool_calls": body.max_tool_calls,
             **body.shown(),
@@ -168,12 +173,12 @@ def final_status(delta: OutputDelta) -> str:
 
 
 def response_usage(delta: OutputDelta) -> dict[str, Any]:
-    """cached_tokens is there also when it is 0. Every other token of the input was computed, and its KV written."""
+    """cached_tokens is there also when it is 0."""
     return {
         "input_tokens": delta.num_prompt_tokens,
         "input_tokens_details": {
             "cached_tokens": delta.num_cached_tokens,
-            "cache_write_tokens": delta.num_prompt_tokens - delta.num_cached_tokens,
+            **write_details([delta]),
             **cache_details([delta]),
         },
         "output_tokens": delta.num_output_tokens,

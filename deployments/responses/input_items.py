@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationInfo
 from pydantic_core import PydanticCustomError
 
+from deployments.http.cache_hints import BreakablePart
 from deployments.http.function_tools import Name
 from deployments.http.generation_body import MAX_MESSAGES, SessionKey
 from deployments.http.parsing import MAX_NAME_CHARS, Body, validated_within
@@ -54,13 +55,17 @@ def only(*passing: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class TextPart(Body):
+class TextPart(BreakablePart):
     """The only kind of content. An answer's part is taken back as it went out."""
 
-    ignored = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint"})
+    ignored = frozenset({"annotations", "logprobs"})
 
     type: Annotated[Literal["input_text", "output_text"], only("input_text", "output_text")]
     text: str
+
+    def shown(self) -> dict[str, Any]:
+        """As a part of what the client says."""
+        return {"type": "input_text", "text": self.text, **self.kept_marks()}
 
 
 def _as_parts(content: Any) -> Any:
@@ -91,9 +96,9 @@ class MessageItem(Body):
     def item(self, new_id: NewId) -> ItemJson:
         """As it is kept."""
         if self.role == "assistant":
-            parts = [output_text(part.text) for part in self.content]
+            parts = [output_text(part.text) | part.kept_marks() for part in self.content]
         else:
-            parts = [{"type": "input_text", "text": part.text} for part in self.content]
+            parts = [part.shown() for part in self.content]
         return message_item(new_id("msg"), self.role, parts)
 
 
@@ -151,7 +156,7 @@ class CallOutputItem(Body):
         """As it is kept."""
         said: Any = self.output
         if not isinstance(said, str):
-            said = [{"type": "input_text", "text": part.text} for part in said]
+            said = [part.shown() for part in said]
         fields = {"call_id": self.call_id, "output": said} | ({} if self.name is None else {"name": self.name})
         return {"id": new_id("fco"), "type": "function_call_output", "status": "completed", **fields}
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from engine.dialogue.messages import Message, ToolCall
+from deployments.http.cache_hints import BreakablePart, part_marks
+from engine.dialogue.messages import CacheMark, Message, ToolCall
 
 ItemJson = dict[str, Any]
 NewId = Callable[[str], str]  # from a prefix
@@ -74,10 +75,13 @@ def messages_of(items: Iterable[ItemJson], instructions: str | None = None) -> t
             answer.append(item)
         elif item["type"] == "function_call_output":
             output = item["output"] if isinstance(item["output"], str) else joined_text(item["output"])
-            messages.append(Message("tool", output, tool_call_id=item["call_id"], name=item.get("name", "")))
+            marks = marks_of(item["output"])
+            messages.append(
+                Message("tool", output, tool_call_id=item["call_id"], name=item.get("name", ""), cache_marks=marks)
+            )
         else:
             role = "system" if item["role"] == "developer" else item["role"]
-            messages.append(Message(role, joined_text(item["content"])))
+            messages.append(Message(role, joined_text(item["content"]), cache_marks=marks_of(item["content"])))
     if answer:
         messages.append(_answer_message(answer))
     return tuple(messages)
@@ -103,7 +107,16 @@ def _answer_message(answer: Sequence[ItemJson]) -> Message:
         for item in answer
         if item["type"] == "function_call"
     )
-    return Message("assistant", said("message"), said("reasoning"), calls)
+    parts = [part for item in answer if item["type"] == "message" for part in item["content"]]
+    return Message("assistant", said("message"), said("reasoning"), calls, cache_marks=marks_of(parts))
+
+
+def marks_of(parts: str | Sequence[Mapping[str, Any]]) -> tuple[CacheMark, ...]:
+    """What is marked for the cache in a message with these parts."""
+    if isinstance(parts, str) or not any(name in part for part in parts for name in BreakablePart.model_fields):
+        return ()
+    marked = [BreakablePart.of(part) for part in parts]
+    return part_marks([(mark, part["text"]) for mark, part in zip(marked, parts, strict=True)])
 
 
 def joined_text(parts: Iterable[Mapping[str, Any]]) -> str:

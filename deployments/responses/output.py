@@ -128,11 +128,12 @@ class _CallItem(_OpenItem):
 class Output:
     """The items of one answer. items: those that are closed."""
 
-    def __init__(self, response_id: str, new_id: NewId, tools: Sequence[Tool]) -> None:
+    def __init__(self, response_id: str, new_id: NewId, tools: Sequence[Tool], *, is_empty: bool = False) -> None:
         """Nothing is said yet.
 
-        new_id: gives the items theirs. tools: that the answer may call.
+        new_id: gives the items theirs. tools: that the answer may call. is_empty: no answer is wanted.
         """
+        self._is_empty = is_empty
         self.items: list[ItemJson] = []
         self._response_id = response_id
         self._new_id = new_id
@@ -157,7 +158,7 @@ class Output:
                 case CallCut():
                     events += self._close("incomplete")
         if delta.finish_reason is not None:
-            if not self.so_far():  # an answer that says nothing is an empty message
+            if not (self.so_far() or self._is_empty):  # an answer that says nothing is an empty message
                 events += self._begin(_TextItem(0, self._new_id("msg"), is_thought=False))
             events += self._close("incomplete" if delta.finish_reason == "length" else "completed")
         return events

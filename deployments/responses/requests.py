@@ -62,9 +62,8 @@ RESPONSE_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
     "response_format": (),
     "return_token_ids": (False,),
 }
-RESPONSE_IGNORED = frozenset({"prompt_cache_retention", "safety_identifier", "user"})
+RESPONSE_IGNORED = frozenset({"safety_identifier", "user"})
 REASONING_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"context": ("auto",), "mode": ("standard",)}
-CACHE_OPTIONS_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"comparison_response_id": (), "prewarm": (False,)}
 STREAM_OPTIONS_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {"continuous_usage_stats": (False,)}
 
 
@@ -115,13 +114,6 @@ class Reasoning(Body):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class PromptCacheOptions(Body):
-    """mode, ttl: what is cached follows use here."""
-
-    not_implemented = CACHE_OPTIONS_NOT_IMPLEMENTED
-    ignored = frozenset({"mode", "ttl"})
-
-
 class ResponseStreamOptions(StreamOptions):
     """include_usage: usage comes with every response, whole or streamed."""
 
@@ -153,7 +145,6 @@ class ResponseBody(GenerationBody):
     reasoning: Reasoning | None = None
     chat_template_kwargs: TemplateKwargs = Field(default={})
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"] | None = None
-    prompt_cache_options: PromptCacheOptions | None = None
 
     @model_validator(mode="after")
     def _check_one_history(self) -> Self:

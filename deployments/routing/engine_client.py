@@ -24,6 +24,7 @@ from deployments.generation import (
     ErrorItem,
     GenerationItem,
     GenerationRequest,
+    KeptConversation,
     ModelCard,
     ReplicaCache,
     drain,
@@ -34,7 +35,10 @@ from deployments.routing.rendezvous import choose_session_id, rank_replicas, rou
 from deployments.routing.replica_failures import REPLICA_LOST, as_engine_error
 from deployments.routing.resumption import Progress, Retries
 from engine.cache_view import CacheQuery
+from engine.core.retention import RetentionHint
 from engine.errors import EngineStoppedError, OverloadedError
+from engine.generation import conversation_name
+from engine.tenant import Tenant
 
 logger = logging.getLogger("ray.serve")
 
@@ -165,6 +169,31 @@ class EngineClient:
     async def hold_back(self, hold: CacheHold) -> list[int]:
         """Makes the tiers of all replicas smaller, or gives back what was taken; the ranks of those that did it."""
         return sorted(answer for answer in await self._ask_all("hold_back", hold) if isinstance(answer, int))
+
+    async def keep(
+        self, tenant: Tenant, session_id: str, hint: RetentionHint | None, *, even_unknown: bool = False
+    ) -> KeptConversation | None:
+        """See LLMServer.keep, of the replica that answered the session last as far as is known here, else of its home.
+
+        Raises EngineStoppedError, or what became of the replica.
+        """
+        ranks = sorted(self._loads())
+        order = [ranks[index] for index in rank_replicas(session_id, ranks)][: 1 + self._num_fallback_replicas]
+        _, last_rank = self._sizes.find(session_id)
+        num_passed = order.index(last_rank) if last_rank in order else 0
+        handle = self._handle.options(session_id=routing_name(session_id, num_passed))
+        conversation_id = conversation_name(tenant, session_id)
+        try:
+            response = handle.keep.remote(conversation_id, hint, even_unknown=even_unknown)
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                kept: KeptConversation | None = await response
+        except TimeoutError:
+            raise EngineStoppedError(
+                f"the engine replica did not answer within {DESCRIBE_TIMEOUT_S:g} seconds"
+            ) from None
+        except Exception as error:
+            raise as_engine_error(error, f"about {session_id}") from error
+        return kept
 
     async def _ask_all(self, method: str, *arguments: CacheQuery | CacheHold) -> list[Any]:
         """What each replica answers, or raises."""

@@ -60,7 +60,7 @@ def session_name(headers: Iterable[tuple[str, str]], body: Mapping[str, Any]) ->
     )
     for key in named:
         if key:
-            return _short(str(key))
+            return short_name(str(key))
     return None
 
 
@@ -91,7 +91,8 @@ def _header_text(value: str) -> str:
     return value.strip()
 
 
-def _short(key: str) -> str:
+def short_name(key: str) -> str:
+    """The key of a session that its client calls so."""
     return key if len(key) <= MAX_KEY_CHARS else "name-" + hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
 

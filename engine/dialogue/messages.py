@@ -26,6 +26,20 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheMark:
+    """What a client says of the KV of a part of its prompt.
+
+    start None: all of the prompt up to a place in this message is worth keeping; else a piece of this message is not.
+    start, end: in characters of the message's content. end None = behind the message; of a piece, to its end.
+    ttl_s: to be kept for at least so long; None = what the request says of its marks. Means nothing for a piece.
+    """
+
+    start: int | None = None
+    end: int | None = None
+    ttl_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One message.
 
@@ -34,6 +48,7 @@ class Message:
     reasoning: what the assistant thought before.
     tool_call_id: of the call whose result this is.
     name: of the speaker or the tool; empty if the client gave none.
+    cache_marks: they change nothing of the prompt.
     """
 
     role: str
@@ -42,6 +57,7 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     name: str = ""
+    cache_marks: tuple[CacheMark, ...] = ()
 
     @property
     def num_chars(self) -> int:

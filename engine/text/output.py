@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from engine.core.retention import Miss, RetentionOutcome
+from engine.core.retention import Miss, RetentionHint, RetentionOutcome
 from engine.core.stats import RequestStats
 from engine.dialogue.formats import AnswerFormat
+from engine.text.comparisons import CacheComparison
 from engine.text.transcript import Transcript
 
 
@@ -60,7 +62,6 @@ class OutputDelta:
     text: may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is
         held back.
     num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
-    retention: what became of the hint, with the finish_reason, if there was one.
     misses: in the first delta, if they were asked for: why tokens of the prompt were computed.
     cached_by_tier: the cached ones by the tier that had them, the fastest first, without tiers that had none.
     num_reasoning_tokens: of the output so far, those of thinking and its end, in a chat.
@@ -75,6 +76,9 @@ class OutputDelta:
     prompt_transcript: in the first delta, if the conversation knew tokens of the prompt that tokenising its text may not
         give.
     answer_format: in the first delta, if it was asked for and the prompt is a chat: how the text is to be read.
+    hint: what is to become of the context's KV, if anything was said of that. retention: with the finish_reason, what came
+        of it, with a Unix time as its end. num_lost_marks: with that, how many marks have no place in the prompt.
+    comparison: if the request was to be compared with an earlier one.
     """
 
     text: str = ""
@@ -95,8 +99,18 @@ class OutputDelta:
     stop_string: str | None = None
     prompt_token_names: tuple[str, ...] = ()
     cached_by_tier: Mapping[str, int] = field(default_factory=dict)
+    hint: RetentionHint | None = None
     retention: RetentionOutcome | None = None
+    num_lost_marks: int = 0
+    comparison: CacheComparison | None = None
     misses: tuple[Miss, ...] = ()
+
+
+def with_unix_time(outcome: RetentionOutcome) -> RetentionOutcome:
+    """The same with its end as Unix time: an engine's clock means nothing elsewhere."""
+    if outcome.until_s is None:
+        return outcome
+    return replace(outcome, until_s=time.time() + outcome.until_s - time.monotonic())
 
 
 def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
@@ -122,6 +136,9 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         prompt_transcript=deltas[0].prompt_transcript,
         answer_format=deltas[0].answer_format,
         stop_string=last.stop_string,
+        hint=last.hint,
         retention=last.retention,
+        num_lost_marks=last.num_lost_marks,
+        comparison=last.comparison,
         misses=deltas[0].misses,
     )

@@ -16,13 +16,15 @@ from dataclasses import dataclass, field, replace
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.plan import Logprobs
 from engine.core.request import FinishReason, Request
+from engine.core.retention import RetentionHint
 from engine.dialogue.events import ParsedAnswer
 from engine.errors import EngineError
 from engine.grammar.interface import CompiledGrammar
 from engine.grammar.thinking import ThinkingScanner
+from engine.text.comparisons import CacheComparison, RecentContext, RecentContexts
 from engine.text.detokenizer import Detokenizer
 from engine.text.logprobs import token_logprob
-from engine.text.output import OutputDelta, TokenLogprob, merge_deltas
+from engine.text.output import OutputDelta, TokenLogprob, merge_deltas, with_unix_time
 from engine.text.tokenizer import Tokenizer
 from engine.text.transcript import ChunkNames, ConversationTable, Transcript
 from engine.text.turns import REASONS, RecognisedChat
@@ -40,7 +42,8 @@ class Stream:
     grammar: of its answer; held here, so that the executor finds it as long as the request lives.
     thinking: counts the tokens of thinking; None = there are none to count.
     chat: the messages of the prompt, and read_answer: what an answer's text says; None = it is no chat.
-    recomputed: see OutputDelta.
+    recomputed, hint, num_lost_marks, comparison: see OutputDelta.
+    is_explained: the comparison says why tokens were computed.
     """
 
     request: Request
@@ -52,6 +55,10 @@ class Stream:
     chat: RecognisedChat | None = None
     read_answer: Callable[[str], ParsedAnswer] = ParsedAnswer
     recomputed: tuple[str, int] | None = None
+    hint: RetentionHint | None = None
+    num_lost_marks: int = 0
+    comparison: CacheComparison | None = None
+    is_explained: bool = False
     prompt_logprobs: tuple[Logprobs, ...] = ()
     items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
 
@@ -79,11 +86,13 @@ class OutputProcessor:
     streams: by the id of the request that runs or waits.
     note_end: told each request of a conversation that has ended, with the tool that its answer calls first ("" = none).
     num_recomputed: prompt tokens that conversations had and that were computed again, by reason: see text/turns.py.
+    recent: the contexts of the requests that ended last.
     """
 
     def __init__(self, core: EngineCore, tokenizer: Tokenizer, conversations: ConversationTable) -> None:
         self.streams: dict[str, Stream] = {}
         self.num_recomputed = dict.fromkeys(REASONS, 0)
+        self.recent = RecentContexts()
         self._core = core
         self._tokenizer = tokenizer
         self._conversations = conversations
@@ -172,8 +181,8 @@ class OutputProcessor:
             reason = FinishReason.STOP
         if stream.thinking is not None and not request.is_prewarm:
             stream.thinking.accept(output.token_id)
-        transcript = None if reason is None else self._remember(stream)
-        return OutputDelta(
+        self._explain(stream, output.num_cached_tokens)
+        delta = OutputDelta(
             text=detokenizer.take_text(final=reason is not None),
             token_ids=() if request.is_prewarm else (output.token_id,),
             logprobs=logprobs,
@@ -185,11 +194,34 @@ class OutputProcessor:
             num_reasoning_tokens=0 if stream.thinking is None else stream.thinking.num_tokens,
             finish_reason=None if reason is None else reason.value,
             stats=stats,
-            transcript=transcript,
             stop_string=detokenizer.stopped_by,
-            retention=None if reason is None else request.retention_outcome,
             misses=request.misses if output.num_output_tokens <= 1 else (),
+            hint=stream.hint,
+            comparison=stream.comparison,
         )
+        return delta if reason is None else self._ended(stream, delta)
+
+    def _ended(self, stream: Stream, delta: OutputDelta) -> OutputDelta:
+        """The last delta, with what is told at the end. Remembers the context, for others to be compared with it."""
+        request = stream.request
+        transcript = self._remember(stream)
+        token_ids = stream.prompt.token_ids if transcript is None else transcript.token_ids
+        keys = () if stream.chat is None else (stream.chat.tools_key, stream.chat.system_key)
+        self.recent.add(request.request_id, RecentContext(request.tenant, token_ids, *keys))
+        return replace(
+            delta,
+            transcript=transcript,
+            retention=None if request.retention_outcome is None else with_unix_time(request.retention_outcome),
+            num_lost_marks=stream.num_lost_marks,
+        )
+
+    def _explain(self, stream: Stream, num_cached_tokens: int) -> None:
+        """With the first token: why which tokens of the prompt were computed, if it is compared with another one."""
+        if stream.comparison is not None and not stream.is_explained:
+            stream.is_explained = True
+            size = self._core.cache_config.chunk_size
+            misses = stream.request.misses
+            stream.comparison = stream.comparison.with_losses(num_cached_tokens, misses, time.monotonic(), size)
 
     def _logprobs(self, output: RequestOutput, detokenizer: Detokenizer) -> tuple[TokenLogprob, ...]:
         if output.logprobs is None:
@@ -216,7 +248,7 @@ class OutputProcessor:
             return None
         text = self._tokenizer.token_bytes.text(output_ids)
         turn, tool = None, ""
-        if stream.chat is not None:
+        if stream.chat is not None and not request.is_prewarm:
             num_tokens = request.num_prompt_tokens + len(output_ids)
             answer = stream.read_answer(stream.detokenizer.text)
             turn = stream.chat.answered(answer, num_tokens)

@@ -6,14 +6,18 @@ Short prompts are encoded in the caller's event loop, long ones in a thread of t
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+from engine.core.retention import RetentionHint
 from engine.dialogue.formats import AnswerFormat
+from engine.dialogue.messages import Message
 from engine.errors import ContextLengthError, InvalidParameterError
 from engine.tenant import Tenant
+from engine.text.cache_marks import NO_WISH, CacheWish, find_marks, find_places, has_marks, hint_of
+from engine.text.comparisons import CacheComparison, RecentContext, compare
 from engine.text.prompt import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from engine.text.tokenizer import Tokenizer
 from engine.text.tokenizer_pool import TokenizerPool
@@ -33,6 +37,8 @@ class EncodedPrompt(NamedTuple):
     answer_format: how the answer is to be read, in a chat.
     chat: the messages as they were recognised, in a chat.
     recomputed: (reason, tokens) of what the conversation had of it and has to be computed again, if that is anything.
+    retention: what is to become of its KV, if anything is said of that. num_lost_marks: marks in messages whose place the
+        prompt does not show.
     """
 
     transcript: Transcript
@@ -40,6 +46,8 @@ class EncodedPrompt(NamedTuple):
     answer_format: AnswerFormat | None = None
     chat: RecognisedChat | None = None
     recomputed: tuple[str, int] | None = None
+    retention: RetentionHint | None = None
+    num_lost_marks: int = 0
 
 
 class PromptEncoder:
@@ -71,32 +79,65 @@ class PromptEncoder:
         self._pool = TokenizerPool(max_num_waiting)
 
     async def encode(
-        self, prompt: Prompt, *, tenant: Tenant, conversation_id: str | None, history: Transcript | None, room: int
+        self,
+        prompt: Prompt,
+        *,
+        tenant: Tenant,
+        conversation_id: str | None,
+        history: Transcript | None,
+        room: int,
+        wish: CacheWish = NO_WISH,
     ) -> EncodedPrompt:
         """The prompt as token ids, in a thread if it is long.
 
         conversation_id: whose earlier turns are looked up; None = none.
         history: what the conversation has said, for an engine that has not heard it.
         room: how many tokens a prompt is to have that can be shortened.
+        wish: what is to be kept of it.
 
         Raises ContextLengthError if it does not fit the window, before anything is tokenised if that is clear;
         InvalidParameterError; OverloadedError if too many long prompts wait.
         """
         if isinstance(prompt, TokenPrompt):
-            return self._take_token_ids(prompt)
-        encode = partial(self._encode_any, prompt, conversation_id, history, room)
+            return self._take_token_ids(prompt)._replace(retention=hint_of(wish))
+        encode = partial(self._encode_any, prompt, conversation_id, history, room, wish)
         if prompt.num_chars > MAX_INLINE_CHARS:  # it takes long, and meanwhile the loop has others to serve
             return await self._pool.run(encode, tenant, prompt.num_chars)
         return encode()
 
-    def take_prompt(self, prompt: Prompt, transcript: Transcript) -> EncodedPrompt:
+    def take_prompt(self, prompt: Prompt, transcript: Transcript, wish: CacheWish = NO_WISH) -> EncodedPrompt:
         """A prompt whose token ids are known as a whole. Raises ContextLengthError, InvalidParameterError."""
         encoded = self._take_token_ids(TokenPrompt(tuple(transcript.token_ids)))
         encoded = encoded._replace(transcript=transcript, is_known=True)
         if not isinstance(prompt, ChatPrompt):
-            return encoded
+            return encoded._replace(retention=hint_of(wish))
         chat = RecognisedChat.of(prompt.messages, prompt.tools, None, restores=False)
-        return encoded._replace(answer_format=self._tokenizer.chat.answer_format(transcript.text), chat=chat)
+        answer_format = self._tokenizer.chat.answer_format(transcript.text)
+        return self._with_retention(encoded._replace(answer_format=answer_format, chat=chat), prompt, wish)
+
+    async def compare(
+        self, context: RecentContext, encoded: EncodedPrompt, prompt: Prompt, tenant: Tenant
+    ) -> CacheComparison:
+        """A prompt with an earlier context, in a thread if it is long. Raises OverloadedError if too many prompts wait."""
+        transcript, chat = encoded.transcript, encoded.chat
+
+        def find_message(token: int) -> int | None:
+            assert isinstance(prompt, ChatPrompt)
+            assert chat is not None
+            places = [(index, 0) for index in range(len(chat.messages))]
+            starts = find_places(chat.messages, places, transcript.text, self._renderer(prompt))
+            at = self._tokenizer.count_chars(transcript, token)
+            passed = [index for index, start in enumerate(starts) if start is not None and start <= at]
+            return passed[-1] if passed else 0
+
+        work = partial(compare, context, transcript, chat, self._tokenizer.decode, find_message)
+        if len(transcript.text) > MAX_INLINE_CHARS:
+            return await self._pool.run(work, tenant, len(transcript.text))
+        return work()
+
+    def _renderer(self, prompt: ChatPrompt) -> Callable[[Sequence[Message]], str]:
+        """Renders the prompt with other messages."""
+        return lambda messages: self._tokenizer.render_chat(replace(prompt.dialogue, messages=tuple(messages)))
 
     async def spell(self, token_ids: Sequence[int], tenant: Tenant) -> tuple[str, tuple[str, ...]]:
         """The text of tokens and the name of each, in a thread if they are many. Raises OverloadedError."""
@@ -129,51 +170,68 @@ class PromptEncoder:
         return EncodedPrompt(Transcript(array("I", prompt.token_ids), ""), is_known=False)
 
     def _encode_any(
-        self, prompt: ChatPrompt | TextPrompt, conversation_id: str | None, history: Transcript | None, room: int
+        self,
+        prompt: ChatPrompt | TextPrompt,
+        conversation_id: str | None,
+        history: Transcript | None,
+        room: int,
+        wish: CacheWish = NO_WISH,
     ) -> EncodedPrompt:
         """As `encode`. Any thread may call it."""
         if isinstance(prompt, TextPrompt):
             is_bare = not prompt.adds_special_tokens
-            return self._encode(prompt.text, conversation_id, history, self._max_model_len, is_bare=is_bare)
+            encoded = self._encode(prompt.text, conversation_id, history, self._max_model_len, is_bare=is_bare)
+            return encoded._replace(retention=hint_of(wish))
         conversation = None if conversation_id is None else self._conversations.find(conversation_id)
         turns = None if conversation is None else conversation.turns
         chat = RecognisedChat.of(prompt.messages, prompt.tools, turns, restores=self._restores_reasoning)
         is_restored = chat.messages != prompt.messages
         try:
             restored = replace(prompt, messages=chat.messages)
-            encoded, is_truncated = self._fit_chat(restored, conversation_id, history, room)
+            encoded, shown = self._fit_chat(restored, conversation_id, history, room)
         except ContextLengthError:
             if not is_restored:
                 raise
-            encoded, is_truncated = self._fit_chat(prompt, conversation_id, history, room)
-        chat = replace(chat, is_truncated=is_truncated, is_bare=chat.is_bare and self._shows_reasoning)
+            restored = prompt
+            encoded, shown = self._fit_chat(prompt, conversation_id, history, room)
+        chat = replace(chat, is_truncated=shown is not restored, is_bare=chat.is_bare and self._shows_reasoning)
         recomputed = None
         if conversation is not None:
             transcript = encoded.transcript
             num_same, num_known = conversation.count_same(transcript.token_ids, transcript.fingerprint)
             recomputed = chat.why_again(num_same, num_known, transcript.text)
         is_known = encoded.is_known or is_restored
-        return encoded._replace(is_known=is_known, chat=chat, recomputed=recomputed)
+        return self._with_retention(encoded._replace(is_known=is_known, chat=chat, recomputed=recomputed), shown, wish)
+
+    def _with_retention(self, encoded: EncodedPrompt, prompt: ChatPrompt, wish: CacheWish) -> EncodedPrompt:
+        """With what is to become of its KV. Renders the prompt once more if there are marks in the messages."""
+        if not has_marks(prompt.messages):
+            return encoded._replace(retention=hint_of(wish))
+        transcript = encoded.transcript
+        marks, num_lost = find_marks(prompt.messages, transcript.text, self._renderer(prompt), wish.mark_ttl_s)
+        retention = hint_of(wish, marks, self._tokenizer.count_tokens(transcript))
+        return encoded._replace(retention=retention, num_lost_marks=num_lost)
 
     def _fit_chat(
         self, prompt: ChatPrompt, conversation_id: str | None, history: Transcript | None, room: int
-    ) -> tuple[EncodedPrompt, bool]:
-        """The prompt as token ids, and whether its oldest messages were left out."""
+    ) -> tuple[EncodedPrompt, ChatPrompt]:
+        """The prompt as token ids, and with the messages that they show: the oldest may be left out."""
         if not prompt.drops_oldest:
-            return self._encode_chat(prompt, conversation_id, history, self._max_model_len), False
+            return self._encode_chat(prompt, conversation_id, history, self._max_model_len), prompt
         try:
-            return self._encode_chat(prompt, conversation_id, history, room), False
+            return self._encode_chat(prompt, conversation_id, history, room), prompt
         except ContextLengthError:
             shorter = prompt.shorter()
         fitting, low, high = None, 0, len(shorter)  # the longest one that fits is among these
         while low < high:
             middle = (low + high) // 2
             try:
-                fitting, high = self._encode_chat(shorter[middle], conversation_id, history, room), middle
+                encoded = self._encode_chat(shorter[middle], conversation_id, history, room)
+                fitting, high = (encoded, shorter[middle]), middle
             except ContextLengthError:
                 low = middle + 1
         last = (prompt, *shorter)[-1]
-        return fitting or self._encode_chat(last, conversation_id, history, self._max_model_len), True
+        return fitting or (self._encode_chat(last, conversation_id, history, self._max_model_len), last)
 
     def _encode_chat(
         self, prompt: ChatPrompt, conversation_id: str | None, history: Transcript | None, max_tokens: int

@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -148,6 +149,33 @@ class Tokenizer:
             token_ids.extend(self._text_suffix)
         fingerprint = self.fingerprint if is_chat else self.text_fingerprint
         return Transcript(token_ids, text, tuple(anchors), fingerprint)
+
+    def count_tokens(self, transcript: Transcript) -> Callable[[int], int]:
+        """Tells how many tokens are in front of a character of the text, to be asked in ascending order.
+
+        A token's difference is possible where a text is cut that the tokenizer cuts elsewhere. All answers together take no
+        longer than tokenising the text.
+        """
+        anchors, known = transcript.anchors, (0, 0)
+
+        def count(num_chars: int) -> int:
+            nonlocal known
+            if num_chars >= len(transcript.text):
+                return len(transcript.token_ids)
+            index = bisect_right(anchors, num_chars, key=lambda anchor: anchor[1])
+            num_tokens, start = max(known, anchors[index - 1] if index else (0, 0), key=lambda place: place[1])
+            num_tokens += len(self._encode(transcript.text[start:num_chars])) if start < num_chars else 0
+            known = (min(num_tokens, len(transcript.token_ids)), num_chars)
+            return known[0]
+
+        return count
+
+    def count_chars(self, transcript: Transcript, num_tokens: int) -> int:
+        """About how many characters the first tokens stand for; decodes no more than what follows the last cut."""
+        anchors = transcript.anchors
+        index = bisect_right(anchors, num_tokens, key=lambda anchor: anchor[0])
+        start_tokens, start = anchors[index - 1] if index else (0, 0)
+        return min(start + len(self.decode(transcript.token_ids[start_tokens:num_tokens])), len(transcript.text))
 
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> Any:
         """As tokenizers.Encoding. In a batch of one: alone, it would keep Python's other threads waiting."""

@@ -7,10 +7,13 @@ from dataclasses import replace
 from unittest import mock
 
 from deployments import llm_server
-from deployments.generation import CacheHold, ModelCard, ReplicaCache
+from deployments.generation import CacheHold, KeptConversation, ModelCard, ReplicaCache
 from deployments.llm_server import LLMServer
 from engine.cache_view import CacheQuery
 from engine.config import EngineConfig
+from engine.core.retention import RetentionHint
+from engine.generation import conversation_name
+from engine.tenant import Tenant
 
 
 class EngineHere(LLMServer):
@@ -38,6 +41,11 @@ class EngineHere(LLMServer):
     async def map_cache(self, query: CacheQuery) -> list[ReplicaCache]:  # type: ignore[override]
         self.num_looks += 1
         return [await super().map_cache(query)]
+
+    async def keep(  # type: ignore[override]
+        self, tenant: Tenant, session_id: str, hint: RetentionHint | None, *, even_unknown: bool = False
+    ) -> KeptConversation | None:
+        return await super().keep(conversation_name(tenant, session_id), hint, even_unknown=even_unknown)
 
     async def hold_back(self, hold: CacheHold) -> list[int]:  # type: ignore[override]
         return [await super().hold_back(hold)]

@@ -122,7 +122,10 @@ async def test_chats_and_completions(tmp_path: Path) -> None:
         statistics = await here.get_statistics()
         assert statistics["num_disk_cached_tokens"] > 0
         unknown = await chat.create(messages=[{"role": "user", "content": "?"}], max_tokens=1, **GREEDY)
-        assert unknown.usage.prompt_tokens_details.to_dict() == {"cached_tokens": 0}
+        assert unknown.usage.prompt_tokens_details.to_dict() == {
+            "cached_tokens": 0,
+            "cache_write_tokens": unknown.usage.prompt_tokens,
+        }
 
 
 async def test_responses(tmp_path: Path) -> None:

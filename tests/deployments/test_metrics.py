@@ -88,10 +88,12 @@ def test_the_states_of_a_tier_are_all_of_its_blocks() -> None:
         "num_cpu_blocks": 200,
         "num_cpu_blocks_free": 120,
         "num_idle_chunks": {"gpu": 30, "both": 10, "cpu": 65},
+        "retention": {"num_kept_tokens": 48},
     }
     assert read_gauges(statistics) == {
         Series("pensieve_num_requests_running"): 2,
         Series("pensieve_num_requests_waiting"): 3,
+        Series("pensieve_hinted_tokens"): 48,
         Series("pensieve_kv_blocks", ("gpu", "free")): 20,
         Series("pensieve_kv_blocks", ("gpu", "used")): 40,
         Series("pensieve_kv_blocks", ("gpu", "pinned")): 40,
@@ -116,6 +118,7 @@ def test_a_further_tier_has_series_of_its_own() -> None:
         "num_slow_transfer_bytes": {"disk_loaded": 400, "disk_stored": 0},
         "num_written_bytes": {"disk_chunks": 700, "disk_transcripts": 80},
         "tier_problems": {"disk": "full"},
+        "retention": {"accepted": 3, "clipped": 1, "refused": 0, "num_kept_tokens": 64},
         "handover_conversations": {"recalled": 9, "offered": 0},
     }
     assert CounterIncrements().take(statistics) == {
@@ -128,6 +131,8 @@ def test_a_further_tier_has_series_of_its_own() -> None:
         Series("pensieve_tier_transfer_seconds_total", ("disk", "loaded")): 0.25,
         Series("pensieve_tier_transfer_bytes_total", ("disk", "loaded")): 400,
         Series("pensieve_handover_conversations_total", ("recalled",)): 9,
+        Series("pensieve_cache_hints_total", ("accepted",)): 3,
+        Series("pensieve_cache_hints_total", ("clipped",)): 1,
         Series("pensieve_tier_written_bytes_total", ("disk", "chunks")): 700,
         Series("pensieve_tier_written_bytes_total", ("disk", "transcripts")): 80,
     }
@@ -221,6 +226,7 @@ def test_export(notebook: Notebook) -> None:
     assert notebook.states == {
         ("num_requests_running",): 0,
         ("num_requests_waiting",): 0,
+        ("hinted_tokens",): 0,
         ("kv_blocks", "gpu", "free"): 4,
         ("kv_blocks", "gpu", "used"): 0,
         ("kv_blocks", "gpu", "pinned"): 0,

@@ -119,6 +119,8 @@ REFUSALS = re.compile(
     r"|^starting_after: only allowed when stream is true$"
     r"|^add_special_tokens: must be false with messages"
     r"|^logit_bias: must have token ids as its names"
+    r"|^give at least one of ttl_s, priority, expected_return_s and release$"
+    r"|^release: a conversation that is released is not kept"
     r"|^best_of: must be equal to n"
     r"|^input: refers to the same item twice"
     r"|^max_tokens: must be at least 1, unless echo is true"

@@ -17,6 +17,7 @@ from deployments.http.errors import wire_of
 from deployments.http.generation_body import MAX_MESSAGES
 from deployments.http.parsing import MAX_FIELDS, MAX_PARTS, parse_request
 from engine.core.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS, SamplingParams
+from engine.dialogue import messages as dialogue
 from engine.errors import RequestError
 from engine.text.prompt import ChatPrompt, TextPrompt, TokenPrompt
 from tests.deployments.refusals import refusal
@@ -82,7 +83,8 @@ def test_content_parts_and_roles() -> None:
         {"type": "output_text", "text": "c", "annotations": [], "logprobs": []},
     ]
     messages = [{"role": "developer", "content": "s"}, {"role": "user", "content": parts}]
-    assert parse_chat(messages=messages).prompt_value() == ChatPrompt((("system", "s"), ("user", "abc")))
+    said = dialogue.Message("user", "abc", cache_marks=(dialogue.CacheMark(end=1, ttl_s=300.0),))
+    assert parse_chat(messages=messages).prompt_value() == ChatPrompt((("system", "s"), said))
 
 
 def test_assistant_message_is_taken_back_as_the_client_library_dumps_it() -> None:

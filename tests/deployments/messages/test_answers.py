@@ -14,8 +14,10 @@ from deployments.generation import ErrorItem
 from deployments.messages.answers import MessageFormat
 from deployments.messages.requests import MessagesBody
 from deployments.messages.signatures import signature
+from engine.core.retention import KeptSpan, RetentionHint, RetentionOutcome
 from engine.dialogue.formats import CALL_FORMATS, AnswerFormat
 from engine.dialogue.reasoning import THINK
+from engine.text.comparisons import NOT_FOUND, CacheComparison, Difference, Loss
 from engine.text.output import OutputDelta
 
 TOOLS = [{"name": name, "input_schema": {"type": "object"}} for name in ("weather", "time")]
@@ -165,9 +167,67 @@ def test_arguments_that_were_cut_are_what_there_is_of_them() -> None:
     assert told_whole(*ANSWERS["cut"])["content"][2]["input"] == {"city": 'a"b'}
 
 
-def test_tokens_that_are_written_to_the_cache_count_as_that_if_something_was_marked() -> None:
-    usage = told_whole("x", "stop", cache_control={"type": "ephemeral"})["usage"]
-    assert (usage["input_tokens"], usage["cache_creation_input_tokens"], usage["cache_read_input_tokens"]) == (0, 4, 3)
+def test_tokens_that_are_written_to_the_cache_count_as_that_as_far_as_they_were_marked() -> None:
+    hint = RetentionHint((KeptSpan(0, 5, ttl_s=3600.0), KeptSpan(5, 6, ttl_s=300.0)))
+    usage = make_format().whole(OutputDelta("x", finish_reason="stop", hint=hint, **END))["usage"]
+    assert (usage["input_tokens"], usage["cache_creation_input_tokens"], usage["cache_read_input_tokens"]) == (1, 3, 3)
+    assert usage["cache_creation"] == {"ephemeral_5m_input_tokens": 1, "ephemeral_1h_input_tokens": 2}
+    assert "cache_creation" not in told_whole("x", "stop")["usage"]
+
+
+def test_what_became_of_a_mark_is_told() -> None:
+    outcome = RetentionOutcome("clipped", "why", 5, 1700000000.5)
+    delta = OutputDelta("x", finish_reason="stop", hint=RetentionHint(), retention=outcome, **END)
+    assert make_format().whole(delta)["usage"]["prompt_cache_hint"] == {
+        "outcome": "clipped",
+        "reason": "why",
+        "kept_tokens": 5,
+        "expires_at": 1700000000,
+    }
+
+
+DIFFERENCE = Difference(3, "messages", 1, "user", "was", "is")
+SHOWN = {"token": 3, "message": 1, "role": "user", "before": "was", "now": "is"}
+
+
+@pytest.mark.parametrize(
+    ("comparison", "told"),
+    [
+        (NOT_FOUND, {"cache_miss_reason": {"type": "previous_message_not_found"}}),
+        (CacheComparison(is_found=True, num_same=6), None),
+        (
+            CacheComparison(is_found=True, num_same=3, num_different=3, difference=DIFFERENCE),
+            {
+                "cache_miss_reason": {
+                    "type": "messages_changed",
+                    "cache_missed_input_tokens": 3,
+                    "first_difference": SHOWN,
+                }
+            },
+        ),
+        (
+            CacheComparison(is_found=True, num_same=6, losses=(Loss("gpu_dropped", 4, 1.23456),)),
+            {
+                "cache_miss_reason": {
+                    "type": "unavailable",
+                    "lost": [{"reason": "gpu_dropped", "tokens": 4, "ago_s": 1.235}],
+                }
+            },
+        ),
+    ],
+)
+async def test_why_something_was_not_cached_is_told(comparison: CacheComparison, told: Any) -> None:
+    delta = OutputDelta("x", finish_reason="stop", comparison=comparison, **END)
+    assert make_format().whole(delta)["diagnostics"] == told
+    assert "diagnostics" not in told_whole("x", "stop")
+
+
+@pytest.mark.parametrize(("part", "kind"), [("tools", "tools_changed"), ("system", "system_changed")])
+def test_what_was_changed_is_named(part: str, kind: str) -> None:
+    difference = DIFFERENCE._replace(part=part)
+    comparison = CacheComparison(is_found=True, num_same=3, num_different=3, difference=difference)
+    delta = OutputDelta("x", finish_reason="stop", comparison=comparison, **END)
+    assert make_format().whole(delta)["diagnostics"]["cache_miss_reason"]["type"] == kind
 
 
 def test_usage_tells_thinking_and_what_was_computed_again() -> None:

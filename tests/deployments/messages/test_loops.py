@@ -129,7 +129,8 @@ async def test_the_line_about_billing_does_not_break_the_cache(app: FastAPI) -> 
         system = f"x-anthropic-billing-header: cc_version=2.1.295; cch={number};\nYou know cats. " + "Be brief. " * 20
         usages.append((await client.ask(system=system, messages=[HELLO], **mark))["usage"])
     first, second = usages
-    assert first["cache_creation_input_tokens"] == num_prompt_tokens(first) > 32
+    written = first["cache_creation"]["ephemeral_5m_input_tokens"]
+    assert written == first["cache_creation_input_tokens"] == num_prompt_tokens(first) > 32
     assert second["cache_read_input_tokens"] >= num_prompt_tokens(first) - CHUNK_SIZE
 
 

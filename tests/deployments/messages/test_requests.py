@@ -13,6 +13,8 @@ from deployments.messages.signatures import signature
 from engine.core.grammar import GrammarSpec
 from engine.dialogue import messages as dialogue
 from engine.dialogue import tools as dialogue_tools
+from engine.dialogue.messages import CacheMark
+from engine.text.cache_marks import CacheWish
 from tests.deployments.refusals import refusal
 
 HELLO = {"role": "user", "content": "hello"}
@@ -205,10 +207,9 @@ def test_what_clients_send_besides_is_let_pass() -> None:
     plain = parse()
     for more in (
         {"container": None, "context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}, "betas": ["x"]},
-        {"service_tier": "auto", "mcp_servers": [], "inference_geo": "eu", "speed": "fast", "diagnostics": {}},
+        {"service_tier": "auto", "mcp_servers": [], "inference_geo": "eu", "speed": "fast"},
         {"metadata": {"user_id": "x"}, "user_profile_id": "u", "workspace_id": "w", "of_tomorrow": [1]},
         {"stream_options": {"include_usage": True}, "system": None, "tools": None, "thinking": None},
-        {"cache_control": {"type": "ephemeral", "ttl": "1h"}},
     ):
         body = parse(**more)
         assert (body.prompt, body.sampling_params()) == (plain.prompt, plain.sampling_params())
@@ -216,23 +217,65 @@ def test_what_clients_send_besides_is_let_pass() -> None:
     assert ours.prompt == plain.prompt
 
 
+MARK = {"cache_control": {"type": "ephemeral"}}
+HOUR = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
+SKIP = {"cache_control": {"type": "skip"}}
+KEPT, KEPT_FOR_AN_HOUR = CacheMark(ttl_s=300.0), CacheMark(ttl_s=3600.0)
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "marks"),
     [
-        {"cache_control": {"type": "ephemeral"}},
-        {"system": [text("a") | {"cache_control": {"type": "ephemeral"}}]},
-        {"tools": TOOLS},
-        {
-            "messages": [
-                {"role": "user", "content": [text("a") | {"cache_control": {"type": "ephemeral", "ttl": "5m"}}]}
-            ]
-        },
-        {"messages": [{"role": "user", "content": [result("t", [text("a") | {"cache_control": {}}])]}]},
+        ({}, [()]),
+        (MARK, [(KEPT,)]),
+        ({"system": [text("a") | MARK, text("bc")]}, [(CacheMark(end=1, ttl_s=300.0),), ()]),
+        ({"system": [text("x-anthropic-billing-header: a"), text("bc") | MARK]}, [(KEPT,), ()]),
+        ({"system": "a", "tools": [TOOLS[0] | HOUR]}, [(KEPT_FOR_AN_HOUR,), ()]),
+        ({"tools": [TOOLS[0] | MARK]}, [(CacheMark(end=0, ttl_s=300.0),)]),
+        (
+            {"messages": [{"role": "user", "content": [text("ab"), text("cd") | SKIP, text("ef") | HOUR]}]},
+            [(CacheMark(3, 5), KEPT_FOR_AN_HOUR)],
+        ),
+        (
+            {
+                "messages": [
+                    HELLO,
+                    {"role": "assistant", "content": [text("so") | MARK, use("t")]},
+                    {"role": "user", "content": [result("t", [text("abc") | MARK, text("d")], is_error=True) | SKIP]},
+                ]
+            },
+            [(), (CacheMark(end=2, ttl_s=300.0),), (CacheMark(end=10, ttl_s=300.0), CacheMark(0, None))],
+        ),
+        (
+            {"messages": [HELLO, {"role": "assistant", "content": [text("so"), use("t") | MARK]}, HELLO]},
+            [(), (KEPT,), ()],
+        ),
     ],
 )
-def test_a_mark_for_the_cache_is_seen_wherever_it_is(changes: dict[str, Any]) -> None:
-    assert parse(**changes).asks_to_cache
-    assert not parse().asks_to_cache
+def test_a_mark_for_the_cache_has_its_place_wherever_it_is(changes: dict[str, Any], marks: list[Any]) -> None:
+    assert [message.cache_marks for message in parse(**changes).prompt.messages] == marks
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"cache_control": {"type": "skip"}}, "cache_control.type"),
+        ({"cache_control": {"type": "ephemeral", "ttl": "1d"}}, "cache_control.ttl"),
+        ({"cache_control": {}}, "cache_control.type"),
+        ({"tools": [TOOLS[0] | SKIP]}, "tools[0].cache_control.type"),
+        ({"system": [text("a") | {"cache_control": {"type": "ephemeral", "ttl": 300}}]}, "system[0].cache_control.ttl"),
+        ({"diagnostics": {"previous_message_id": "x" * 1000}}, "diagnostics.previous_message_id"),
+    ],
+)
+def test_a_mark_that_says_nothing_known_is_refused(changes: dict[str, Any], param: str) -> None:
+    assert refusal(lambda: parse(**changes))[0] == param
+
+
+def test_what_a_request_is_compared_with() -> None:
+    assert parse(diagnostics={"previous_message_id": "msg_1"}).cache_wish == CacheWish(compared_to="msg_1")
+    assert parse(diagnostics={"previous_message_id": None}).cache_wish == CacheWish()
+    assert parse(max_tokens=0).is_prewarm
+    assert not parse().is_prewarm
 
 
 @pytest.mark.parametrize(

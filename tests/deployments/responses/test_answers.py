@@ -121,6 +121,8 @@ def test_a_whole_response() -> None:
         "truncation": "auto",
         "store": False,
         "prompt_cache_key": "cache",
+        "prompt_cache_options": None,
+        "prompt_cache_retention": None,
         "parallel_tool_calls": False,
         "tool_choice": "none",
     }

@@ -33,7 +33,6 @@ from deployments.responses.input_items import CALL_NOT_IMPLEMENTED
 from deployments.responses.items import messages_of
 from deployments.responses.labels import INCLUDABLE
 from deployments.responses.requests import (
-    CACHE_OPTIONS_NOT_IMPLEMENTED,
     REASONING_NOT_IMPLEMENTED,
     RESPONSE_IGNORED,
     RESPONSE_NOT_IMPLEMENTED,
@@ -221,13 +220,7 @@ def test_what_is_not_implemented_is_refused_by_name(name: str) -> None:
         assert parse(**{name: neutral}) == parse()
 
 
-@pytest.mark.parametrize(
-    ("outer", "table"),
-    [
-        ("reasoning", REASONING_NOT_IMPLEMENTED),
-        ("prompt_cache_options", CACHE_OPTIONS_NOT_IMPLEMENTED),
-    ],
-)
+@pytest.mark.parametrize(("outer", "table"), [("reasoning", REASONING_NOT_IMPLEMENTED)])
 def test_what_is_not_implemented_inside_is_refused_by_name(outer: str, table: dict[str, tuple[Any, ...]]) -> None:
     parse(**{outer: None})
     parse(**{outer: {}})

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 from array import array
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -26,6 +27,7 @@ class Core:
     """Notes what it is told."""
 
     def __init__(self) -> None:
+        self.cache_config = SimpleNamespace(chunk_size=4)
         self.stopped: list[tuple[str, int | None]] = []
         self.aborted: list[str] = []
 
