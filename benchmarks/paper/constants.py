@@ -20,7 +20,7 @@ THINK_S = 60.0
 VLLM_RESERVE = 0.01
 
 # Fitted on Pensieve's curve of 10a: the time of a step that is neither arithmetic nor memory; what each request that decodes
-# adds to it (sampling, tables, detokenising); and the spread of the numbers of turns (lognormal). vLLM's overheads are the same.
+# adds to it (sampling, tables, detokenising); and the spread of the numbers of turns (lognormal). vLLM has the same.
 STEP_OVERHEAD_S, DECODE_OVERHEAD_S = 0.007, 0.00025
 TURN_SIGMA = 0.6
 # TensorRT-LLM's runtime is in C++: what Figure 3 leaves of a step of 32 decodes, which is 20.9 ms at zero context, after the
@@ -58,8 +58,10 @@ ULTRACHAT_TURN_SIGMA = 0.37
 DURATION_S, WARM_UP_S = 900.0, 300.0
 COARSE_CHUNK_SIZE = 64
 # Shares of the rate at which the paper's curve passes its latency: these rates are simulated besides those of the search.
-FRACTIONS = (0.4, 0.75)
-DENSE_FRACTIONS = (0.2, 0.4, 0.6, 0.75, 0.9, 0.95, 1.05)
+FRACTIONS = {
+    "10a": (0.2, 0.4, 0.6, 0.75, 0.9, 0.95, 1.05),
+    "10b": (0.3, 0.6, 0.85),
+}
 # Latencies at which digitised curves are compared, in seconds a token, and the one below which a curve is flat.
 LEVELS = (0.05, 0.08, 0.12, 0.18)
 BEND_S = 0.08

@@ -67,9 +67,7 @@ def figure_of_panel(name: str, runs: Runs) -> dict[str, Any]:
     for variant, changed in named.items():
         rates[variant] = {}
         for system in SYSTEMS:
-            shares: Sequence[float] = ()
-            if variant == best:
-                shares = constants.DENSE_FRACTIONS if digitised else constants.FRACTIONS
+            shares = constants.FRACTIONS.get(name, ()) if variant == best else ()
             guess = panel.rate(system)
             run = Run(panel=panel, system=system, rate=guess, changed=changed, chunk_size=chunk_size(panel))
             offered = [float(f"{share * guess:.4g}") for share in shares]
