@@ -13,6 +13,20 @@ from benchmarks.paper.published import Point, rate_at
 from benchmarks.paper.systems import Run
 
 Row = dict[str, float]
+# Of a Summary, in the file.
+FIGURES = (
+    *(
+        "turns_per_s",
+        "num_turns",
+        "num_unfinished",
+        "s_per_token_mean",
+        "s_per_token_p50",
+        "s_per_token_p90",
+        "s_per_token_p99",
+    ),
+    *("first_token_p50_s", "first_token_p90_s", "first_token_p99_s", "hit_rate", "loaded_share"),
+    *("recompute_s", "num_recomputed_tokens", "num_suspensions", "busy"),
+)
 # The search doubles its step from this one until it has passed the latency, and ends when its rates are this close.
 FIRST_STEP, CLOSE, MOST_RUNS = 1.15, 1.04, 9
 
@@ -28,13 +42,14 @@ class Runs:
         if path.exists():
             with path.open(newline="") as stream:
                 for row in csv.DictReader(stream):
-                    self._rows[row["key"]] = {name: float(value) for name, value in row.items() if _is_figure(name)}
+                    self._rows[row["key"]] = {name: float(row[name]) for name in FIGURES}
 
     def row(self, run: Run) -> Row:
         if run.key not in self._rows and self._is_complete:
             raise KeyError(f"{self._path.name} has no run of {run}; simulate it without --compare-only")
         if run.key not in self._rows:
-            summary = {name: float(f"{value:.6g}") for name, value in run.simulate().as_dict().items()}
+            figures = run.simulate().as_dict()
+            summary = {name: float(f"{figures[name]:.6g}") for name in FIGURES}
             self._rows[run.key] = summary
             self._append({**_describe(run), **summary})
         return self._rows[run.key]
@@ -54,18 +69,13 @@ class Runs:
             writer.writerow(row)
 
 
-_DESCRIBED = ("key", "panel", "system", "changed")
-
-
-def _is_figure(name: str) -> bool:
-    return name not in _DESCRIBED
-
-
 def _describe(run: Run) -> dict[str, str | float]:
-    panel = run.panel
-    described = (run.key, f"{panel.model} {panel.dataset}", run.system, "+".join(run.changed))
+    """What a run was of, for who reads the file; the key alone identifies it."""
     return {
-        **dict(zip(_DESCRIBED, described, strict=True)),
+        "key": run.key,
+        "panel": f"{run.panel.model} {run.panel.dataset}",
+        "system": run.system,
+        "changed": "+".join(run.changed),
         "chunk_size": run.chunk_size,
         "think_s": run.think_s,
         "host_share": run.host_share,
