@@ -60,13 +60,13 @@ COARSE_CHUNK_SIZE = 64
 # Shares of the rate at which the paper's curve passes its latency: these rates are simulated besides those of the search.
 FRACTIONS = {
     "10a": (0.2, 0.4, 0.6, 0.75, 0.9, 0.95, 1.05),
-    "10b": (0.3, 0.6, 0.85),
+    "10b": (0.3, 0.6, 0.8),
 }
 # Latencies at which digitised curves are compared, in seconds a token, and the one below which a curve is flat.
 LEVELS = (0.05, 0.08, 0.12, 0.18)
 BEND_S = 0.08
 # Figure 14: rates offered, seeds, and sizes of the CPU tier as shares of the paper's.
-EVICTION_RATES, EVICTION_SEEDS, EVICTION_HOST_SHARES = (3.0, 3.4, 3.8), (0, 1, 2), (1.0, 0.5)
+EVICTION_RATES, EVICTION_SEEDS, EVICTION_HOST_SHARES = (3.4, 3.8), (0, 1, 2), (1.0, 0.5)
 # Figure 15: mean think times. The paper's reach from 30 to 600 s; runs are as long as 20 of them, with half to warm up.
 THINK_TIMES_S = (30.0, 60.0, 120.0, 300.0, 600.0)
 FIGURE_15_CHUNK_SIZE = 128

@@ -73,8 +73,15 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Another one if anything of the run is another."""
-        inputs = (self, self.device, self.workload, SYSTEMS[self.system], constants.GPU_BYTES, constants.HOST_BYTES)
+        """Another one if anything is simulated otherwise; `changed` alone may change nothing."""
+        inputs = (
+            replace(self, changed=()),
+            self.device,
+            self.workload,
+            SYSTEMS[self.system],
+            constants.GPU_BYTES,
+            constants.HOST_BYTES,
+        )
         return hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
 
     @property
