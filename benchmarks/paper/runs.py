@@ -28,7 +28,7 @@ FIGURES = (
     *("recompute_s", "num_recomputed_tokens", "num_suspensions", "busy"),
 )
 # The search doubles its step from this one until it has passed the latency, and ends when its rates are this close.
-FIRST_STEP, CLOSE, MOST_RUNS = 1.15, 1.08, 8
+FIRST_STEP, CLOSE, MOST_RUNS = 1.15, 1.08, 10
 
 
 class Runs:
