@@ -1,223 +1,218 @@
 """The paper's figures, simulated on the scheduler and cache that serve, beside the points read off the paper.
 
-    python benchmarks/paper/figures.py --figure 10a
+    python benchmarks/paper/figures.py 10a 10b 10c 10d 11a 11b 12 13 14 15
+    python benchmarks/paper/figures.py --compare-only       # of what was simulated; writes no new runs
+    python benchmarks/paper/figures.py --table              # the tables of docs/paper_figures.md
 
-Writes results/paper/figure_10a.{csv,svg,json}. The constants are in constants.py.
+Writes results/paper/figure_10a.{csv,svg,json} and so on. A run that is in the CSV is not simulated again. The constants are
+in constants.py, what the paper shows in published.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
+from typing import Any
 
 if __name__ == "__main__":  # as `python benchmarks/paper/figures.py`
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.machine import RESULTS, write_result
-from benchmarks.paper import constants
-from engine.core.config import CacheConfig, SchedulingConfig
-from engine.core.engine_core import EngineCore
-from engine.simulator.devices import MODELS, find_device
-from engine.simulator.outcome import Summary
+from benchmarks.paper import constants, tables
+from benchmarks.paper.published import (
+    KERNEL_CONTEXTS,
+    KERNEL_MS,
+    PANELS,
+    SYSTEMS,
+    Panel,
+    Point,
+    latency_at,
+    rate_at,
+    read_digitised,
+)
+from benchmarks.paper.runs import Runs, curve
+from benchmarks.paper.systems import INTERCONNECT, KV_SHARE, TURNS, Run
 from engine.simulator.report import plot_lines
-from engine.simulator.routing import LeastLoaded
-from engine.simulator.simulator import Cluster, Simulator
-from engine.simulator.step_cost import Roofline, StepWork
-from engine.workloads.arrivals import Poisson, arrange
-from engine.workloads.distributions import Exponential, Lognormal
-from engine.workloads.synthetic import Synthetic, draw_sessions, sharegpt
 
-DIGITISED = Path(__file__).parent / "digitised_10ab.csv"
 FOLDER = RESULTS / "paper"
-FIGURES = {"10a": ("opt-13b", sharegpt), "10b": ("llama-2-13b-gqa", sharegpt)}
-# Latencies up to this one are below the bend of a curve.
-BEND_S = 0.08
-SYSTEMS = ("vllm-0.2.0", "pensieve-gpu-only", "pensieve")
-Point = tuple[float, float]
+FIGURES = (*PANELS, "12", "13", "14", "15")
+UNCHANGED, ONE_CONSTANT, BOTH = "unchanged", "one constant", "both constants"
 
 
-class SeparateBatches(Roofline):
-    """As vLLM 0.2.0: prompts and decodes are never in one batch, so a step with both is two, and reads all weights twice."""
-
-    def step_time(self, work: StepWork) -> float:
-        if not (work.num_decodes and work.num_prompt_tokens):
-            return super().step_time(work)
-        prompts = work._replace(num_decodes=0, decode_context_len=0)
-        decodes = StepWork(work.num_decodes, work.decode_context_len)
-        return super().step_time(prompts) + super().step_time(decodes)
-
-
-def simulate(figure: str, system: str, rate: float, seed: int, duration_s: float, warm_up_s: float) -> Summary:
-    """rate: of requests offered, in turns a second."""
-    model, workload = FIGURES[figure]
-    shape = MODELS[model]
-    device = replace(find_device(constants.DEVICE), step_overhead_s=constants.OVERHEAD_S[system])
-    bytes_per_block = shape.kv_bytes_per_token * constants.CHUNK_SIZE
-    kind = SeparateBatches if system == "vllm-0.2.0" else Roofline
-    cost = kind(shape, device, bytes_per_block)
-    cache = CacheConfig(
-        chunk_size=constants.CHUNK_SIZE,
-        num_gpu_blocks=int(constants.GPU_BYTES / bytes_per_block),
-        num_cpu_blocks=int(constants.HOST_BYTES / bytes_per_block) if system == "pensieve" else 0,
-        keep=system != "vllm-0.2.0",
-        swap_out_watermark=constants.WATERMARK,
-        cost_model=cost.cost_model(constants.CHUNK_SIZE),
-    )
-    scheduling = SchedulingConfig(
-        max_model_len=constants.WINDOW,
-        max_num_seqs=constants.MAX_NUM_SEQS,
-        max_num_batched_tokens=constants.MAX_NUM_BATCHED_TOKENS,
-        max_num_queued_reqs=1_000_000,
-        decode_reserve=constants.RESERVE,
-    )
-    spec = with_spreads(workload(10**7))
-    rate_of_sessions = rate / mean_turns(spec)
-    sessions = arrange(draw_sessions(spec, seed), Poisson(rate_of_sessions), seed)
-    cluster = Cluster(make_core=lambda: EngineCore(cache, scheduling), cost=cost, router=LeastLoaded())
-    return Simulator(cluster, sessions).run(duration_s).summary(warm_up_s)
+def variants(panel: Panel) -> dict[str, tuple[str, ...]]:
+    """What is changed in each simulation of a panel; that of 10a is the one that was fitted."""
+    turns = (TURNS,) if panel.dataset == "ultrachat" else ()
+    of_model = constants.ONE_CONSTANT[panel.model]
+    named = {UNCHANGED: (), ONE_CONSTANT: (*of_model, *turns)}
+    if panel.num_gpus > 1 and panel.model in constants.KV_SHARE:
+        named[BOTH] = (KV_SHARE, INTERCONNECT)
+    return {name: changed for name, changed in named.items() if changed or name == UNCHANGED}
 
 
-def with_spreads(spec: Synthetic) -> Synthetic:
-    """The means of a data set with the spreads of constants.py."""
-
-    def spread(distribution: Lognormal, sigma: float) -> Lognormal:
-        return Lognormal(distribution.mean, sigma)
-
-    return replace(
-        spec,
-        turns=spread(spec.turns, constants.TURN_SIGMA),  # type: ignore[arg-type]
-        new_tokens=spread(spec.new_tokens, constants.LENGTH_SIGMA),  # type: ignore[arg-type]
-        output_tokens=spread(spec.output_tokens, constants.LENGTH_SIGMA),  # type: ignore[arg-type]
-        think_s=Exponential(constants.THINK_S),
-        max_context_len=constants.WINDOW,
-    )
+def chunk_size(panel: Panel) -> int:
+    return constants.CHUNK_SIZE if panel.model == "opt-13b" else constants.COARSE_CHUNK_SIZE
 
 
-def mean_turns(spec: Synthetic, num_drawn: int = 4000) -> float:
-    """Of sessions as they are drawn: rounding and the window change the mean a little."""
-    sample = replace(spec, num_sessions=num_drawn)
-    return float(np.mean([len(session.turns) for session in draw_sessions(sample, seed=12345)]))
-
-
-def read_digitised(figure: str) -> dict[str, list[Point]]:
-    """(requests a second, seconds a token) by system."""
-    points: dict[str, list[Point]] = {}
-    with DIGITISED.open() as stream:
-        for row in csv.DictReader(stream):
-            if row["figure"] == figure:
-                point = (float(row["request_rate_per_s"]), float(row["latency_s_per_token"]))
-                points.setdefault(row["system"], []).append(point)
-    return points
-
-
-def rate_at(points: Sequence[Point], level: float) -> float | None:
-    """The rate at which a curve passes a latency, between two of its points; None if it does not."""
-    for (rate, latency), (next_rate, next_latency) in pairwise(points):
-        if latency <= level < next_latency:
-            return rate + (next_rate - rate) * (level - latency) / (next_latency - latency)
-    return None
-
-
-def latency_at(points: Sequence[Point], rate: float) -> float | None:
-    """The latency of a curve at a rate, between two of its points; None beyond them."""
-    for (left, latency), (right, next_latency) in pairwise(points):
-        if left <= rate <= right:
-            return latency + (next_latency - latency) * (rate - left) / (right - left)
-    return None
-
-
-def simulate_all(figure: str, seeds: int, duration_s: float, warm_up_s: float) -> None:
-    """Simulate all systems of a figure, and write a row for each system and rate."""
-    rows: list[dict[str, float | str]] = []
-    tasks = [
-        (system, rate)
-        for system in SYSTEMS
-        for rate in constants.RATES[figure]
-        if rate <= constants.SATURATED[figure][system]
-    ]
-    for system, rate in tqdm(tasks, desc=f"figure {figure}", disable=not sys.stderr.isatty()):
-        summaries = [simulate(figure, system, rate, seed, duration_s, warm_up_s) for seed in range(seeds)]
-        mean = {name: float(np.mean([each.as_dict()[name] for each in summaries])) for name in summaries[0].as_dict()}
-        rows.append({"system": system, "offered_per_s": rate, **mean})
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with (FOLDER / f"figure_{figure}.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: f"{v:.5g}" if isinstance(v, float) else v for name, v in row.items()} for row in rows)
-
-
-def read_simulated(figure: str) -> dict[str, list[Point]]:
-    """(requests a second that were achieved, seconds a token) by system, of the last simulation."""
-    curves: dict[str, list[Point]] = {}
-    with (FOLDER / f"figure_{figure}.csv").open() as stream:
-        for row in csv.DictReader(stream):
-            point = (float(row["turns_per_s"]), float(row[constants.METRIC]))
-            curves.setdefault(row["system"], []).append(point)
-    return curves
-
-
-def compare(figure: str, run: dict[str, float]) -> None:
-    """The simulated curves beside the paper's: a plot, rates at given latencies, and latencies below the bend."""
-    paper, curves = read_digitised(figure), read_simulated(figure)
-    lines = {f"{system}, simulated": points for system, points in curves.items()}
+def figure_of_panel(name: str, runs: Runs) -> dict[str, Any]:
+    """Figures 10 and 11: curves of all systems, and their rates at the panel's latency."""
+    panel, digitised = PANELS[name], read_digitised(name)
+    named = variants(panel)
+    best = list(named)[-1]
+    rates: dict[str, dict[str, float | None]] = {}
+    lines: dict[str, Sequence[Point]] = {}
+    for variant, changed in named.items():
+        rates[variant] = {}
+        for system in SYSTEMS:
+            shares = constants.FRACTIONS.get(name, ()) if variant == best else ()
+            guess = panel.rate(system)
+            run = Run(panel=panel, system=system, rate=guess, changed=changed, chunk_size=chunk_size(panel))
+            offered = [float(f"{share * guess:.4g}") for share in shares]
+            points, rates[variant][system] = curve(runs, run, offered, panel.level, guess)
+            if variant == best:
+                lines[f"{system}, simulated"] = points
+    result: dict[str, Any] = {"level": panel.level, "paper": dict(zip(SYSTEMS, panel.rates, strict=True)), **rates}
+    if digitised:
+        result["digitised"] = _compare_curves(digitised, {system: lines[f"{system}, simulated"] for system in SYSTEMS})
+    paper = digitised or {system: [(panel.rate(system), panel.level)] for system in SYSTEMS}
     lines |= {f"{system}, paper": paper[system] for system in SYSTEMS}
-    pairs = {f"{system}, paper": f"{system}, simulated" for system in SYSTEMS}
-    plot = plot_lines(
-        f"Figure {figure}", "requests a second, achieved", "s/token, 90th percentile", lines, y_max=0.35, dashed=pairs
-    )
-    (FOLDER / f"figure_{figure}.svg").write_text(plot + "\n")
-    rates = {
+    _plot(name, f"{panel.model}, {panel.dataset}, {best}", lines, 3 * panel.level)
+    return result
+
+
+def _compare_curves(paper: Mapping[str, list[Point]], simulated: Mapping[str, Sequence[Point]]) -> dict[str, Any]:
+    """Rates at several latencies, and latencies below the bend at the paper's rates."""
+    return {
         system: {
-            str(level): {"paper": rate_at(paper[system], level), "simulated": rate_at(curves[system], level)}
-            for level in constants.LEVELS[figure]
+            "rate_at": {
+                str(level): {"paper": rate_at(paper[system], level), "simulated": rate_at(curve_points, level)}
+                for level in constants.LEVELS
+            },
+            "latency_below_the_bend": [
+                {"rate": rate, "paper": latency, "simulated": latency_at(curve_points, rate)}
+                for rate, latency in paper[system]
+                if latency <= constants.BEND_S
+            ],
         }
-        for system in SYSTEMS
+        for system, curve_points in simulated.items()
     }
-    below = {
-        system: [
-            {"rate": rate, "paper": latency, "simulated": latency_at(curves[system], rate)}
-            for rate, latency in paper[system]
-            if latency <= BEND_S
-        ]
-        for system in SYSTEMS
-    }
-    write_result(f"figure_{figure}", {**run, "rate_at": rates, "latency_below_the_bend": below}, FOLDER)
-    print(f"{'rate at s/token':20}" + "".join(f"{level:>24}" for level in constants.LEVELS[figure]))
-    for system, row in rates.items():
-        print(f"{system:20}" + "".join(f"{_compare(each):>24}" for each in row.values()))
-    for system, points in below.items():
-        errors = [
-            f"{each['rate']:.2f}: {each['simulated'] / each['paper'] - 1:+.0%}" for each in points if each["simulated"]
-        ]
-        print(f"latency of {system} at requests a second: {', '.join(errors)}")
 
 
-def _compare(rates: dict[str, float | None]) -> str:
-    paper, simulated = rates["paper"], rates["simulated"]
-    if paper is None or simulated is None:
-        return "-"
-    return f"{paper:.2f} / {simulated:.2f} ({simulated / paper - 1:+.0%})"
+def figure_12() -> dict[str, Any]:
+    """Attention over KV that lies in pieces, by what each way reads and writes: no device was at hand to time it.
+
+    In passes over the KV of the context, of 8 query tokens a request: one of a kernel that reads pieces; copy-out reads,
+    writes and reads again; and as many as there are query tokens if each is a decode of its own.
+    """
+    passes = {"contiguous": 1, "copy-out": 3, "multi-round": 8, "pensieve": 1}
+    return {
+        "contexts": KERNEL_CONTEXTS,
+        "passes_over_kv": passes,
+        "paper_over_contiguous": {
+            name: [ms / best for ms, best in zip(times, KERNEL_MS["contiguous"], strict=True)]
+            for name, times in KERNEL_MS.items()
+        },
+        "paper_growth_from_first_to_last": {name: times[-1] / times[0] for name, times in KERNEL_MS.items()},
+        "simulated_growth": KERNEL_CONTEXTS[-1] / KERNEL_CONTEXTS[0],
+    }
+
+
+def figure_13(runs: Runs) -> dict[str, Any]:
+    """Unified against separate batches: Llama-2-13B, at 0.12 s/token."""
+    panel = replace(PANELS["10b"], level=0.12)
+    found: dict[str, float | None] = {}
+    lines: dict[str, Sequence[Point]] = {}
+    for system in ("pensieve", "pensieve-separate"):
+        run = Run(
+            panel=panel, system=system, rate=0, changed=variants(panel)[ONE_CONSTANT], chunk_size=chunk_size(panel)
+        )
+        guess = panel.rate("pensieve") * 0.95
+        lines[system], found[system] = curve(runs, run, [float(f"{guess * 0.6:.4g}")], panel.level, guess)
+    _plot("13", "unified and separate batches", lines, 3 * panel.level)
+    return {"level": panel.level, "rate": found}
+
+
+def figure_14(runs: Runs) -> dict[str, Any]:
+    """Retention value against LRU: OPT-13B; latency, hits in the CPU tier, and tokens recomputed, by load."""
+    cells = []
+    for share in constants.EVICTION_HOST_SHARES:
+        for rate in constants.EVICTION_RATES:
+            by_seed = []
+            for seed in constants.EVICTION_SEEDS:
+                run = Run(panel=PANELS["10a"], system="pensieve", rate=rate, host_share=share, seed=seed)
+                by_seed.append((runs.row(run), runs.row(replace(run, system="pensieve-lru"))))
+            cells.append({"host_share": share, "offered_per_s": rate, **tables.compare_policies(by_seed)})
+    return {"cells": cells}
+
+
+def figure_15(runs: Runs) -> dict[str, Any]:
+    """Requests a second of Pensieve at 0.12 s/token by the mean think time: OPT-13B, ShareGPT."""
+    panel = PANELS["10a"]
+    found: dict[str, float | None] = {}
+    guess = panel.rate("pensieve")
+    for think_s in constants.THINK_TIMES_S:
+        run = Run(
+            panel=panel,
+            system="pensieve",
+            rate=guess,
+            chunk_size=constants.FIGURE_15_CHUNK_SIZE,
+            think_s=think_s,
+            duration_s=20 * think_s,
+            warm_up_s=10 * think_s,
+        )
+        found[f"{think_s:g}"] = curve(runs, run, (), panel.level, guess)[1]
+        guess = found[f"{think_s:g}"] or guess
+    points = [(float(think_s), rate) for think_s, rate in found.items() if rate is not None]
+    plot = plot_lines("Figure 15", "mean think time (s)", "requests a second at 0.12 s/token", {"pensieve": points})
+    (FOLDER / "figure_15.svg").write_text(plot + "\n")
+    return {"level": panel.level, "rate_by_think_s": found}
+
+
+def _plot(name: str, title: str, lines: Mapping[str, Sequence[Point]], y_max: float) -> None:
+    pairs = {f"{system}, paper": f"{system}, simulated" for system in SYSTEMS if f"{system}, paper" in lines}
+    plot = plot_lines(
+        f"Figure {name}: {title}",
+        "requests a second, achieved",
+        "s/token, 90th percentile",
+        lines,
+        y_max=y_max,
+        dashed=pairs,
+    )
+    (FOLDER / f"figure_{name}.svg").write_text(plot + "\n")
+
+
+def make(name: str, is_complete: bool = False) -> dict[str, Any]:
+    """One figure: its runs, its plot, and its JSON. is_complete: of the runs that there are."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    runs = Runs(FOLDER / f"figure_{name}.csv", is_complete)
+    others = {"13": figure_13, "14": figure_14, "15": figure_15}
+    if name in PANELS:
+        result = figure_of_panel(name, runs)
+    else:
+        result = figure_12() if name == "12" else others[name](runs)
+    write_result(f"figure_{name}", result, FOLDER)
+    return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figure", choices=list(FIGURES), default="10a")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--duration-s", type=float, default=constants.DURATION_S)
-    parser.add_argument("--warm-up-s", type=float, default=constants.WARM_UP_S)
-    parser.add_argument("--compare-only", action="store_true", help="Compare what was simulated last")
+    parser.add_argument("figures", nargs="*", choices=[*FIGURES, []], help="default: all")
+    parser.add_argument("--compare-only", action="store_true", help="compare the runs that there are")
+    parser.add_argument("--table", action="store_true", help="print the tables of the figures that there are")
     options = parser.parse_args()
-    if not options.compare_only:
-        simulate_all(options.figure, options.seeds, options.duration_s, options.warm_up_s)
-    compare(options.figure, {name: getattr(options, name) for name in ("seeds", "duration_s", "warm_up_s")})
+    if not options.table:
+        for name in options.figures or FIGURES:
+            make(name, options.compare_only)
+            print(f"figure {name}: {FOLDER / f'figure_{name}.json'}", flush=True)
+    results = {
+        name: json.loads((FOLDER / f"figure_{name}.json").read_text())
+        for name in FIGURES
+        if (FOLDER / f"figure_{name}.json").exists()
+    }
+    print(tables.format_all(results))
     return 0
 
 

@@ -41,6 +41,11 @@ class ModelShape:
         return 2.0 * (self.num_active_parameters or self.num_parameters)
 
     @property
+    def summed_bytes_per_token(self) -> float:
+        """Of the activations that the devices of a group sum up, after attention and after the MLP of each layer."""
+        return 2 * self.num_layers * self.num_heads * self.head_dim * self.bytes_per_value
+
+    @property
     def flops_per_pair(self) -> float:
         """Attention of one token to one other: query times key, and the weighted sum of values."""
         return 4.0 * self.num_layers * self.num_heads * self.head_dim
@@ -54,7 +59,8 @@ class Device:
     matmul_efficiency: share of the peak that matrix products of many tokens reach. attention_flops_per_s: of prompts.
     hbm_efficiency: share of the bandwidth that reading weights reaches; kv_efficiency: that reading KV in decodes reaches.
     host_to_device, device_to_host: of copies between the tiers.
-    step_overhead_s: of a step, whatever it computes.
+    interconnect_bytes_per_s: between the devices that share a model, in each direction; None = their sums take no time.
+    step_overhead_s: of a step, whatever it computes; decode_overhead_s: of each request that decodes in it, besides.
     """
 
     flops_per_s: float
@@ -66,7 +72,9 @@ class Device:
     attention_flops_per_s: float | None = None
     hbm_efficiency: float = 0.8
     kv_efficiency: float = 0.8
+    interconnect_bytes_per_s: float | None = None
     step_overhead_s: float = 0.005
+    decode_overhead_s: float = 0.0
     num_devices: int = 1
 
 

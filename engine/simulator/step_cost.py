@@ -70,11 +70,13 @@ class Roofline:
     """The larger of what arithmetic and what memory takes, from the shape of a model and the figures of a device.
 
     Matrix products take the longer of reading all weights and computing all tokens; attention of prompts computes, that of
-    decodes reads KV; a constant goes with each step. Swap-ins go beside the computation layer by layer, so the step takes the
-    longer of the two, and one layer more; swap-outs ahead of time go beside all of it; evictions come first.
+    decodes reads KV; devices that share a model sum up their activations in a ring; a constant goes with each step, and one
+    with each request that decodes. Swap-ins go beside the computation layer by layer, so the step takes the longer of the
+    two, and one layer more; swap-outs ahead of time go beside all of it; evictions come first.
 
-    token_s: of one more token in a large batch, without attention. pair_s: of one pair of tokens in the attention of prompts.
-    weights_s: to read all weights once. context_token_s: of one token of context in a decode. load_s, store_s: of one block.
+    token_s: of one more token in a large batch, without attention. sum_s: of summing up its activations. pair_s: of one pair
+    of tokens in the attention of prompts. weights_s: to read all weights once. context_token_s: of one token of context in a
+    decode. load_s, store_s: of one block.
     """
 
     def __init__(self, model: ModelShape, device: Device, bytes_per_block: float) -> None:
@@ -84,9 +86,13 @@ class Roofline:
         self.pair_s = model.flops_per_pair / (num * attention_rate)
         self.weights_s = model.weight_bytes / (num * device.hbm_bytes_per_s * device.hbm_efficiency)
         self.context_token_s = model.kv_bytes_per_token / (num * device.hbm_bytes_per_s * device.kv_efficiency)
+        # In a ring, each device sends all but 1/n of the bytes twice: once to sum up, once to spread the sums.
+        ring_bytes = model.summed_bytes_per_token * 2 * (num - 1) / num
+        self.sum_s = ring_bytes / device.interconnect_bytes_per_s if device.interconnect_bytes_per_s else 0.0
         self.load_s = bytes_per_block / (num * device.host_to_device)
         self.store_s = bytes_per_block / (num * device.device_to_host)
         self.overhead_s = device.step_overhead_s
+        self.decode_overhead_s = device.decode_overhead_s
         self._layer_share = 1 / model.num_layers
 
     def compute_time(self, work: StepWork) -> float:
@@ -94,22 +100,23 @@ class Roofline:
         compute_s = work.num_prompt_pairs * self.pair_s + work.decode_context_len * self.context_token_s
         num_tokens = work.num_decodes + work.num_prompt_tokens
         if num_tokens:
-            compute_s += max(self.weights_s, num_tokens * self.token_s)
+            compute_s += max(self.weights_s, num_tokens * self.token_s) + num_tokens * self.sum_s
         return compute_s
 
     def step_time(self, work: StepWork) -> float:
         compute_s = self.compute_time(work)
+        overhead_s = self.overhead_s + work.num_decodes * self.decode_overhead_s
         num_swap_ins, num_evictions, num_swap_outs = work.num_swap_ins, work.num_evictions, work.num_swap_outs
         if not (num_swap_ins or num_evictions or num_swap_outs):
-            return compute_s + self.overhead_s
+            return compute_s + overhead_s
         if num_swap_ins:
             compute_s = max(compute_s, num_swap_ins * self.load_s + compute_s * self._layer_share)
         beside_s = max(compute_s, num_swap_outs * self.store_s)
-        return num_evictions * self.store_s + beside_s + self.overhead_s
+        return num_evictions * self.store_s + beside_s + overhead_s
 
     def cost_model(self, chunk_size: int) -> CostModel:
         return CostModel(
-            constant=self.token_s * chunk_size,
+            constant=(self.token_s + self.sum_s) * chunk_size,
             per_context_token=self.pair_s * chunk_size,
             chunk_size=chunk_size,
             load_costs={CPU: self.load_s},

@@ -9,7 +9,7 @@ from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.tier_table import TierSpec
 from engine.errors import ConfigError
-from engine.simulator.devices import DEVICES, MODELS, find_device, find_model
+from engine.simulator.devices import DEVICES, MODELS, Device, find_device, find_model
 from engine.simulator.events import ARRIVAL, END_OF_STEP, Events
 from engine.simulator.links import Link
 from engine.simulator.outcome import Outcome
@@ -262,6 +262,21 @@ def test_a_step_costs_what_figure_3_shows_of_the_a100():
     for history, seconds in ((128, 4.9), (1024, 7.8), (2048, 11.1), (4096, 17.6)):
         decode_s = sum(COST.step_time(StepWork(32, 32 * (history + number))) for number in range(200))
         assert decode_s == pytest.approx(seconds, rel=0.15)
+
+
+def test_a_step_waits_for_the_sums_between_devices_and_for_each_request_that_decodes():
+    device = DEVICES["a100-80gb"]
+    four = replace(device, num_devices=4)
+    work = StepWork(num_decodes=10, decode_context_len=1000)
+
+    def time_of(device: Device) -> float:
+        return Roofline(SHAPE, device, 1.0).step_time(work)
+
+    # 40 layers sum up 10 tokens of 5120 values of 2 bytes twice each; 3/4 of it is sent twice.
+    summed_s = 40 * 2 * 10 * 5120 * 2 * 1.5 / 25e9
+    assert time_of(replace(four, interconnect_bytes_per_s=25e9)) == pytest.approx(time_of(four) + summed_s)
+    assert time_of(replace(device, interconnect_bytes_per_s=25e9)) == time_of(device)
+    assert time_of(replace(device, decode_overhead_s=0.001)) == pytest.approx(time_of(device) + 0.01)
 
 
 def test_a_workload_that_is_endless_is_drawn_as_it_is_needed():
