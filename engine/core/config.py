@@ -33,6 +33,7 @@ class CacheOptions:
             "Which chunks leave a full tier first.",
             "`retention_value`: those that are cheapest to recompute for the time they have been idle. `lru`: those unused "
             "for longest. `trailing_lru`: of the contexts unused for longest, the last chunks first, as radix caches do. "
+            "`tail_optimised_lru`: first what a next turn computes again in time, else as `lru`. "
             "`MODULE:NAME`: a class of your own, see docs/extending.md.",
             choices=EVICTION_POLICIES,
             or_import_path=True,

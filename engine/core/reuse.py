@@ -6,12 +6,15 @@ Eviction policies go by it, if they want to; nothing else does. Without a statem
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 
 from engine.errors import InvalidParameterError
 
 # A weight is a factor on what keeping a chunk is worth; soft, hence bounded.
 MIN_WEIGHT, MAX_WEIGHT = 1 / 64, 64.0
+# Values of reuse_class: 0 = nothing is known, these others are tools.
+NUM_TOOL_CLASSES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +80,8 @@ def _weight_and_end(reuse: Reuse) -> tuple[float, float]:
 
 
 NO_REUSE = Reuse()
+
+
+def tool_class(name: str) -> int:
+    """The reuse_class of a context whose next turn is the result of a call of that tool; tools may share one."""
+    return 1 + zlib.crc32(name.encode()) % (NUM_TOOL_CLASSES - 1)

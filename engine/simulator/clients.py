@@ -6,6 +6,7 @@ from functools import lru_cache
 from itertools import repeat
 
 from engine.core.request import Request, SamplingParams
+from engine.core.reuse import NO_REUSE, Reuse, tool_class
 from engine.workloads.session import Session, Turn
 from engine.workloads.tokens import TokenContext, repeated_tokens
 
@@ -21,6 +22,12 @@ def _sampling(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens)
 
 
+@lru_cache(maxsize=4096)
+def _reuse_before(tool: str) -> Reuse:
+    """What a server sees of an answer that calls a tool: which one."""
+    return Reuse(tool_class(tool))
+
+
 class Client:
     """One session under way.
 
@@ -31,6 +38,7 @@ class Client:
     sent_s: when that turn was sent, at first. first_token_s: of what was lost with a replica; None = nothing was.
     num_retries: how often all replicas were full. ingress: through which the turn came in.
     last_rank: the replica that answered last; None = none has. is_asked: that turn has been sent.
+    num_known: of the prompt, tokens that were in the context before. num_seen: those that any session is known to have had.
     """
 
     __slots__ = (
@@ -43,6 +51,7 @@ class Client:
         "last_rank",
         "num_known",
         "num_retries",
+        "num_seen",
         "number",
         "sent_s",
         "session",
@@ -56,7 +65,7 @@ class Client:
         self.sent_s = 0.0
         self.first_token_s: float | None = None
         self.num_retries = 0
-        self.num_known = 0
+        self.num_known = self.num_seen = 0
         self.ingress = 0
         self.last_rank: int | None = None
         self.is_asked = False
@@ -75,6 +84,12 @@ class Client:
     def _token(self, turn: Turn) -> int:
         return self.answer_token if turn.answer_stream is None else turn.answer_stream
 
+    @property
+    def _reuse(self) -> Reuse:
+        """What can be told from the answer about the next turn."""
+        following = self.session.turns[self.number + 1 : self.number + 2]
+        return _reuse_before(following[0].tool) if following and following[0].kind == "tool" else NO_REUSE
+
     def ask(self, now: float) -> None:
         """The next turn is sent."""
         self.sent_s, self.first_token_s, self.num_retries = now, None, 0
@@ -83,7 +98,7 @@ class Client:
             context.ask(turn)
             context.add_answer(repeat(self._token(turn), turn.output_tokens))
         num_kept, keep_tokens = len(context.token_ids), self.turn.keep_tokens
-        self.num_known = num_kept if keep_tokens is None else min(num_kept, keep_tokens)
+        self.num_known = self.num_seen = num_kept if keep_tokens is None else min(num_kept, keep_tokens)
         self.is_asked = True
         context.ask(self.turn)
 
@@ -102,6 +117,7 @@ class Client:
             tenant=session.tenant,
             output_token_ids=output_token_ids or (),
             chunk_keys=self._keys[: self.num_known // chunk_size],
+            reuse=self._reuse,
         )
 
     def end_turn(self, request: Request) -> bool:

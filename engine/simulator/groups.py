@@ -202,7 +202,7 @@ class Group:
         session_id, rank = client.session.session_id, replica.rank
         request = client.request(replica.core.cache_config.chunk_size, given)
         try:
-            shed = replica.add(request, client.token, client.num_known, now)
+            shed = replica.add(request, client.token, client.num_seen, now)
         except (OverloadedError, ContextLengthError) as error:
             is_too_long = isinstance(error, ContextLengthError)
             self._results.append(NotTaken(now, rank, session_id, is_too_long))
@@ -215,7 +215,7 @@ class Group:
     def _on_end(self, replica: Replica, request: Request, output: RequestOutput, now: float) -> None:
         session_id, rank = request.conversation_id, replica.rank
         client = self._clients[session_id]
-        row = turn_row(client, rank, output, now)
+        row = turn_row(client, replica, output, now)
         client.last_rank = rank
         has_more = client.end_turn(request)
         goes_on = has_more and self._stays[session_id] == self._num_changes and now + client.turn.pause_s < self._end_s

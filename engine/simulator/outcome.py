@@ -15,7 +15,9 @@ class TurnRow(NamedTuple):
 
     is_tool: the turn is the result of a call. is_moved: another replica had answered the session's turn before.
     sent_s: before any retry.
-    num_known_tokens: of the prompt, those that the session had before, wherever they were computed.
+    num_known_tokens: of the prompt, those that the session had before, wherever they were computed; with an oracle, those
+        that any session had before.
+    num_recomputed_tokens, recompute_s: of these, what had to be computed again, and what that cost.
     """
 
     session: int
@@ -36,10 +38,12 @@ class TurnRow(NamedTuple):
     num_output_tokens: int
     num_suspensions: int
     num_retries: int
+    num_recomputed_tokens: int
+    recompute_s: float
 
 
 class TurnTable:
-    """Rows of turns, as columns of numbers: some 130 bytes a turn."""
+    """Rows of turns, as columns of numbers: some 150 bytes a turn."""
 
     def __init__(self) -> None:
         self._columns: list[array[Any]] = [array("d" if name.endswith("_s") else "q") for name in TurnRow._fields]
@@ -79,9 +83,9 @@ class Summary:
 
     turns_per_s: finished, within the time measured. s_per_token: from sending to the end of the answer, over its tokens, as
     the paper measures. hit_rate: of the tokens that sessions had before, the part that was found and used, in any tier.
-    recompute_s, num_recomputed_tokens: over the whole run, of all replicas. busy: share of the replicas' time in steps.
-    balance: of the replicas' busy time, the largest over the mean. requests_balance: the same of the requests that are open
-    at each replica, on average over time after the warm-up.
+    recompute_s, num_recomputed_tokens: of these turns, what had been computed before and was computed again. busy: share of
+    the replicas' time in steps. balance: of the replicas' busy time, the largest over the mean. requests_balance: the same of
+    the requests that are open at each replica, on average over time after the warm-up.
     moved_share: of the turns that follow another one, those that another replica answers than that one. moved_hit_rate,
     moved_first_token_p90_s: of these alone; 0 if there are none. pulled_gb: KV that replicas got from others, over the whole
     run, in 10^9 bytes.
@@ -177,8 +181,8 @@ class Outcome:
             prompt_tokens_mean=float(counted("num_prompt_tokens").mean()),
             hit_rate=_share(num_found, num_known),
             loaded_share=float(counted("num_loaded_tokens").sum() / num_cached.sum()) if num_cached.sum() else 0.0,
-            recompute_s=sum(row.recompute_s for row in self.replicas),
-            num_recomputed_tokens=sum(row.num_recomputed_tokens for row in self.replicas),
+            recompute_s=float(counted("recompute_s").sum()),
+            num_recomputed_tokens=int(counted("num_recomputed_tokens").sum()),
             num_suspensions=int(counted("num_suspensions").sum()),
             busy=mean_busy,
             balance=max(busy) / mean_busy if mean_busy else 1.0,

@@ -61,6 +61,7 @@ class Replica:
         self._on_plan = on_plan
         self._tokens: dict[str, int] = {}
         self._num_known: dict[str, int] = {}
+        self._recomputed: dict[str, tuple[int, float]] = {}
         self._plan: StepPlan | None = None
         self._times: list[float] = []
         self._wake_number = 0  # of the wake-up that counts; those before it were for what has been cut since
@@ -135,6 +136,10 @@ class Replica:
         self._wake_number += 1
         self._is_stopped = True
         self._plan, self._times = None, []
+
+    def take_recomputed(self, request_id: str) -> tuple[int, float]:
+        """What an ended request had to compute again: tokens, and seconds."""
+        return self._recomputed.pop(request_id, (0, 0.0))
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -227,12 +232,18 @@ class Replica:
         for start in plan.starts:
             request = self.requests[start.request_id]
             num_known = request.num_tokens - 1 if request.num_suspensions else self._num_known[start.request_id]
+            num_tokens, seconds = 0, 0.0
             for begin, end in request.pending:
                 num = min(end, num_known) - begin
                 if num <= 0:
                     break
-                self.num_recomputed_tokens += num
-                self.recompute_s += num * (cost.constant + cost.per_context_token * (begin + num / 2)) / size
+                num_tokens += num
+                seconds += num * (cost.constant + cost.per_context_token * (begin + num / 2)) / size
+            if num_tokens:
+                self.num_recomputed_tokens += num_tokens
+                self.recompute_s += seconds
+                before = self._recomputed.get(start.request_id, (0, 0.0))
+                self._recomputed[start.request_id] = before[0] + num_tokens, before[1] + seconds
 
     # -- slow tiers ----------------------------------------------------------------------------------------------------
 

@@ -13,12 +13,14 @@ from typing import Literal
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.plan import ChunkRecord, StepPlan
 from engine.core.request import Request
+from engine.core.reuse import Reuse
 from engine.errors import ContextLengthError, OverloadedError
 from engine.simulator.clients import Client
 from engine.simulator.events import ARRIVAL, CHANGE, Events
 from engine.simulator.handover import Peer
 from engine.simulator.links import Link
 from engine.simulator.network import Network, NetworkSpec
+from engine.simulator.oracle import Oracle
 from engine.simulator.outcome import Outcome, ReplicaRow, TurnRow, TurnTable
 from engine.simulator.replica import Replica
 from engine.simulator.routing import Router
@@ -114,16 +116,22 @@ class Simulator:
         sessions: Iterable[Session],
         *,
         num_active: int | None = None,
+        reuse_of: Callable[[Session, int], Reuse] | None = None,
+        oracle: Oracle | None = None,
         on_plan: Callable[[StepPlan, float], None] | None = None,
     ) -> None:
         """sessions: in order of their start times; drawn one at a time.
 
         num_active: so many sessions are under way at any time, whatever their start times; None = these count.
+        reuse_of: what the request of a session's turn of that number says of the next use of its context.
+        oracle: is told when turns begin and end, and knows what of a prompt was computed before, by any session.
         on_plan: is told each plan that a replica makes, and when; it takes longer, because all are made then.
         """
         self._cluster = cluster
         self._sessions: Iterator[Session] = iter(sessions)
         self._on_plan = on_plan
+        self._reuse_of = reuse_of
+        self._oracle = oracle
         self._is_closed = num_active is not None
         self._events = Events()
         self._replicas: dict[int, Replica] = {}
@@ -194,6 +202,8 @@ class Simulator:
 
     def _ask(self, now: float, client: Client) -> None:
         client.ask(now)
+        if self._oracle is not None:
+            client.num_seen = max(client.num_known, self._oracle.begin_turn(client.session.session_id))
         self._send(now, client)
 
     def _send(self, now: float, client: Client, output_token_ids: list[int] | None = None) -> None:
@@ -214,6 +224,8 @@ class Simulator:
             if replica is None:  # it has gone while another one was asked
                 continue
             request = client.request(replica.core.cache_config.chunk_size, sending.output_token_ids)
+            if self._reuse_of is not None:
+                request.reuse = self._reuse_of(client.session, client.number)
             then = partial(self._add_expecting, replica, request, sending)
             if replica.peer is not None and replica.peer.ask(request, now, then):
                 return
@@ -237,7 +249,7 @@ class Simulator:
     def _try_add(self, now: float, replica: Replica, request: Request, client: Client) -> bool:
         """Whether the replica has taken the request, or the session has ended with it."""
         try:
-            shed = replica.add(request, client.token, client.num_known, now)
+            shed = replica.add(request, client.token, client.num_seen, now)
         except OverloadedError:
             return False
         except ContextLengthError:
@@ -258,12 +270,14 @@ class Simulator:
 
     def _on_end(self, replica: Replica, request: Request, output: RequestOutput, now: float) -> None:
         client = self._clients[request.conversation_id]
-        self._turns.append(turn_row(client, replica.rank, output, now))
+        self._turns.append(turn_row(client, replica, output, now))
         client.last_rank = replica.rank
         router = self._ingresses[client.ingress].router
         router.note_end(client.session.session_id, request.num_tokens, replica.rank)
         if replica.peer is not None:
             replica.peer.note(request, now)
+        if self._oracle is not None:
+            self._oracle.end_turn(client.session.session_id, now)
         if client.end_turn(request):
             self._events.add(now + client.turn.pause_s, ARRIVAL, self._ask, client)
         else:
@@ -414,7 +428,7 @@ def make_links(links: Iterable[tuple[str, LinkSpec]]) -> dict[str, tuple[Link, L
     }
 
 
-def turn_row(client: Client, rank: int, output: RequestOutput, now: float) -> TurnRow:
+def turn_row(client: Client, replica: Replica, output: RequestOutput, now: float) -> TurnRow:
     """The account of a turn that has ended, before the client goes on."""
     stats = output.stats
     assert stats is not None
@@ -423,13 +437,13 @@ def turn_row(client: Client, rank: int, output: RequestOutput, now: float) -> Tu
         client.answer_token,
         client.number,
         int(client.turn.kind == "tool"),
-        int(client.last_rank not in (None, rank)),
-        rank,
+        int(client.last_rank not in (None, replica.rank)),
+        replica.rank,
         client.sent_s,
         stats.first_token_s if client.first_token_s is None else client.first_token_s,
         now,
         stats.num_prompt_tokens,
-        client.num_known,
+        client.num_seen,
         stats.num_cached_tokens,
         stats.num_loaded_tokens,
         stats.num_not_loaded_tokens,
@@ -438,4 +452,5 @@ def turn_row(client: Client, rank: int, output: RequestOutput, now: float) -> Tu
         stats.num_output_tokens,
         stats.num_suspensions,
         client.num_retries,
+        *replica.take_recomputed(output.request_id),
     )

@@ -30,7 +30,7 @@ BOUNDS = [
     ("kv_offloading_size", [0, 0.5], [-1, -0.5, None, float("nan")]),
     (
         "eviction_policy",
-        ["retention_value", "lru", "trailing_lru", "my.policies:Mine"],
+        ["retention_value", "lru", "trailing_lru", "tail_optimised_lru", "my.policies:Mine"],
         ["fifo", "", None, "my:", "a b:c"],
     ),
     ("max_num_seqs", [1, 512], [0, 513, 1.0, None]),

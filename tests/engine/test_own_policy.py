@@ -1,5 +1,7 @@
 """An eviction policy from outside, by its import path."""
 
+from typing import ClassVar
+
 import pytest
 
 from engine.core.cache.cost_model import CostModel
@@ -8,6 +10,7 @@ from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.plan import StepResult
 from engine.core.request import Request, SamplingParams
+from engine.core.reuse import Reuse
 from engine.errors import ConfigError
 from engine.own_policy import load_policy
 
@@ -47,6 +50,37 @@ def cached_after_three_turns(own_policy) -> list[bool]:
 def test_what_it_chooses_goes():
     assert cached_after_three_turns(None) == [False, True, True]
     assert cached_after_three_turns(NewestFirst) == [True, True, False]
+
+
+def test_one_that_learns_is_told_of_requests_and_all_tiers_learn_from_the_same():
+    """Starts and ends of requests; what it stamps is what the chunks keep."""
+    told: list[tuple[str, str]] = []
+
+    class Notes:
+        def stamp(self, request):
+            told.append(("stamp", request.request_id))
+            return Reuse(7)
+
+        def note_end(self, request, now):
+            told.append(("end", request.request_id))
+            assert [(chunk.num_uses, chunk.reuse) for chunk in request.chunks] == [(1, Reuse(7))]
+
+        def note_start(self, request, now):
+            told.append(("start", request.request_id))
+
+    class Learning(LRU):
+        LEARNS_FROM = Notes
+        made: ClassVar[list] = []
+
+        def __init__(self, cost_model, notes):
+            super().__init__()
+            self.made.append(notes)
+
+    assert cached_after_three_turns(Learning) == [False, True, True]
+    turns = [[("start", name), ("stamp", name), ("end", name)] for name in ("r10", "r20", "r30")]
+    assert told == [*turns[0], *turns[1], *turns[2], ("start", "held")]
+    assert len(Learning.made) > 1
+    assert len({id(notes) for notes in Learning.made}) == 1
 
 
 def test_it_is_found_by_its_path_and_named_ones_are_left_alone(tmp_path, monkeypatch):

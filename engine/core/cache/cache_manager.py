@@ -19,14 +19,13 @@ taken; `allocation` gives out blocks; `transfers` are the copies of steps, `slow
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import NamedTuple
 
 from engine.core.cache.allocation import Allocator
 from engine.core.cache.chunk_events import ChunkEvents
 from engine.core.cache.cost_model import CostModel
 from engine.core.cache.drain import Drain
-from engine.core.cache.eviction import make_policy
+from engine.core.cache.eviction import make_policies
 from engine.core.cache.handover import Handover
 from engine.core.cache.index import Chunk, ChunkIndex, chunk_key
 from engine.core.cache.matching import ContextMatch, ContextMatcher
@@ -88,8 +87,10 @@ class CacheManager:
         self._cost_model = config.cost_model or CostModel(chunk_size=config.chunk_size)
         self.shares = TenantShares()
         takes_hints = config.keep and config.kv_hints != "off"
-        named_policy = partial(make_policy, config.eviction_policy, shares=self.shares if takes_hints else None)
-        self.tiers = Tiers(config.tiers, partial(config.own_policy or named_policy, self._cost_model))
+        make_policy, self._reuse_observer = make_policies(
+            config.eviction_policy, config.own_policy, self._cost_model, self.shares if takes_hints else None
+        )
+        self.tiers = Tiers(config.tiers, make_policy)
         self.events: ChunkEvents | None = None
         self.retention: Retention | None = None
         if takes_hints:
@@ -167,6 +168,8 @@ class CacheManager:
         if self.num_available_blocks - self._count_taken_blocks(request, kept) < reserve_blocks:
             return False
 
+        if self._reuse_observer is not None:
+            self._reuse_observer.note_start(request, now)
         request.account = self._account(request, match, not_loaded)
         # Pins first, then allocations, which evict. A block that is only copied from may be evicted meanwhile: a step
         # makes its copies before anything writes to a block, so the id is enough.
@@ -395,7 +398,8 @@ class CacheManager:
             for chunk, key in zip(request.chunks, request.chunk_keys, strict=False):
                 if chunk.num_tokens == self.chunk_size:
                     self.index.remember_dropped(key, "stateless", now)
-        conversation_id, reuse = request.conversation_id, request.reuse.since(now)
+        conversation_id, observer = request.conversation_id, self._reuse_observer
+        reuse = (request.reuse if observer is None else observer.stamp(request)).since(now)
         is_use = not (is_preempted or request.is_refill)
         stated = None if not is_use else self._carry_out_hint(request, reuse, now, step_failed)
         for chunk in request.chunks:
@@ -417,6 +421,8 @@ class CacheManager:
                 )
             self.tiers.unpin(chunk)
             self.allocator.note_end_of_turn(chunk)
+        if observer is not None and is_use:
+            observer.note_end(request, now)
         request.chunks, request.pending = [], []
         self.allocator.hold(now)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from engine.core.cache.eviction.lazy_heap import LazyHeap
@@ -12,8 +12,10 @@ from engine.core.cache.index import Chunk
 class LRU:
     """Least recently used first; among chunks of one time the leading one first."""
 
-    def __init__(self) -> None:
-        self._heap = LazyHeap(self._rank)
+    def __init__(self, *, rank: Callable[[Chunk], tuple[Any, ...]] | None = None) -> None:
+        """rank: what it goes by, the smallest first; None = as the class says."""
+        self._key = rank or self._rank
+        self._heap = LazyHeap(self._key)
         self.insert, self.remove = self._heap.insert, self._heap.remove
 
     @staticmethod
@@ -24,7 +26,7 @@ class LRU:
         return self._heap.first()
 
     def goes_before(self, chunk: Chunk, other: Chunk, now: float) -> bool:
-        return self._rank(chunk) < self._rank(other)
+        return self._key(chunk) < self._key(other)
 
     def __len__(self) -> int:
         return len(self._heap)

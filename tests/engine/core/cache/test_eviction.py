@@ -5,7 +5,14 @@ import random
 import pytest
 
 from engine.core.cache.cost_model import CostModel
-from engine.core.cache.eviction import EVICTION_POLICIES, LRU, RetentionValue, TrailingLRU, make_policy
+from engine.core.cache.eviction import (
+    EVICTION_POLICIES,
+    LRU,
+    RetentionValue,
+    TailOptimisedLRU,
+    TrailingLRU,
+    make_policy,
+)
 from engine.core.cache.index import Chunk
 from engine.errors import ConfigError
 
@@ -47,6 +54,18 @@ def test_lru_goes_by_last_use_and_within_a_turn_from_the_front():
 def test_trailing_lru_goes_by_last_use_and_within_a_turn_from_the_end():
     policy = filled(TrailingLRU(), [(0, 3.0), (1, 3.0), (2, 3.0), (0, 1.0), (1, 1.0), (0, 9.0)])
     assert victims(policy, 10.0) == [(1, 1.0), (0, 1.0), (2, 3.0), (1, 3.0), (0, 3.0), (0, 9.0)]
+
+
+def test_tail_optimised_lru_takes_first_what_a_turn_computes_again_in_time():
+    """Chunks of 0.05 s: the first four take 0.2 s."""
+    costs = CostModel(constant=0.05, per_context_token=0.0, chunk_size=4, is_in_seconds=True)
+    policy = filled(TailOptimisedLRU(costs), [(3, 9.0), (4, 1.0), (5, 1.0), (0, 3.0), (3, 3.0), (4, 9.0)])
+    assert victims(policy, 10.0) == [(0, 3.0), (3, 3.0), (3, 9.0), (4, 1.0), (5, 1.0), (4, 9.0)]
+
+
+def test_tail_optimised_lru_counts_tokens_if_costs_are_no_times():
+    policy = filled(TailOptimisedLRU(CostModel(chunk_size=512)), [(2, 1.0), (1, 5.0), (3, 2.0), (0, 9.0)])
+    assert victims(policy, 10.0) == [(1, 5.0), (0, 9.0), (2, 1.0), (3, 2.0)]
 
 
 def test_retention_value_takes_the_front_of_a_conversation_first():
