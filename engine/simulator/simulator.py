@@ -17,6 +17,7 @@ from engine.errors import ContextLengthError, OverloadedError
 from engine.simulator.clients import Client
 from engine.simulator.events import ARRIVAL, CHANGE, Events
 from engine.simulator.handover import Peer
+from engine.simulator.hints import Hints
 from engine.simulator.links import Link
 from engine.simulator.network import Network, NetworkSpec
 from engine.simulator.outcome import Outcome, ReplicaRow, TurnRow, TurnTable
@@ -146,6 +147,7 @@ class Simulator:
         self._num_refused = self._num_too_long = 0
         for _ in range(cluster.num_replicas):
             self._start_replica(0.0)
+        self._hints = Hints(next(iter(self._replicas.values())).core.cache_config.kv_hints)
         for change in cluster.changes:
             self._events.add(change.time_s, CHANGE, self._change, change)
         for _ in range(num_active or 1):
@@ -194,6 +196,7 @@ class Simulator:
 
     def _ask(self, now: float, client: Client) -> None:
         client.ask(now)
+        self._hints.note_ask(client, now)
         self._send(now, client)
 
     def _send(self, now: float, client: Client, output_token_ids: list[int] | None = None) -> None:
@@ -214,6 +217,7 @@ class Simulator:
             if replica is None:  # it has gone while another one was asked
                 continue
             request = client.request(replica.core.cache_config.chunk_size, sending.output_token_ids)
+            request.retention = self._hints.hint_of(client)
             then = partial(self._add_expecting, replica, request, sending)
             if replica.peer is not None and replica.peer.ask(request, now, then):
                 return
@@ -260,6 +264,7 @@ class Simulator:
         client = self._clients[request.conversation_id]
         self._turns.append(turn_row(client, replica.rank, output, now))
         client.last_rank = replica.rank
+        self._hints.note_end(client, request, replica.core, now)
         router = self._ingresses[client.ingress].router
         router.note_end(client.session.session_id, request.num_tokens, replica.rank)
         if replica.peer is not None:
