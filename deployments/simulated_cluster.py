@@ -89,6 +89,7 @@ def make_cluster(case: Case, seed: int) -> Cluster:
         bytes_per_block=bytes_per_block,
         links=tuple(links),
         network=network,
+        kv_hints=engine.kv_hints,
         drain_s=case.drain_s,
         num_ingresses=case.num_ingresses,
         changes=case.changes,
