@@ -14,6 +14,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from tests.deployments.local_ray import AS_PENSIEVE_SERVE, LocalServe
+from tests.nightly import nightly
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -55,6 +56,7 @@ def num_replicas(name: str) -> int:
     return int(states.get("RUNNING", 0))
 
 
+@nightly
 async def test_models_have_replicas_of_their_own_and_scale_alone(base_url: str, tmp_path: Path) -> None:
     args = {
         "llm_configs": [entry("steady", num_replicas=1), entry("org/scaled", autoscaling_config=SCALING)],
