@@ -9,7 +9,8 @@
     cluster:                        # how `pensieve experiment run` deploys and drives them; `pensieve simulate` needs none
       args: {num_cpus: 1}
 
-Each combination of what lists give is a case, and each case is run with each seed.
+Each combination of what lists give is a case, and each case is run with each seed. `configurations` under `simulation` are
+names with options that go together: {stateless: {engine.mode: stateless}, gpu only: {engine.kv_offloading_size: 0}}.
 """
 
 from __future__ import annotations
@@ -222,8 +223,29 @@ def _read_cluster(path: str | Path) -> dict[str, Any]:
 
 
 def _cases(cluster: Mapping[str, Any], simulation: Mapping[str, Any]) -> Iterator[Case]:
-    engine = dict(cluster.get("engine", {}))
+    """One for each combination, for each configuration if there are several."""
+    configurations = _named_configurations(simulation)
     given = {"num_replicas": cluster.get("num_replicas", 1), **simulation}
+    given.pop("configurations", None)
+    for name, changed in configurations.items():
+        axes = (("configuration", name),) if name else ()
+        yield from _combinations(cluster, {**given, **changed}, axes)
+
+
+def _named_configurations(simulation: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Options by the names of configurations; nothing changed, without a name, if there are none."""
+    found = simulation.get("configurations", {"": {}})
+    if not isinstance(found, Mapping) or not found or not all(isinstance(each, Mapping) for each in found.values()):
+        raise ConfigError(
+            f"configurations must be names with the options that each changes, got {found!r}", param="configurations"
+        )
+    return found
+
+
+def _combinations(
+    cluster: Mapping[str, Any], given: Mapping[str, Any], axes: tuple[tuple[str, Any], ...]
+) -> Iterator[Case]:
+    engine = dict(cluster.get("engine", {}))
     of_engine = {name: value for name, value in given.items() if name.startswith(ENGINE_PREFIX)}
     options = {name: value for name, value in given.items() if name not in of_engine}
     _refuse_unknown(options, {each.name for each in fields(Case)} - {"engine", "name", "axes"}, "simulation")
@@ -233,12 +255,12 @@ def _cases(cluster: Mapping[str, Any], simulation: Mapping[str, Any]) -> Iterato
     for values in itertools.product(*varied.values()):
         chosen = dict(zip(varied, values, strict=True))
         case = {**given, **chosen}
-        axes = tuple((key.removeprefix(ENGINE_PREFIX), _short(value)) for key, value in chosen.items())
+        of_this = tuple((key.removeprefix(ENGINE_PREFIX), _short(value)) for key, value in chosen.items())
         of_case = {key.removeprefix(ENGINE_PREFIX): case.pop(key) for key in of_engine}
         for shared in ("num_fallback_replicas", "drain_s"):
             if shared in cluster:
                 case.setdefault(shared, cluster[shared])
-        yield _make_case(engine | of_case, case, axes)
+        yield _make_case(engine | of_case, case, (*axes, *of_this))
 
 
 def _make_case(engine: Mapping[str, Any], options: dict[str, Any], axes: tuple[tuple[str, Any], ...]) -> Case:

@@ -22,6 +22,7 @@ class GenerationRequest(Generation):
     stream: deltas as they come; else one delta with the whole answer.
     begun_by: AsyncEngine.identity of the engine that gave the beginning; one of another identity does not go on from there.
     returns_transcript: the last delta is to bring what was said.
+    model: which one is asked, if there are several; empty = the first one.
     """
 
     session_id: str
@@ -29,6 +30,7 @@ class GenerationRequest(Generation):
     stream: bool
     begun_by: str = ""
     returns_transcript: bool = False
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

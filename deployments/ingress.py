@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -29,14 +28,6 @@ from deployments.cluster.replica_count import replica_count
 from deployments.completions.routes import add_completion_routes
 from deployments.completions.tokens import add_token_routes
 from deployments.conversation_cache import add_conversation_cache_routes
-from deployments.generation import (
-    CacheHold,
-    GenerationItem,
-    GenerationRequest,
-    KeptConversation,
-    ModelCard,
-    ReplicaCache,
-)
 from deployments.http.admission import Admission
 from deployments.http.errors import EXCEPTION_HANDLERS
 from deployments.http.gate import Gate
@@ -54,13 +45,11 @@ from deployments.responses.routes import add_conversation_routes, add_response_r
 from deployments.responses.store_upkeep import StoreUpkeep
 from deployments.routing.absence import why_absent
 from deployments.routing.engine_client import EngineClient
+from deployments.routing.models import Engine, Models
 from deployments.store.conversation_store import ConversationStore
 from deployments.store.url import read_password
 from deployments.tenants import TenantConfig, WatchedTenants
-from engine.cache_view import CacheQuery
-from engine.core.retention import RetentionHint
 from engine.paths import data_folder, private_folder
-from engine.tenant import Tenant
 
 # How often readiness asks the engines and the store, at most, in seconds: that needs no key.
 READY_PERIOD_S = 1.0
@@ -68,28 +57,6 @@ READY_PERIOD_S = 1.0
 METRICS_PERIOD_S = 5.0
 # Until Serve has said how many engine replicas there are: no limit.
 MANY_REPLICAS = 1_000_000
-
-
-class Engine(Protocol):
-    """What the HTTP face needs of the engine replicas; EngineClient has it."""
-
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]: ...
-
-    async def describe(self) -> ModelCard: ...
-
-    async def model_card(self) -> ModelCard: ...
-
-    async def load(self) -> int: ...
-
-    def choose_session_id(self, candidates: Sequence[str]) -> str: ...
-
-    async def map_cache(self, query: CacheQuery) -> list[ReplicaCache]: ...
-
-    async def hold_back(self, hold: CacheHold) -> list[int]: ...
-
-    async def keep(
-        self, tenant: Tenant, session_id: str, hint: RetentionHint | None, *, even_unknown: bool = False
-    ) -> KeptConversation | None: ...
 
 
 class IngressConfig(IngressOptions):
@@ -106,20 +73,25 @@ class IngressConfig(IngressOptions):
 class Ingress:
     """The ingress deployment; Serve asks it for the application once it is constructed."""
 
-    def __init__(self, handle: DeploymentHandle, config: IngressConfig) -> None:
-        why = partial(why_absent, handle.app_name, handle.deployment_name)
-        self._engine = EngineClient(handle, config.num_fallback_replicas, why, config.engine_wait_s)
-        self._num_engines = replica_count(handle.app_name, handle.deployment_name, MANY_REPLICAS)
+    def __init__(self, handles: Mapping[str, DeploymentHandle], config: IngressConfig) -> None:
+        """handles: of the engine deployments, by the names of their models; a single one may have any name."""
+        self._engines = {name: self._client(handle, config) for name, handle in handles.items()}
+        self._counts = [replica_count(each.app_name, each.deployment_name, MANY_REPLICAS) for each in handles.values()]
         self._config = config
+
+    @staticmethod
+    def _client(handle: DeploymentHandle, config: IngressConfig) -> EngineClient:
+        why = partial(why_absent, handle.app_name, handle.deployment_name)
+        return EngineClient(handle, config.num_fallback_replicas, why, config.engine_wait_s)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         context = serve.get_replica_context()
         return create_app(
-            self._engine,
+            self._engines,
             self._config,
             ingress_id=context.replica_id.unique_id,
             num_ingress_replicas=replica_count(context.app_name, context.deployment, context.world_size or 1),
-            num_engine_replicas=self._num_engines,
+            num_engine_replicas=lambda: sum(count() for count in self._counts),
             # HAProxy hides the client's address.
             sees_clients=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
             ready_period_s=READY_PERIOD_S,
@@ -132,7 +104,7 @@ async def _no_metrics() -> str:
 
 
 def create_app(
-    engine: Engine,
+    engines: Engine | Mapping[str, Engine],
     config: IngressConfig,
     *,
     ingress_id: str,
@@ -144,6 +116,7 @@ def create_app(
 ) -> FastAPI:
     """The application.
 
+    engines: of its models, by their names; of a single one, the engine alone.
     ingress_id: sent in a header, for experiments with routing.
     num_ingress_replicas: how many ingress replicas share the tenants' limits.
     num_engine_replicas: how many engine replicas share what is let in here.
@@ -151,6 +124,7 @@ def create_app(
     ready_period_s: how old an answer about readiness, or about the load, may be, in seconds.
     application_metrics: the application's series, in Prometheus's text format.
     """
+    engine = Models(engines if isinstance(engines, Mapping) else {"": engines})
     tenants = config.tenants
     watched = None
     if config.tenants_file is not None:
@@ -229,7 +203,7 @@ def create_app(
     add_cache_routes(app, gate, engine, demo=config.demo)
     if config.page:
         add_page(app)
-    add_model_routes(app, gate, engine.model_card)
+    add_model_routes(app, gate, engine.model_card, engine.model_cards)
     add_status_routes(app, Coalesced(check_ready, ready_period_s), lambda: [*upkeep.warnings, *replica_warnings])
     add_load_routes(app, gate, Coalesced(engine.load, ready_period_s), application_metrics)
     _add_document_route(app, is_strict=config.strict_parameters)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray import serve
 
+from deployments.cluster.autoscaling import KV_USE, SEATS, WAITING_TOKENS
 from deployments.cluster.replica_feed import PEER_ADDRESS, follow_replicas, join_network
 from deployments.cluster.start_failure import start_error
 from deployments.engine_log import log_engine_with_serve
@@ -257,6 +258,16 @@ class LLMServer:
 
     def record_routing_stats(self) -> dict[str, Any]:
         return {RANK: self.replica_rank()}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For TokensAndKV; Serve asks if there is an autoscaling_config."""
+        statistics = self._engine.get_statistics()
+        first = statistics["tiers"][0]
+        return {
+            WAITING_TOKENS: float(statistics["num_tokens_waiting"]),
+            KV_USE: statistics[f"num_{first}_blocks_pinned"] / statistics[f"num_{first}_blocks"],
+            SEATS: statistics["num_requests_running"] / self._config.max_num_seqs,
+        }
 
     def check_health(self) -> None:
         """Raises EngineStoppedError, and Serve replaces the replica."""

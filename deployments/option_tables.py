@@ -90,7 +90,7 @@ def _shown_values(field: FieldInfo) -> str:
         for name, words in BOUNDS.items()
         if hasattr(constraint, name)
     ]
-    words = "a list of texts" if typing.get_origin(kind) is tuple else KIND_NAMES[kind]
+    words = {tuple: "a list of texts", dict: "a mapping"}.get(typing.get_origin(kind)) or KIND_NAMES[kind]
     return ", ".join(filter(None, (words, " and ".join(bounds))))
 
 

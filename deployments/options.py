@@ -6,7 +6,7 @@ docs/configuration.md says; "none" there is null in YAML.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -37,6 +37,21 @@ class ReplicaOptions(_Options):
         ge=0,
         description="GPUs that Ray sets aside for an engine replica, or for each of its ranks. A fraction lets several "
         "replicas share one.",
+    )
+    accelerator_type: str | None = Field(
+        default=None,
+        description="Kind of GPU that a replica needs, as Ray names it: `H100`, `A10G`, `L4`, ... None: any. For nodes of "
+        "several kinds.",
+    )
+    max_replicas_per_node: int | None = Field(
+        default=None,
+        ge=1,
+        description="Most engine replicas on one node, so that a lost node takes no more of them. Not with "
+        "tensor_parallel_size. None: any number.",
+    )
+    runtime_env: dict[str, Any] | None = Field(
+        default=None,
+        description="Ray's runtime environment of the engine replicas, such as `{env_vars: {HF_HOME: /models}}`.",
     )
     placement_group_strategy: Literal["STRICT_PACK", "PACK"] = Field(
         default="STRICT_PACK",

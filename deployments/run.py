@@ -92,7 +92,7 @@ def _prepare_models(config: str) -> bool:
     In a process of its own, because that takes memory which this one would keep.
     """
     models = {
-        application["args"].get("engine", {}).get("model", "embedded") for application in own_applications(config)
+        model.engine.get("model", "embedded") for _, args in own_applications(config) for model in args.models.values()
     }
     return all(
         subprocess.run([sys.executable, "-m", "engine.model_files", model], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""The arguments of our application, AppArgs, and a check of a whole Serve config file. Starts nothing.
+"""The arguments of our applications, AppArgs and OpenAIAppArgs, and a check of a whole Serve config file. Starts nothing.
 
 The file is checked against Ray's own schema, too, because Ray ignores keys that it does not know.
 
@@ -10,15 +10,17 @@ from __future__ import annotations
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Union
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError, field_validator
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.options import IngressOptions, ReplicaOptions
+from deployments.llm_configs import OpenAIAppArgs
+from deployments.model_args import ModelArgs
+from deployments.options import IngressOptions
 from deployments.store.url import check_store_url
 from deployments.tenants import load_tenants
 from engine.config import EngineConfig
@@ -26,28 +28,15 @@ from engine.errors import ConfigError
 from engine.option_names import RENAMED, unknown_option
 from engine.options import options_of
 
-IMPORT_PATH = "deployments.app:build"
+IMPORT_PATH, OPENAI_IMPORT_PATH = "deployments.app:build", "deployments.app:build_openai_app"
+ENGINE_DEPLOYMENT = "LLMServer"
 
 
-class AppArgs(ReplicaOptions, IngressOptions):
+class AppArgs(ModelArgs, IngressOptions):
     """Arguments of `deployments.app:build`.
 
     A change of these replaces every replica, one after the other, and with it every cache; see docs/operations.md.
     """
-
-    engine: dict[str, Any] = Field(default={}, description="Options of the engine, EngineConfig's.")
-
-    @field_validator("engine")
-    @classmethod
-    def _check_engine(cls, options: dict[str, Any]) -> dict[str, Any]:
-        misplaced = [name for name in options if name in AppArgs.model_fields and name != "engine"]
-        if misplaced:
-            raise ValueError(f"{misplaced[0]} is an option of the application; write it next to engine, not inside it")
-        try:
-            EngineConfig.from_options(options)
-        except ConfigError as error:
-            raise ValueError(error.message) from None
-        return options
 
     @field_validator("tenants_file")
     @classmethod
@@ -68,18 +57,20 @@ class AppArgs(ReplicaOptions, IngressOptions):
             raise ValueError(error.message) from None
         return url
 
-    @model_validator(mode="after")
-    def _check_group(self) -> AppArgs:
-        if self.engine_config.tensor_parallel_size > 1:
-            if self.num_gpus not in (0, 1):
-                raise ValueError(f"num_gpus must be 1, or 0 on CPUs, for each rank of a group; got {self.num_gpus:g}")
-            if self.num_cpus == self.num_gpus == 0:
-                raise ValueError("num_cpus or num_gpus must be above 0 if tensor_parallel_size is above 1")
-        return self
-
     @property
-    def engine_config(self) -> EngineConfig:
-        return EngineConfig.from_options(self.engine)
+    def models(self) -> dict[str, ModelArgs]:
+        """The one, by the name of its deployment."""
+        return {ENGINE_DEPLOYMENT: self}
+
+
+# Our applications, and what their arguments are.
+OWN: dict[str, type[AppArgs] | type[OpenAIAppArgs]] = {IMPORT_PATH: AppArgs, OPENAI_IMPORT_PATH: OpenAIAppArgs}
+
+
+def own_args(application: Mapping[str, Any]) -> AppArgs | OpenAIAppArgs | None:
+    """The checked arguments of an application in a file, if it is ours. Raises ValidationError."""
+    kind = OWN.get(application["import_path"])
+    return None if kind is None else kind.model_validate(application.get("args") or {})
 
 
 def read_serve_config(path: str | Path) -> dict[str, Any]:
@@ -115,11 +106,11 @@ def check_serve_config(path: str | Path) -> list[str]:
     except ValidationError as error:
         return problems + _problems(error, "")
     for index, application in enumerate(config["applications"]):
-        if application["import_path"] == IMPORT_PATH:
-            try:
-                AppArgs.model_validate(application.get("args") or {})
-            except ValidationError as error:
-                problems += _problems(error, f"applications[{index}].args.", AppArgs.model_fields)
+        try:
+            own_args(application)
+        except ValidationError as error:
+            known = OWN[application["import_path"]].model_fields
+            problems += _problems(error, f"applications[{index}].args.", known)
     return problems
 
 

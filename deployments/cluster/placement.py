@@ -14,6 +14,8 @@ import ray
 from ray.core.generated.gcs_pb2 import ActorTableData
 from ray.serve.request_router import ReplicaID
 
+from deployments.options import ReplicaOptions
+
 Resources = Mapping[str, float]
 
 # Nodes that a message names, the freest first.
@@ -24,6 +26,8 @@ WHERE = {"STRICT_PACK": "all on one node", "PACK": "on as few nodes as possible"
 # A replica's resources are taken before its process is there, and to be seen here; only after this long, in seconds, it is
 # not its own process that it waits for.
 PLACING_S = 10.0
+# Of the resource by which Ray marks nodes with a kind of accelerator; it asks for as much itself.
+ACCELERATOR_SHARE = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +38,32 @@ class Node:
     free: Resources
 
 
-def group_bundles(num_ranks: int, num_cpus: float, num_gpus: float) -> list[dict[str, float]]:
+def placement_options(num_ranks: int, options: ReplicaOptions) -> dict[str, Any]:
+    """What Serve's deployment takes of a replica's resources: of an actor, or of a group of ranks."""
+    runtime_env = {} if options.runtime_env is None else {"runtime_env": options.runtime_env}
+    actor = {"num_cpus": options.num_cpus, "num_gpus": options.num_gpus, **runtime_env}
+    kind = options.accelerator_type
+    if num_ranks == 1:
+        own = {} if kind is None else {"accelerator_type": kind}
+        most = options.max_replicas_per_node
+        return {
+            "ray_actor_options": {**actor, **own},
+            **({} if most is None else {"max_replicas_per_node": most}),
+        }
+    return {
+        "ray_actor_options": actor,
+        "placement_group_bundles": group_bundles(num_ranks, options.num_cpus, options.num_gpus, kind),
+        "placement_group_strategy": options.placement_group_strategy,
+    }
+
+
+def group_bundles(
+    num_ranks: int, num_cpus: float, num_gpus: float, accelerator_type: str | None = None
+) -> list[dict[str, float]]:
     """One bundle a rank. The replica, rank 0, is in the first one."""
     bundle = {name: amount for name, amount in (("CPU", num_cpus), ("GPU", num_gpus)) if amount}
+    if accelerator_type is not None:
+        bundle[f"accelerator_type:{accelerator_type}"] = ACCELERATOR_SHARE
     return [dict(bundle) for _ in range(num_ranks)]
 
 

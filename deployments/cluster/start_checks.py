@@ -9,10 +9,14 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deployments.cluster.ray_settings import names_cluster
 from engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deployments.llm_configs import OpenAIAppArgs
+    from deployments.schema import AppArgs
 
 # Memory that is taken before any model: by the processes of Ray and Serve and the ingress together; by an engine replica.
 RAY_GIB = 0.75
@@ -53,11 +57,11 @@ def find_problems(path: str, fast_path: bool) -> Iterator[str]:
 
 def _open_applications(config: dict[str, Any]) -> Iterator[str]:
     """Applications without API keys: behind HAProxy every client looks local, so they would reject all requests."""
-    from deployments.schema import IMPORT_PATH
+    from deployments.schema import OWN
     from deployments.tenants import API_KEY_VARIABLE, load_tenants
 
     for index, application in enumerate(config["applications"]):
-        if application["import_path"] == IMPORT_PATH:
+        if application["import_path"] in OWN:
             path = (application.get("args") or {}).get("tenants_file")
             if not load_tenants(path, os.environ):
                 yield (
@@ -90,16 +94,16 @@ def _port_problems(config: dict[str, Any]) -> Iterator[str]:
 
 def _memory_problems(config: dict[str, Any]) -> Iterator[str]:
     """Why memory cannot hold the processes and one replica's tiers; the model comes on top."""
-    from deployments.schema import IMPORT_PATH, AppArgs
+    from deployments.schema import own_args
     from engine.host_memory import GIB, host_memory
 
     needed_gib = RAY_GIB
     for application in config["applications"]:
-        if application["import_path"] == IMPORT_PATH:
-            args = AppArgs.model_validate(application.get("args") or {})
-            engine = args.engine_config
+        args = own_args(application)
+        for model in {} if args is None else args.models.values():
+            engine = model.engine_config
             needed_gib += REPLICA_GIB
-            if engine.num_gpu_blocks is None and engine.gpu_memory_gib is not None and not args.num_gpus:
+            if engine.num_gpu_blocks is None and engine.gpu_memory_gib is not None and not model.num_gpus:
                 needed_gib += engine.gpu_memory_gib
             if engine.num_cpu_blocks is None and engine.mode == "pensieve":
                 needed_gib += engine.kv_offloading_size
@@ -111,13 +115,14 @@ def _memory_problems(config: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def own_applications(config: str) -> Iterator[dict[str, Any]]:
-    """The applications of a checked file that are ours, with `args`."""
-    from deployments.schema import IMPORT_PATH, read_serve_config
+def own_applications(config: str) -> Iterator[tuple[dict[str, Any], AppArgs | OpenAIAppArgs]]:
+    """The applications of a checked file that are ours, with their arguments."""
+    from deployments.schema import own_args, read_serve_config
 
     for application in read_serve_config(config)["applications"]:
-        if application["import_path"] == IMPORT_PATH:
-            yield {**application, "args": application.get("args") or {}}
+        args = own_args(application)
+        if args is not None:
+            yield application, args
 
 
 def urls(config: str) -> list[str]:
@@ -131,5 +136,5 @@ def urls(config: str) -> list[str]:
         return []
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(schema.http_options.host, schema.http_options.host)
     host = f"[{host}]" if ":" in host else host
-    prefixes = [(application.get("route_prefix") or "/").rstrip("/") for application in own_applications(config)]
+    prefixes = [(application.get("route_prefix") or "/").rstrip("/") for application, _ in own_applications(config)]
     return [f"http://{host}:{schema.http_options.port}{prefix}/" for prefix in prefixes]

@@ -110,6 +110,7 @@ def add_token_routes(app: FastAPI, gate: Gate, admission: Admission, engine: Gen
                 only_encodes=True,
                 spells_prompt=True,
                 stream=False,
+                model=card.model_name,
             )
         )
         item = await anext(items)
@@ -135,7 +136,7 @@ def add_token_routes(app: FastAPI, gate: Gate, admission: Admission, engine: Gen
             }
             return JSONResponse(answer)
 
-        return await gate.in_one_place(tenant, respond)
+        return await gate.in_one_place(tenant, respond, body.model or "")
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
@@ -146,4 +147,4 @@ def add_token_routes(app: FastAPI, gate: Gate, admission: Admission, engine: Gen
             found = await spelled(tenant, TokenPrompt(tuple(body.tokens)), "tokens", card)
             return error_response(found) if isinstance(found, ErrorItem) else JSONResponse({"prompt": found.text})
 
-        return await gate.in_one_place(tenant, respond)
+        return await gate.in_one_place(tenant, respond, body.model or "")

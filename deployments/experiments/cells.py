@@ -19,7 +19,7 @@ from engine import __version__
 Kind = Literal["measured", "simulated"]
 KINDS: tuple[Kind, ...] = ("measured", "simulated")
 # What a case says of the simulated machine; a real one is as it is.
-_SIMULATED_ONLY = ("device", "model_shape", "disk", "steps")
+_SIMULATED_ONLY = ("device", "model_shape", "disk", "steps", "network", "drain_s")
 MAX_SLUG_CHARS = 80
 
 

@@ -90,6 +90,8 @@ def serve_config_of(experiment: Experiment, case: Case) -> dict[str, Any]:
         "num_fallback_replicas": case.num_fallback_replicas,
         "routing": MEASURED_ROUTINGS[case.routing],
     }
+    if case.num_ingresses > 1:
+        args["num_ingress_replicas"] = case.num_ingresses
     try:
         AppArgs.model_validate(args)
     except ValueError as error:

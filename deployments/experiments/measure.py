@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import re
 import time
 from collections import Counter
@@ -52,7 +53,7 @@ def measure_cell(
     loop: see handle_loop. say: is told what goes on.
     """
     case, options = cell.case, experiment.cluster
-    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    started, load_before = time.strftime("%Y-%m-%d %H:%M:%S"), os.getloadavg()[0]
     drawn, num_active = make_sessions(case, cell.seed)
     sessions = _due(list(drawn), case.duration_s, num_active)
     deployment = Deployment(serve_config_of(experiment, case), loop)
@@ -91,6 +92,7 @@ def measure_cell(
             "versions": {"pensieve": __version__, "ray": ray.__version__},
             "nodes": [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]],
             "num_drivers": len(driven.lags),
+            "load_average": [load_before, os.getloadavg()[0]],
             "model": endpoint.model,
         },
     }

@@ -149,6 +149,11 @@ def _cases(summary: Json) -> Sequence[str]:
             "late (99th percentile). Deployed with "
             f"<code>{escape(json.dumps(summary['cluster']))}</code>.</p>"
         )
+        before = ", ".join(f"{cell['about']['load_average'][0]:.1f}" for cell in measured)
+        parts.append(
+            "<p>The load average of the machine that ran the command, before each of its cells: "
+            f"{before}. It is 0 on a machine without other work.</p>"
+        )
     parts += [
         f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
         for name, text in summary["cases"]

@@ -40,7 +40,7 @@ class Gate:
     def __init__(
         self,
         tenants: Sequence[TenantConfig],
-        model_card: Callable[[], Awaitable[ModelCard]],
+        model_card: Callable[[str], Awaitable[ModelCard]],
         *,
         max_body_bytes: int,
         num_engine_replicas: Callable[[], int] = lambda: 1,
@@ -51,7 +51,7 @@ class Gate:
         """Nothing is asked yet.
 
         tenants: who may ask; none = every program on this machine.
-        model_card: what the engines serve.
+        model_card: what serves a model; of no name, the first one. Raises UnknownModelError.
         num_engine_replicas: how many engine replicas share what is let in here.
         sees_clients: whether the address that a request comes from is its client's.
         is_strict: unknown parameters are refused; else they are ignored, and the answer tells their names.
@@ -125,13 +125,15 @@ class Gate:
         once: here it would only wait where no engine knows of it, and its client could not go elsewhere. Raises
         OverloadedError, RequestError.
         """
-        card = await self._model_card()
+        card = await self._model_card(body.model)
         check_body(body, card)
         return await self._in_places(tenant, num_running_choices(body, card), card, respond)
 
-    async def in_one_place(self, tenant: Tenant, respond: Callable[[ModelCard], Awaitable[Response]]) -> Response:
+    async def in_one_place(
+        self, tenant: Tenant, respond: Callable[[ModelCard], Awaitable[Response]], model: str = ""
+    ) -> Response:
         """The same for what is computed without an answer of the model."""
-        return await self._in_places(tenant, 1, await self._model_card(), respond)
+        return await self._in_places(tenant, 1, await self._model_card(model), respond)
 
     async def _in_places(
         self, tenant: Tenant, num_places: int, card: ModelCard, respond: Callable[[ModelCard], Awaitable[Response]]

@@ -168,6 +168,7 @@ class GenerationBody(Body):
             cache_wish=self.cache_wish,
             prewarms=self.is_prewarm,
             explains_misses=self.cache_wish.compared_to is not None,
+            model=self.model,
         )
 
     @property

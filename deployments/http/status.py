@@ -17,19 +17,24 @@ from engine import __version__
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def add_model_routes(app: FastAPI, gate: Gate, model_card: Callable[[], Awaitable[ModelCard]]) -> None:
-    """/v1/models. model_card: what the engines serve."""
+def add_model_routes(
+    app: FastAPI,
+    gate: Gate,
+    model_card: Callable[[str], Awaitable[ModelCard]],
+    model_cards: Callable[[], Awaitable[list[ModelCard]]],
+) -> None:
+    """/v1/models. model_card: what serves a model. model_cards: of all of them."""
     started = int(time.time())
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         gate.tenant_of(request)
-        return JSONResponse({"object": "list", "data": [_model(await model_card(), started)]})
+        return JSONResponse({"object": "list", "data": [_model(card, started) for card in await model_cards()]})
 
     @app.get("/v1/models/{model:path}")  # path: hub ids have a slash
     async def model(request: Request, model: str) -> Response:
         gate.tenant_of(request)
-        card = await model_card()
+        card = await model_card(model)
         check_model(model, card)
         return JSONResponse(_model(card, started))
 

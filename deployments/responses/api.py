@@ -46,9 +46,9 @@ class ResponsesApi:
         self,
         admission: Admission,
         upkeep: StoreUpkeep,
-        choose_session_id: ChooseId,
+        choose_session_id: Callable[[Sequence[str], str], str],
     ) -> None:
-        """choose_session_id: which of some ids a new session is to have."""
+        """choose_session_id: which of some ids a new session of a model is to have."""
         self._admission = admission
         self._upkeep = upkeep
         self._choose_session_id = choose_session_id
@@ -143,7 +143,11 @@ class ResponsesApi:
     def _turn(self, tenant: Tenant, body: ResponseBody, session: str | None, stored: Mapping[str, ItemJson]) -> Turn:
         new_id = self._upkeep.store.new_id
         # The id of a chain's first response may be what all of it is routed by.
-        response_id = new_id("resp") if body.is_continued else choose_id("resp", new_id, self._choose_session_id)
+        response_id = (
+            new_id("resp")
+            if body.is_continued
+            else choose_id("resp", new_id, lambda ids: self._choose_session_id(ids, body.model))
+        )
         form = ResponseObject(response_id, int(self._upkeep.clock()), body, new_id)
         return Turn(tenant, body, form, body.input_items(new_id, stored), session or response_id, self._upkeep)
 

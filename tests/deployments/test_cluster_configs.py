@@ -69,13 +69,20 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+WITHOUT_ARITHMETIC = ("autoscaling.yaml", "two_models.yaml")
+
 
 def about(num_tokens: float) -> str:
     return f"{num_tokens / 1e6:.1f}M" if num_tokens >= 1e6 else f"{num_tokens / 1e3:.0f}k"
 
 
 def test_every_example_is_known_here() -> None:
-    assert {path.name for path in FOLDER.glob("*.yaml")} == set(MODELS)
+    assert {path.name for path in FOLDER.glob("*.yaml")} == {*MODELS, *WITHOUT_ARITHMETIC}
+
+
+@pytest.mark.parametrize("name", WITHOUT_ARITHMETIC)
+def test_a_recipe_can_be_deployed(name: str) -> None:
+    assert check_serve_config(FOLDER / name) == []
 
 
 @pytest.mark.parametrize("name", MODELS)

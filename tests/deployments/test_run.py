@@ -72,7 +72,10 @@ def test_all_that_is_wrong_with_a_file_is_told_at_once(
     printed = refusal(capsys, str(config))
     assert "htp_options: unknown key; did you mean http_options?" in printed
     assert "applications[0].args.num_cpu: unknown key; did you mean num_cpus?" in printed
-    assert "applications[0].args.colour: unknown key; known are cors_allowed_origins, demo, engine" in printed
+    assert (
+        "applications[0].args.colour: unknown key; known are accelerator_type, cors_allowed_origins, demo, engine"
+        in printed
+    )
     assert len(printed.splitlines()) == 3
     assert nothing_starts == []
 

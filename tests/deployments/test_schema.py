@@ -79,7 +79,11 @@ def test_a_bad_engine_option_is_found_before_anything_starts(config: dict, tmp_p
         ("args", {"max_num_seqs": 2}, "args.max_num_seqs: unknown key; it belongs under engine, as max_num_seqs"),
         ("args", {"block_size": 2}, "args.block_size: unknown key; it belongs under engine, as chunk_size"),
         ("args", {"max-num-seq": 2}, "args.max-num-seq: unknown key; did you mean max_num_seqs, under engine?"),
-        ("args", {"colour": 2}, "args.colour: unknown key; known are cors_allowed_origins, demo, engine,"),
+        (
+            "args",
+            {"colour": 2},
+            "args.colour: unknown key; known are accelerator_type, cors_allowed_origins, demo, engine,",
+        ),
         ("args", {"port": 80}, "args.port: unknown key; give it in the Serve config file, under http_options"),
         ("engine", {"num_gpus": 1}, "args.engine: num_gpus is an option of the application; write it next to engine"),
         ("engine", {"block_size": 16}, "args.engine: unknown option 'block_size'; it is called 'chunk_size' here"),
@@ -140,7 +144,7 @@ def test_args() -> None:
 
 def test_a_group_gets_a_bundle_for_each_rank() -> None:
     def placement(**args: object) -> tuple[object, object]:
-        engine = build(AppArgs.model_validate(args))._bound_deployment.init_args[0]
+        (engine,) = build(AppArgs.model_validate(args))._bound_deployment.init_args[0].values()
         options = engine._bound_deployment._replica_config
         return options.placement_group_bundles, options.placement_group_strategy
 
@@ -173,6 +177,6 @@ def test_a_deploy_starts_no_second_model_beside_one_that_has_a_gpu_or_a_folder(
     options: dict[str, Any], max_surge_percent: int
 ) -> None:
     ingress = build(AppArgs(**options))
-    (engine, _) = ingress._bound_deployment.init_args
+    (engine,) = ingress._bound_deployment.init_args[0].values()
     assert engine._bound_deployment._deployment_config.max_surge_percent == max_surge_percent
     assert ingress._bound_deployment._deployment_config.max_surge_percent == 100

@@ -57,7 +57,7 @@ def test_the_report_has_all_cells_measured_beside_simulated(path: Path, capsys: 
     assert len(simulated) == 4
     for cell, like in zip(cells_of(experiment, "measured"), cells_of(experiment, "simulated"), strict=True):
         figures = {name: value * 2 for name, value in simulated[like.key]["figures"].items()}
-        about = {"nodes": [2.0], "versions": {"ray": "2"}, "model": "m", "num_drivers": 1}
+        about = {"nodes": [2.0], "versions": {"ray": "2"}, "model": "m", "num_drivers": 1, "load_average": [0.5, 2.0]}
         lag = {"schedule_p99_s": 0.001, "loop_p99_s": 0.002}
         results.save(
             cell,

@@ -286,7 +286,7 @@ async def upkeep(url: str) -> AsyncIterator[StoreUpkeep]:
 
 @pytest.fixture
 def api(engine: ScriptedEngine, upkeep: StoreUpkeep) -> ResponsesApi:
-    return ResponsesApi(Admission(engine, []), upkeep, lambda ids: ids[0])
+    return ResponsesApi(Admission(engine, []), upkeep, lambda ids, model: ids[0])
 
 
 class Turns:
