@@ -109,8 +109,11 @@ class WaitingQueue:
         """One more token is computed for the request in each of so many steps; equal to that many calls of `charge`."""
         virtual_time = self._virtual_times.get(request.tenant, self._virtual_now)
         part = 1 / request.weight
-        for _ in range(num_steps):
-            virtual_time += part
+        if part == 1.0 and virtual_time.is_integer():  # then the sum is exact
+            virtual_time += num_steps
+        else:
+            for _ in range(num_steps):
+                virtual_time += part
         self._virtual_times[request.tenant] = virtual_time
 
     def find_victim(self, newcomer: Request) -> Request | None:

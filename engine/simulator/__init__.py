@@ -12,6 +12,7 @@ the router is handed in. What it adds is how long things take.
     clients.py     sessions that send a turn after the answer to the last one
     routing.py     where a turn goes: the protocol, and baselines
     simulator.py   clients and replicas together; replicas that come, go and fail
+    windows.py     the same with replicas in groups, which processes may drive (groups.py, group_processes.py)
     outcome.py     what came of it: a row for each turn, and statistics of them
     report.py      tables, CSV, and one page of HTML
 """

@@ -133,6 +133,29 @@ def states(num_requests: dict[int, int], num_waiting: int = 0) -> dict[int, Repl
     return {rank: ReplicaState(rank, num, num_waiting, 0, 8, (1e-4, 0.0), None) for rank, num in num_requests.items()}
 
 
+def test_processes_that_share_a_simulation_give_what_one_gives(tmp_path):
+    def simulated(processes: int) -> list[dict[str, float]]:
+        text = EXPERIMENT.replace("chunk_size: 64", "chunk_size: 64, kv_handover: 'off'")
+        cases, seeds = read_cases(
+            write(tmp_path, text), {"processes": processes, "arrivals": "poisson:0.4", "seeds": [1]}
+        )
+        return [summary.as_dict() for result in simulate.run_cases(cases[:1], seeds) for summary in result.summaries]
+
+    (summary,) = simulated(1)
+    assert summary["num_turns"] > 20
+    assert simulated(2) == [summary]
+
+
+def test_processes_are_refused_with_hand_over_and_with_several_simulations_at_a_time(tmp_path):
+    cases, seeds = read_cases(write(tmp_path, EXPERIMENT), {"processes": 2})
+    with pytest.raises(ConfigError, match="kv_handover: off"):
+        simulate.run_cases(cases, seeds)
+    with pytest.raises(ConfigError, match="leave --jobs out"):
+        simulate.run_cases(cases, seeds, num_jobs=2)
+    with pytest.raises(ConfigError, match="processes must be a whole number above 0"):
+        read_cases(write(tmp_path, EXPERIMENT), {"processes": 1.5})
+
+
 def test_the_router_is_the_one_that_serves():
     ranks, news = (0, 1, 3), states({0: 1, 1: 5, 3: 2})
     for number in range(50):

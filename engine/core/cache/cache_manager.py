@@ -83,7 +83,7 @@ class CacheManager:
         self.chunk_size = config.chunk_size
         self.keep = config.keep
         self._max_swap_outs = config.max_swap_outs or DEFAULT_MAX_SWAP_OUTS
-        self.index = ChunkIndex(config.chunk_size)
+        self.index = ChunkIndex(config.chunk_size, sum(tier.num_blocks for tier in config.tiers))
         self._cost_model = config.cost_model or CostModel(chunk_size=config.chunk_size)
         self.shares = TenantShares()
         takes_hints = config.keep and config.kv_hints != "off"

@@ -15,8 +15,9 @@ from typing import NamedTuple
 from engine.core.reuse import NO_REUSE, Reuse
 
 KEY_BYTES = 32
-# Keys of dropped chunks that are remembered, for the statistics: some 14 MB, four million tokens in chunks of 32.
-MAX_DROPPED_KEYS = 1 << 17
+# Keys of dropped chunks that are remembered, for the statistics: twice as many as there are blocks, within these bounds. Of
+# 165 bytes each, that is 2.7 to 22 MB, and half a million to four million tokens in chunks of 32.
+MIN_DROPPED_KEYS, MAX_DROPPED_KEYS = 1 << 14, 1 << 17
 
 
 class Chunk:
@@ -130,12 +131,13 @@ class ChunkIndex:
     A tail (a chunk with fewer than `chunk_size` tokens) has a key like any other; to find the longest tail that a context
     continues, the lengths of the tails under each parent are counted, at most `chunk_size - 1` of them.
 
-    The latest MAX_DROPPED_KEYS full chunks that were dropped are remembered: exact as long as no more are.
+    The latest `max_dropped` full chunks that were dropped are remembered: exact as long as no more are.
     """
 
-    def __init__(self, chunk_size: int) -> None:
-        """on_drop: told each chunk whose KV is gone, while it still has its name."""
+    def __init__(self, chunk_size: int, num_blocks: int = 0) -> None:
+        """num_blocks: of all tiers. on_drop: told each chunk whose KV is gone, while it still has its name."""
         self.chunk_size = chunk_size
+        self.max_dropped = max(MIN_DROPPED_KEYS, min(2 * num_blocks, MAX_DROPPED_KEYS))
         self.on_drop: list[Callable[[Chunk], object]] = []
         self._chunks: dict[bytes, Chunk] = {}
         self._tail_lengths: dict[bytes, dict[int, int]] = {}
@@ -215,7 +217,7 @@ class ChunkIndex:
             self._last_drop = last = Drop(reason, now)
         self._dropped.pop(key, None)
         self._dropped[key] = last
-        if len(self._dropped) > MAX_DROPPED_KEYS:
+        if len(self._dropped) > self.max_dropped:
             del self._dropped[next(iter(self._dropped))]
 
     def was_dropped(self, key: bytes) -> bool:

@@ -948,6 +948,7 @@ def test_a_stranger_that_sends_what_was_dropped_finds_it_dropped(make_core):
 
 
 def test_the_last_chunks_that_were_dropped_are_remembered_and_no_more(make_core, monkeypatch):
+    monkeypatch.setattr(index, "MIN_DROPPED_KEYS", 3)
     monkeypatch.setattr(index, "MAX_DROPPED_KEYS", 3)
     driver = make_core(2)
     for number in range(4):  # one full chunk each; the first two and the next two take turns

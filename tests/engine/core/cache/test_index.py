@@ -94,3 +94,8 @@ def test_nothing_is_left_of_tails_that_are_gone():
         index.remove(chunk)
     assert len(index) == 0
     assert index._tail_lengths == {}, "the lengths of tails that are gone are counted for ever"
+
+
+def test_more_blocks_are_to_remember_more_dropped_chunks_within_bounds():
+    limits = [ChunkIndex(4, num_blocks).max_dropped for num_blocks in (0, 8_000, 10_000, 1_000_000)]
+    assert limits == [1 << 14, 1 << 14, 20_000, 1 << 17]
