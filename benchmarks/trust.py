@@ -29,11 +29,13 @@ from typing import Any
 import numpy as np
 from machine import RESULTS, describe_run, write_result
 from trust_live import STEP_FIELDS, TURN_FIELDS, run_live
+from trust_plot import plot
 
 from deployments.experiment import Case
 from deployments.simulated_cluster import make_cluster
 from engine.config import EngineConfig
 from engine.simulator.devices import DEVICES, MODELS
+from engine.simulator.outcome import Outcome
 from engine.simulator.simulator import Simulator
 from engine.simulator.step_cost import StepWork
 from engine.simulator.step_table import StepTable
@@ -176,8 +178,8 @@ def slower(table: StepTable, factor: float) -> StepTable:
     return StepTable(**{name: scaled(value) for name, value in asdict(table).items()})
 
 
-def simulate(setting: Setting, table: StepTable, num_active: int) -> tuple[list[np.ndarray], dict[str, int]]:
-    """Columns of TURN_FIELDS, and counters, by what `pensieve simulate` does with `steps`."""
+def simulate(setting: Setting, table: StepTable, num_active: int, until_s: float) -> Outcome:
+    """What `pensieve simulate` does with `steps`."""
     with tempfile.TemporaryDirectory() as folder:
         steps = Path(folder) / "steps.json"
         table.save(steps)
@@ -189,8 +191,12 @@ def simulate(setting: Setting, table: StepTable, num_active: int) -> tuple[list[
             steps=str(steps),
         )
         cluster = make_cluster(case, 0)
-    outcome = Simulator(cluster, make_sessions(), num_active=num_active).run(setting.duration_s + HEARD_OUT_S)
-    return [outcome.turns.column(name) for name in TURN_FIELDS], dict(outcome.replicas[0].counters)
+    return Simulator(cluster, make_sessions(), num_active=num_active).run(until_s)
+
+
+def simulated_figures(setting: Setting, table: StepTable, num_active: int) -> dict[str, Any]:
+    outcome = simulate(setting, table, num_active, setting.duration_s + HEARD_OUT_S)
+    return figures([outcome.turns.column(name) for name in TURN_FIELDS], setting.duration_s)
 
 
 def figures(turns: Sequence[np.ndarray], until_s: float) -> dict[str, Any]:
@@ -236,10 +242,10 @@ def compare(path: Path) -> None:
     rows = []
     for number, run in enumerate(live["runs"]):
         table, num_active = table_of(live["tables"], number), run["num_active"]
-        columns, counters = simulate(setting, table, num_active)
         measured = figures(np.array(run["turns"]).T, setting.duration_s)
-        simulated = figures(columns, setting.duration_s)
-        others = [figures(simulate(setting, slower(table, by), num_active)[0], setting.duration_s) for by in SLOWER]
+        simulated = simulated_figures(setting, table, num_active)
+        others = [simulated_figures(setting, slower(table, by), num_active) for by in SLOWER]
+        counters = simulate(setting, table, num_active, setting.duration_s).replicas[0].counters
         row = {
             "num_active": num_active,
             "live": measured,
@@ -249,6 +255,7 @@ def compare(path: Path) -> None:
                 {"factor": by, **{name: other[name] for name in COMPARED}}
                 for by, other in zip(SLOWER, others, strict=True)
             ],
+            # Live, with what turns under way at the end still did.
             "live_counters": {name: run["counters"][name] for name in COUNTERS},
             "simulated_counters": {name: counters[name] for name in COUNTERS},
             "steps": explain_steps(table, run["steps"]),
@@ -260,7 +267,7 @@ def compare(path: Path) -> None:
         print(describe(row))
     result = {"measured": live["run"], "setting": live["setting"], "tables": live["tables"], "runs": rows}
     write_result(f"trust_{setting.model}", result, RESULTS / "simulator")
-    plot(setting, rows, RESULTS / "simulator" / f"trust_{setting.model}.png")
+    plot(f"{setting.model}, {setting.dtype}", rows, RESULTS / "simulator" / f"trust_{setting.model}.png")
 
 
 def describe(row: Mapping[str, Any]) -> str:
@@ -269,37 +276,6 @@ def describe(row: Mapping[str, Any]) -> str:
         f"{name} {row['live'][name]:.3f} {row['simulated'][name]:.3f} {row['error'][name]:+.1%}" for name in COMPARED
     ]
     return f"{row['num_active']:3d} sessions: " + "; ".join(parts)
-
-
-def plot(setting: Setting, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(14, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    loads = [row["num_active"] for row in rows]
-    for axes, names in ((left, COMPARED[:1]), (middle, COMPARED[1:])):
-        for number, name in enumerate(names):
-            values = [row["live"][name] for row in rows]
-            axes.fill_between(
-                loads, [0.85 * v for v in values], [1.15 * v for v in values], color=f"C{number}", alpha=0.15
-            )
-            axes.plot(loads, values, "o-", color=f"C{number}", label=f"{name}, live")
-            axes.plot(loads, [row["simulated"][name] for row in rows], "x--", color=f"C{number}", label="simulated")
-        axes.set(xlabel="sessions at once", ylim=(0, None) if axes is left else None)
-        axes.legend()
-    middle.set_yscale("log")
-    left.set_title(f"{setting.model}, {setting.dtype}: turns/s (shaded: 15 % around live)")
-    middle.set_title("time to first token, s")
-    for number, row in enumerate(rows):
-        for kind, style in (("live", "-"), ("simulated", "--")):
-            curve = row[kind]["first_token_percentiles_s"]
-            label = f"{row['num_active']} sessions" if kind == "live" else None
-            right.plot(list(curve.values()), [int(number) for number in curve], style, color=f"C{number}", label=label)
-    right.set(xscale="log", xlabel="time to first token, s", ylabel="% of turns", title="live -, simulated - -")
-    right.legend()
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
