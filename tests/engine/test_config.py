@@ -61,6 +61,8 @@ BOUNDS = [
     ("async_scheduling", [True, False, None], [0, 1, "yes"]),
     ("tensor_parallel_size", [1, 8], [0, -1, None, 2.0, "2", True]),
     ("record_trace", ["/tmp/traces", None], ["", 1, True]),
+    ("kv_events_endpoint", ["tcp://*:5557", None], ["", "5557", 5557]),
+    ("kv_events_topic", ["kv", ""], [None, 1]),
 ]
 
 
