@@ -43,6 +43,7 @@ from engine.grammar.interface import GrammarCompiler, Vocabulary
 from engine.grammar.store import GrammarStore
 from engine.grammar.thinking import ThinkingScanner
 from engine.kept_state import KeptState
+from engine.kv_events import KvEventPublisher
 from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
 from engine.peer_network import PeerNetwork
@@ -98,6 +99,10 @@ class AsyncEngine:
             )
             kept = KeptState(config, executor, number, network, self._tokenizer.cut_tokens)
             self._core = make_core(config, executor, kept.specs)
+            self._kv_events: KvEventPublisher | None = None
+            if config.kv_events_endpoint is not None:
+                size = self._core.cache_config.chunk_size
+                self._kv_events = KvEventPublisher(config.kv_events_endpoint, config.kv_events_topic, number, size)
         except BaseException:
             if kept is not None:
                 kept.close()
@@ -144,6 +149,8 @@ class AsyncEngine:
             on_idle=self._retention.fill_holes,
         )
         kept.run(self._core, self._thread.put)
+        if self._kv_events is not None:
+            self._kv_events.start(lambda: self._thread.submit(lambda: self._core.watch_chunks().take()))
         self._cache_watch = CacheWatch(self._core, self._conversations, self._call, time.monotonic)
         self._is_shut_down = False
 
@@ -312,6 +319,8 @@ class AsyncEngine:
 
     async def shutdown(self) -> None:
         """End all requests with EngineStoppedError, stop the thread, free the model. May be called again."""
+        if self._kv_events is not None:
+            await asyncio.to_thread(self._kv_events.close)
         await asyncio.to_thread(self._thread.stop)
         await asyncio.to_thread(self._prompts.shutdown)
         await asyncio.to_thread(self._answer_grammars.shutdown)

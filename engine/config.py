@@ -332,6 +332,16 @@ class RecordingOptions:
             default="none",
         ),
     ] = None
+    kv_events_endpoint: Annotated[
+        str | None,
+        Option(
+            "Where a replica tells which chunks it has cached, for indexes and routers elsewhere, as `tcp://*:5557`.",
+            "In the wire format of vLLM's KV events (ZeroMQ, msgpack), with the token ids of all tenants' chunks: for a "
+            "network that may see them. Replica RANK takes the port plus RANK. Needs `pip install 'pensieve-ray[events]'`.",
+            default="none",
+        ),
+    ] = None
+    kv_events_topic: Annotated[str, Option("The topic of these messages.", default="empty")] = ""
 
 
 # The groups as they are listed for users.
@@ -371,6 +381,11 @@ class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOption
             ),
             (self.kv_disk_path != "", "kv_disk_path", "the path of a folder"),
             (self.record_trace != "", "record_trace", "the path of a folder"),
+            (
+                self.kv_events_endpoint is None or "://" in self.kv_events_endpoint,
+                "kv_events_endpoint",
+                "an address such as tcp://*:5557",
+            ),
             (
                 not (self.mode == "stateless" and self.kv_handover == "on"),
                 "kv_handover",

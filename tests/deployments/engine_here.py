@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 from deployments import llm_server
@@ -28,6 +29,9 @@ class EngineHere(LLMServer):
 
     def replica_rank(self) -> int:
         return 0
+
+    async def get_statistics(self) -> dict[str, Any]:
+        return {"replica_rank": 0, **self._engine.get_statistics()}
 
     async def model_card(self) -> ModelCard:
         return await self.describe()

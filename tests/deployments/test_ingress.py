@@ -36,7 +36,7 @@ USAGE = {
     "prompt_tokens": 5,
     "completion_tokens": 4,
     "total_tokens": 9,
-    "prompt_tokens_details": {"cached_tokens": 3},
+    "prompt_tokens_details": {"cached_tokens": 3, "cache_write_tokens": 2},
 }
 
 
@@ -130,7 +130,7 @@ async def test_completion(client: httpx.AsyncClient, engine: Any) -> None:
             "prompt_token_ids": [7, 8],
         }
     ]
-    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": 5}
     assert engine.requests[0].prompt == TokenPrompt((7, 8))
     assert engine.requests[0].return_prompt_token_ids
 

@@ -44,6 +44,8 @@ BOUNDS = [
     ("write_through", [True, False], [0, 1, None, "yes"]),
     ("kv_disk_path", ["/var/cache/kv", None], ["", 3, True]),
     ("kv_disk_size", [0.001, 1000], [0, -1, None, "16", float("nan")]),
+    ("kv_hints", ["off", "client", "learned"], ["on", "", None, True]),
+    ("kv_retention_share", [0.01, 1.0], [0.0, 1.1, None, "half"]),
     ("kv_handover", ["auto", "on", "off"], ["yes", "", None, 1]),
     ("kv_transfer_rate", [0, 0.5, 10000, None], [-1, "200", float("nan")]),
     ("verify_swaps", [True, False], [0, 1, None, "no"]),
@@ -61,6 +63,8 @@ BOUNDS = [
     ("async_scheduling", [True, False, None], [0, 1, "yes"]),
     ("tensor_parallel_size", [1, 8], [0, -1, None, 2.0, "2", True]),
     ("record_trace", ["/tmp/traces", None], ["", 1, True]),
+    ("kv_events_endpoint", ["tcp://*:5557", None], ["", "5557", 5557]),
+    ("kv_events_topic", ["kv", ""], [None, 1]),
 ]
 
 
