@@ -35,6 +35,10 @@ class Pauses:
             if now - ended_s < MAX_PAUSE_S and len(self._awaited) <= MAX_AWAITED:
                 break
             self._end_pause(oldest, ended_s + MAX_PAUSE_S)
+        return self.expected_s(tenant, tool)
+
+    def expected_s(self, tenant: str, tool: str) -> float | None:
+        """How long a pause behind a call of that tool is expected to be; None if that is not known."""
         samples = self._samples.get((tenant, tool), ())
         return median(samples) if len(samples) >= MIN_SAMPLES else None
 

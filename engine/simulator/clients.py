@@ -77,6 +77,12 @@ class Client:
         return self.session.turns[self.number]
 
     @property
+    def following(self) -> Turn | None:
+        """The turn after that one; None if there is none."""
+        turns = self.session.turns
+        return turns[self.number + 1] if self.number + 1 < len(turns) else None
+
+    @property
     def token(self) -> int:
         """What each step of the answer samples."""
         return self._token(self.turn)

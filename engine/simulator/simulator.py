@@ -18,6 +18,7 @@ from engine.errors import ContextLengthError, OverloadedError
 from engine.simulator.clients import Client
 from engine.simulator.events import ARRIVAL, CHANGE, Events
 from engine.simulator.handover import Peer
+from engine.simulator.hints import Hints
 from engine.simulator.links import Link
 from engine.simulator.network import Network, NetworkSpec
 from engine.simulator.oracle import Oracle
@@ -154,6 +155,7 @@ class Simulator:
         self._num_refused = self._num_too_long = 0
         for _ in range(cluster.num_replicas):
             self._start_replica(0.0)
+        self._hints = Hints(next(iter(self._replicas.values())).core.cache_config.kv_hints)
         for change in cluster.changes:
             self._events.add(change.time_s, CHANGE, self._change, change)
         for _ in range(num_active or 1):
@@ -204,6 +206,7 @@ class Simulator:
         client.ask(now)
         if self._oracle is not None:
             client.num_seen = max(client.num_known, self._oracle.begin_turn(client.session.session_id))
+        self._hints.note_ask(client, now)
         self._send(now, client)
 
     def _send(self, now: float, client: Client, output_token_ids: list[int] | None = None) -> None:
@@ -226,6 +229,7 @@ class Simulator:
             request = client.request(replica.core.cache_config.chunk_size, sending.output_token_ids)
             if self._reuse_of is not None:
                 request.reuse = self._reuse_of(client.session, client.number)
+            request.retention = self._hints.hint_of(client)
             then = partial(self._add_expecting, replica, request, sending)
             if replica.peer is not None and replica.peer.ask(request, now, then):
                 return
@@ -272,6 +276,7 @@ class Simulator:
         client = self._clients[request.conversation_id]
         self._turns.append(turn_row(client, replica, output, now))
         client.last_rank = replica.rank
+        self._hints.note_end(client, request, replica.core, now)
         router = self._ingresses[client.ingress].router
         router.note_end(client.session.session_id, request.num_tokens, replica.rank)
         if replica.peer is not None:
