@@ -117,7 +117,9 @@ async def run_session(
             if first is None:
                 first = time.perf_counter() - start
             context += delta.token_ids
-        rows.append({"ttft_s": first, "is_first": not place, "is_tool": bool(turn.tool)})
+        assert delta.stats is not None
+        recomputed = delta.stats.num_dropped_tokens + delta.stats.num_not_loaded_tokens
+        rows.append({"ttft_s": first, "is_first": not place, "is_tool": bool(turn.tool), "recomputed": recomputed})
         progress.update()
 
 
@@ -157,7 +159,7 @@ async def run(model: str, sessions: list[Session], mode: str, sizes: Mapping[str
         "turns": rows,
         "gpu_cached_tokens": stats["num_gpu_cached_tokens"],
         "cpu_cached_tokens": stats["num_cpu_cached_tokens"],
-        "recomputed_tokens": stats["num_dropped_tokens"] + stats["num_not_loaded_tokens"],
+        "recomputed_tokens": sum(turn["recomputed"] for turn in rows),
         "computed_tokens": stats["num_computed_tokens"],
         "new_tokens": stats["num_new_tokens"],
         "refills": engine._retention.num_refills,
@@ -197,15 +199,15 @@ def summarise(mode: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num-sessions", type=int, default=40)
+    parser.add_argument("--num-sessions", type=int, default=24)
     parser.add_argument("--num-turns", type=int, default=8)
     parser.add_argument("--max-output-tokens", type=int, default=16)
-    parser.add_argument("--start-s", type=float, default=15.0, help="sessions begin within so many seconds")
+    parser.add_argument("--start-s", type=float, default=40.0, help="sessions begin within so many seconds")
     parser.add_argument("--tool-s", type=float, default=0.5, help="usual pause behind a tool's call")
-    parser.add_argument("--think-s", type=float, default=8.0, help="usual pause behind an answer to a person")
+    parser.add_argument("--think-s", type=float, default=12.0, help="usual pause behind an answer to a person")
     parser.add_argument("--spread", type=float, default=0.5, help="sigma of the pauses' logarithm")
     parser.add_argument("--over-subscription", type=float, default=3.0, help="all contexts over both tiers")
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--num-threads", type=int, default=1)
     parser.add_argument("--num-rounds", type=int, default=3)

@@ -100,7 +100,7 @@ def main() -> None:
     known = {setting.name: setting for setting in settings(arguments.mooncake)}
     agents: Callable[..., Setting] = replace
     chosen = [
-        agents(known["agents"], name="tau-bench", sessions=tau_bench, sizes=((40_000, 60_000),), duration_s=900.0),
+        agents(known["agents"], name="tau-bench", sessions=tau_bench, sizes=((20_000, 20_000),)),
         agents(known["agents"], sizes=((40_000, 60_000),)),
         agents(known["mooncake"], sizes=((200_000, 500_000),), duration_s=1200.0),
     ]

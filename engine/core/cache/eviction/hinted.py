@@ -203,36 +203,57 @@ class _OldestFirst(LazyHeap):
 class _SoonestLast:
     """Chunks that are expected at some time to come: the smallest cost / (expected use - now) first; ties go to the front.
 
-    At one position that is the one that is expected last.
+    At one position that is the one that is expected last. The inverse of a value only falls while time passes, so what it
+    was at some earlier time bounds it: a position is looked at only if its bound is the largest.
     """
 
     def __init__(self, cost_model: CostModel) -> None:
+        """bounds: by position, as of whenever it was looked at last. ranking: (-bound, position), a heap; others are old."""
         self._cost_model = cost_model
         self._heaps: dict[int, LazyHeap] = {}  # by position
+        self._bounds: dict[int, float] = {}
+        self._ranking: list[tuple[float, int]] = []
         self._num_chunks = 0
+        self._asked_at = 0.0
 
     def insert(self, chunk: Chunk) -> None:
-        if chunk.position not in self._heaps:
-            self._heaps[chunk.position] = LazyHeap(lambda chunk: -(chunk.reuse.expected_use_s or 0.0))
-        self._heaps[chunk.position].insert(chunk)
+        position = chunk.position
+        if position not in self._heaps:
+            self._heaps[position] = LazyHeap(lambda chunk: -(chunk.reuse.expected_use_s or 0.0))
+        self._heaps[position].insert(chunk)
         self._num_chunks += 1
+        bound = self._inverse(chunk, self._asked_at)
+        if bound > self._bounds.get(position, -math.inf):
+            self._bounds[position] = bound
+            heapq.heappush(self._ranking, (-bound, position))
 
     def remove(self, chunk: Chunk) -> None:
         heap = self._heaps[chunk.position]
         heap.remove(chunk)
         self._num_chunks -= 1
         if not len(heap):
-            del self._heaps[chunk.position]
+            del self._heaps[chunk.position], self._bounds[chunk.position]
 
     def choose_victim(self, now: float) -> Chunk | None:
-        best, least, position = None, math.inf, 0
-        for head in (heap.first() for heap in self._heaps.values()):
-            if head is None or head.reuse.expected_use_s is None:
+        """`now` never goes back."""
+        self._asked_at = now
+        ranking = self._ranking
+        while ranking:
+            bound, position = ranking[0]
+            heap = self._heaps.get(position)
+            head = None if heap is None else heap.first()
+            if head is None or self._bounds[position] != -bound:
+                heapq.heappop(ranking)
                 continue
-            value = self._cost_model.chunk_cost(head.position) / (head.reuse.expected_use_s - now)
-            if best is None or (value, head.position) < (least, position):
-                best, least, position = head, value, head.position
-        return best
+            inverse = self._inverse(head, now)
+            if inverse == -bound:
+                return head
+            self._bounds[position] = inverse
+            heapq.heapreplace(ranking, (-inverse, position))
+        return None
+
+    def _inverse(self, chunk: Chunk, now: float) -> float:
+        return ((chunk.reuse.expected_use_s or 0.0) - now) / self._cost_model.chunk_cost(chunk.position)
 
     def __len__(self) -> int:
         return self._num_chunks
