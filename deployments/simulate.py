@@ -82,6 +82,10 @@ def run_case(case: Case, seed: int, on_progress: Callable[[float], None] = lambd
 
 def run_outcome(case: Case, seed: int, on_progress: Callable[[float], None] = lambda now: None) -> Outcome:
     """As run_case, with all that comes of it."""
+    if case.processes is not None and case.engine.kv_hints != "off":
+        raise ConfigError(
+            "hints are simulated in one process; leave `processes` out, or set kv_hints: off", param="processes"
+        )
     sessions, num_active = make_sessions(case, seed)
     cluster = make_cluster(case, seed)
     simulator = (
