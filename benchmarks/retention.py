@@ -1,8 +1,8 @@
 """What hints and learned pauses buy when the conversations' contexts take three times the GPU and CPU tiers.
 
 tau-bench sessions, each turn after a pause: short behind a tool's call, long behind an answer to a person. The three modes of
-`kv_hints` side by side, each with an engine of its own, so that whatever else the machine does meets all of them alike: time to
-first token, and where prompt tokens came from.
+`kv_hints` side by side, each with an engine of its own, so that whatever else the machine does meets all of them alike:
+time to first token, and where prompt tokens came from.
 
     python benchmarks/retention.py
 
@@ -138,14 +138,16 @@ def tell_tools(engine: AsyncEngine, sessions: list[Session]) -> None:
 
 
 async def run_all(model: str, sessions: list[Session], sizes: Mapping[str, int], threads: int) -> list[dict[str, Any]]:
-    return await asyncio.gather(*(run(model, sessions, mode, sizes, threads) for mode in MODES))
+    engines = []
+    for mode in MODES:
+        config = EngineConfig(
+            model=model, chunk_size=CHUNK_SIZE, num_threads=threads, max_num_seqs=8, kv_hints=mode, **sizes
+        )
+        engines.append(AsyncEngine(config))
+    return await asyncio.gather(*(run(engine, sessions, mode) for engine, mode in zip(engines, MODES, strict=True)))
 
 
-async def run(model: str, sessions: list[Session], mode: str, sizes: Mapping[str, int], threads: int) -> dict[str, Any]:
-    config = EngineConfig(
-        model=model, chunk_size=CHUNK_SIZE, num_threads=threads, max_num_seqs=8, kv_hints=mode, **sizes
-    )
-    engine = await asyncio.to_thread(AsyncEngine, config)
+async def run(engine: AsyncEngine, sessions: list[Session], mode: str) -> dict[str, Any]:
     if mode != "off":
         tell_tools(engine, sessions)
     rows: list[dict[str, Any]] = []
