@@ -168,3 +168,9 @@ def test_an_alias_is_the_same_configuration():
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         EngineConfig().mode = "stateless"  # type: ignore[misc]
+
+
+def test_off_is_what_yaml_makes_of_it():
+    assert EngineConfig(kv_hints=False).kv_hints == "off"
+    with pytest.raises(ConfigError, match="kv_hints must be one of off, client, learned, got 'on'"):
+        EngineConfig(kv_hints=True)
