@@ -45,6 +45,8 @@ BOUNDS = [
     ("kv_disk_path", ["/var/cache/kv", None], ["", 3, True]),
     ("kv_disk_size", [0.001, 1000], [0, -1, None, "16", float("nan")]),
     ("kv_handover", ["auto", "on", "off"], ["yes", "", None, 1]),
+    ("kv_hints", ["off", "client", "learned"], ["on", "", None, 1, True]),
+    ("kv_retention_share", [0.01, 0.5, 1], [0, 1.1, -1, None, float("nan")]),
     ("kv_transfer_rate", [0, 0.5, 10000, None], [-1, "200", float("nan")]),
     ("verify_swaps", [True, False], [0, 1, None, "no"]),
     ("profile", ["profile.json", None], [3, True]),
