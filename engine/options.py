@@ -121,7 +121,7 @@ def check_values(config: Any) -> None:
             continue
         if entry.kind is float and type(value) is int:
             value = float(value)
-        if isinstance(value, bool) and "on" in entry.option.choices:  # YAML reads on and off as true and false
+        if isinstance(value, bool) and not {"on", "off"}.isdisjoint(entry.option.choices):  # how YAML reads on and off
             value = "on" if value else "off"
         if not isinstance(value, entry.kind) or (isinstance(value, bool) and entry.kind is not bool):
             raise ConfigError(f"{entry.name} must be {entry.shown_kind}, got {value!r}", param=entry.name)

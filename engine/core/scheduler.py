@@ -21,6 +21,8 @@ from engine.core.waiting_queue import WaitingQueue
 
 # Positions of prompts whose logits a step gives: each is a row of the whole vocabulary.
 MAX_SCORED_ROWS = 256
+# Of a context that is only prepared, in one step: a request that arrives meanwhile waits for the end of that.
+BACKGROUND_STEP_TOKENS = 64
 
 
 @dataclass(slots=True)
@@ -325,10 +327,8 @@ class Scheduler:
         request that reaches its length ends.
         """
         budget = self._config.max_num_batched_tokens
-        if (
-            self.running and self.running[0].is_prewarm
-        ):  # a request that arrives meanwhile waits for the end of the step
-            budget = min(budget, self._prefill_batch_tokens)
+        if self.running and self.running[0].is_prewarm:
+            budget = min(budget, BACKGROUND_STEP_TOKENS)
         draft = _Draft(budget, MAX_SCORED_ROWS)
         num_computed: dict[str, int] = {}
         samplers: set[str] = set()
@@ -426,7 +426,7 @@ class Scheduler:
                 draft, may_go_on = self._draft(), False
             if request.is_prewarm:
                 self.background.remove(request)
-                draft.budget = min(draft.budget, self._prefill_batch_tokens)
+                draft.budget = min(draft.budget, BACKGROUND_STEP_TOKENS)
             else:
                 self.waiting.serve(request, request.num_pending_tokens)
             self._count_admission(request)

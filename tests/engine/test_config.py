@@ -44,9 +44,9 @@ BOUNDS = [
     ("write_through", [True, False], [0, 1, None, "yes"]),
     ("kv_disk_path", ["/var/cache/kv", None], ["", 3, True]),
     ("kv_disk_size", [0.001, 1000], [0, -1, None, "16", float("nan")]),
-    ("kv_hints", ["off", "client", "learned"], ["on", "", None, True]),
-    ("kv_retention_share", [0.01, 1.0], [0.0, 1.1, None, "half"]),
     ("kv_handover", ["auto", "on", "off"], ["yes", "", None, 1]),
+    ("kv_hints", ["off", "client", "learned"], ["on", "", None, 1, True]),
+    ("kv_retention_share", [0.01, 0.5, 1], [0, 1.1, -1, None, float("nan")]),
     ("kv_transfer_rate", [0, 0.5, 10000, None], [-1, "200", float("nan")]),
     ("verify_swaps", [True, False], [0, 1, None, "no"]),
     ("profile", ["profile.json", None], [3, True]),
@@ -172,3 +172,9 @@ def test_an_alias_is_the_same_configuration():
 def test_a_configuration_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         EngineConfig().mode = "stateless"  # type: ignore[misc]
+
+
+def test_off_is_what_yaml_makes_of_it():
+    assert EngineConfig(kv_hints=False).kv_hints == "off"
+    with pytest.raises(ConfigError, match="kv_hints must be one of off, client, learned, got 'on'"):
+        EngineConfig(kv_hints=True)

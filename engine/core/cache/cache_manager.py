@@ -107,6 +107,7 @@ class CacheManager:
         self.prices = LoadPrices(self._cost_model)
         self.slow_transfers = SlowTransfers(self.tiers, self.index, self.prices, stats)
         self.drain: Drain | None = None
+        self._is_ending = False
         self._stats = stats
         self.allocator = Allocator(
             self.tiers,
@@ -471,12 +472,13 @@ class CacheManager:
         num_missing = request.num_tokens - 1 - match.num_cached_tokens
         num_blocks = sum(chunk.blocks[0] is None for chunk in match.full.values())
         num_blocks += self.num_chunks(request.num_tokens) - len(match.full)
-        return num_missing > 0 and num_blocks <= self.allocator.num_ready_blocks
+        return num_missing > 0 and num_blocks <= self.allocator.num_ready_blocks and not self._is_ending
 
     # -- before the engine ends ----------------------------------------------------------------------------------------
 
     def start_drain(self, now: float) -> None:
         """From now on, bring everything to the first slow tier that keeps it, if there is one. No request may follow."""
+        self._is_ending = True
         if self.handover is not None:
             self.handover.start_drain()
         if self.tiers.stores:

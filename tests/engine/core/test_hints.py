@@ -172,3 +172,16 @@ def test_not_too_many_wait(make_core):
     for number in range(64):
         driver.core.abort(f"warm{number}", 1.0)
     assert not driver.core.has_requests
+
+
+def test_holes_are_filled_only_where_that_costs_no_other_chunk_and_not_at_the_end(make_core):
+    driver = make_core(8, kv_hints="client")
+    cached_after(driver, request("a", range(12), "c"))
+    cached_after(driver, request("b", range(100, 124)))  # 6 blocks: a's first chunk goes
+    refill = request("refill", range(12), "c", is_refill=True)
+    assert not driver.core.has_holes_to_fill(refill), "b's chunks are worth as much"
+    driver.core.hold_back({"gpu": 6}, 10.0)
+    driver.core.hold_back({"gpu": 0}, 10.0)
+    assert driver.core.has_holes_to_fill(refill)
+    driver.core.start_drain(11.0)
+    assert not driver.core.has_holes_to_fill(refill)
