@@ -6,13 +6,18 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine.core.cache.prices import LOAD_OVERHEAD
+from engine.simulator.devices import DEVICES, MODELS
 from engine.simulator.report import plot_lines
+from engine.simulator.step_cost import Roofline
 
+CHUNK_SIZE = 128
 Line = Mapping[str, Any]
 # Of a table: field of a Summary, heading, format, factor.
 STEADY = (
@@ -46,7 +51,7 @@ def write_report(folder: Path) -> None:
     """tables.md, lines.csv and SVG plots in that folder, from its *.jsonl."""
     files = {path.stem: read_lines(path) for path in sorted(folder.glob("*.jsonl"))}
     _write_csv(folder / "lines.csv", [line for lines in files.values() for line in lines])
-    parts = []
+    parts = [f"## Where pulling begins to pay\n\n{break_even_table()}\n"]
     for name, lines in files.items():
         if name.endswith(("_grow", "_shrink")):
             keys, columns = ("routing", "kv_handover"), CHANGING
@@ -115,3 +120,28 @@ def _write_csv(path: Path, lines: Sequence[Line]) -> None:
         writer = csv.DictWriter(file, list(lines[0]) if lines else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
+
+
+def break_even_table() -> str:
+    """From which bandwidth between replicas on a chunk is pulled rather than computed again, by its place in the context."""
+    positions = (500, 2_000, 8_000, 32_000)
+    rows = [["model", "device", "KV a token (KB)", *(f"at token {position:,}" for position in positions)]]
+    rows.append(["---"] * len(rows[0]))
+    for model_name, device_name, num_devices in (
+        ("llama-3.1-8b", "h100-80gb", 1),
+        ("llama-3.1-70b", "h100-80gb", 4),
+        ("opt-13b", "a100-80gb", 1),
+    ):
+        shape = MODELS[model_name]
+        device = replace(DEVICES[device_name], num_devices=num_devices)
+        num_bytes = shape.kv_bytes_per_token * CHUNK_SIZE
+        model = Roofline(shape, device, num_bytes).cost_model(CHUNK_SIZE)
+        rates = [
+            LOAD_OVERHEAD * num_bytes / (model.chunk_cost(position // CHUNK_SIZE) - model.swap_in_cost) * 8e-9
+            for position in positions
+        ]
+        name = device_name if num_devices == 1 else f"{num_devices} x {device_name}"
+        rows.append(
+            [model_name, name, f"{shape.kv_bytes_per_token / 1e3:.0f}", *(f"{rate:.0f} Gb/s" for rate in rates)]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

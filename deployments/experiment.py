@@ -25,8 +25,8 @@ from deployments.schema import IMPORT_PATH, AppArgs, check_serve_config, read_se
 from engine.bench.apis import APIS
 from engine.config import EngineConfig
 from engine.errors import ConfigError
+from engine.simulator.cluster import SHUTDOWN_S, Change
 from engine.simulator.devices import Device, ModelShape, find_device, find_model
-from engine.simulator.simulator import SHUTDOWN_S, Change
 from engine.workloads.arrivals import parse_arrivals
 from engine.workloads.sources import parse_options
 

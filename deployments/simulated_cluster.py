@@ -14,11 +14,11 @@ from engine.core.engine_core import EngineCore
 from engine.core.tier_table import TierSpec, peer_tier
 from engine.errors import ConfigError
 from engine.own_policy import load_policy
+from engine.simulator.cluster import Cluster, LinkSpec
 from engine.simulator.devices import DEVICES, GIB, MODELS
 from engine.simulator.distserve import DistServe
 from engine.simulator.network import NetworkSpec
 from engine.simulator.routing import LeastLoaded, PowerOfTwo, Router
-from engine.simulator.simulator import Cluster, LinkSpec
 from engine.simulator.step_cost import Roofline, StepCost
 from engine.simulator.step_table import StepTable
 from engine.workloads.arrivals import ClosedLoop, Poisson, Ramp, arrange, parse_arrivals

@@ -12,10 +12,11 @@ from benchmarks.paper import constants
 from benchmarks.paper.published import Panel
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
+from engine.simulator.cluster import Cluster
 from engine.simulator.devices import MODELS, Device, find_device
 from engine.simulator.outcome import Summary
 from engine.simulator.routing import LeastLoaded
-from engine.simulator.simulator import Cluster, Simulator
+from engine.simulator.simulator import Simulator
 from engine.simulator.step_cost import Roofline, StepWork
 from engine.workloads.arrivals import Poisson, arrange
 from engine.workloads.distributions import Exponential, Lognormal

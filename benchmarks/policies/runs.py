@@ -14,9 +14,10 @@ from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.tier_table import TierSpec
 from engine.own_policy import load_policy
+from engine.simulator.cluster import Cluster, LinkSpec
 from engine.simulator.oracle import Oracle
 from engine.simulator.routing import LeastLoaded
-from engine.simulator.simulator import Cluster, LinkSpec, Simulator
+from engine.simulator.simulator import Simulator
 from engine.simulator.step_cost import Roofline
 
 CLAIRVOYANT: dict[str, Callable[..., Any]] = {

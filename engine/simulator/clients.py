@@ -5,8 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from itertools import repeat
 
+from engine.core.engine_core import RequestOutput
 from engine.core.request import Request, SamplingParams
 from engine.core.reuse import NO_REUSE, Reuse, tool_class
+from engine.simulator.outcome import TurnRow
+from engine.simulator.replica import Replica
 from engine.workloads.session import Session, Turn
 from engine.workloads.tokens import TokenContext, repeated_tokens
 
@@ -136,3 +139,31 @@ class Client:
         self.number += 1
         self.is_asked = False
         return self.number < len(self.session.turns)
+
+
+def turn_row(client: Client, replica: Replica, output: RequestOutput, now: float) -> TurnRow:
+    """The account of a turn that has ended, before the client goes on."""
+    stats = output.stats
+    assert stats is not None
+    assert stats.first_token_s is not None
+    return TurnRow(
+        client.answer_token,
+        client.number,
+        int(client.turn.kind == "tool"),
+        int(client.last_rank not in (None, replica.rank)),
+        replica.rank,
+        client.sent_s,
+        stats.first_token_s if client.first_token_s is None else client.first_token_s,
+        now,
+        stats.num_prompt_tokens,
+        client.num_seen,
+        stats.num_cached_tokens,
+        stats.num_loaded_tokens,
+        stats.num_not_loaded_tokens,
+        stats.num_dropped_tokens,
+        stats.num_new_tokens,
+        stats.num_output_tokens,
+        stats.num_suspensions,
+        client.num_retries,
+        *replica.take_recomputed(output.request_id),
+    )

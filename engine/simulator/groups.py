@@ -13,12 +13,12 @@ from typing import NamedTuple
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.request import Request
 from engine.errors import ContextLengthError, OverloadedError
-from engine.simulator.clients import Client
+from engine.simulator.clients import Client, turn_row
+from engine.simulator.cluster import LinkSpec, make_links
 from engine.simulator.events import ARRIVAL, CHANGE, Events
 from engine.simulator.outcome import ReplicaRow, TurnRow
 from engine.simulator.replica import Replica
 from engine.simulator.routing import ReplicaState
-from engine.simulator.simulator import LinkSpec, make_links, turn_row
 from engine.simulator.step_cost import StepCost
 from engine.workloads.session import Session
 

@@ -6,88 +6,36 @@ Client.ask -> Router.place -> (Peer.ask) -> Replica.add ... Replica's steps ... 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
-from engine.core.engine_core import EngineCore, RequestOutput
+from engine.core.engine_core import RequestOutput
 from engine.core.plan import ChunkRecord, StepPlan
 from engine.core.request import Request
 from engine.core.reuse import Reuse
 from engine.errors import ContextLengthError, OverloadedError
-from engine.simulator.clients import Client
+from engine.simulator.clients import Client, turn_row
+from engine.simulator.cluster import (
+    LEAVE_S,
+    LOADS_PERIOD_S,
+    LOSS_NOTICED_S,
+    RETRY_AFTER_S,
+    SHUTDOWN_S,
+    Change,
+    Cluster,
+    make_links,
+)
 from engine.simulator.events import ARRIVAL, CHANGE, Events
 from engine.simulator.handover import Peer
 from engine.simulator.hints import Hints
-from engine.simulator.links import Link
-from engine.simulator.network import Network, NetworkSpec
+from engine.simulator.network import Network
 from engine.simulator.oracle import Oracle
-from engine.simulator.outcome import Outcome, ReplicaRow, TurnRow, TurnTable
+from engine.simulator.outcome import Outcome, ReplicaRow, TurnTable
 from engine.simulator.replica import Replica
 from engine.simulator.routing import Router
-from engine.simulator.step_cost import StepCost
 from engine.workloads.session import Session
 
-# As live: how old an ingress lets the loads of the replicas become, how soon a client asks again if all that were asked are
-# full, how soon a lost replica's requests are sent elsewhere, how soon a replica that drains offers what it has, and what it
-# needs to end, of graceful_shutdown_timeout_s.
-LOADS_PERIOD_S = 0.5
-RETRY_AFTER_S = 2.0
-LOSS_NOTICED_S = 1.0
-LEAVE_S = 1.0
-SHUTDOWN_S = 2.0
 # How often the loads are noted for the report.
 SAMPLE_PERIOD_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class LinkSpec:
-    """A slow tier's way to the CPU tier, for each replica: bytes a second in each direction, and seconds."""
-
-    read_bytes_per_s: float
-    write_bytes_per_s: float
-    latency_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Something that happens to the cluster.
-
-    add: one more replica, with the lowest rank that is free, after `start_s`. drain: the replica of that rank takes no more
-    requests, and goes when it has none and has handed over what it can (Cluster.drain_s). lose: it is gone at once; another
-    one takes its rank after `restart_s`, empty.
-    """
-
-    time_s: float
-    what: Literal["add", "drain", "lose"]
-    rank: int = 0
-    restart_s: float = 60.0
-    start_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
-    """What is simulated.
-
-    make_core: an engine core for one replica. cost: of its steps. bytes_per_block: of all tiers. links: by slow tier.
-    network: between replicas that hand over; then cores have a tier of peers. None = they do not.
-    drain_s: how long a replica that drains hands over at most, beside its last requests and after them. Requests that run for
-        longer, by SHUTDOWN_S, go on elsewhere, as if it were lost.
-    num_ingresses: each hears of the loads by itself; turns come in at one after the other.
-    kv_hints: as of the cores; whether clients say anything, or the cluster learns it.
-    """
-
-    make_core: Callable[[], EngineCore]
-    cost: StepCost
-    router: Router
-    num_replicas: int = 1
-    bytes_per_block: float = 0.0
-    links: tuple[tuple[str, LinkSpec], ...] = ()
-    network: NetworkSpec | None = None
-    kv_hints: str = "off"
-    drain_s: float = 18.0
-    num_ingresses: int = 1
-    changes: tuple[Change, ...] = ()
 
 
 class Ingress:
@@ -176,7 +124,7 @@ class Simulator:
         ended_s = until_s if len(self._events) else now
         num_unfinished = sum(replica.num_open_requests for replica in self._replicas.values())
         for rank in list(self._replicas):
-            self._end_replica(rank, ended_s)
+            self._stop_replica(rank, ended_s)
         return Outcome(
             self._turns,
             sorted(self._gone, key=lambda row: (row.rank, row.started_s)),
@@ -338,13 +286,17 @@ class Simulator:
         return next(number for number in range(len(self._replicas) + 1) if number not in self._replicas)
 
     def _end_replica(self, rank: int, now: float) -> None:
-        replica = self._replicas.pop(rank)
-        replica.stop()
+        replica = self._stop_replica(rank, now)
         self._draining.pop(rank, None)
-        self._gone.append(replica.row(self._started_s.pop(rank), now))
         self._note_ranks()
         if self._network is not None:
             self._network.leave(replica.replica_id, now)
+
+    def _stop_replica(self, rank: int, now: float) -> Replica:
+        replica = self._replicas.pop(rank)
+        replica.stop()
+        self._gone.append(replica.row(self._started_s.pop(rank), now))
+        return replica
 
     def _note_ranks(self) -> None:
         self._ranks = tuple(sorted(self._replicas.keys() - self._draining.keys()))
@@ -425,39 +377,3 @@ class Simulator:
         if rank not in self._replicas:
             self._start_replica(now, rank)
             self._messages.append(f"{now:.1f} s: replica {rank} is back, empty")
-
-
-def make_links(links: Iterable[tuple[str, LinkSpec]]) -> dict[str, tuple[Link, Link]]:
-    """From and to each slow tier, for one replica."""
-    return {
-        name: (Link(spec.read_bytes_per_s, spec.latency_s), Link(spec.write_bytes_per_s, spec.latency_s))
-        for name, spec in links
-    }
-
-
-def turn_row(client: Client, replica: Replica, output: RequestOutput, now: float) -> TurnRow:
-    """The account of a turn that has ended, before the client goes on."""
-    stats = output.stats
-    assert stats is not None
-    assert stats.first_token_s is not None
-    return TurnRow(
-        client.answer_token,
-        client.number,
-        int(client.turn.kind == "tool"),
-        int(client.last_rank not in (None, replica.rank)),
-        replica.rank,
-        client.sent_s,
-        stats.first_token_s if client.first_token_s is None else client.first_token_s,
-        now,
-        stats.num_prompt_tokens,
-        client.num_seen,
-        stats.num_cached_tokens,
-        stats.num_loaded_tokens,
-        stats.num_not_loaded_tokens,
-        stats.num_dropped_tokens,
-        stats.num_new_tokens,
-        stats.num_output_tokens,
-        stats.num_suspensions,
-        client.num_retries,
-        *replica.take_recomputed(output.request_id),
-    )

@@ -23,6 +23,7 @@ from dataclasses import replace
 
 from engine.errors import ConfigError
 from engine.simulator.clients import FIRST_ANSWER_STREAM, Client
+from engine.simulator.cluster import LOADS_PERIOD_S, LOSS_NOTICED_S, SHUTDOWN_S, Cluster
 from engine.simulator.events import ARRIVAL, CHANGE, Events
 from engine.simulator.group_processes import GroupRow
 from engine.simulator.groups import (
@@ -42,15 +43,7 @@ from engine.simulator.groups import (
 from engine.simulator.outcome import Outcome
 from engine.simulator.replica import Replica
 from engine.simulator.routing import ReplicaState
-from engine.simulator.simulator import (
-    LOADS_PERIOD_S,
-    LOSS_NOTICED_S,
-    SAMPLE_PERIOD_S,
-    SHUTDOWN_S,
-    Cluster,
-    Sending,
-    Simulator,
-)
+from engine.simulator.simulator import SAMPLE_PERIOD_S, Sending, Simulator
 from engine.workloads.session import Session
 
 

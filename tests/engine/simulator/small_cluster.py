@@ -5,9 +5,9 @@ import random
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.tier_table import TierSpec
+from engine.simulator.cluster import Cluster, LinkSpec
 from engine.simulator.devices import Device, ModelShape
 from engine.simulator.routing import LeastLoaded
-from engine.simulator.simulator import Cluster, LinkSpec
 from engine.simulator.step_cost import Roofline
 from engine.workloads.session import Session, Span, Turn
 

@@ -8,7 +8,9 @@ import pytest
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.tier_table import peer_tier
-from engine.simulator import handover, simulator
+from engine.simulator import cluster, handover
+from engine.simulator.clients import Client
+from engine.simulator.cluster import Change, Cluster
 from engine.simulator.devices import DEVICES, MODELS
 from engine.simulator.directory import REFRESH_INTERVAL_S, Directory
 from engine.simulator.events import Events
@@ -17,7 +19,7 @@ from engine.simulator.network import Network, NetworkSpec
 from engine.simulator.outcome import Outcome
 from engine.simulator.replica import Replica
 from engine.simulator.routing import LeastLoaded
-from engine.simulator.simulator import Change, Cluster, Simulator
+from engine.simulator.simulator import Simulator
 from engine.simulator.step_cost import Roofline
 from engine.workloads.arrivals import Poisson, arrange
 from engine.workloads.session import Session, Span, Turn
@@ -88,13 +90,13 @@ def run(cluster: Cluster, sessions: list[Session]) -> Outcome:
     """To the end; then the books of every core balance, and nothing is under way."""
     simulation = Simulator(cluster, sessions)
     cores: list[EngineCore] = []
-    ended = simulation._end_replica
+    stop = simulation._stop_replica
 
-    def end_replica(rank: int, now: float) -> None:
+    def stop_replica(rank: int, now: float) -> Replica:
         cores.append(simulation._replicas[rank].core)
-        ended(rank, now)
+        return stop(rank, now)
 
-    simulation._end_replica = end_replica
+    simulation._stop_replica = stop_replica
     outcome = simulation.run(1e9)
     for core in cores:
         core.check_integrity()
@@ -191,7 +193,7 @@ def test_a_drain_takes_the_time_of_its_bytes():
     replicas = [Replica(rank, cluster.make_core(), COST, events, lambda *_: None, replica_id=rank) for rank in range(2)]
     for replica in replicas:
         replica.peer = Peer(replica.rank, replica, network, 0.0)
-    client = simulator.Client(moving_session(), 0)
+    client = Client(moving_session(), 0)
     client.ask(0.0)
     request = client.request(CHUNK_SIZE)
     replicas[0].add(request, client.token, 0, 0.0)
@@ -323,6 +325,6 @@ def test_constants_are_those_of_the_live_engine():
 
     assert REFRESH_INTERVAL_S == tier.REFRESH_INTERVAL_S
     assert (handover.MAX_LOAD_S, handover.WATCH_INTERVAL_S) == (lanes.MAX_LOAD_S, lanes.WATCH_INTERVAL_S)
-    assert simulator.LOADS_PERIOD_S == engine_client.LOADS_PERIOD_S
-    assert simulator.LEAVE_S == llm_server.LEAVE_S
-    assert simulator.SHUTDOWN_S == app.SHUTDOWN_S
+    assert cluster.LOADS_PERIOD_S == engine_client.LOADS_PERIOD_S
+    assert cluster.LEAVE_S == llm_server.LEAVE_S
+    assert cluster.SHUTDOWN_S == app.SHUTDOWN_S

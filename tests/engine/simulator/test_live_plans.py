@@ -12,8 +12,9 @@ from engine.core.engine_core import RequestOutput
 from engine.core.plan import SlowTransfer, StepPlan, StepResult, TransferEnd
 from engine.core.request import Request
 from engine.simulator.clients import Client
+from engine.simulator.cluster import Cluster
 from engine.simulator.links import Link
-from engine.simulator.simulator import Cluster, Simulator
+from engine.simulator.simulator import Simulator
 from engine.simulator.step_cost import StepWork
 from engine.step_loop import LookAhead, StepLoop
 from engine.workloads.arrivals import Poisson, arrange

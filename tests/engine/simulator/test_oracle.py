@@ -9,10 +9,11 @@ from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.reuse import Reuse, tool_class
 from engine.simulator.clients import FIRST_ANSWER_STREAM, Client
+from engine.simulator.cluster import Cluster
 from engine.simulator.devices import DEVICES, MODELS
 from engine.simulator.oracle import Oracle
 from engine.simulator.routing import LeastLoaded
-from engine.simulator.simulator import Cluster, Simulator
+from engine.simulator.simulator import Simulator
 from engine.simulator.step_cost import Roofline
 from engine.workloads.session import Session, Span, Turn
 

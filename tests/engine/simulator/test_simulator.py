@@ -9,13 +9,14 @@ from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.tier_table import TierSpec
 from engine.errors import ConfigError
+from engine.simulator.cluster import RETRY_AFTER_S, Change, Cluster, LinkSpec
 from engine.simulator.devices import DEVICES, MODELS, Device, find_device, find_model
 from engine.simulator.events import ARRIVAL, END_OF_STEP, Events
 from engine.simulator.links import Link
 from engine.simulator.outcome import Outcome
 from engine.simulator.report import Result, format_csv, format_html, format_table
 from engine.simulator.routing import LeastLoaded, PowerOfTwo, ReplicaState
-from engine.simulator.simulator import RETRY_AFTER_S, Change, Cluster, LinkSpec, Simulator
+from engine.simulator.simulator import Simulator
 from engine.simulator.step_cost import Roofline, StepWork
 from engine.workloads.arrivals import Poisson, arrange
 from engine.workloads.session import Session, Span, Turn

@@ -9,11 +9,12 @@ from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
 from engine.core.tier_table import TierSpec
 from engine.errors import ConfigError
+from engine.simulator.cluster import LOADS_PERIOD_S, Change, Cluster, LinkSpec
 from engine.simulator.devices import DEVICES, MODELS
 from engine.simulator.network import NetworkSpec
 from engine.simulator.outcome import Outcome
 from engine.simulator.routing import LeastLoaded, PowerOfTwo
-from engine.simulator.simulator import LOADS_PERIOD_S, Change, Cluster, LinkSpec, Simulator
+from engine.simulator.simulator import Simulator
 from engine.simulator.step_cost import Roofline
 from engine.simulator.windows import WindowedSimulator
 from engine.workloads.arrivals import Poisson, arrange
