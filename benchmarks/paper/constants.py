@@ -52,6 +52,9 @@ ONE_CONSTANT = {
 # github.com/thunlp/UltraChat). Evenly within each, with the paper's mean of 3.86, this is a standard deviation of 1.49: as
 # lognormal, 0.37. ShareGPT's is the fitted one.
 ULTRACHAT_TURN_SIGMA = 0.37
+# Tried after 10c and 10d had been seen, to say what dominates their errors; nothing else uses it: lengths of one model's
+# answers spread less than those of ShareGPT's many.
+ULTRACHAT_LENGTH_SIGMA = 0.5
 
 # Simulated: seconds, and of them those that do not count. Chunks of 32 tokens as in the paper for OPT-13B; larger ones for
 # models with small KV, whose contexts have many chunks.

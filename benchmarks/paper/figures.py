@@ -35,12 +35,12 @@ from benchmarks.paper.published import (
     read_digitised,
 )
 from benchmarks.paper.runs import Runs, curve
-from benchmarks.paper.systems import INTERCONNECT, KV_SHARE, TURNS, Run
+from benchmarks.paper.systems import INTERCONNECT, KV_SHARE, LENGTHS, TURNS, Run
 from engine.simulator.report import plot_lines
 
 FOLDER = RESULTS / "paper"
 FIGURES = (*PANELS, "12", "13", "14", "15")
-UNCHANGED, ONE_CONSTANT, BOTH = "unchanged", "one constant", "both constants"
+UNCHANGED, ONE_CONSTANT, BOTH, AFTERWARDS = "unchanged", "one constant", "both constants", "afterwards"
 
 
 def variants(panel: Panel) -> dict[str, tuple[str, ...]]:
@@ -50,6 +50,8 @@ def variants(panel: Panel) -> dict[str, tuple[str, ...]]:
     named = {UNCHANGED: (), ONE_CONSTANT: (*of_model, *turns)}
     if panel.num_gpus > 1 and panel.model in constants.KV_SHARE:
         named[BOTH] = (KV_SHARE, INTERCONNECT)
+    if panel.dataset == "ultrachat":
+        named[AFTERWARDS] = (*of_model, TURNS, LENGTHS)
     return {name: changed for name, changed in named.items() if changed or name == UNCHANGED}
 
 
@@ -61,7 +63,7 @@ def figure_of_panel(name: str, runs: Runs) -> dict[str, Any]:
     """Figures 10 and 11: curves of all systems, and their rates at the panel's latency."""
     panel, digitised = PANELS[name], read_digitised(name)
     named = variants(panel)
-    best = list(named)[-1]
+    best = BOTH if BOTH in named else ONE_CONSTANT if ONE_CONSTANT in named else UNCHANGED
     rates: dict[str, dict[str, float | None]] = {}
     lines: dict[str, Sequence[Point]] = {}
     for variant, changed in named.items():
@@ -136,15 +138,20 @@ def figure_13(runs: Runs) -> dict[str, Any]:
 
 
 def figure_14(runs: Runs) -> dict[str, Any]:
-    """Retention value against LRU: OPT-13B; latency, hits in the CPU tier, and tokens recomputed, by load."""
+    """Retention value against LRU: OPT-13B; latency, hits in the CPU tier, and tokens recomputed, by load.
+
+    Of a context, `lru` evicts the first chunks first, as retention value does, and `trailing_lru` the last ones.
+    """
     cells = []
     for share in constants.EVICTION_HOST_SHARES:
         for rate in constants.EVICTION_RATES:
-            by_seed = []
-            for seed in constants.EVICTION_SEEDS:
-                run = Run(panel=PANELS["10a"], system="pensieve", rate=rate, host_share=share, seed=seed)
-                by_seed.append((runs.row(run), runs.row(replace(run, system="pensieve-lru"))))
-            cells.append({"host_share": share, "offered_per_s": rate, **tables.compare_policies(by_seed)})
+            for other in ("pensieve-lru", "pensieve-trailing-lru"):
+                by_seed = []
+                for seed in constants.EVICTION_SEEDS:
+                    run = Run(panel=PANELS["10a"], system="pensieve", rate=rate, host_share=share, seed=seed)
+                    by_seed.append((runs.row(run), runs.row(replace(run, system=other))))
+                cell = {"host_share": share, "offered_per_s": rate, "over": other}
+                cells.append({**cell, **tables.compare_policies(by_seed)})
     return {"cells": cells}
 
 

@@ -24,7 +24,7 @@ from engine.workloads.synthetic import Synthetic, draw_sessions, sharegpt, ultra
 
 WORKLOADS = {"sharegpt": sharegpt, "ultrachat": ultrachat}
 # What may differ from the constants of 10a.
-KV_SHARE, INTERCONNECT, TURNS = "kv_share", "interconnect", "turns"
+KV_SHARE, INTERCONNECT, TURNS, LENGTHS = "kv_share", "interconnect", "turns", "lengths"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ SYSTEMS = {
     "pensieve": System(),
     "pensieve-separate": System(is_unified=False),
     "pensieve-lru": System(eviction_policy="lru"),
+    "pensieve-trailing-lru": System(eviction_policy="trailing_lru"),
 }
 
 
@@ -57,7 +58,7 @@ SYSTEMS = {
 class Run:
     """What one run is of; its figures follow from this and from constants.py alone.
 
-    changed: of KV_SHARE, INTERCONNECT and TURNS, what is not as in 10a. rate: of requests offered, in turns a second.
+    changed: of KV_SHARE, INTERCONNECT, TURNS, LENGTHS: what is not as in 10a. rate: of requests offered, in turns a second.
     host_share: of the paper's host memory.
     """
 
@@ -105,12 +106,15 @@ class Run:
     def workload(self) -> Synthetic:
         """An endless one: the means of the data set, and the spreads of constants.py."""
         spec = WORKLOADS[self.panel.dataset](10**7)
-        is_ultrachat = TURNS in self.changed and self.panel.dataset == "ultrachat"
+        turn_sigma, length_sigma = constants.TURN_SIGMA, constants.LENGTH_SIGMA
+        if self.panel.dataset == "ultrachat":
+            turn_sigma = constants.ULTRACHAT_TURN_SIGMA if TURNS in self.changed else turn_sigma
+            length_sigma = constants.ULTRACHAT_LENGTH_SIGMA if LENGTHS in self.changed else length_sigma
         return replace(
             spec,
-            turns=_spread(spec.turns, constants.ULTRACHAT_TURN_SIGMA if is_ultrachat else constants.TURN_SIGMA),
-            new_tokens=_spread(spec.new_tokens, constants.LENGTH_SIGMA),
-            output_tokens=_spread(spec.output_tokens, constants.LENGTH_SIGMA),
+            turns=_spread(spec.turns, turn_sigma),
+            new_tokens=_spread(spec.new_tokens, length_sigma),
+            output_tokens=_spread(spec.output_tokens, length_sigma),
             think_s=Exponential(self.think_s),
             max_context_len=constants.WINDOW,
         )

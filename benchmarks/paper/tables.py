@@ -130,11 +130,12 @@ def _kernel(result: Mapping[str, Any]) -> str:
     return _table(["kernel", "passes over KV", *(f"paper, {each} tokens" for each in result["contexts"])], rows)
 
 
-def _policies(cells: Iterable[Mapping[str, float]]) -> str:
+def _policies(cells: Iterable[Mapping[str, Any]]) -> str:
     rows = [
         [
             f"{cell['host_share']:.0%}",
             f"{cell['offered_per_s']:g}",
+            cell["over"],
             f"{cell['cpu_hit_rate']:.3f}",
             f"{cell['cpu_hit_points']:+.1f}",
             *(f"{cell[name]:+.1%}" for name in ("recomputed_tokens", "recompute_s", "turns_per_s")),
@@ -142,11 +143,11 @@ def _policies(cells: Iterable[Mapping[str, float]]) -> str:
         ]
         for cell in cells
     ]
-    heading = ["CPU tier", "offered", "CPU hit rate", "points", "tokens", "seconds", "requests a second", "p90"]
+    heading = ["CPU tier", "offered", "over", "CPU hit rate", "points", "tokens", "seconds", "requests a second", "p90"]
     return _table(heading, rows)
 
 
-_VARIANTS = ("unchanged", "one constant", "both constants")
+_VARIANTS = ("unchanged", "one constant", "both constants", "afterwards")
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
