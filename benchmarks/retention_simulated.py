@@ -25,8 +25,9 @@ from workloads import MOONCAKE, Setting, _agents, settings
 
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
+from engine.simulator.cluster import Cluster
 from engine.simulator.routing import LeastLoaded
-from engine.simulator.simulator import Cluster, Simulator
+from engine.simulator.simulator import Simulator
 from engine.simulator.step_cost import Roofline
 from engine.workloads.arrivals import Poisson, arrange
 from engine.workloads.session import Session

@@ -6,9 +6,10 @@ import pytest
 
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
+from engine.simulator.cluster import Cluster
 from engine.simulator.devices import DEVICES, MODELS
 from engine.simulator.routing import LeastLoaded
-from engine.simulator.simulator import Cluster, Simulator
+from engine.simulator.simulator import Simulator
 from engine.simulator.step_cost import Roofline
 from engine.workloads.session import Session, Span, Turn
 
