@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,15 +52,26 @@ def cells_of(experiment: Experiment, kind: Kind) -> list[Cell]:
 
 
 def _key(experiment: Experiment, kind: Kind, case: Case, seed: int) -> str:
-    said: dict[str, Any] = {name: value for name, value in asdict(case).items() if name not in ("name", "axes")}
+    said = {name: value for name, value in _said_of(case).items() if name not in ("name", "axes")}
     said |= {"kind": kind, "seed": seed, "version": __version__}
     if kind == "measured":
         said = {name: value for name, value in said.items() if name not in _SIMULATED_ONLY}
-        said |= {"cluster": asdict(experiment.cluster), "serve": experiment.serve}
+        said |= {"cluster": _said_of(experiment.cluster), "serve": experiment.serve}
     elif case.steps is not None:
         said["steps"] = hashlib.blake2b(_content(case.steps)).hexdigest()
     text = json.dumps(said, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _said_of(value: Any) -> dict[str, Any]:
+    """The fields that are not at their defaults: a result stays valid when a later version has more options."""
+    said = {}
+    for each in fields(value):
+        given = getattr(value, each.name)
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if given != default:
+            said[each.name] = _said_of(given) if is_dataclass(given) else given
+    return said
 
 
 def _content(path: str) -> bytes:

@@ -122,3 +122,13 @@ def test_cells_that_failed_come_after_those_that_were_never_run() -> None:
     cells = cells_of(read_experiment(FILE), "measured")
     left = pending(cells, done={cells[1].key}, failed={cells[0].key})
     assert left == [*cells[2:], cells[0]]
+
+
+def test_what_is_said_as_it_is_anyway_makes_no_other_cell(tmp_path: Path) -> None:
+    """So that results stay valid when a later version has more options."""
+    keys = []
+    for more in ("", "  num_fallback_replicas: 1\n  engine.mode: pensieve\n", "  num_fallback_replicas: 2\n"):
+        path = tmp_path / "experiment.yaml"
+        path.write_text(f"engine: {{model: opt-13b}}\nsimulation:\n  arrivals: closed:2\n{more}")
+        keys.append([cell.key for cell in cells_of(read_experiment(path), "measured")])
+    assert keys[0] == keys[1] != keys[2]
