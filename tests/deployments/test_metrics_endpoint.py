@@ -34,6 +34,7 @@ ARGS = AppArgs(
         "num_gpu_blocks": 30,
         "max_model_len": 640,
         "kv_offloading_size": 0.02,
+        "kv_hints": "client",
     },
     num_replicas=2,
     num_cpus=0.5,
@@ -90,18 +91,27 @@ def total(samples: list[Sample], **labels: str) -> float:
     return sum(value for have, value in samples if labels.items() <= have.items())
 
 
-async def ask(http: httpx.AsyncClient, *contents: str, max_tokens: int, stream: bool = False) -> dict[str, Any]:
-    """The usage that the client is told. contents: what the user and the assistant say in turn."""
-    body = {
-        "model": EMBEDDED_MODEL_NAME,
-        "messages": [
-            {"role": "assistant" if number % 2 else "user", "content": content}
-            for number, content in enumerate(contents)
-        ],
-        "max_tokens": max_tokens,
-        "ignore_eos": True,
-        "stream": stream,
-    } | ({"stream_options": {"include_usage": True}} if stream else {})
+async def ask(
+    http: httpx.AsyncClient, *contents: str, max_tokens: int, stream: bool = False, **fields: Any
+) -> dict[str, Any]:
+    """The usage that the client is told.
+
+    contents: what the user and the assistant say in turn. fields: of the body, besides.
+    """
+    body = (
+        {
+            "model": EMBEDDED_MODEL_NAME,
+            "messages": [
+                {"role": "assistant" if number % 2 else "user", "content": content}
+                for number, content in enumerate(contents)
+            ],
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "stream": stream,
+        }
+        | ({"stream_options": {"include_usage": True}} if stream else {})
+        | fields
+    )
     response = await http.post("/v1/chat/completions", json=body, headers={"x-session-id": "session"})
     assert response.status_code == 200, response.text
     if not stream:
@@ -127,7 +137,7 @@ def outcomes(samples: dict[str, list[Sample]]) -> float:
 async def test_everything_is_exported(urls: tuple[str, str]) -> None:
     base_url, metrics_url = urls
     async with httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S) as http:
-        usages = [await ask(http, "hello", max_tokens=8)]
+        usages = [await ask(http, "hello", max_tokens=8, prompt_cache_options={"ttl": "30m"})]
         usages += [await ask(http, "hello", "not what it said", "and now?", max_tokens=8)]
         # One session, three at once: two fill its home, where both do not fit the GPU tier; the third spills over.
         usages += await asyncio.gather(*(ask(http, f"{i} " * 150, max_tokens=300, stream=i == 0) for i in range(3)))
@@ -164,6 +174,7 @@ async def test_everything_is_exported(urls: tuple[str, str]) -> None:
     assert value("num_requests_running") == value("num_requests_waiting") == 0
     assert value("kv_blocks", tier="gpu") == ARGS.num_replicas * ARGS.engine["num_gpu_blocks"]
     assert value("kv_blocks", state="pinned") == 0
+    assert value("cache_hints_total", outcome="accepted") == value("cache_hints_total") == 1
     assert value("kv_blocks", tier="gpu", state="used") > 0
     assert value("tier_usable", tier="disk") == ARGS.num_replicas
     assert value("tier_written_bytes_total", tier="disk", content="transcripts") > 0
