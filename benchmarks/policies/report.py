@@ -59,23 +59,30 @@ def _entry(
         entry[f"{name}_change"] = change(
             [float(by_seed[seed][name]) for seed in common], [float(base[seed][name]) for seed in common]
         )
-    bounds = [
-        fmean(float(row["recompute_s"]) for row in policies[bound].values()) for bound in BOUNDS if bound in policies
-    ]
-    entry["regret_s"] = entry["recompute_s"] - min(bounds) if bounds else None
+    entry["regret_s"] = _regret(by_seed, [policies[bound] for bound in BOUNDS if bound in policies])
     return entry
 
 
-def change(values: Sequence[float], base: Sequence[float]) -> tuple[float, float | None] | None:
-    """Mean difference over the mean of the baseline, and half of its 95 % interval, paired. None if there is no pair."""
-    if not base or not fmean(base):
+def _regret(
+    by_seed: Mapping[str, Mapping[str, str]], bounds: Sequence[Mapping[str, Mapping[str, str]]]
+) -> float | None:
+    """Seconds over the best bound, over the seeds that all of these have. None if there is no bound yet."""
+    common = by_seed.keys() & set.intersection(*(set(bound) for bound in bounds)) if bounds else set()
+    if not common:
         return None
-    differences = [value - other for value, other in zip(values, base, strict=True)]
-    mean = fmean(base)
-    if len(differences) < 2:
-        return fmean(differences) / mean, None
-    quantile = T_QUANTILES[len(differences) - 2] if len(differences) - 2 < len(T_QUANTILES) else 2.0
-    return fmean(differences) / mean, quantile * stdev(differences) / math.sqrt(len(differences)) / mean
+    means = [fmean(float(rows[seed]["recompute_s"]) for seed in common) for rows in (by_seed, *bounds)]
+    return means[0] - min(means[1:])
+
+
+def change(values: Sequence[float], base: Sequence[float]) -> tuple[float, float | None] | None:
+    """Mean over seeds of the change relative to the baseline, and half of its 95 % interval. None if there is no pair."""
+    changes = [value / other - 1 for value, other in zip(values, base, strict=True) if other]
+    if not changes:
+        return None
+    if len(changes) < 2:
+        return changes[0], None
+    quantile = T_QUANTILES[len(changes) - 2] if len(changes) - 2 < len(T_QUANTILES) else 2.0
+    return fmean(changes), quantile * stdev(changes) / math.sqrt(len(changes))
 
 
 def _markdown(entries: Iterable[Mapping[str, Any]], baseline: str) -> str:
