@@ -25,6 +25,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments.app import build
+from deployments.routing.engine_client import LOADS_PERIOD_S
 from deployments.routing.rendezvous import rank_replicas
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
@@ -565,6 +566,7 @@ async def test_a_full_replica_spills_to_one_other_and_then_requests_are_refused(
         follower.task.cancel()
     await asyncio.gather(*(follower.task for follower in crowd), return_exceptions=True)
     await until(lambda: is_idle(engines))
+    await asyncio.sleep(2 * LOADS_PERIOD_S)  # until the ingress has heard that, too
     again = await http.post("/v1/chat/completions", json=chat(max_tokens=2), headers={"x-session-id": "crowd"})
     assert again.headers["x-pensieve-replica"] == str(home)
     await ask_all(engines, "check_integrity")
