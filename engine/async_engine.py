@@ -27,7 +27,6 @@ from engine.answer_grammar import thinking_span
 from engine.answer_grammars import AnswerGrammars
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
 from engine.config import EngineConfig
-from engine.core.cache.chunk_events import ChunkRemoved, ChunkStored
 from engine.core.executor_protocol import Executor
 from engine.core.plan import ChunkRecord
 from engine.core.request import Request, SamplingParams
@@ -259,11 +258,6 @@ class AsyncEngine:
     async def cache_state(self, conversation_id: str) -> ConversationCache | None:
         """What is cached of a conversation; None if it is not known here. Raises EngineStoppedError."""
         return await self._retention.look(conversation_id)
-
-    async def take_chunk_events(self) -> list[ChunkStored | ChunkRemoved] | None:
-        """Which full chunks came and went since the last call, see ChunkEvents; nothing is noted before the first one."""
-        taken: list[ChunkStored | ChunkRemoved] | None = await self._call(lambda: self._core.watch_chunks().take())
-        return taken
 
     async def hold_back(self, *, gpu_blocks_left: int | None = None, cpu_blocks_left: int | None = None) -> None:
         """Leave only so many blocks of each tier in use, for a demonstration; None = all.

@@ -33,7 +33,7 @@ Taken = Sequence[ChunkStored | ChunkRemoved] | None
 
 
 def wire_events(taken: Taken, chunk_size: int) -> list[tuple[Any, ...]]:
-    """The events as they are sent; None = some were lost, so that whoever listens has to begin anew."""
+    """The events as they are sent; None = some were lost, so that subscribers have to begin anew."""
     return [CLEARED] if taken is None else [_wire_event(event, chunk_size) for event in taken]
 
 

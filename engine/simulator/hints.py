@@ -13,10 +13,10 @@ _ALL = "all"
 
 
 class Hints:
-    """As `kv_hints` has it: nobody's, clients', or what the server learns.
+    """By the option `kv_hints`: none, those of clients, or what the server learns.
 
     A client knows whether its session goes on, which tool it runs then, and how long that, or a person, takes as a rule. A
-    server knows the tool that its answer calls, and takes it that somebody reads any other answer.
+    server knows the tool that its answer calls, and takes every other answer for one that a person reads.
     """
 
     def __init__(self, mode: str) -> None:

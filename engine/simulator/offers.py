@@ -35,7 +35,7 @@ class Known(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """A conversation, what it is worth, and whom it goes to."""
+    """A conversation, what it is worth, and the replica that it is offered to."""
 
     value: float
     peer_id: int

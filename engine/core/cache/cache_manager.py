@@ -74,7 +74,7 @@ class CacheManager:
     handover: of chunks between this engine and others; None unless there is a tier for it.
     drain: brings everything to the slow tiers; None unless the engine is about to end.
     map: what an observer is shown.
-    events: what others are told of chunks; None = nobody listens.
+    events: chunks that come and go; None = not noted, because no index elsewhere has asked.
     shares: the tenants' weights. retention: carries out hints; None = none are taken.
     """
 

@@ -1,4 +1,4 @@
-"""Which full chunks came to be cached, and which are gone, for an index elsewhere. Noted only once somebody listens."""
+"""Which full chunks came to be cached, and which are gone, for an index elsewhere. Noted from the first question on."""
 
 from __future__ import annotations
 

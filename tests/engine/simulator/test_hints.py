@@ -17,7 +17,7 @@ CHUNK_SIZE = 200
 
 
 def sessions() -> list[Session]:
-    """Every 4 s somebody asks once and never again, and an agent calls a tool eight times, for 20 s each."""
+    """Every 4 s a chat of one turn begins, and an agent that calls a tool eight times, for 20 s each."""
     made = []
     for number in range(40):
         chat, agent = 2 * number, 2 * number + 1
