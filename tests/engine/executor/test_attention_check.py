@@ -5,7 +5,7 @@ One whose attention the paged cache does not know is rejected, in every dtype.
 
 from __future__ import annotations
 
-import sys
+import importlib
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,11 @@ def folder_of(tiny_model, gpt_oss):
         return gpt_oss if family == "gpt_oss" else embedded_model_path() if family == "embedded" else tiny_model(family)
 
     return get
+
+
+def modelling(family: str):
+    """The module that computes a family, imported here: no other test need have loaded such a model before."""
+    return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 
 
 def load(folder: Path, dtype: str, **options: object):
@@ -175,7 +180,7 @@ MASKS = {
 def test_a_mask_that_the_interface_is_not_told_of_is_seen(what, dtype, folder_of, monkeypatch):
     """Even where it shows behind the tokens of the probe alone."""
     family, name, function = MASKS[what]
-    monkeypatch.setattr(sys.modules[f"transformers.models.{family}.modeling_{family}"], name, function)
+    monkeypatch.setattr(modelling(family), name, function)
     with pytest.raises(UnsupportedModelError, match=r"the mask does not show|the outputs differ"):
         load(folder_of(family), dtype)
 
@@ -183,7 +188,7 @@ def test_a_mask_that_the_interface_is_not_told_of_is_seen(what, dtype, folder_of
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_family_that_adds_to_the_scores_is_seen(dtype, folder_of, monkeypatch):
     """As one with a bias by distance does."""
-    module = sys.modules["transformers.models.llama.modeling_llama"]
+    module = modelling("llama")
     own = module.eager_attention_forward
 
     def with_bias(module, query, key, value, attention_mask, **options):
@@ -198,7 +203,7 @@ def test_a_family_that_adds_to_the_scores_is_seen(dtype, folder_of, monkeypatch)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_family_that_computes_otherwise_under_another_attention_is_seen(dtype, folder_of, monkeypatch):
     """What no single call shows: the logits do."""
-    attention = sys.modules["transformers.models.llama.modeling_llama"].LlamaAttention
+    attention = modelling("llama").LlamaAttention
     forward = attention.forward
 
     def otherwise(self, *args, **options):
