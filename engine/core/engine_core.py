@@ -29,6 +29,7 @@ from engine.core.cache.retention import OUTCOMES
 from engine.core.cache_map import ContextKeys, Eviction, MappedContext
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.decode_runs import DecodeRun, DecodeRuns
+from engine.core.phases import Phase
 from engine.core.plan import ChunkRecord, Logprobs, SlowTransfer, StepPlan, StepResult, TransferEnd
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.retention import RetentionHint, RetentionOutcome
@@ -119,6 +120,7 @@ class EngineCore:
         shed = [] if request.is_prewarm else self._make_room_to_wait(request, now)
         request.max_total_tokens = window if max_tokens is None else num_prompt + (max_tokens or 1)
         request.arrival_s = now
+        request.phases.enter(Phase.QUEUE, now)
         self._requests[request.request_id] = request
         self._cache.shares.note(request.tenant, request.weight)
         self._scheduler.add(request)
@@ -287,7 +289,7 @@ class EngineCore:
     def complete_transfer(self, end: TransferEnd, now: float) -> None:
         """A transfer of a slow tier has ended."""
         self._cache.complete_transfer(end, now)
-        self._scheduler.end_transfer(end.transfer_id)
+        self._scheduler.end_transfer(end.transfer_id, now)
 
     def await_records(self, tier_name: str) -> None:
         """Before the first request: a slow tier may have chunks of an earlier process, which `restore` will tell."""
@@ -539,6 +541,7 @@ class EngineCore:
         self._scheduler.waiting.charge(request, 1)
         if request.first_token_s is None:
             request.first_token_s = now
+            request.phases.enter(Phase.DECODE, now)
         reason = account = None
         if token_id in request.stop_token_ids and num_output_tokens > request.sampling.min_tokens:
             reason = FinishReason.STOP
@@ -595,7 +598,9 @@ class EngineCore:
             num_computed_tokens=request.num_computed_tokens,
             num_suspensions=request.num_suspensions,
             num_written_tokens=self._count_written(request),
+            cached_by_tier=request.cached_by_tier,
             arrival_s=request.arrival_s,
             first_token_s=request.first_token_s,
             finished_s=now,
+            phases=request.phases.end(now),
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from engine.core.cache.index import Chunk
 from engine.core.grammar import GrammarSpec
+from engine.core.phases import PhaseTimeline
 from engine.core.retention import Miss, RetentionHint, RetentionOutcome
 from engine.core.reuse import NO_REUSE, Reuse
 from engine.core.thinking import ThinkingLimit
@@ -183,6 +184,8 @@ class Request:
     sampled itself; load_deadline_s, until when it may wait for slow tiers; and the counts of cached, loaded, not loaded and
     dropped tokens, and of the cached ones by tier, of the first admission. It clears `loads` when the request starts.
 
+    phases, where its time goes, is of the core, which tells it of the first and the last one, and of the scheduler.
+
     The caller's: reuse, what is known of the next use of its context, and retention; both may change until the request ends.
     retention_outcome, of the hint, is the cache manager's, and is there when the request has ended.
     """
@@ -212,6 +215,7 @@ class Request:
         "num_scored",
         "num_suspensions",
         "pending",
+        "phases",
         "prompt_logprobs",
         "request_id",
         "retention",
@@ -275,6 +279,7 @@ class Request:
         self.status = RequestStatus.WAITING
         self.arrival_s = 0.0
         self.first_token_s: float | None = None
+        self.phases = PhaseTimeline()
         self.max_total_tokens = 0
         self.chunks: list[Chunk] = []
         self.chunk_keys = list(chunk_keys)

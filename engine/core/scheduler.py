@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from engine.core.cache.cache_manager import CacheManager
 from engine.core.config import SchedulingConfig
 from engine.core.fair_shares import FairShares
+from engine.core.phases import Phase
 from engine.core.plan import BlockAppend, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, RequestStatus, without_front
 from engine.core.stats import EngineStats
@@ -185,20 +186,22 @@ class Scheduler:
         # Of a copy, because statistics are asked for from other threads.
         return self.waiting.num_tokens + sum(request.num_tokens for request in tuple(self.loading))
 
-    def end_transfer(self, transfer_id: int) -> None:
+    def end_transfer(self, transfer_id: int, now: float) -> None:
         """A slow transfer has ended: the requests that waited for nothing else are next again."""
         for request, loading in list(self.loading.items()):
             loading.transfer_ids.discard(transfer_id)
             if not loading.transfer_ids:
-                self._end_loading(request)
+                self._end_loading(request, now)
 
     def _end_late_loading(self, now: float) -> None:
         for request in list(self.loading):
             if request.load_deadline_s is None or now >= request.load_deadline_s:
-                self._end_loading(request)
+                self._end_loading(request, now)
 
-    def _end_loading(self, request: Request) -> None:
+    def _end_loading(self, request: Request, now: float) -> None:
         request.status = self.loading.pop(request).status
+        is_suspended = request.status is RequestStatus.SUSPENDED
+        request.phases.enter(Phase.SUSPENDED if is_suspended else Phase.QUEUE, now)
         if request.is_prewarm:
             self.background.appendleft(request)
         else:
@@ -222,6 +225,7 @@ class Scheduler:
         self._take_out(request)
         self.loading[request] = _Loading(request.status, wait.transfer_ids)
         request.status = RequestStatus.LOADING
+        request.phases.enter(Phase.LOAD, now)
         return True
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -431,6 +435,7 @@ class Scheduler:
                 self.waiting.serve(request, request.num_pending_tokens)
             self._count_admission(request)
             request.status = RequestStatus.RUNNING
+            request.phases.enter(Phase.PREFILL if request.first_token_s is None else Phase.DECODE, now)
             request.loads, request.load_deadline_s = {}, None
             self._expect_no_more(request)
             request.num_known_tokens = request.num_tokens
@@ -511,6 +516,7 @@ class Scheduler:
         self.running.remove(request)
         self._end(request, now, step_failed, is_preempted=True)
         request.status = RequestStatus.SUSPENDED
+        request.phases.enter(Phase.SUSPENDED, now)
         if request.is_prewarm:
             self.background.appendleft(request)
         else:

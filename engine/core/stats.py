@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field
 from typing import Any
 
+from engine.core.phases import RequestPhases
 from engine.core.tier_table import FAST_TIERS, PEER, eviction_reasons, transfer_outcomes
 
 
@@ -103,8 +104,10 @@ class RequestStats:
     """The account of one finished request; times in seconds of the driver's clock.
 
     Prompt tokens by where they were on arrival, as in EngineStats: num_cached_tokens, in any tier and used;
-    num_loaded_tokens, of these the ones that came from a slower tier.
+    num_loaded_tokens, of these the ones that came from a slower tier; cached_by_tier, all of them by tier, without tiers that
+    had none.
     num_computed_tokens: all, those after suspensions too. num_written_tokens: newly kept for later requests.
+    phases: where the time from arrival_s to finished_s went.
     """
 
     num_prompt_tokens: int
@@ -117,6 +120,8 @@ class RequestStats:
     num_computed_tokens: int
     num_suspensions: int
     num_written_tokens: int = 0
+    cached_by_tier: Mapping[str, int] = field(default_factory=dict)
     arrival_s: float
     first_token_s: float | None
     finished_s: float
+    phases: RequestPhases

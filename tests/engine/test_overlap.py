@@ -9,6 +9,7 @@ import pytest
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
+from engine.core.phases import RequestPhases
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import EngineError
@@ -143,7 +144,7 @@ async def converse(engine: AsyncEngine) -> list[dict]:
                 continue
             assert isinstance(answer, OutputDelta), answer
             messages[i] += [("assistant", answer.text), ("user", "what is my cat called?")]
-            stats = replace(answer.stats, arrival_s=0.0, first_token_s=0.0, finished_s=0.0)
+            stats = replace(answer.stats, arrival_s=0.0, first_token_s=0.0, finished_s=0.0, phases=RequestPhases())
             given.append({"answer": replace(answer, stats=stats), "session": f"s{i}"})
     return given
 
