@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterable
 from dataclasses import KW_ONLY, dataclass
 
+from deployments.origin import NO_ORIGIN, Origin
 from engine.cache_view import CacheView
 from engine.core.retention import ConversationCache, RetentionOutcome
 from engine.errors import PensieveError
@@ -23,6 +24,7 @@ class GenerationRequest(Generation):
     begun_by: AsyncEngine.identity of the engine that gave the beginning; one of another identity does not go on from there.
     returns_transcript: the last delta is to bring what was said.
     model: which one is asked, if there are several; empty = the first one.
+    origin: the HTTP request that it is for.
     """
 
     session_id: str
@@ -31,6 +33,7 @@ class GenerationRequest(Generation):
     begun_by: str = ""
     returns_transcript: bool = False
     model: str = ""
+    origin: Origin = NO_ORIGIN
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from engine.dialogue.events import parse_answer
 from engine.engine_thread import EngineThread
 from engine.errors import OverloadedError
 from engine.executor.group import make_executor
+from engine.explanation import explain
 from engine.generation import Generation
 from engine.grammar.interface import GrammarCompiler, Vocabulary
 from engine.grammar.store import GrammarStore
@@ -160,7 +161,7 @@ class AsyncEngine:
         at fault, OverloadedError before it if too many requests wait, EngineError at any time if the engine is at fault.
         """
         self.check_health()
-        begin_s = time.time()
+        begin_s, asked_s = time.time(), time.monotonic()
         if generation.only_encodes:
             yield await self._encode_only(generation)
             return
@@ -181,6 +182,9 @@ class AsyncEngine:
                     delta = replace(delta, prompt_transcript=stream.prompt)
                 is_first = False
                 is_finished, num_output_tokens = delta.finish_reason is not None, delta.num_output_tokens
+                if generation.explains and delta.stats is not None:
+                    prepare_s = delta.stats.arrival_s - asked_s
+                    delta = replace(delta, explanation=explain(begin_s, prepare_s, delta.stats, stream.request.misses))
                 yield delta
         finally:
             if not is_finished:
@@ -402,7 +406,7 @@ class AsyncEngine:
             ),
             retention=hint or self._retention.hint_for(generation.conversation_id),
             is_prewarm=generation.prewarms,
-            explains_misses=generation.explains_misses,
+            explains_misses=generation.explains_misses or generation.explains,
         )
         detokenizer = self._tokenizer.detokenizer(
             sampling.stop,

@@ -39,6 +39,8 @@ class Generation:
         what was said of the conversation holds.
     prewarms: nothing is generated: the context is only computed or loaded, while nothing else is to be done.
     explains_misses: the first delta is to say why tokens of the prompt were computed.
+    explains: the last delta is to say how the answer came about.
+    log_id: what log lines call the request; empty = its request_id.
     """
 
     request_id: str
@@ -62,6 +64,8 @@ class Generation:
     retention: RetentionHint | None = None
     prewarms: bool = False
     explains_misses: bool = False
+    explains: bool = False
+    log_id: str = ""
 
     @property
     def conversation_id(self) -> str | None:

@@ -18,6 +18,7 @@ from deployments.http.answer_reader import AnswerReader, made_call_id
 from deployments.http.cache_details import cache_details, diagnostics, hint_report, write_details
 from deployments.http.errors import error_body
 from deployments.http.event_stream import DONE, sse_event
+from deployments.http.explanations import explanation_field
 from engine.dialogue.events import Arguments, CallStart, Event, Reasoning, Text, gather
 from engine.text.output import OutputDelta, ToldPrompt
 
@@ -153,6 +154,7 @@ class ChatFormat(_Envelope):
             "logprobs": chat_logprobs(delta.logprobs),
             "finish_reason": self._finish_reason(delta, index),
             **_stop_reason(delta),
+            **explanation_field(delta),
         }
         if self._body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
@@ -178,7 +180,7 @@ class ChatFormat(_Envelope):
                 "delta": piece,
                 "logprobs": None if number else chat_logprobs(delta.logprobs),
                 "finish_reason": self._finish_reason(delta, index) if number == len(pieces) - 1 else None,
-                **(_stop_reason(delta) if number == len(pieces) - 1 else {}),
+                **(_stop_reason(delta) | explanation_field(delta) if number == len(pieces) - 1 else {}),
             }
             if self._body.return_token_ids:
                 choice["token_ids"] = [] if number else list(delta.token_ids)
@@ -262,6 +264,7 @@ class CompletionFormat(_Envelope):
             "logprobs": logprobs.value(),
             "finish_reason": delta.finish_reason,
             **_stop_reason(delta),
+            **explanation_field(delta),
         }
         if self._body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)

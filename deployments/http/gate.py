@@ -21,6 +21,7 @@ from deployments.http.ignored import note_ignored
 from deployments.http.open_server import check_is_local
 from deployments.http.parsing import BodyT, parse_query
 from deployments.http.served_model import check_body
+from deployments.origin import origin_of
 from deployments.tenants import Authenticator, TenantConfig
 from engine.errors import OverloadedError
 from engine.tenant import LOCAL_TENANT, Tenant
@@ -102,7 +103,10 @@ class Gate:
         default: what an empty body stands for.
         """
         tenant = self.tenant_of(request)  # first: the bodies of strangers are never read
+        origin = origin_of(request.headers)
         body, data = await self._bodies.parse(kind, request, tenant, default=default)
+        if isinstance(body, GenerationBody):
+            body.note_origin(origin)
         return tenant, body, data
 
     def read_query(self, kind: type[BodyT], request: Request, *, without: Sequence[str] = ()) -> BodyT:

@@ -9,12 +9,13 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from pydantic_core import PydanticCustomError
 
 from deployments.generation import ErrorItem, GenerationRequest
 from deployments.http.cache_hints import PromptCacheOptions, wish_of
 from deployments.http.parsing import MAX_NAME_CHARS, Body
+from deployments.origin import NO_ORIGIN, Origin
 from engine.core.grammar import GrammarSpec
 from engine.core.request import MAX_STOP_CHARS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, SamplingParams
 from engine.dialogue.tools import AS_THE_MODEL_LIKES, Tool, ToolChoice
@@ -121,6 +122,8 @@ class GenerationBody(Body):
     prompt_cache_options: PromptCacheOptions | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
+    explain: bool = False
+    _origin: Origin = PrivateAttr(default=NO_ORIGIN)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -135,6 +138,10 @@ class GenerationBody(Body):
     @property
     def continuous_usage(self) -> bool:
         return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def note_origin(self, origin: Origin) -> None:
+        """What is known of the request that this is the body of."""
+        self._origin = origin
 
     def generation_request(
         self,
@@ -168,7 +175,10 @@ class GenerationBody(Body):
             cache_wish=self.cache_wish,
             prewarms=self.is_prewarm,
             explains_misses=self.cache_wish.compared_to is not None,
+            explains=self.explain or self._origin.explains,
+            log_id=self._origin.request_id,
             model=self.model,
+            origin=self._origin,
         )
 
     @property

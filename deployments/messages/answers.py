@@ -16,6 +16,7 @@ from deployments.http.answer_reader import AnswerReader, made_call_id
 from deployments.http.cache_details import cache_details, hint_report, message_diagnostics, written_spans
 from deployments.http.cache_hints import TTL_S
 from deployments.http.event_stream import sse_event
+from deployments.http.explanations import explanation_field
 from deployments.messages.errors import error_body
 from deployments.messages.requests import MessagesBody
 from deployments.messages.signatures import signature
@@ -51,7 +52,7 @@ def message_usage(delta: OutputDelta) -> dict[str, Any]:
         usage["cache_creation"] = written
     if delta.num_reasoning_tokens:
         usage["output_tokens_details"] = {"thinking_tokens": delta.num_reasoning_tokens}
-    return usage | cache_details([delta]) | hint_report([delta])
+    return usage | cache_details([delta]) | hint_report([delta]) | explanation_field(delta)
 
 
 class MessageFormat:

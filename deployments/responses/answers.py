@@ -19,6 +19,7 @@ from deployments.generation import ErrorItem
 from deployments.http.cache_details import cache_details, diagnostics, hint_report, write_details
 from deployments.http.errors import error_body, wire_of
 from deployments.http.event_stream import sse_event
+from deployments.http.explanations import explanation_field
 from deployments.responses.items import ItemJson, NewId
 from deployments.responses.output import Event, Output, retold
 from deployments.responses.requests import ResponseBody
@@ -50,7 +51,7 @@ class ResponseObject:
         """With the whole answer. delta: the last one, with its finish_reason."""
         status = final_status(delta)
         response = self._response(status, output, response_usage(delta))
-        response |= hint_report([delta])
+        response |= hint_report([delta]) | explanation_field(delta)
         if delta.comparison is not None:
             response["prompt_cache_diagnostics"] = diagnostics(delta.comparison)
         if status == "incomplete":

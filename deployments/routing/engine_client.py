@@ -29,6 +29,7 @@ from deployments.generation import (
     ReplicaCache,
     drain,
 )
+from deployments.routing.journey import Journey
 from deployments.routing.load import ReplicaLoad, SessionSizes, pass_over
 from deployments.routing.presence import DESCRIBE_TIMEOUT_S, Presence
 from deployments.routing.rendezvous import choose_session_id, rank_replicas, routing_name
@@ -83,11 +84,15 @@ class EngineClient:
             # Drawn here, so that a second replica samples what the first one would have.
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
         progress, retries = Progress(request), Retries(self._num_fallback_replicas)
+        journey = Journey(request, time.monotonic(), time.time())
         num_passed = self._num_passed_over(request.session_id)
         while True:
+            journey.ask(time.monotonic())
             with _Call(self._handle, progress.rest_of_request(), num_passed, self._presence) as call:
                 while isinstance(item := await call.next(), DeltaItem):
                     retries.note_delta()
+                    is_home = None if item.delta.explanation is None else self._is_home(request.session_id, item)
+                    item = journey.note(item, is_home, time.monotonic())
                     if item.delta.finish_reason is not None:
                         num_tokens = item.delta.num_prompt_tokens + item.delta.num_output_tokens
                         self._sizes.note(request.session_id, num_tokens, item.replica_rank)
@@ -102,6 +107,8 @@ class EngineClient:
                 yield item
                 return
             num_passed = retries.num_refusals
+            if retries.is_lost:
+                journey.lose(item, len(progress.token_ids), time.monotonic())
             await asyncio.sleep(pause_s)
             if retries.is_lost:
                 logger.warning(
@@ -146,6 +153,11 @@ class EngineClient:
             return 0
         order = [ranks[index] for index in rank_replicas(session_id, ranks)]
         return pass_over(session_id, order, loads, self._num_fallback_replicas, self._sizes)
+
+    def _is_home(self, session_id: str, item: DeltaItem) -> bool | None:
+        """Whether the session belongs to the replica that said this; None if the replicas are not known yet."""
+        ranks = sorted(self._loads())
+        return ranks[rank_replicas(session_id, ranks)[0]] == item.replica_rank if ranks else None
 
     async def _ask_loads(self) -> dict[int, ReplicaLoad]:
         answers: list[Any] = await self._handle.broadcast("get_load").results_async(

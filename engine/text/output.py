@@ -10,6 +10,7 @@ from typing import NamedTuple
 from engine.core.retention import Miss, RetentionHint, RetentionOutcome
 from engine.core.stats import RequestStats
 from engine.dialogue.formats import AnswerFormat
+from engine.explanation import Explanation
 from engine.text.comparisons import CacheComparison
 from engine.text.transcript import Transcript
 
@@ -79,6 +80,7 @@ class OutputDelta:
     hint: what is to become of the context's KV, if anything was said of that. retention: with the finish_reason, what came
         of it, with a Unix time as its end. num_lost_marks: with that, how many marks have no place in the prompt.
     comparison: if the request was to be compared with an earlier one.
+    explanation: with the finish_reason, how the answer came about, if that was asked for.
     """
 
     text: str = ""
@@ -104,6 +106,7 @@ class OutputDelta:
     num_lost_marks: int = 0
     comparison: CacheComparison | None = None
     misses: tuple[Miss, ...] = ()
+    explanation: Explanation | None = None
 
 
 def with_unix_time(outcome: RetentionOutcome) -> RetentionOutcome:
@@ -141,4 +144,5 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         num_lost_marks=last.num_lost_marks,
         comparison=last.comparison,
         misses=deltas[0].misses,
+        explanation=last.explanation,
     )
