@@ -87,7 +87,7 @@ def _engines(
         **{**scale, **health, **serve_options},
     )
     drain_s = max(0.0, model.graceful_shutdown_timeout_s - SHUTDOWN_S)
-    return deployment.bind(config, args.stream_interval_s, drain_s=drain_s)
+    return deployment.bind(config, args.stream_interval_s, drain_s=drain_s, traces=args.traces)
 
 
 def _application(

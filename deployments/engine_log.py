@@ -8,8 +8,24 @@ from __future__ import annotations
 
 import logging
 
+from ray.serve.context import _get_serve_request_context, _set_request_context
+
 SERVE_LOGGER = logging.getLogger("ray.serve")
 ENGINE_LOGGER = logging.getLogger("engine")
+
+
+def named(request_id: str) -> dict[str, str]:
+    """The `extra` of a log line about the request with this X-Request-Id; empty = it is not known."""
+    return {"request_id": request_id} if request_id else {}
+
+
+def keep_request_id(request_id: str) -> None:
+    """Calls of handles from here on have this id on their log lines, also in a context that Serve has not made.
+
+    Serve gives such calls an id of their own otherwise: each choice of a request has a context of its own.
+    """
+    if request_id and not _get_serve_request_context().request_id:
+        _set_request_context(request_id=request_id)
 
 
 class _ToServe(logging.Handler):

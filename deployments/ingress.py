@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -39,6 +39,7 @@ from deployments.messages.routes import add_message_routes
 from deployments.openapi import openapi_document
 from deployments.options import IngressOptions
 from deployments.page import add_page
+from deployments.request_log import RequestLog
 from deployments.responses.api import ResponsesApi
 from deployments.responses.conversations import ConversationsApi
 from deployments.responses.routes import add_conversation_routes, add_response_routes
@@ -49,6 +50,8 @@ from deployments.routing.models import Engine, Models
 from deployments.store.conversation_store import ConversationStore
 from deployments.store.url import read_password
 from deployments.tenants import TenantConfig, WatchedTenants
+from deployments.traces import IngressTraces, start_tracing
+from deployments.watched import Watch, Watched
 from engine.paths import data_folder, private_folder
 
 # How often readiness asks the engines and the store, at most, in seconds: that needs no key.
@@ -95,8 +98,14 @@ class Ingress:
             # HAProxy hides the client's address.
             sees_clients=os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1",
             ready_period_s=READY_PERIOD_S,
+            watches=_watches(self._config),
             application_metrics=Coalesced(ApplicationMetrics(context.app_name), METRICS_PERIOD_S),
         )
+
+
+def _watches(config: IngressConfig) -> list[Watch]:
+    watches: list[Watch] = [RequestLog()] if config.log_requests else []
+    return watches if config.traces == "off" else [*watches, IngressTraces(start_tracing(config.traces))]
 
 
 async def _no_metrics() -> str:
@@ -112,6 +121,7 @@ def create_app(
     num_engine_replicas: Callable[[], int] = lambda: 1,
     sees_clients: bool = True,
     ready_period_s: float = 0.0,
+    watches: Sequence[Watch] = (),
     application_metrics: Callable[[], Awaitable[str]] = _no_metrics,
 ) -> FastAPI:
     """The application.
@@ -122,6 +132,7 @@ def create_app(
     num_engine_replicas: how many engine replicas share what is let in here.
     sees_clients: whether the address that a request comes from is its client's.
     ready_period_s: how old an answer about readiness, or about the load, may be, in seconds.
+    watches: what hears of each generation.
     application_metrics: the application's series, in Prometheus's text format.
     """
     engine = Models(engines if isinstance(engines, Mapping) else {"": engines})
@@ -131,7 +142,7 @@ def create_app(
         watched = WatchedTenants(config.tenants_file, config.environment_tenants)
         tenants = watched.read_if_changed() or tenants  # the application may have been built long ago
     admission = Admission(
-        engine,
+        Watched(engine, watches) if watches else engine,
         tenants,
         config.store_limits,
         num_ingress_replicas=num_ingress_replicas,
@@ -169,6 +180,8 @@ def create_app(
             watching.cancel()
         gate.close()
         await upkeep.close()
+        for watch in watches:
+            await asyncio.to_thread(watch.close)
 
     replica_warnings: list[str] = []
 

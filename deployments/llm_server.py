@@ -19,7 +19,7 @@ from ray import serve
 from deployments.cluster.autoscaling import KV_USE, SEATS, WAITING_TOKENS
 from deployments.cluster.replica_feed import PEER_ADDRESS, follow_replicas, join_network
 from deployments.cluster.start_failure import start_error
-from deployments.engine_log import log_engine_with_serve
+from deployments.engine_log import log_engine_with_serve, named
 from deployments.errors import InternalError, ModelReplacedError
 from deployments.generation import (
     CacheHold,
@@ -35,6 +35,7 @@ from deployments.metrics import EngineMetrics
 from deployments.routing.load import LoadMeter, ReplicaLoad
 from deployments.routing.peers import Member, Peers
 from deployments.routing.session_router import RANK
+from deployments.traces import ReplicaTraces, start_tracing
 from engine.cache_view import CacheQuery
 from engine.config import EngineConfig
 from engine.core.retention import ConversationCache, RetentionHint
@@ -73,6 +74,7 @@ class LLMServer:
     many streams; one Serve message a token would cost more than the token.
     drain_s: how long KV is brought to the disk tier, if there is one, and to other replicas, when this one is stopped; from
         the time on at which Serve stops it.
+    traces: of requests; see WatchOptions.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class LLMServer:
         start_engine: Callable[[EngineConfig, int, PeerNetwork | None], AsyncEngine] = start_engine,
         drain_s: float = 0.0,
         join_network: Callable[[], PeerNetwork] = join_network,
+        traces: str = "off",
     ) -> None:
         """Blocking. Raises EngineStartError; Serve tries again, keeps the replicas that it has, and tells the reason."""
         self._is_started = False
@@ -91,6 +94,7 @@ class LLMServer:
         self._drain_s = drain_s
         self._load_meter = LoadMeter()
         log_engine_with_serve()
+        self._traces = None if traces == "off" else ReplicaTraces(start_tracing(traces))
         start_s = time.monotonic()
         try:
             network = join_network() if config.may_hand_over else None
@@ -144,6 +148,8 @@ class LLMServer:
                 async for delta in deltas:
                     if not request.only_encodes:
                         observe(delta)
+                    if delta.explanation is not None and self._traces is not None:
+                        self._traces.add_phases(request.origin, delta.explanation, rank)
                     if not request.stream:
                         parts.append(delta)
                         continue
@@ -160,7 +166,7 @@ class LLMServer:
             yield ErrorItem.of(error)
         except Exception:
             # Never the prompt: logs are read by more people than conversations are.
-            logger.exception("request %s failed", request.request_id)
+            logger.exception("request %s failed", request.request_id, extra=named(request.origin.request_id))
             yield ErrorItem.of(InternalError(f"internal error while serving {request.request_id}"))
         finally:
             self._num_speaking -= is_speaking
@@ -289,3 +295,5 @@ class LLMServer:
         if self._following is not None:
             self._following.cancel()
         await self._engine.shutdown()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)

@@ -199,7 +199,22 @@ class StoreOptions(_Options):
         )
 
 
-class IngressOptions(HttpOptions, StoreOptions):
+class WatchOptions(_Options):
+    """What is told of each request to those who watch the server."""
+
+    log_requests: bool = Field(
+        default=False,
+        description="A line in the ingress's log for each generation that has ended: times by phase, tokens by tier and by "
+        "reason, never a text. With `logging_config: {encoding: JSON}` in the file, its field `generation` has all of it.",
+    )
+    traces: Literal["off", "otlp", "console"] = Field(
+        default="off",
+        description="OpenTelemetry spans of each generation: `otlp` sends them to a collector, which the environment names "
+        "(`OTEL_EXPORTER_OTLP_ENDPOINT`, ...), and needs `pip install 'pensieve-ray[traces]'`; `console` prints them.",
+    )
+
+
+class IngressOptions(HttpOptions, StoreOptions, WatchOptions):
     """What an ingress replica reads."""
 
 
@@ -208,4 +223,5 @@ GROUPS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("replicas", ReplicaOptions),
     ("HTTP", HttpOptions),
     ("store", StoreOptions),
+    ("logs and traces", WatchOptions),
 )

@@ -39,6 +39,11 @@ class Origin:
         """Of its trace; empty = none."""
         return self.traceparent[3:35]
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its trace is recorded."""
+        return bool(self.traceparent) and bool(int(self.traceparent[53:55], 16) & 1)
+
 
 NO_ORIGIN = Origin()
 

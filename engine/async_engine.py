@@ -425,7 +425,7 @@ class AsyncEngine:
         if isinstance(generation.prompt, ChatPrompt) and answer_format is not None:
             tools = generation.tool_choice.offered(generation.prompt.tools)
             stream.read_answer = lambda text: parse_answer(answer_format.parser(tools), text)
-        stream.recomputed = prompt.recomputed
+        stream.recomputed, stream.log_id = prompt.recomputed, generation.log_id
         stream.hint, stream.num_lost_marks = hint, prompt.num_lost_marks
         if generation.cache_wish.compared_to is not None:
             stream.comparison = await self._compare(generation, prompt)

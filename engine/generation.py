@@ -40,7 +40,7 @@ class Generation:
     prewarms: nothing is generated: the context is only computed or loaded, while nothing else is to be done.
     explains_misses: the first delta is to say why tokens of the prompt were computed.
     explains: the last delta is to say how the answer came about.
-    log_id: what log lines call the request; empty = its request_id.
+    log_id: what log lines about it have in their field `request_id`; empty = nothing.
     """
 
     request_id: str

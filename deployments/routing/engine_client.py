@@ -17,6 +17,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from deployments.cluster.refreshed import Refreshed
+from deployments.engine_log import keep_request_id, named
 from deployments.errors import NoReplicaError
 from deployments.generation import (
     CacheHold,
@@ -114,6 +115,7 @@ class EngineClient:
                 logger.warning(
                     "request %s goes on at output token %d elsewhere (%s)",
                     *(request.request_id, len(progress.token_ids), item.kind),
+                    extra=named(request.origin.request_id),
                 )
                 try:
                     await self._presence.wait()
@@ -226,9 +228,10 @@ class _Call:
         self, handle: DeploymentHandle, request: GenerationRequest, num_refusals: int, presence: Presence
     ) -> None:
         """num_refusals: how many of the session's choices are passed over."""
-        self._request_id = request.request_id
+        self._request_id, self._log_id = request.request_id, request.origin.request_id
         self._presence = presence
         name = routing_name(request.session_id, num_refusals)
+        keep_request_id(self._log_id)
         self._responses = handle.options(stream=True, session_id=name).generate.remote(request)
         self._items = aiter(self._responses)
         self._is_first = True
@@ -259,4 +262,4 @@ class _Call:
             return ErrorItem.of(error)
         except Exception as error:
             self._is_over = True
-            return ErrorItem.of(as_engine_error(error, self._request_id))
+            return ErrorItem.of(as_engine_error(error, self._request_id, self._log_id))

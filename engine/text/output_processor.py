@@ -44,6 +44,7 @@ class Stream:
     chat: the messages of the prompt, and read_answer: what an answer's text says; None = it is no chat.
     recomputed, hint, num_lost_marks, comparison: see OutputDelta.
     is_explained: the comparison says why tokens were computed.
+    log_id: see Generation.
     """
 
     request: Request
@@ -59,6 +60,7 @@ class Stream:
     num_lost_marks: int = 0
     comparison: CacheComparison | None = None
     is_explained: bool = False
+    log_id: str = ""
     prompt_logprobs: tuple[Logprobs, ...] = ()
     items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
 
@@ -159,7 +161,8 @@ class OutputProcessor:
         try:
             return self._render(stream, output)
         except Exception as error:
-            logger.exception("request %s failed", output.request_id)
+            extra = {"request_id": stream.log_id} if stream.log_id else {}
+            logger.exception("request %s failed", output.request_id, extra=extra)
             if self.streams.get(output.request_id) is stream:
                 del self.streams[output.request_id]
                 self._core.abort(output.request_id, time.monotonic())

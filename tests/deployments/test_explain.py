@@ -1,4 +1,4 @@
-"""What clients are told that ask how an answer came about: through all endpoints, whole and streamed; else nothing is told."""
+"""What clients are told that ask how an answer came about: through all endpoints, whole and streamed."""
 
 from __future__ import annotations
 
@@ -113,9 +113,7 @@ async def test_messages(tmp_path: Path) -> None:
     anthropic, httpx2 = pytest.importorskip("anthropic"), pytest.importorskip("httpx2")
     async with serving(tmp_path) as (app, _):
         http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost", timeout=None)
-        client = anthropic.AsyncAnthropic(
-            base_url="http://localhost", api_key="none", http_client=http, max_retries=0
-        )
+        client = anthropic.AsyncAnthropic(base_url="http://localhost", api_key="none", http_client=http, max_retries=0)
         options: dict[str, Any] = {"model": MODEL, "max_tokens": 8, "messages": MESSAGES}
         whole = await client.messages.create(**options, extra_body={"temperature": 0, "explain": True})
         check(
