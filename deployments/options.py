@@ -6,9 +6,10 @@ docs/configuration.md says; "none" there is null in YAML.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from deployments.store.values import Quota, StoreLimits
 
@@ -199,6 +200,13 @@ class StoreOptions(_Options):
         )
 
 
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor is what it is in
+        return False
+
+
 class WatchOptions(_Options):
     """What is told of each request to those who watch the server."""
 
@@ -212,6 +220,13 @@ class WatchOptions(_Options):
         description="OpenTelemetry spans of each generation: `otlp` sends them to a collector, which the environment names "
         "(`OTEL_EXPORTER_OTLP_ENDPOINT`, ...), and needs `pip install 'pensieve-ray[traces]'`; `console` prints them.",
     )
+
+    @field_validator("traces")
+    @classmethod
+    def _check_traces(cls, kind: str) -> str:
+        if kind == "otlp" and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
+            raise ValueError("packages for otlp are not installed: pip install 'pensieve-ray[traces]', or omit traces")
+        return kind
 
 
 class IngressOptions(HttpOptions, StoreOptions, WatchOptions):

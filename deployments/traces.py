@@ -53,9 +53,8 @@ def start_tracing(kind: str) -> TracerProvider:
             exporter = OTLPSpanExporter()
     except ImportError as error:
         raise ConfigError(f"traces: {kind} needs packages that are not installed ({error}): {REMEDY}") from error
-    # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES count more than what is given here.
-    resource = Resource({NAME: SERVICE_NAME}).merge(Resource.create())
-    if resource.attributes[NAME] == "unknown_service":
+    resource = Resource.create()  # of OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES
+    if str(resource.attributes[NAME]).startswith("unknown_service"):
         resource = resource.merge(Resource({NAME: SERVICE_NAME}))
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(BatchSpanProcessor(exporter))
