@@ -88,7 +88,7 @@ class Peer:
         self._to_get: dict[int, list[bytes]] = {}
         self._last_pull_s = 0.0
         self._is_watching = False
-        self._waiting: dict[bytes, dict[int, None]] = {}  # for a chunk of ours
+        self._waiting: dict[bytes, dict[int, float]] = {}  # for a chunk of ours, since when
         self._known: OrderedDict[str, Known] = OrderedDict()  # the last used one last
         self._accepted: dict[str, tuple[int, int]] = {}  # whose offers they are, and which of theirs
         self._num_accepted = 0
@@ -182,13 +182,14 @@ class Peer:
     def _on_get(self, now: float, asker_id: int, keys: Sequence[bytes]) -> None:
         to_ask = [key for key in keys if key not in self._waiting]
         for key in keys:
-            self._waiting.setdefault(key, {})[asker_id] = None
+            self._waiting.setdefault(key, {}).setdefault(asker_id, now)
         self._replica.run(lambda: self._handover.start_sends(to_ask, now), now)
 
     def _send(self, transfer: SlowTransfer, now: float) -> None:
         """To all that wait for it."""
         network = self._network
-        receivers = [peer_id for peer_id in self._waiting.pop(transfer.key, ()) if network.has(peer_id)]
+        waiting = self._waiting.pop(transfer.key, {})
+        receivers = [peer_id for peer_id in waiting if network.has(peer_id)]
         if not receivers:
             self._end_later(now, TransferEnd(transfer.transfer_id, False, gone=True))
             return
@@ -196,22 +197,27 @@ class Peer:
         for peer_id in receivers:
             begins_s = max(now, self._out.free_at_s)
             ends_s = self._out.send(network.bytes_per_block, now)
-            network.post(begins_s, peer_id, Peer._on_block, self.peer_id, transfer.key, ends_s + network.spec.latency_s)
+            arrives_s, waited_s = ends_s + network.spec.latency_s, now - waiting[peer_id]
+            network.post(begins_s, peer_id, Peer._on_block, self.peer_id, transfer.key, arrives_s, waited_s)
         self._end_later(ends_s, TransferEnd(transfer.transfer_id, True))
 
-    def _on_block(self, now: float, sender_id: int, key: bytes, ends_s: float) -> None:
-        """The first byte of a chunk is here; the last one leaves the sender's link so that it could be here then."""
+    def _on_block(self, now: float, sender_id: int, key: bytes, ends_s: float, waited_s: float) -> None:
+        """The first byte of a chunk is here; the last one leaves the sender's link so that it could be here then.
+
+        waited_s: until the sender had it where it is sent from.
+        """
         end_s = self._into.receive(self._network.bytes_per_block, now, ends_s)
         pull = self._pulls.get(key)
         if pull is not None and pull.peer_id == sender_id:
-            self._network.events.add(end_s, END_OF_TRANSFER, self._end_pull, pull)
+            self._network.events.add(end_s, END_OF_TRANSFER, self._end_pull, (pull, waited_s))
 
-    def _end_pull(self, now: float, pull: _Pull) -> None:
+    def _end_pull(self, now: float, what: tuple[_Pull, float]) -> None:
+        pull, waited_s = what
         if self._pulls.get(pull.transfer.key) is not pull or not self._network.has(self.peer_id):
             return
         del self._pulls[pull.transfer.key]
-        # Of the tier's time: what arrives beside another chunk counts once.
-        seconds = now - max(pull.since_s, self._last_pull_s)
+        # Of the tier's time: what arrives beside another chunk counts once, and waiting for the source's own copies does not.
+        seconds = now - max(pull.since_s + waited_s, self._last_pull_s)
         self._last_pull_s = now
         self._replica.end_transfer(now, TransferEnd(pull.transfer.transfer_id, True, seconds))
 

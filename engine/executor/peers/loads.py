@@ -46,6 +46,7 @@ class Loads:
 
         pull: None = it is not waited for any more. closed: the connection ends. Raises OSError if that is before it is whole.
         """
+        header_s = time.perf_counter()
         self._rate.wait(header.length, closed)
         if pull is None or pull.transfer.record.num_tokens != header.num_tokens:
             if pull is not None:
@@ -67,9 +68,11 @@ class Loads:
             self.fail(pull.transfer, gone=True)
             return
         with self._mutex:
-            # Of the tier's time: what arrives beside another chunk counts once.
+            # Of the tier's time: what arrives beside another chunk counts once, and waiting for the source's own copies
+            # does not: it makes the first chunks of a pull late, and the next ones no dearer. A source may say anything.
             end_s = time.perf_counter()
-            seconds = end_s - max(pull.since_s, self._last_end_s)
+            begin_s = min(pull.since_s + header.number * 1e-6, header_s)
+            seconds = end_s - max(begin_s, self._last_end_s)
             self._last_end_s = end_s
         self._on_end(TransferEnd(pull.transfer.transfer_id, True, seconds))
 

@@ -184,7 +184,8 @@ def unpack_length(data: bytes) -> int:
 class Header:
     """What comes before the content of a frame.
 
-    number: of the query that is asked or answered; counts up on a connection.
+    number: of the query that is asked or answered; counts up on a connection. Of a BLOCK: for how many microseconds its
+        source had it not yet where it is sent from.
     key, num_tokens: of a BLOCK.
     length: of the content, in bytes. checksum: of it, under the key.
     """

@@ -46,7 +46,7 @@ class Sends:
             for key in dict.fromkeys(keys):
                 waiters = self._waiting.get(key)
                 if waiters is not None:
-                    waiters.connections.setdefault(connection)
+                    waiters.connections.setdefault(connection, since_s)
                 elif len(self._waiting) < MAX_KEYS:
                     self._waiting[key] = _Waiters(connection, since_s)
                     to_ask.append(key)
@@ -67,12 +67,13 @@ class Sends:
         """Send a chunk to all that wait for it."""
         with self._mutex:
             waiters = self._waiting.pop(transfer.key, None)
-        connections = () if waiters is None else tuple(waiters.connections)
+        connections = {} if waiters is None else waiters.connections
         send = _Send(transfer, len(connections), self)
         if not connections:
             self.end(transfer, ok=False)
-        for connection in connections:
-            frame = _Frame(send, connection)
+        now = time.monotonic()
+        for connection, since_s in connections.items():
+            frame = _Frame(send, connection, now - since_s)
             if not connection.put(frame):
                 frame.end(ok=False)
 
@@ -94,8 +95,11 @@ class Sends:
 
     # -- for the frames ------------------------------------------------------------------------------------------------
 
-    def frame(self, transfer: SlowTransfer, connection: Connection) -> list[Buffer]:
-        """The frame of a transfer, when the rate allows it; empty if the connection has ended, or the block is damaged."""
+    def frame(self, transfer: SlowTransfer, connection: Connection, waited_s: float) -> list[Buffer]:
+        """The frame of a transfer, when the rate allows it; empty if the connection has ended, or the block is damaged.
+
+        waited_s: from when the peer asked until the chunk lay where it is sent from; the peer is told.
+        """
         record = transfer.record
         if self.is_limited:
             self._rate.wait(self._blocks.num_bytes, connection.closed)
@@ -106,7 +110,8 @@ class Sends:
             logger.error("block %d of the CPU tier is damaged; it is not sent", transfer.copy.source)
             connection.put(Message(Kind.GONE, record.key))
             return []
-        return pack_frame(Kind.BLOCK, content, key=record.key, num_tokens=record.num_tokens)
+        waited_us = max(0, int(waited_s * 1e6))
+        return pack_frame(Kind.BLOCK, content, number=waited_us, key=record.key, num_tokens=record.num_tokens)
 
     def end(self, transfer: SlowTransfer, *, ok: bool) -> None:
         self._on_end(TransferEnd(transfer.transfer_id, ok, gone=not ok))
@@ -114,7 +119,7 @@ class Sends:
 
 class _Waiters:
     def __init__(self, connection: Connection, since_s: float) -> None:
-        self.connections = {connection: None}  # in the order in which they came
+        self.connections = {connection: since_s}  # in the order in which they came, with since when
         self.since_s = since_s
 
 
@@ -140,12 +145,13 @@ class _Send:
 class _Frame:
     """A transfer's frame to one of the peers."""
 
-    def __init__(self, send: _Send, connection: Connection) -> None:
+    def __init__(self, send: _Send, connection: Connection, waited_s: float) -> None:
         self._send = send
         self._connection = connection
+        self._waited_s = waited_s
 
     def buffers(self) -> Sequence[Buffer]:
-        return self._send.sends.frame(self._send.transfer, self._connection)
+        return self._send.sends.frame(self._send.transfer, self._connection, self._waited_s)
 
     def end(self, *, ok: bool) -> None:
         self._send.end_frame(ok=ok)

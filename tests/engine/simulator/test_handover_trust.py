@@ -44,6 +44,7 @@ class LiveEngine:
         self._ended: list[TransferEnd] = []
         self._pulls: dict[bytes, tuple[SlowTransfer, float]] = {}
         self._last_pull_s = 0.0
+        self._wanted_s: dict[bytes, float] = {}
 
     def step(self) -> None:
         if self.loop.step() is None:
@@ -122,24 +123,29 @@ class LiveEngine:
                 self.now + NETWORK.latency_s,
                 ARRIVAL,
                 self.other,
-                lambda now: self.other.core.handover.start_sends([transfer.key], now),
+                lambda now: self.other.want(transfer.key, now),
             )
             return
+        waited_s = self.now - self._wanted_s.pop(transfer.key)
         begins_s = max(self.now, self._out.free_at_s)
         ends_s = self._out.send(BYTES_PER_BLOCK, self.now)
         self.cluster.add(
             begins_s + NETWORK.latency_s,
             ARRIVAL,
             None,
-            lambda now: self.other.receive(transfer.key, now, ends_s + NETWORK.latency_s),
+            lambda now: self.other.receive(transfer.key, now, ends_s + NETWORK.latency_s, waited_s),
         )
         self.end_at(ends_s, lambda now: TransferEnd(transfer.transfer_id, True))
 
-    def receive(self, key: bytes, begins_s: float, ends_s: float) -> None:
+    def want(self, key: bytes, now: float) -> None:
+        self._wanted_s[key] = now
+        self.core.handover.start_sends([key], now)
+
+    def receive(self, key: bytes, begins_s: float, ends_s: float, waited_s: float) -> None:
         transfer, since_s = self._pulls.pop(key)
 
         def end(now: float) -> TransferEnd:
-            seconds = now - max(since_s, self._last_pull_s)
+            seconds = now - max(since_s + waited_s, self._last_pull_s)
             self._last_pull_s = now
             return TransferEnd(transfer.transfer_id, True, seconds)
 

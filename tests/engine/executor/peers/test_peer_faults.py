@@ -380,6 +380,16 @@ def test_another_content_than_its_checksum_says(fake):
         assert (end.ok, end.gone) == (False, False), "the connection goes on"
 
 
+def test_a_source_that_says_it_waited_longer_than_it_took(fake):
+    """The time in which the content came counts in any case."""
+    target = fake(
+        lambda tcp, keys: send_frame(tcp, Kind.BLOCK, CONTENT, number=2**64 - 1, key=keys[0], num_tokens=CHUNK_SIZE)
+    )
+    end = target.end_of(target.load(1, 10, "source"))
+    assert end.ok
+    assert end.seconds > 0
+
+
 @pytest.mark.usefixtures("impatient")
 def test_a_block_that_stops_coming(fake):
     def answer(tcp, keys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -46,6 +47,18 @@ def test_a_chunk_goes_from_block_to_block(engines):
         assert target.checksums.is_intact(10 + number)
     assert all(source.end_of(transfer_id).ok for transfer_id in range(1, 5))
     assert sorted(source.asked) == sorted(key_of(number) for number in range(4))
+
+
+def test_what_a_source_waits_for_its_own_copies_is_no_time_of_the_tier(engines):
+    """As when a chunk has to leave its GPU first; see LoadPrices."""
+    source, target = engines("source"), engines("target")
+    source.fill(3)
+    source.on_send = lambda keys: threading.Timer(0.5, source.send_now, [keys]).start()
+    target.tier.set_peers({"source": source.tier.address})
+    begin_s = time.perf_counter()
+    end = target.end_of(target.load(3, 9, "source"))
+    assert end.ok
+    assert 0 < end.seconds <= time.perf_counter() - begin_s - 0.5
 
 
 def test_what_a_peer_does_not_have_is_gone(engines):
