@@ -46,7 +46,7 @@ MAX_TOKENS = {"chat": chat.MAX_TOKENS, "generate": 256, "compare": 32}
 API_KEY_VARIABLE = "PENSIEVE_API_KEY"
 # Commands that need no engine, in modules of their own.
 COMMANDS = {"size": size_command, "bench": bench_command}
-METAVARS = {int: "N", float: "X", str: "TEXT"}
+METAVARS = {int: "N", float: "X", str: "TEXT", dict: "NAME=TEXT,..."}
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -227,7 +227,18 @@ def _add_engine_option(group: argparse._ArgumentGroup, entry: OptionField) -> No
         return
     values = [*entry.option.choices, *(alias for alias, _ in entry.option.aliases)]
     metavar = "{" + ",".join(values) + "}" if values else METAVARS[entry.kind]
-    group.add_argument(_flag(entry.name), type=entry.kind, metavar=metavar, help=text)
+    kind = _read_mapping if entry.kind is dict else entry.kind
+    group.add_argument(_flag(entry.name), type=kind, metavar=metavar, help=text)
+
+
+def _read_mapping(text: str) -> dict[str, str]:
+    """NAME=TEXT,NAME=TEXT as a mapping."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name and equals for name, equals, _ in pairs):
+        raise argparse.ArgumentTypeError(
+            f"must be NAME=TEXT, or several of these with commas between them, got {text!r}"
+        )
+    return {name: value for name, _, value in pairs}
 
 
 def _flag(name: str) -> str:

@@ -23,6 +23,9 @@ ATTENTION_BACKENDS = ("auto", *BACKEND_NAMES)
 LOAD_FORMATS = ("auto", "dummy")
 SWAP_COPIES = ("auto", "dma", "kernel")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What an adapter may be called: part of the names of its conversations, and of the body of a request.
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
+ADAPTER_NAME_WORDS = "1 to 64 letters, digits and ._:/-, the first one a letter or a digit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +121,41 @@ class ModelOptions:
             choices=("auto", "never"),
         ),
     ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """Which low-rank adapters are served beside the model itself. Has no instances of its own."""
+
+    __slots__ = ()
+
+    adapters: Annotated[
+        dict[str, str] | None,
+        Option(
+            "LoRA adapters, by the names that clients give as `model`: folders as peft saves them.",
+            "See docs/adapters.md. On the command line, `NAME=FOLDER,NAME=FOLDER`.",
+            default="none",
+        ),
+    ] = None
+    adapter_folder: Annotated[
+        str | None,
+        Option(
+            "A folder below which adapters may be loaded while the server runs, by `POST /v1/load_lora_adapter`.",
+            "On every machine with replicas, with the same content.",
+            default="none: that endpoint is refused",
+        ),
+    ] = None
+    max_adapters: Annotated[
+        int,
+        Option(
+            "Most adapters that are loaded at the same time.",
+            "With `adapters` or `adapter_folder`, a GPU keeps memory free for so many of max_lora_rank.",
+            at_least=1,
+        ),
+    ] = 8
+    max_lora_rank: Annotated[
+        int, Option("Largest rank of an adapter; one with a larger rank is refused.", at_least=1, at_most=1024)
+    ] = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +385,7 @@ class RecordingOptions:
 # The groups as they are listed for users.
 GROUPS: tuple[tuple[str, type], ...] = (
     ("model", ModelOptions),
+    ("adapter", AdapterOptions),
     ("cache", TierOptions),
     ("scheduling", SchedulingOptions),
     ("execution", ExecutionOptions),
@@ -356,7 +395,15 @@ GROUPS: tuple[tuple[str, type], ...] = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOptions, ParallelOptions, RecordingOptions):
+class EngineConfig(
+    ModelOptions,
+    AdapterOptions,
+    TierOptions,
+    SchedulingOptions,
+    ExecutionOptions,
+    ParallelOptions,
+    RecordingOptions,
+):
     """All options of one engine. Raises ConfigError, which names the option and the remedy."""
 
     def __post_init__(self) -> None:
@@ -379,6 +426,25 @@ class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOption
                 "compile_layers",
                 "false if tensor_parallel_size is above 1: sharded layers cannot be compiled",
             ),
+            (
+                all(
+                    ADAPTER_NAME.fullmatch(name) and folder and isinstance(folder, str)
+                    for name, folder in (self.adapters or {}).items()
+                ),
+                "adapters",
+                f"a mapping of names ({ADAPTER_NAME_WORDS}) to folders",
+            ),
+            (
+                len(self.adapters or {}) <= self.max_adapters,
+                "adapters",
+                f"at most max_adapters ({self.max_adapters}) of them",
+            ),
+            (self.adapter_folder != "", "adapter_folder", "the path of a folder"),
+            (
+                not (self.serves_adapters and self.load_format == "dummy"),
+                "load_format",
+                "auto if there are adapters: they are made for the model's own weights",
+            ),
             (self.kv_disk_path != "", "kv_disk_path", "the path of a folder"),
             (self.record_trace != "", "record_trace", "the path of a folder"),
             (
@@ -400,6 +466,11 @@ class EngineConfig(ModelOptions, TierOptions, SchedulingOptions, ExecutionOption
         ):
             if not ok:
                 raise ConfigError(f"{name} must be {must}, got {getattr(self, name)!r}", param=name)
+
+    @property
+    def serves_adapters(self) -> bool:
+        """Whether the options allow adapters."""
+        return bool(self.adapters) or self.adapter_folder is not None
 
     @property
     def may_hand_over(self) -> bool:

@@ -9,7 +9,8 @@ PensieveError
 |-- RequestError                 the request is at fault
 |   |-- InvalidParameterError    a parameter is out of range or not implemented
 |   |-- ContextLengthError       prompt and answer do not fit the context window
-|   `-- UnknownModelError        no such model here
+|   |-- UnknownModelError        no such model here
+|   `-- AdapterError             an adapter cannot be loaded or unloaded
 `-- EngineError                  the engine is at fault
     |-- OverloadedError          the queue is full
     |-- ExecutorError            the step that computed this request failed; the engine goes on
@@ -75,6 +76,10 @@ class ContextLengthError(RequestError):
 
 class UnknownModelError(RequestError):
     """No model of that name is served here."""
+
+
+class AdapterError(RequestError):
+    """An adapter cannot be loaded or unloaded; the message names the file, the field or the option that is the reason."""
 
 
 class EngineError(PensieveError):

@@ -14,7 +14,13 @@ from typing import Any, Union
 
 from engine.errors import ConfigError
 
-KIND_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+KIND_NAMES = {
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    dict: "a mapping",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +111,7 @@ def options_of(group: type) -> tuple[OptionField, ...]:
             continue
         kind = typing.get_args(hint)[0]
         kinds = typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
-        (plain,) = (kind for kind in kinds if kind is not type(None))
+        (plain,) = (typing.get_origin(kind) or kind for kind in kinds if kind is not type(None))
         found.append(OptionField(entry.name, plain, len(kinds) > 1, entry.default, option))
     return tuple(found)
 
@@ -124,6 +130,8 @@ def check_values(config: Any) -> None:
         if isinstance(value, bool) and not {"on", "off"}.isdisjoint(entry.option.choices):  # how YAML reads on and off
             value = "on" if value else "off"
         if not isinstance(value, entry.kind) or (isinstance(value, bool) and entry.kind is not bool):
+            raise ConfigError(f"{entry.name} must be {entry.shown_kind}, got {value!r}", param=entry.name)
+        if isinstance(value, dict) and not all(isinstance(name, str) for name in value):
             raise ConfigError(f"{entry.name} must be {entry.shown_kind}, got {value!r}", param=entry.name)
         value = next((choice for alias, choice in entry.option.aliases if alias == value), value)
         if not entry.option.allows(value):

@@ -72,6 +72,7 @@ FAMILIES: dict[str, dict] = {
         "max_position_embeddings": 512,
         "word_embed_proj_dim": 32,
     },
+    "phi3": _BASE,
     "mixtral": {**_BASE, "num_local_experts": 4},
     "bloom": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "n_layer": 3, "n_head": 4},
     "gptj": {**_GPT, "rotary_dim": 8},

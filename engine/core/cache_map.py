@@ -69,14 +69,16 @@ class ContextKeys:
     num_chunks: int
 
 
-def context_keys(token_ids: Sequence[int], *, model: str, tenant: str, chunk_size: int, max_chunks: int) -> ContextKeys:
+def context_keys(
+    token_ids: Sequence[int], *, model: str, tenant: str, chunk_size: int, max_chunks: int, adapter: str = ""
+) -> ContextKeys:
     """Of at most `max_chunks` chunks in front. O(tokens); what it says holds for ever.
 
     The last token of a turn was sampled and perhaps never computed: a chunk that it would begin does not count, and the
     one that it ends may be there without it.
     """
     num_chunks = count_computed_chunks(len(token_ids), chunk_size)
-    key = root_key(model, "", tenant)
+    key = root_key(model, adapter, tenant)
     full = []
     for position in range(min(num_chunks - 1, max_chunks)):
         key = chunk_key(key, token_ids[position * chunk_size : (position + 1) * chunk_size])

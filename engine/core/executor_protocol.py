@@ -100,6 +100,17 @@ class Executor(Protocol):
         """Tell it where the grammars of requests are found, before the first step; else no request may have one."""
         ...
 
+    def load_adapter(self, folder: str) -> str:
+        """Read a low-rank adapter on all ranks, beside the steps; blocking. Returns its identity, see RequestStart.
+
+        Raises AdapterError; nothing changed then.
+        """
+        ...
+
+    def unload_adapter(self, identity: str) -> None:
+        """Forget an adapter. No later plan starts a request with it; those that run keep it."""
+        ...
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step in the caller's thread, or wait for it.
 

@@ -52,6 +52,7 @@ class RequestStart(NamedTuple):
     num_tokens: of its context. num_prompt_tokens: of these, the first ones are the prompt.
     block_table: block ids of the tier that computes, in order of position.
     token_ids: the whole context if sampling needs it, for penalties or a grammar; else empty.
+    adapter: the identity of a loaded adapter; "" = the model alone.
     """
 
     request_id: str
@@ -61,6 +62,7 @@ class RequestStart(NamedTuple):
     stop_token_ids: tuple[int, ...]
     block_table: tuple[int, ...]
     token_ids: tuple[int, ...] = ()
+    adapter: str = ""
 
 
 class BlockAppend(NamedTuple):

@@ -192,6 +192,7 @@ class Request:
 
     __slots__ = (
         "account",
+        "adapter",
         "arrival_s",
         "cached_by_tier",
         "chunk_keys",
@@ -237,6 +238,7 @@ class Request:
         *,
         conversation_id: str | None = None,
         tenant: str = "local",
+        adapter: str = "",
         weight: float = 1.0,
         eos_token_ids: Sequence[int] = (),
         output_token_ids: Sequence[int] = (),
@@ -251,9 +253,11 @@ class Request:
 
         conversation_id: None = a conversation of its own.
         output_token_ids: the beginning of the answer, if another engine has generated it and the rest is wanted.
+        adapter: the identity of the weights that are added to the model's; "" = the model alone. KV of one adapter is never
+            used with another.
         weight: the tenant's share, relative to others.
-        chunk_keys: of its first full chunks, as far as they are known: those of a request with the same model, tenant, chunk
-            size and beginning. They are not made again.
+        chunk_keys: of its first full chunks, as far as they are known: those of a request with the same model, adapter,
+            tenant, chunk size and beginning. They are not made again.
         reuse: what is known of the next use of its context. Times count from the request's end.
         is_prewarm: nothing is generated: the context is only brought to the tier that computes, while no other request runs
             or waits. is_refill: that, by the engine itself: it is no use of the chunks, and only new ones get its `reuse`.
@@ -263,6 +267,7 @@ class Request:
         self.request_id = request_id
         self.conversation_id = conversation_id if conversation_id is not None else request_id
         self.tenant = tenant
+        self.adapter = adapter
         self.weight = weight
         self.reuse = reuse
         self.retention = retention

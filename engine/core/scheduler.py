@@ -449,6 +449,7 @@ class Scheduler:
                     stop_token_ids=tuple(sorted(request.stop_token_ids)),
                     block_table=self._cache.block_table(request),
                     token_ids=tuple(request.token_ids) if request.sampling.needs_token_ids else (),
+                    adapter=request.adapter,
                 )
             )
             self._add_prompt(draft, request, request.pending)

@@ -34,12 +34,12 @@ import engine
 from engine.config import EngineConfig
 from engine.core.executor_protocol import Executor, ExecutorFacts, Grammars, SamplingFailedError
 from engine.core.plan import StepPlan, StepResult
-from engine.errors import ConfigError, EngineError, EngineStoppedError
+from engine.errors import AdapterError, ConfigError, EngineError, EngineStoppedError
 from engine.executor.host import available_cores
 from engine.executor.local import LocalExecutor
 from engine.executor.model_loader import check_can_be_sharded
 from engine.executor.peers.blocks import make_rank_blocks
-from engine.executor.plan_channel import PlanSender
+from engine.executor.plan_channel import AdapterLoaded, AdapterOrder, PlanSender
 from engine.executor.process_group import GroupMember, ProcessGroup, check_no_group, serve_store
 from engine.executor.tiers.disk_tier import DiskTier, make_rank_tier
 from engine.executor.tiers.group_blocks import GroupBlocks
@@ -151,6 +151,8 @@ class GroupExecutor:
         self._group: ProcessGroup | None = None
         self._verifies = config.verify_swaps
         self._size = config.tensor_parallel_size
+        self._loading = threading.Lock()  # one adapter at a time
+        self._adapters: set[str] = set()  # those that all ranks have, by identity
         if starter is None:
             starter = ProcessWorkers()
             config = replace(config, num_threads=config.num_threads or max(1, available_cores() // self._size))
@@ -228,6 +230,33 @@ class GroupExecutor:
         else:
             self._step = self.local.steps_thread.submit(self._run, plan, outcome)
         return outcome
+
+    def load_adapter(self, folder: str) -> str:
+        """On all ranks; the files that each of them finds have to be the same. From any thread."""
+        with self._loading:
+            self.local.steps_thread.submit(self._channel.send_order, AdapterOrder(folder=folder)).result()
+            try:
+                own = AdapterLoaded(self.local.load_adapter(folder))
+            except AdapterError as error:
+                own = AdapterLoaded(error=error)
+            loaded = (own, *self._channel.take_adapters_loaded())
+        self.check_health()
+        identities = {each.identity for each in loaded}
+        if len(identities) == 1 and own.identity:
+            self._adapters.add(own.identity)
+            return own.identity
+        for identity in identities - self._adapters - {""}:
+            self.unload_adapter(identity)
+        raise next(
+            (each.error for each in loaded if each.error is not None),
+            AdapterError(f"the files in {folder} are not the same on all machines of the group", param="adapters"),
+        )
+
+    def unload_adapter(self, identity: str) -> None:
+        """See Executor."""
+        self._adapters.discard(identity)
+        self.local.steps_thread.submit(self._channel.send_order, AdapterOrder(identity=identity))
+        self.local.unload_adapter(identity)
 
     def use_grammars(self, grammars: Grammars) -> None:
         """Tell rank 0, which samples for all, where the grammars of requests are found."""

@@ -16,9 +16,10 @@ from engine.attention.protocol import AttentionBackend
 from engine.config import EngineConfig
 from engine.core.executor_protocol import ExecutorFacts, Grammars, PendingStep
 from engine.core.plan import StepPlan, StepResult
-from engine.errors import ConfigError, DeviceFailedError, EngineStoppedError
+from engine.errors import AdapterError, ConfigError, DeviceFailedError, EngineStoppedError
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
 from engine.executor.host import available_cores, end_openmp_team, keep_freed_memory
+from engine.executor.lora.adapters import Adapters
 from engine.executor.memory import bytes_left_for_blocks, out_of_memory_means, step_limits
 from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
@@ -138,6 +139,20 @@ class LocalExecutor:
         self.steps_thread.submit(self.runner.launch, plan)
         return _SubmittedStep(self.steps_thread, self._complete)
 
+    def load_adapter(self, folder: str) -> str:
+        """See Executor. From any thread."""
+        return self._adapters.load(folder)
+
+    def unload_adapter(self, identity: str) -> None:
+        """See Executor."""
+        self.steps_thread.submit(self._adapters.unload, identity)  # behind the steps that were submitted
+
+    @property
+    def _adapters(self) -> Adapters:
+        if self.loaded.adapters is None:
+            raise AdapterError("no adapter can be loaded: neither adapters nor adapter_folder is set", param="adapters")
+        return self.loaded.adapters
+
     def use_grammars(self, grammars: Grammars) -> None:
         """Tell it where the grammars of requests are found, before the first step; else no request may have one."""
         self.runner.grammars = grammars
@@ -211,6 +226,8 @@ class LocalExecutor:
             num_bytes = config.gpu_memory_gib * GIB
         elif self.loaded.device.type == "cuda":
             num_bytes = bytes_left_for_blocks(config, self.loaded, backend)
+            if self.loaded.adapters is not None:
+                num_bytes -= self.loaded.adapters.num_bytes(config.max_adapters)
         else:
             num_bytes = DEFAULT_CPU_DEVICE_GIB * GIB
         num_blocks = int(num_bytes // bytes_per_block)

@@ -27,6 +27,8 @@ from engine.core.executor_protocol import ModelFacts
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds
 from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fingerprint_weights
+from engine.executor.lora.adapters import Adapters
+from engine.executor.lora.layers import install_layers
 from engine.executor.model_check import (
     PROBE_TOLERANCE,
     check_attention,
@@ -54,6 +56,7 @@ class LoadedModel:
     num_parameters: of the whole model.
     num_weight_bytes: of this rank.
     max_model_len: the window by the model's config, in tokens.
+    adapters: what is added to its layers for some requests; None = the options ask for none.
     fingerprint: identity of what makes its KV, see fingerprint_weights. The same on all ranks of a group; a group of another
         size has another one.
     """
@@ -71,6 +74,7 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     fingerprint: str
     has_compiled_layers: bool = False
+    adapters: Adapters | None = None
 
     @property
     def facts(self) -> ModelFacts:
@@ -148,6 +152,10 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             return load_model(replace(config, pack_weights=False), group)
+    adapters = None
+    if config.serves_adapters:
+        layers = install_layers(model, hf_config, plan, group, lambda: probe_logits(model, text_config, ShapeProbe()))
+        adapters = Adapters(layers, device, dtype, config.max_lora_rank)
     is_compiled = wants_compiled and _compile(config, model, text_config, tolerance, device)
     return LoadedModel(
         model=model,
@@ -163,6 +171,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
         eos_token_ids=_eos_token_ids(location, text_config),
         fingerprint=fingerprint,
         has_compiled_layers=is_compiled,
+        adapters=adapters,
     )
 
 

@@ -23,6 +23,8 @@ from engine.core.plan import Logprobs, RequestStart, StepPlan, StepResult
 from engine.errors import InvalidParameterError
 from engine.executor.compiled_layers import never_compiling
 from engine.executor.decode_graphs import DecodeGraphs, GraphMaker
+from engine.executor.lora.adapters import Layers, rows_by_adapter
+from engine.executor.lora.layers import AdaptedRows
 from engine.executor.model_loader import LoadedModel
 from engine.executor.prompt_scores import PromptScores
 from engine.executor.sampler import Draw, SamplingBatch, SamplingState
@@ -40,10 +42,12 @@ class _RequestState:
 
     table_row: of the request's block table, and of its last token.
     sampling: None on a rank that does not sample.
+    adapter: what is added to the model's layers; None = nothing.
     """
 
     table_row: int
     sampling: SamplingState | None
+    adapter: Layers | None = None
 
 
 @dataclass(slots=True)
@@ -53,6 +57,7 @@ class _Step:
     error: of its computation.
     copy_error: of anything before that, or of its copies.
     failed_swap_ins: None as long as its copies may be in flight.
+    adapted: rows with adapters.
     sampled: token ids and log-probabilities, as StepResult has them, once it is settled.
     failed_requests, prompt_logprobs: as StepResult has them.
     """
@@ -62,6 +67,7 @@ class _Step:
     batch: SamplingBatch | None = None
     draw: Draw | None = None
     scores: PromptScores | None = None
+    adapted: Sequence[AdaptedRows] = ()
     has_logits: bool = False
     failed_swap_ins: tuple[int, ...] | None = None
     error: Exception | None = None
@@ -205,12 +211,21 @@ class ModelRunner:
             self._requests[start.request_id] = _RequestState(
                 self._tables.add(start.block_table),
                 self._sampling_state(start) if self._samples else None,
+                self._adapter(start.adapter),
             )
         for append in plan.appends:
             self._tables.append(self._requests[append.request_id].table_row, append.block_id)
         missing = len(self._tables.array) - len(self._last_tokens)
         if missing > 0:
             self._last_tokens = torch.cat([self._last_tokens, self._last_tokens.new_zeros(missing)])
+
+    def _adapter(self, identity: str) -> Layers | None:
+        """Held by the request from its start to its end, whatever is unloaded meanwhile."""
+        adapters = self._loaded.adapters
+        if adapters is None:
+            assert not identity, "this executor has no adapters"
+            return None
+        return adapters.find(identity)
 
     def _sampling_state(self, start: RequestStart) -> SamplingState:
         return SamplingState(
@@ -248,6 +263,12 @@ class ModelRunner:
                 self._settle(earlier)  # which tokens were sampled has to be known
         table_rows = [state.table_row for state in states]
         step.arrays = StepArrays.of(step.plan.segments, table_rows, self._tables.array, self._kv_store.chunk_size)
+        if self._loaded.adapters is not None and any(state.adapter is not None for state in states):
+            step.adapted = rows_by_adapter(
+                [state.adapter for state in states],
+                step.arrays.segments,
+                lambda rows: torch.from_numpy(rows).to(self._loaded.device),
+            )
         step.batch = SamplingBatch(samplers, self._loaded.vocab_size)
         for sampler in samplers:
             sampler.expect_token()
@@ -258,9 +279,10 @@ class ModelRunner:
         arrays, batch = step.arrays, step.batch
         assert arrays is not None
         assert batch is not None
-        # A graph cannot wait for layers whose KV is on its way, and its layers would not be beside the copies.
+        # A graph cannot wait for layers whose KV is on its way, and its layers would not be beside the copies. It adds no
+        # adapters.
         size = None
-        if arrays.is_decode_batch and wait_for_layer is None:
+        if arrays.is_decode_batch and wait_for_layer is None and not step.adapted:
             size = self.graphs.size_for(arrays.num_tokens)
         if size is not None:
             arrays = arrays.padded(size)
@@ -272,7 +294,7 @@ class ModelRunner:
         if size is not None:
             logits = self.graphs.replay(size)[tensors["kept"]]
         else:
-            logits = self._forward(arrays, tensors, wait_for_layer)
+            logits = self._forward(arrays, tensors, wait_for_layer, step.adapted)
         step.has_logits = True
         if self._samples:
             num_sampled = len(arrays.sampled)
@@ -364,6 +386,7 @@ class ModelRunner:
         arrays: StepArrays,
         tensors: Mapping[str, torch.Tensor],
         wait_for_layer: Callable[[int], None] | None,
+        adapted: Sequence[AdaptedRows],
     ) -> torch.Tensor:
         """Logits [rows of the batch that sample, and those that are scored, vocabulary]. Writes the KV of all rows."""
         metadata = AttentionMetadata(
@@ -374,7 +397,15 @@ class ModelRunner:
             host_segments=arrays.segments,
         )
         token_ids = self._token_ids(tensors) if arrays.continues else tensors["token_ids"]
-        return self._run_model(token_ids, tensors, metadata, wait_for_layer, logits_to_keep=tensors["kept"])
+        options = {"logits_to_keep": tensors["kept"]}
+        if not adapted or self._loaded.adapters is None:
+            return self._run_model(token_ids, tensors, metadata, wait_for_layer, **options)
+        running = self._loaded.adapters.layers.step
+        running.parts = adapted
+        try:
+            return self._run_model(token_ids, tensors, metadata, wait_for_layer, **options)
+        finally:
+            running.parts = ()
 
     def _decode_step(self, size: int) -> Callable[[], torch.Tensor]:
         """A function that computes a decode batch of `size` rows: logits [size, vocabulary].

@@ -3,8 +3,9 @@
 A worker reports that it lives, what it has, and what went wrong. One connection per worker, over a Unix socket or TCP;
 knows no model.
 
-    rank 0 -> worker   a step: encode_plan(...); or STOP
-    worker -> rank 0   Beat every second; Placement once; SwapsDone if swaps are verified; Failure, its last word
+    rank 0 -> worker   a step: encode_plan(...); an AdapterOrder; or STOP
+    worker -> rank 0   Beat every second; Placement once; SwapsDone if swaps are verified; AdapterLoaded of an order to load;
+                       Failure, its last word
 
 If the ranks have slow tiers, each worker makes a second connection for these, which is no concern of this module: a worker
 reads its plans between two steps only, and transfers do not wait for that. See tiers/group_channel.py.
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.core.plan import BlockAppend, BlockCopy, QuerySegment, RequestStart, StepPlan
-from engine.errors import EngineError, PensieveError
+from engine.errors import AdapterError, EngineError, PensieveError
 from engine.executor.process_group import GroupMember
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,25 @@ class SwapsDone:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterOrder:
+    """Load the adapter in a folder, or unload the one of an identity; behind the steps that were sent before."""
+
+    folder: str = ""
+    identity: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLoaded:
+    """What came of an order to load.
+
+    identity: of the adapter. error: why it was not loaded.
+    """
+
+    identity: str = ""
+    error: AdapterError | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """Why the worker ends.
 
@@ -114,7 +134,17 @@ def encode_plan(token_ids: tuple[int, ...], plan: StepPlan) -> bytes:
 
 
 def decode_plan(message: bytes) -> tuple[tuple[int, ...], StepPlan]:
-    token_ids, step_id, ended, rows = pickle.loads(message)
+    """What `encode_plan` encoded."""
+    return _plan_of(pickle.loads(message))
+
+
+def _decode(message: bytes) -> tuple[tuple[int, ...], StepPlan] | AdapterOrder:
+    content = pickle.loads(message)
+    return content if isinstance(content, AdapterOrder) else _plan_of(content)
+
+
+def _plan_of(content: Any) -> tuple[tuple[int, ...], StepPlan]:
+    token_ids, step_id, ended, rows = content
     parts = {name: tuple(map(kind._make, part)) for (name, kind), part in zip(_ROWS, rows, strict=True) if part}
     return token_ids, StepPlan(step_id, parts.pop("segments", ()), ended=ended, **parts)
 
@@ -157,6 +187,7 @@ class PlanSender:
         self._beats: dict[int, tuple[float, int]] = {}
         self._placements: dict[int, Placement] = {}
         self._swaps_done: dict[int, SwapsDone] = {}
+        self._adapters_loaded: dict[int, AdapterLoaded] = {}
         self._step: tuple[int, float] | None = None  # the step that runs, and its deadline
         self.failure: Failure | None = None
         self._is_closing = False
@@ -211,6 +242,19 @@ class PlanSender:
         self._step = (plan.step_id, time.monotonic() + timeout_s)
         for connection in self._connections.values():
             connection.send_bytes(message)
+
+    def send_order(self, order: AdapterOrder) -> None:
+        """To all workers; from the thread that sends plans."""
+        message = pickle.dumps(order, PROTOCOL)
+        for connection in self._connections.values():
+            connection.send_bytes(message)
+
+    def take_adapters_loaded(self) -> tuple[AdapterLoaded, ...]:
+        """What came of the last order to load, by rank; blocks until all workers have reported, or one is lost."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._adapters_loaded) == self._size - 1 or self.failure is not None)
+            loaded, self._adapters_loaded = self._adapters_loaded, {}
+        return tuple(loaded[rank] for rank in sorted(loaded))
 
     def end_step(self) -> None:
         """Rank 0 has finished the step."""
@@ -278,6 +322,8 @@ class PlanSender:
                     self._placements[rank] = message
                 case SwapsDone():
                     self._swaps_done[rank] = message
+                case AdapterLoaded():
+                    self._adapters_loaded[rank] = message
                 case Failure():
                     self._lose(rank, message.text, message)
             self._changed.notify_all()
@@ -307,8 +353,8 @@ class PlanReceiver:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def receive(self) -> tuple[tuple[int, ...], StepPlan] | None:
-        """The next plan, with the tokens that rank 0 sampled in the step before; None = stop.
+    def receive(self) -> tuple[tuple[int, ...], StepPlan] | AdapterOrder | None:
+        """The next plan, with the tokens that rank 0 sampled in the step before, or an order; None = stop.
 
         Raises EOFError if rank 0 is gone.
         """
@@ -317,12 +363,12 @@ class PlanReceiver:
         except (EOFError, OSError) as error:
             self._is_orphan = True
             raise EOFError from error
-        return None if message == STOP else decode_plan(message)
+        return None if message == STOP else _decode(message)
 
     def finish_step(self, step_id: int) -> None:
         self._step_id = step_id
 
-    def report(self, message: Placement | SwapsDone | Failure) -> None:
+    def report(self, message: Placement | SwapsDone | AdapterLoaded | Failure) -> None:
         """Nothing happens where rank 0 is gone."""
         try:
             self._send(message)

@@ -17,7 +17,8 @@ layers with one explicit collective each: the same arithmetic at less cost a ste
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,9 @@ from engine.executor.process_group import ProcessGroup
 REPLICATED, FUSED_QKV, CONV_COLWISE, CONV_ROWWISE = (
     f"pensieve_{name}" for name in ("replicated", "fused_qkv", "conv_colwise", "conv_rowwise")
 )
+# Those of transformers that become layers of this module.
+_COLWISE = ("colwise", "colwise_gather_output", "colwise_rep")
+_ROWWISE = ("rowwise", "rowwise_split_input", "rowwise_rep")
 _OPT_LAYER, _GPT2_LAYER = "model.decoder.layers.*.", "transformer.h.*."
 OWN_PLANS = {
     "opt": {
@@ -153,6 +157,43 @@ def localize(model: Any, plan: dict[str, str], group: ProcessGroup) -> None:
             module.num_key_value_groups = text_config.num_attention_heads // group.size
 
 
+class LocalPart(NamedTuple):
+    """Which features of a linear layer a rank has: those of the input, and ranges of those of the output."""
+
+    inputs: slice
+    outputs: tuple[slice, ...]
+
+
+def part_on_rank(
+    name: str, shape: tuple[int, int], plan: Mapping[str, str], text_config: Any, group: ProcessGroup | None
+) -> LocalPart | None:
+    """What `localize` leaves on this rank of the linear layer of that name; None if that is not known here.
+
+    shape: (in_features, out_features) of the whole layer.
+    plan: see make_plan.
+    """
+    style, everything = plan.get(_generic(name)), slice(None)
+    if group is None or style is None:
+        return LocalPart(everything, (everything,))
+    in_features, out_features = shape
+
+    def own(start: int, num_features: int) -> slice:
+        width = -(-num_features // group.size)
+        first = min(group.rank * width, num_features)
+        return slice(start + first, start + min(first + width, num_features))
+
+    if style in (*_COLWISE, CONV_COLWISE):
+        return LocalPart(everything, (own(0, out_features),))
+    if style in (*_ROWWISE, CONV_ROWWISE):
+        return LocalPart(own(0, in_features), (everything,))
+    if style == REPLICATED:
+        return LocalPart(everything, (_kv_head(out_features, text_config, group),))
+    if style == FUSED_QKV:
+        third = out_features // 3
+        return LocalPart(everything, tuple(own(number * third, third) for number in range(3)))
+    return None
+
+
 def num_local_bytes(model: nn.Module) -> int:
     """Bytes of the weights on this rank; a tied weight counts once."""
     return sum({weights.data_ptr(): weights.nbytes for weights in map(local_part, model.parameters())}.values())
@@ -227,7 +268,7 @@ def _local_linear(layer: nn.Linear, style: str | None, group: ProcessGroup, *, i
     """None for a style that stays with transformers' hooks."""
     weight = local_part(layer.weight)
     bias = None if layer.bias is None else local_part(layer.bias)
-    is_summed = style in ("rowwise", "rowwise_split_input", "rowwise_rep")
+    is_summed = style in _ROWWISE
     if is_summed and group.rank != 0:
         bias = None  # which is to be added once
     part = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
@@ -267,13 +308,19 @@ def _local_conv(layer: Conv1D, style: str, group: ProcessGroup) -> nn.Module:
 
 def _keep_kv_head(layer: nn.Linear, text_config: Any, group: ProcessGroup) -> None:
     """Of all KV heads, the one that this rank's query heads attend to; its neighbours keep the same."""
-    num_kv_heads = text_config.num_key_value_heads
-    head_dim = layer.out_features // num_kv_heads
-    first = group.rank * num_kv_heads // group.size * head_dim
-    layer.weight = _parameter(layer.weight[first : first + head_dim].clone())
+    head = _kv_head(layer.out_features, text_config, group)
+    layer.weight = _parameter(layer.weight[head].clone())
     if layer.bias is not None:
-        layer.bias = _parameter(layer.bias[first : first + head_dim].clone())
-    layer.out_features = head_dim
+        layer.bias = _parameter(layer.bias[head].clone())
+    layer.out_features = head.stop - head.start
+
+
+def _kv_head(out_features: int, text_config: Any, group: ProcessGroup) -> slice:
+    """The features of this rank's one KV head."""
+    num_kv_heads = text_config.num_key_value_heads
+    head_dim = out_features // num_kv_heads
+    first = group.rank * num_kv_heads // group.size * head_dim
+    return slice(first, first + head_dim)
 
 
 def _is_kv_projection(key: str) -> bool:

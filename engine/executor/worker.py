@@ -15,9 +15,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from engine.config import EngineConfig
+from engine.errors import AdapterError
 from engine.executor.local import LocalExecutor
 from engine.executor.peers.blocks import make_rank_blocks
-from engine.executor.plan_channel import PlanReceiver, SwapsDone, connect_tiers, failure_of
+from engine.executor.plan_channel import AdapterLoaded, AdapterOrder, PlanReceiver, SwapsDone, connect_tiers, failure_of
 from engine.executor.process_group import GroupMember, ProcessGroup
 from engine.executor.tiers.disk_tier import make_rank_tier
 from engine.executor.tiers.group_channel import TierFollower, wants_tier_channel
@@ -59,6 +60,9 @@ def _follow_plans(
     try:
         receiver.report(executor.placement)
         while (message := receiver.receive()) is not None:
+            if isinstance(message, AdapterOrder):
+                _obey(message, executor, receiver)
+                continue
             token_ids, plan = message
             executor.note_sampled(token_ids)
             result = executor.execute(plan)
@@ -71,6 +75,17 @@ def _follow_plans(
         if follower is not None:
             follower.close()
         executor.shutdown()
+
+
+def _obey(order: AdapterOrder, executor: LocalExecutor, receiver: PlanReceiver) -> None:
+    """Load or unload an adapter. One that cannot be loaded harms no group."""
+    if order.identity:
+        executor.unload_adapter(order.identity)
+        return
+    try:
+        receiver.report(AdapterLoaded(executor.load_adapter(order.folder)))
+    except AdapterError as error:
+        receiver.report(AdapterLoaded(error=error))
 
 
 def main() -> None:

@@ -242,7 +242,8 @@ class OutputProcessor:
         if request.conversation_id == request.request_id:
             return None
         size = self._core.cache_config.chunk_size
-        names = ChunkNames(request.tenant, b"".join(request.chunk_keys[: len(prompt.token_ids) // size]))
+        keys = b"".join(request.chunk_keys[: len(prompt.token_ids) // size])
+        names = ChunkNames(request.tenant, keys, request.adapter)
         prompt = replace(prompt, names=names)
         output_ids = self._kept_output_ids(stream)
         if not prompt.text:  # a prompt of token ids: nothing to compare texts with

@@ -45,10 +45,14 @@ CONVERSATION_BYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class ChunkNames:
-    """The keys of the first full chunks of a context, one behind the other, as this engine has made them for a tenant."""
+    """The keys of the first full chunks of a context, one behind the other, as this engine has made them.
+
+    tenant, adapter: for whose requests with which adapter; see Request.
+    """
 
     tenant: str
     keys: bytes
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +224,11 @@ class Conversation:
         longest = max((len(branch.token_ids) for branch in branches), default=0)
         return num_same, min(longest, len(token_ids))
 
-    def find_chunk_keys(self, token_ids: array[int], tenant: str, chunk_size: int) -> list[bytes]:
-        """The keys of the first full chunks of `token_ids`, as far as a branch of that tenant has the same tokens."""
+    def find_chunk_keys(self, token_ids: array[int], tenant: str, chunk_size: int, adapter: str = "") -> list[bytes]:
+        """The keys of the first full chunks of `token_ids`, as far as a branch with that tenant and adapter has them."""
         keys, num_same = b"", 0
         for branch in self.branches:
-            if branch.names is not None and branch.names.tenant == tenant:
+            if branch.names is not None and (branch.names.tenant, branch.names.adapter) == (tenant, adapter):
                 same = common_prefix_len(branch.token_ids, token_ids) // chunk_size * KEY_BYTES
                 same = min(same, len(branch.names.keys))
                 if same > num_same:
@@ -306,10 +310,12 @@ class ConversationTable:
         """What a conversation has said, if it is remembered; what was recalled counts for more."""
         return self._recalled.get(conversation_id) or self._conversations.get(conversation_id)
 
-    def find_chunk_keys(self, conversation_id: str, token_ids: array[int], tenant: str, chunk_size: int) -> list[bytes]:
+    def find_chunk_keys(
+        self, conversation_id: str, token_ids: array[int], tenant: str, chunk_size: int, adapter: str = ""
+    ) -> list[bytes]:
         """See Conversation.find_chunk_keys. From any thread."""
         conversation = self.find(conversation_id)
-        return [] if conversation is None else conversation.find_chunk_keys(token_ids, tenant, chunk_size)
+        return [] if conversation is None else conversation.find_chunk_keys(token_ids, tenant, chunk_size, adapter)
 
     def count_tokens(self, conversation_id: str) -> int:
         """Of its latest branch; 0 if nothing is remembered. From any thread."""

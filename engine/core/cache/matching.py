@@ -92,4 +92,6 @@ class ContextMatcher:
 
     def parent_key(self, request: Request, position: int) -> bytes:
         """The key of the chunk before that position; that one has to be full."""
-        return request.chunk_keys[position - 1] if position else root_key(self._model, "", request.tenant)
+        if position:
+            return request.chunk_keys[position - 1]
+        return root_key(self._model, request.adapter, request.tenant)

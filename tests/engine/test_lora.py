@@ -1,0 +1,175 @@
+"""Several adapters and the model alone in one batch: each answers as if its weights were merged into the model's."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.core.request import SamplingParams
+from engine.errors import ExecutorError
+from engine.step_loop import LookAhead
+from tests.engine.test_equivalence import assert_same_tokens
+from tests.lora import merge_adapter, save_adapter
+
+OPTIONS = {"chunk_size": 8, "max_num_batched_tokens": 48, "max_num_seqs": 5, "max_model_len": 200}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=6, logprobs=2, ignore_eos=True)
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# Targets of two adapters: some layers of the first one, and all.
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "qwen3": ATTENTION,
+    "gemma2": r"model\.layers\.\d+\.mlp\.(gate|up)_proj",
+    "phi3": ["qkv_proj", "down_proj"],
+    "gpt2": ["c_attn"],
+    "opt": ["fc1", "fc2", "v_proj"],
+    "mixtral": ATTENTION,
+}
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_mixed_batches_equal_merged_weights(family, tiny_model, tmp_path, make_driver):
+    """Three conversations of each of two adapters and of the model alone, with evictions, against one merged model each."""
+    model = tiny_model(family)
+    folders = {
+        "some": save_adapter(model, tmp_path / "some", 1, TARGETS[family]),
+        "all": save_adapter(model, tmp_path / "all", 2, "all-linear", use_rslora=True),
+    }
+    models = {
+        "": model,
+        "some": merge_adapter(model, folders["some"], tmp_path / "merged some", 2.0),
+        "all": merge_adapter(model, folders["all"], tmp_path / "merged all", 4.0),
+    }
+    adapters = {name: str(folder) for name, folder in folders.items()}
+    mixed = make_driver(model, num_gpu_blocks=32, num_cpu_blocks=12, adapters=adapters, **OPTIONS)
+    identities = {"": "", **{name: mixed.executor.load_adapter(folder) for name, folder in adapters.items()}}
+    rng = random.Random(family)
+    system_prompt = rng.choices(range(3, 250), k=19)  # the same for all: nothing of it may be shared between adapters
+    histories = {
+        (name, i): system_prompt + rng.choices(range(3, 250), k=5 + 7 * i) for i in range(3) for name in models
+    }
+    prompts = {}
+    for turn in range(2):
+        for (name, i), history in histories.items():
+            prompts[f"{name} {i} {turn}"] = list(history)
+            mixed.add(f"{name} {i} {turn}", list(history), f"{name} {i}", GREEDY, adapter=identities[name])
+        mixed.run()
+        mixed.core.check_integrity()
+        for (name, i), history in histories.items():
+            history += [*mixed.tokens(f"{name} {i} {turn}"), *rng.choices(range(3, 250), k=3)]
+
+    num_ties, answers = 0, []
+    for name, merged in models.items():
+        alone = make_driver(merged, num_gpu_blocks=60, mode="stateless", **OPTIONS)
+        for request_id, prompt in prompts.items():
+            if request_id.split(" ")[0] == name:
+                alone.generate(request_id, prompt, sampling=GREEDY)
+                num_ties += assert_same_tokens(mixed, alone, request_id)
+                compare_logprobs(mixed.outputs[request_id], alone.outputs[request_id])
+        answers.append(alone.tokens(f"{name} 0 0"))
+    assert num_ties <= 1
+    assert answers[0] != answers[1] != answers[2], "the adapters change nothing"
+    in_steps = [{segment.request_id.split(" ")[0] for segment in plan.segments} for plan in mixed.plans]
+    assert max(map(len, in_steps)) == 3, "no step had them all"
+    assert mixed.core.get_statistics()["num_gpu_cached_tokens"] > 0
+
+
+def compare_logprobs(ours, theirs):
+    for mine, other in zip(ours, theirs, strict=False):
+        if mine.token_id != other.token_id:
+            return
+        assert mine.logprobs.chosen == pytest.approx(other.logprobs.chosen, abs=2e-4)
+
+
+@pytest.mark.parametrize("look_ahead", [LookAhead.DRAFT, LookAhead.LAUNCH])
+def test_answers_are_the_same_with_and_without_cache(look_ahead, tiny_model, tmp_path, make_driver):
+    """Interleaved conversations over few blocks: evictions, swaps, suspensions, and forks across adapters."""
+    model, rng = tiny_model("llama"), random.Random(7)
+    sampling = replace(GREEDY, max_tokens=12)
+    folders = [str(save_adapter(model, tmp_path / str(seed), seed, "all-linear")) for seed in range(2)]
+    options = {**OPTIONS, "adapters": {f"a{i}": folder for i, folder in enumerate(folders)}}
+    kept = make_driver(model, num_gpu_blocks=25, num_cpu_blocks=60, decode_reserve=0.03, **options)
+    fresh = make_driver(model, num_gpu_blocks=100, mode="stateless", **options)
+    kept.loop.look_ahead = look_ahead
+    identities = ["", *map(kept.executor.load_adapter, folders)]
+    assert identities[1:] == [fresh.executor.load_adapter(folder) for folder in folders]
+    histories = {f"c{i}": rng.choices(range(3, 250), k=20) for i in range(14)}
+    prompts, running, turns_left = {}, {}, dict.fromkeys(histories, 4)
+    while any(turns_left.values()) or running or kept.loop.in_flight:
+        idle = [name for name in histories if turns_left[name] and name not in running.values()]
+        if idle and rng.random() < 0.8:
+            name = rng.choice(idle)
+            request_id = f"r{len(prompts)}"
+            if rng.random() < 0.3:  # the same tokens as another conversation has, perhaps with another adapter
+                histories[name] = histories[rng.choice(list(histories))][:100]
+            histories[name] = histories[name] + rng.choices(range(3, 250), k=rng.randint(1, 20))
+            adapter = identities[rng.randrange(3)]  # a conversation changes it
+            prompts[request_id] = histories[name][:], adapter
+            kept.add(request_id, prompts[request_id][0], name, sampling, adapter=adapter)
+            turns_left[name] -= 1
+            running[request_id] = name
+        for output in kept.step():
+            if output.finish_reason is not None:
+                histories[running.pop(output.request_id)] += kept.tokens(output.request_id)
+        kept.core.check_integrity()
+    num_ties = 0
+    for request_id, (prompt, adapter) in prompts.items():
+        fresh.generate(request_id, prompt, sampling=sampling, adapter=adapter)
+        num_ties += assert_same_tokens(kept, fresh, request_id)
+    assert num_ties <= 1
+    stats = kept.core.get_statistics()
+    assert stats["num_suspensions"] > 0
+    assert stats["num_swap_ins"] > 0
+    assert stats["num_gpu_cached_tokens"] > 0
+
+
+def test_kv_of_another_adapter_is_never_found(tiny_model, tmp_path, make_driver):
+    model = tiny_model("llama")
+    folder = save_adapter(model, tmp_path / "a", 1, ["q_proj"])
+    driver = make_driver(model, num_gpu_blocks=32, adapters={"a": str(folder)}, **OPTIONS)
+    identity, prompt = driver.executor.load_adapter(str(folder)), list(range(10, 60))
+    driver.generate("base", prompt)
+    driver.generate("adapted", prompt, adapter=identity)
+    driver.generate("base again", prompt)
+    driver.generate("adapted again", prompt, adapter=identity)
+    assert [driver.cached[each] for each in ("base", "adapted", "base again", "adapted again")] == [0, 0, 48, 48]
+    # Another adapter of the same name, in the same folder, is another one.
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    save_adapter(model, folder, 2, ["q_proj"])
+    other = driver.executor.load_adapter(str(folder))
+    assert other != identity
+    driver.generate("other", prompt, adapter=other)
+    assert driver.cached["other"] == 0
+
+
+def test_a_running_request_keeps_an_adapter_that_is_unloaded(tiny_model, tmp_path, make_driver):
+    model = tiny_model("llama")
+    folder = save_adapter(model, tmp_path / "a", 1, "all-linear")
+    driver = make_driver(model, num_gpu_blocks=32, adapters={"a": str(folder)}, **OPTIONS)
+    identity = driver.executor.load_adapter(str(folder))
+    expected = driver.generate("before", list(range(20)), adapter=identity)
+    driver.add("running", list(range(20)), adapter=identity)
+    driver.step()
+    driver.executor.unload_adapter(identity)
+    driver.run()
+    assert driver.tokens("running") == expected
+    with pytest.raises(ExecutorError, match="not loaded"):
+        driver.generate("after", [1, 2, 3], adapter=identity)
+
+
+def test_steps_without_adapters_are_those_of_the_model_alone(tiny_model, tmp_path, make_driver):
+    """Bit for bit, and so are the rows of the model alone in a step with adapters, as far as rounding allows."""
+    model = tiny_model("llama")
+    folder = save_adapter(model, tmp_path / "a", 1, "all-linear")
+    plain = make_driver(model, num_gpu_blocks=32, **OPTIONS)
+    driver = make_driver(model, num_gpu_blocks=32, adapters={"a": str(folder)}, **OPTIONS)
+    driver.executor.load_adapter(str(folder))
+    seen: dict[str, list[torch.Tensor]] = {"plain": [], "adapted": []}
+    for name, each in (("plain", plain), ("adapted", driver)):
+        each.executor.runner.see_logits = lambda logits, kept=seen[name]: kept.append(logits.clone())
+        each.generate("r", list(range(30)))
+    assert all(torch.equal(*pair) for pair in zip(*seen.values(), strict=True))
