@@ -6,9 +6,10 @@ Plain values, so that no exception class and no engine object has to survive pic
 from __future__ import annotations
 
 from collections.abc import AsyncIterable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 from deployments.origin import NO_ORIGIN, Origin
+from engine.adapters import with_adapter
 from engine.cache_view import CacheView
 from engine.core.retention import ConversationCache, RetentionOutcome
 from engine.errors import PensieveError
@@ -23,7 +24,7 @@ class GenerationRequest(Generation):
     stream: deltas as they come; else one delta with the whole answer.
     begun_by: AsyncEngine.identity of the engine that gave the beginning; one of another identity does not go on from there.
     returns_transcript: the last delta is to bring what was said.
-    model: which one is asked, if there are several; empty = the first one.
+    model: which one is asked, if there are several; empty = the first one. An adapter's name is one, too.
     origin: the HTTP request that it is for.
     """
 
@@ -34,6 +35,11 @@ class GenerationRequest(Generation):
     returns_transcript: bool = False
     model: str = ""
     origin: Origin = NO_ORIGIN
+
+    @property
+    def routing_key(self) -> str:
+        """What it is routed by: the session, with its adapter."""
+        return with_adapter(self.session_id, self.adapter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +89,23 @@ class ModelCard:
 
     model_name: what clients ask for. max_model_len: the window in tokens, prompt and answer. max_num_requests: as many
     may run and wait in one replica; it rejects the next one. warnings: what an operator should see to although it serves.
+    adapters: names that clients may ask for besides, of the adapters that are loaded.
+    may_load_adapters: whether others may be loaded at run time.
+    adapter: which of them this is the card of; empty = the model itself. parent: the model's own name then.
     """
 
     model_name: str
     max_model_len: int
     max_num_requests: int
     warnings: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    may_load_adapters: bool = False
+    adapter: str = ""
+    parent: str | None = None
+
+    def of_adapter(self, name: str) -> ModelCard:
+        """The same of one of its adapters."""
+        return replace(self, model_name=name, adapter=name, parent=self.model_name, adapters=())
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from deployments.cluster.replica_count import replica_count
 from deployments.completions.routes import add_completion_routes
 from deployments.completions.tokens import add_token_routes
 from deployments.conversation_cache import add_conversation_cache_routes
+from deployments.http.adapters import add_adapter_routes
 from deployments.http.admission import Admission
 from deployments.http.errors import EXCEPTION_HANDLERS
 from deployments.http.gate import Gate
@@ -216,6 +217,7 @@ def create_app(
     add_cache_routes(app, gate, engine, demo=config.demo)
     if config.page:
         add_page(app)
+    add_adapter_routes(app, gate, engine)
     add_model_routes(app, gate, engine.model_card, engine.model_cards)
     add_status_routes(app, Coalesced(check_ready, ready_period_s), lambda: [*upkeep.warnings, *replica_warnings])
     add_load_routes(app, gate, Coalesced(engine.load, ready_period_s), application_metrics)

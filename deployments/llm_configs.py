@@ -76,7 +76,7 @@ class LLMConfig(_Args):
     @classmethod
     def _check_adapters(cls, value: Any) -> None:
         if value is not None:
-            raise ValueError("adapters are not served; merge them into the model")
+            raise ValueError("name adapters, or adapter_folder, in engine_kwargs; see docs/adapters.md")
 
     @model_validator(mode="after")
     def _check_whole(self) -> LLMConfig:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray import serve
 
+from deployments.cluster.adapters import wanted_adapters
 from deployments.cluster.autoscaling import KV_USE, SEATS, WAITING_TOKENS
 from deployments.cluster.replica_feed import PEER_ADDRESS, follow_replicas, join_network
 from deployments.cluster.start_failure import start_error
@@ -39,7 +40,7 @@ from deployments.traces import ReplicaTraces, start_tracing
 from engine.cache_view import CacheQuery
 from engine.config import EngineConfig
 from engine.core.retention import ConversationCache, RetentionHint
-from engine.errors import EngineStoppedError, PensieveError
+from engine.errors import AdapterError, EngineStoppedError, PensieveError
 from engine.peer_network import PeerNetwork
 from engine.text.output import OutputDelta, merge_deltas, with_unix_time
 
@@ -85,6 +86,7 @@ class LLMServer:
         drain_s: float = 0.0,
         join_network: Callable[[], PeerNetwork] = join_network,
         traces: str = "off",
+        wanted_adapters: Callable[[], dict[str, str]] = wanted_adapters,
     ) -> None:
         """Blocking. Raises EngineStartError; Serve tries again, keeps the replicas that it has, and tells the reason."""
         self._is_started = False
@@ -111,6 +113,11 @@ class LLMServer:
         self._peers: Peers | None = None
         if network is not None and self._engine.peer_address is not None:
             self._peers = Peers(network.peer_id, drain_s, self._engine.set_peers)
+        # Of those that were loaded at run time: their folders, and why some are not there.
+        self._run_time_adapters: dict[str, str] = {}
+        self._adapter_problems: dict[str, str] = {}
+        self._adjusting = asyncio.Lock()
+        self._wanted_adapters = wanted_adapters
         self._following: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._is_started = True
@@ -134,7 +141,10 @@ class LLMServer:
 
         Pieces come fewer and larger than the engine makes them: in the pauses the engine merges what comes.
         """
-        if request.beginning is not None and request.begun_by != self._engine.identity:
+        if request.adapter and request.adapter not in self._engine.adapter_names:
+            await self.adjust_adapters()  # it was loaded while this replica was not there
+        identity = self._engine.identity_with(request.adapter)
+        if request.beginning is not None and request.begun_by != identity:
             yield ErrorItem.of(ModelReplacedError("a deploy replaced the model during this answer; ask again"))
             return
         answer = self._engine.generate(request)
@@ -156,12 +166,12 @@ class LLMServer:
                     if not is_speaking:
                         is_speaking = True
                         self._num_speaking += 1
-                    yield self._item(delta, request, rank)
+                    yield self._item(delta, request, rank, identity)
                     if delta.finish_reason is None:
                         await asyncio.sleep(max(self._stream_interval_s, self._num_speaking * MESSAGE_INTERVAL_S))
             if parts:
                 whole = replace(merge_deltas(parts), prompt_transcript=None)  # nothing of it will be resumed
-                yield self._item(whole, request, rank)
+                yield self._item(whole, request, rank, identity)
         except PensieveError as error:
             yield ErrorItem.of(error)
         except Exception:
@@ -171,11 +181,12 @@ class LLMServer:
         finally:
             self._num_speaking -= is_speaking
 
-    def _item(self, delta: OutputDelta, request: GenerationRequest, rank: int) -> DeltaItem:
+    @staticmethod
+    def _item(delta: OutputDelta, request: GenerationRequest, rank: int, identity: str) -> DeltaItem:
         """A piece as it travels. A transcript is as long as the conversation: it stays here unless the ingress keeps it."""
         if delta.transcript is not None and not request.returns_transcript:
             delta = replace(delta, transcript=None)
-        return DeltaItem(delta, rank, self._engine.identity)
+        return DeltaItem(delta, rank, identity)
 
     async def describe(self) -> ModelCard:
         """Also the sign of life that readiness asks for. Raises EngineStoppedError if the engine is dead."""
@@ -185,7 +196,42 @@ class LLMServer:
             f"replica {self.replica_rank()}: the {tier} tier is not used at present, and is tried again: {why}"
             for tier, why in self._engine.tier_problems().items()
         )
-        return ModelCard(self._engine.model_name, self._engine.max_model_len, max_num_requests, warnings)
+        if self._config.adapter_folder is not None:
+            await self.adjust_adapters()
+        warnings += tuple(f"replica {self.replica_rank()}: {why}" for why in self._adapter_problems.values())
+        names = self._engine.adapter_names
+        return ModelCard(
+            self._engine.model_name,
+            self._engine.max_model_len,
+            max_num_requests,
+            warnings,
+            names,
+            may_load_adapters=self._config.adapter_folder is not None,
+        )
+
+    async def adjust_adapters(self) -> dict[str, str]:
+        """Load and unload adapters until they are those that the application is to have; why some could not be, by name.
+
+        Which these are lies in Ray's control store, so that a replica that starts later has them, too.
+        """
+        if self._config.adapter_folder is None:
+            return {}
+        async with self._adjusting:
+            wanted, configured = await asyncio.to_thread(self._wanted_adapters), self._config.adapters or {}
+            self._adapter_problems = {}
+            for name in self._engine.adapter_names:
+                if name not in configured and wanted.get(name) != self._run_time_adapters.get(name):
+                    await self._engine.unload_adapter(name)
+                    del self._run_time_adapters[name]
+            for name, folder in wanted.items():
+                if name in self._engine.adapter_names:
+                    continue
+                try:
+                    await self._engine.load_adapter(name, folder)
+                    self._run_time_adapters[name] = folder
+                except AdapterError as error:
+                    self._adapter_problems[name] = error.message
+            return dict(self._adapter_problems)
 
     async def get_statistics(self) -> dict[str, Any]:
         replica_id = serve.get_replica_context().replica_id.unique_id

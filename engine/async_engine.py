@@ -18,11 +18,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine.adapters import LoadedAdapters, adapter_of
 from engine.answer_grammar import thinking_span
 from engine.answer_grammars import AnswerGrammars
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
@@ -99,6 +101,7 @@ class AsyncEngine:
             )
             kept = KeptState(config, executor, number, network, self._tokenizer.cut_tokens)
             self._core = make_core(config, executor, kept.specs)
+            self._adapters = LoadedAdapters(config, executor, self.model_name)
             self._kv_events: KvEventPublisher | None = None
             if config.kv_events_endpoint is not None:
                 size = self._core.cache_config.chunk_size
@@ -134,11 +137,15 @@ class AsyncEngine:
         executor.use_grammars(self._grammars)
         self._outputs = OutputProcessor(self._core, self._tokenizer, self._conversations)
         look_ahead = choose_look_ahead(config.async_scheduling, executor)
-        peers = kept.join(self._core, lambda command: self._thread.put(command))
+
+        def adapter_identity(conversation_id: str) -> str:
+            return self._adapters.identity_of(adapter_of(conversation_id))
+
+        peers = kept.join(self._core, lambda command: self._thread.put(command), adapter_identity)
         loop = StepLoop(self._core, executor, self._outputs, time.monotonic, look_ahead, kept.transport, peers)
         log = StatisticsLog(self.get_statistics)
         self._retention = ConversationRetention(
-            self._core, self._conversations, self._call, time.monotonic, config.kv_hints
+            self._core, self._conversations, self._call, time.monotonic, config.kv_hints, adapter_identity
         )
         if config.kv_hints != "off":
             self._outputs.note_end = self._retention.note_end
@@ -151,7 +158,7 @@ class AsyncEngine:
         kept.run(self._core, self._thread.put)
         if self._kv_events is not None:
             self._kv_events.start(lambda: self._thread.submit(lambda: self._core.watch_chunks().take()))
-        self._cache_watch = CacheWatch(self._core, self._conversations, self._call, time.monotonic)
+        self._cache_watch = CacheWatch(self._core, self._conversations, self._call, time.monotonic, adapter_identity)
         self._is_shut_down = False
 
     async def generate(self, generation: Generation) -> AsyncIterator[OutputDelta]:
@@ -161,11 +168,18 @@ class AsyncEngine:
         at fault, OverloadedError before it if too many requests wait, EngineError at any time if the engine is at fault.
         """
         self.check_health()
-        begin_s, asked_s = time.time(), time.monotonic()
         if generation.only_encodes:
             yield await self._encode_only(generation)
             return
-        stream, prompt = await self._open(generation)
+        with self._adapters.used_by_request(generation.adapter, self._forget_adapter) as adapter:
+            async with aclosing(self._answer(generation, adapter)) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    async def _answer(self, generation: Generation, adapter: str) -> AsyncGenerator[OutputDelta, None]:
+        """adapter: its identity, held meanwhile."""
+        begin_s, asked_s = time.time(), time.monotonic()
+        stream, prompt = await self._open(generation, adapter)
         elsewhere = await self._kept.chunks_elsewhere(stream.request)
         is_first, is_finished, num_output_tokens = True, False, 0
         try:
@@ -192,6 +206,29 @@ class AsyncEngine:
             if self._recorder is not None:
                 tenant_id, prompt_ids = generation.tenant.tenant_id, stream.prompt.token_ids
                 self._recorder.record(tenant_id, generation.conversation_id, prompt_ids, num_output_tokens, begin_s)
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """What Generation.adapter may be, besides empty."""
+        return self._adapters.names
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Load an adapter beside the requests; see docs/adapters.md. Raises AdapterError.
+
+        folder: below the option adapter_folder.
+        """
+        await asyncio.to_thread(self._adapters.load, name, folder)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Take no further request with an adapter. Raises AdapterError.
+
+        Those that it has go on; when the last one ends, the adapter's memory is freed.
+        """
+        self._forget_adapter(self._adapters.unload(name))
+
+    def identity_with(self, adapter: str) -> str:
+        """`identity` of the model with an adapter, by its name as of now."""
+        return f"{self.identity} {self._adapters.identity_of(adapter)}" if adapter else self.identity
 
     @property
     def has_chat_template(self) -> bool:
@@ -366,7 +403,7 @@ class AsyncEngine:
         scores = None if generation.sampling.prompt_logprobs is None else stream.prompt_logprobs
         return await tell_prompt_in_time(self._tokenizer, prompt.token_ids, prompt.text, scores, is_text=is_text)
 
-    async def _open(self, generation: Generation) -> tuple[Stream, EncodedPrompt]:
+    async def _open(self, generation: Generation, adapter: str) -> tuple[Stream, EncodedPrompt]:
         """A stream for the answer, and the prompt."""
         sampling, beginning = generation.sampling, generation.beginning
         prompt = await self._encode(generation)
@@ -395,6 +432,7 @@ class AsyncEngine:
             sampling,
             conversation_id=generation.conversation_id,
             tenant=generation.tenant.tenant_id,
+            adapter=adapter,
             weight=generation.tenant.weight,
             eos_token_ids=self._eos_token_ids,
             output_token_ids=() if beginning is None else beginning.token_ids,
@@ -403,6 +441,7 @@ class AsyncEngine:
                 prompt.transcript.token_ids,
                 generation.tenant.tenant_id,
                 self._core.cache_config.chunk_size,
+                adapter,
             ),
             retention=hint or self._retention.hint_for(generation.conversation_id),
             is_prewarm=generation.prewarms,
@@ -457,6 +496,12 @@ class AsyncEngine:
         if shed:
             message = "dropped from the queue: this tenant exceeds its share of it; try again later"
             self._outputs.fail(shed, OverloadedError(message))
+
+    def _forget_adapter(self, identity: str) -> None:
+        """Unload it, unless it is used still, behind the commands that end its requests."""
+        self._thread.put(
+            lambda: self._adapters.forget(identity, lambda: self._core.abort_adapter(identity, time.monotonic()))
+        )
 
     async def _call(self, function: Callable[[], Any]) -> Any:
         """Run `function` in the engine thread between two steps; its result or exception."""

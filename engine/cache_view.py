@@ -107,8 +107,15 @@ class CacheWatch:
     """Looks at one engine's cache. Remembers the names of chunks of the conversations shown last."""
 
     def __init__(
-        self, core: EngineCore, conversations: ConversationTable, call: Call, clock: Callable[[], float]
+        self,
+        core: EngineCore,
+        conversations: ConversationTable,
+        call: Call,
+        clock: Callable[[], float],
+        adapter_identity: Callable[[str], str] = lambda _: "",
     ) -> None:
+        """adapter_identity: of a conversation's adapter, by the conversation's name; "" = the model alone."""
+        self._adapter_identity = adapter_identity
         self._core = core
         self._conversations = conversations
         self._call = call
@@ -165,7 +172,12 @@ class CacheWatch:
                 named[conversation_id] = before
                 continue
             keys = context_keys(
-                branch.token_ids, model=config.model, tenant=tenant, chunk_size=config.chunk_size, max_chunks=MAX_CHUNKS
+                branch.token_ids,
+                model=config.model,
+                tenant=tenant,
+                adapter=self._adapter_identity(conversation_id),
+                chunk_size=config.chunk_size,
+                max_chunks=MAX_CHUNKS,
             )
             named[conversation_id] = branch, keys
         return named
@@ -185,7 +197,7 @@ class CacheWatch:
                 owners.setdefault(key, conversation_id)
 
         def names(conversation_id: str) -> tuple[str, str]:
-            return chosen[conversation_id][0], conversation_id.partition("\n")[2] or conversation_id
+            return chosen[conversation_id][0], _shown_session(conversation_id)
 
         def row(conversation_id: str, context: MappedContext) -> ConversationView:
             return ConversationView(*names(conversation_id), context.status, context.num_chunks, context.cells)
@@ -235,3 +247,8 @@ class CacheWatch:
                 ("new", stats.num_new_tokens),
             )
         }
+
+
+def _shown_session(conversation_id: str) -> str:
+    """What is shown of a conversation's name: the session, with its adapter if there is one."""
+    return (conversation_id.partition("\n")[2] or conversation_id).replace("\n", " @ ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.adapters import with_adapter
 from engine.core.request import SamplingParams
 from engine.core.retention import RetentionHint
 from engine.dialogue.tools import AS_THE_MODEL_LIKES, ToolChoice
@@ -28,6 +29,7 @@ class Generation:
         in the text then, for its parser to take out.
     tool_choice: which of the prompt's tools the answer has to call; with return_answer_format only, as strict tools are.
     has_parallel_calls: where calls are forced or strict, the answer may make several; of a named function it makes one.
+    adapter: the name of a loaded adapter; empty = the model alone. A session with another adapter is another conversation.
     tenant: two tenants share nothing.
     history: what the conversation has said, for an engine that has not heard it.
     beginning: an answer to go on from; counts of the deltas include it, their texts and tokens do not.
@@ -66,13 +68,16 @@ class Generation:
     explains_misses: bool = False
     explains: bool = False
     log_id: str = ""
+    adapter: str = ""
 
     @property
     def conversation_id(self) -> str | None:
         """The session's name among all tenants'; None = no conversation."""
-        return None if self.session_id is None else conversation_name(self.tenant, self.session_id)
+        if self.session_id is None:
+            return None
+        return conversation_name(self.tenant, with_adapter(self.session_id, self.adapter))
 
 
 def conversation_name(tenant: Tenant, session_id: str) -> str:
-    """A session's name among all tenants'."""
+    """A session's name among all tenants'. session_id: with its adapter, see with_adapter."""
     return f"{tenant.tenant_id}\n{session_id}"

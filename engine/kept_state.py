@@ -74,14 +74,17 @@ class KeptState:
         transports: dict[str, Transport] = {tier.spec.name: tier for tier in tiers}
         self.transport = Transports(transports) if transports else None
 
-    def join(self, core: EngineCore, put: Callable[[Callable[[], None]], None]) -> PeerAnswers | None:
+    def join(
+        self, core: EngineCore, put: Callable[[Callable[[], None]], None], adapter_identity: Callable[[str], str]
+    ) -> PeerAnswers | None:
         """Take the engine's core; before it steps. Returns what the core's answers to peers go to, if there are peers.
 
         put: runs a command in the engine thread, between two steps.
+        adapter_identity: of a conversation's adapter, by the conversation's name; "" = the model alone.
         """
         if self._peers is None or core.handover is None:
             return None
-        self._link = PeerLink(self._peers, core.handover, core.cache_config, self.conversations, put)
+        self._link = PeerLink(self._peers, core.handover, core.cache_config, self.conversations, put, adapter_identity)
         return self._link
 
     def run(self, core: EngineCore, put: Callable[[Callable[[], None]], None]) -> None:

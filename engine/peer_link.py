@@ -56,8 +56,14 @@ class PeerLink:
         config: CacheConfig,
         conversations: ConversationTable,
         put: Callable[[Callable[[], None]], None],
+        adapter_identity: Callable[[str], str] = lambda _: "",
     ) -> None:
-        """put: runs a command in the engine thread, between two steps."""
+        """Nothing is asked yet.
+
+        put: runs a command in the engine thread, between two steps.
+        adapter_identity: of a conversation's adapter, by the conversation's name; "" = the model alone.
+        """
+        self._adapter_identity = adapter_identity
         self._tier = tier
         self._handover = handover
         self._config = config
@@ -189,6 +195,7 @@ class PeerLink:
                 branch.token_ids,
                 model=config.model,
                 tenant=conversation_id.partition("\n")[0],
+                adapter=self._adapter_identity(conversation_id),
                 chunk_size=config.chunk_size,
                 max_chunks=MAX_OFFERED_CHUNKS,
             )

@@ -40,6 +40,7 @@ class _Expected:
 
     when_s: float
     tenant: str
+    adapter: str
     weight: float
     chunk_keys: Sequence[bytes] = ()
 
@@ -51,9 +52,21 @@ class ConversationRetention:
     """
 
     def __init__(
-        self, core: EngineCore, conversations: ConversationTable, call: Call, clock: Callable[[], float], mode: str
+        self,
+        core: EngineCore,
+        conversations: ConversationTable,
+        call: Call,
+        clock: Callable[[], float],
+        mode: str,
+        adapter_identity: Callable[[str], str] = lambda _: "",
     ) -> None:
-        """call: runs a function in the engine thread. mode: see CacheOptions.kv_hints."""
+        """Nothing is known yet.
+
+        call: runs a function in the engine thread.
+        mode: see CacheOptions.kv_hints.
+        adapter_identity: of a conversation's adapter, by the conversation's name; "" = the model alone.
+        """
+        self._adapter_identity = adapter_identity
         self.learns = mode == "learned"
         self._fills_holes = mode != "off"
         self._core = core
@@ -108,6 +121,7 @@ class ConversationRetention:
             token_ids,
             model=config.model,
             tenant=_tenant_of(conversation_id),
+            adapter=self._adapter_identity(conversation_id),
             chunk_size=config.chunk_size,
             max_chunks=-(-len(token_ids) // config.chunk_size),
         )
@@ -135,7 +149,9 @@ class ConversationRetention:
                 expected_s = learned_s
                 self._core.expect_use(request, now + learned_s, now)
         if expected_s is not None and self._fills_holes and len(self._expected) < MAX_EXPECTED:
-            self._expected[request.conversation_id] = _Expected(now + expected_s, request.tenant, request.weight)
+            self._expected[request.conversation_id] = _Expected(
+                now + expected_s, request.tenant, request.adapter, request.weight
+            )
 
     def fill_holes(self) -> bool:
         """Queue a request that computes what is missing of a conversation that is expected soon; False if nothing is.
@@ -148,7 +164,8 @@ class ConversationRetention:
         soon = ((name, each) for name, each in self._expected.items() if each.when_s <= now + REFILL_S)
         for conversation_id, expected in heapq.nsmallest(MAX_LOOKED_AT, soon, key=lambda entry: entry[1].when_s):
             branch = self._branch_of(conversation_id)
-            if branch is None:
+            # An adapter that was unloaded, or is another one by now, cannot compute it.
+            if branch is None or expected.adapter != self._adapter_identity(conversation_id):
                 del self._expected[conversation_id]
                 continue
             request = Request(
@@ -157,6 +174,7 @@ class ConversationRetention:
                 SamplingParams(temperature=0.0),
                 conversation_id=conversation_id,
                 tenant=expected.tenant,
+                adapter=expected.adapter,
                 weight=expected.weight,
                 chunk_keys=expected.chunk_keys,
                 reuse=Reuse(expected_use_s=expected.when_s - now),

@@ -42,6 +42,7 @@ ERRORS: Mapping[type[PensieveError], Wire] = {
     engine.RequestError: Wire(400, INVALID, None),
     engine.InvalidParameterError: Wire(400, INVALID, "invalid_value"),
     engine.GrammarFailedError: Wire(400, INVALID, "grammar_failed"),
+    engine.AdapterError: Wire(400, INVALID, "adapter_not_loadable"),
     engine.ContextLengthError: Wire(400, INVALID, "context_length_exceeded"),
     ours.MalformedBodyError: Wire(400, INVALID, None),
     ours.MissingParameterError: Wire(400, INVALID, "missing_required_parameter"),

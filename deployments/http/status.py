@@ -93,4 +93,5 @@ def _model(card: ModelCard, created: int) -> dict[str, Any]:
         "created": created,
         "owned_by": "pensieve",
         "max_model_len": card.max_model_len,
+        **({} if card.parent is None else {"parent": card.parent}),
     }

@@ -16,6 +16,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from deployments.cluster.adapters import AdapterRecords
 from deployments.cluster.refreshed import Refreshed
 from deployments.engine_log import keep_request_id, named
 from deployments.errors import NoReplicaError
@@ -38,7 +39,7 @@ from deployments.routing.replica_failures import REPLICA_LOST, as_engine_error
 from deployments.routing.resumption import Progress, Retries
 from engine.cache_view import CacheQuery
 from engine.core.retention import RetentionHint
-from engine.errors import EngineStoppedError, OverloadedError
+from engine.errors import AdapterError, EngineStoppedError, OverloadedError
 from engine.generation import conversation_name
 from engine.tenant import Tenant
 
@@ -46,6 +47,8 @@ logger = logging.getLogger("ray.serve")
 
 # Least time between two questions about the loads of all replicas, in seconds; asked only when requests come.
 LOADS_PERIOD_S = 0.5
+# How long the replicas may take to load an adapter, in seconds. They try again later.
+LOAD_TIMEOUT_S = 60.0
 
 
 class EngineClient:
@@ -86,17 +89,17 @@ class EngineClient:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(62)))
         progress, retries = Progress(request), Retries(self._num_fallback_replicas)
         journey = Journey(request, time.monotonic(), time.time())
-        num_passed = self._num_passed_over(request.session_id)
+        num_passed = self._num_passed_over(request.routing_key)
         while True:
             journey.ask(time.monotonic())
             with _Call(self._handle, progress.rest_of_request(), num_passed, self._presence) as call:
                 while isinstance(item := await call.next(), DeltaItem):
                     retries.note_delta()
-                    is_home = None if item.delta.explanation is None else self._is_home(request.session_id, item)
+                    is_home = None if item.delta.explanation is None else self._is_home(request.routing_key, item)
                     item = journey.note(item, is_home, time.monotonic())
                     if item.delta.finish_reason is not None:
                         num_tokens = item.delta.num_prompt_tokens + item.delta.num_output_tokens
-                        self._sizes.note(request.session_id, num_tokens, item.replica_rank)
+                        self._sizes.note(request.routing_key, num_tokens, item.replica_rank)
                     yield progress.note(item)
             if item is None or progress.is_finished:
                 return
@@ -130,6 +133,36 @@ class EngineClient:
     async def model_card(self) -> ModelCard:
         """See Presence.model_card."""
         return await self._presence.model_card()
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """In all replicas, also in those that start later; in none if one of them cannot. Raises AdapterError."""
+        records = self._adapter_records()
+        if not await asyncio.to_thread(records.add, name, folder):
+            raise AdapterError(f"an adapter {name!r} is loaded already; unload it first", param="lora_name")
+        problems = await self._adjust_adapters()
+        if why := next((found[name] for found in problems if name in found), None):
+            await asyncio.to_thread(records.remove, name)
+            await self._adjust_adapters()
+            raise AdapterError(why, param="lora_path")
+
+    async def unload_adapter(self, name: str) -> None:
+        """In all replicas; requests that have it go on. Raises AdapterError."""
+        if not await asyncio.to_thread(self._adapter_records().remove, name):
+            raise AdapterError(
+                f"no adapter {name!r} was loaded by this endpoint; those of the configuration stay", param="lora_name"
+            )
+        await self._adjust_adapters()
+
+    async def _adjust_adapters(self) -> list[dict[str, str]]:
+        """Of each replica that answers, why which adapters could not be loaded."""
+        answers: list[Any] = await self._handle.broadcast("adjust_adapters").results_async(
+            timeout_s=LOAD_TIMEOUT_S, return_exceptions=True
+        )
+        await self._presence.look_again()
+        return [answer for answer in answers if isinstance(answer, dict)]
+
+    def _adapter_records(self) -> AdapterRecords:
+        return AdapterRecords(self._handle.app_name, self._handle.deployment_name)
 
     def choose_session_id(self, candidates: Sequence[str]) -> str:
         """For a session that begins: of these ids, the one whose home is the least loaded as far as is known here.
@@ -230,7 +263,7 @@ class _Call:
         """num_refusals: how many of the session's choices are passed over."""
         self._request_id, self._log_id = request.request_id, request.origin.request_id
         self._presence = presence
-        name = routing_name(request.session_id, num_refusals)
+        name = routing_name(request.routing_key, num_refusals)
         keep_request_id(self._log_id)
         self._responses = handle.options(stream=True, session_id=name).generate.remote(request)
         self._items = aiter(self._responses)

@@ -80,6 +80,10 @@ class Presence:
             self._look.start()
         return self._card
 
+    async def look_again(self) -> None:
+        """Ask the replicas what they serve now, although that was asked a moment ago."""
+        await self._ask_replicas()
+
     async def wait(self) -> None:
         """Until a replica is there. Raises NoReplicaError when that takes too long, or none is to be expected."""
         start_s = time.monotonic()
@@ -123,7 +127,11 @@ class Presence:
         cards = [answer for answer in answers if isinstance(answer, ModelCard)]
         card = None
         if cards:
-            card = replace(cards[0], warnings=tuple(sorted(warning for each in cards for warning in each.warnings)))
+            card = replace(
+                cards[0],
+                warnings=tuple(sorted(warning for each in cards for warning in each.warnings)),
+                adapters=tuple(dict.fromkeys(name for each in cards for name in each.adapters)),
+            )
             self._card, self._card_s = card, time.monotonic()
         if card is not None or is_busy:
             self._absent_since_s = None

@@ -335,6 +335,11 @@ class EngineCore:
         else:
             self._abort(request_id, now)
 
+    def abort_adapter(self, adapter: str, now: float) -> None:
+        """End all requests that use an adapter, such as those that prepare a context."""
+        for request_id in [each.request_id for each in self._requests.values() if each.adapter == adapter]:
+            self.abort(request_id, now)
+
     def stop(self, request_id: str, now: float, *, num_kept_output_tokens: int | None = None) -> RequestStats | None:
         """End a request whose answer is complete for a reason that the core does not see (a stop string).
 
