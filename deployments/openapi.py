@@ -17,6 +17,7 @@ from deployments.cache_map import HoldBody, MapQuery
 from deployments.completions.requests import ChatCompletionBody, CompletionBody
 from deployments.completions.tokens import DetokenizeBody, TokenizeBody
 from deployments.conversation_cache import CacheHintBody
+from deployments.http.adapters import LoadAdapterBody, UnloadAdapterBody
 from deployments.http.parsing import Body, Query
 from deployments.messages.requests import CountTokensBody, MessagesBody
 from deployments.responses.conversation_requests import (
@@ -158,6 +159,16 @@ _OPERATIONS: Mapping[tuple[str, str], _Operation] = {
         body=TokenizeBody,
     ),
     ("POST", "/detokenize"): _Operation("The text of tokens", _fields("prompt"), _GENERATION, body=DetokenizeBody),
+    ("POST", "/v1/load_lora_adapter"): _Operation(
+        "Load an adapter in all replicas", {"type": "string"}, (404, 503), body=LoadAdapterBody, media_type="text/plain"
+    ),
+    ("POST", "/v1/unload_lora_adapter"): _Operation(
+        "Take no further request with an adapter",
+        {"type": "string"},
+        (404, 503),
+        body=UnloadAdapterBody,
+        media_type="text/plain",
+    ),
     ("POST", "/v1/messages"): _Operation(
         "Answer a chat, as Anthropic's API does",
         {"type": "object", "properties": {"type": {"const": "message"}}, "required": [*_MESSAGE]},

@@ -47,6 +47,7 @@ class FakeEngine:
     model_name = "tiny"
     identity = "tiny's weights and tokenizer"
     max_model_len = 100
+    adapter_names: tuple[str, ...] = ()
     token_compute_s = (0.5, 0.25)
     token_pull_s = 0.125
 
@@ -64,6 +65,9 @@ class FakeEngine:
         self.peer_address: tuple[str, int] | None = None
         self.peers: Mapping[str, tuple[str, int]] = {}
         self.problems: dict[str, str] = {}
+
+    def identity_with(self, adapter: str) -> str:
+        return f"{self.identity} {adapter}".strip()
 
     async def generate(self, generation: Generation) -> AsyncIterator[OutputDelta]:
         self.calls.append(generation)

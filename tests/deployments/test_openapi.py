@@ -98,6 +98,7 @@ LEFT_OUT = {
 # vocabulary.
 REFUSALS = re.compile(
     r"^stream_options: only allowed when stream is true$"
+    r"|^adapters of '.*' are not loaded while the server runs"
     r"|^top_logprobs: only allowed when logprobs is true$"
     r"|^max_tokens: conflicts with max_completion_tokens"
     r"|^previous_response_id: cannot be combined with conversation"

@@ -21,6 +21,14 @@ BOUNDS = [
         ["auto", "cpu", "cuda", "cuda:0", "cuda:12"],
         ["gpu", "cuda:", "cuda:a", "cuda:-1", "cuda:0 ", "", 0, None],
     ),
+    (
+        "adapters",
+        [{}, {"pirate": "/adapters/pirate"}, {"a/b:c.d-e_f": "x"}, None],
+        [[], "pirate=x", {"": "x"}, {"a b": "x"}, {"a": ""}, {"a": 1}, {1: "x"}, {str(i): "x" for i in range(9)}],
+    ),
+    ("adapter_folder", ["/adapters", None], ["", 1, True]),
+    ("max_adapters", [1, 100], [0, -1, None, 2.0, "4"]),
+    ("max_lora_rank", [1, 64, 1024], [0, 1025, None, 8.0]),
     ("max_model_len", [1, None, 4096], [0, -1, 1.5, "512", True]),
     ("chunk_size", [1, 32], [0, -4, None, 2.0, "32", True]),
     ("num_gpu_blocks", [1, None], [0, -1, 3.0, "4", False]),
@@ -120,7 +128,7 @@ def test_integers_stand_for_floats_as_yaml_gives_them():
     [
         ("chunksize", "did you mean 'chunk_size'?"),
         ("max-num-seqs", "did you mean 'max_num_seqs'?"),
-        ("colour", "known are async_scheduling, attention_backend, .*, write_through"),
+        ("colour", "known are adapter_folder, adapters, .*, write_through"),
         ("block_size", "it is called 'chunk_size' here"),
         ("n_ctx", "it is called 'max_model_len' here"),
         ("ctx-size", "it is called 'max_model_len' here"),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from engine.core.request import SamplingParams
-from engine.errors import ExecutorError
+from engine.errors import AdapterError, ExecutorError
+from engine.executor.lora.peft_files import LinearShape, read_adapter
 from engine.step_loop import LookAhead
 from tests.engine.test_equivalence import assert_same_tokens
-from tests.lora import merge_adapter, save_adapter
+from tests.lora import linear_layers, merge_adapter, save_adapter
 
 OPTIONS = {"chunk_size": 8, "max_num_batched_tokens": 48, "max_num_seqs": 5, "max_model_len": 200}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, logprobs=2, ignore_eos=True)
@@ -173,3 +178,95 @@ def test_steps_without_adapters_are_those_of_the_model_alone(tiny_model, tmp_pat
         each.executor.runner.see_logits = lambda logits, kept=seen[name]: kept.append(logits.clone())
         each.generate("r", list(range(30)))
     assert all(torch.equal(*pair) for pair in zip(*seen.values(), strict=True))
+
+
+@pytest.mark.parametrize(("family", "size"), [("phi3", 2), ("gpt2", 2), ("llama", 4)])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with GPUs each rank takes one")
+def test_ranks_of_a_group_add_their_parts(family, size, tiny_model, tmp_path, make_driver):
+    model = tiny_model(family)
+    folder = str(save_adapter(model, tmp_path / "a", 1, "all-linear"))
+    answers = []
+    for ranks in (1, size):
+        driver = make_driver(model, num_gpu_blocks=60, tensor_parallel_size=ranks, adapters={"a": folder}, **OPTIONS)
+        identity = driver.executor.load_adapter(folder)
+        for number in range(4):
+            driver.add(
+                f"r{number}", list(range(number, 40 + number)), sampling=GREEDY, adapter=identity if number % 2 else ""
+            )
+        driver.run()
+        answers.append(driver)
+    for number in range(4):
+        assert assert_same_tokens(answers[1], answers[0], f"r{number}") == 0
+        compare_logprobs(answers[1].outputs[f"r{number}"], answers[0].outputs[f"r{number}"])
+    (Path(folder) / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(AdapterError, match="cannot be read"):  # and the group goes on
+        driver.executor.load_adapter(folder)
+    driver.executor.unload_adapter(identity)
+    driver.generate("after", [1, 2, 3])
+
+
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"r": 0}, "r in adapter_config.json"),
+        ({"r": 128, "target_modules": ["q_proj"]}, "max_lora_rank is 64"),
+        ({"r": 8}, "has the shape"),
+        ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern"),
+        ({"alpha_pattern": [1]}, "alpha_pattern"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"target_modules": ["embed_tokens"]}, "none of the model's linear layers"),
+        ({"target_modules": ["lm_head"]}, "none of the model's linear layers"),
+        ({"target_modules": "("}, "target_modules"),
+        (
+            {"target_modules": ["q_proj", "v_proj"]},
+            "lacks base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight",
+        ),
+        ({"layers_to_transform": [0]}, "has 4 tensors that are none of a linear layer that is targeted"),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(fields, message, tiny_model, tmp_path):
+    """An adapter of all layers' q_proj, of which the configuration says something else."""
+    shapes = {name: LinearShape(*shape) for name, shape in linear_layers(make_model(tiny_model)).items()}
+    folder = save_adapter(tiny_model("llama"), tmp_path / "a", 1, ["q_proj"])
+    assert len(read_adapter(folder, shapes, 64).layers) == 3
+    (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **fields}))
+    with pytest.raises(AdapterError, match=re.escape(message)):
+        read_adapter(folder, shapes, 64)
+
+
+def test_patterns_choose_layers_ranks_and_scales(tiny_model, tmp_path):
+    """As peft does it."""
+    shapes = {name: LinearShape(*shape) for name, shape in linear_layers(make_model(tiny_model)).items()}
+    folder = save_adapter(
+        tiny_model("llama"),
+        tmp_path / "a",
+        1,
+        ["q_proj", "down_proj"],
+        layers_to_transform=[0, 2],
+        layers_pattern="layers",
+        rank_pattern={"down_proj": 2, r"layers\.2\.self_attn\.q_proj": 16},
+        alpha_pattern={"self_attn.q_proj": 32},
+        exclude_modules=["layers.0.mlp.down_proj"],
+    )
+    found = {name: (layer.a.shape[0], layer.scale) for name, layer in read_adapter(folder, shapes, 64).layers.items()}
+    assert found == {
+        "model.layers.0.self_attn.q_proj": (4, 8.0),
+        "model.layers.2.self_attn.q_proj": (16, 2.0),
+        "model.layers.2.mlp.down_proj": (2, 4.0),
+    }
+
+
+def make_model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
