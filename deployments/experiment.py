@@ -98,7 +98,8 @@ class Case:
 class ClusterOptions:
     """How a case is deployed and driven on a Ray cluster.
 
-    args: of the application (deployments/options.py), besides `engine` and `num_replicas`. port: of Serve's HTTP proxies.
+    args: of the application (deployments/options.py), besides `engine` and `num_replicas`. autoscaling_config: Serve's, of
+    the engine replicas; `num_replicas` is then how many there are at the beginning. port: of Serve's HTTP proxies.
     api: what is sent, one of engine/bench/apis.py. token_ids: first and end of those that `completions` sends.
     ready_timeout_s: for a deployment to be ready. turn_timeout_s: for an answer. drivers_per_node: actors that send the load;
     None = by the number of sessions. max_lag_s: how late they may be; None = see engine/bench/figures.py. metrics_wait_s: how
@@ -106,6 +107,7 @@ class ClusterOptions:
     """
 
     args: Mapping[str, Any] = field(default_factory=dict)
+    autoscaling_config: Mapping[str, Any] | None = None
     port: int = 8000
     api: str = "completions"
     token_ids: tuple[int, int] = (100, 1000)
@@ -294,10 +296,10 @@ def _make_change(value: Any) -> Change:
     if (
         not isinstance(value, Mapping)
         or not value.keys() <= names.keys()
-        or value.get("what") not in ("add", "drain", "lose")
+        or value.get("what") not in ("add", "drain", "lose", "roll")
     ):
         raise ConfigError(
-            "a change must have time_s, what (add, drain or lose), and may have rank, restart_s and start_s; "
+            "a change must have time_s, what (add, drain, lose or roll), and may have rank, restart_s and start_s; "
             f"got {value!r}",
             param="changes",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +36,10 @@ MARGIN = 1.2
 
 def make_cluster(case: Case, seed: int) -> Cluster:
     """Raises ConfigError if a tier would have no block."""
+    if any(change.what == "roll" for change in case.changes):
+        raise ConfigError(
+            "a rolling update is done by Serve, and is measured only; leave --simulate out", param="changes"
+        )
     engine = case.engine
     cost, bytes_per_block = make_cost(case)
     num_gpu_blocks = engine.num_gpu_blocks or int(_gpu_tier_bytes(case) / bytes_per_block)
@@ -143,9 +146,8 @@ def make_sessions(case: Case, seed: int) -> tuple[Iterable[Session], int | None]
         arrivals = Poisson(arrivals.sessions_per_s * factor)
         options.setdefault("num_sessions", max(1, int(arrivals.sessions_per_s * case.duration_s * MARGIN) + 10))
     elif isinstance(arrivals, Ramp):
-        arrivals = replace(arrivals, from_per_s=arrivals.from_per_s * factor, to_per_s=arrivals.to_per_s * factor)
-        most = max(arrivals.from_per_s, arrivals.to_per_s)
-        options.setdefault("num_sessions", max(1, int(most * case.duration_s * MARGIN) + 10))
+        arrivals = arrivals.times(factor)
+        options.setdefault("num_sessions", max(1, int(arrivals.most_per_s * case.duration_s * MARGIN) + 10))
     elif isinstance(arrivals, ClosedLoop):
         arrivals = ClosedLoop(arrivals.num_active * factor)
         options.setdefault("num_sessions", max(1000, 50 * arrivals.num_active))

@@ -48,7 +48,8 @@ class TokensAndKV:
         ]
         if not asked:
             return float(context.target_num_replicas), {}
-        wanted, now = max(asked), context.current_num_replicas
+        # Of those that there should be: while one starts or is replaced, fewer run, and that is no reason to want fewer.
+        wanted, now = max(asked), context.target_num_replicas
         if wanted > now:
             return float(math.ceil(wanted)), {}
         return float(max(1, math.ceil(wanted / self._low)) if wanted < now * self._low else now), {}

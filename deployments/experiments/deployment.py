@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -33,6 +34,9 @@ LOOK_S = 0.5
 # Of Serve's calls, in seconds.
 CALL_TIMEOUT_S = 30.0
 TAKE_DOWN_TIMEOUT_S = 300.0
+# A difference that Serve sees and no client does, in seconds.
+DEFAULT_INTERVAL_S: float = AppArgs.model_fields["stream_interval_s"].default
+ROLL_INTERVAL_S = 1e-6
 # Routings of a case that a cluster can do: our router's, or Serve's own without affinity.
 MEASURED_ROUTINGS = {
     "price_of_moving": "affinity",
@@ -69,6 +73,13 @@ def check_measurable(experiment: Experiment) -> None:
                 "`api: responses-stored` under cluster, and that with no other",
                 param="routing",
             )
+        if experiment.cluster.autoscaling_config is not None and any(
+            change.what in ("add", "drain") for change in case.changes
+        ):
+            raise ConfigError(
+                "with an autoscaling_config Serve says how many replicas there are: leave add and drain out of the changes",
+                param="changes",
+            )
         if varied := {name for name, _ in case.axes} & {"device", "model_shape"}:
             raise ConfigError(
                 f"{sorted(varied)[0]} has several values, but a cluster has its own; run this file with --simulate",
@@ -97,13 +108,26 @@ def serve_config_of(experiment: Experiment, case: Case) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"args of cluster: {error}", param="args") from None
     deployments = [each for each in own.get("deployments") or () if each["name"] != ENGINE]
+    scale: dict[str, Any] = {"num_replicas": case.num_replicas}
+    if experiment.cluster.autoscaling_config is not None:
+        scale = {"autoscaling_config": {**experiment.cluster.autoscaling_config, "initial_replicas": case.num_replicas}}
+        if unknown := scale["autoscaling_config"].keys() - AutoscalingConfig.model_fields.keys():
+            raise ConfigError(
+                f"autoscaling_config of cluster: unknown key {sorted(unknown)[0]}; known are "
+                f"{', '.join(AutoscalingConfig.model_fields)}",
+                param="autoscaling_config",
+            )
+        try:
+            AutoscalingConfig.model_validate(scale["autoscaling_config"])
+        except ValueError as error:
+            raise ConfigError(f"autoscaling_config of cluster: {error}", param="autoscaling_config") from None
     application = {
         "name": APP,
         "route_prefix": "/",
         "import_path": IMPORT_PATH,
         **{name: value for name, value in own.items() if name == "runtime_env"},
         "args": args,
-        "deployments": [{"name": ENGINE, "num_replicas": case.num_replicas}, *deployments],
+        "deployments": [{"name": ENGINE, **scale}, *deployments],
     }
     return {"logging_config": LOGGING, "applications": [application]}
 
@@ -140,28 +164,36 @@ class Deployment:
         self._config = copy.deepcopy(dict(config))
         self._loop = loop
         self._handle: DeploymentHandle | None = None
+        self._args = self._config["applications"][0]["args"]
         self._engine = self._config["applications"][0]["deployments"][0]
 
     def start(self, timeout_s: float) -> None:
         """Returns when all replicas run. Raises DeploymentFailedError."""
         self._deploy()
+        scale = self._engine.get("autoscaling_config") or {"initial_replicas": self._engine["num_replicas"]}
+        num_replicas = scale["initial_replicas"]
         deadline_s = time.monotonic() + timeout_s
         while True:
             status, message = _status()
-            if status == "RUNNING" and len(self.running) == self._engine["num_replicas"]:
+            if status == "RUNNING" and len(self.running) == num_replicas:
                 return
             if status == "DEPLOY_FAILED":
                 raise DeploymentFailedError(f"the application does not come up: {message[-1000:]}")
             if time.monotonic() > deadline_s:
                 raise DeploymentFailedError(
                     f"not ready within {timeout_s:g} s (ready_timeout_s): {len(self.running)} of "
-                    f"{self._engine['num_replicas']} replicas run, the application is {status} {message[-1000:]}"
+                    f"{num_replicas} replicas run, the application is {status} {message[-1000:]}"
                 )
             time.sleep(LOOK_S)
 
     def scale(self, change: int) -> None:
         """So many replicas more, or fewer; does not wait."""
         self._engine["num_replicas"] = max(1, self._engine["num_replicas"] + change)
+        self._deploy()
+
+    def roll(self) -> None:
+        """Replace every replica, as after any change of `args`, by one that changes nothing else; does not wait."""
+        self._args["stream_interval_s"] = self._args.get("stream_interval_s", DEFAULT_INTERVAL_S) + ROLL_INTERVAL_S
         self._deploy()
 
     def kill(self, rank: int) -> str:

@@ -12,6 +12,8 @@ import numpy as np
 QUANTILES = {"p50": 50, "p90": 90, "p99": 99}
 # Of an experiment's time, for graphs over it.
 NUM_WINDOWS = 30
+# A turn that finds less of what its session had before than this share began cold.
+WARM = 0.9
 # Counters of an engine (get_statistics) that are summed over the replicas; those of tiers come with them.
 COUNTERS = (
     *("num_prompt_tokens", "num_output_tokens", "num_dropped_tokens", "num_not_loaded_tokens", "num_new_tokens"),
@@ -68,7 +70,9 @@ def figures_of(played: Played) -> dict[str, float]:
     turns_per_s, output_tokens_per_s: of what finished after the warm-up. s_per_token: from sending to the end of the answer,
     over its tokens. hit_rate: of the tokens that sessions had before, those found in a cache. cached_TIER: of all prompts'
     tokens, those found in that tier. balance: tokens computed, the busiest replica's over the mean. moved: of the turns after
-    a session's first one, those that another replica answered. replica_s_per_turn: what a turn costs.
+    a session's first one, those that another replica answered. cold: of the turns, those that found less than nine tenths of
+    what their session had before; cold_in_a_row: the most of them that a session had one after the other.
+    replica_s_per_turn: what a turn costs.
     """
     counted = played.counted
     figures: dict[str, float] = {"turns": len(counted), "errors": played.num_errors}
@@ -87,6 +91,9 @@ def figures_of(played: Played) -> dict[str, float]:
     work = work_by_replica(counted, ranks)
     if mean := sum(work.values()) / max(1, len(work)):
         figures["balance"] = max(work.values()) / mean
+    cold = _cold_runs(counted)
+    figures["cold"] = sum(cold) / len(counted)
+    figures["cold_in_a_row"] = max(cold, default=0)
     figures["moved"] = _moved(played.turns, played.warm_up_s)
     figures["replica_s_per_turn"] = played.replica_seconds / max(1, len(within))
     return figures
@@ -152,6 +159,23 @@ def _shares(counters: Mapping[str, float]) -> dict[str, float]:
     }
     again = counters["num_dropped_tokens"] + counters["num_not_loaded_tokens"]
     return shares | {"recomputed": again / prompt, "suspensions": counters["num_suspensions"]}
+
+
+def _cold_runs(turns: Iterable[PlayedTurn]) -> list[int]:
+    """Of each session, the lengths of its rows of turns that began cold."""
+    runs: list[int] = []
+    last: dict[str, int] = {}  # the number of the session's latest cold turn
+    run_of: dict[str, int] = {}
+    for turn in sorted(turns, key=lambda turn: (turn.session, turn.number)):
+        if turn.num_cached_tokens >= WARM * turn.num_known_tokens:
+            continue
+        if last.get(turn.session) == turn.number - 1:
+            runs[run_of[turn.session]] += 1
+        else:
+            run_of[turn.session] = len(runs)
+            runs.append(1)
+        last[turn.session] = turn.number
+    return runs
 
 
 def _moved(turns: Sequence[PlayedTurn], warm_up_s: float) -> float:

@@ -134,6 +134,9 @@ def _drive(
 def _apply(deployment: Deployment, what: str, rank: int) -> str:
     if what == "lose":
         return f"replica {rank} is lost: {deployment.kill(rank)} is killed"
+    if what == "roll":
+        deployment.roll()
+        return "all replicas are replaced"
     deployment.scale(1 if what == "add" else -1)
     return "a replica is added" if what == "add" else "a replica is taken away; Serve chooses which"
 

@@ -29,6 +29,8 @@ COLUMNS = (
     ("recomputed", "computed again", 100.0, 1),
     ("balance", "balance", 1.0, 2),
     ("moved", "moved turns, %", 100.0, 1),
+    ("cold", "cold turns, %", 100.0, 1),
+    ("cold_in_a_row", "of a session in a row", 1.0, 1),
     ("replica_s_per_turn", "replica-s / turn", 1.0, 2),
 )
 
@@ -48,7 +50,8 @@ def make_page(summary: Json, images: Mapping[str, str]) -> str:
         "after the warm-up and ended in time, and computed tokens and tiers over the whole run. s/token: the whole time of a "
         "turn over the tokens of its answer. Hit rate: of the tokens that a session had before, those found in a cache. "
         "Balance: tokens that the busiest replica computed, over the mean. Moved: turns that another replica answered "
-        "than the one before. Replica-seconds: of all replicas that took a place, ready or not.</p>",
+        "than the one before. Cold: turns that found less than nine tenths of what their session had. Replica-seconds: of "
+        "all replicas that took a place, ready or not.</p>",
         f'<div class="plots">{"".join(f"<figure>{image}</figure>" for image in images.values())}</div>',
         *_events(summary),
         "<h2>What was run</h2>",

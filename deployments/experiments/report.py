@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deployments.experiment import Experiment
+from deployments.experiment import Case, Experiment
 from deployments.experiments.cells import KINDS, Cell, cells_of
 from deployments.experiments.page import make_page
 from deployments.experiments.plots import draw_plots
@@ -83,9 +83,14 @@ def _rows(found: Sequence[tuple[Cell, Record]]) -> Iterable[Json]:
             "num_replicas": case.num_replicas,
             "num_seeds": len(told),
             "figures": {each: asdict(value) for each, value in intervals_of([x["figures"] for x in told]).items()},
-            "by_time": told[0]["by_time"] if told and case.changes else [],
+            "by_time": told[0]["by_time"] if told and _has_changed(case, told[0]) else [],
             "events": told[0]["events"] if told else [],
         }
+
+
+def _has_changed(case: Case, record: Record) -> bool:
+    """Whether replicas came or went, as it was said or by autoscaling."""
+    return bool(case.changes) or len({row["replicas"] for row in record["by_time"]}) > 1
 
 
 def _csv_rows(summary: Mapping[str, Any]) -> Iterable[Json]:

@@ -133,7 +133,7 @@ def _add_load_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--arrivals",
         metavar="NAME",
-        help="closed:N, poisson:RATE, ramp:FROM:TO:S (of sessions per second), trace or trace:FACTOR",
+        help="closed:N, poisson:RATE, ramp:FROM:TO:S[:TO:S...] (of sessions per second), trace or trace:FACTOR",
     )
     group.add_argument("--repeats", type=int, default=1, metavar="N", help="Of the whole sweep (default: 1)")
     group.add_argument(

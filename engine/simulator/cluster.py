@@ -37,11 +37,12 @@ class Change:
 
     add: one more replica, with the lowest rank that is free, after `start_s`. drain: the replica of that rank takes no more
     requests, and goes when it has none and has handed over what it can (Cluster.drain_s). lose: it is gone at once; another
-    one takes its rank after `restart_s`, empty.
+    one takes its rank after `restart_s`, empty. roll: every replica is replaced, as Serve does it for a change of
+    options; not simulated.
     """
 
     time_s: float
-    what: Literal["add", "drain", "lose"]
+    what: Literal["add", "drain", "lose", "roll"]
     rank: int = 0
     restart_s: float = 60.0
     start_s: float = 0.0

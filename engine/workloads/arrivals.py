@@ -1,4 +1,4 @@
-"""When sessions start: `closed:8`, `poisson:0.5`, `ramp:0.1:2:60`, `trace`, `trace:0.5`.
+"""When sessions start: `closed:8`, `poisson:0.5`, `ramp:0.1:2:60`, `ramp:0.1:2:60:0.1:60`, `trace`, `trace:0.5`.
 
 The turns after the first follow the answers, whatever the arrivals: a slow turn delays the next.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from engine.errors import WorkloadError
 from engine.workloads.session import Session, Turn
 
 USAGE = (
-    "closed:SESSIONS, poisson:SESSIONS_PER_SECOND, ramp:FROM:TO:SECONDS (in sessions per second), trace or trace:FACTOR"
+    "closed:SESSIONS, poisson:SESSIONS_PER_SECOND, ramp:FROM:TO:SECONDS[:TO:SECONDS...] (in sessions per "
+    "second), trace or trace:FACTOR"
 )
 
 
@@ -38,16 +39,29 @@ class Poisson:
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
-    """At random, at a rate that goes from one to another in so many seconds, and stays there."""
+    """At random, at a rate that goes from one to another in so many seconds, and on with `then`, or stays there."""
 
     from_per_s: float
     to_per_s: float
     seconds: float
+    then: Ramp | None = None
+
+    @property
+    def most_per_s(self) -> float:
+        """The highest rate."""
+        return max(self.from_per_s, self.to_per_s, 0.0 if self.then is None else self.then.most_per_s)
+
+    def times(self, factor: float) -> Ramp:
+        """All rates multiplied."""
+        then = None if self.then is None else self.then.times(factor)
+        return Ramp(self.from_per_s * factor, self.to_per_s * factor, self.seconds, then)
 
     def time_of(self, num_expected: float) -> float:
         """When so many sessions are expected to have started: the inverse of the integral of the rate."""
         slope = (self.to_per_s - self.from_per_s) / self.seconds
         within = (self.from_per_s + self.to_per_s) / 2 * self.seconds
+        if num_expected > within and self.then is not None:
+            return self.seconds + self.then.time_of(num_expected - within)
         if num_expected > within:
             return self.seconds + (num_expected - within) / self.to_per_s
         # from * t + slope * t^2 / 2 = num_expected, in a form that divides by nothing small
@@ -93,8 +107,8 @@ def parse_arrivals(text: str) -> Arrivals:
                 return ClosedLoop(int(num_active))
             case "poisson", [rate] if rate > 0:
                 return Poisson(rate)
-            case "ramp", [first, last, seconds] if last > 0 and seconds > 0:
-                return Ramp(first, last, seconds)
+            case "ramp", [first, *parts] if parts:
+                return _ramp(first, parts)
             case "trace", []:
                 return TraceTime()
             case "trace", [factor]:
@@ -102,6 +116,14 @@ def parse_arrivals(text: str) -> Arrivals:
     except ValueError:
         pass
     raise WorkloadError(f"unknown arrivals {text!r}; write {USAGE}")
+
+
+def _ramp(first: float, parts: Sequence[float]) -> Ramp:
+    """parts: a rate and the seconds until it is reached, in turns. Raises ValueError."""
+    last, seconds, *rest = parts
+    if seconds <= 0 or (last <= 0 and not rest):  # sessions have to start at some time
+        raise ValueError
+    return Ramp(first, last, seconds, _ramp(last, rest) if rest else None)
 
 
 def _scaled(session: Session, factor: float) -> Session:

@@ -1,14 +1,17 @@
-"""The manifests for Kubernetes: what can be checked of them without a cluster and without its schemas."""
+"""The manifests for Kubernetes: against the operators' own schemas, and what can be checked of them without a cluster."""
 
 from __future__ import annotations
 
+import gzip
 import importlib
+import json
 import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -16,13 +19,15 @@ from deployments.schema import AppArgs, check_serve_config
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "cluster_configs" / "kubernetes" / "rayservice.yaml"
+SCHEMAS = ROOT / "tests" / "data" / "kubernetes"
 MIB = {"Mi": 1, "Gi": 1024}
 
 
 @pytest.fixture(scope="module")
 def documents() -> dict[str, dict[str, Any]]:
     """By kind."""
-    return {document["kind"]: document for document in yaml.safe_load_all(MANIFEST.read_text())}
+    files = (MANIFEST, MANIFEST.with_name("podmonitor.yaml"))
+    return {document["kind"]: document for path in files for document in yaml.safe_load_all(path.read_text())}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,31 @@ def groups(service: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def size_mib(quantity: str) -> int:
     number, unit = re.fullmatch(r"(\d+)([MG]i)", quantity).groups()  # type: ignore[union-attr]
     return int(number) * MIB[unit]
+
+
+def strict(schema: Any) -> Any:
+    """As Kubernetes reads a resource's schema: it knows no fields besides those that are named."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    own = {name: strict(value) for name, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+        own.setdefault("additionalProperties", bool(schema.get("x-kubernetes-preserve-unknown-fields")))
+    return own
+
+
+@pytest.mark.parametrize("kind", ["RayService", "PodMonitor"])
+def test_it_fits_its_operators_schema(documents: dict[str, dict[str, Any]], kind: str) -> None:
+    schema = strict(json.loads(gzip.decompress((SCHEMAS / f"{kind.lower()}.json.gz").read_bytes())))
+    schema["properties"]["metadata"] = {"type": "object"}
+    validator = jsonschema.Draft4Validator(schema)
+    wrong = {"/".join(map(str, error.absolute_path)): error.message for error in validator.iter_errors(documents[kind])}
+    assert wrong == {}
+    unknown = {**documents[kind], "spec": {**documents[kind]["spec"], "selectors": {}}}
+    assert not validator.is_valid(unknown)
 
 
 def test_what_it_serves_is_a_right_serve_config(service: dict[str, Any], tmp_path: Path) -> None:

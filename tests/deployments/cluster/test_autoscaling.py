@@ -39,6 +39,12 @@ def test_so_many_that_each_measure_is_at_its_target(now: int, told: dict[str, li
     assert TokensAndKV()(context(now, **told)) == (wanted, {})
 
 
+def test_while_a_replica_starts_or_is_replaced_no_fewer_are_wanted() -> None:
+    """Two should run, one does, and has what both will share."""
+    told = SimpleNamespace(aggregated_metrics={KV_USE: {0: 0.7}}, current_num_replicas=1, target_num_replicas=2)
+    assert TokensAndKV(target_kv_use=0.7, low=0.4)(told) == (2, {})
+
+
 @pytest.mark.parametrize("use", [0.05 * step for step in range(1, 60)])
 def test_what_it_asks_for_it_would_keep(use: float) -> None:
     """The same load spread over as many replicas as it asks for is no reason to ask for another number."""

@@ -132,3 +132,15 @@ def test_what_is_said_as_it_is_anyway_makes_no_other_cell(tmp_path: Path) -> Non
         path.write_text(f"engine: {{model: opt-13b}}\nsimulation:\n  arrivals: closed:2\n{more}")
         keys.append([cell.key for cell in cells_of(read_experiment(path), "measured")])
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_cold_turns_and_how_many_of_a_session_follow_each_other() -> None:
+    found = {"a": [0, 100, 10, 20, 200], "b": [0, 0, 100, 10]}
+    turns = [
+        PlayedTurn(name, number, "0", 1.0, 2.0, 3.0, 200, 100 if number else 0, cached, 4)
+        for name, shares in found.items()
+        for number, cached in enumerate(shares)
+    ]
+    figures = figures_of(Played(turns, 0.0, 9.0, [("0", 0.0, 9.0)]))
+    assert figures["cold"] == 4 / 9
+    assert figures["cold_in_a_row"] == 2  # of session a; those of b have a warm one between them

@@ -24,6 +24,10 @@ def test_it_makes_cases_that_can_be_simulated(path: Path) -> None:
     experiment = read_experiment(path)
     assert len({case.name for case in experiment.cases}) == len(experiment.cases)
     for case in experiment.cases[:1]:  # a core of many blocks takes a while to make
+        if any(change.what == "roll" for change in case.changes):
+            with pytest.raises(ConfigError, match="a rolling update is done by Serve"):
+                make_cluster(case, 0)
+            continue
         assert make_cluster(case, 0).make_core().cache_config.num_gpu_blocks > 0
 
 
@@ -69,6 +73,12 @@ def test_what_serves_already_is_the_base(tmp_path: Path) -> None:
         ("simulation: {device: [a100-80gb, h100-80gb]}", "run this file with --simulate"),
         ("cluster: {args: {num_cpu: 1}}", "num_cpu"),
         ("cluster: {args: {num_replicas: 2}}", "args of cluster must have no num_replicas, which the cases say"),
+        ("cluster: {autoscaling_config: {min_replica: 1}}", "unknown key min_replica;"),
+        ("cluster: {autoscaling_config: {min_replicas: many}}", "min_replicas"),
+        (
+            "simulation: {changes: [{time_s: 1, what: add}]}\ncluster: {autoscaling_config: {}}",
+            "Serve says how many replicas there are",
+        ),
         ("cluster: {prot: 8000}", "cluster: unknown key prot"),
         ("cluster: {port: high}", "port of cluster must be a number"),
         ("cluster: {api: soap}", "api of cluster must be one of"),

@@ -20,6 +20,7 @@ SESSIONS = [Session(f"s{number}", (Turn((Span(0, 8),), 4),), start_s=10.0 - numb
         ("closed:8", ClosedLoop(8)),
         ("poisson:0.5", Poisson(0.5)),
         ("ramp:0:2:60", Ramp(0.0, 2.0, 60.0)),
+        ("ramp:0:2:60:0:9:1:3", Ramp(0.0, 2.0, 60.0, Ramp(2.0, 0.0, 9.0, Ramp(0.0, 1.0, 3.0)))),
         ("trace", TraceTime()),
         ("trace:0.1", TraceTime(0.1)),
     ],
@@ -29,7 +30,19 @@ def test_arrivals_by_name(text: str, arrivals: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["closed", "closed:0", "closed:1.5", "poisson:-1", "poisson:nan", "ramp:1:2", "ramp:1:0:9", "gamma:2"]
+    "text",
+    [
+        "closed",
+        "closed:0",
+        "closed:1.5",
+        "poisson:-1",
+        "poisson:nan",
+        "ramp:1:2",
+        "ramp:1:0:9",
+        "ramp:1:2:9:1",
+        "ramp:1:2:9:0:9",
+        "gamma:2",
+    ],
 )
 def test_other_arrivals_are_refused_with_those_that_there_are(text: str) -> None:
     with pytest.raises(WorkloadError, match="write closed:SESSIONS, poisson:"):
@@ -56,6 +69,15 @@ def test_a_ramp_inverts_the_integral_of_its_rate(ramp: Ramp) -> None:
     assert times[0] == 0.0
     assert all(before < after for before, after in pairwise(times))
     assert [expected_until(time_s) for time_s in times] == pytest.approx([number / 4 for number in range(160)])
+
+
+def test_a_ramp_goes_on_with_the_next_one() -> None:
+    whole, first, then = Ramp(0.0, 4.0, 10.0, Ramp(4.0, 1.0, 10.0)), Ramp(0.0, 4.0, 10.0), Ramp(4.0, 1.0, 10.0)
+    assert [whole.time_of(number) for number in range(21)] == [first.time_of(number) for number in range(21)]
+    assert [whole.time_of(20 + number) for number in range(30)] == pytest.approx(
+        [10 + then.time_of(number) for number in range(30)]
+    )
+    assert (whole.most_per_s, whole.times(2)) == (4.0, Ramp(0.0, 8.0, 10.0, Ramp(8.0, 2.0, 10.0)))
 
 
 def test_a_closed_loop_starts_at_once_and_leaves_pacing_to_its_driver() -> None:
