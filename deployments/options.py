@@ -220,6 +220,11 @@ class WatchOptions(_Options):
         description="OpenTelemetry spans of each generation: `otlp` sends them to a collector, which the environment names "
         "(`OTEL_EXPORTER_OTLP_ENDPOINT`, ...), and needs `pip install 'pensieve-ray[traces]'`; `console` prints them.",
     )
+    metrics_names: Literal["pensieve", "vllm", "both"] = Field(
+        default="pensieve",
+        description="Under which names the engine replicas export what they measure: `pensieve` are those of "
+        "docs/observability.md, `vllm` those of vLLM, for dashboards and autoscalers that exist for it.",
+    )
 
     @field_validator("traces")
     @classmethod
