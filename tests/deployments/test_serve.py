@@ -56,6 +56,7 @@ ARGS = AppArgs(
     num_fallback_replicas=1,
     graceful_shutdown_timeout_s=5,
     demo=True,
+    log_requests=True,
 )
 JSON = {"content-type": "application/json"}
 # Far longer than anything here takes; only a defect waits for it.
@@ -368,6 +369,38 @@ async def test_what_clients_expect_of_any_server(http: httpx.AsyncClient) -> Non
     assert (await http.post("/detokenize", json={"tokens": bare})).json() == {"prompt": "hello"}
     assert (await http.get("/ping")).status_code == 200
     assert (await http.get("/load")).json()["server_load"] >= 0
+
+
+async def test_why_an_answer_took_its_time_and_whose_lines_are_in_the_log(http: httpx.AsyncClient) -> None:
+    """Several requests concurrently, one of them with two choices."""
+    ids = [f"log-{number}" for number in range(4)]
+
+    async def ask(name: str) -> httpx.Response:
+        body = chat(f"{name} says hello", max_tokens=4, explain=True, n=2 if name == ids[0] else 1)
+        return await http.post("/v1/chat/completions", json=body, headers={"x-request-id": name, "x-session-id": name})
+
+    answers = await asyncio.gather(*map(ask, ids))
+    for answer in answers:
+        for choice in answer.json()["choices"]:
+            told = choice["explanation"]
+            assert str(told["replica"]) == answer.headers["x-pensieve-replica"]
+            assert (told["home"], told["lost_replicas"]) in ((True, 0), (None, 0))
+            assert told["seconds"]["route"] > 0
+            assert told["seconds"]["prefill"] > 0
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    files = list((session / "logs" / "serve").glob(f"replica_{APP}_Ingress_*.log"))
+
+    async def are_written() -> bool:
+        lines = [line for path in files for line in path.read_text().splitlines() if " finished: " in line]
+        found = {name: [line for line in lines if f" {name} " in line] for name in ids}
+        return all(
+            sum(answer.json()["id"] in line for line in found[name])
+            == len(found[name])
+            == len(answer.json()["choices"])
+            for name, answer in zip(ids, answers, strict=True)
+        )
+
+    await until(are_written)
 
 
 @pytest.mark.parametrize("name", BAD_REQUESTS)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import AsyncIterator
+from contextvars import Context
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
+from ray.serve.context import _get_serve_request_context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from deployments.errors import (
@@ -23,6 +25,7 @@ from deployments.errors import (
     ReplicaNotPlacedError,
 )
 from deployments.generation import CacheHold, DeltaItem, ErrorItem, GenerationRequest, ModelCard, ReplicaCache
+from deployments.origin import Origin
 from deployments.routing import engine_client, presence, resumption
 from deployments.routing.engine_client import EngineClient
 from deployments.routing.load import ReplicaLoad
@@ -33,6 +36,7 @@ from engine.errors import EngineStoppedError, OverloadedError, RequestError
 from engine.text.output import OutputDelta
 from engine.text.prompt import AnswerBeginning, TextPrompt
 from engine.text.transcript import Transcript
+from tests.deployments.test_request_log import EXPLANATION
 
 REQUEST = GenerationRequest("id-1", "session-1", TextPrompt("hi"), SamplingParams(temperature=0.0), stream=True)
 ITEM = DeltaItem(OutputDelta("a"), 0)
@@ -316,6 +320,8 @@ class FakeReplicas(FakeHandle):
             last = "stop" if position == 5 else None
             text = "abcdef"[position]
             delta = OutputDelta(text, (position,), prompt_token_ids=prompt_token_ids, finish_reason=last)
+            if last is not None and request.explains:
+                delta = replace(delta, explanation=EXPLANATION)
             yield DeltaItem(delta, attempt, "the model")
         if attempt < len(self.errors):
             error = self.errors[attempt]
@@ -353,6 +359,45 @@ async def test_another_replica_goes_on_where_the_first_was_lost(cut: int, error:
     begun_by = "the model" if cut else ""
     assert second == replace(REQUEST, request_id=second.request_id, beginning=expected, begun_by=begun_by)
     assert {tuple(call.items()) for call in handle.option_calls} == {(("stream", True), ("session_id", "0|session-1"))}
+
+
+async def test_an_explanation_tells_the_way_and_what_was_lost_on_it() -> None:
+    asked = replace(REQUEST, explains=True, origin=Origin("mine-1"))
+    handle = FakeReplicas([2], [ActorDiedError()])
+    handle.answers = [(0, load(0)), (1, load(0)), CARD]
+    client = EngineClient(handle)
+    client.choose_session_id(["any"])  # asks for the loads
+    await asyncio.sleep(0.01)
+    items = [item async for item in client.generate(asked)]
+    assert [item.delta.explanation is None for item in items] == [*[True] * 5, False]
+    route = items[-1].delta.explanation.route
+    assert (route.replica_rank, route.is_home) == (1, rank_replicas("session-1", [0, 1])[0] == 1)
+    assert [(loss.kind, loss.num_output_tokens) for loss in route.losses] == [("ReplicaLostError", 2)]
+    assert route.begun_s <= route.losses[0].at_s
+    assert route.lost_s > 0
+    assert {request.origin for request in handle.requests} == {asked.origin}
+
+    items = [item async for item in EngineClient(FakeReplicas([], [])).generate(asked)]
+    assert items[-1].delta.explanation.route.is_home is None, "nothing is known of the replicas yet"
+
+
+async def test_calls_in_a_context_of_their_own_have_the_id_of_the_request() -> None:
+    """As those of several choices; else Serve makes them ids, and the replica's log lines have these."""
+    seen = []
+
+    class Handle(FakeReplicas):
+        def remote(self, request: GenerationRequest) -> FakeHandle:
+            seen.append(_get_serve_request_context().request_id)
+            return super().remote(request)
+
+    async def consume(client: EngineClient, name: str) -> None:
+        async for _ in client.generate(replace(REQUEST, origin=Origin(name))):
+            pass
+
+    client = EngineClient(Handle([], []))
+    for name in ("mine-1", "mine-2"):
+        await asyncio.create_task(consume(client, name), context=Context())
+    assert seen == ["mine-1", "mine-2"]
 
 
 async def test_as_often_as_it_gets_on() -> None:
