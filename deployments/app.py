@@ -87,7 +87,9 @@ def _engines(
         **{**scale, **health, **serve_options},
     )
     drain_s = max(0.0, model.graceful_shutdown_timeout_s - SHUTDOWN_S)
-    return deployment.bind(config, args.stream_interval_s, drain_s=drain_s, traces=args.traces)
+    return deployment.bind(
+        config, args.stream_interval_s, drain_s=drain_s, traces=args.traces, metrics_names=args.metrics_names
+    )
 
 
 def _application(

@@ -32,7 +32,7 @@ from deployments.generation import (
     ModelCard,
     ReplicaCache,
 )
-from deployments.metrics import EngineMetrics
+from deployments.metrics import EngineMetrics, MetricsNames
 from deployments.routing.load import LoadMeter, ReplicaLoad
 from deployments.routing.peers import Member, Peers
 from deployments.routing.session_router import RANK
@@ -76,6 +76,7 @@ class LLMServer:
     drain_s: how long KV is brought to the disk tier, if there is one, and to other replicas, when this one is stopped; from
         the time on at which Serve stops it.
     traces: of requests; see WatchOptions.
+    metrics_names: see EngineMetrics.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class LLMServer:
         join_network: Callable[[], PeerNetwork] = join_network,
         traces: str = "off",
         wanted_adapters: Callable[[], dict[str, str]] = wanted_adapters,
+        metrics_names: MetricsNames = "pensieve",
     ) -> None:
         """Blocking. Raises EngineStartError; Serve tries again, keeps the replicas that it has, and tells the reason."""
         self._is_started = False
@@ -108,7 +110,7 @@ class LLMServer:
                 logger.exception("the engine cannot start")
             raise start_error(error) from error
         self._log_start(time.monotonic() - start_s)
-        self._metrics = EngineMetrics(self._engine.get_statistics)
+        self._metrics = EngineMetrics(self._engine.get_statistics, metrics_names, self._engine.model_name)
         self._metrics.start()
         self._peers: Peers | None = None
         if network is not None and self._engine.peer_address is not None:
@@ -156,7 +158,7 @@ class LLMServer:
             # aclosing: the engine has to hear of it now, and not when garbage is collected.
             async with aclosing(cast(AsyncGenerator[OutputDelta, None], answer)) as deltas:
                 async for delta in deltas:
-                    if not request.only_encodes:
+                    if not (request.only_encodes or request.prewarms):  # for which no client waits
                         observe(delta)
                     if delta.explanation is not None and self._traces is not None:
                         self._traces.add_phases(request.origin, delta.explanation, rank)

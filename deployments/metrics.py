@@ -1,8 +1,4 @@
-"""What is measured of an engine replica, as Ray metrics, and how the engine's statistics become them.
-
-Ray adds application, deployment and replica as labels and `ray_` to the names. No label is ever a session or a tenant,
-so the number of series is bounded. Decides nothing.
-"""
+"""What is measured of an engine replica, as Ray metrics, and how the engine's statistics become them. Decides nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +6,27 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from ray.serve.metrics import Counter, Gauge, Histogram
-
+from deployments import vllm_metrics
+from deployments.metric_definitions import (
+    E2E_REQUEST_LATENCY,
+    INTER_TOKEN_LATENCY,
+    METRICS,
+    REQUEST_DECODE_TIME,
+    REQUEST_GENERATION_TOKENS,
+    REQUEST_LOAD_TIME,
+    REQUEST_PREFILL_TIME,
+    REQUEST_PROMPT_TOKENS,
+    REQUEST_QUEUE_TIME,
+    REQUEST_SUSPENDED_TIME,
+    REQUEST_TIME_PER_OUTPUT_TOKEN,
+    ROUTER_DECISIONS,
+    TIME_TO_FIRST_TOKEN,
+    Series,
+    make_metric,
+)
+from engine.core.stats import RequestStats
 from engine.core.tier_table import BOTH, FAST_TIERS
 from engine.text.output import OutputDelta
 
@@ -24,103 +36,8 @@ logger = logging.getLogger("ray.serve")
 EXPORT_INTERVAL_S = 2.0
 
 Statistics = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class MetricDefinition:
-    """labels: those that Ray does not add. boundaries: of a histogram's buckets, in seconds."""
-
-    kind: Literal["counter", "gauge", "histogram"]
-    name: str
-    description: str
-    labels: tuple[str, ...] = ()
-    boundaries: tuple[float, ...] = ()
-
-
-TIME_TO_FIRST_TOKEN = MetricDefinition(
-    "histogram",
-    "pensieve_time_to_first_token_seconds",
-    "From a request's arrival at the engine replica to its first token, seconds",
-    boundaries=(0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 1.5, 2.5, 5, 7.5, 10, 20, 40, 80),
-)
-INTER_TOKEN_LATENCY = MetricDefinition(
-    "histogram",
-    "pensieve_inter_token_latency_seconds",
-    "Between two pieces of an answer, divided by the tokens of the second, seconds",
-    boundaries=(
-        *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05),
-        *(0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5),
-    ),
-)
-E2E_REQUEST_LATENCY = MetricDefinition(
-    "histogram",
-    "pensieve_e2e_request_latency_seconds",
-    "From a request's arrival at the engine replica to the end of its answer, seconds",
-    boundaries=(0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 600),
-)
-ROUTER_DECISIONS = MetricDefinition(
-    "counter",
-    "pensieve_router_decisions_total",
-    "Requests by what the router did with their session: sticky, spill, new or rehash",
-    ("kind",),
-)
-METRICS = (
-    MetricDefinition("gauge", "pensieve_num_requests_running", "Requests that the engine computes"),
-    MetricDefinition("gauge", "pensieve_num_requests_waiting", "Requests that wait for room in the engine"),
-    MetricDefinition("gauge", "pensieve_kv_blocks", "Blocks of KV cache: free, used, pinned", ("tier", "state")),
-    TIME_TO_FIRST_TOKEN,
-    INTER_TOKEN_LATENCY,
-    E2E_REQUEST_LATENCY,
-    MetricDefinition("counter", "pensieve_requests_total", "Requests that ended, by how", ("outcome",)),
-    MetricDefinition("counter", "pensieve_prompt_tokens_total", "Prompt tokens of requests that began to run"),
-    MetricDefinition("counter", "pensieve_generation_tokens_total", "Generated tokens"),
-    MetricDefinition("counter", "pensieve_cached_tokens_total", "Prompt tokens found in the cache", ("source",)),
-    MetricDefinition(
-        "counter", "pensieve_recomputed_tokens_total", "Prompt tokens not found in the cache", ("reason",)
-    ),
-    MetricDefinition(
-        "counter",
-        "pensieve_changed_history_tokens_total",
-        "Prompt tokens that a conversation had and that had to be computed again, because its history changed",
-        ("reason",),
-    ),
-    MetricDefinition("counter", "pensieve_swap_bytes_total", "KV copied between GPU and CPU tier", ("direction",)),
-    MetricDefinition(
-        "counter", "pensieve_awaited_swap_bytes_total", "KV copied to the CPU tier while the model waited for its room"
-    ),
-    MetricDefinition("counter", "pensieve_evictions_total", "Chunks that lost a block", ("tier", "reason")),
-    MetricDefinition("counter", "pensieve_suspensions_total", "Running requests that were put back for want of blocks"),
-    MetricDefinition("counter", "pensieve_tier_transfer_bytes_total", "KV loaded and stored", ("tier", "direction")),
-    MetricDefinition(
-        "counter", "pensieve_tier_transfer_seconds_total", "Time of slow tiers for that", ("tier", "direction")
-    ),
-    MetricDefinition(
-        "counter", "pensieve_tier_transfers_total", "Chunks, by how their transfers ended", ("tier", "outcome")
-    ),
-    MetricDefinition(
-        "counter", "pensieve_tier_written_bytes_total", "Bytes written to the files of slow tiers", ("tier", "content")
-    ),
-    MetricDefinition(
-        "counter",
-        "pensieve_handover_conversations_total",
-        "Conversations between engine replicas, by event",
-        ("event",),
-    ),
-    MetricDefinition(
-        "counter", "pensieve_cache_hints_total", "Hints on what is worth keeping, by outcome", ("outcome",)
-    ),
-    MetricDefinition("gauge", "pensieve_hinted_tokens", "Tokens that hints keep now"),
-    MetricDefinition("gauge", "pensieve_tier_usable", "Whether a slow tier works: 1 or 0", ("tier",)),
-    ROUTER_DECISIONS,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Series:
-    """One line of a graph: a metric's name and the values of its labels, in the order of the definition."""
-
-    name: str
-    values: tuple[str, ...] = ()
+# Under which names metrics are exported.
+MetricsNames = Literal["pensieve", "vllm", "both"]
 
 
 HINT_OUTCOMES = ("accepted", "clipped", "refused")
@@ -130,6 +47,9 @@ _COUNTS: dict[Series, str] = {
     Series("pensieve_requests_total", ("aborted",)): "num_aborted",
     Series("pensieve_requests_total", ("failed",)): "num_failed",
     Series("pensieve_requests_total", ("refused",)): "num_refused",
+    Series("pensieve_finish_reasons_total", ("aborted",)): "num_aborted",
+    Series("pensieve_finish_reasons_total", ("failed",)): "num_failed",
+    Series("pensieve_finish_reasons_total", ("refused",)): "num_refused",
     Series("pensieve_prompt_tokens_total"): "num_prompt_tokens",
     Series("pensieve_generation_tokens_total"): "num_output_tokens",
     Series("pensieve_recomputed_tokens_total", ("not_loaded",)): "num_not_loaded_tokens",
@@ -137,6 +57,8 @@ _COUNTS: dict[Series, str] = {
     Series("pensieve_recomputed_tokens_total", ("new",)): "num_new_tokens",
     Series("pensieve_swap_bytes_total", ("in",)): "num_swap_in_bytes",
     Series("pensieve_swap_bytes_total", ("out",)): "num_swap_out_bytes",
+    Series("pensieve_swap_seconds_total", ("in",)): "swap_in_seconds",
+    Series("pensieve_swap_seconds_total", ("out",)): "swap_out_seconds",
     Series("pensieve_awaited_swap_bytes_total"): "num_awaited_swap_out_bytes",
     Series("pensieve_suspensions_total"): "num_suspensions",
 }
@@ -151,6 +73,8 @@ def read_counters(statistics: Statistics) -> dict[Series, float]:
         counts[Series("pensieve_evictions_total", tuple(reason.split("_", 1)))] = count
     for reason, count in statistics["recomputed_tokens"].items():
         counts[Series("pensieve_changed_history_tokens_total", (reason,))] = count
+    for reason, count in statistics["finish_reasons"].items():
+        counts[Series("pensieve_finish_reasons_total", (reason,))] = count
     for outcome in HINT_OUTCOMES:
         counts[Series("pensieve_cache_hints_total", (outcome,))] = statistics["retention"][outcome]
     for event, count in statistics.get("handover_conversations", {}).items():
@@ -177,6 +101,7 @@ def read_gauges(statistics: Statistics) -> dict[Series, int]:
     gauges = {
         Series("pensieve_num_requests_running"): statistics["num_requests_running"],
         Series("pensieve_num_requests_waiting"): statistics["num_requests_waiting"],
+        Series("pensieve_num_tokens_waiting"): statistics["num_tokens_waiting"],
         Series("pensieve_hinted_tokens"): statistics["retention"]["num_kept_tokens"],
     }
     for tier in statistics["tiers"]:
@@ -203,28 +128,27 @@ class CounterIncrements:
         return {series: increment for series, increment in grown.items() if increment > 0}
 
 
-def make_metric(definition: MetricDefinition) -> Any:
-    """The Ray metric. To be made in the process that measures, once."""
-    if definition.kind == "counter":
-        return Counter(definition.name, definition.description, definition.labels)
-    if definition.kind == "gauge":
-        return Gauge(definition.name, definition.description, definition.labels)
-    return Histogram(definition.name, definition.description, list(definition.boundaries), definition.labels)
-
-
 class EngineMetrics:
     """The metrics of one engine replica.
 
     Counters and gauges follow the statistics every EXPORT_INTERVAL_S; times are observed as they happen.
     """
 
-    def __init__(self, get_statistics: Callable[[], Statistics]) -> None:
+    def __init__(
+        self, get_statistics: Callable[[], Statistics], names: MetricsNames = "pensieve", model_name: str = ""
+    ) -> None:
+        """names: under which they are exported. model_name: a label of vLLM's."""
         self._get_statistics = get_statistics
         self._increments = CounterIncrements()
-        self._labels = {definition.name: definition.labels for definition in METRICS}
-        self._metrics = {
-            definition.name: make_metric(definition) for definition in METRICS if definition is not ROUTER_DECISIONS
-        }
+        self._model_name = model_name
+        own = {definition.name: definition for definition in METRICS if definition is not ROUTER_DECISIONS}
+        self._is_vllm, self._is_own = names != "pensieve", names != "vllm"
+        definitions = [
+            *(own.values() if self._is_own else ()),
+            *(vllm_metrics.definitions(own) if self._is_vllm else ()),
+        ]
+        self._labels = {definition.name: definition.labels for definition in definitions}
+        self._metrics = {definition.name: make_metric(definition) for definition in definitions}
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -249,11 +173,13 @@ class EngineMetrics:
             now = time.monotonic()
             if not is_first:
                 if delta.token_ids:
-                    self._metrics[INTER_TOKEN_LATENCY.name].observe((now - last_s) / len(delta.token_ids))
+                    self._observe(INTER_TOKEN_LATENCY.name, (now - last_s) / len(delta.token_ids))
             elif not is_resumed:
-                self._metrics[TIME_TO_FIRST_TOKEN.name].observe(now - start_s)
+                self._observe(TIME_TO_FIRST_TOKEN.name, now - start_s)
             if delta.finish_reason is not None and not is_resumed:
-                self._metrics[E2E_REQUEST_LATENCY.name].observe(now - start_s)
+                self._observe(E2E_REQUEST_LATENCY.name, now - start_s)
+                if delta.stats is not None:
+                    self._observe_request(delta.stats)
             is_first, last_s = False, now
 
         return observe
@@ -261,10 +187,40 @@ class EngineMetrics:
     def export(self) -> None:
         """Hand Ray what changed since the last time."""
         statistics = self._get_statistics()
-        for series, increment in self._increments.take(statistics).items():
+        increments: Mapping[Series, float] = self._increments.take(statistics)
+        gauges: Mapping[Series, float] = read_gauges(statistics)
+        if self._is_own:
+            self._set(increments, gauges)
+        if self._is_vllm:
+            name = self._model_name
+            self._set(vllm_metrics.translate_counters(increments, name), vllm_metrics.translate_gauges(gauges, name))
+
+    def _set(self, increments: Mapping[Series, float], gauges: Mapping[Series, float]) -> None:
+        for series, increment in increments.items():
             self._metrics[series.name].inc(increment, self._tags(series))
-        for series, value in read_gauges(statistics).items():
+        for series, value in gauges.items():
             self._metrics[series.name].set(value, self._tags(series))
+
+    def _observe(self, name: str, value: float) -> None:
+        if self._is_own:
+            self._metrics[name].observe(value)
+        if self._is_vllm:
+            for other in vllm_metrics.HISTOGRAMS.get(name, ()):
+                self._metrics[other].observe(value, self._tags(Series(other, (self._model_name, "0"))))
+
+    def _observe_request(self, stats: RequestStats) -> None:
+        """The account of a request that has finished."""
+        phases = stats.phases
+        self._observe(REQUEST_QUEUE_TIME.name, phases.queue_s)
+        self._observe(REQUEST_LOAD_TIME.name, phases.load_s)
+        self._observe(REQUEST_PREFILL_TIME.name, phases.prefill_s)
+        self._observe(REQUEST_DECODE_TIME.name, phases.decode_s)
+        self._observe(REQUEST_SUSPENDED_TIME.name, phases.suspended_s)
+        self._observe(REQUEST_PROMPT_TOKENS.name, stats.num_prompt_tokens)
+        self._observe(REQUEST_GENERATION_TOKENS.name, stats.num_output_tokens)
+        if stats.first_token_s is not None and stats.num_output_tokens > 1:
+            token_s = (stats.finished_s - stats.first_token_s) / (stats.num_output_tokens - 1)
+            self._observe(REQUEST_TIME_PER_OUTPUT_TOKEN.name, token_s)
 
     def _tags(self, series: Series) -> dict[str, str]:
         return dict(zip(self._labels[series.name], series.values, strict=True))

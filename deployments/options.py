@@ -115,6 +115,11 @@ class HttpOptions(_Options):
         description="Refuse requests with parameters that are unknown, at any level. False: they are ignored, and the header "
         "`x-pensieve-ignored` of the answer names them.",
     )
+    metrics_names: Literal["pensieve", "vllm", "both"] = Field(
+        default="pensieve",
+        description="Under which names the engine replicas export what they measure: `pensieve` are those of "
+        "docs/observability.md, `vllm` those of vLLM, for dashboards and autoscalers that exist for it.",
+    )
     cors_allowed_origins: tuple[str, ...] = Field(
         default=(),
         description="Origins of web pages that may ask from a browser, such as `https://chat.example.org`. Without API keys, "

@@ -251,6 +251,7 @@ class AsyncEngine:
             "max_model_len": self.max_model_len,
             "num_conversations": len(self._conversations),
             "recomputed_tokens": dict(self._outputs.num_recomputed),
+            "finish_reasons": dict(self._outputs.num_finished),
             **statistics,
             "num_swap_in_bytes": statistics["num_swap_ins"] * self._bytes_per_block,
             "num_swap_out_bytes": statistics["num_swap_outs"] * self._bytes_per_block,
@@ -464,6 +465,7 @@ class AsyncEngine:
         if isinstance(generation.prompt, ChatPrompt) and answer_format is not None:
             tools = generation.tool_choice.offered(generation.prompt.tools)
             stream.read_answer = lambda text: parse_answer(answer_format.parser(tools), text)
+            stream.may_call = bool(tools)
         stream.recomputed, stream.log_id = prompt.recomputed, generation.log_id
         stream.hint, stream.num_lost_marks = hint, prompt.num_lost_marks
         if generation.cache_wish.compared_to is not None:

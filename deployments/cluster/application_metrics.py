@@ -19,6 +19,9 @@ logger = logging.getLogger("ray.serve")
 # How long a node may take, in seconds, and the most bytes of what it exports that are read.
 NODE_TIMEOUT_S = 3.0
 MAX_NODE_BYTES = 64 * 2**20
+# vLLM's own metrics have a colon in their names, which Ray does not take.
+_VLLM_NAME = re.compile(r"^((?:# \w+ )?)ray_vllm_")
+_VLLM_PREFIX = r"\1vllm:"
 # Of a name in a sample, what belongs to the family.
 _SUFFIX = re.compile(r"_(bucket|count|sum|total|created)$")
 
@@ -82,4 +85,4 @@ def select_series(texts: Iterable[str], label: str) -> str:
                 family = found[0] if found[0] in comments else _SUFFIX.sub("", found[0])
                 samples.setdefault(family, []).append(line)
     lines = (line for name, of_name in samples.items() for line in (*comments.get(name, ()), *of_name))
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{_VLLM_NAME.sub(_VLLM_PREFIX, line, count=1)}\n" for line in lines)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from deployments.metrics import ROUTER_DECISIONS, make_metric
+from deployments.metric_definitions import ROUTER_DECISIONS, make_metric
 from deployments.routing.decisions import RouterDecisions
 from deployments.routing.rendezvous import rank_replicas, read_routing_name
 

@@ -190,6 +190,9 @@ class EngineCore:
         """Take in what a step gave, the oldest one in flight. Requests that ended meanwhile are passed over."""
         assert plan.step_id == result.step_id, (plan.step_id, result.step_id)
         self.stats.num_steps += 1
+        swap_in_s, swap_out_s = result.swap_seconds
+        self.stats.swap_in_seconds += swap_in_s
+        self.stats.swap_out_seconds += swap_out_s
         self._restart_corrupted(plan, result, now)
         self._cache.transfers.complete()
         sampled = zip(result.token_ids, result.logprobs or repeat(None), strict=False)

@@ -188,6 +188,7 @@ class StepResult:
     failed_swap_ins: target blocks to which a swap-in brought something else than was swapped out.
     prompt_logprobs: one for each target, in the order of the segments.
     failed_requests: (request id, reason) of those whose answers cannot go on within their grammars.
+    swap_seconds: how long its copies between the fast tiers took, in and out, without waiting.
     """
 
     step_id: int
@@ -196,3 +197,4 @@ class StepResult:
     failed_swap_ins: tuple[int, ...] = ()
     failed_requests: tuple[tuple[str, str], ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
+    swap_seconds: tuple[float, float] = (0.0, 0.0)

@@ -26,6 +26,7 @@ class EngineStats:
     num_gave_way: of the suspensions, those for another tenant's turn and not for want of blocks to go on.
     num_refused: too many were waiting. num_refused_hints: because none are taken.
     num_local_copies, num_swap_ins, num_swap_outs: in blocks. num_corrupted_swaps: found by `verify_swaps`.
+    swap_in_seconds, swap_out_seconds: of the copies' own time, on the first rank.
     num_used_drafts, num_discarded_drafts: plans prepared while a step runs, used or overtaken by something unforeseen.
     num_steps_ahead: given to the executor before the step in front had a result.
     evictions: by reason, see tier_table.eviction_reasons.
@@ -57,6 +58,8 @@ class EngineStats:
     num_swap_ins: int = 0
     num_swap_outs: int = 0
     num_corrupted_swaps: int = 0
+    swap_in_seconds: float = 0.0
+    swap_out_seconds: float = 0.0
     num_used_drafts: int = 0
     num_discarded_drafts: int = 0
     num_steps_ahead: int = 0

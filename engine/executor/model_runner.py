@@ -59,7 +59,7 @@ class _Step:
     failed_swap_ins: None as long as its copies may be in flight.
     adapted: rows with adapters.
     sampled: token ids and log-probabilities, as StepResult has them, once it is settled.
-    failed_requests, prompt_logprobs: as StepResult has them.
+    failed_requests, prompt_logprobs, swap_seconds: as StepResult has them.
     """
 
     plan: StepPlan
@@ -76,6 +76,7 @@ class _Step:
     sampled: tuple[tuple[int, ...], tuple[Logprobs | None, ...]] = ((), ())
     failed_requests: tuple[tuple[str, str], ...] = ()
     prompt_logprobs: tuple[Logprobs, ...] = ()
+    swap_seconds: tuple[float, float] = (0.0, 0.0)
 
 
 class ModelRunner:
@@ -192,7 +193,12 @@ class ModelRunner:
         if step.error is not None:
             raise step.error
         return StepResult(
-            step.plan.step_id, *step.sampled, step.failed_swap_ins or (), step.failed_requests, step.prompt_logprobs
+            step.plan.step_id,
+            *step.sampled,
+            step.failed_swap_ins or (),
+            step.failed_requests,
+            step.prompt_logprobs,
+            step.swap_seconds,
         )
 
     def note_sampled(self, token_ids: Sequence[int]) -> None:
@@ -328,6 +334,7 @@ class ModelRunner:
             step.failed_swap_ins = ()
             try:
                 step.failed_swap_ins = self.swapper.finish()
+                step.swap_seconds = self.swapper.seconds
             except Exception as error:
                 step.copy_error = step.copy_error or error
 

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 Item = OutputDelta | EngineError
 
+# In the words of OpenAI's API.
+FINISH_REASONS = (*(reason.value for reason in FinishReason), "tool_calls")
+
 
 @dataclass(slots=True)
 class Stream:
@@ -42,6 +45,7 @@ class Stream:
     grammar: of its answer; held here, so that the executor finds it as long as the request lives.
     thinking: counts the tokens of thinking; None = there are none to count.
     chat: the messages of the prompt, and read_answer: what an answer's text says; None = it is no chat.
+    may_call: it is offered tools.
     recomputed, hint, num_lost_marks, comparison: see OutputDelta.
     is_explained: the comparison says why tokens were computed.
     log_id: see Generation.
@@ -55,6 +59,7 @@ class Stream:
     thinking: ThinkingScanner | None = None
     chat: RecognisedChat | None = None
     read_answer: Callable[[str], ParsedAnswer] = ParsedAnswer
+    may_call: bool = False
     recomputed: tuple[str, int] | None = None
     hint: RetentionHint | None = None
     num_lost_marks: int = 0
@@ -88,12 +93,14 @@ class OutputProcessor:
     streams: by the id of the request that runs or waits.
     note_end: told each request of a conversation that has ended, with the tool that its answer calls first ("" = none).
     num_recomputed: prompt tokens that conversations had and that were computed again, by reason: see text/turns.py.
+    num_finished: answers by how they ended: FINISH_REASONS.
     recent: the contexts of the requests that ended last.
     """
 
     def __init__(self, core: EngineCore, tokenizer: Tokenizer, conversations: ConversationTable) -> None:
         self.streams: dict[str, Stream] = {}
         self.num_recomputed = dict.fromkeys(REASONS, 0)
+        self.num_finished = dict.fromkeys(FINISH_REASONS, 0)
         self.recent = RecentContexts()
         self._core = core
         self._tokenizer = tokenizer
@@ -154,7 +161,7 @@ class OutputProcessor:
         if self.streams.get(request_id) is stream:
             del self.streams[request_id]
             self._core.abort(request_id, time.monotonic())
-            self._remember(stream)
+            self._remember(stream, self._read_answer(stream))
 
     def _process(self, stream: Stream, output: RequestOutput) -> Item:
         """As `_render`, but an answer that cannot be put into text ends alone, with an error."""
@@ -207,7 +214,11 @@ class OutputProcessor:
     def _ended(self, stream: Stream, delta: OutputDelta) -> OutputDelta:
         """The last delta, with what is told at the end. Remembers the context, for others to be compared with it."""
         request = stream.request
-        transcript = self._remember(stream)
+        answer = self._read_answer(stream)
+        if not request.is_prewarm:
+            calls = delta.finish_reason == "stop" and answer is not None and bool(answer.calls)
+            self.num_finished["tool_calls" if calls else str(delta.finish_reason)] += 1
+        transcript = self._remember(stream, answer)
         token_ids = stream.prompt.token_ids if transcript is None else transcript.token_ids
         keys = () if stream.chat is None else (stream.chat.tools_key, stream.chat.system_key)
         self.recent.add(request.request_id, RecentContext(request.tenant, token_ids, *keys))
@@ -233,8 +244,19 @@ class OutputProcessor:
         chosen = token_logprob(self._tokenizer, output.token_id, output.logprobs.chosen)
         return (chosen._replace(text_offset=detokenizer.text_offset(output.token_id), top=top),)
 
-    def _remember(self, stream: Stream) -> Transcript | None:
+    @staticmethod
+    def _read_answer(stream: Stream) -> ParsedAnswer | None:
+        """What the answer of a chat says, if that is of use: for its conversation, or to see whether it calls tools."""
+        request = stream.request
+        is_needed = stream.may_call or request.conversation_id != request.request_id
+        if stream.chat is None or request.is_prewarm or not is_needed:
+            return None
+        return stream.read_answer(stream.detokenizer.text)
+
+    def _remember(self, stream: Stream, answer: ParsedAnswer | None) -> Transcript | None:
         """Keep the turn's tokens with their text, for when the client sends its history again.
+
+        answer: what its text says, if it is one of a chat.
 
         None if the request belongs to no conversation, or its prompt has no text.
         """
@@ -252,9 +274,8 @@ class OutputProcessor:
             return None
         text = self._tokenizer.token_bytes.text(output_ids)
         turn, tool = None, ""
-        if stream.chat is not None and not request.is_prewarm:
+        if stream.chat is not None and answer is not None:
             num_tokens = request.num_prompt_tokens + len(output_ids)
-            answer = stream.read_answer(stream.detokenizer.text)
             turn = stream.chat.answered(answer, num_tokens)
             tool = answer.calls[0].name if answer.calls else ""
         self.note_end(request, tool)

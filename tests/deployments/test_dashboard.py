@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from deployments.metrics import METRICS
+from deployments.metric_definitions import METRICS
 from engine.core.stats import EngineStats
 from engine.core.tier_table import PEER
 

@@ -14,10 +14,14 @@ from typing import Any
 
 import pytest
 
-from deployments import metrics
-from deployments.metrics import METRICS, CounterIncrements, EngineMetrics, Series, read_gauges
+from deployments import metrics, vllm_metrics
+from deployments.cluster.application_metrics import select_series
+from deployments.metric_definitions import METRICS, MetricDefinition, Series
+from deployments.metrics import CounterIncrements, EngineMetrics, read_gauges
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
+from engine.core.phases import RequestPhases
+from engine.core.stats import RequestStats
 from engine.core.tier_table import PEER, TierSpec
 from engine.text.output import OutputDelta
 
@@ -34,6 +38,7 @@ def statistics_of(engine_core: EngineCore) -> dict[str, Any]:
         "num_swap_out_bytes": statistics["num_swap_outs"] * 100,
         "num_awaited_swap_out_bytes": statistics["evictions"]["gpu_swapped_out"] * 100,
         "recomputed_tokens": {"edited": 0},
+        "finish_reasons": {"stop": 0, "length": 0, "tool_calls": 0},
     }
 
 
@@ -54,6 +59,9 @@ def test_increments_are_differences_of_two_snapshots() -> None:
         Series("pensieve_requests_total", ("aborted",)): 3,
         Series("pensieve_requests_total", ("failed",)): 2,
         Series("pensieve_requests_total", ("refused",)): 1,
+        Series("pensieve_finish_reasons_total", ("aborted",)): 3,
+        Series("pensieve_finish_reasons_total", ("failed",)): 2,
+        Series("pensieve_finish_reasons_total", ("refused",)): 1,
         Series("pensieve_prompt_tokens_total"): 50,
         Series("pensieve_generation_tokens_total"): 7,
         Series("pensieve_cached_tokens_total", ("gpu",)): 20,
@@ -83,6 +91,7 @@ def test_the_states_of_a_tier_are_all_of_its_blocks() -> None:
     statistics = statistics_of(core()) | {
         "num_requests_running": 2,
         "num_requests_waiting": 3,
+        "num_tokens_waiting": 70,
         "num_gpu_blocks": 100,
         "num_gpu_blocks_free": 20,
         "num_cpu_blocks": 200,
@@ -93,6 +102,7 @@ def test_the_states_of_a_tier_are_all_of_its_blocks() -> None:
     assert read_gauges(statistics) == {
         Series("pensieve_num_requests_running"): 2,
         Series("pensieve_num_requests_waiting"): 3,
+        Series("pensieve_num_tokens_waiting"): 70,
         Series("pensieve_hinted_tokens"): 48,
         Series("pensieve_kv_blocks", ("gpu", "free")): 20,
         Series("pensieve_kv_blocks", ("gpu", "used")): 40,
@@ -176,7 +186,9 @@ def test_names_are_what_prometheus_expects() -> None:
     for definition in METRICS:
         assert definition.name.startswith("pensieve_")
         assert definition.name.endswith("_total") == (definition.kind == "counter")
-        assert definition.name.endswith("_seconds") == (definition.kind == "histogram")
+        assert definition.name.endswith(("_seconds", "prompt_tokens", "generation_tokens")) == (
+            definition.kind == "histogram"
+        )
         assert not {"session", "session_id", "tenant", "request_id", "application", "deployment", "replica"} & {
             *definition.labels
         }
@@ -191,7 +203,7 @@ class Notebook:
         self.states: dict[tuple[str, ...], float] = {}
         self.times: list[tuple[str, float]] = []
 
-    def make_metric(self, definition: metrics.MetricDefinition) -> Any:
+    def make_metric(self, definition: MetricDefinition) -> Any:
         notebook, name, labels = self, definition.name.removeprefix("pensieve_"), definition.labels
 
         class Metric:
@@ -201,7 +213,8 @@ class Notebook:
             def set(self, value: float, tags: dict[str, str]) -> None:
                 notebook.states[(name, *(tags[label] for label in labels))] = value
 
-            def observe(self, value: float) -> None:
+            def observe(self, value: float, tags: dict[str, str] | None = None) -> None:
+                assert set(tags or {}) == set(labels)
                 notebook.times.append((name, value))
 
         return Metric()
@@ -226,6 +239,7 @@ def test_export(notebook: Notebook) -> None:
     assert notebook.states == {
         ("num_requests_running",): 0,
         ("num_requests_waiting",): 0,
+        ("num_tokens_waiting",): 0,
         ("hinted_tokens",): 0,
         ("kv_blocks", "gpu", "free"): 4,
         ("kv_blocks", "gpu", "used"): 0,
@@ -314,3 +328,105 @@ async def test_a_resumed_answer_has_no_first_token_and_no_whole_time(
     async for delta in answer.deltas():
         observe(delta)
     assert notebook.times == [("inter_token_latency_seconds", 0.5), ("inter_token_latency_seconds", 0.5)]
+
+
+def account() -> RequestStats:
+    return RequestStats(
+        num_prompt_tokens=40,
+        num_cached_tokens=0,
+        num_loaded_tokens=0,
+        num_not_loaded_tokens=0,
+        num_dropped_tokens=0,
+        num_new_tokens=40,
+        num_output_tokens=5,
+        num_computed_tokens=44,
+        num_suspensions=0,
+        arrival_s=10.0,
+        first_token_s=13.0,
+        finished_s=15.0,
+        phases=RequestPhases(queue_s=1.0, load_s=0.5, prefill_s=1.5, decode_s=1.75, suspended_s=0.25),
+    )
+
+
+def test_a_finished_request_is_observed_by_phase(
+    engine_metrics: EngineMetrics, notebook: Notebook, answer: Answer
+) -> None:
+    engine_metrics.observe_answer(is_resumed=False)(OutputDelta(finish_reason="stop", stats=account()))
+    assert dict(notebook.times) == {
+        "time_to_first_token_seconds": 0.0,
+        "e2e_request_latency_seconds": 0.0,
+        "request_queue_time_seconds": 1.0,
+        "request_load_time_seconds": 0.5,
+        "request_prefill_time_seconds": 1.5,
+        "request_decode_time_seconds": 1.75,
+        "request_suspended_time_seconds": 0.25,
+        "request_prompt_tokens": 40,
+        "request_generation_tokens": 5,
+        "request_time_per_output_token_seconds": 0.5,
+    }
+    engine_metrics.observe_answer(is_resumed=True)(OutputDelta(finish_reason="stop", stats=account()))
+    assert len(notebook.times) == 10, "its phases are of two replicas"
+
+
+# What vLLM's own Grafana dashboard (examples/observability/prometheus_grafana/grafana.json, Apache-2.0) asks for, and what
+# Kubernetes' gateway for inference and vLLM's production stack scale and route by.
+VLLM_DASHBOARD = (
+    "vllm:e2e_request_latency_seconds_bucket",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:inter_token_latency_seconds_bucket",
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:time_to_first_token_seconds_bucket",
+    "vllm:kv_cache_usage_perc",
+    "vllm:request_prompt_tokens_bucket",
+    "vllm:request_generation_tokens_bucket",
+    "vllm:request_success_total",
+    "vllm:request_queue_time_seconds_sum",
+    "vllm:request_prefill_time_seconds_sum",
+    "vllm:request_decode_time_seconds_sum",
+    "vllm:request_max_num_generation_tokens_sum",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:num_preemptions_total",
+    "vllm:time_per_output_token_seconds_bucket",
+    "vllm:request_time_per_output_token_seconds_bucket",
+)
+
+
+@pytest.mark.parametrize("names", ["vllm", "both"])
+def test_all_that_vllms_dashboard_asks_for_is_there_by_that_name(notebook: Notebook, names: Any) -> None:
+    engine_core = core()
+    engine_metrics = EngineMetrics(lambda: statistics_of(engine_core), names, "a model")
+    stats = engine_core.stats
+    stats.num_prompt_tokens, stats.num_output_tokens, stats.num_suspensions = 40, 5, 2
+    stats.cached_tokens |= {"gpu": 10, "cpu": 20}
+    stats.num_aborted = 1
+    engine_metrics.export()
+    observe = engine_metrics.observe_answer(is_resumed=False)
+    observe(OutputDelta(token_ids=(1,)))
+    observe(OutputDelta(token_ids=(2,), finish_reason="stop", stats=account()))
+    of_vllm = ("a model", "0")
+    own = {key: count for key, count in notebook.counts.items() if not key[0].startswith("vllm_")}
+    assert bool(own) == (names == "both")
+    assert {key: count for key, count in notebook.counts.items() if key not in own} == {
+        ("vllm_prompt_tokens_total", *of_vllm): 40,
+        ("vllm_prefix_cache_queries_total", *of_vllm): 40,
+        ("vllm_prefix_cache_hits_total", *of_vllm): 30,
+        ("vllm_generation_tokens_total", *of_vllm): 5,
+        ("vllm_num_preemptions_total", *of_vllm): 2,
+        ("vllm_request_success_total", *of_vllm, "abort"): 1,
+    }
+    assert notebook.states[("vllm_kv_cache_usage_perc", *of_vllm)] == 0
+    given = {key[0] for key in (*notebook.counts, *notebook.states)}
+    given |= {f"{name}{suffix}" for name, _ in notebook.times for suffix in ("_bucket", "_sum", "_count")}
+    exported = "".join(f'ray_{name}{{application="x"}} 1\n' for name in sorted(given))
+    shown = select_series([exported], 'application="x"')
+    assert {line.split("{")[0] for line in shown.splitlines()} >= set(VLLM_DASHBOARD)
+    assert "ray_vllm" not in shown
+
+
+def test_how_full_vllms_cache_is_are_the_blocks_in_use() -> None:
+    gauges = {Series("pensieve_kv_blocks", ("gpu", state)): n for state, n in (("free", 5), ("used", 3), ("pinned", 2))}
+    gauges[Series("pensieve_kv_blocks", ("cpu", "pinned"))] = 90
+    assert vllm_metrics.translate_gauges(gauges, "m") == {Series("vllm_kv_cache_usage_perc", ("m", "0")): 0.2}

@@ -18,7 +18,7 @@ from ray import serve
 
 from deployments.app import build
 from deployments.cluster.serve_start import list_metrics_ports
-from deployments.metrics import METRICS
+from deployments.metric_definitions import METRICS
 from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 from tests.deployments.local_ray import AS_PENSIEVE_SERVE, LocalServe, free_port, start_ray

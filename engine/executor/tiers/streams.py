@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,10 @@ class Event(Protocol):
 
     def synchronize(self) -> None:
         """Block this thread until the stream has come to this place."""
+        ...
+
+    def elapsed_time(self, end: Any, /) -> float:
+        """Milliseconds from here to `end`, which the stream has come to; both are places that `mark` gave."""
         ...
 
 
@@ -30,6 +34,10 @@ class Stream(Protocol):
 
     def record(self) -> Event:
         """The place behind all that was put in so far."""
+        ...
+
+    def mark(self) -> Event:
+        """As `record`, with the time at which the stream comes there."""
         ...
 
     def wait(self, event: Event) -> None:
@@ -60,6 +68,10 @@ class CudaStream:
 
     def record(self) -> Event:
         event: Event = self._get().record_event()
+        return event
+
+    def mark(self) -> Event:
+        event: Event = self._get().record_event(torch.cuda.Event(enable_timing=True))
         return event
 
     def wait(self, event: Event) -> None:

@@ -10,6 +10,7 @@ without, a thread copies and the gates are threading events.
 from __future__ import annotations
 
 import threading
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,16 +23,18 @@ from engine.core.plan import BlockCopy, StepPlan
 from engine.core.tier_table import CPU, GPU
 from engine.executor.tiers.block_copy import BlockCopier, choose_copiers, columns_of, layer_groups, max_group_layers
 from engine.executor.tiers.kv_store import KVStore
-from engine.executor.tiers.streams import Event, Streams, cuda_streams
+from engine.executor.tiers.streams import Event, Stream, Streams, cuda_streams
 
 
 class Swapper(Protocol):
     """The copies of one step: `begin`, then the forward, whose layers call what `begin` returned, then `finish`.
 
     checksums: of the CPU tier's blocks; None if they are not verified.
+    seconds: how long the copies of the step that was finished last took, in and out; local copies are not counted.
     """
 
     checksums: Checksums | None
+    seconds: tuple[float, float]
 
     def begin(self, plan: StepPlan) -> Callable[[int], None] | None:
         """Make the evictions and local copies, start the rest.
@@ -119,6 +122,8 @@ class ThreadSwapper:
         # The same memory, by bytes: numpy knows no bfloat16.
         self._bytes = {GPU: gpu.storage.view(torch.uint8).numpy(), CPU: cpu.storage.view(torch.uint8).numpy()}
         self.checksums = Checksums(cpu) if verify else None
+        self.seconds = (0.0, 0.0)
+        self._in_s = self._out_s = 0.0  # of this step; each is of one thread at a time
         self._failed: tuple[int, ...] = ()
         self._pending: list[Future[None]] = []
         # One thread per direction: a swap-in must not queue behind an ahead-of-time swap-out.
@@ -127,6 +132,7 @@ class ThreadSwapper:
 
     def begin(self, plan: StepPlan) -> Callable[[int], None] | None:
         self._failed = ()
+        self._in_s = self._out_s = 0.0
         if plan.evictions:
             self._swap_out(plan.evictions)
         self._gpu.copy_blocks(plan.local_copies)
@@ -143,6 +149,7 @@ class ThreadSwapper:
     def finish(self) -> tuple[int, ...]:
         pending, self._pending = self._pending, []
         errors = [error for error in (future.exception() for future in pending) if error is not None]
+        self.seconds = (self._in_s, self._out_s)
         if errors:
             raise errors[0]
         return self._failed
@@ -152,19 +159,23 @@ class ThreadSwapper:
         self._out_thread.shutdown()
 
     def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
+        start_s = time.perf_counter()
         for copy in copies:
             self._bytes[copy.target_tier][copy.target] = self._bytes[copy.source_tier][copy.source]
+        self._out_s += time.perf_counter() - start_s
         if self.checksums is not None:
             self.checksums.note(copies)
 
     def _swap_in(self, copies: Sequence[BlockCopy], gates: LayerGates) -> None:
         try:
             size = self._gpu.storage.element_size()
+            start_s = time.perf_counter()
             for layer, columns in enumerate(self._gpu.layer_slices):
                 part = slice(columns.start * size, columns.stop * size)
                 for copy in copies:
                     self._bytes[copy.target_tier][copy.target, part] = self._bytes[copy.source_tier][copy.source, part]
                 gates.open(layer)
+            self._in_s = time.perf_counter() - start_s
         except BaseException as error:
             gates.fail(error)
             raise
@@ -199,6 +210,9 @@ class StreamSwapper:
         self._failed: tuple[int, ...] = ()
         self._transfer = _Transfer((), (), [], [])
         self._swapped_out: list[BlockCopy] = []
+        self.seconds = (0.0, 0.0)
+        # Of this step: where the copies of each call begin and end in their stream.
+        self._marks: tuple[list[_Marks], list[_Marks]] = ([], [])
 
     def begin(self, plan: StepPlan) -> Callable[[int], None] | None:
         compute, swap_in, swap_out = self._streams.compute, self._streams.swap_in, self._streams.swap_out
@@ -206,7 +220,7 @@ class StreamSwapper:
         self._swapped_out = [*plan.evictions, *plan.swap_outs]
         if plan.evictions:
             swap_out.wait(compute.record())  # earlier steps wrote what leaves
-            swap_out.run(lambda: self._swap_out(plan.evictions))
+            self._run_timed(swap_out, 1, lambda: self._swap_out(plan.evictions))
             compute.wait(swap_out.record())  # this one overwrites it
         if plan.local_copies:
             compute.run(lambda: self._gpu.copy_blocks(plan.local_copies))
@@ -235,11 +249,20 @@ class StreamSwapper:
             self._streams.swap_out.record().synchronize()
         if self.checksums is not None:
             self.checksums.note(self._swapped_out)
+        marks, self._marks = self._marks, ([], [])
+        in_s, out_s = (sum(mark.seconds() for mark in of_direction) for of_direction in marks)
+        self.seconds = (in_s, out_s)
         self._transfer, self._swapped_out = _Transfer((), (), [], []), []
         return self._failed
 
     def shutdown(self) -> None:
         self.finish()
+
+    def _run_timed(self, stream: Stream, direction: int, launch: Callable[[], None]) -> None:
+        """direction: 0 in, 1 out."""
+        start = stream.mark()
+        stream.run(launch)
+        self._marks[direction].append(_Marks(start, stream.mark()))
 
     def _wait_for_layer(self, layer: int) -> None:
         transfer = self._transfer
@@ -254,19 +277,33 @@ class StreamSwapper:
         for index in range(len(transfer.arrived), min(num_groups, len(transfer.groups))):
             if transfer.swap_ins:
                 columns = columns_of(self._gpu, transfer.groups[index])
-                streams.swap_in.run(
+                self._run_timed(
+                    streams.swap_in,
+                    0,
                     lambda columns=columns: self._copy_in(  # type: ignore[misc]
                         self._gpu.storage, self._cpu.storage, transfer.swap_ins, columns
-                    )
+                    ),
                 )
             if (share := transfer.share_of_swap_outs(index)) and index > 0:
                 streams.swap_out.wait(transfer.arrived[index - 1])
             if share:
-                streams.swap_out.run(lambda share=share: self._swap_out(share))  # type: ignore[misc]
+                self._run_timed(streams.swap_out, 1, lambda share=share: self._swap_out(share))  # type: ignore[misc]
             transfer.arrived.append(streams.swap_in.record())
 
     def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
         self._copy_out(self._cpu.storage, self._gpu.storage, copies, slice(0, self._gpu.storage.shape[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """Where some copies begin and end in their stream."""
+
+    start: Event
+    end: Event
+
+    def seconds(self) -> float:
+        """How long they took; once the stream has come to the end."""
+        return self.start.elapsed_time(self.end) / 1e3
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,10 +32,16 @@ class FakeEvent:
     def __init__(self, device: FakeDevice) -> None:
         self._device = device
         self.is_done = False
+        self.time_ms = 0.0
 
     def synchronize(self) -> None:
         while not self.is_done:
             assert self._device.advance(), "the host waits for what can never happen"
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert self.is_done
+        assert end.is_done
+        return end.time_ms - self.time_ms
 
 
 class FakeStream:
@@ -53,9 +59,12 @@ class FakeStream:
 
         def set_done() -> None:
             event.is_done = True
+            event.time_ms = self._device.time_ms
 
         self._put(set_done)
         return event
+
+    mark = record
 
     def wait(self, event: FakeEvent) -> None:
         if self._waits:
@@ -71,6 +80,7 @@ class FakeStream:
 
     def go_on(self) -> None:
         work = self.queue.popleft()
+        self._device.time_ms += 1.0
         if not isinstance(work, FakeEvent):
             work()
 
@@ -85,6 +95,7 @@ class FakeDevice:
         self.streams = Streams(**streams)
         self._all = list(streams.values())
         self._eagerness = rng.choice([0, 1, 4])
+        self.time_ms = 0.0  # each piece of work takes one
 
     def advance(self) -> bool:
         """Run one piece of work of some stream; False where none can go on."""

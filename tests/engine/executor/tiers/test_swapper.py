@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -57,6 +58,25 @@ def test_a_step_moves_blocks_in_the_order_of_its_plan(stores, verify):
     assert contents(gpu) == [4.0, 1.0, 0.0, 3.0, 0.0, 2.0]
     assert contents(cpu) == [1.0, 4.0, 102.0, 0.0, 104.0]
     swapper.shutdown()
+
+
+def test_the_copies_of_each_direction_are_timed(stores, monkeypatch):
+    """By a clock that goes on by one second whenever it is looked at."""
+    now = itertools.count()
+    monkeypatch.setattr("engine.executor.tiers.swapper.time.perf_counter", lambda: float(next(now)))
+    swapper = ThreadSwapper(*stores, verify=False)
+    try:
+        swapper.begin(StepPlan(1, (), evictions=(swap_out(0, 3),), swap_outs=(swap_out(4, 1),)))
+        swapper.finish()
+        assert swapper.seconds == (0.0, 2.0)
+        swapper.begin(StepPlan(2, (), swap_ins=(swap_in(1, 0),)))
+        swapper.finish()
+        assert swapper.seconds == (1.0, 0.0)
+        swapper.begin(StepPlan(3, ()))
+        swapper.finish()
+        assert swapper.seconds == (0.0, 0.0)
+    finally:
+        swapper.shutdown()
 
 
 def test_a_corrupted_block_is_reported_by_its_target(stores):
