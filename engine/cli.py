@@ -1,6 +1,6 @@
 """The command line: `pensieve chat`, `generate`, `compare`, `profile`, `size`, `bench`.
 
-`pensieve serve`, `pensieve simulate` and `pensieve experiment` are other programs.
+`pensieve serve`, `simulate`, `experiment` and `dashboards` are other programs.
 
 Options of the engine are those of EngineConfig, with the same names, groups and help.
 
@@ -54,6 +54,7 @@ PLOT_SUFFIXES = (".png", ".pdf", ".svg")
 PROGRAMS = {
     "serve": "Serve a config file on this machine",
     "simulate": "Say what a cluster of a config file would do with a workload, without a model or a device",
+    "dashboards": "Start Prometheus and Grafana beside a running cluster, as far as they are installed",
     "experiment": "Measure and simulate a matrix of configurations and loads on a Ray cluster",
 }
 

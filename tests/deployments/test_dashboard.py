@@ -14,7 +14,7 @@ from engine.core.stats import EngineStats
 from engine.core.tier_table import PEER
 
 ROOT = Path(__file__).parents[2]
-DASHBOARD = json.loads((ROOT / "cluster_configs" / "grafana" / "pensieve.json").read_text())
+DASHBOARD = json.loads((ROOT / "deployments" / "dashboards" / "pensieve.json").read_text())
 LABELS_OF_RAY = {"application", "replica", "le"}
 
 

@@ -52,7 +52,7 @@ OF_TRANSFERS = {
     for definition in METRICS
     if definition.name.startswith(("pensieve_tier_transfer", "pensieve_handover_"))
 }
-DASHBOARD = Path(__file__).parents[2] / "cluster_configs" / "grafana" / "pensieve.json"
+DASHBOARD = Path(__file__).parents[2] / "deployments" / "dashboards" / "pensieve.json"
 
 Sample = tuple[dict[str, str], float]
 
