@@ -115,11 +115,6 @@ class HttpOptions(_Options):
         description="Refuse requests with parameters that are unknown, at any level. False: they are ignored, and the header "
         "`x-pensieve-ignored` of the answer names them.",
     )
-    metrics_names: Literal["pensieve", "vllm", "both"] = Field(
-        default="pensieve",
-        description="Under which names the engine replicas export what they measure: `pensieve` are those of "
-        "docs/observability.md, `vllm` those of vLLM, for dashboards and autoscalers that exist for it.",
-    )
     cors_allowed_origins: tuple[str, ...] = Field(
         default=(),
         description="Origins of web pages that may ask from a browser, such as `https://chat.example.org`. Without API keys, "
@@ -224,6 +219,11 @@ class WatchOptions(_Options):
         default="off",
         description="OpenTelemetry spans of each generation: `otlp` sends them to a collector, which the environment names "
         "(`OTEL_EXPORTER_OTLP_ENDPOINT`, ...), and needs `pip install 'pensieve-ray[traces]'`; `console` prints them.",
+    )
+    metrics_names: Literal["pensieve", "vllm", "both"] = Field(
+        default="pensieve",
+        description="Under which names the engine replicas export what they measure: `pensieve` are those of "
+        "docs/observability.md, `vllm` those of vLLM, for dashboards and autoscalers that exist for it.",
     )
 
     @field_validator("traces")
