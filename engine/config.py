@@ -22,6 +22,7 @@ from engine.options import Option, check_values, options_of
 ATTENTION_BACKENDS = ("auto", *BACKEND_NAMES)
 LOAD_FORMATS = ("auto", "dummy")
 SWAP_COPIES = ("auto", "dma", "kernel")
+QUANTIZATIONS = ("none", "int8", "auto")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What an adapter may be called: part of the names of its conversations, and of the body of a request.
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
@@ -65,6 +66,16 @@ class ModelOptions:
             choices=DTYPES,
         ),
     ] = "auto"
+    quantization: Annotated[
+        str,
+        Option(
+            "Rounds the weights of linear layers as they are loaded: `none`, `int8` or `auto`.",
+            "`int8`, on CPUs only: a byte for each weight, a scale for each output feature, inputs of 8 bits. Lossy; the "
+            "log says how far off the logits are, and [Quantisation](quantization.md) what it costs. `auto` is `int8` on a "
+            "CPU whose torch computes it, unless the checkpoint is quantised already, else `none`. Needs `pack_weights`.",
+            choices=QUANTIZATIONS,
+        ),
+    ] = "none"
     device: Annotated[str, Option("`auto` (CUDA if there is a device, else the CPU), `cpu`, `cuda` or `cuda:N`.")] = (
         "auto"
     )
@@ -444,6 +455,11 @@ class EngineConfig(
                 not (self.serves_adapters and self.load_format == "dummy"),
                 "load_format",
                 "auto if there are adapters: they are made for the model's own weights",
+            ),
+            (
+                self.quantization == "none" or (self.pack_weights and not self.compile_layers),
+                "quantization",
+                "none if pack_weights is false or compile_layers is true: quantised layers are packed, and not compiled",
             ),
             (self.kv_disk_path != "", "kv_disk_path", "the path of a folder"),
             (self.record_trace != "", "record_trace", "the path of a folder"),

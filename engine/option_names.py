@@ -94,7 +94,6 @@ ABSENT = {
     "pipeline_parallel_size": "there is no pipeline parallelism; set tensor_parallel_size",
     "pp_size": "there is no pipeline parallelism; set tensor_parallel_size",
     "enable_expert_parallel": "experts are sharded with tensor_parallel_size; leave it out",
-    "quantization": "weights are served as they are in the checkpoint, or in dtype; name a model that fits",
     "kv_cache_dtype": "the KV cache has the dtype of the model; set dtype",
     "cache_type_k": "the KV cache has the dtype of the model; set dtype",
     "cache_type_v": "the KV cache has the dtype of the model; set dtype",

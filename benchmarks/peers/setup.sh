@@ -52,7 +52,7 @@ if [ ! -e "$SOURCE/.built" ]; then # ninja goes on where an interrupted build st
     PATH=$BIN:$PATH nice -n 10 cmake -S "$SOURCE/vendor/llama.cpp" -B "$SOURCE/build" -G Ninja \
         -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DGGML_NATIVE=ON \
         -DLLAMA_BUILD_SERVER=ON -DLLAMA_BUILD_UI=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF
-    PATH=$BIN:$PATH nice -n 10 cmake --build "$SOURCE/build" --target llama-server -j 2
+    PATH=$BIN:$PATH nice -n 10 cmake --build "$SOURCE/build" --target llama-server llama-quantize -j 2
     touch "$SOURCE/.built"
 fi
 echo "$SOURCE: built"

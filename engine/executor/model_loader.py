@@ -37,8 +37,10 @@ from engine.executor.model_check import (
     reject_unsupported,
     rounding_tolerance,
 )
-from engine.executor.packed_linear import PackedWeight, choose_packing, pack_linears
+from engine.executor.packed_linear import PackedWeight, choose_packing, leave_files, num_packed_bytes, pack_linears
 from engine.executor.process_group import ProcessGroup
+from engine.executor.quantization import checkpoint_quantization, quantize
+from engine.executor.quantized_linear import QuantizedWeight, choose_quantized
 from engine.executor.sharding import is_own, local_part, localize, make_plan, num_local_bytes
 from engine.host_memory import check_weights
 from engine.model_files import is_hub_id, model_location
@@ -123,6 +125,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     hf_config = _read_config(config)
     text_config = hf_config.get_text_config()
     dtype = _choose_dtype(config.dtype, text_config, device)
+    quantized = _choose_quantized(config, hf_config, dtype, device)
     plan = {} if group is None else make_plan(config.model, hf_config, group.size)
     if device.type == "cpu" and (num_bytes := _num_weight_bytes(hf_config, dtype)) is not None:
         check_weights(config.model, num_bytes)
@@ -144,13 +147,25 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     packing = None
     if config.pack_weights and not (wants_compiled and device.type == "cpu"):  # a compiler does not know its operations
         packing = choose_packing(dtype, device)
-    if packing is not None:
+    if quantized is not None:
+        is_quantized = quantize(config.model, model, text_config, quantized, packing)
+        if not (is_quantized if group is None else group.minimum(is_quantized)):
+            if config.quantization != "auto":
+                raise UnsupportedModelError(
+                    f"{config.model!r} ({text_config.model_type}) cannot be served with quantization {config.quantization}: "
+                    "see the log; set it to none",
+                    param="quantization",
+                )
+            del model, probe
+            _free_memory(device)
+            return load_model(replace(config, quantization="none"), group)
+        fingerprint = fingerprint_of(fingerprint, quantized.identity())
+        num_weight_bytes = num_local_bytes(model) + num_packed_bytes(model)
+    elif packing is not None:
         is_packed = _pack(config.model, model, text_config, tolerance, packing)
         if not (is_packed if group is None else group.minimum(is_packed)):
-            del model, probe  # two of them may not fit
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            del model, probe
+            _free_memory(device)
             return load_model(replace(config, pack_weights=False), group)
     adapters = None
     if config.serves_adapters:
@@ -173,6 +188,13 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
         has_compiled_layers=is_compiled,
         adapters=adapters,
     )
+
+
+def _free_memory(device: torch.device) -> None:
+    """Of a model that nothing holds any more: two of them may not fit."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def check_can_be_sharded(config: EngineConfig) -> None:
@@ -284,6 +306,22 @@ def _load_error(model: str, error: Exception) -> ModelLoadError:
     )
 
 
+def _choose_quantized(
+    config: EngineConfig, hf_config: Any, dtype: torch.dtype, device: torch.device
+) -> type[QuantizedWeight] | None:
+    """What quantises the weights; None for nothing, as for a checkpoint that is quantised already."""
+    method = checkpoint_quantization(hf_config)
+    if method is None:
+        return choose_quantized(config.quantization, dtype, device)
+    if config.quantization not in ("none", "auto"):
+        raise ConfigError(
+            f"{config.model!r} is quantised already ({method}); set quantization to none, or give the checkpoint that it was "
+            "made from",
+            param="quantization",
+        )
+    return None
+
+
 def _choose_dtype(option: str, text_config: Any, device: torch.device) -> torch.dtype:
     if option != "auto":
         dtype: torch.dtype = getattr(torch, option)
@@ -315,17 +353,8 @@ def _pack(name: str, model: Any, text_config: Any, tolerance: float, packing: ty
         return False
     logger.info("%s: %d linear layers packed (%s)", name, num_packed, packing.__name__)
     if model.device.type == "cpu":
-        _leave_files(model)
+        leave_files(model)
     return True
-
-
-def _leave_files(model: Any) -> None:
-    """Copy the weights that are not packed out of the mapped files.
-
-    While one of them lies in a file, all of that file stays in memory.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
 
 
 def _wants_compiled_layers(config: EngineConfig, device: torch.device) -> bool:

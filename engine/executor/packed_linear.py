@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 NUM_ROWS_HINT = 64
 # Numbers of rows that a layout is tried with: each may be computed by other code.
 NUMS_OF_TRIED_ROWS = (1, 5, 70)
+# Of the numbers that a kind is tried with, each so many-th is as large as they get.
+NUM_BETWEEN_LIMITS = 16
 # Of the output of a layer on random rows, what error is still rounding, in relation to its length.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
@@ -34,9 +36,15 @@ class PackedWeight(Protocol):
     """A weight [out_features, in_features] and a bias in a kernel's own layout.
 
     PACKS_SINGLE_LAYERS: whether a layer that is joined to no other one gains by it too.
+    CHECKED_LIMITS: of a weight and of an input; integers up to them are multiplied exactly, if each row reaches them.
+    LOSS: error of the output of a layer on random rows, in relation to its length, beyond which a layer is not packed so;
+        besides rounding in the dtype. 0 if the weight is kept as it is.
     """
 
     PACKS_SINGLE_LAYERS: bool
+    CHECKED_LIMITS: tuple[int, int]
+    LOSS: float
+    num_bytes: int  # that are not parameters
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None: ...
 
@@ -53,9 +61,12 @@ class OneDnnWeight:
     """Computes in the dtype of the weight: float32, or bfloat16 if the processor has instructions for it."""
 
     PACKS_SINGLE_LAYERS = True
+    CHECKED_LIMITS = (2, 1)
+    LOSS = 0.0
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, NUM_ROWS_HINT)
+        self.num_bytes = weight.nbytes
         self._bias = bias
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,11 +89,14 @@ class FbgemmWeight:
     """
 
     PACKS_SINGLE_LAYERS = True
+    CHECKED_LIMITS = (2, 1)
+    LOSS = 0.0
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         if weight.abs().max() > torch.finfo(torch.float16).max:
             raise ValueError("a weight is beyond the range of float16")
         self._packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+        self.num_bytes = weight.nbytes
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._packed)
@@ -97,6 +111,9 @@ class PlainWeight(nn.Module):
     """As it is, for a GPU, which has a small multiplication done before all of its processors have begun."""
 
     PACKS_SINGLE_LAYERS = False
+    CHECKED_LIMITS = (2, 1)
+    LOSS = 0.0
+    num_bytes = 0
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -119,7 +136,7 @@ def choose_packing(dtype: torch.dtype, device: torch.device) -> type[PackedWeigh
     candidates: tuple[type[PackedWeight], ...] = (OneDnnWeight, FbgemmWeight) if half else (OneDnnWeight,)
     for packing in candidates:
         try:
-            if _is_right(packing, dtype):
+            if is_right(packing, dtype):
                 return packing
             logger.warning("%s is wrong on this machine in %s, and packs nothing", packing.__name__, dtype)
         except (RuntimeError, AttributeError, NotImplementedError) as error:
@@ -127,22 +144,25 @@ def choose_packing(dtype: torch.dtype, device: torch.device) -> type[PackedWeigh
     return None
 
 
-def _is_right(packing: type[PackedWeight], dtype: torch.dtype) -> bool:
+def is_right(packing: type[PackedWeight], dtype: torch.dtype) -> bool:
     """Whether a kind of weight multiplies correctly, and gives back what it packed.
 
-    The elements differ from their neighbours, so that another order shows, and every sum of them is exact in the dtype.
+    The elements differ from their neighbours, so that another order shows, and every sum of them is exact in float32.
     """
     generator = torch.Generator().manual_seed(0)
+    weight_limit, input_limit = packing.CHECKED_LIMITS
 
     def integers(limit: int, *size: int) -> torch.Tensor:
-        return torch.randint(-limit, limit + 1, size, generator=generator)
+        values = torch.randint(-limit, limit + 1, size, generator=generator)
+        values[..., ::NUM_BETWEEN_LIMITS] = limit
+        return values
 
-    weight, bias = integers(2, 24, 40), integers(9, 24)
+    weight, bias = integers(weight_limit, 24, 96), integers(9, 24)
     packed = packing(weight.to(dtype), bias.to(dtype))
     if not torch.equal(packed.unpack().to(dtype), weight.to(dtype)):
         return False
     for num_rows in NUMS_OF_TRIED_ROWS:
-        x = integers(1, num_rows, 40)
+        x = integers(input_limit, num_rows, 96)
         product = packed.multiply(x.to(dtype))
         if product.dtype != dtype or not torch.equal(product, (x @ weight.T + bias).to(dtype)):
             return False
@@ -168,6 +188,11 @@ class PackedLinear(nn.Module):
             self.bias = torch.cat(biases).detach()
         weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
         self._packed = packing(weight.detach().contiguous(), self.bias)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight, if it is no parameter of the model."""
+        return self._packed.num_bytes
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._packed.multiply(input)
@@ -227,33 +252,47 @@ class JoinedLinear(nn.Module):
         return None if bias is None else bias.split(self._joined.linear.sizes)[self._index]
 
 
-def pack_linears(model: nn.Module, forward: Callable[[], Any], packing: type[PackedWeight]) -> int:
+def pack_linears(model: nn.Module, forward: Callable[[], Any], *packings: type[PackedWeight]) -> int:
     """Replace the linear layers of `model`, group by group, so that only one group is in memory twice.
 
     forward: runs the model on a few tokens, in the order that every step repeats. Layers that it does not call stay as
         they are.
+    packings: in order of preference; a layer gets the first with which it computes the same, but for its loss.
 
-    Returns the number of layers packed. Raises ValueError, and leaves the model half packed, if a layer does not compute
-    the same any more. A weight that another module uses too (a tied embedding) stays there beside its packed copy.
+    Returns the number of layers that got the first one. Raises ValueError, and leaves the model half packed, if a layer
+    computes the same with none. A weight that another module uses too (a tied embedding) stays there beside its packed copy.
     """
     groups = _find_groups(model, forward)
     places = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     num_packed = 0
     for group in groups:
-        if len(group) == 1 and not packing.PACKS_SINGLE_LAYERS:
+        if len(group) == 1 and not packings[0].PACKS_SINGLE_LAYERS:
             continue
-        if len(group) == 1:
-            replacements: list[nn.Module] = [PackedLinear(group, packing)]
-        else:
-            joined = _JoinedInput(PackedLinear(group, packing))
-            replacements = [JoinedLinear(joined, index) for index in range(len(group))]
-        _check_same(group, replacements)
+        replacements, packing = _pack_group(group, packings)
         for layer, replacement in zip(group, replacements, strict=True):
             parent, name = places.pop(layer)
             setattr(parent, name, replacement)
-        num_packed += len(group)
+        num_packed += len(group) if packing is packings[0] else 0
         group.clear()  # the last reference to the unpacked weights
     return num_packed
+
+
+def _pack_group(
+    group: list[nn.Linear], packings: Sequence[type[PackedWeight]]
+) -> tuple[list[nn.Module], type[PackedWeight]]:
+    """What stands for the layers of a group, and by which packing. Raises ValueError if none is right."""
+    for packing in packings:
+        linear = PackedLinear(group, packing)
+        joined = _JoinedInput(linear)
+        replacements = [linear] if len(group) == 1 else [JoinedLinear(joined, index) for index in range(len(group))]
+        try:
+            _check_same(group, replacements, packing.LOSS)
+            return replacements, packing
+        except ValueError as error:
+            if packing is packings[-1]:
+                raise
+            logger.info("%s with %s", error, packing.__name__)
+    raise AssertionError("no packing was given")
 
 
 def unpack_linears(model: nn.Module) -> None:
@@ -269,8 +308,22 @@ def unpack_linears(model: nn.Module) -> None:
                 setattr(parent, name, layer)
 
 
+def leave_files(model: nn.Module) -> None:
+    """Copy the weights that are not packed out of the mapped files.
+
+    While one of them lies in a file, all of that file stays in memory.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def num_packed_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that are not the model's parameters any more."""
+    return sum(module.num_bytes for module in model.modules() if isinstance(module, PackedLinear))
+
+
 @torch.inference_mode()
-def _check_same(layers: Sequence[nn.Linear], replacements: Sequence[nn.Module]) -> None:
+def _check_same(layers: Sequence[nn.Linear], replacements: Sequence[nn.Module], loss: float) -> None:
     """Raise ValueError if two layers differ on random rows, which show more than a model's own inputs."""
     weight = layers[0].weight
     generator = torch.Generator(weight.device).manual_seed(0)
@@ -278,7 +331,7 @@ def _check_same(layers: Sequence[nn.Linear], replacements: Sequence[nn.Module]) 
     x = torch.randn(*size, generator=generator, device=weight.device, dtype=weight.dtype)
     for layer, replacement in zip(layers, replacements, strict=True):
         expected, actual = layer(x).float(), replacement(x).float()
-        if not (actual - expected).norm() <= TOLERANCE[weight.dtype] * expected.norm():
+        if not (actual - expected).norm() <= (TOLERANCE[weight.dtype] + loss) * expected.norm():
             raise ValueError(f"a layer of {layer.out_features} x {layer.in_features} does not compute the same")
 
 

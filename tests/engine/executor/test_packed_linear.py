@@ -117,6 +117,8 @@ def test_a_processor_with_bfloat16_uses_it(monkeypatch):
 
     class NativeWeight:
         PACKS_SINGLE_LAYERS = True
+        CHECKED_LIMITS = (2, 1)
+        LOSS = 0.0
 
         def __init__(self, weight, bias):
             self.weight, self.bias = weight, bias
