@@ -180,7 +180,7 @@ def test_steps_without_adapters_are_those_of_the_model_alone(tiny_model, tmp_pat
     assert all(torch.equal(*pair) for pair in zip(*seen.values(), strict=True))
 
 
-@pytest.mark.parametrize(("family", "size"), [("phi3", 2), ("gpt2", 2), ("llama", 4)])
+@pytest.mark.parametrize(("family", "size"), [("gpt2", 2), ("llama", 4)])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with GPUs each rank takes one")
 def test_ranks_of_a_group_add_their_parts(family, size, tiny_model, tmp_path, make_driver):
     model = tiny_model(family)
