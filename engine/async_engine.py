@@ -116,7 +116,7 @@ class AsyncEngine:
         self._executor, self._kept, self._recorder = executor, kept, recorder
         self.identity = f"{config.model} {self._tokenizer.fingerprint}"
         facts = executor.facts
-        self._bytes_per_block = facts.bytes_per_block
+        self._bytes_per_block = facts.bytes_per_cold_block  # as it moves between tiers
         eos_token_id = self._tokenizer.eos_token_id
         self._eos_token_ids = tuple({*facts.model.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
         self.max_model_len = self._core.scheduling_config.max_model_len
