@@ -248,8 +248,8 @@ class TierOptions(CacheOptions):
         Option(
             "Number format of KV in the tiers behind the GPU tier; all but `same` are lossy, and hold 2 to 6 times as much.",
             "KV is quantised when it leaves the GPU tier and restored when it comes back, so an answer depends, slightly, on "
-            "what was evicted before it. The log says at the start how large the error is with this model. `fp8` is e4m3 with "
-            "a scale for each head and chunk; `int8` and `int4` have bounds for each channel of keys, and for each token of "
+            "what was evicted before it. The log says at the start how large the error is with this model. `fp8` is e4m3 "
+            "with a scale for each head and chunk; `int8` and `int4` have bounds for each channel of keys, and each token of "
             "values. On a GPU it needs Triton, and not `swap_copies: dma`.",
             choices=COLD_DTYPES,
         ),

@@ -88,7 +88,7 @@ struct Scratch {
 template <typename T>
 void store_bound(uint8_t* at, float value) {
   T element;
-  narrow(value, element);
+  narrow(value + 0.0f, element);  // of zeros, the positive one
   std::memcpy(at, &element, sizeof(T));
 }
 

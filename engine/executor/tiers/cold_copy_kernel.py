@@ -132,14 +132,14 @@ def _numbers(values, low, high, LEVELS: tl.constexpr):
 def _finite_min(values, axis: tl.constexpr):
     """0 if there is none."""
     least = tl.min(values, axis, keep_dims=True)
-    return tl.where(least == float("inf"), 0.0, least)
+    return tl.where(least == float("inf"), 0.0, least) + 0.0  # of zeros, the positive one
 
 
 @triton.jit
 def _finite_max(values, axis: tl.constexpr):
     """0 if there is none."""
     greatest = tl.max(values, axis, keep_dims=True)
-    return tl.where(greatest == float("-inf"), 0.0, greatest)
+    return tl.where(greatest == float("-inf"), 0.0, greatest) + 0.0
 
 
 @triton.jit
@@ -222,6 +222,15 @@ def _encode_kernel(
             tl.store(to, number.to(tl.uint8), mask=inside)
 
 
+@triton.jit
+def _narrow(value, KIND: tl.constexpr):
+    """Rounded to the nearest; Triton's interpreter cuts bfloat16 off."""
+    if KIND == tl.bfloat16:  # noqa: SIM300 (a constant of the launch)
+        bits = value.to(tl.int32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return value.to(KIND)
+
+
 @triton.jit(do_not_specialize=["num_copies"])
 def _decode_kernel(
     exact, cold, cold_elements, pairs, units, num_copies, num_units, exact_stride, cold_stride,
@@ -246,7 +255,7 @@ def _decode_kernel(
             shift = exponent - _TOP_EXPONENT
             first = shift // 2
             value = value * _power_of_two(first) * _power_of_two(shift - first)
-            tl.store(block + offsets, value.to(exact.dtype.element_ty), mask=inside)
+            tl.store(block + offsets, _narrow(value, exact.dtype.element_ty), mask=inside)
         else:
             bounds = cold_elements + (source * cold_stride + scales) // ITEM_BYTES
             if IS_KEY:
@@ -260,7 +269,7 @@ def _decode_kernel(
             first_number = number & 15 if HALF < DIM or LEVELS == 15 else number
             share = tl.div_rn(first_number.to(tl.float32), LEVELS * 1.0 + number * 0.0)
             value = low * (1.0 - share) + high * share
-            tl.store(block + offsets, value.to(exact.dtype.element_ty), mask=inside)
+            tl.store(block + offsets, _narrow(value, exact.dtype.element_ty), mask=inside)
             if HALF < DIM:
                 mask2 = inside & (column[None, :] + HALF < DIM)
                 if IS_KEY:
@@ -269,4 +278,4 @@ def _decode_kernel(
                     high = tl.load(bounds + DIM + second, mask=second < DIM, other=0.0).to(tl.float32)
                 share = tl.div_rn((number >> 4).to(tl.float32), LEVELS * 1.0 + number * 0.0)
                 value = low * (1.0 - share) + high * share
-                tl.store(block + offsets + HALF, value.to(exact.dtype.element_ty), mask=mask2)
+                tl.store(block + offsets + HALF, _narrow(value, exact.dtype.element_ty), mask=mask2)

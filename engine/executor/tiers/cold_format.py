@@ -148,7 +148,7 @@ class ColdFormat:
         return record
 
     def decode(self, record: torch.Tensor, block: torch.Tensor, layers: Sequence[int]) -> None:
-        """Write what a record holds of these layers to a block [elements]; all tokens, as bounds or zeros beyond the valid."""
+        """Write what a record holds of these layers to a block [elements]; bounds or zeros behind the valid tokens."""
         for part in (part for layer in layers for part in self.layers[layer]):
             row_bytes = self.row_bytes(part.dim)
             payload = record[part.payload : part.payload + part.heads * self.chunk_size * row_bytes]
@@ -164,11 +164,14 @@ class ColdFormat:
     def _encode_int(self, values: torch.Tensor, is_key: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Bounds [heads, 2, dim] of K or [heads, tokens, 2] of V in the GPU tier's dtype; numbers uint8, as `values`."""
         dim = 1 if is_key else 2
-        low, high = values.amin(dim, keepdim=True), values.amax(dim, keepdim=True)
+        # Of zeros, the positive one: which of them is the least is not defined.
+        low, high = values.amin(dim, keepdim=True) + 0.0, values.amax(dim, keepdim=True) + 0.0
         is_flat = (high - low <= torch.maximum(low.abs(), high.abs()) * MIN_RANGE) | (high - low < TINY)
         high = torch.where(is_flat, low, high)
         levels = float(LEVELS[self.kind])
-        inverse = torch.where(is_flat, 0.0, levels / torch.where(is_flat, 1.0, high - low))
+        # Not `levels / ...`, which multiplies by a reciprocal.
+        ratio = torch.div(torch.tensor(levels, device=low.device), torch.where(is_flat, 1.0, high - low))
+        inverse = torch.where(is_flat, 0.0, ratio)
         numbers = ((values - low) * inverse + 0.5).clamp(0.0, levels).to(torch.uint8)
         return torch.cat([low, high], dim).to(self.dtype).contiguous(), numbers
 
