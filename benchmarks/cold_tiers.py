@@ -1,21 +1,21 @@
 """Cold tiers in fewer bits (`kv_cold_dtype`): hit rate, turns/s and time to first token in the same memory, and copy speed.
 
-Engines with one dtype each take turns at the same requests: 20 conversations of OpenAssistant, whose turns come in random order,
-and whose KV is `--times` as large as both tiers. The history is the data's, so that all compute the same prompts. Then the
-error: the log-probability of the data's own text behind KV that went through the CPU tier, and the speed of the copies.
+Engines with one dtype each take turns at the same requests: conversations of OpenAssistant, whose turns come in random order,
+and whose KV is `--times` as large as both tiers. The history is the data's, so that all compute the same prompts. Before it,
+the error: the log-probability of the data's own text behind KV that went through the CPU tier; and the speed of the copies.
 
-    python benchmarks/cold_tiers.py
+    python benchmarks/cold_tiers.py --conversations trees.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,19 @@ from engine.executor.group import make_executor
 from engine.model_files import model_location
 from engine.server import Server, create_server
 from engine.text.prompt import ChatPrompt
+from engine.workloads.conversations import read_oasst
 
-CONVERSATIONS = Path(__file__).parents[1] / "tests" / "data" / "oasst_conversations.json"
 CHUNK_SIZE = 32
 WINDOW = 1024
-NUM_GPU_BLOCKS = 40
+NUM_GPU_BLOCKS = 34
 NUM_COPIED = 40
 Messages = list[tuple[str, str]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--conversations", type=Path, required=True, help="a file of OpenAssistant's trees")
+    parser.add_argument("--num-conversations", type=int, default=20)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument(
@@ -54,9 +56,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(model_location(arguments.model))
-    talks = [
-        [(message["role"], message["content"]) for message in talk] for talk in json.loads(CONVERSATIONS.read_text())
-    ]
+    talks = list(islice(read_talks(arguments.conversations), arguments.num_conversations))
 
     def count(messages: Messages) -> int:
         chat = [{"role": role, "content": content} for role, content in messages]
@@ -93,8 +93,27 @@ def main() -> None:
         print(kind, row)
     sizes = {"num_tokens": num_tokens, "num_gpu_tokens": NUM_GPU_BLOCKS * CHUNK_SIZE, "num_cpu_tokens": num_cpu_tokens}
     write_result(
-        "cold_tiers", {"options": vars(arguments), **sizes, "serving": figures, "copies": speeds, "errors": errors}
+        "cold_tiers",
+        {
+            "options": {**vars(arguments), "conversations": arguments.conversations.name},
+            **sizes,
+            "serving": figures,
+            "copies": speeds,
+            "errors": errors,
+        },
     )
+
+
+def read_talks(path: Path) -> Iterator[Messages]:
+    """The first path of each tree that has more than one turn."""
+    for session in read_oasst(path):
+        if session.session_id.endswith(".0") and len(session.turns) > 1:
+            messages: Messages = []
+            for turn in session.turns:
+                messages += [(message.role, message.content) for message in turn.messages]
+                if turn.answer is not None:
+                    messages.append((turn.answer.role, turn.answer.content))
+            yield messages
 
 
 def turns_of(talk: Messages, count: Any, max_tokens: int) -> list[Messages]:
