@@ -41,6 +41,8 @@ def make_cluster(case: Case, seed: int) -> Cluster:
             "a rolling update is done by Serve, and is measured only; leave --simulate out", param="changes"
         )
     engine = case.engine
+    if engine.kv_cold_dtype != "same":
+        raise ConfigError("cold tiers in fewer bits are not simulated; use kv_cold_dtype 'same'", param="kv_cold_dtype")
     cost, bytes_per_block = make_cost(case)
     num_gpu_blocks = engine.num_gpu_blocks or int(_gpu_tier_bytes(case) / bytes_per_block)
     if num_gpu_blocks < 1:

@@ -28,6 +28,7 @@ from engine.adapters import LoadedAdapters, adapter_of
 from engine.answer_grammar import thinking_span
 from engine.answer_grammars import AnswerGrammars
 from engine.cache_view import CacheQuery, CacheView, CacheWatch
+from engine.cold_error import TEXT, log_cold_error
 from engine.config import EngineConfig
 from engine.core.executor_protocol import Executor
 from engine.core.plan import ChunkRecord
@@ -102,6 +103,10 @@ class AsyncEngine:
             kept = KeptState(config, executor, number, network, self._tokenizer.cut_tokens)
             self._core = make_core(config, executor, kept.specs)
             self._adapters = LoadedAdapters(config, executor, self.model_name)
+            if config.kv_cold_dtype != "same" and executor.facts.num_cpu_blocks:
+                text = self._tokenizer.encode_marker(TEXT)
+                max_tokens = config.max_num_batched_tokens
+                log_cold_error(executor, text, config.chunk_size, max_tokens, config.kv_cold_dtype)
             self._kv_events: KvEventPublisher | None = None
             if config.kv_events_endpoint is not None:
                 size = self._core.cache_config.chunk_size
@@ -116,7 +121,7 @@ class AsyncEngine:
         self._executor, self._kept, self._recorder = executor, kept, recorder
         self.identity = f"{config.model} {self._tokenizer.fingerprint}"
         facts = executor.facts
-        self._bytes_per_block = facts.bytes_per_block
+        self._bytes_per_block = facts.bytes_per_cold_block  # as it moves between tiers
         eos_token_id = self._tokenizer.eos_token_id
         self._eos_token_ids = tuple({*facts.model.eos_token_ids, *([] if eos_token_id is None else [eos_token_id])})
         self.max_model_len = self._core.scheduling_config.max_model_len

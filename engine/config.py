@@ -24,6 +24,7 @@ LOAD_FORMATS = ("auto", "dummy")
 SWAP_COPIES = ("auto", "dma", "kernel")
 QUANTIZATIONS = ("none", "int8", "auto")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+COLD_DTYPES = ("same", "fp8", "int8", "int4")
 # What an adapter may be called: part of the names of its conversations, and of the body of a request.
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,63}")
 ADAPTER_NAME_WORDS = "1 to 64 letters, digits and ._:/-, the first one a letter or a digit"
@@ -253,6 +254,17 @@ class TierOptions(CacheOptions):
             at_least=0,
         ),
     ] = None
+    kv_cold_dtype: Annotated[
+        str,
+        Option(
+            "Number format of KV in the tiers behind the GPU tier; all but `same` are lossy, and hold 2 to 6 times as much.",
+            "KV is quantised when it leaves the GPU tier and restored when it comes back, so an answer depends, slightly, on "
+            "what was evicted before it. The log says at the start how large the error is with this model. `fp8` is e4m3 "
+            "with a scale for each head and chunk; `int8` and `int4` have bounds for each channel of keys, and each token of "
+            "values. On a GPU it needs Triton, and not `swap_copies: dma`.",
+            choices=COLD_DTYPES,
+        ),
+    ] = "same"
     verify_swaps: Annotated[
         bool,
         Option("Checksum every block that moves between tiers; a damaged one is dropped, counted and recomputed."),
@@ -460,6 +472,11 @@ class EngineConfig(
                 self.quantization == "none" or (self.pack_weights and not self.compile_layers),
                 "quantization",
                 "none if pack_weights is false or compile_layers is true: quantised layers are packed, and not compiled",
+            ),
+            (
+                self.kv_cold_dtype == "same" or self.swap_copies != "dma",
+                "swap_copies",
+                f"auto or kernel if kv_cold_dtype is {self.kv_cold_dtype}: copy engines cannot convert",
             ),
             (self.kv_disk_path != "", "kv_disk_path", "the path of a folder"),
             (self.record_trace != "", "record_trace", "the path of a folder"),

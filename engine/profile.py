@@ -57,6 +57,7 @@ class ProfileIdentity:
     attention: the backend in use.
     pack_weights: the option.
     torch: its version.
+    kv_cold_dtype: the option.
     """
 
     model: str
@@ -68,6 +69,7 @@ class ProfileIdentity:
     attention: str
     pack_weights: bool
     torch: str
+    kv_cold_dtype: str = "same"
 
     def differences(self, other: ProfileIdentity) -> str:
         """In words; empty if there are none."""
@@ -79,7 +81,9 @@ class ProfileIdentity:
 class Profile:
     """What was measured, medians.
 
-    identity: of what. chunk_s: context length -> seconds of a step that computes one chunk that ends there; the slope of the
+    identity: of what. bytes_per_block: of one as it moves between tiers.
+
+    chunk_s: context length -> seconds of a step that computes one chunk that ends there; the slope of the
     line through them is per_context_token_s. constant_s: what one more chunk adds to a step, attention left out: chunks are
     recomputed in batches, so what a step costs anyway counts for none of them. swap_in_s, swap_out_s: seconds per block.
     disk_read_s, disk_write_s: the same between the disk tier and the CPU tier; None = it was measured without `kv_disk_path`.
@@ -240,11 +244,11 @@ def measure_profile(config: EngineConfig, *, repeats: int = 5) -> Profile:
         constant = _measure_one_more_chunk(executor, config.chunk_size, repeats, slope)
         swap_out_s = measure_swaps(executor, repeats, is_in=False)
         swap_in_s = measure_swaps(executor, repeats, is_in=True)
-        disk = _measure_disk(config, executor.facts.bytes_per_block, repeats)
+        disk = _measure_disk(config, executor.facts.bytes_per_cold_block, repeats)
         return Profile(
             identity=_identify(config, executor.facts),
             chunk_size=config.chunk_size,
-            bytes_per_block=executor.facts.bytes_per_block,
+            bytes_per_block=executor.facts.bytes_per_cold_block,
             chunk_s=chunk_s,
             constant_s=constant,
             per_context_token_s=slope,
@@ -377,6 +381,7 @@ def _identify(config: EngineConfig, facts: ExecutorFacts) -> ProfileIdentity:
         attention=facts.attention_backend,
         pack_weights=config.pack_weights,
         torch=torch.__version__,
+        kv_cold_dtype=config.kv_cold_dtype,
     )
 
 

@@ -6,7 +6,7 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from engine.config import EngineConfig
+from engine.config import COLD_DTYPES, EngineConfig
 from engine.errors import ConfigError
 from engine.sizing import ACTIVATIONS_GIB, DEVICES, GIB, KIB, ModelSize, device_gib, measure_model, size_tiers
 
@@ -25,6 +25,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpus", type=int, metavar="N", default=1, help="That share the model (default: 1)")
     parser.add_argument("--dtype", default="auto", help="Of weights and KV; auto = the model's own (default: auto)")
+    parser.add_argument(
+        "--kv-cold-dtype", choices=COLD_DTYPES, default="same", help="Of the tiers behind the GPU's (default: same)"
+    )
     parser.add_argument(
         "--users", type=int, metavar="N", default=100, help="Conversations that are to stay cached (default: 100)"
     )
@@ -51,25 +54,29 @@ def run(arguments: argparse.Namespace) -> int:
             f"--gpu-memory-utilization must be above 0 and at most 1, got {given:g}", param="gpu_memory_utilization"
         )
     gib = device_gib(arguments.gpu)
-    size, dtype = measure_model(arguments.model, arguments.gpus, arguments.dtype)
+    size, dtype = measure_model(arguments.model, arguments.gpus, arguments.dtype, arguments.kv_cold_dtype)
     num_tokens = arguments.context or min(DEFAULT_CONTEXT, size.window or DEFAULT_CONTEXT)
     if size.window is not None and num_tokens > size.window:
         raise ConfigError(
             f"--context {num_tokens} is more than the model's window of {size.window} tokens", param="context"
         )
-    demand = Demand(arguments.users, num_tokens, gib, arguments.gpu_memory_utilization)
+    demand = Demand(arguments.users, num_tokens, gib, arguments.gpu_memory_utilization, arguments.kv_cold_dtype)
     print("\n".join(describe(arguments.model, dtype, size, demand)))
     return 0 if demand.fits(size) else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """So many conversations of so many tokens, on devices of so many GiB, of which this share may be used."""
+    """So many conversations of so many tokens, on devices of so many GiB, of which this share may be used.
+
+    kv_cold_dtype: the option of the engine.
+    """
 
     num_users: int
     num_tokens: int
     gib: float
     utilization: float
+    kv_cold_dtype: str = "same"
 
     def fits(self, size: ModelSize) -> bool:
         """Whether one conversation fits the GPU tier: less cannot be served."""
@@ -105,6 +112,8 @@ def describe(model: str, dtype: str, size: ModelSize, demand: Demand) -> list[st
     ]
     if size.num_ranks > 1:
         lines.append(f"  tensor_parallel_size: {size.num_ranks}")
+    if demand.kv_cold_dtype != "same":
+        lines.append(f"  kv_cold_dtype: {demand.kv_cold_dtype}")
     lines += [
         f"  max_model_len: {window}",
         f"  gpu_memory_utilization: {demand.utilization:g}",

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from engine.config import EngineConfig
 from engine.errors import ConfigError
 
 GIB, KIB = 1 << 30, 1 << 10
@@ -34,6 +35,7 @@ class ModelSize:
 
     kv_bytes: of one token.
     window: tokens, prompt and answer; None if the model does not say.
+    cold_share: of these bytes, what a token takes in the tiers behind the GPU tier.
     """
 
     num_ranks: int
@@ -42,10 +44,15 @@ class ModelSize:
     kv_bytes: int
     rank_kv_bytes: int
     window: int | None
+    cold_share: float = 1.0
 
 
-def measure_config(hf_config: Any, num_ranks: int = 1, dtype: str = "bfloat16") -> ModelSize:
+def measure_config(
+    hf_config: Any, num_ranks: int = 1, dtype: str = "bfloat16", kv_cold_dtype: str = "same"
+) -> ModelSize:
     """The size of a model with this transformers configuration, in so many ranks.
+
+    kv_cold_dtype: the option, with chunks of its default size.
 
     Raises UnsupportedModelError if it cannot be shared by so many.
     """
@@ -79,10 +86,27 @@ def measure_config(hf_config: Any, num_ranks: int = 1, dtype: str = "bfloat16") 
         head_bytes * num_rank_heads * num_ranks if num_kv_heads < num_ranks else head_bytes * num_kv_heads,
         head_bytes * num_rank_heads,
         window,
+        _cold_share(kv_cold_dtype, dtype, text_config.num_hidden_layers, num_rank_heads, head_dim),
     )
 
 
-def measure_model(model: str, num_ranks: int = 1, dtype: str = "auto") -> tuple[ModelSize, str]:
+def _cold_share(kind: str, dtype: str, num_layers: int, num_heads: int, head_dim: int) -> float:
+    """Bytes of a record over those of a block, on one rank."""
+    if kind == "same":
+        return 1.0
+    import torch
+
+    from engine.attention.protocol import LayerShape
+    from engine.executor.tiers.cold_format import ColdFormat
+
+    layers = [LayerShape(num_heads, head_dim, head_dim)] * num_layers
+    cold = ColdFormat(kind, layers, EngineConfig().chunk_size, getattr(torch, dtype))
+    return cold.block_bytes / (cold.num_elements * ITEM_BYTES[dtype])
+
+
+def measure_model(
+    model: str, num_ranks: int = 1, dtype: str = "auto", kv_cold_dtype: str = "same"
+) -> tuple[ModelSize, str]:
     """The size of a model by the option `model`, and its dtype. Reads its configuration only.
 
     Raises ModelLoadError or ConfigError.
@@ -101,7 +125,7 @@ def measure_model(model: str, num_ranks: int = 1, dtype: str = "auto") -> tuple[
     if dtype == "auto":
         dtype = str(getattr(hf_config, "dtype", None) or "bfloat16").removeprefix("torch.")
         dtype = dtype if dtype in ITEM_BYTES else "bfloat16"
-    return measure_config(hf_config, num_ranks, dtype), dtype
+    return measure_config(hf_config, num_ranks, dtype, kv_cold_dtype), dtype
 
 
 def device_gib(device: str) -> float:
@@ -143,4 +167,5 @@ def size_tiers(size: ModelSize, gib: float, utilization: float, num_users: int, 
     gpu_tokens = int(gpu_gib * GIB / size.rank_kv_bytes)
     num_wanted = num_users * num_tokens
     left = max(0, num_wanted - max(0, gpu_tokens))
-    return Sizing(usable_gib, gpu_gib, gpu_tokens, left * size.kv_bytes / GIB, num_wanted * size.kv_bytes / GIB)
+    cold_gib = size.kv_bytes * size.cold_share / GIB
+    return Sizing(usable_gib, gpu_gib, gpu_tokens, left * cold_gib, num_wanted * cold_gib)

@@ -79,7 +79,7 @@ def measure_steps(config: EngineConfig, *, repeats: int = 5) -> StepTable:
     return StepTable(
         measured_on=describe_machine(config, facts),
         chunk_size=config.chunk_size,
-        bytes_per_block=facts.bytes_per_block,
+        bytes_per_block=facts.bytes_per_cold_block,
         num_tokens_s={
             num: max(1e-9, took_s - pair_s * num * (num + 1) / 2) for num, took_s in prompts.num_tokens_s.items()
         },

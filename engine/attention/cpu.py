@@ -6,37 +6,18 @@ ahead of time. Its oracle is reference.py.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams
 from engine.errors import KernelBuildError
-from engine.paths import cache_folder, private_folder
-
-logger = logging.getLogger(__name__)
+from engine.kernel_build import ISA_FLAGS, build_library
 
 SOURCE = Path(__file__).with_name("paged_cpu.cpp")
-COMPILERS = ("g++", "clang++", "c++")
-# What ATen's Vectorized needs to be told, by the capability that torch itself found on this processor.
-_ISA_FLAGS = {
-    "AVX2": ("-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"),
-    "AVX512": (
-        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
-        *("-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512"),
-    ),
-}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_REPLAY_DECODES = True
 SKIPS_EMPTY_SEGMENTS = False
@@ -101,78 +82,17 @@ def attend(
 
 
 def _build(capability: str) -> Path:
-    """Return the library for this source, torch, processor and compiler; build it unless it is there.
-
-    Without a compiler, one that another compiler has built. Raises KernelBuildError or OSError.
-    """
+    """The library for this source, torch, processor and compiler. Raises KernelBuildError or OSError."""
     torch_folder = Path(torch.__file__).parent
-    flags = [
-        "-O3",
-        "-std=c++20",
-        "-fPIC",
-        "-shared",
-        "-fopenmp",
-        "-DAT_PARALLEL_OPENMP=1",
-        *_ISA_FLAGS.get(capability, ()),
-    ]
-    paths = [
+    # What ATen's Vectorized needs to be told.
+    defines = (f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}") if capability in ISA_FLAGS else ()
+    flags = ("-fopenmp", "-DAT_PARALLEL_OPENMP=1", *ISA_FLAGS.get(capability, ()), *defines)
+    paths = (
         *(f"-I{torch_folder / 'include'}", f"-I{torch_folder / 'include/torch/csrc/api/include'}"),
-        *(str(SOURCE), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"),
-    ]
-    # Not by where they are: checkouts share what is the same.
-    key = _digest(SOURCE.read_text(), torch.__version__, str(torch.version.git_version), platform.machine(), *flags)
-    folder = private_folder(cache_folder() / "kernels")
-    name = f"paged_cpu-{capability.lower()}-{key}"
-    try:
-        compiler, version = _find_compiler()
-    except KernelBuildError:
-        if built := sorted(folder.glob(f"{name}-*.so")):
-            return built[0]
-        raise
-    library = folder / f"{name}-{_digest(*compiler, version)}.so"
-    if library.exists():
-        return library
-    with FileLock(library.with_suffix(".lock"), mode=0o600):  # replicas of one machine start at the same time
-        if not library.exists():
-            logger.info("building the attention kernel for %s, once; takes half a minute", capability)
-            with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                made = Path(temporary) / library.name
-                _compile([*compiler, *flags, *paths, "-o", str(made)])
-                made.chmod(0o600)
-                os.replace(made, library)
-    return library
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _find_compiler() -> tuple[list[str], str]:
-    """Its command, and what it says of its version. Raises KernelBuildError if there is none."""
-    commands = [[path] for name in COMPILERS if (path := shutil.which(name))]
-    if os.environ.get("CXX"):
-        commands = [shlex.split(os.environ["CXX"])]
-    if not commands:
-        raise KernelBuildError(
-            f"no C++ compiler: found none of {', '.join(COMPILERS)}; install one (Debian: apt-get install g++), or set CXX"
-        )
-    try:
-        version = subprocess.run([*commands[0], "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise _build_error(commands[0], error) from error
-    return commands[0], version
-
-
-def _compile(command: list[str]) -> None:
-    try:
-        subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise _build_error(command, error) from error
-
-
-def _build_error(command: list[str], error: Exception) -> KernelBuildError:
-    reason = getattr(error, "stderr", None) or str(error)
-    return KernelBuildError(f"{command[0]} could not build the attention kernel: {reason[-2000:]}")
+        *(f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"),
+    )
+    made_with = (torch.__version__, str(torch.version.git_version))
+    return build_library(SOURCE, "attention", capability, flags, paths, made_with)
 
 
 if __name__ == "__main__":

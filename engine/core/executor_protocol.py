@@ -50,7 +50,7 @@ class ExecutorFacts:
     device: as torch names it, "cpu" or "cuda:0"; of rank 0.
     attention_backend: the one in use.
     num_gpu_blocks, num_cpu_blocks: sizes of the tiers, in blocks.
-    bytes_per_block: in one tier, of all ranks together.
+    bytes_per_block: in the GPU tier, of all ranks together. bytes_per_cold_block: in the tiers behind it.
     """
 
     model: ModelFacts
@@ -59,6 +59,7 @@ class ExecutorFacts:
     num_gpu_blocks: int
     num_cpu_blocks: int
     bytes_per_block: int
+    bytes_per_cold_block: int
 
     @property
     def is_on_cpu(self) -> bool:

@@ -76,12 +76,14 @@ class BlockCopy(NamedTuple):
     """Copy block `source` of one tier to block `target` of another one, or of the same.
 
     source_tier, target_tier: names, see tier_table.
+    num_tokens: leading tokens of the block that are valid, if it is stored; None = all.
     """
 
     source_tier: str
     source: int
     target_tier: str
     target: int
+    num_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

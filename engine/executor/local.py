@@ -25,7 +25,8 @@ from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
 from engine.executor.plan_channel import Placement
 from engine.executor.process_group import ProcessGroup
-from engine.executor.tiers.kv_store import KVStore, block_bytes
+from engine.executor.tiers.cold_format import ColdFormat
+from engine.executor.tiers.kv_store import BlockStore, ColdStore, KVStore, block_bytes
 from engine.executor.tiers.swapper import make_swapper
 from engine.executor.warm_up import warm_up
 from engine.host_memory import check_tiers
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 DEFAULT_CPU_DEVICE_GIB = 1.0
+# Of the GPU tier, if the cold tiers have another.
+CONVERTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LocalExecutor:
@@ -43,6 +46,7 @@ class LocalExecutor:
 
     loaded: the model, or the shard.
     gpu_store, cpu_store: the memory of the two tiers.
+    cold_format: of the blocks of the CPU tier and those behind it; None = as in the GPU tier.
     rank, num_ranks: of its group; 0 of 1 without.
     runner: computes the steps; benchmarks and tests may exchange it between two steps.
     steps_thread: where submitted steps run. One thread for all, because torch's worker threads belong to the thread that
@@ -77,7 +81,10 @@ class LocalExecutor:
         bytes_per_block = block_bytes(self.loaded.layers, config.chunk_size, self.loaded.dtype)
         self.bytes_per_block = bytes_per_block * self.num_ranks  # of all ranks
         self.num_gpu_blocks = config.num_gpu_blocks or self._num_blocks_for_memory(config, bytes_per_block, backend)
-        self.num_cpu_blocks = self._num_cpu_blocks(config, self.bytes_per_block)
+        self.cold_format = make_cold_format(config, self.loaded)
+        bytes_per_cold_block = bytes_per_block if self.cold_format is None else self.cold_format.block_bytes
+        self.bytes_per_cold_block = bytes_per_cold_block * self.num_ranks
+        self.num_cpu_blocks = self._num_cpu_blocks(config, self.bytes_per_cold_block)
         if group is not None:  # one scheduler for all of them: the smallest counts
             self.num_gpu_blocks = group.minimum(self.num_gpu_blocks)
             self.num_cpu_blocks = group.minimum(self.num_cpu_blocks)
@@ -86,7 +93,7 @@ class LocalExecutor:
         check_tiers(
             config,
             self.num_gpu_blocks * bytes_per_block if device.type == "cpu" else 0,
-            self.num_cpu_blocks * bytes_per_block,
+            self.num_cpu_blocks * bytes_per_cold_block,
         )
         with out_of_memory_means(
             f"{self.num_gpu_blocks} blocks of {bytes_per_block} bytes do not fit the device beside the model; lower "
@@ -94,13 +101,13 @@ class LocalExecutor:
             "gpu_memory_utilization",
         ):
             self.gpu_store = KVStore(layers, num_blocks=self.num_gpu_blocks, device=device, **sizes)
-        self.cpu_store = KVStore(
-            layers,
-            num_blocks=self.num_cpu_blocks,
-            device=torch.device("cpu"),
-            pin_memory=device.type == "cuda" and self.num_cpu_blocks > 0,
-            **sizes,
-        )
+        pinned = device.type == "cuda" and self.num_cpu_blocks > 0
+        self.cpu_store: BlockStore
+        if self.cold_format is None:
+            host = torch.device("cpu")
+            self.cpu_store = KVStore(layers, num_blocks=self.num_cpu_blocks, device=host, pin_memory=pinned, **sizes)
+        else:
+            self.cpu_store = ColdStore(self.cold_format, num_blocks=self.num_cpu_blocks, pin_memory=pinned)
         if device.type == "cpu":
             keep_freed_memory()  # not before: what loading leaves free goes back
             end_openmp_team()
@@ -128,7 +135,7 @@ class LocalExecutor:
             self.num_gpu_blocks,
             self.num_gpu_blocks * bytes_per_block / GIB,
             self.num_cpu_blocks,
-            self.num_cpu_blocks * bytes_per_block / GIB,
+            self.num_cpu_blocks * bytes_per_cold_block / GIB,
         )
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -188,6 +195,7 @@ class LocalExecutor:
             num_gpu_blocks=self.num_gpu_blocks,
             num_cpu_blocks=self.num_cpu_blocks,
             bytes_per_block=self.bytes_per_block,
+            bytes_per_cold_block=self.bytes_per_cold_block,
         )
 
     @property
@@ -252,6 +260,18 @@ class _SubmittedStep:
 
     def result(self, timeout: float | None = None) -> StepResult:
         return self.steps_thread.submit(self._complete).result(timeout)
+
+
+def make_cold_format(config: EngineConfig, loaded: LoadedModel) -> ColdFormat | None:
+    """None if the cold tiers hold KV as the GPU tier does. Raises ConfigError for a dtype that cannot be converted."""
+    if config.kv_cold_dtype == "same":
+        return None
+    if loaded.dtype not in CONVERTED_DTYPES:
+        raise ConfigError(
+            f"kv_cold_dtype {config.kv_cold_dtype!r} cannot hold KV in {loaded.dtype}; use 'same', or another dtype",
+            param="kv_cold_dtype",
+        )
+    return ColdFormat(config.kv_cold_dtype, loaded.layers, config.chunk_size, loaded.dtype)
 
 
 def backend_name(backend: AttentionBackend) -> str:

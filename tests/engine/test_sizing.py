@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from engine.cli import main
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.sizing import GIB, ModelSize, device_gib, measure_config, size_tiers
+from engine.sizing import GIB, ModelSize, device_gib, measure_config, measure_model, size_tiers
 
 LLAMA_8B = {
     "vocab_size": 128256,
@@ -52,6 +52,19 @@ def test_the_tiers_of_ten_users() -> None:
     assert tiers.gpu_tokens == 4 * 2048
     assert tiers.cpu_gib == 10 - 8  # eight of ten are in the GPU tier
     assert tiers.disk_gib == 10
+
+
+def test_tiers_behind_the_gpu_may_have_fewer_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {}
+    for kind in ("same", "int8", "int4"):
+        arguments = ["size", "--model", "embedded", "--gpu", "8", "--users", "100", "--kv-cold-dtype", kind]
+        assert main(arguments) == 0
+        said = capsys.readouterr().out
+        assert (f"kv_cold_dtype: {kind}" in said) == (kind != "same")
+        size, _ = measure_model("embedded", dtype="bfloat16", kv_cold_dtype=kind)
+        sizes[kind] = size_tiers(size, gib=8.0, utilization=0.9, num_users=100, num_tokens=2048).disk_gib
+    assert sizes["same"] / sizes["int8"] == pytest.approx(16 / 9)  # heads of 32: bounds are a ninth
+    assert sizes["same"] / sizes["int4"] == pytest.approx(3.2)
 
 
 def test_devices_have_names_or_sizes() -> None:

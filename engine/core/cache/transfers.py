@@ -77,7 +77,8 @@ class Transfers:
     ) -> None:
         chunk.blocks[1] = secondary_block
         self._secondary.arriving.add(chunk)
-        copy = BlockCopy(self._primary.name, primary_block, self._secondary.name, secondary_block)
+        num_tokens = chunk.num_tokens if chunk.num_tokens < self._index.chunk_size else None
+        copy = BlockCopy(self._primary.name, primary_block, self._secondary.name, secondary_block, num_tokens)
         copies.append((chunk, copy))
 
     def _copy_in(self, secondary_block: int | None, primary_block: int | None) -> BlockCopy:

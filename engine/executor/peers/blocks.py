@@ -8,7 +8,7 @@ import torch
 
 from engine.executor.local import LocalExecutor
 from engine.executor.tiers.kv_content import TailView
-from engine.executor.tiers.kv_store import KVStore
+from engine.executor.tiers.kv_store import BlockStore
 from engine.executor.tiers.swapper import Checksums
 
 
@@ -38,7 +38,7 @@ class Blocks(Protocol):
 class LocalBlocks:
     """Those of this process; a chunk is received in place."""
 
-    def __init__(self, cpu: KVStore, checksums: Checksums | None) -> None:
+    def __init__(self, cpu: BlockStore, checksums: Checksums | None) -> None:
         """checksums: of the blocks, if they are verified."""
         self._rows = cpu.storage.view(torch.uint8).numpy()  # the same memory: numpy knows no bfloat16
         self._tails = TailView(cpu)

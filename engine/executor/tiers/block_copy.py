@@ -24,7 +24,7 @@ from engine.core.plan import BlockCopy
 from engine.core.tier_table import CPU, GPU
 from engine.errors import ConfigError, KernelBuildError
 from engine.executor.tiers.cuda_copies import CopyMany, load_cuda_copies
-from engine.executor.tiers.kv_store import KVStore
+from engine.executor.tiers.kv_store import BlockStore, ColdStore, KVStore
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def columns_of(store: KVStore, layers: range) -> slice:
 
 
 def choose_copiers(
-    option: str, gpu: KVStore, cpu: KVStore, seconds_of: SecondsOf | None = None
+    option: str, gpu: KVStore, cpu: BlockStore, seconds_of: SecondsOf | None = None
 ) -> tuple[BlockCopier, BlockCopier]:
     """The copier for swap-ins and the one for swap-outs.
 
@@ -170,7 +170,34 @@ def choose_copiers(
     return copiers[0], copiers[1]
 
 
-def _measure(copier: BlockCopier, gpu: KVStore, cpu: KVStore, seconds_of: SecondsOf) -> tuple[float, float]:
+def load_cold_copiers(gpu: KVStore, cpu: ColdStore) -> tuple[BlockCopier, BlockCopier]:
+    """The copiers for swap-ins and swap-outs that convert: kernels, as copy engines cannot.
+
+    Compiles them; writes to block 0 of both tiers. Raises ConfigError if they cannot run.
+    """
+    remedy = "use 'same', or pip install 'pensieve-ray[gpu]'"
+    try:
+        from engine.executor.tiers.cold_copy_kernel import ColdDecoder, ColdEncoder  # not above: triton is optional
+    except ImportError as error:
+        raise ConfigError(f"kv_cold_dtype needs triton ({error}); {remedy}", param="kv_cold_dtype") from error
+    copiers = ColdDecoder(gpu, cpu.format), ColdEncoder(cpu.format)
+    if not min(gpu.num_blocks, cpu.num_blocks):
+        return copiers
+    everything = slice(0, gpu.storage.shape[1])
+    try:
+        copiers[1].copy(cpu.storage, gpu.storage, [BlockCopy(GPU, 0, CPU, 0)], everything)
+        copiers[0].copy(gpu.storage, cpu.storage, [BlockCopy(CPU, 0, GPU, 0)], everything)
+        if gpu.storage.device.type == "cuda":
+            torch.cuda.synchronize(gpu.storage.device)
+    except Exception as error:  # whatever triton, the compilers behind it and the driver raise
+        check_device(gpu.storage.device)
+        raise ConfigError(
+            f"kv_cold_dtype: its copy kernels cannot run here: {error!r}; {remedy}", param="kv_cold_dtype"
+        ) from error
+    return copiers
+
+
+def _measure(copier: BlockCopier, gpu: KVStore, cpu: BlockStore, seconds_of: SecondsOf) -> tuple[float, float]:
     """Seconds that it takes for some blocks: in, in the groups of layers that it would come in, and out."""
     num_blocks = _num_measured(gpu, cpu)
     copies = [BlockCopy(CPU, num_blocks - 1 - i, GPU, i) for i in range(num_blocks)]  # no two follow each other
@@ -190,11 +217,11 @@ def _measure(copier: BlockCopier, gpu: KVStore, cpu: KVStore, seconds_of: Second
         return seconds_of(swap_in), seconds_of(swap_out)
 
 
-def _num_measured(gpu: KVStore, cpu: KVStore) -> int:
+def _num_measured(gpu: KVStore, cpu: BlockStore) -> int:
     return min(MEASURED_BLOCKS, gpu.num_blocks, cpu.num_blocks)
 
 
-def _load_kernel(gpu: KVStore, cpu: KVStore) -> type[BlockCopier]:
+def _load_kernel(gpu: KVStore, cpu: BlockStore) -> type[BlockCopier]:
     """Raises KernelBuildError if it cannot run.
 
     Compiles it for all that swaps will copy, both ways; writes to block 0 of both tiers.

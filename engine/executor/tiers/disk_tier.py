@@ -25,7 +25,7 @@ from engine.executor.local import LocalExecutor
 from engine.executor.tiers.disk_format import FORMAT_VERSION, Layout
 from engine.executor.tiers.disk_store import DiskStore
 from engine.executor.tiers.kv_content import TailView, kv_identity
-from engine.executor.tiers.kv_store import KVStore
+from engine.executor.tiers.kv_store import BlockStore
 from engine.executor.tiers.swapper import Checksums
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class DiskTier:
     read_s: seconds to read a block, measured at the start; None if that was not possible.
     """
 
-    def __init__(self, store: DiskStore, cpu: KVStore, checksums: Checksums | None = None) -> None:
+    def __init__(self, store: DiskStore, cpu: BlockStore, checksums: Checksums | None = None) -> None:
         """Take the store's folder and measure it. A disk that cannot be used is noted, and tried again with each store.
 
         cpu: the CPU tier. checksums: of its blocks, if they are verified.
@@ -280,11 +280,11 @@ def make_rank_tier(config: EngineConfig, local: LocalExecutor, number: int) -> D
             param="kv_disk_path",
         )
     num_bytes = int(config.kv_disk_size * (1 - TRANSCRIPT_SHARE) * (1 << 30))
-    block_bytes = local.bytes_per_block // local.num_ranks
+    block_bytes = local.bytes_per_cold_block // local.num_ranks
     num_blocks = Layout.blocks_for(num_bytes // local.num_ranks, block_bytes)
     if not num_blocks:
         raise ConfigError(
-            f"kv_disk_size is {config.kv_disk_size:g} GiB, but one chunk takes {local.bytes_per_block} bytes; raise it",
+            f"kv_disk_size is {config.kv_disk_size:g} GiB, but one chunk takes {local.bytes_per_cold_block} bytes; raise it",
             param="kv_disk_size",
         )
     rank = None if local.num_ranks == 1 else local.rank

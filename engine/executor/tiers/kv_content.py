@@ -14,8 +14,9 @@ import torch
 
 from engine.config import EngineConfig
 from engine.executor.local import LocalExecutor
+from engine.executor.tiers.cold_format import COLD_VERSION
 from engine.executor.tiers.disk_format import IDENTITY_BYTES
-from engine.executor.tiers.kv_store import KVStore
+from engine.executor.tiers.kv_store import BlockStore
 
 
 def kv_identity(config: EngineConfig, local: LocalExecutor, version: int) -> bytes:
@@ -31,6 +32,7 @@ def kv_identity(config: EngineConfig, local: LocalExecutor, version: int) -> byt
         config.chunk_size,
         shapes,
         sys.byteorder,
+        *(() if config.kv_cold_dtype == "same" else (config.kv_cold_dtype, COLD_VERSION)),
     )
     return hashlib.sha256(repr(parts).encode()).digest()[:IDENTITY_BYTES]
 
@@ -38,25 +40,17 @@ def kv_identity(config: EngineConfig, local: LocalExecutor, version: int) -> byt
 class TailView:
     """Copies of partial chunks without what the rest of their blocks happens to hold, which may be another tenant's."""
 
-    def __init__(self, cpu: KVStore) -> None:
+    def __init__(self, cpu: BlockStore) -> None:
         self.chunk_size = cpu.chunk_size
         self._rows = cpu.storage.view(torch.uint8).numpy()
-        size = cpu.storage.element_size()
-        # Of each part of a block: where it begins, and its shape in bytes, [heads, tokens of a chunk, bytes of a token].
-        self._parts: list[tuple[int, tuple[int, int, int]]] = []
-        offset = 0
-        for pools in cpu.layer_pools:
-            for pool in pools:
-                _, num_heads, chunk_size, dim = pool.shape
-                self._parts.append((offset, (num_heads, chunk_size, dim * size)))
-                offset += num_heads * chunk_size * dim * size
+        self._spans = cpu.token_spans
 
     def copy(self, block: int, num_tokens: int) -> memoryview:
         """A block with zeros behind its first tokens, in pages of its own."""
         pages = memoryview(mmap.mmap(-1, self._rows.shape[1]))
         content = np.frombuffer(pages, np.uint8)
         content[:] = self._rows[block]
-        for offset, (num_heads, chunk_size, num_bytes) in self._parts:
-            part = content[offset : offset + num_heads * chunk_size * num_bytes]
-            part.reshape(num_heads, chunk_size, num_bytes)[:, num_tokens:] = 0
+        for offset, num_heads, token_bytes in self._spans:
+            part = content[offset : offset + num_heads * self.chunk_size * token_bytes]
+            part.reshape(num_heads, self.chunk_size, token_bytes)[:, num_tokens:] = 0
         return pages

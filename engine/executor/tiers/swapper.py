@@ -20,9 +20,16 @@ from typing import Protocol
 import torch
 
 from engine.core.plan import BlockCopy, StepPlan
-from engine.core.tier_table import CPU, GPU
-from engine.executor.tiers.block_copy import BlockCopier, choose_copiers, columns_of, layer_groups, max_group_layers
-from engine.executor.tiers.kv_store import KVStore
+from engine.executor.tiers.block_copy import (
+    BlockCopier,
+    choose_copiers,
+    columns_of,
+    layer_groups,
+    load_cold_copiers,
+    max_group_layers,
+)
+from engine.executor.tiers.cold_copies import make_cold_copies
+from engine.executor.tiers.kv_store import BlockStore, ColdStore, KVStore
 from engine.executor.tiers.streams import Event, Stream, Streams, cuda_streams
 
 
@@ -50,10 +57,43 @@ class Swapper(Protocol):
     def shutdown(self) -> None: ...
 
 
-def make_swapper(gpu: KVStore, cpu: KVStore, *, verify: bool, copies: str = "auto") -> Swapper:
+class HostCopies(Protocol):
+    """Copies single blocks between two tiers in host memory; any thread may call it."""
+
+    def swap_out(self, copy: BlockCopy) -> None: ...
+
+    def swap_in(self, copy: BlockCopy, layer: int) -> None:
+        """One layer of a block."""
+        ...
+
+
+class PlainCopies:
+    """The bytes as they are, by numpy.
+
+    torch's copies start an OpenMP team for each thread that calls them, and once there are more OpenMP threads than cores,
+    GNU's OpenMP sleeps at every barrier, those of the model too.
+    """
+
+    def __init__(self, gpu: KVStore, cpu: BlockStore) -> None:
+        # The same memory, by bytes: numpy knows no bfloat16.
+        self._gpu, self._cpu = (store.storage.view(torch.uint8).numpy() for store in (gpu, cpu))
+        size = gpu.storage.element_size()
+        self._layers = [slice(columns.start * size, columns.stop * size) for columns in gpu.layer_slices]
+
+    def swap_out(self, copy: BlockCopy) -> None:
+        """See HostCopies."""
+        self._cpu[copy.target] = self._gpu[copy.source]
+
+    def swap_in(self, copy: BlockCopy, layer: int) -> None:
+        """See HostCopies."""
+        part = self._layers[layer]
+        self._gpu[copy.target, part] = self._cpu[copy.source, part]
+
+
+def make_swapper(gpu: KVStore, cpu: BlockStore, *, verify: bool, copies: str = "auto") -> Swapper:
     """verify: checksum every block when it was swapped out and before it comes back. copies: the option `swap_copies`."""
     if gpu.storage.device.type == "cuda":
-        copiers = choose_copiers(copies, gpu, cpu)
+        copiers = load_cold_copiers(gpu, cpu) if isinstance(cpu, ColdStore) else choose_copiers(copies, gpu, cpu)
         return StreamSwapper(gpu, cpu, cuda_streams(gpu.storage.device), copiers, verify=verify)
     return ThreadSwapper(gpu, cpu, verify=verify)
 
@@ -61,7 +101,7 @@ def make_swapper(gpu: KVStore, cpu: KVStore, *, verify: bool, copies: str = "aut
 class Checksums:
     """What was swapped out to each CPU block."""
 
-    def __init__(self, cpu: KVStore) -> None:
+    def __init__(self, cpu: BlockStore) -> None:
         self._cpu = cpu
         self._sums: dict[int, int] = {}
 
@@ -111,16 +151,11 @@ class LayerGates:
 
 
 class ThreadSwapper:
-    """Both tiers in host memory: real copies, by threads.
+    """Both tiers in host memory: real copies, by threads."""
 
-    They copy with numpy. torch's copies start an OpenMP team for each thread that calls them, and once there are more
-    OpenMP threads than cores, GNU's OpenMP sleeps at every barrier, those of the model too.
-    """
-
-    def __init__(self, gpu: KVStore, cpu: KVStore, *, verify: bool) -> None:
-        self._gpu, self._cpu = gpu, cpu
-        # The same memory, by bytes: numpy knows no bfloat16.
-        self._bytes = {GPU: gpu.storage.view(torch.uint8).numpy(), CPU: cpu.storage.view(torch.uint8).numpy()}
+    def __init__(self, gpu: KVStore, cpu: BlockStore, *, verify: bool) -> None:
+        self._gpu = gpu
+        self._copies: HostCopies = make_cold_copies(gpu, cpu) if isinstance(cpu, ColdStore) else PlainCopies(gpu, cpu)
         self.checksums = Checksums(cpu) if verify else None
         self.seconds = (0.0, 0.0)
         self._in_s = self._out_s = 0.0  # of this step; each is of one thread at a time
@@ -161,19 +196,17 @@ class ThreadSwapper:
     def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
         start_s = time.perf_counter()
         for copy in copies:
-            self._bytes[copy.target_tier][copy.target] = self._bytes[copy.source_tier][copy.source]
+            self._copies.swap_out(copy)
         self._out_s += time.perf_counter() - start_s
         if self.checksums is not None:
             self.checksums.note(copies)
 
     def _swap_in(self, copies: Sequence[BlockCopy], gates: LayerGates) -> None:
         try:
-            size = self._gpu.storage.element_size()
             start_s = time.perf_counter()
-            for layer, columns in enumerate(self._gpu.layer_slices):
-                part = slice(columns.start * size, columns.stop * size)
+            for layer in range(len(self._gpu.layer_slices)):
                 for copy in copies:
-                    self._bytes[copy.target_tier][copy.target, part] = self._bytes[copy.source_tier][copy.source, part]
+                    self._copies.swap_in(copy, layer)
                 gates.open(layer)
             self._in_s = time.perf_counter() - start_s
         except BaseException as error:
@@ -193,7 +226,7 @@ class StreamSwapper:
     def __init__(
         self,
         gpu: KVStore,
-        cpu: KVStore,
+        cpu: BlockStore,
         streams: Streams,
         copiers: tuple[BlockCopier, BlockCopier],
         *,

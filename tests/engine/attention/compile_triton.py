@@ -19,10 +19,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engine.attention import triton_paged
-from engine.attention.protocol import AttentionMetadata, AttentionParams
+from engine.attention.protocol import AttentionMetadata, AttentionParams, LayerShape
 from engine.core.plan import BlockCopy
 from engine.core.tier_table import GPU
-from engine.executor.tiers import block_copy_kernel
+from engine.executor.tiers import block_copy_kernel, cold_copy_kernel
+from engine.executor.tiers.cold_format import ColdFormat
+from engine.executor.tiers.kv_store import ColdStore, KVStore
 
 CAPABILITIES = {80: 163 * 1024, 90: 227 * 1024}  # shared memory of a block
 # Stores and loads; a few on Ampere cost nothing that shows.
@@ -34,6 +36,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.int16: "*i16",
+    torch.uint8: "*u8",
 }
 
 
@@ -64,7 +67,7 @@ class Compiler:
                 if (
                     isinstance(value, int)
                     and value % 16 == 0
-                    and name not in ("num_tokens", "table_stride", "num_pairs")
+                    and name not in ("num_tokens", "table_stride", "num_pairs", "num_copies")
                 ):
                     attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self._kernel, signature, constants, attributes)
@@ -112,13 +115,29 @@ def copy_blocks(num_columns: int, columns: slice) -> None:
     block_copy_kernel.KernelCopier().copy(storage, storage.clone(), [BlockCopy(GPU, 0, GPU, 1)], columns)
 
 
+def convert_blocks(kind: str, dtype: torch.dtype) -> None:
+    """Compiles the kernels of the cold tiers."""
+    layers = [LayerShape(2, 128, 128)]
+    gpu = KVStore(layers, num_blocks=1, chunk_size=32, dtype=dtype, device=torch.device("cpu"))
+    cold = ColdStore(ColdFormat(kind, layers, 32, dtype), num_blocks=1)
+    everything = slice(0, gpu.storage.shape[1])
+    copy = [BlockCopy(GPU, 0, GPU, 0)]
+    cold_copy_kernel.ColdEncoder(cold.format).copy(cold.storage, gpu.storage, copy, everything)
+    cold_copy_kernel.ColdDecoder(gpu, cold.format).copy(gpu.storage, cold.storage, copy, everything)
+
+
 def main() -> None:
     kernels = {name: getattr(triton_paged, name) for name in ("_write_kernel", "_attend_kernel", "_combine_kernel")}
     copy_kernel = block_copy_kernel._copy_kernel
+    converting = {name: getattr(cold_copy_kernel, name) for name in ("_encode_kernel", "_decode_kernel")}
     for capability in CAPABILITIES:
         for name, kernel in kernels.items():
             setattr(triton_paged, name, Compiler(kernel, capability))
         block_copy_kernel._copy_kernel = Compiler(copy_kernel, capability)
+        for name, kernel in converting.items():
+            setattr(cold_copy_kernel, name, Compiler(kernel, capability))
+        for kind in ("fp8", "int8", "int4"):
+            convert_blocks(kind, torch.bfloat16)
         copy_blocks(3 * 4096, slice(4096, 2 * 4096))
         copy_blocks(15, slice(3, 10))
         attend(torch.bfloat16, [1, 1], 128, 32, AttentionParams(0.1))

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import kernel_build
 from engine.attention import cpu, reference
 from engine.attention.choice import choose_backend
 from engine.attention.protocol import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
@@ -354,8 +355,8 @@ class Compiler:
         self.version = "g++ 14.2"
         self.num_builds = 0
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-        monkeypatch.setattr(cpu, "_find_compiler", self.find)
-        monkeypatch.setattr(cpu, "_compile", self.compile)
+        monkeypatch.setattr(kernel_build, "_find_compiler", self.find)
+        monkeypatch.setattr(kernel_build, "_compile", self.compile)
 
     def find(self) -> tuple[list[str], str]:
         if not self.version:
@@ -377,7 +378,7 @@ def test_a_kernel_is_built_again_for_another_torch_compiler_or_processor(tmp_pat
         (compiler, "version", "g++ 15.1"),
         (torch, "__version__", "2.99.0"),
         (torch.version, "git_version", "another"),
-        (cpu.platform, "machine", lambda: "aarch64"),
+        (kernel_build.platform, "machine", lambda: "aarch64"),
     ]:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)

@@ -223,8 +223,9 @@ def test_whoever_was_suspended_does_not_take_its_blocks_back_in_the_same_step(ma
 # -- two tiers ---------------------------------------------------------------------------------------------------------
 
 
-def swaps_out(*pairs: tuple[int, int]) -> tuple[BlockCopy, ...]:
-    return tuple(BlockCopy("gpu", source, "cpu", target) for source, target in pairs)
+def swaps_out(*copies: tuple[int, ...]) -> tuple[BlockCopy, ...]:
+    """Each (source, target), or (source, target, number of tokens) of a tail."""
+    return tuple(BlockCopy("gpu", source, "cpu", target, *of_tail) for source, target, *of_tail in copies)
 
 
 def swaps_in(*pairs: tuple[int, int]) -> tuple[BlockCopy, ...]:
@@ -251,7 +252,7 @@ def with_turn_1_in_the_cpu_tier(make_core, num_cpu_blocks: int = 16, **options):
     driver = make_core(4, num_cpu_blocks=num_cpu_blocks, swap_out_watermark=0.0, **options)
     history = converse(driver, "turn 1", range(11))
     converse(driver, "other", range(50, 65), conversation="b")
-    assert driver.plans[-1].evictions == swaps_out((0, 0), (1, 1), (2, 2))
+    assert driver.plans[-1].evictions == swaps_out((0, 0), (1, 1), (2, 2, 3))
     assert idle_chunks(driver) == {"gpu": 4, "both": 0, "cpu": 3}
     return driver, history
 
