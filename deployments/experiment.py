@@ -49,7 +49,9 @@ VARIED = (
     "device",
     "model_shape",
     "workload",
+    "batching",
 )
+BATCHINGS = ("unified", "separate")
 ENGINE_PREFIX = "engine."
 TOP_LEVEL = {"serve", "engine", "num_replicas", "num_fallback_replicas", "simulation", "cluster", "title", "notes"}
 # Of a message between replicas, in seconds: an answer that comes later than twice that is not waited for live.
@@ -66,6 +68,7 @@ class Case:
     drains hands over at most; graceful_shutdown_timeout_s, less the two seconds that it needs to end.
     duration_s, warm_up_s: of the simulated time; turns that are sent in the warm-up do not count. disk: bytes a second and
     seconds of a disk tier. steps: a file of `pensieve profile --steps`, which then says how long steps take, or `distserve`.
+    batching: one of BATCHINGS; separate = prompts and decodes are never in one batch, which only the simulator does.
     processes: that share one simulation, in windows of time (engine/simulator/windows.py), any number of them with the same
     figures. None = one, without windows. axes: what sets it apart from the other cases, by the options' names. name: the same
     in words.
@@ -89,6 +92,7 @@ class Case:
     changes: tuple[Change, ...] = ()
     disk: Mapping[str, float] = field(default_factory=lambda: {"read": 2e9, "write": 1e9, "latency_s": 0.0005})
     steps: str | None = None
+    batching: str = BATCHINGS[0]
     processes: int | None = None
     axes: tuple[tuple[str, Any], ...] = ()
     name: str = ""
@@ -281,6 +285,8 @@ def _make_case(engine: Mapping[str, Any], options: dict[str, Any], axes: tuple[t
     case = Case(engine=config, axes=axes, name=", ".join(f"{name} {value}" for name, value in axes), **options)
     if case.routing not in ROUTERS:
         raise ConfigError(f"routing must be one of {', '.join(ROUTERS)}, got {case.routing!r}", param="routing")
+    if case.batching not in BATCHINGS:
+        raise ConfigError(f"batching must be one of {', '.join(BATCHINGS)}, got {case.batching!r}", param="batching")
     if case.warm_up_s >= case.duration_s:
         raise ConfigError(
             f"warm_up_s is {case.warm_up_s:g}, and duration_s {case.duration_s:g}; raise duration_s", param="warm_up_s"

@@ -18,7 +18,7 @@ from engine.simulator.devices import DEVICES, GIB, MODELS
 from engine.simulator.distserve import DistServe
 from engine.simulator.network import NetworkSpec
 from engine.simulator.routing import LeastLoaded, PowerOfTwo, Router
-from engine.simulator.step_cost import Roofline, StepCost
+from engine.simulator.step_cost import Roofline, SeparateBatches, StepCost
 from engine.simulator.step_table import StepTable
 from engine.workloads.arrivals import ClosedLoop, Poisson, Ramp, arrange, parse_arrivals
 from engine.workloads.session import Session
@@ -88,7 +88,7 @@ def make_cluster(case: Case, seed: int) -> Cluster:
     )
     return Cluster(
         make_core=partial(EngineCore, cache, scheduling),
-        cost=cost,
+        cost=SeparateBatches(cost) if case.batching == "separate" else cost,
         router=make_router(case, seed),
         num_replicas=case.num_replicas,
         bytes_per_block=bytes_per_block,

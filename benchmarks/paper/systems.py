@@ -17,7 +17,7 @@ from engine.simulator.devices import MODELS, Device, find_device
 from engine.simulator.outcome import Summary
 from engine.simulator.routing import LeastLoaded
 from engine.simulator.simulator import Simulator
-from engine.simulator.step_cost import Roofline, StepWork
+from engine.simulator.step_cost import Roofline, SeparateBatches
 from engine.workloads.arrivals import Poisson, arrange
 from engine.workloads.distributions import Exponential, Lognormal
 from engine.workloads.synthetic import Synthetic, draw_sessions, sharegpt, ultrachat
@@ -122,7 +122,8 @@ class Run:
     def simulate(self) -> Summary:
         shape, device, system = MODELS[self.panel.model], self.device, SYSTEMS[self.system]
         bytes_per_block = shape.kv_bytes_per_token * self.chunk_size
-        cost = (Roofline if system.is_unified else SeparateBatches)(shape, device, bytes_per_block)
+        roofline = Roofline(shape, device, bytes_per_block)
+        cost = roofline if system.is_unified else SeparateBatches(roofline)
         host_bytes = self.host_share * constants.HOST_BYTES if system.has_cpu_tier else 0.0
         cache_config = CacheConfig(
             chunk_size=self.chunk_size,
@@ -144,17 +145,6 @@ class Run:
         sessions = arrange(draw_sessions(spec, self.seed), Poisson(self.rate / mean_turns(spec)), self.seed)
         cluster = Cluster(make_core=lambda: EngineCore(cache_config, scheduling), cost=cost, router=LeastLoaded())
         return Simulator(cluster, sessions).run(self.duration_s).summary(self.warm_up_s)
-
-
-class SeparateBatches(Roofline):
-    """Prompts and decodes are never in one batch, so a step with both is two, and reads all weights twice."""
-
-    def step_time(self, work: StepWork) -> float:
-        if not (work.num_decodes and work.num_prompt_tokens):
-            return super().step_time(work)
-        prompts = work._replace(num_decodes=0, decode_context_len=0)
-        decodes = StepWork(work.num_decodes, work.decode_context_len)
-        return super().step_time(prompts) + super().step_time(decodes)
 
 
 @cache

@@ -45,9 +45,12 @@ def _run(options: argparse.Namespace) -> int:
     from deployments.experiments.page import text_table
     from deployments.experiments.report import summarise, write_report
     from deployments.experiments.results import Results
+    from deployments.experiments.shortened import shortened
 
     overrides = {} if options.num_replicas is None else {"num_replicas": options.num_replicas}
     experiment = read_experiment(options.config, overrides)
+    if options.time_share is not None:
+        experiment = shortened(experiment, options.time_share)
     results = Results(options.out or Path(f"{Path(options.config).stem}-results"))
     command = shlex.join(["pensieve", "experiment", *(sys.argv[1:] if sys.argv[1:] else [])])
     status = 0
@@ -182,6 +185,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     run.add_argument("--cpus-per-node", type=float, default=2.0, metavar="N", help="of each of these (default: 2)")
     run.add_argument("--max-cells", type=int, metavar="N", help="run at most so many now, and leave the others")
+    run.add_argument(
+        "--time-share", type=float, metavar="X", help="of the times that the file says, such as 0.1 for a first look"
+    )
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="simulations at once (default: 1)")
     options = parser.parse_args(arguments)
     if options.local_nodes is not None and options.local_nodes < 1:

@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState, ServeDeploySchema
 
 from deployments.cluster.start_failure import read_start_error
-from deployments.experiment import Case, Experiment
+from deployments.experiment import BATCHINGS, Case, Experiment
 from deployments.schema import IMPORT_PATH, AppArgs
 from engine.config import EngineConfig
 from engine.errors import ConfigError, PensieveError
@@ -79,6 +79,12 @@ def check_measurable(experiment: Experiment) -> None:
             raise ConfigError(
                 "with an autoscaling_config Serve says how many replicas there are: leave add and drain out of the changes",
                 param="changes",
+            )
+        if case.batching != BATCHINGS[0]:
+            raise ConfigError(
+                f"batching {case.batching} exists in the simulator only: engines have prompts and decodes in one batch; run "
+                "this file with --simulate",
+                param="batching",
             )
         if varied := {name for name, _ in case.axes} & {"device", "model_shape"}:
             raise ConfigError(

@@ -122,3 +122,26 @@ class Roofline:
             load_costs={CPU: self.load_s},
             is_in_seconds=True,
         )
+
+
+class SeparateBatches:
+    """Prompts and decodes are never in one batch: a step with both is two, which read all weights twice.
+
+    The scheduler is the same, and so is which tokens a step computes. It is the paper's baseline of Figure 13; no engine here
+    serves so.
+
+    cost: of a step of one kind, which has what is copied, too, if it has prompts.
+    """
+
+    def __init__(self, cost: StepCost) -> None:
+        self._cost = cost
+
+    def step_time(self, work: StepWork) -> float:
+        if not (work.num_decodes and work.num_prompt_tokens):
+            return self._cost.step_time(work)
+        prompts = work._replace(num_decodes=0, decode_context_len=0)
+        decodes = StepWork(work.num_decodes, work.decode_context_len)
+        return self._cost.step_time(prompts) + self._cost.step_time(decodes)
+
+    def cost_model(self, chunk_size: int) -> CostModel:
+        return self._cost.cost_model(chunk_size)

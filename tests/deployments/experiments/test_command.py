@@ -16,6 +16,7 @@ from deployments.experiments import command, simulation
 from deployments.experiments.cells import cells_of
 from deployments.experiments.drivers import LoadDriver, num_drivers_per_node
 from deployments.experiments.results import Results
+from deployments.experiments.shortened import shortened
 from engine.bench.apis import Content
 from engine.bench.client import Endpoint
 from engine.bench.driver import Load
@@ -48,6 +49,18 @@ def path(tmp_path: Path) -> Path:
 
 def run(path: Path, *arguments: str) -> int:
     return command.main(["run", str(path), "--out", str(path.parent / "out"), *arguments])
+
+
+def test_a_share_of_the_time_is_another_experiment_and_says_so(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (case, *_) = shortened(read_experiment(path), 0.5).cases
+    assert (case.duration_s, case.warm_up_s, [change.time_s for change in case.changes]) == (30, 5, [15])
+    assert run(path, "--simulate", "--time-share", "0.5", "--max-cells", "1") == 3
+    assert "Run for 0.5 of the times" in (path.parent / "out" / "report.html").read_text()
+    keys = {cell.key for cell in cells_of(read_experiment(path), "simulated")}
+    assert not Results(path.parent / "out").load("simulated").keys() & keys  # the full ones are still to be run
+    for wrong in ("0", "1.5"):
+        assert run(path, "--simulate", "--time-share", wrong) == 1
+        assert "--time-share must be above 0 and at most 1" in capsys.readouterr().err
 
 
 def test_the_report_has_all_cells_measured_beside_simulated(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

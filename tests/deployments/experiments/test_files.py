@@ -1,4 +1,4 @@
-"""Every file of experiments/ can be read, makes its cases, and can be deployed if it says how."""
+"""Every file of experiments/ can be read, makes its cases, can be simulated, and can be deployed if it says how."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from deployments.experiments.deployment import check_measurable, serve_config_of
 from deployments.schema import AppArgs
 from deployments.simulated_cluster import make_cluster
 from engine.errors import ConfigError
+from engine.simulator.step_cost import StepWork
 
 FOLDER = Path(__file__).parents[3] / "experiments"
 FILES = sorted(FOLDER.rglob("*.yaml"))
@@ -34,6 +35,16 @@ def test_it_makes_cases_that_can_be_simulated(path: Path) -> None:
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.relative_to(FOLDER).as_posix())
 def test_it_can_be_deployed(path: Path) -> None:
     check_measurable(read_experiment(path))
+
+
+def test_batches_are_separate_if_a_case_says_so() -> None:
+    unified, separate = (
+        make_cluster(case, 0).cost
+        for case in read_experiment(FOLDER / "paper" / "figure_13.yaml").cases
+        if case.arrivals == "poisson:1"
+    )
+    work = StepWork(num_decodes=8, decode_context_len=4096, num_prompt_tokens=64)
+    assert separate.step_time(work) > 1.5 * unified.step_time(work)
 
 
 def test_a_case_becomes_an_application() -> None:
@@ -71,6 +82,8 @@ def test_what_serves_already_is_the_base(tmp_path: Path) -> None:
         ("simulation: {routing: price_of_moving_of_two}", "goes with `api: responses-stored`"),
         ("cluster: {api: responses-stored}", "goes with `api: responses-stored`"),
         ("simulation: {device: [a100-80gb, h100-80gb]}", "run this file with --simulate"),
+        ("simulation: {batching: [unified, separate]}", "batching separate exists in the simulator only"),
+        ("simulation: {batching: apart}", "batching must be one of unified, separate"),
         ("cluster: {args: {num_cpu: 1}}", "num_cpu"),
         ("cluster: {args: {num_replicas: 2}}", "args of cluster must have no num_replicas, which the cases say"),
         ("cluster: {autoscaling_config: {min_replica: 1}}", "unknown key min_replica;"),

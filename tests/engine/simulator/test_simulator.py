@@ -17,7 +17,7 @@ from engine.simulator.outcome import Outcome
 from engine.simulator.report import Result, format_csv, format_html, format_table
 from engine.simulator.routing import LeastLoaded, PowerOfTwo, ReplicaState
 from engine.simulator.simulator import Simulator
-from engine.simulator.step_cost import Roofline, StepWork
+from engine.simulator.step_cost import Roofline, SeparateBatches, StepWork
 from engine.workloads.arrivals import Poisson, arrange
 from engine.workloads.session import Session, Span, Turn
 from engine.workloads.sources import WorkloadOptions, load_workload
@@ -278,6 +278,19 @@ def test_a_step_waits_for_the_sums_between_devices_and_for_each_request_that_dec
     assert time_of(replace(four, interconnect_bytes_per_s=25e9)) == pytest.approx(time_of(four) + summed_s)
     assert time_of(replace(device, interconnect_bytes_per_s=25e9)) == time_of(device)
     assert time_of(replace(device, decode_overhead_s=0.001)) == pytest.approx(time_of(device) + 0.01)
+
+
+def test_separate_batches_take_the_time_of_a_step_of_prompts_and_of_one_of_decodes():
+    separate = SeparateBatches(COST)
+    decodes = StepWork(num_decodes=8, decode_context_len=4096)
+    prompts = StepWork(num_prompt_tokens=256, num_prompt_pairs=33_000, num_swap_ins=4, num_evictions=2, num_starts=1)
+    both = prompts._replace(num_decodes=8, decode_context_len=4096)
+    for one in (decodes, prompts):
+        assert separate.step_time(one) == COST.step_time(one)
+    assert separate.step_time(both) == pytest.approx(COST.step_time(prompts) + COST.step_time(decodes))
+    # Weights are read twice, which is what one batch saves.
+    assert separate.step_time(both) - COST.step_time(both) > 0.9 * COST.overhead_s
+    assert separate.cost_model(32) == COST.cost_model(32)
 
 
 def test_a_workload_that_is_endless_is_drawn_as_it_is_needed():
