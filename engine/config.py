@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from engine.attention.registry import BACKEND_NAMES
 from engine.core.config import CacheOptions, SchedulingOptions
+from engine.core.speculation import SpeculativeOptions
 from engine.dialogue.formats import TOOL_CALL_PARSERS
 from engine.dialogue.reasoning import REASONING_PARSERS
 from engine.errors import ConfigError
@@ -431,6 +432,8 @@ class EngineConfig(
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.speculative is not None:
+            SpeculativeOptions.of(self.speculative)
         is_parallel = self.tensor_parallel_size > 1
         for ok, name, must in (
             (

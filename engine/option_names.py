@@ -59,6 +59,7 @@ RENAMED = {
     "max_queued_requests": "max_num_queued_reqs",
     "max_queue_size": "max_num_queued_reqs",
     "max_waiting_requests": "max_num_queued_reqs",
+    "speculative_config": "speculative",
     # execution and parallel
     "threads": "num_threads",
     "n_threads": "num_threads",
@@ -110,8 +111,7 @@ ABSENT = {
     "max_loras": "a step may have all loaded adapters; set max_adapters",
     "max_cpu_loras": "adapters are kept where the model is; set max_adapters",
     "fully_sharded_loras": "adapters are sharded as the layers that they are added to; leave it out",
-    "speculative_config": "there is no speculative decoding; leave it out",
-    "speculative_model": "there is no speculative decoding; leave it out",
+    "speculative_model": "models that draft are not supported; set speculative to {method: ngram, num_tokens: 8}",
     "keep_alive": "the model stays loaded as long as the server runs; leave it out",
     "host": "give it in the Serve config file, under http_options",
     "port": "give it in the Serve config file, under http_options",

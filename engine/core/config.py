@@ -112,6 +112,16 @@ class SchedulingOptions:
             is_tuning=True,
         ),
     ] = None
+    speculative: Annotated[
+        dict[str, Any] | None,
+        Option(
+            "Guess tokens of an answer from where its last ones have been before, and verify several in one step.",
+            "`{method: ngram, num_tokens: 8}`: up to so many, from the context and recent answers of the same tenant. "
+            "Answers are the same. How many are verified, if any, follows what they cost and how often they come true; see "
+            "docs/speculation.md.",
+            default="none",
+        ),
+    ] = None
     decode_reserve: Annotated[
         float,
         Option(

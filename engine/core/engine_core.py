@@ -30,7 +30,7 @@ from engine.core.cache_map import ContextKeys, Eviction, MappedContext
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.decode_runs import DecodeRun, DecodeRuns
 from engine.core.phases import Phase
-from engine.core.plan import ChunkRecord, Logprobs, SlowTransfer, StepPlan, StepResult, TransferEnd
+from engine.core.plan import ChunkRecord, Logprobs, QuerySegment, SlowTransfer, StepPlan, StepResult, TransferEnd
 from engine.core.request import FinishReason, Request, RequestStatus, without_front
 from engine.core.retention import RetentionHint, RetentionOutcome
 from engine.core.scheduler import Scheduler
@@ -202,11 +202,12 @@ class EngineCore:
         running = RequestStatus.RUNNING
         for segment in plan.segments:
             token_id, logprobs = next(sampled) if segment.samples else (None, None)
+            further = tuple(islice(sampled, segment.num_guesses)) if segment.num_guesses else ()
             scored = tuple(islice(scores, len(segment.targets))) if segment.targets else ()
             request = self._requests.get(segment.request_id)
             if request is None or request.status is not running:
                 continue
-            num_tokens = segment.query_len
+            num_tokens = segment.query_len - segment.num_guesses
             self._cache.commit(request, segment.start, segment.start + num_tokens)
             request.num_computed_tokens += num_tokens
             num_step_tokens += num_tokens
@@ -216,9 +217,13 @@ class EngineCore:
                 request.pending = without_front(request.pending, num_tokens)
             elif segment.request_id not in self._to_abort:
                 outputs.append(self._append(request, token_id, logprobs, now))
+                if further:
+                    outputs += self._append_verified(request, segment, token_id, further, now)
         self.stats.num_computed_tokens += num_step_tokens
-        if self._cache.tiers.slow and self._begun_s is not None:
-            self._cache.prices.note_step(plan.segments, now - self._begun_s)
+        if self._begun_s is not None:
+            if self._cache.tiers.slow:
+                self._cache.prices.note_step(plan.segments, now - self._begun_s)
+            self._scheduler.note_time(plan, now - self._begun_s)
             self._begun_s = now  # the next one is behind it, or `schedule` makes it
         self._land(now)
         return outputs
@@ -343,15 +348,25 @@ class EngineCore:
         for request_id in [each.request_id for each in self._requests.values() if each.adapter == adapter]:
             self.abort(request_id, now)
 
-    def stop(self, request_id: str, now: float, *, num_kept_output_tokens: int | None = None) -> RequestStats | None:
+    def stop(
+        self,
+        request_id: str,
+        now: float,
+        *,
+        num_output_tokens: int | None = None,
+        num_kept_output_tokens: int | None = None,
+    ) -> RequestStats | None:
         """End a request whose answer is complete for a reason that the core does not see (a stop string).
 
+        num_output_tokens: with how many tokens it is; a step may have given more. None = with all.
         num_kept_output_tokens: of its output, the first so many are what the conversation goes on from; None = all.
         Returns None if it does not run. It has sampled, so no transfer of its own is in flight.
         """
         request = self._requests.get(request_id)
         if request is None:
             return None
+        if num_output_tokens is not None:
+            del request.token_ids[request.num_prompt_tokens + num_output_tokens :]
         account = self._account(request, now)
         if num_kept_output_tokens is not None:
             del request.token_ids[request.num_prompt_tokens + num_kept_output_tokens :]
@@ -572,6 +587,45 @@ class EngineCore:
             account,
             prompt_logprobs,
         )
+
+    def _append_verified(
+        self,
+        request: Request,
+        segment: QuerySegment,
+        token_id: int,
+        further: Sequence[tuple[int, Logprobs | None]],
+        now: float,
+    ) -> list[RequestOutput]:
+        """What came of guesses, as if each of these tokens had had a step of its own.
+
+        token_id: the first one, which is appended. further: what the rows of the guesses have chosen.
+        """
+        outputs: list[RequestOutput] = []
+        status = RequestStatus.RUNNING
+        num_true = 0
+        for guess, (next_id, logprobs) in zip(segment.guesses, further, strict=True):
+            if guess != token_id:
+                break
+            num_true += 1
+            # With stop strings, its text may have ended before this one: that has to be known before it ends.
+            if request.status is not status or (request.sampling.stop and self._ends(request, next_id)):
+                break
+            position = segment.start + num_true
+            self._cache.commit(request, position, position + 1)
+            request.num_computed_tokens += 1
+            self.stats.num_computed_tokens += 1
+            token_id = next_id
+            outputs.append(self._append(request, token_id, logprobs, now))
+        request.num_guessed_tokens += segment.num_guesses
+        request.num_accepted_tokens += num_true
+        self.stats.num_guessed_tokens += segment.num_guesses
+        self.stats.num_accepted_tokens += num_true
+        self._scheduler.note_verified(request)
+        return outputs
+
+    def _ends(self, request: Request, token_id: int) -> bool:
+        """Whether an answer ends with this token, the next one."""
+        return request.num_tokens + 1 >= request.max_total_tokens or token_id in request.stop_token_ids
 
     def _end_prewarm(self, request: Request, token_id: int, now: float) -> RequestOutput:
         """The whole context is computed; the token behind it is not wanted."""

@@ -11,10 +11,15 @@ made before the token is known. Example, chunk_size 4, a 10-token context of whi
               QuerySegment("r1", start=8, token_ids=(2 ids), samples=True)    positions 8..9, attends to 0..9
 
     segments  QuerySegment("r1", start=10, token_ids=None, samples=True)      the token sampled above, attends to 0..10
+
+If speculation is on, a decode may bring guesses at what follows; see speculation.py.
+
+    segments  QuerySegment("r1", start=11, token_ids=(5, 8, 9), samples=True, num_guesses=2)      it chooses 3 tokens
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +32,9 @@ class QuerySegment(NamedTuple):
     start: first position. token_ids: the tokens there, `query_len` of them; None: the one token that the request's previous
     segment with `samples` chose, since its last start. samples: the segment ends the context as it is known, so the logits
     of its last row choose the next token. targets: tokens of the prompt that follow the first so many rows, whose
-    log-probabilities are wanted.
+    log-probabilities are wanted. num_guesses: of `token_ids`, the last so many are guesses at what the rows in front of them
+    choose, to be verified: each of these rows chooses a token, too. With guesses, `samples` is set and all tokens are told;
+    and so are those of the request's next segment, because what it goes on from is for the core to say.
     """
 
     request_id: str
@@ -35,6 +42,7 @@ class QuerySegment(NamedTuple):
     token_ids: tuple[int, ...] | None
     samples: bool = False
     targets: tuple[int, ...] = ()
+    num_guesses: int = 0
 
     @property
     def query_len(self) -> int:
@@ -44,6 +52,23 @@ class QuerySegment(NamedTuple):
     def context_len(self) -> int:
         """Tokens that the last row attends to, itself included."""
         return self.start + self.query_len
+
+    @property
+    def guesses(self) -> tuple[int, ...]:
+        return () if self.token_ids is None or not self.num_guesses else self.token_ids[-self.num_guesses :]
+
+    @property
+    def num_chosen(self) -> int:
+        """Rows that choose a token."""
+        return 1 + self.num_guesses if self.samples else 0
+
+    def count_true(self, chosen: Sequence[int]) -> int:
+        """How many of the guesses, the first ones, are what the rows in front of them have chosen.
+
+        chosen: `num_chosen` tokens. Those behind the last true guess's next one mean nothing.
+        """
+        guesses = self.guesses
+        return next((number for number, guess in enumerate(guesses) if guess != chosen[number]), len(guesses))
 
 
 class RequestStart(NamedTuple):
@@ -185,7 +210,7 @@ class Logprobs:
 class StepResult:
     """What a step gave.
 
-    token_ids: one for each segment with `samples`, in the order of the segments.
+    token_ids: `num_chosen` for each segment, in the order of the segments.
     logprobs: as many, None for those that did not ask; empty if none did.
     failed_swap_ins: target blocks to which a swap-in brought something else than was swapped out.
     prompt_logprobs: one for each target, in the order of the segments.

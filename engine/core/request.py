@@ -170,7 +170,8 @@ class Request:
     Each field that changes has one owner.
 
     The engine core's: token_ids, the context, prompt first, then what was generated; arrival_s, first_token_s,
-    max_total_tokens, num_computed_tokens, num_scored, prompt_logprobs; and `pending` from the first step on.
+    max_total_tokens, num_computed_tokens, num_scored, prompt_logprobs; num_guessed_tokens, that steps have verified, and
+    num_accepted_tokens, of these; and `pending` from the first step on.
     num_scored: how many positions of the prompt, from the first one on, have said how probable the tokens behind them are;
         prompt_logprobs, what they said, until it is given out.
     pending: ranges [start, end) of positions that are still to compute, in order, holes included; a decoding request has
@@ -180,9 +181,10 @@ class Request:
     admission; misses, of the first one, if they were asked for; loads, the names of the chunks that were tried to load from
     slow tiers since, with the tier.
 
-    The scheduler's: status, num_suspensions; num_known_tokens, its length at the last admission, behind which the worker has
-    sampled itself; load_deadline_s, until when it may wait for slow tiers; and the counts of cached, loaded, not loaded and
-    dropped tokens, and of the cached ones by tier, of the first admission. It clears `loads` when the request starts.
+    The scheduler's: status, num_suspensions; num_known_tokens, its length when the worker was last told of it, at the last
+    admission or behind guesses, after which the worker has sampled itself; load_deadline_s, until when it may wait for slow
+    tiers; and the counts of cached, loaded, not loaded and dropped tokens, and of the cached ones by tier, of the first
+    admission. It clears `loads` when the request starts.
 
     phases, where its time goes, is of the core, which tells it of the first and the last one, and of the scheduler.
 
@@ -206,9 +208,11 @@ class Request:
         "loads",
         "max_total_tokens",
         "misses",
+        "num_accepted_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_dropped_tokens",
+        "num_guessed_tokens",
         "num_known_tokens",
         "num_loaded_tokens",
         "num_not_loaded_tokens",
@@ -297,6 +301,8 @@ class Request:
         self.num_known_tokens = 0
         self.num_computed_tokens = 0
         self.num_scored = 0
+        self.num_guessed_tokens = 0
+        self.num_accepted_tokens = 0
         self.prompt_logprobs: list[Logprobs] = []
         self.num_suspensions = 0
         self.account = ContextAccount()

@@ -17,6 +17,7 @@ from engine.core.fair_shares import FairShares
 from engine.core.phases import Phase
 from engine.core.plan import BlockAppend, QuerySegment, RequestStart, StepPlan
 from engine.core.request import Request, RequestStatus, without_front
+from engine.core.speculation import Speculation, SpeculativeOptions
 from engine.core.stats import EngineStats
 from engine.core.waiting_queue import WaitingQueue
 
@@ -90,6 +91,10 @@ class Scheduler:
         # whether a prompt was computed then, which may have been the beginning of its own.
         self._refused: Request | None = None
         self._is_prompt_computed = False
+        self._speculation: Speculation | None = None
+        if config.speculative is not None:
+            options = SpeculativeOptions.of(config.speculative)
+            self._speculation = Speculation(options, config.max_num_seqs, keeps_answers=cache.keep)
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn."""
@@ -108,6 +113,8 @@ class Scheduler:
         else:
             self._take_out(request)
         self._expect_no_more(request)
+        if self._speculation is not None:
+            self._speculation.end(request)
 
     def _take_out(self, request: Request) -> None:
         (self.background if request.is_prewarm else self.waiting).remove(request)
@@ -122,20 +129,26 @@ class Scheduler:
 
     def draft_ahead(self, plan: StepPlan) -> None:
         """Draft the step after `plan`, which is being executed. Changes nothing else."""
+        if _has_guesses(plan):
+            return  # how many tokens they give is not foreseen
         draft = self._draft(plan)
         self._ahead = draft if draft.running else None
 
     def schedule_ahead(self, executing: StepPlan, now: float) -> StepPlan | None:
         """The step after `executing`, which has no result yet: what running requests compute if nothing unforeseen happens.
 
-        None, and no more than a draft is made, if a request may be started or has to be suspended: that waits for the result.
+        None, and no more than a draft is made, if a request may be started or has to be suspended, or there are guesses that
+        are worth to be verified: that waits for the result.
         """
         self._end_late_loading(now)  # one that no longer waits may be started
+        if _has_guesses(executing):
+            return None
         draft = self._draft(executing)
         if (
             not draft.segments
             or self._may_admit_after(executing, draft)
             or len(draft.growing) > self._cache.num_available_blocks
+            or (self._speculation is not None and self._guess(draft))
         ):
             self._ahead = draft if draft.running else None
             return None
@@ -255,10 +268,54 @@ class Scheduler:
         if ahead is not None:
             self._stats.num_used_drafts += draft is ahead
             self._stats.num_discarded_drafts += draft is not ahead
+        if self._speculation is not None and not starts:
+            appends += self._add_guesses(draft, now)
         self._is_prompt_computed = draft.num_prompt_tokens > 0
         # A lone request always fits: only running requests and in-flight transfers hold pins, and those end with their step.
         assert draft.segments or not (self.running or self.waiting), "requests but nothing to compute"
         return self._make_plan(draft, starts, appends, now)
+
+    def _guess(self, draft: _Draft) -> dict[Request, tuple[int, ...]]:
+        """The guesses that a step is to verify; none beside prompts, whose rows cost as much as their tokens."""
+        if self._speculation is None or draft.num_prompt_tokens or not draft.running or draft.running[0].is_prewarm:
+            return {}
+        if len(draft.segments) < len(draft.running):
+            return {}
+        return self._speculation.guess(draft.running, draft.budget)
+
+    def _add_guesses(self, draft: _Draft, now: float) -> list[BlockAppend]:
+        """Put the guesses that are worth it behind the decodes of a step, as far as there are blocks for them.
+
+        For a guess nothing is suspended, and each running request can still get a block. Returns the blocks that were given.
+        """
+        appends = []
+        size = self._cache.chunk_size
+        guesses = self._guess(draft)
+        for number, request in enumerate(draft.running):
+            guess, num_tokens = guesses.get(request, ()), request.num_tokens
+            while num_tokens + len(guess) > len(request.chunks) * size:
+                block_id = None
+                if self._cache.num_available_blocks > len(self.running):
+                    block_id = self._cache.try_append_block(request, now)
+                if block_id is None:
+                    guess = guess[: len(request.chunks) * size - num_tokens]
+                    break
+                appends.append(BlockAppend(request.request_id, block_id))
+            if guess:
+                tokens = (request.token_ids[-1], *guess)
+                draft.segments[number] = QuerySegment(
+                    request.request_id, num_tokens - 1, tokens, True, num_guesses=len(guess)
+                )
+        return appends
+
+    def note_verified(self, request: Request) -> None:
+        """The worker has verified guesses: it is told next how many of them have come true."""
+        request.num_known_tokens = request.num_tokens
+
+    def note_time(self, plan: StepPlan, seconds: float) -> None:
+        """A step took so long."""
+        if self._speculation is not None:
+            self._speculation.note_step(plan.segments, seconds)
 
     def _make_plan(
         self, draft: _Draft, starts: Sequence[RequestStart], appends: Sequence[BlockAppend], now: float
@@ -299,7 +356,7 @@ class Scheduler:
         False if that is not certain.
         """
         num_running = len(self.running)
-        if self.loading or num_running > self._config.max_num_batched_tokens:
+        if self.loading or self._speculation is not None or num_running > self._config.max_num_batched_tokens:
             return False
         request = self.waiting.peek()
         if request is None:
@@ -527,3 +584,7 @@ class Scheduler:
         self._cache.release(request, now, step_failed=step_failed, is_preempted=is_preempted)
         self._ended.append(request.request_id)
         self._refused = None
+
+
+def _has_guesses(plan: StepPlan) -> bool:
+    return any(segment.num_guesses for segment in plan.segments)

@@ -28,6 +28,7 @@ class EngineStats:
     num_local_copies, num_swap_ins, num_swap_outs: in blocks. num_corrupted_swaps: found by `verify_swaps`.
     swap_in_seconds, swap_out_seconds: of the copies' own time, on the first rank.
     num_used_drafts, num_discarded_drafts: plans prepared while a step runs, used or overtaken by something unforeseen.
+    num_guessed_tokens: that steps have verified, see speculation.py. num_accepted_tokens: of these, those that came true.
     num_steps_ahead: given to the executor before the step in front had a result.
     evictions: by reason, see tier_table.eviction_reasons.
     slow_transfers: "<tier>_<outcome>" of slow tiers, see tier_table.transfer_outcomes.
@@ -63,6 +64,8 @@ class EngineStats:
     num_used_drafts: int = 0
     num_discarded_drafts: int = 0
     num_steps_ahead: int = 0
+    num_guessed_tokens: int = 0
+    num_accepted_tokens: int = 0
     evictions: dict[str, int] = field(init=False)
     slow_transfers: dict[str, int] = field(init=False)
     slow_refusals: dict[str, int] = field(init=False)

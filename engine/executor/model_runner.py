@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class ModelRunner:
     num_eager_forwards: of a model with compiled layers, those in which torch took layers as they were written, because
         its compiled code is not made for something about the step.
     swapper, graphs: may be exchanged between two steps, for measurements.
-    see_logits: called with the logits of each step before it samples, [number of sampling segments, vocabulary], which
+    see_logits: called with the logits of each step before it samples, [rows that choose a token, vocabulary], which
         the next step may overwrite; None = nothing is called.
     grammars: where those of requests are found; None = no request may have one.
     """
@@ -113,7 +114,7 @@ class ModelRunner:
         self._samples = samples
         # Not complete yet, oldest first.
         self._launched: list[_Step] = []
-        # Table rows of those that the last step sampled for, in order.
+        # Table rows of those that the last step sampled for, in order, one for each token.
         self._sampled_rows: list[int] = []
         self._backend = backend
         self._kv_store = kv_store
@@ -166,7 +167,9 @@ class ModelRunner:
             return
         try:
             self._sampled_rows = [
-                self._requests[segment.request_id].table_row for segment in plan.segments if segment.samples
+                self._requests[segment.request_id].table_row
+                for segment in plan.segments
+                for _ in range(segment.num_chosen)
             ]
             if plan.segments:
                 self._prepare(step)
@@ -259,11 +262,11 @@ class ModelRunner:
     def _prepare(self, step: _Step) -> None:
         """Make what a step reads, in host memory."""
         states = [self._requests[segment.request_id] for segment in step.plan.segments]
-        samplers = [
-            state.sampling
-            for state, segment in zip(states, step.plan.segments, strict=True)
-            if segment.samples and state.sampling is not None
-        ]
+        samplers: list[SamplingState] = []
+        for state, segment in zip(states, step.plan.segments, strict=True):
+            if segment.samples and state.sampling is not None:
+                samplers.append(state.sampling)
+                samplers += state.sampling.behind(segment.guesses)
         if any(sampler.params.needs_token_ids for sampler in samplers):
             for earlier in self._launched[:-1]:
                 self._settle(earlier)  # which tokens were sampled has to be known
@@ -352,6 +355,7 @@ class ModelRunner:
             return
         try:
             step.sampled = step.draw.finish()
+            self._note_verified(step)
             if step.scores is not None:
                 step.prompt_logprobs = step.scores.finish()
             step.failed_requests = self._failed_requests(step)
@@ -360,16 +364,30 @@ class ModelRunner:
         except Exception as error:
             step.error = error
 
+    def _note_verified(self, step: _Step) -> None:
+        """Note the tokens behind true guesses, too; the first one of each request is noted."""
+        token_ids = iter(step.sampled[0])
+        for segment in step.plan.segments:
+            chosen = tuple(islice(token_ids, segment.num_chosen))
+            if segment.num_guesses:
+                state = self._requests[segment.request_id].sampling
+                assert state is not None
+                for token_id in chosen[1 : 1 + segment.count_true(chosen)]:
+                    state.expect_token()
+                    state.note_token(token_id)
+
     def _failed_requests(self, step: _Step) -> tuple[tuple[str, str], ...]:
         assert step.batch is not None
         if not step.batch.has_masks:
             return ()
-        sampled = (segment.request_id for segment in step.plan.segments if segment.samples)
-        return tuple(
-            (request_id, state.matcher.error)
-            for request_id, state in zip(sampled, step.batch.states, strict=True)
-            if state.matcher is not None and state.matcher.error is not None
-        )
+        failed = []
+        states = iter(step.batch.states)
+        for segment in step.plan.segments:
+            # The first one is the request's own, the others are copies of it that have followed guesses.
+            for state in tuple(islice(states, segment.num_chosen))[:1]:
+                if state.matcher is not None and state.matcher.error is not None:
+                    failed.append((segment.request_id, state.matcher.error))
+        return tuple(failed)
 
     def _correct(self, step: _Step) -> None:
         """Compute the steps behind this one again, because they began with other tokens than it has after all.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from engine.core.plan import Logprobs
 from engine.core.request import SamplingParams
-from engine.grammar.interface import Matcher
+from engine.grammar.interface import Matcher, MatcherBehind
 
 # Tokens that are sorted at first if a filter is on; and if more would be sorted only when the step is over.
 MIN_CANDIDATES = 64
@@ -72,6 +73,21 @@ class SamplingState:
         if params.has_penalties:
             self.prompt_ids = set(token_ids[:num_prompt_tokens])
             self.output_counts = Counter(token_ids[num_prompt_tokens:])
+
+    def behind(self, guesses: Sequence[int]) -> list[SamplingState]:
+        """Copies of this one, for the tokens behind each of the guesses if it and those in front of it are true."""
+        copies: list[SamplingState] = []
+        ahead = self.matcher.copy() if guesses and self.matcher is not None else None
+        for guess in guesses:
+            state = copy(copies[-1] if copies else self)
+            state.num_tokens += 1
+            if self.params.has_penalties:
+                state.output_counts = state.output_counts.copy()
+                state.output_counts[guess] += 1
+            if ahead is not None:
+                state.matcher = MatcherBehind(ahead, guess)
+            copies.append(state)
+        return copies
 
     @property
     def num_output_tokens(self) -> int:

@@ -67,15 +67,17 @@ class StepArrays:
         rows_of_tokens = np.repeat(rows, lengths)
         block_ids = block_tables[rows_of_tokens, chunk_numbers]
         descriptors = np.stack([first_rows, lengths, starts + lengths, rows], axis=1).astype(np.int32)
-        samples = np.array([segment.samples for segment in segments])
+        # Of each segment the last rows, as many as choose a token.
+        nums_chosen = np.array([segment.num_chosen for segment in segments])
+        places = np.arange(nums_chosen.sum()) - np.repeat(nums_chosen.cumsum() - nums_chosen, nums_chosen)
         return cls(
             token_ids,
             rows_of_tokens,
             positions,
             block_ids * np.int64(chunk_size) + offsets,
             descriptors,
-            ends[samples] - 1,
-            rows[samples],
+            np.repeat(ends - nums_chosen, nums_chosen) + places,
+            np.repeat(rows, nums_chosen),
             *_scored(first_rows, segments),
         )
 

@@ -135,6 +135,12 @@ class GuidanceMatcher:
         elif not self._inner.consume_token(token_id):
             self.error = _reason(self._inner.get_error())
 
+    def copy(self) -> GuidanceMatcher:
+        """See interface.Matcher."""
+        other = GuidanceMatcher(self._inner.deep_copy(), self._eos_ids)
+        other._is_ended, other.error = self._is_ended, self.error
+        return other
+
 
 class _Tokens:
     """A vocabulary as the library reads it."""

@@ -45,6 +45,35 @@ class Matcher(Protocol):
         """Go on with the token that was chosen. After an end token nothing happens any more."""
         ...
 
+    def copy(self) -> Matcher:
+        """Another one that has come as far."""
+        ...
+
+
+class MatcherBehind:
+    """One behind a guessed token; those of a row of guesses share a copy, and are filled once, in their order.
+
+    What a guess breaks is no fault of the answer: it is not allowed, so what is behind it is not looked at.
+    """
+
+    error: str | None = None
+
+    def __init__(self, ahead: Matcher, guess: int) -> None:
+        """ahead: stands before the guess when this one is filled."""
+        self._ahead, self._guess = ahead, guess
+
+    def fill(self, mask: np.ndarray) -> None:
+        """See Matcher."""
+        self._ahead.accept(self._guess)
+        self._ahead.fill(mask)
+
+    def accept(self, token_id: int) -> None:
+        """Nothing goes on from here."""
+
+    def copy(self) -> MatcherBehind:
+        """See Matcher."""
+        return MatcherBehind(self._ahead.copy(), self._guess)
+
 
 class BrokenMatcher:
     """One that has an error from the start."""
@@ -58,6 +87,10 @@ class BrokenMatcher:
 
     def accept(self, token_id: int) -> None:
         """See Matcher."""
+
+    def copy(self) -> BrokenMatcher:
+        """See Matcher."""
+        return self
 
 
 class CompiledGrammar(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Mapping
+from copy import copy
 from enum import Enum
 
 import numpy as np
@@ -115,6 +116,13 @@ class LimitedThinking:
             self._inner.accept(token_id)
         self._scanner.accept(token_id)
         self._num_closed = self._num_closed + 1 if is_next and self._scanner.is_within else 0
+
+    def copy(self) -> LimitedThinking:
+        """See interface.Matcher."""
+        other = copy(self)
+        other._scanner = copy(self._scanner)
+        other._inner = None if self._inner is None else self._inner.copy()
+        return other
 
     @property
     def _has_to_end(self) -> bool:

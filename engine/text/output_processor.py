@@ -185,7 +185,12 @@ class OutputProcessor:
             detokenizer.append(output.token_id, may_stop=may_stop)
         if detokenizer.is_stopped and reason is None:
             kept = detokenizer.num_whole_tokens()
-            stats = self._core.stop(request.request_id, time.monotonic(), num_kept_output_tokens=kept)
+            stats = self._core.stop(
+                request.request_id,
+                time.monotonic(),
+                num_output_tokens=output.num_output_tokens,
+                num_kept_output_tokens=kept,
+            )
             del self.streams[request.request_id]
         if detokenizer.is_stopped:
             reason = FinishReason.STOP

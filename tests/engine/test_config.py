@@ -47,6 +47,11 @@ BOUNDS = [
     ("prefill_batch_tokens", [1, 10**6, None], [0, -1, 2.0, "4"]),
     ("max_num_queued_reqs", [1, 10**6], [0, -1, None, 2.0]),
     ("max_num_queued_tokens", [1, None], [0, -1, 2.0, "4"]),
+    (
+        "speculative",
+        [{"method": "ngram"}, {"method": "ngram", "num_tokens": 32}, {"method": "ngram", "num_tokens": "4"}, None],
+        [{}, {"method": "eagle"}, {"method": "ngram", "num_tokens": 0}, {"method": "ngram", "k": 3}, "ngram", True],
+    ),
     ("decode_reserve", [0, 0.0, 0.999], [1, 1.0, -0.01, None, float("nan")]),
     ("swap_out_watermark", [0, 0.5], [1, -0.01, None]),
     ("max_swap_outs", [1, 64, None], [0, -1, 2.0]),

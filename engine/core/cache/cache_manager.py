@@ -604,7 +604,7 @@ class CacheManager:
         still there.
         """
         start = chunk.position * self.chunk_size
-        chunk.num_tokens = min(chunk.num_tokens, request.num_tokens - start)
+        chunk.num_tokens = max(0, min(chunk.num_tokens, request.num_tokens - start))
         if chunk.num_tokens > 0:
             parent = self._matcher.parent_key(request, chunk.position)
             key = chunk_key(parent, request.token_ids[start : start + chunk.num_tokens])

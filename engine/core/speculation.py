@@ -1,0 +1,215 @@
+"""Decides how many guessed tokens a step verifies, and of which requests.
+
+A step that verifies guesses computes more rows. That pays if the tokens that are likely to come of them are worth the longer
+step: both are learned, how often guesses come true by drafting.py, what rows cost from the times of steps, which the driver
+tells. Without that much to gain, a step is what it would be without speculation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from engine.core.drafting import Drafter, HitRates, RecentAnswers
+from engine.core.plan import QuerySegment
+from engine.core.request import Request
+from engine.errors import ConfigError
+
+METHODS = ("ngram",)
+DEFAULT_NUM_TOKENS = 8
+MAX_NUM_TOKENS = 32
+# Steps are as they are without guesses unless their tokens are to come faster by this factor.
+MIN_GAIN = 1.05
+# What a further row is assumed to cost, as a part of a step without guesses, and the numbers of rows of which it is.
+PRIOR_ROW_COST = 0.03
+PRIOR_ROWS = (1, 8)
+# Steps with guesses that count no more than half, once so many steps of the same requests have followed.
+HALF_LIFE_STEPS = 256
+# After so many steps with guesses in a row, one without is made to see what that takes now.
+MAX_STEPS_IN_A_ROW = 128
+# Steps that take longer than they do otherwise by this factor were held up, and count as if by this factor.
+MAX_DELAY = 3.0
+# Weight of a new time against those before; the first ones count the same.
+TIME_WEIGHT = 1 / 8
+# Tenants whose recent answers are kept.
+MAX_TENANTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculativeOptions:
+    """The option `speculative`, checked.
+
+    num_tokens: most guessed tokens of a request in a step.
+    """
+
+    method: str
+    num_tokens: int
+
+    @classmethod
+    def of(cls, mapping: Mapping[str, Any]) -> Self:
+        """Raises ConfigError, which says what is wrong and what would be right."""
+        if unknown := sorted(map(str, mapping.keys() - {"method", "num_tokens"})):
+            raise ConfigError(
+                f"speculative has no key {unknown[0]!r}; its keys are method and num_tokens", param="speculative"
+            )
+        method = mapping.get("method")
+        if method not in METHODS:
+            raise ConfigError(
+                f"method of speculative must be {' or '.join(METHODS)}, got {method!r}; models that draft are not supported",
+                param="speculative",
+            )
+        num_tokens = mapping.get("num_tokens", DEFAULT_NUM_TOKENS)
+        if isinstance(num_tokens, str) and num_tokens.isdecimal():  # from a command line
+            num_tokens = int(num_tokens)
+        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or not 1 <= num_tokens <= MAX_NUM_TOKENS:
+            raise ConfigError(
+                f"num_tokens of speculative must be an integer from 1 to {MAX_NUM_TOKENS}, got {num_tokens!r}",
+                param="speculative",
+            )
+        return cls(method, num_tokens)
+
+
+class StepCost:
+    """What guesses add to the time of steps of so many requests: a part for any, and one for each, by least squares.
+
+    base_s: seconds of a step without guesses; None until two were seen, the first of which may have been made ready in.
+    """
+
+    def __init__(self) -> None:
+        self.base_s: float | None = None
+        self._mean_s = 0.0
+        self._num_plain = 0
+        self._num_in_a_row = 0
+        # Sums over the steps with guesses, old ones fading: of weights, of guesses x, x * x, added time y, and x * y.
+        self._sums = [0.0] * 5
+        self._fading = 0.5 ** (1 / HALF_LIFE_STEPS)
+        self._jump, self._slope = 0.0, PRIOR_ROW_COST
+
+    @property
+    def needs_plain_step(self) -> bool:
+        """Whether a step without guesses is due, to compare others with."""
+        return self.base_s is None or self._num_in_a_row >= MAX_STEPS_IN_A_ROW
+
+    def note(self, num_guesses: int, seconds: float) -> None:
+        """A step was computed."""
+        if not num_guesses:
+            self._num_in_a_row = 0
+            self._note_plain(seconds)
+        elif self.base_s:
+            self._num_in_a_row += 1
+            added = min(seconds / self.base_s, MAX_DELAY) - 1
+            x = float(num_guesses)
+            news = (1.0, x, x * x, added, x * added)
+            self._sums = [old * self._fading + new for old, new in zip(self._sums, news, strict=True)]
+            self._fit()
+
+    def _note_plain(self, seconds: float) -> None:
+        self._num_plain += 1
+        if self._num_plain == 1 or seconds * MAX_DELAY < self._mean_s:
+            self._mean_s = seconds
+        else:
+            weight = max(TIME_WEIGHT, 1 / self._num_plain)
+            self._mean_s += weight * (min(seconds, MAX_DELAY * self._mean_s) - self._mean_s)
+        if self._num_plain > 1:
+            self.base_s = self._mean_s
+        if self._sums[0]:
+            self._sums = [old * self._fading for old in self._sums]
+            self._fit()
+
+    def _fit(self) -> None:
+        n, sx, sxx, sy, sxy = self._sums
+        for rows in PRIOR_ROWS:
+            added = PRIOR_ROW_COST * rows
+            n, sx, sxx, sy, sxy = n + 1, sx + rows, sxx + rows * rows, sy + added, sxy + rows * added
+        self._slope = max(0.0, (n * sxy - sx * sy) / (n * sxx - sx * sx))
+        self._jump = max(0.0, (sy - self._slope * sx) / n)
+
+    def choose(self, num_requests: int, chances: Sequence[float]) -> int:
+        """How many of these guesses a step is to verify, for the most tokens in a second; 0 = it is not worth it.
+
+        chances: that they come true, the best first.
+        """
+        best, best_rate = 0, num_requests * MIN_GAIN
+        num_tokens, seconds = float(num_requests), 1.0 + self._jump
+        for number, chance in enumerate(chances, 1):
+            num_tokens += chance
+            seconds += self._slope
+            if num_tokens > best_rate * seconds:
+                best, best_rate = number, num_tokens / seconds
+        return best
+
+
+class Speculation:
+    """Guesses for the decodes of steps."""
+
+    def __init__(self, options: SpeculativeOptions, max_rows: int, *, keeps_answers: bool) -> None:
+        """Nothing is known yet.
+
+        max_rows: whose logits a step may have, unless one request alone has guesses.
+        keeps_answers: guesses are looked for in the recent answers of the same tenant, too.
+        """
+        self._num_tokens = options.num_tokens
+        self._max_rows = max(max_rows, 1 + options.num_tokens)
+        self._keeps_answers = keeps_answers
+        self._drafters: dict[Request, Drafter] = {}
+        self._answers: dict[str, RecentAnswers] = {}  # by tenant, the one that was answered last at the end
+        self._rates = HitRates()
+        self._costs: dict[int, StepCost] = {}  # by the number of requests
+
+    def guess(self, requests: Sequence[Request], budget: int) -> dict[Request, tuple[int, ...]]:
+        """What is worth to be verified in the next step, in which exactly these requests decode.
+
+        budget: tokens that the step may have besides.
+        """
+        guesses: list[list[int]] = []
+        chances: list[tuple[float, int]] = []
+        for number, request in enumerate(requests):
+            guesses.append(self._guess_for(request))
+            if guesses[-1]:
+                of_request = self._drafters[request].chances(len(guesses[-1]))
+                chances += [(chance, number) for chance in of_request]
+        cost = self._cost(len(requests))
+        if not chances or cost.needs_plain_step:
+            return {}
+        chances.sort(key=lambda pair: -pair[0])  # of one request, those of its first tokens stay in front
+        del chances[max(0, min(budget, self._max_rows - len(requests))) :]
+        num = cost.choose(len(requests), [chance for chance, _ in chances])
+        counts: dict[int, int] = {}
+        for _, number in chances[:num]:
+            counts[number] = counts.get(number, 0) + 1
+        return {requests[number]: tuple(guesses[number][:count]) for number, count in counts.items()}
+
+    def _guess_for(self, request: Request) -> list[int]:
+        drafter = self._drafters.get(request)
+        if drafter is None:
+            answers = self._answers.get(request.tenant)
+            drafter = Drafter(request.token_ids, request.num_prompt_tokens, answers, self._rates)
+            self._drafters[request] = drafter
+        # The step gives one token more than what it verifies, and may not give more than are wanted.
+        num_tokens = min(self._num_tokens, request.max_total_tokens - request.num_tokens - 1)
+        return drafter.guess(num_tokens) if drafter.catch_up() and num_tokens > 0 else []
+
+    def note_step(self, segments: Sequence[QuerySegment], seconds: float) -> None:
+        """A step was computed; what it took says what rows cost, if it only decoded."""
+        num_guesses = 0
+        for segment in segments:
+            if not segment.samples or segment.query_len != 1 + segment.num_guesses:
+                return
+            num_guesses += segment.num_guesses
+        if segments:
+            self._cost(len(segments)).note(num_guesses, seconds)
+
+    def _cost(self, num_requests: int) -> StepCost:
+        return self._costs.setdefault(num_requests, StepCost())
+
+    def end(self, request: Request) -> None:
+        """A request has ended; its answer may be quoted by others of its tenant."""
+        self._drafters.pop(request, None)
+        if not self._keeps_answers or request.is_prewarm:
+            return
+        answers = self._answers.pop(request.tenant, None) or RecentAnswers()
+        self._answers[request.tenant] = answers
+        answers.add(request.token_ids[request.num_prompt_tokens :])
+        if len(self._answers) > MAX_TENANTS:
+            del self._answers[next(iter(self._answers))]

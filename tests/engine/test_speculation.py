@@ -1,0 +1,110 @@
+"""Answers with guesses that are verified are those without, token for token, whatever else happens to their requests."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from engine.core.request import SamplingParams
+from engine.step_loop import LookAhead
+
+TIE = 1e-4
+SPECULATIVE = {"method": "ngram", "num_tokens": 6}
+# Answers of few different tokens, so that rows of them come again.
+FEW = tuple((token_id, 25.0) for token_id in range(60, 66))
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, logprobs=2, ignore_eos=True, logit_bias=FEW)
+# Every way in which a token depends on those before it, or on its place.
+KINDS = (
+    GREEDY,
+    replace(GREEDY, repetition_penalty=1.2, frequency_penalty=0.3),
+    replace(GREEDY, presence_penalty=0.5, logit_bias=(*FEW[:4], (64, 26.0), (65, -100.0))),
+    replace(GREEDY, min_tokens=9, stop_token_ids=(60, 61, 62)),
+    replace(GREEDY, temperature=0.7, seed=5),
+    replace(GREEDY, temperature=1.0, seed=6, top_p=0.8, top_k=20),
+    replace(GREEDY, stop_token_ids=(63,)),
+)
+
+
+def repetitive(rng: random.Random, num_tokens: int) -> list[int]:
+    """A prompt that says the same again and again, with changes."""
+    phrase = rng.choices(range(3, 250), k=7)
+    tokens: list[int] = []
+    while len(tokens) < num_tokens:
+        tokens += phrase if rng.random() < 0.8 else rng.choices(range(3, 250), k=3)
+    return tokens[:num_tokens]
+
+
+def assert_same(ours: list, theirs: list) -> int:
+    """Up to a tie of the two best logits. Returns whether there was one."""
+    for mine, other in zip(ours, theirs, strict=False):
+        if mine.token_id != other.token_id:
+            margin = other.logprobs.top[0][1] - other.logprobs.top[1][1]
+            assert margin < TIE, f"{mine} != {other}"
+            return 1
+        assert mine.num_output_tokens == other.num_output_tokens
+        assert mine.logprobs.chosen == pytest.approx(other.logprobs.chosen, abs=1e-3)
+    assert len(ours) == len(theirs)
+    assert ours[-1].finish_reason == theirs[-1].finish_reason
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("family", "mode", "look_ahead"),
+    [
+        ("llama", "pensieve", LookAhead.LAUNCH),
+        ("qwen3", "pensieve", LookAhead.DRAFT),
+        ("mistral", "pensieve", LookAhead.NOTHING),
+        ("gemma2", "pensieve", LookAhead.DRAFT),
+        ("gpt2", "stateless", LookAhead.LAUNCH),
+        ("opt", "pensieve", LookAhead.DRAFT),
+    ],
+)
+def test_answers_are_those_without_guesses(family, mode, look_ahead, tiny_model, make_driver):
+    """Conversations over tiny tiers: evictions, suspensions, aborts, chunks that end within guesses; in both modes."""
+    rng = random.Random(family)
+    options = {"chunk_size": 4, "max_num_batched_tokens": 48, "max_num_seqs": 5, "max_model_len": 160}
+    guessing = make_driver(
+        tiny_model(family),
+        num_gpu_blocks=64,
+        num_cpu_blocks=48,
+        decode_reserve=0.02,
+        mode=mode,
+        speculative=SPECULATIVE,
+        **options,
+    )
+    plain = make_driver(tiny_model(family), num_gpu_blocks=400, mode="stateless", **options)
+    guessing.loop.look_ahead = look_ahead
+    histories = {f"c{i}": repetitive(rng, 30) for i in range(8)}
+    prompts: dict[str, tuple[list[int], SamplingParams]] = {}
+    running: dict[str, str] = {}
+    num_turns = 0
+    while num_turns < 16 or running or guessing.loop.in_flight:
+        idle = [c for c in histories if c not in running.values()]
+        if num_turns < 16 and idle and rng.random() < 0.5:
+            conversation = rng.choice(idle)
+            histories[conversation] = histories[conversation][-90:] + repetitive(rng, rng.randint(1, 20))
+            request_id, num_turns = f"r{num_turns}", num_turns + 1
+            sampling = rng.choice(KINDS)
+            prompts[request_id] = histories[conversation][:], sampling
+            guessing.add(request_id, histories[conversation], conversation, sampling)
+            running[request_id] = conversation
+        victim = rng.choice(list(running)) if running and rng.random() < 0.02 else None
+        for output in guessing.step(victim):
+            if output.finish_reason is not None:
+                conversation = running.pop(output.request_id)
+                histories[conversation] = histories[conversation] + guessing.tokens(output.request_id)
+        guessing.core.check_integrity()
+        for request_id in [name for name in running if name not in guessing.core._requests]:
+            del running[request_id], prompts[request_id]
+    num_ties = 0
+    for request_id, (prompt, sampling) in prompts.items():
+        plain.add(request_id, prompt, None, sampling)
+        plain.run()
+        num_ties += assert_same(guessing.outputs[request_id], plain.outputs[request_id])
+    assert num_ties <= 1
+    stats = guessing.core.get_statistics()
+    assert 0 < stats["num_accepted_tokens"] < stats["num_guessed_tokens"]
+    assert stats["num_suspensions"] > 0
+    assert plain.core.get_statistics()["num_guessed_tokens"] == 0
