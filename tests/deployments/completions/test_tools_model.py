@@ -40,17 +40,22 @@ TOOLS = {
 
 
 @pytest.fixture
-async def client(tmp_path: Path) -> AsyncIterator[AsyncOpenAI]:
+async def engine() -> AsyncIterator[EngineHere]:
     options = {"model": "embedded-tools", "num_threads": 1, "dtype": "float32", "num_gpu_blocks": 128}
     engine = EngineHere(EngineConfig.from_options(options), stream_interval_s=0.0)
+    yield engine
+    await engine.check_integrity()
+    await engine.__del__()
+
+
+@pytest.fixture
+async def client(engine: EngineHere, tmp_path: Path) -> AsyncIterator[AsyncOpenAI]:
     app = create_app(engine, IngressConfig(store_url=f"sqlite:///{tmp_path / 'c.db'}"), ingress_id="ingress-1")
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=None) as http,
     ):
         yield AsyncOpenAI(base_url="http://localhost/v1", api_key="none", http_client=http, max_retries=0)
-    await engine.check_integrity()
-    await engine.__del__()
 
 
 class Agent:
@@ -105,6 +110,15 @@ async def test_it_calls_what_it_is_asked_for_and_tells_what_comes_back(client: A
     for before, usage in pairwise(agent.usages):
         # Of what was said, the last token only is computed again.
         assert usage.prompt_tokens_details.cached_tokens == before.total_tokens - 1
+
+
+async def test_why_answers_ended_is_counted(client: AsyncOpenAI, engine: EngineHere) -> None:
+    agent = Agent(client, ["get_weather"], stream=False)
+    await agent.ask("What is the weather in Paris?")
+    question: Any = [{"role": "user", "content": "hello"}]
+    await client.chat.completions.create(model=TOOLS_MODEL_NAME, messages=question, max_tokens=2)
+    statistics = await engine.get_statistics()
+    assert statistics["finish_reasons"] == {"stop": 1, "length": 1, "tool_calls": 1}
 
 
 @pytest.mark.parametrize("stream", [False, True])

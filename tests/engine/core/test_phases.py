@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -100,3 +101,13 @@ def test_only_so_many_spans_are_kept_and_the_totals_are_exact():
     assert len(phases.spans) == MAX_SPANS
     assert (phases.decode_s, phases.suspended_s) == (50.0, 50.0)
     assert timeline.end(200.0) == phases
+
+
+def test_the_time_of_swaps_is_summed_up(make_core):
+    driver = make_core(8)
+    driver.add("a", range(5), max_tokens=3)
+    execute = driver.executor._execute
+    driver.executor._execute = lambda plan: replace(execute(plan), swap_seconds=(0.5, 0.25))
+    driver.run()
+    statistics = driver.core.get_statistics()
+    assert (statistics["swap_in_seconds"], statistics["swap_out_seconds"]) == (1.5, 0.75)

@@ -207,6 +207,8 @@ def simulate(seed: int, *, verify: bool, without_waits: str | None = None) -> No
                     wait_for_layer(layer)
                 device.streams.compute.run(lambda args=(layer, plan, written): compute(*args))
         assert swapper.finish() == (), "a block came back as something else than went out"
+        goes_out = bool(plan.evictions or plan.swap_outs)
+        assert [seconds > 0 for seconds in swapper.seconds] == [bool(plan.swap_ins), goes_out]
         twin.step(plan, written, gpu.layer_slices)
         assert torch.equal(cpu.storage, twin.cpu), "the CPU tier is read when a step is over"
     swapper.shutdown()
