@@ -7,6 +7,7 @@ because one is built for each chunk. Knows no engine and no Ray.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -108,8 +109,8 @@ class _Envelope(ABC):
                 **cache_details(firsts),
             },
         }
-        if num_reasoning_tokens := sum(delta.num_reasoning_tokens for delta in self._latest.values()):
-            usage["completion_tokens_details"] = {"reasoning_tokens": num_reasoning_tokens}
+        if details := _completion_details(list(self._latest.values())):
+            usage["completion_tokens_details"] = details
         return usage
 
     def _chunk(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
@@ -117,6 +118,18 @@ class _Envelope(ABC):
         if self._body.include_usage:
             chunk["usage"] = self._usage() if self._body.continuous_usage or not choices else None
         return chunk
+
+
+def _completion_details(deltas: Sequence[OutputDelta]) -> dict[str, int]:
+    """Tokens of thinking, and guesses that came true or did not; what there is none of is left out."""
+    details = {}
+    if num_reasoning_tokens := sum(delta.num_reasoning_tokens for delta in deltas):
+        details["reasoning_tokens"] = num_reasoning_tokens
+    if num_guessed_tokens := sum(delta.num_guessed_tokens for delta in deltas):
+        num_accepted_tokens = sum(delta.num_accepted_tokens for delta in deltas)
+        details["accepted_prediction_tokens"] = num_accepted_tokens
+        details["rejected_prediction_tokens"] = num_guessed_tokens - num_accepted_tokens
+    return details
 
 
 class ChatFormat(_Envelope):

@@ -63,6 +63,7 @@ class OutputDelta:
     text: may lag behind token_ids: a character may take several tokens, and a text that could begin a stop string is
         held back.
     num_prompt_tokens, num_cached_tokens, num_output_tokens: totals so far.
+    num_guessed_tokens: that were verified so far, and num_accepted_tokens, of these; see engine/core/speculation.py.
     misses: in the first delta, if they were asked for: why tokens of the prompt were computed.
     cached_by_tier: the cached ones by the tier that had them, the fastest first, without tiers that had none.
     num_reasoning_tokens: of the output so far, those of thinking and its end, in a chat.
@@ -106,6 +107,8 @@ class OutputDelta:
     num_lost_marks: int = 0
     comparison: CacheComparison | None = None
     misses: tuple[Miss, ...] = ()
+    num_guessed_tokens: int = 0
+    num_accepted_tokens: int = 0
     explanation: Explanation | None = None
 
 
@@ -144,5 +147,7 @@ def merge_deltas(deltas: Sequence[OutputDelta]) -> OutputDelta:
         num_lost_marks=last.num_lost_marks,
         comparison=last.comparison,
         misses=deltas[0].misses,
+        num_guessed_tokens=last.num_guessed_tokens,
+        num_accepted_tokens=last.num_accepted_tokens,
         explanation=last.explanation,
     )

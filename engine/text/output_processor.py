@@ -213,6 +213,8 @@ class OutputProcessor:
             misses=request.misses if output.num_output_tokens <= 1 else (),
             hint=stream.hint,
             comparison=stream.comparison,
+            num_guessed_tokens=request.num_guessed_tokens,
+            num_accepted_tokens=request.num_accepted_tokens,
         )
         return delta if reason is None else self._ended(stream, delta)
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from dataclasses import replace
 
 import pytest
 
+from engine.async_engine import AsyncEngine
+from engine.config import EngineConfig
+from engine.core.grammar import GrammarSpec
 from engine.core.request import SamplingParams
+from engine.generation import Generation
 from engine.step_loop import LookAhead
+from engine.text.output import OutputDelta, merge_deltas
+from engine.text.prompt import ChatPrompt
 
 TIE = 1e-4
 SPECULATIVE = {"method": "ngram", "num_tokens": 6}
@@ -108,3 +115,47 @@ def test_answers_are_those_without_guesses(family, mode, look_ahead, tiny_model,
     assert 0 < stats["num_accepted_tokens"] < stats["num_guessed_tokens"]
     assert stats["num_suspensions"] > 0
     assert plain.core.get_statistics()["num_guessed_tokens"] == 0
+
+
+JSON = GrammarSpec("regex", '\\[("(ab|ac)+", )*"x"\\]')
+
+
+def test_with_a_grammar_a_limit_of_thinking_and_stop_strings_answers_are_the_same():
+    """Through the whole engine, where text and masks are made; what ends within guesses ends there, and is counted so."""
+
+    async def answers(**options: object) -> tuple[list[OutputDelta], dict]:
+        engine = AsyncEngine(
+            EngineConfig.from_options({"model": "embedded", "dtype": "float32", "num_threads": 1, **options})
+        )
+        base = SamplingParams(temperature=0.0, max_tokens=40)
+        kinds = [
+            base,
+            replace(base, ignore_eos=True),
+            replace(base, ignore_eos=True, stop=("Mia",)),
+            replace(base, ignore_eos=True, stop=("is c", "zzz"), min_tokens=3),
+            replace(base, grammar=JSON),
+            replace(base, grammar=JSON, temperature=1.0, seed=3),
+            replace(base, grammar=GrammarSpec.choice(["your cat is called Mia.", "your dog"]), logprobs=1),
+        ]
+        prompt = ChatPrompt((("user", "My cat is called Mia."),))
+        try:
+            given = []
+            for turn in range(2):  # the second time, the first answers are there to be quoted
+                for number, sampling in enumerate(kinds):
+                    generation = Generation(f"{turn}.{number}", None, prompt, sampling)
+                    given.append(merge_deltas([delta async for delta in engine.generate(generation)]))
+            await engine.check_integrity()
+            return given, engine.get_statistics()
+        finally:
+            await engine.shutdown()
+
+    plain, _ = asyncio.run(answers())
+    guessing, statistics = asyncio.run(answers(speculative=SPECULATIVE))
+    for ours, theirs in zip(guessing, plain, strict=True):
+        assert (ours.text, ours.token_ids, ours.finish_reason) == (theirs.text, theirs.token_ids, theirs.finish_reason)
+        assert ours.num_output_tokens == theirs.num_output_tokens
+        assert ours.stats.num_output_tokens == theirs.stats.num_output_tokens
+        assert (ours.stop_string, len(ours.logprobs)) == (theirs.stop_string, len(theirs.logprobs))
+    assert statistics["num_accepted_tokens"] > 20
+    assert sum(delta.num_accepted_tokens for delta in guessing) == statistics["num_accepted_tokens"]
+    assert sum(delta.num_guessed_tokens for delta in guessing) == statistics["num_guessed_tokens"]

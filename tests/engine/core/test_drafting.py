@@ -1,0 +1,141 @@
+"""Guesses against brute force, and what is verified of them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.core import drafting
+from engine.core.drafting import MAX_MATCH, MAX_RECENT_TOKENS, MIN_MATCH, Drafter, HitRates, RecentAnswers, TokenIndex
+from engine.core.plan import QuerySegment
+from engine.core.speculation import MAX_STEPS_IN_A_ROW, PRIOR_ROW_COST, SpeculativeOptions, StepCost
+from engine.errors import ConfigError
+
+
+def longest_match(token_ids: list[int], end_ids: list[int], *, is_own: bool) -> int:
+    """How many of the last tokens of `end_ids` were in `token_ids` before, by looking everywhere."""
+    best = 0
+    for position in range(1, len(token_ids) + (not is_own)):
+        length = 0
+        while (
+            length < min(position, len(end_ids), MAX_MATCH) and token_ids[position - 1 - length] == end_ids[-1 - length]
+        ):
+            length += 1
+        best = max(best, length)
+    return best if best >= MIN_MATCH else 0
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 3), max_size=20))
+def test_the_longest_match_is_that_of_brute_force(token_ids, other_ids):
+    index, other = TokenIndex(token_ids), TokenIndex(other_ids)
+    index.extend(len(token_ids))
+    other.extend(len(other_ids))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drafting, "MAX_PLACES", 100)
+        (own_place, own_len), (place, length) = index.find_own_end(), index.find(other)
+    assert own_len == longest_match(token_ids, token_ids, is_own=True)
+    assert length == longest_match(token_ids, other_ids, is_own=False)
+    for position, matched, end_ids in ((own_place, own_len, token_ids), (place, length, other_ids)):
+        assert token_ids[position - matched : position] == end_ids[len(end_ids) - matched :] or not matched
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=60), st.integers(1, 60), st.integers(1, 5))
+def test_guesses_follow_an_earlier_place_however_tokens_come(token_ids, num_prompt, num_at_once):
+    """What is guessed has followed an equal row of tokens, or repeats what is guessed."""
+    context = token_ids[:num_prompt]
+    drafter = Drafter(context, len(context), None, HitRates())
+    while True:
+        assert drafter.catch_up()
+        guess = drafter.guess(8)
+        assert len(guess) in (0, 8)
+        assert len(drafter.chances(8)) == 8
+        if guess:
+            end = context[-MIN_MATCH:]
+            places = [i for i in range(len(context) - MIN_MATCH) if context[i : i + MIN_MATCH] == end]
+            assert any((context[i + MIN_MATCH :] + guess)[:8] == guess for i in places)
+        if len(context) >= len(token_ids):
+            break
+        context += token_ids[len(context) : len(context) + num_at_once]
+
+
+def test_a_long_prompt_is_taken_in_over_several_calls_and_guesses_nothing_before(monkeypatch):
+    monkeypatch.setattr(drafting, "MAX_INDEXED_AT_ONCE", 10)
+    drafter = Drafter([1, 2, 3, 4] * 6, 24, None, HitRates())
+    assert [drafter.catch_up() for _ in range(3)] == [False, False, True]
+    assert drafter.guess(5) == [1, 2, 3, 4, 1]
+
+
+def test_answers_of_others_are_looked_in_and_never_run_into_each_other():
+    answers = RecentAnswers()
+    answers.add([5, 6, 7])
+    answers.add([8, 9])
+    drafter = Drafter([1, 5, 6], 3, answers, HitRates())
+    assert drafter.catch_up()
+    assert drafter.guess(4) == [7]
+
+
+def test_of_answers_only_so_many_tokens_are_kept():
+    answers = RecentAnswers()
+    for _ in range(5):
+        answers.add(random.Random(0).choices(range(1000), k=MAX_RECENT_TOKENS))
+    assert len(answers.indexes) == 2
+    assert sum(index.num_indexed for index in answers.indexes) <= 2 * (MAX_RECENT_TOKENS + 1)
+
+
+def test_rates_follow_what_comes_true_by_the_length_of_the_match():
+    rates = HitRates()
+    for _ in range(40):
+        rates.note(2, False)
+        rates.note(20, True)
+    assert rates.chances(2, 1)[0] < 0.05
+    assert rates.chances(20, 2)[1] > 0.9
+    assert HitRates(rates).chances(2, 1) == rates.chances(2, 1)
+
+
+def test_what_is_verified_is_what_gives_most_tokens_for_its_cost():
+    """Against all choices, with the costs that were observed."""
+    cost = StepCost()
+    assert cost.needs_plain_step
+    for _ in range(2):
+        cost.note(0, 1.0)
+    assert not cost.needs_plain_step
+    for _ in range(200):
+        for num in (1, 4, 8):
+            cost.note(num, 1.2 + 0.1 * num)
+    for chances in ([0.9, 0.8, 0.7, 0.6, 0.5], [0.3, 0.2], [0.2], [0.99] * 8):
+        rates = [(1 + sum(chances[:num])) / (1.2 + 0.1 * num) for num in range(1, len(chances) + 1)]
+        best = 1 + rates.index(max(rates))
+        assert cost.choose(1, chances) == (best if max(rates) > 1.05 else 0)
+    for _ in range(MAX_STEPS_IN_A_ROW):
+        cost.note(1, 1.0)
+    assert cost.needs_plain_step
+
+
+def test_costs_that_were_high_once_are_tried_again_some_time():
+    cost = StepCost()
+    for _ in range(2):
+        cost.note(0, 1.0)
+    for _ in range(4):
+        cost.note(4, 50.0)
+    assert cost.choose(1, [0.3] * 4) == 0
+    for _ in range(4000):
+        cost.note(0, 1.0)
+    assert cost.choose(1, [0.3] * 4) > 0
+    assert PRIOR_ROW_COST < 0.1
+
+
+@pytest.mark.parametrize(("chosen", "num_true"), [((5, 6, 7), 2), ((5, 9, 7), 1), ((9, 6, 7), 0)])
+def test_true_guesses_are_those_that_were_chosen_up_to_the_first_that_was_not(chosen, num_true):
+    segment = QuerySegment("r", 9, (4, 5, 6), True, num_guesses=2)
+    assert (segment.guesses, segment.num_chosen) == ((5, 6), 3)
+    assert segment.count_true(chosen) == num_true
+
+
+def test_the_option_says_what_is_wrong_with_it():
+    with pytest.raises(ConfigError, match="method of speculative must be ngram, got 'eagle'; models that draft"):
+        SpeculativeOptions.of({"method": "eagle"})
+    with pytest.raises(ConfigError, match="speculative has no key 'k'"):
+        SpeculativeOptions.of({"method": "ngram", "k": 3})
