@@ -139,6 +139,8 @@ METRICS = (
     ),
     MetricDefinition("counter", "pensieve_evictions_total", "Chunks that lost a block", ("tier", "reason")),
     MetricDefinition("counter", "pensieve_suspensions_total", "Running requests that were put back for want of blocks"),
+    MetricDefinition("counter", "pensieve_guessed_tokens_total", "Guessed tokens that steps have verified"),
+    MetricDefinition("counter", "pensieve_accepted_tokens_total", "Guessed tokens that came true"),
     MetricDefinition("counter", "pensieve_tier_transfer_bytes_total", "KV loaded and stored", ("tier", "direction")),
     MetricDefinition(
         "counter", "pensieve_tier_transfer_seconds_total", "Time of slow tiers for that", ("tier", "direction")

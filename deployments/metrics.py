@@ -61,6 +61,8 @@ _COUNTS: dict[Series, str] = {
     Series("pensieve_swap_seconds_total", ("out",)): "swap_out_seconds",
     Series("pensieve_awaited_swap_bytes_total"): "num_awaited_swap_out_bytes",
     Series("pensieve_suspensions_total"): "num_suspensions",
+    Series("pensieve_guessed_tokens_total"): "num_guessed_tokens",
+    Series("pensieve_accepted_tokens_total"): "num_accepted_tokens",
 }
 
 

@@ -79,6 +79,11 @@ def make_cluster(case: Case, seed: int) -> Cluster:
         own_policy=load_policy(engine.eviction_policy),
         slow_tiers=tuple(slow),
     )
+    if engine.speculative is not None:
+        raise ConfigError(
+            "which guesses come true is not simulated; leave `speculative` out of the simulated engine",
+            param="speculative",
+        )
     window = num_gpu_blocks * engine.chunk_size
     is_on_cpu = isinstance(cost, StepTable) and not cost.overlaps_copies
     scheduling = SchedulingConfig.of(

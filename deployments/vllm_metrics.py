@@ -53,6 +53,8 @@ _COUNTERS: dict[str, tuple[str, ...]] = {
     "pensieve_generation_tokens_total": ("vllm_generation_tokens_total",),
     "pensieve_cached_tokens_total": ("vllm_prefix_cache_hits_total",),  # of all tiers
     "pensieve_suspensions_total": ("vllm_num_preemptions_total",),
+    "pensieve_guessed_tokens_total": ("vllm_spec_decode_num_draft_tokens_total",),
+    "pensieve_accepted_tokens_total": ("vllm_spec_decode_num_accepted_tokens_total",),
 }
 _GAUGES = {
     "pensieve_num_requests_running": "vllm_num_requests_running",

@@ -49,22 +49,19 @@ class SpeculativeOptions:
     @classmethod
     def of(cls, mapping: Mapping[str, Any]) -> Self:
         """Raises ConfigError, which says what is wrong and what would be right."""
-        if unknown := sorted(map(str, mapping.keys() - {"method", "num_tokens"})):
-            raise ConfigError(
-                f"speculative has no key {unknown[0]!r}; its keys are method and num_tokens", param="speculative"
-            )
-        method = mapping.get("method")
-        if method not in METHODS:
-            raise ConfigError(
-                f"method of speculative must be {' or '.join(METHODS)}, got {method!r}; models that draft are not supported",
-                param="speculative",
-            )
-        num_tokens = mapping.get("num_tokens", DEFAULT_NUM_TOKENS)
+        method, num_tokens = mapping.get("method"), mapping.get("num_tokens", DEFAULT_NUM_TOKENS)
         if isinstance(num_tokens, str) and num_tokens.isdecimal():  # from a command line
             num_tokens = int(num_tokens)
-        if not isinstance(num_tokens, int) or isinstance(num_tokens, bool) or not 1 <= num_tokens <= MAX_NUM_TOKENS:
+        is_number = isinstance(num_tokens, int) and not isinstance(num_tokens, bool)
+        if (
+            mapping.keys() - {"method", "num_tokens"}
+            or method not in METHODS
+            or not is_number
+            or not 1 <= num_tokens <= MAX_NUM_TOKENS
+        ):
             raise ConfigError(
-                f"num_tokens of speculative must be an integer from 1 to {MAX_NUM_TOKENS}, got {num_tokens!r}",
+                f"speculative must be a mapping of method to {' or '.join(METHODS)} (no model drafts) and of num_tokens to "
+                f"an integer from 1 to {MAX_NUM_TOKENS}, got {dict(mapping)!r}",
                 param="speculative",
             )
         return cls(method, num_tokens)
