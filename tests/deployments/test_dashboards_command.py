@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -95,8 +96,6 @@ def test_it_writes_what_prometheus_and_grafana_need_runs_prometheus_and_ends_it(
 
 @pytest.mark.parametrize("case", ["it ends", "nothing is installed", "no Ray", "port taken"])
 def test_what_is_wrong_is_said(session: Path, installed: Path, case: str) -> None:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
