@@ -296,7 +296,7 @@ def test_a_returning_conversation_is_swapped_in_block_by_block_and_computes_noth
         (QuerySegment("turn 2", 11, longer[11:], True),),
         starts=(start("turn 2", longer, 2, (3, 0, 1, 2)),),
         ended=("other",),
-        evictions=swaps_out((3, 3), (0, 4), (1, 5), (2, 6)),
+        evictions=swaps_out((3, 3), (0, 4), (1, 5), (2, 6, 3)),
         swap_ins=swaps_in((0, 3), (1, 0), (2, 1)),
     )
     # 7 chunks are or were in the CPU tier, and the copy of the tail is free again: it is written to from here on
@@ -371,7 +371,7 @@ def test_swap_outs_ahead_of_time_keep_the_watermark_and_are_reclaimed_for_nothin
     )
     evictions = driver.core.stats.evictions
     assert evictions == {**dict.fromkeys(evictions, 0), "gpu_reclaimed": 4}
-    assert driver.settle() == [StepPlan(5, (), ended=("other",), swap_outs=swaps_out((6, 6), (7, 7)))]
+    assert driver.settle() == [StepPlan(5, (), ended=("other",), swap_outs=swaps_out((6, 6, 3), (7, 7)))]
     assert idle_chunks(driver) == {"gpu": 4, "both": 4, "cpu": 4}
     assert driver.core.schedule(99.0) is None
 
@@ -392,9 +392,9 @@ def test_swap_outs_yield_to_swap_ins(make_core):
 def test_write_through_copies_what_a_turn_leaves_at_its_end(make_core):
     driver = make_core(8, num_cpu_blocks=8, swap_out_watermark=0.0, write_through=True, max_swap_outs=2)
     history = converse(driver, "turn 1", range(10))
-    assert [plan.swap_outs for plan in driver.settle()] == [swaps_out((0, 0), (1, 1)), swaps_out((2, 2))]
+    assert [plan.swap_outs for plan in driver.settle()] == [swaps_out((0, 0), (1, 1)), swaps_out((2, 2, 2))]
     converse(driver, "turn 2", (70, 71), history=history)  # 12 of 13 tokens: the tail became a full chunk, and is new
-    assert [plan.swap_outs for plan in driver.settle()] == [swaps_out((2, 2), (3, 3))]
+    assert [plan.swap_outs for plan in driver.settle()] == [swaps_out((2, 2), (3, 3, 1))]
     assert idle_chunks(driver) == {"gpu": 0, "both": 4, "cpu": 0}
 
 
@@ -486,7 +486,7 @@ def test_a_failed_step_drops_what_had_its_only_copy_on_the_way_and_nothing_else(
     driver.executor.fails = False
     assert driver.failed == ["turn 2"]
     # values: b's chunks 1, 2 and 3 cost 3, 4 and 5 over 2 seconds, c's chunk 0 costs 2 over 1
-    assert plan.evictions == swaps_out((0, 4), (3, 5), (1, 6), (2, 7))
+    assert plan.evictions == swaps_out((0, 4), (3, 5), (1, 6), (2, 7, 3))
     assert plan.swap_ins == swaps_in((0, 0), (1, 3), (2, 1))
     assert found(driver, range(50, 65), "b") == 4, "the chunk that was in the CPU tier before"
     assert found(driver, safe, "c") == 0
@@ -505,10 +505,10 @@ def test_a_failed_step_leaves_the_chunks_that_it_copied_ahead_of_time_on_the_gpu
     driver.executor.fails = True
     driver.add("other", range(50, 55), 2, "b")
     plan = driver.step()
-    assert plan.swap_outs == swaps_out((0, 0), (1, 1), (2, 2))
+    assert plan.swap_outs == swaps_out((0, 0), (1, 1), (2, 2, 3))
     assert idle_chunks(driver) == {"gpu": 3, "both": 0, "cpu": 0}
     plan = driver.step()
-    assert (plan.segments, plan.swap_outs) == ((), swaps_out((0, 2), (1, 1), (2, 0)))
+    assert (plan.segments, plan.swap_outs) == ((), swaps_out((0, 2), (1, 1), (2, 0, 3)))
     assert idle_chunks(driver) == {"gpu": 3, "both": 0, "cpu": 0}, "a plan that only copies failed too"
     driver.executor.fails = False
     driver.settle()
