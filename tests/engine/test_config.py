@@ -72,6 +72,7 @@ BOUNDS = [
     ("preserve_reasoning", ["auto", "never"], ["always", "", True, None]),
     ("enforce_eager", [True, False], [0, 1, None, "yes"]),
     ("swap_copies", ["auto", "dma", "kernel"], ["memcpy", "", None]),
+    ("kv_cold_dtype", ["same", "fp8", "int8", "int4"], ["q8_0", "", None]),
     ("pack_weights", [True, False], [0, 1, None, "yes"]),
     ("compile_layers", [True, False, None], [0, 1, "yes"]),
     ("async_scheduling", [True, False, None], [0, 1, "yes"]),
