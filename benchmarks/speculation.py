@@ -14,8 +14,10 @@ import random
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from engine.config import EngineConfig
 from engine.core.engine_core import RequestOutput
@@ -26,7 +28,6 @@ from engine.executor.local import LocalExecutor
 from engine.make_core import make_core
 from engine.model_files import model_location
 from engine.step_loop import LookAhead, StepLoop
-from engine.text.tokenizer import Tokenizer
 
 MODELS = (("smollm2", "bfloat16"), ("smollm2", "float32"), ("embedded", "float32"))
 SETTINGS = {"off": None, "on": {"method": "ngram", "num_tokens": 8}}
@@ -90,7 +91,7 @@ class Side:
         return num_tokens, seconds
 
 
-def tool_calls(path: Path, tokenizer: Tokenizer, window: int, num_turns: int) -> list[Turn]:
+def tool_calls(path: Path, tokenizer: Any, window: int, num_turns: int) -> list[Turn]:
     """Answers of recorded agents, calls of tools included, with the end of the session in front of them."""
     turns: list[Turn] = []
     for session in json.loads(path.read_text()):
@@ -109,7 +110,7 @@ def tool_calls(path: Path, tokenizer: Tokenizer, window: int, num_turns: int) ->
     return turns
 
 
-def edits(tokenizer: Tokenizer, rng: random.Random, window: int, num_turns: int) -> list[Turn]:
+def edits(tokenizer: Any, rng: random.Random, window: int, num_turns: int) -> list[Turn]:
     """A file, and the same with a name changed in it and a line added."""
     words = ["load", "save", "parse", "render", "update", "check", "count", "merge", "order", "price", "user", "item"]
     turns = []
@@ -136,7 +137,7 @@ def random_text(vocab_size: int, rng: random.Random, num_turns: int) -> list[Tur
 def measure(model: str, dtype: str, tau: Path, num_rounds: int) -> list[dict[str, object]]:
     """A row for each workload and batch size."""
     sides = {name: Side(model, dtype, speculative) for name, speculative in SETTINGS.items()}
-    tokenizer = Tokenizer(model_location(model))
+    tokenizer = AutoTokenizer.from_pretrained(model_location(model))
     facts = sides["on"].executor.facts.model
     window = min(facts.max_model_len, MAX_CONTEXT)
     rng = random.Random(0)
