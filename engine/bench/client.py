@@ -15,6 +15,9 @@ import httpx
 from engine.bench.apis import APIS, Conversation, Heard, Json
 
 CONNECT_TIMEOUT_S = 30.0
+# An idle connection is not used again after this, in seconds. Servers close theirs after five or more (uvicorn, llama.cpp,
+# Node), and one that is closed just as a turn is sent looks as if the server had failed.
+MAX_IDLE_S = 2.0
 # In which our own server says the rank of the engine replica that answers.
 REPLICA_HEADER = "x-pensieve-replica"
 # Of what a server may send as one event, or as the body of an error.
@@ -70,7 +73,7 @@ class Client:
         self._http = httpx.AsyncClient(
             headers={"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {},
             timeout=httpx.Timeout(endpoint.timeout_s, connect=CONNECT_TIMEOUT_S),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=MAX_IDLE_S),
             trust_env=False,  # a proxy between would be measured, too
         )
 

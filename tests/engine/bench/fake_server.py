@@ -32,6 +32,7 @@ class FakeServer:
     models: list[Json] = field(default_factory=lambda: [{"id": "fake"}])
     bodies: list[Json] = field(default_factory=list)
     session_ids: list[str] = field(default_factory=list)
+    ports: list[int] = field(default_factory=list)
     num_running: int = 0
     max_running: int = 0
 
@@ -56,6 +57,7 @@ class FakeServer:
         body = await request.json()
         self.bodies.append(body)
         self.session_ids.append(request.headers["x-session-id"])
+        self.ports.append(request.client.port if request.client else 0)
         for name in self.refused & body.keys():
             return JSONResponse({"error": {"message": f"unknown field {name}"}}, 400)
         failure = self.failing.get(len(body.get("messages") or body.get("input") or body["prompt"]))

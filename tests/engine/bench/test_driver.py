@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from engine.bench import client
 from engine.bench.apis import APIS, Content
 from engine.bench.client import Client, Endpoint
 from engine.bench.driver import Driver, Load
@@ -25,13 +26,13 @@ def drive(url: str, sessions: list[Session], api: str = "chat", **options: objec
     records: list[TurnRecord] = []
 
     async def run() -> LoopLag:
-        client = Client(endpoint)
+        http = Client(endpoint)
         try:
             load = Load("run", Content(), **options)  # type: ignore[arg-type]
-            driver = Driver(client, load, time.perf_counter(), records.append)
+            driver = Driver(http, load, time.perf_counter(), records.append)
             return await driver.run(sessions, itertools.count().__next__)
         finally:
-            await client.close()
+            await http.close()
 
     return records, asyncio.run(run())
 
@@ -53,6 +54,19 @@ def test_a_session_keeps_its_order_and_its_pauses(
     assert all(record.is_counted for record in records)
     assert set(server.session_ids) == {"run.s0"}
     assert 0 <= lag.p99_s <= lag.max_s
+
+
+def test_a_connection_that_was_idle_as_long_as_a_server_may_close_it_is_not_used_again(
+    server: FakeServer, url: str, sessions: list[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that closes one just as a turn is sent would look as if it had failed."""
+    assert client.MAX_IDLE_S < 5.0  # uvicorn's, llama.cpp's and Node's
+    drive(url, sessions[:1])
+    assert len(set(server.ports)) == 1
+    monkeypatch.setattr(client, "MAX_IDLE_S", 0.0)
+    server.ports.clear()
+    drive(url, sessions[:1])
+    assert len(set(server.ports)) == len(sessions[0].turns)
 
 
 def test_the_answer_is_in_the_next_prompt(server: FakeServer, url: str, sessions: list[Session]) -> None:
@@ -126,15 +140,15 @@ def test_a_run_that_is_stopped_has_reported_what_is_complete(
     records: list[TurnRecord] = []
 
     async def run() -> None:
-        client = Client(Endpoint("fake", url, model="fake"))
-        driver = Driver(client, Load("run", Content()), time.perf_counter(), records.append)
+        http = Client(Endpoint("fake", url, model="fake"))
+        driver = Driver(http, Load("run", Content()), time.perf_counter(), records.append)
         task = asyncio.create_task(driver.run(sessions, itertools.count().__next__))
         while server.num_running < 3:
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await client.close()
+        await http.close()
 
     asyncio.run(run())
     assert records == []
