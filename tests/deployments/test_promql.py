@@ -51,7 +51,7 @@ ARGS = AppArgs(
     num_fallback_replicas=1,
     graceful_shutdown_timeout_s=1,
 )
-NUM_ROUNDS = 12
+NUM_ROUNDS = 6
 INTERVAL_S = 1
 PATIENCE_S = 120.0
 # Parts of expressions that may give nothing on such a cluster, and why.
