@@ -31,6 +31,7 @@ from engine.dialogue.messages import Dialogue
 from engine.executor.group import make_executor
 from engine.model_files import model_location
 from engine.server import Server, create_server
+from engine.sizing import measure_model
 from engine.text.prompt import ChatPrompt
 from engine.workloads.conversations import read_oasst
 
@@ -46,13 +47,15 @@ def main() -> None:
     parser.add_argument("--conversations", type=Path, required=True, help="a file of OpenAssistant's trees")
     parser.add_argument("--num-conversations", type=int, default=20)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument(
         "--times", type=float, default=3.0, help="KV of all conversations over the memory of both tiers"
     )
     parser.add_argument("--num-threads", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=8)
     parser.add_argument("--passes", type=int, default=2, help="over all turns")
+    parser.add_argument("--kinds", nargs="+", choices=COLD_DTYPES, default=list(COLD_DTYPES))
+    parser.add_argument("--only", choices=["errors", "serving"], help="a part of it; default: both")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(model_location(arguments.model))
@@ -66,42 +69,36 @@ def main() -> None:
     turns = {number: prompts for number, prompts in turns.items() if prompts}
     num_tokens = sum(count(prompts[-1]) for prompts in turns.values())
     num_cpu_tokens = num_tokens / arguments.times - NUM_GPU_BLOCKS * CHUNK_SIZE
-    errors, speeds, bytes_per_token = {}, {}, 0.0
-    for kind in COLD_DTYPES:
-        errors[kind], speeds[kind], bytes_of = measure(arguments, kind, [tokenizer, talks])
-        bytes_per_token = bytes_of["exact"] / CHUNK_SIZE
-        speeds[kind]["times_as_many_blocks"] = round(bytes_of["exact"] / bytes_of["cold"], 2)
-        print(kind, errors[kind], speeds[kind])
-    gib = num_cpu_tokens * bytes_per_token / 2**30
+    options = {**vars(arguments), "conversations": arguments.conversations.name}
+    if arguments.only != "serving":
+        errors, speeds = {}, {}
+        for kind in arguments.kinds:
+            errors[kind], speeds[kind] = measure(arguments, kind, tokenizer, talks)
+            print(kind, errors[kind], speeds[kind])
+            write_result("cold_tiers_errors", {"options": options, "errors": errors, "copies": speeds})
+    if arguments.only == "errors":
+        return
+    size, _ = measure_model(arguments.model, dtype=arguments.dtype)
     servers = {
         kind: create_server(
             model=arguments.model,
             dtype=arguments.dtype,
             num_threads=arguments.num_threads,
             num_gpu_blocks=NUM_GPU_BLOCKS,
-            kv_offloading_size=gib,
+            kv_offloading_size=num_cpu_tokens * size.kv_bytes / 2**30,
             max_model_len=WINDOW,
             kv_cold_dtype=kind,
         )
-        for kind in COLD_DTYPES
+        for kind in arguments.kinds
     }
     rows = serve(servers, turns, arguments)
     for server in servers.values():
         server.close()
-    figures = {kind: summary(rows[kind]) for kind in COLD_DTYPES}
+    figures = {kind: summary(rows[kind]) for kind in servers}
     for kind, row in figures.items():
         print(kind, row)
     sizes = {"num_tokens": num_tokens, "num_gpu_tokens": NUM_GPU_BLOCKS * CHUNK_SIZE, "num_cpu_tokens": num_cpu_tokens}
-    write_result(
-        "cold_tiers",
-        {
-            "options": {**vars(arguments), "conversations": arguments.conversations.name},
-            **sizes,
-            "serving": figures,
-            "copies": speeds,
-            "errors": errors,
-        },
-    )
+    write_result("cold_tiers", {"options": options, **sizes, "serving": figures})
 
 
 def read_talks(path: Path) -> Iterator[Messages]:
@@ -166,10 +163,9 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def measure(
-    arguments: argparse.Namespace, kind: str, data: list[Any]
-) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
-    """The error over all conversations, the speed of the copies (GB/s of exact KV), and the bytes of a block."""
-    tokenizer, talks = data
+    arguments: argparse.Namespace, kind: str, tokenizer: Any, talks: Sequence[Messages]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The error over all conversations; the speed of the copies (GB/s of exact KV), and how much smaller blocks are."""
     executor = make_executor(
         EngineConfig(
             model=arguments.model,
@@ -205,8 +201,8 @@ def measure(
             "out_gb_s": num_bytes / timed(executor, out) / 1e9,
             "in_gb_s": num_bytes / timed(executor, back) / 1e9,
         }
-        sizes = {"exact": facts.bytes_per_block, "cold": facts.bytes_per_cold_block}
-        return mean, {name: round(value, 2) for name, value in speeds.items()}, sizes
+        speeds["times_as_many_blocks"] = facts.bytes_per_block / facts.bytes_per_cold_block
+        return mean, {name: round(value, 2) for name, value in speeds.items()}
     finally:
         executor.shutdown()
 
