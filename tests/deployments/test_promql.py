@@ -57,6 +57,8 @@ PATIENCE_S = 120.0
 # Parts of expressions that may give nothing on such a cluster, and why.
 MAY_BE_EMPTY: dict[str, str] = {
     "pensieve_handover_conversations_total": "no replica is stopped or started, and sessions return to their homes",
+    "pensieve_guessed_tokens_total": "speculation is off, as by default",
+    "pensieve_accepted_tokens_total": "speculation is off, as by default",
 }
 
 

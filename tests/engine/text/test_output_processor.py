@@ -31,7 +31,14 @@ class Core:
         self.stopped: list[tuple[str, int | None]] = []
         self.aborted: list[str] = []
 
-    def stop(self, request_id: str, now: float, *, num_kept_output_tokens: int | None = None) -> None:
+    def stop(
+        self,
+        request_id: str,
+        now: float,
+        *,
+        num_output_tokens: int | None = None,
+        num_kept_output_tokens: int | None = None,
+    ) -> None:
         self.stopped.append((request_id, num_kept_output_tokens))
 
     def abort(self, request_id: str, now: float) -> None:
