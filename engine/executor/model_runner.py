@@ -265,6 +265,8 @@ class ModelRunner:
         samplers: list[SamplingState] = []
         for state, segment in zip(states, step.plan.segments, strict=True):
             if segment.samples and state.sampling is not None:
+                if state.sampling.chosen_behind:
+                    state.sampling.go_on_from(segment.context_len - segment.num_guesses)
                 samplers.append(state.sampling)
                 samplers += state.sampling.behind(segment.guesses)
         if any(sampler.params.needs_token_ids for sampler in samplers):
@@ -355,7 +357,7 @@ class ModelRunner:
             return
         try:
             step.sampled = step.draw.finish()
-            self._note_verified(step)
+            self._keep_chosen(step)
             if step.scores is not None:
                 step.prompt_logprobs = step.scores.finish()
             step.failed_requests = self._failed_requests(step)
@@ -364,29 +366,35 @@ class ModelRunner:
         except Exception as error:
             step.error = error
 
-    def _note_verified(self, step: _Step) -> None:
-        """Note the tokens behind true guesses, too; the first one of each request is noted."""
+    def _keep_chosen(self, step: _Step) -> None:
+        """Keep what was chosen behind guesses. How much of it is the answer's shows in what is computed next.
+
+        Not all that follows true guesses is: see EngineCore._append_verified.
+        """
+        if not any(segment.num_guesses for segment in step.plan.segments):
+            return
         token_ids = iter(step.sampled[0])
         for segment in step.plan.segments:
             chosen = tuple(islice(token_ids, segment.num_chosen))
             if segment.num_guesses:
                 state = self._requests[segment.request_id].sampling
                 assert state is not None
-                for token_id in chosen[1 : 1 + segment.count_true(chosen)]:
-                    state.expect_token()
-                    state.note_token(token_id)
+                state.chosen_behind = chosen[1:]
 
     def _failed_requests(self, step: _Step) -> tuple[tuple[str, str], ...]:
         assert step.batch is not None
         if not step.batch.has_masks:
             return ()
         failed = []
-        states = iter(step.batch.states)
+        states, token_ids = iter(step.batch.states), iter(step.sampled[0])
         for segment in step.plan.segments:
-            # The first one is the request's own, the others are copies of it that have followed guesses.
-            for state in tuple(islice(states, segment.num_chosen))[:1]:
-                if state.matcher is not None and state.matcher.error is not None:
-                    failed.append((segment.request_id, state.matcher.error))
+            chosen = tuple(islice(token_ids, segment.num_chosen))
+            # The first one is the request's own, the others are copies; those behind a wrong guess mean nothing.
+            followed = tuple(islice(states, segment.num_chosen))[: 1 + segment.count_true(chosen)]
+            errors = [state.matcher.error for state in followed if state.matcher is not None]
+            error = next((error for error in errors if error is not None), None)
+            if error is not None:
+                failed.append((segment.request_id, error))
         return tuple(failed)
 
     def _correct(self, step: _Step) -> None:

@@ -37,6 +37,7 @@ class SamplingState:
     num_tokens: of its context, including those that are being sampled.
     output_counts: how often each of the answer's known tokens occurs, for the penalties.
     prompt_ids: distinct ids of the prompt.
+    chosen_behind: what was chosen behind guesses, in order, until it is known how much of that the answer goes on with.
     matcher: which tokens the request's grammar allows behind the known ones; None = it has no grammar.
     """
 
@@ -59,6 +60,7 @@ class SamplingState:
         self.num_tokens = num_tokens
         self.num_prompt_tokens = num_prompt_tokens
         self.stop_token_ids = list(stop_token_ids)
+        self.chosen_behind: Sequence[int] = ()
         # Nothing to know of the request but its logits.
         self.takes_maximum = (
             params.is_greedy
@@ -103,6 +105,13 @@ class SamplingState:
             self.output_counts[token_id] += 1
         if self.matcher is not None:
             self.matcher.accept(token_id)
+
+    def go_on_from(self, num_tokens: int) -> None:
+        """Note as many of the tokens behind guesses as a context of `num_tokens` has; the others were never said."""
+        for token_id in self.chosen_behind[: num_tokens - self.num_tokens]:
+            self.expect_token()
+            self.note_token(token_id)
+        self.chosen_behind = ()
 
 
 def uniform(seed: int, position: int) -> float:

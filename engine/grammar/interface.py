@@ -53,19 +53,19 @@ class Matcher(Protocol):
 class MatcherBehind:
     """One behind a guessed token; those of a row of guesses share a copy, and are filled once, in their order.
 
-    What a guess breaks is no fault of the answer: it is not allowed, so what is behind it is not looked at.
+    error: of an answer that goes on with the guess; behind one that is not allowed, it means nothing.
     """
-
-    error: str | None = None
 
     def __init__(self, ahead: Matcher, guess: int) -> None:
         """ahead: stands before the guess when this one is filled."""
         self._ahead, self._guess = ahead, guess
+        self.error: str | None = None
 
     def fill(self, mask: np.ndarray) -> None:
         """See Matcher."""
         self._ahead.accept(self._guess)
         self._ahead.fill(mask)
+        self.error = self._ahead.error
 
     def accept(self, token_id: int) -> None:
         """Nothing goes on from here."""

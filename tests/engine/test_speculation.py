@@ -133,6 +133,8 @@ def test_with_a_grammar_a_limit_of_thinking_and_stop_strings_answers_are_the_sam
             replace(base, ignore_eos=True),
             replace(base, ignore_eos=True, stop=("Mia",)),
             replace(base, ignore_eos=True, stop=("is c", "zzz"), min_tokens=3),
+            # Its last token is chosen again in a step of its own, and is the same.
+            *(replace(base, ignore_eos=True, stop=("zzz",), temperature=4.0, seed=seed) for seed in range(4)),
             replace(base, grammar=JSON),
             replace(base, grammar=JSON, temperature=1.0, seed=3),
             replace(base, grammar=GrammarSpec.choice(["your cat is called Mia.", "your dog"]), logprobs=1),
