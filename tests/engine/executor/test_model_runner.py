@@ -205,7 +205,13 @@ class Countdown:
             mask[self._left[0] // 8] = 1 << self._left[0] % 8
 
     def accept(self, token_id: int) -> None:
-        assert self.error is not None or self._left.pop(0) == token_id
+        if self.error is None and self._left.pop(0) != token_id:
+            self.error = "not allowed"
+
+    def copy(self) -> Countdown:
+        other = Countdown(self._left, self._error_at_the_end)
+        other.error = self.error
+        return other
 
 
 class Countdowns:
@@ -277,6 +283,25 @@ def test_a_request_whose_grammar_ends_in_an_error_fails_alone(ahead, make_runner
     runner = make_runner()
     alone = [first_step(("b", [40, 41, 42], GREEDY)), *(decodes(2 + i, b=3 + i) for i in range(3))]
     assert [result.token_ids[1] for result in results] == [step[0] for step in run(runner, alone, ahead=False)]
+
+
+@pytest.mark.parametrize("num_taken", [1, 2])
+def test_behind_guesses_a_grammar_goes_on_from_what_was_taken_of_them(num_taken, make_runner):
+    """Its error behind true guesses is the answer's; behind a wrong one it is none."""
+    runner = make_runner()
+    runner.grammars = Countdowns()
+    a, b = ("a", [5, 6, 7], counting(100, 101, 102)), ("b", [40, 41, 42], counting(100, 101, 102, 103))
+    assert runner.execute(first_step(a, b)).token_ids == (100, 100)
+    guessing = tuple(
+        QuerySegment(name, 3, (100, *guesses), True, num_guesses=2)
+        for name, guesses in (("a", (101, 102)), ("b", (101, 99)))
+    )
+    result = runner.execute(StepPlan(2, guessing))
+    assert (result.token_ids[:2], result.token_ids[3:5]) == ((101, 102), (101, 102))
+    assert result.failed_requests == (("a", "no more numbers"),)
+    last = 100 + num_taken
+    result = runner.execute(StepPlan(3, (QuerySegment("b", 3 + num_taken, (last,), True),)))
+    assert (result.token_ids, result.failed_requests) == ((last + 1,), ())
 
 
 @pytest.mark.parametrize("has_grammars", [False, True])
