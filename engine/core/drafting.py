@@ -21,8 +21,8 @@ MAX_PLACES = 8
 MAX_MATCH = 64
 # From so many matching tokens on, no other place is looked for.
 SURE_MATCH = 16
-# Of a prompt, in one call, because a step waits for it: half a millisecond.
-MAX_INDEXED_AT_ONCE = 1024
+# More new tokens at once, such as a prompt, are indexed, but not compared with what would have been guessed.
+MAX_JUDGED_AT_ONCE = 64
 # Of recent answers: of the older ones, and of the newer ones.
 MAX_RECENT_TOKENS = 8192
 # Exact for token ids below 2**20; others may share a key, and are compared anyway.
@@ -158,22 +158,26 @@ class Drafter:
         self._source: TokenIndex = self._own
         self._position = self._match_len = 0
 
-    def catch_up(self) -> bool:
-        """Take in what the context has got since the last call; False if some of it is left for the next one."""
-        own, num_tokens = self._own, len(self._own.token_ids)
-        num_prompt = self._num_prompt_tokens
-        if own.num_indexed < num_prompt:
-            own.extend(min(num_prompt, own.num_indexed + MAX_INDEXED_AT_ONCE))
-            if own.num_indexed < num_prompt:
-                return False
-        if own.num_indexed == num_tokens and not self._match_len:
-            self._look()
-        while own.num_indexed < num_tokens:
+    @property
+    def num_indexed(self) -> int:
+        return self._own.num_indexed
+
+    def catch_up(self, max_tokens: int) -> int:
+        """Take in what the context has got since the last call; at most so many tokens. Returns how many."""
+        own = self._own
+        start, num_tokens = own.num_indexed, len(own.token_ids)
+        end = min(num_tokens, start + max_tokens)
+        if start < self._num_prompt_tokens or end - start > MAX_JUDGED_AT_ONCE:
+            own.extend(end)
+            self._match_len = 0
+            if end == num_tokens:
+                self._look()
+        while own.num_indexed < end:
             self._judge(own.token_ids[own.num_indexed])
             own.extend(own.num_indexed + 1)
             if self._match_len < SURE_MATCH:
                 self._look()
-        return True
+        return end - start
 
     def _judge(self, token_id: int) -> None:
         if not self._match_len:
@@ -198,8 +202,11 @@ class Drafter:
             self._source, self._position, self._match_len = source, position, match_len
 
     def guess(self, num_tokens: int) -> list[int]:
-        """The next tokens, at most so many; empty if the end of the context has not been anywhere before."""
-        if not self._match_len:
+        """The next tokens, at most so many.
+
+        Empty if the end of the context has not been anywhere before, or is not taken in yet.
+        """
+        if not self._match_len or self.num_indexed < len(self._own.token_ids):
             return []
         source = self._source.token_ids
         guess = source[self._position : self._position + num_tokens]

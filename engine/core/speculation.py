@@ -34,6 +34,10 @@ MAX_DELAY = 3.0
 TIME_WEIGHT = 1 / 8
 # Tenants whose recent answers are kept.
 MAX_TENANTS = 64
+# Tokens of contexts that are indexed in one step, which waits for it: some tenths of a millisecond. And in all: of about 100
+# bytes each. Requests whose contexts do not fit have no guesses.
+MAX_INDEXED_AT_ONCE = 2048
+MAX_INDEXED_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,7 @@ class Speculation:
         self._max_rows = max(max_rows, 1 + options.num_tokens)
         self._keeps_answers = keeps_answers
         self._drafters: dict[Request, Drafter] = {}
+        self._num_indexed = 0  # tokens of them all
         self._answers: dict[str, RecentAnswers] = {}  # by tenant, the one that was answered last at the end
         self._rates = HitRates()
         self._costs: dict[int, StepCost] = {}  # by the number of requests
@@ -161,11 +166,17 @@ class Speculation:
         """
         guesses: list[list[int]] = []
         chances: list[tuple[float, int]] = []
+        left = MAX_INDEXED_AT_ONCE
         for number, request in enumerate(requests):
-            guesses.append(self._guess_for(request))
+            drafter = self._drafter(request)
+            num_taken = drafter.catch_up(min(left, MAX_INDEXED_TOKENS - self._num_indexed))
+            left -= num_taken
+            self._num_indexed += num_taken
+            # The step gives one token more than what it verifies, and may not give more than are wanted.
+            num_tokens = min(self._num_tokens, request.max_total_tokens - request.num_tokens - 1)
+            guesses.append(drafter.guess(num_tokens) if num_tokens > 0 else [])
             if guesses[-1]:
-                of_request = self._drafters[request].chances(len(guesses[-1]))
-                chances += [(chance, number) for chance in of_request]
+                chances += [(chance, number) for chance in drafter.chances(len(guesses[-1]))]
         cost = self._cost(len(requests))
         if not chances or cost.needs_plain_step:
             return {}
@@ -177,15 +188,13 @@ class Speculation:
             counts[number] = counts.get(number, 0) + 1
         return {requests[number]: tuple(guesses[number][:count]) for number, count in counts.items()}
 
-    def _guess_for(self, request: Request) -> list[int]:
+    def _drafter(self, request: Request) -> Drafter:
         drafter = self._drafters.get(request)
         if drafter is None:
             answers = self._answers.get(request.tenant)
             drafter = Drafter(request.token_ids, request.num_prompt_tokens, answers, self._rates)
             self._drafters[request] = drafter
-        # The step gives one token more than what it verifies, and may not give more than are wanted.
-        num_tokens = min(self._num_tokens, request.max_total_tokens - request.num_tokens - 1)
-        return drafter.guess(num_tokens) if drafter.catch_up() and num_tokens > 0 else []
+        return drafter
 
     def note_step(self, segments: Sequence[QuerySegment], seconds: float) -> None:
         """A step was computed; what it took says what rows cost, if it only decoded."""
@@ -202,11 +211,14 @@ class Speculation:
 
     def end(self, request: Request) -> None:
         """A request has ended; its answer may be quoted by others of its tenant."""
-        self._drafters.pop(request, None)
-        if not self._keeps_answers or request.is_prewarm:
+        drafter = self._drafters.pop(request, None)
+        if drafter is not None:
+            self._num_indexed -= drafter.num_indexed
+        answer = request.token_ids[request.num_prompt_tokens :]
+        if not self._keeps_answers or not answer:
             return
         answers = self._answers.pop(request.tenant, None) or RecentAnswers()
         self._answers[request.tenant] = answers
-        answers.add(request.token_ids[request.num_prompt_tokens :])
+        answers.add(answer)
         if len(self._answers) > MAX_TENANTS:
             del self._answers[next(iter(self._answers))]

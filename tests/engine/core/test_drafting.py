@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.core import drafting
+from engine.core import drafting, speculation
 from engine.core.drafting import MAX_MATCH, MAX_RECENT_TOKENS, MIN_MATCH, Drafter, HitRates, RecentAnswers, TokenIndex
 from engine.core.plan import QuerySegment
-from engine.core.speculation import MAX_STEPS_IN_A_ROW, PRIOR_ROW_COST, SpeculativeOptions, StepCost
+from engine.core.request import Request, SamplingParams
+from engine.core.speculation import MAX_STEPS_IN_A_ROW, PRIOR_ROW_COST, Speculation, SpeculativeOptions, StepCost
 from engine.errors import ConfigError
 
 
@@ -48,7 +49,7 @@ def test_guesses_follow_an_earlier_place_however_tokens_come(token_ids, num_prom
     context = token_ids[:num_prompt]
     drafter = Drafter(context, len(context), None, HitRates())
     while True:
-        assert drafter.catch_up()
+        drafter.catch_up(100)
         guess = drafter.guess(8)
         assert len(guess) in (0, 8)
         assert len(drafter.chances(8)) == 8
@@ -61,11 +62,34 @@ def test_guesses_follow_an_earlier_place_however_tokens_come(token_ids, num_prom
         context += token_ids[len(context) : len(context) + num_at_once]
 
 
-def test_a_long_prompt_is_taken_in_over_several_calls_and_guesses_nothing_before(monkeypatch):
-    monkeypatch.setattr(drafting, "MAX_INDEXED_AT_ONCE", 10)
+def test_a_long_prompt_is_taken_in_over_several_calls_and_guesses_nothing_before():
     drafter = Drafter([1, 2, 3, 4] * 6, 24, None, HitRates())
-    assert [drafter.catch_up() for _ in range(3)] == [False, False, True]
-    assert drafter.guess(5) == [1, 2, 3, 4, 1]
+    assert [(drafter.catch_up(10), drafter.guess(5)) for _ in range(4)] == [
+        (10, []),
+        (10, []),
+        (4, [1, 2, 3, 4, 1]),
+        (0, [1, 2, 3, 4, 1]),
+    ]
+
+
+def test_what_is_indexed_in_a_step_and_in_all_is_bounded_and_ends_with_its_request(monkeypatch):
+    monkeypatch.setattr(speculation, "MAX_INDEXED_AT_ONCE", 10)
+    monkeypatch.setattr(speculation, "MAX_INDEXED_TOKENS", 25)
+    guessing = Speculation(SpeculativeOptions("ngram", 4), 8, keeps_answers=True)
+    requests = [Request(name, [1, 2] * 6, SamplingParams()) for name in "abc"]
+    for request in requests:
+        request.max_total_tokens = 100
+
+    def num_indexed() -> list[int]:
+        return [drafter.num_indexed for drafter in guessing._drafters.values()]
+
+    for expected in ([10, 0, 0], [12, 8, 0], [12, 12, 1], [12, 12, 1]):
+        guessing.guess(requests, 8)
+        assert num_indexed() == expected
+    guessing.end(requests.pop(0))
+    guessing.guess(requests, 8)
+    assert num_indexed() == [12, 11]
+    assert not guessing._answers  # the one that has ended had none
 
 
 def test_answers_of_others_are_looked_in_and_never_run_into_each_other():
@@ -73,7 +97,7 @@ def test_answers_of_others_are_looked_in_and_never_run_into_each_other():
     answers.add([5, 6, 7])
     answers.add([8, 9])
     drafter = Drafter([1, 5, 6], 3, answers, HitRates())
-    assert drafter.catch_up()
+    drafter.catch_up(100)
     assert drafter.guess(4) == [7]
 
 
