@@ -268,7 +268,8 @@ class ModelRunner:
                 if state.sampling.chosen_behind:
                     state.sampling.go_on_from(segment.context_len - segment.num_guesses)
                 samplers.append(state.sampling)
-                samplers += state.sampling.behind(segment.guesses)
+                if segment.num_guesses:
+                    samplers += state.sampling.behind(segment.guesses)
         if any(sampler.params.needs_token_ids for sampler in samplers):
             for earlier in self._launched[:-1]:
                 self._settle(earlier)  # which tokens were sampled has to be known

@@ -79,7 +79,7 @@ class SamplingState:
     def behind(self, guesses: Sequence[int]) -> list[SamplingState]:
         """Copies of this one, for the tokens behind each of the guesses if it and those in front of it are true."""
         copies: list[SamplingState] = []
-        ahead = self.matcher.copy() if guesses and self.matcher is not None else None
+        ahead = None if self.matcher is None else self.matcher.copy()
         for guess in guesses:
             state = copy(copies[-1] if copies else self)
             state.num_tokens += 1

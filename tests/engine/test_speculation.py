@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
@@ -115,6 +116,24 @@ def test_answers_are_those_without_guesses(family, mode, look_ahead, tiny_model,
     assert 0 < stats["num_accepted_tokens"] < stats["num_guessed_tokens"]
     assert stats["num_suspensions"] > 0
     assert plain.core.get_statistics()["num_guessed_tokens"] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with GPUs each rank takes one")
+def test_ranks_of_a_group_verify_what_rank_0_chooses(tiny_model, make_driver):
+    """They sample nothing, and are told how many of the guesses came true by what is computed next."""
+    rng = random.Random(1)
+    options = {"chunk_size": 4, "max_num_seqs": 4, "max_model_len": 160, "num_gpu_blocks": 100}
+    group = make_driver(tiny_model("llama"), tensor_parallel_size=2, speculative=SPECULATIVE, **options)
+    plain = make_driver(tiny_model("llama"), **options)
+    for number in range(2):
+        prompt = repetitive(rng, 40)
+        for driver in (group, plain):
+            driver.add(f"greedy {number}", prompt, None, GREEDY)
+            driver.add(f"drawn {number}", prompt, None, replace(GREEDY, temperature=1.0, seed=3))
+    group.run()
+    plain.run()
+    assert sum(assert_same(group.outputs[name], plain.outputs[name]) for name in plain.outputs) <= 1
+    assert group.core.get_statistics()["num_accepted_tokens"] > 0
 
 
 JSON = GrammarSpec("regex", '\\[("(ab|ac)+", )*"x"\\]')
