@@ -43,17 +43,42 @@ _REFUSED = {
 _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Fields of no consequence once an adapter is trained.
 _OF_TRAINING = frozenset(
-    (
-        "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config fan_in_fan_out inference_mode "
-        "loftq_config lora_dropout lora_ga_config megatron_config megatron_core peft_version qalora_group_size revision "
-        "runtime_config task_type tie_weights"
-    ).split()
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+        "tie_weights",
+    ]
 )
 _USED = frozenset(
-    (
-        "alpha_pattern bias exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha peft_type r "
-        "rank_pattern target_modules use_rslora"
-    ).split()
+    [
+        "alpha_pattern",
+        "bias",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_rslora",
+    ]
 )
 
 
