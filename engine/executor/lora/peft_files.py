@@ -69,11 +69,7 @@ def read_adapter(folder: Path, linears: Mapping[str, LinearShape], max_rank: int
         raise AdapterError(f"{folder} {what}; save the adapter with safe_serialization=True", param="adapters")
     try:
         layers = _read_layers(path, config, linears, max_rank)
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:  # RuntimeError: a dtype that torch cannot convert; no memory
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch's own: a dtype it cannot convert, no memory
         raise AdapterError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}", param="adapters") from error
     return PeftAdapter(_identity(content, layers), layers)
 
