@@ -38,6 +38,7 @@ class LoadedAdapters:
         self._max_adapters = config.max_adapters
         self._identities: dict[str, str] = {}
         self._uses: Counter[str] = Counter()  # of each identity
+        self._postponed: set[str] = set()  # identities that `forget` could not look at while an adapter was loaded
         self._loading = threading.Lock()
         self._lock = threading.Lock()
         self._configured = frozenset(config.adapters or ())
@@ -50,12 +51,19 @@ class LoadedAdapters:
         with self._lock:
             return tuple(self._identities)
 
-    def load(self, name: str, folder: str) -> None:
+    def load(self, name: str, folder: str, released: Callable[[str], object]) -> None:
         """Load one while requests run; blocking. Raises AdapterError.
 
         folder: below adapter_folder, or the path from there on.
+        released: told the identities of which `forget` was told meanwhile, and is to be told again.
         """
-        self._load(name, str(self._below_folder(folder)))
+        try:
+            self._load(name, str(self._below_folder(folder)))
+        finally:
+            with self._lock:
+                postponed, self._postponed = self._postponed, set()
+            for identity in postponed:
+                released(identity)
 
     def unload(self, name: str) -> str:
         """No request may ask for it from now on; those that run, and wait, go on with it to their ends.
@@ -107,15 +115,25 @@ class LoadedAdapters:
     def forget(self, identity: str, before: Callable[[], object]) -> None:
         """Unload an adapter from the executor if it has no name and no request any more; in the engine thread.
 
-        before: called then, to end what the engine itself does with it.
+        Nothing happens while another one is loaded, which might give it a name again: `load` says when to come again. The
+        engine thread waits for no file.
+
+        before: called if it is unloaded, to end what the engine itself does with it.
         """
-        with self._loading:  # which might give it a name again
+        with self._lock:
+            self._postponed.add(identity)
+        if not self._loading.acquire(blocking=False):
+            return
+        try:
             with self._lock:
+                self._postponed.discard(identity)
                 if self._uses[identity] or identity in self._identities.values():
                     return
                 del self._uses[identity]
             before()
             self._executor.unload_adapter(identity)
+        finally:
+            self._loading.release()
 
     def _load(self, name: str, folder: str) -> None:
         if not ADAPTER_NAME.fullmatch(name):

@@ -222,7 +222,7 @@ class AsyncEngine:
 
         folder: below the option adapter_folder.
         """
-        await asyncio.to_thread(self._adapters.load, name, folder)
+        await asyncio.to_thread(self._adapters.load, name, folder, self._forget_adapter)
 
     async def unload_adapter(self, name: str) -> None:
         """Take no further request with an adapter. Raises AdapterError.

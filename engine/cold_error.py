@@ -126,5 +126,5 @@ def log_cold_error(
         "kv_cold_dtype %s is lossy, and %.2f times smaller than the GPU tier's blocks: %s",
         kind,
         saved,
-        error or "its error cannot be measured with so few blocks",
+        error or f"its error cannot be measured with chunks of {chunk_size} tokens, and so few blocks",
     )

@@ -108,7 +108,10 @@ class FbgemmWeight:
 
 
 class PlainWeight(nn.Module):
-    """As it is, for a GPU, which has a small multiplication done before all of its processors have begun."""
+    """As it is, for layers that nothing else packs, and for GPUs.
+
+    A GPU has a small multiplication done before all of its processors have begun.
+    """
 
     PACKS_SINGLE_LAYERS = False
     CHECKED_LIMITS = (2, 1)
@@ -139,7 +142,7 @@ def choose_packing(dtype: torch.dtype, device: torch.device) -> type[PackedWeigh
             if is_right(packing, dtype):
                 return packing
             logger.warning("%s is wrong on this machine in %s, and packs nothing", packing.__name__, dtype)
-        except (RuntimeError, AttributeError, NotImplementedError) as error:
+        except (RuntimeError, AttributeError) as error:
             logger.debug("%s does not pack %s: %s", packing.__name__, dtype, error)
     return None
 
@@ -282,10 +285,10 @@ def _pack_group(
 ) -> tuple[list[nn.Module], type[PackedWeight]]:
     """What stands for the layers of a group, and by which packing. Raises ValueError if none is right."""
     for packing in packings:
-        linear = PackedLinear(group, packing)
-        joined = _JoinedInput(linear)
-        replacements = [linear] if len(group) == 1 else [JoinedLinear(joined, index) for index in range(len(group))]
         try:
+            linear = PackedLinear(group, packing)
+            joined = _JoinedInput(linear)
+            replacements = [linear] if len(group) == 1 else [JoinedLinear(joined, index) for index in range(len(group))]
             _check_same(group, replacements, packing.LOSS)
             return replacements, packing
         except ValueError as error:

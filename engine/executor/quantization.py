@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from engine.attention.transformers_door import ShapeProbe
 from engine.executor.compiled_layers import logits_difference
 from engine.executor.model_check import probe_logits
-from engine.executor.packed_linear import PackedWeight, leave_files, num_packed_bytes, pack_linears
+from engine.executor.packed_linear import PackedWeight, PlainWeight, leave_files, num_packed_bytes, pack_linears
 from engine.executor.quantized_linear import QuantizedWeight
 from engine.executor.sharding import num_local_bytes
 
@@ -35,14 +35,14 @@ def quantize(
     """Quantise a model in place; the log says how large it is then, and how far off its logits are.
 
     name: of the model, for the log.
-    otherwise: what packs the layers that would lose too much; None = they stay as they are.
+    otherwise: what packs the layers that would lose too much; the rest keeps plain weights. None = nothing.
 
     Returns False, with a model that is of no use any more, if its code cannot use such layers.
     """
     num_bytes = num_local_bytes(model)
     expected = probe_logits(model, text_config, ShapeProbe())
     _make_linear(model)
-    packings: tuple[type[PackedWeight], ...] = (quantized,) if otherwise is None else (quantized, otherwise)
+    packings = [packing for packing in (quantized, otherwise, PlainWeight) if packing is not None]
     try:
         num_layers = pack_linears(model, lambda: probe_logits(model, text_config, ShapeProbe()), *packings)
         error = logits_difference(probe_logits(model, text_config, ShapeProbe()), expected)

@@ -108,8 +108,8 @@ def choose_quantized(quantization: str, dtype: torch.dtype, device: torch.device
     packing = KINDS["int8" if quantization == "auto" else quantization]
     try:
         reason = "" if is_right(packing, dtype) else f"{packing.__name__} gives wrong products"
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (RuntimeError, AttributeError) as error:  # an operation that this torch lacks, or has not for this processor
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if not reason:
         return packing
     if quantization == "auto":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine.core.request import SamplingParams
@@ -226,9 +227,13 @@ CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_pr
         ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern"),
         ({"alpha_pattern": [1]}, "alpha_pattern"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"lora_alpha": 10**400}, "lora_alpha"),
+        ({"r": 10**400}, "r in adapter_config.json"),
         ({"target_modules": ["embed_tokens"]}, "none of the model's linear layers"),
         ({"target_modules": ["lm_head"]}, "none of the model's linear layers"),
         ({"target_modules": "("}, "target_modules"),
+        ({"target_modules": "q_proj{99999999999}"}, "target_modules"),
+        ({"layers_to_transform": [0], "layers_pattern": "(layers)"}, "target_modules"),
         (
             {"target_modules": ["q_proj", "v_proj"]},
             "lacks base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight",
@@ -244,6 +249,33 @@ def test_what_would_be_computed_otherwise_is_refused(fields, message, tiny_model
     (folder / "adapter_config.json").write_text(json.dumps({**CONFIG, **fields}))
     with pytest.raises(AdapterError, match=re.escape(message)):
         read_adapter(folder, shapes, 64)
+
+
+def test_a_loaded_adapter_does_not_depend_on_its_file(tiny_model, tmp_path, make_driver):
+    """Which may be written anew, in place, while the adapter serves."""
+    model = tiny_model("llama")
+    folder = save_adapter(model, tmp_path / "a", 1, "all-linear")
+    driver = make_driver(model, num_gpu_blocks=32, adapters={"a": str(folder)}, mode="stateless", **OPTIONS)
+    identity = driver.executor.load_adapter(str(folder))
+    expected = driver.generate("before", list(range(20)), adapter=identity)
+    with (folder / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-(1 << 14), 2)
+        file.write(bytes(1 << 14))
+    assert driver.generate("after", list(range(20)), adapter=identity) == expected
+    assert driver.executor.load_adapter(str(folder)) != identity
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+def test_weights_of_any_dtype_are_read_or_refused(dtype, tiny_model, tmp_path):
+    shapes = {name: LinearShape(*shape) for name, shape in linear_layers(make_model(tiny_model)).items()}
+    folder = save_adapter(tiny_model("llama"), tmp_path / "a", 1, ["q_proj"])
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path)
+    if dtype.is_floating_point:
+        assert len(read_adapter(folder, shapes, 64).layers) == 3
+    else:
+        with pytest.raises(AdapterError, match="not all finite numbers"):
+            read_adapter(folder, shapes, 64)
 
 
 def test_patterns_choose_layers_ranks_and_scales(tiny_model, tmp_path):

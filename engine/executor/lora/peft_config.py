@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,7 @@ CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 ALL_LINEAR = "all-linear"
 
-# Fields that change what is computed, and why an adapter with them is refused. With another one of them, a field counts as
-# set if its value is not empty.
+# Fields that change what is computed if they are neither empty nor false, and why an adapter with them is refused.
 _REFUSED = {
     "use_dora": "its weights are normalised (DoRA), which is not implemented; train without use_dora",
     "modules_to_save": "it brings whole modules of its own; train without modules_to_save",
@@ -43,40 +43,42 @@ _REFUSED = {
 _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Fields of no consequence once an adapter is trained.
 _OF_TRAINING = frozenset(
-    {
-        *(
-            "auto_mapping",
-            "base_model_name_or_path",
-            "corda_config",
-            "ensure_weight_tying",
-            "eva_config",
-            "exclude_modules",
-        ),
-        *("fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config"),
-        *(
-            "megatron_core",
-            "peft_version",
-            "qalora_group_size",
-            "revision",
-            "runtime_config",
-            "task_type",
-            "tie_weights",
-        ),
-    }
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+        "tie_weights",
+    ]
 )
 _USED = frozenset(
-    {
-        *(
-            "alpha_pattern",
-            "bias",
-            "init_lora_weights",
-            "layers_pattern",
-            "layers_to_transform",
-            "lora_alpha",
-            "peft_type",
-        ),
-        *("r", "rank_pattern", "target_modules", "use_rslora"),
-    }
+    [
+        "alpha_pattern",
+        "bias",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_rslora",
+    ]
 )
 
 
@@ -154,7 +156,7 @@ def read_peft_config(folder: Path, linears: Collection[str]) -> tuple[PeftConfig
         config = PeftConfig(targets, r, alpha, ranks, alphas, bool(fields.get("use_rslora")))
         for layer in targets:
             config.scale_of(layer)  # its patterns are read here for the first time
-    except (re.error, TypeError) as error:
+    except (re.error, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise refuse("target_modules", f"names of layers, and patterns of them, cannot be read: {error}") from None
     if not targets:
         wanted = str(fields.get("target_modules"))[:120]
@@ -220,8 +222,9 @@ def _numbers(value: Any) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """That a float can hold: JSON has integers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and _is_number(value) and value >= 1

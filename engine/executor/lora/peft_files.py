@@ -22,7 +22,6 @@ PICKLED_NAME = "adapter_model.bin"
 # Before the name of the model's own module.
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
-NUM_BYTES_AT_ONCE = 1 << 22
 
 
 class LinearShape(NamedTuple):
@@ -36,7 +35,7 @@ class LinearShape(NamedTuple):
 class LowRank:
     """What is added to a linear layer's weight: scale * b @ a.
 
-    a: [rank, in_features]. b: [out_features, rank].
+    a: [rank, in_features]. b: [out_features, rank]. Of an adapter that was just read, both are float32.
     """
 
     a: torch.Tensor
@@ -48,7 +47,8 @@ class LowRank:
 class PeftAdapter:
     """An adapter as it lies in its files.
 
-    identity: SHA-256 of these, in hex. KV that was made with it bears that name.
+    identity: SHA-256 of its configuration and of the weights as they were read, in hex. KV that was made with it bears that
+        name.
     layers: by the names of the model's linear layers.
     """
 
@@ -69,10 +69,9 @@ def read_adapter(folder: Path, linears: Mapping[str, LinearShape], max_rank: int
         raise AdapterError(f"{folder} {what}; save the adapter with safe_serialization=True", param="adapters")
     try:
         layers = _read_layers(path, config, linears, max_rank)
-        identity = _identity(content, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch's own: a dtype it cannot convert, no memory
         raise AdapterError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}", param="adapters") from error
-    return PeftAdapter(identity, layers)
+    return PeftAdapter(_identity(content, layers), layers)
 
 
 def _read_layers(
@@ -96,9 +95,12 @@ def _read_layers(
                 names.remove(name)
                 if (found := file.get_slice(name).get_shape()) != wanted:
                     raise refuse(f"{name} has the shape {found}, but with this model it is {wanted}")
-                matrices.append(file.get_tensor(name))
-            if not all(matrix.is_floating_point() and matrix.isfinite().all() for matrix in matrices):
-                raise refuse(f"the weights of {layer} are not all finite numbers")
+                matrix = file.get_tensor(name)
+                # Copied: it lies in the mapped file, which may be overwritten, or cut, while the adapter serves.
+                copied = matrix.to(torch.float32, copy=True)
+                if not (matrix.is_floating_point() and copied.isfinite().all()):
+                    raise refuse(f"the weights of {layer} are not all finite numbers")
+                matrices.append(copied)
             a, b = matrices
             layers[layer] = LowRank(a, b, config.scale_of(layer))
         if names:
@@ -109,9 +111,11 @@ def _read_layers(
     return layers
 
 
-def _identity(config: bytes, path: Path) -> str:
+def _identity(config: bytes, layers: Mapping[str, LowRank]) -> str:
+    """Of what is in memory, not of the file, which may be another one by now."""
     digest = hashlib.sha256(len(config).to_bytes(8, "little") + config)
-    with path.open("rb") as file:
-        while part := file.read(NUM_BYTES_AT_ONCE):
-            digest.update(part)
+    for name in sorted(layers):
+        for matrix in (layers[name].a, layers[name].b):
+            digest.update(f"{name} {tuple(matrix.shape)}\n".encode())
+            digest.update(matrix.contiguous().numpy())
     return digest.hexdigest()

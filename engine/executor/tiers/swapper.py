@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -253,7 +254,7 @@ class StreamSwapper:
         self._swapped_out = [*plan.evictions, *plan.swap_outs]
         if plan.evictions:
             swap_out.wait(compute.record())  # earlier steps wrote what leaves
-            self._run_timed(swap_out, 1, lambda: self._swap_out(plan.evictions))
+            self._run_timed(swap_out, 1, partial(self._swap_out, plan.evictions))
             compute.wait(swap_out.record())  # this one overwrites it
         if plan.local_copies:
             compute.run(lambda: self._gpu.copy_blocks(plan.local_copies))
@@ -310,17 +311,12 @@ class StreamSwapper:
         for index in range(len(transfer.arrived), min(num_groups, len(transfer.groups))):
             if transfer.swap_ins:
                 columns = columns_of(self._gpu, transfer.groups[index])
-                self._run_timed(
-                    streams.swap_in,
-                    0,
-                    lambda columns=columns: self._copy_in(  # type: ignore[misc]
-                        self._gpu.storage, self._cpu.storage, transfer.swap_ins, columns
-                    ),
-                )
+                copy_in = partial(self._copy_in, self._gpu.storage, self._cpu.storage, transfer.swap_ins, columns)
+                self._run_timed(streams.swap_in, 0, copy_in)
             if (share := transfer.share_of_swap_outs(index)) and index > 0:
                 streams.swap_out.wait(transfer.arrived[index - 1])
             if share:
-                self._run_timed(streams.swap_out, 1, lambda share=share: self._swap_out(share))  # type: ignore[misc]
+                self._run_timed(streams.swap_out, 1, partial(self._swap_out, share))
             transfer.arrived.append(streams.swap_in.record())
 
     def _swap_out(self, copies: Sequence[BlockCopy]) -> None:

@@ -17,7 +17,8 @@ from engine.executor import model_loader, quantized_linear
 from engine.executor.compiled_layers import logits_difference
 from engine.executor.model_check import probe_logits
 from engine.executor.model_loader import ShapeProbe, load_model
-from engine.executor.packed_linear import OneDnnWeight, is_right, pack_linears
+from engine.executor.packed_linear import FbgemmWeight, OneDnnWeight, PlainWeight, is_right, pack_linears
+from engine.executor.quantization import quantize
 from engine.executor.quantized_linear import Int8Weight, choose_quantized
 
 CPU = torch.device("cpu")
@@ -90,6 +91,34 @@ def test_a_layer_that_would_lose_too_much_keeps_its_dtype(monkeypatch):
     assert pack_linears(model, lambda: model(x), Int8Weight, OneDnnWeight) == 0
     assert [type(layer._packed) for layer in model] == [OneDnnWeight] * 2
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("otherwise", [None, FbgemmWeight])
+def test_a_layer_that_nothing_packs_keeps_a_plain_weight(otherwise, tiny_model):
+    """All down_proj lose too much; packed in float16 they would, too, and the first has a weight that it cannot hold."""
+    model = load(tiny_model("llama"), pack_weights=False).model
+    layers = [layer.mlp.down_proj for layer in model.model.layers]
+    layers[0].weight.data = layers[0].weight.data.clone()
+    layers[0].weight.data[0, 0] = 1e6
+
+    class NarrowWeight(Int8Weight):
+        def multiply(self, x: torch.Tensor) -> torch.Tensor:
+            return super().multiply(x) * (x.shape[-1] != layers[0].in_features)
+
+    assert quantize("tiny", model, model.config, NarrowWeight, otherwise)
+    assert {type(layer.mlp.down_proj._packed) for layer in model.model.layers} == {PlainWeight}
+    assert type(model.model.layers[0].self_attn.o_proj._packed) is NarrowWeight
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), AttributeError("no such operation\nin this build")])
+def test_a_torch_without_the_operations_is_told_apart(error, monkeypatch):
+    def fail(*_: object) -> bool:
+        raise error
+
+    monkeypatch.setattr(quantized_linear, "is_right", fail)
+    assert choose_quantized("auto", torch.float32, CPU) is None
+    with pytest.raises(ConfigError, match=r"on this processor \((NotImplementedError|no such operation)\)"):
+        choose_quantized("int8", torch.float32, CPU)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "mixtral"])
