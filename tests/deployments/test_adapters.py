@@ -242,6 +242,8 @@ async def test_running_requests_go_on_with_an_adapter_that_is_unloaded(server):
         ("poet", "/etc", "not below adapter_folder"),
         ("poet", ".", "not below adapter_folder"),
         ("poet", "nothing", "No such file"),
+        ("poet", "nul\0", "is no path"),
+        ("poet", "~nosuchuser/x", "is no path"),
         ("po et", "poet", "an adapter's name"),
     ],
 )
