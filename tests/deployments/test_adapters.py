@@ -277,7 +277,9 @@ async def test_a_replica_that_fails_leaves_the_others_without_the_adapter(
         monkeypatch.setattr(
             server.handle,
             "broadcast",
-            lambda method: SimpleNamespace(results_async=fail_late) if method == "adjust_adapters" else broadcast(method),
+            lambda method: (
+                SimpleNamespace(results_async=fail_late) if method == "adjust_adapters" else broadcast(method)
+            ),
         )
 
         async def fail_late(**_: object) -> None:
