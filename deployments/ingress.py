@@ -105,8 +105,9 @@ class Ingress:
 
 
 def _watches(config: IngressConfig) -> list[Watch]:
-    watches: list[Watch] = [RequestLog()] if config.log_requests else []
-    return watches if config.traces == "off" else [*watches, IngressTraces(start_tracing(config.traces))]
+    # Traces first: the log names the trace that they begin, if the client has none.
+    watches: list[Watch] = [] if config.traces == "off" else [IngressTraces(start_tracing(config.traces))]
+    return [*watches, RequestLog()] if config.log_requests else watches
 
 
 async def _no_metrics() -> str:

@@ -182,6 +182,9 @@ class OpenAIAppArgs(IngressOptions):
             raise ValueError("no model: give at least one entry")
         if len(set(names)) < len(names):
             raise ValueError("two entries have the same model_id; give each its own")
+        adapters = [name for each in configs for name in each.model_args.engine_config.adapters or ()]
+        if len({*names, *adapters}) < len(names) + len(adapters):
+            raise ValueError("an adapter has the name of a model, or of another model's adapter; give it another one")
         folders = [each.engine_kwargs["kv_disk_path"] for each in configs if each.engine_kwargs.get("kv_disk_path")]
         if len(set(folders)) < len(folders):
             raise ValueError("two models have the same kv_disk_path, which is for one; give each its own")

@@ -18,6 +18,7 @@ from ray import serve
 
 from deployments.cluster.adapters import wanted_adapters
 from deployments.cluster.autoscaling import KV_USE, SEATS, WAITING_TOKENS
+from deployments.cluster.coalesced import Coalesced
 from deployments.cluster.replica_feed import PEER_ADDRESS, follow_replicas, join_network
 from deployments.cluster.start_failure import start_error
 from deployments.engine_log import log_engine_with_serve, named
@@ -40,7 +41,7 @@ from deployments.traces import ReplicaTraces, start_tracing
 from engine.cache_view import CacheQuery
 from engine.config import EngineConfig
 from engine.core.retention import ConversationCache, RetentionHint
-from engine.errors import AdapterError, EngineStoppedError, PensieveError
+from engine.errors import EngineStoppedError, PensieveError
 from engine.peer_network import PeerNetwork
 from engine.text.output import OutputDelta, merge_deltas, with_unix_time
 
@@ -55,6 +56,8 @@ logger = logging.getLogger("ray.serve")
 MESSAGE_INTERVAL_S = 0.002
 # A replica that is not among those that run for so long, in seconds, is stopped, and not only told new options.
 LEAVE_S = 1.0
+# How long a replica that is asked what it serves waits for adapters that it still loads, in seconds.
+DESCRIBE_WAIT_S = 2.0
 
 
 def start_engine(config: EngineConfig, number: int, network: PeerNetwork | None) -> AsyncEngine:
@@ -119,6 +122,7 @@ class LLMServer:
         self._run_time_adapters: dict[str, str] = {}
         self._adapter_problems: dict[str, str] = {}
         self._adjusting = asyncio.Lock()
+        self._adjusted = Coalesced(self.adjust_adapters, 0.0)
         self._wanted_adapters = wanted_adapters
         self._following: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -198,8 +202,9 @@ class LLMServer:
             f"replica {self.replica_rank()}: the {tier} tier is not used at present, and is tried again: {why}"
             for tier, why in self._engine.tier_problems().items()
         )
-        if self._config.adapter_folder is not None:
-            await self.adjust_adapters()
+        with suppress(TimeoutError):  # it serves meanwhile
+            async with asyncio.timeout(DESCRIBE_WAIT_S):
+                await self._adjusted()
         warnings += tuple(f"replica {self.replica_rank()}: {why}" for why in self._adapter_problems.values())
         names = self._engine.adapter_names
         return ModelCard(
@@ -214,10 +219,14 @@ class LLMServer:
     async def adjust_adapters(self) -> dict[str, str]:
         """Load and unload adapters until they are those that the application is to have; why some could not be, by name.
 
-        Which these are lies in Ray's control store, so that a replica that starts later has them, too.
+        Which these are lies in Ray's control store, so that a replica that starts later has them, too. Goes on to its end
+        when its caller is cancelled: a thread that loads cannot be.
         """
         if self._config.adapter_folder is None:
             return {}
+        return await asyncio.shield(asyncio.create_task(self._adjust_adapters()))
+
+    async def _adjust_adapters(self) -> dict[str, str]:
         async with self._adjusting:
             wanted, configured = await asyncio.to_thread(self._wanted_adapters), self._config.adapters or {}
             self._adapter_problems = {}
@@ -231,8 +240,11 @@ class LLMServer:
                 try:
                     await self._engine.load_adapter(name, folder)
                     self._run_time_adapters[name] = folder
-                except AdapterError as error:
+                except PensieveError as error:
                     self._adapter_problems[name] = error.message
+                except Exception:  # one adapter is not to keep the others, and the replica, from serving
+                    logger.exception("the adapter %r could not be loaded", name)
+                    self._adapter_problems[name] = f"internal error while loading the adapter {name!r}"
             return dict(self._adapter_problems)
 
     async def get_statistics(self) -> dict[str, Any]:

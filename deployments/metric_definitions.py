@@ -30,6 +30,10 @@ class MetricDefinition:
     boundaries: tuple[float, ...] = ()
 
 
+def _phase_time(name: str, description: str) -> MetricDefinition:
+    return MetricDefinition("histogram", name, description, boundaries=_PHASE_SECONDS)
+
+
 TIME_TO_FIRST_TOKEN = MetricDefinition(
     "histogram",
     "pensieve_time_to_first_token_seconds",
@@ -51,35 +55,20 @@ E2E_REQUEST_LATENCY = MetricDefinition(
     "From a request's arrival at the engine replica to the end of its answer, seconds",
     boundaries=(0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 60, 120, 300, 600),
 )
-REQUEST_QUEUE_TIME = MetricDefinition(
-    "histogram",
-    "pensieve_request_queue_time_seconds",
-    "That a finished request waited for its first turn, seconds",
-    boundaries=_PHASE_SECONDS,
+REQUEST_QUEUE_TIME = _phase_time(
+    "pensieve_request_queue_time_seconds", "That a finished request waited for its first turn, seconds"
 )
-REQUEST_LOAD_TIME = MetricDefinition(
-    "histogram",
-    "pensieve_request_load_time_seconds",
-    "That a finished request waited for chunks from slow tiers, seconds",
-    boundaries=_PHASE_SECONDS,
+REQUEST_LOAD_TIME = _phase_time(
+    "pensieve_request_load_time_seconds", "That a finished request waited for chunks from slow tiers, seconds"
 )
-REQUEST_PREFILL_TIME = MetricDefinition(
-    "histogram",
-    "pensieve_request_prefill_time_seconds",
-    "That a finished request ran before its first token, seconds",
-    boundaries=_PHASE_SECONDS,
+REQUEST_PREFILL_TIME = _phase_time(
+    "pensieve_request_prefill_time_seconds", "That a finished request ran before its first token, seconds"
 )
-REQUEST_DECODE_TIME = MetricDefinition(
-    "histogram",
-    "pensieve_request_decode_time_seconds",
-    "That a finished request ran after its first token, seconds",
-    boundaries=_PHASE_SECONDS,
+REQUEST_DECODE_TIME = _phase_time(
+    "pensieve_request_decode_time_seconds", "That a finished request ran after its first token, seconds"
 )
-REQUEST_SUSPENDED_TIME = MetricDefinition(
-    "histogram",
-    "pensieve_request_suspended_time_seconds",
-    "That a finished request was preempted, seconds",
-    boundaries=_PHASE_SECONDS,
+REQUEST_SUSPENDED_TIME = _phase_time(
+    "pensieve_request_suspended_time_seconds", "That a finished request was preempted, seconds"
 )
 REQUEST_TIME_PER_OUTPUT_TOKEN = MetricDefinition(
     "histogram",

@@ -88,7 +88,8 @@ class TenantConfig(BaseModel):
     )
     operator: bool = Field(
         default=False,
-        description="Its keys may see where the chunks of all tenants' conversations lie, though not what was said.",
+        description="Its keys may load and unload adapters, and see where the chunks of all tenants' conversations lie, "
+        "though not what was said.",
     )
 
     @field_validator("api_keys_sha256")

@@ -14,6 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from deployments.errors import InternalError
 from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest
 from deployments.http.admission import Generates
 from engine.errors import PensieveError
@@ -25,7 +26,8 @@ class Outcome:
     """How a generation ended.
 
     begun_s, ended_s: Unix times. first_s: seconds until its first item came; None = none did.
-    last: the latest delta. error: what it ended with. Without either a finish_reason or an error, its client left.
+    last: the latest delta. error: what it ended with. Without either a finish_reason or an error, its client left, or its
+        time was over.
     replica_rank: of the latest delta.
     """
 
@@ -84,8 +86,9 @@ class Watched:
                         first_s = time.monotonic() - start_s if outcome.first_s is None else outcome.first_s
                         outcome = replace(outcome, first_s=first_s, last=item.delta, replica_rank=item.replica_rank)
                     yield item if request.explains else _unexplained(item)
-        except PensieveError as error:
-            outcome = replace(outcome, error=ErrorItem.of(error))
+        except Exception as error:
+            told = error if isinstance(error, PensieveError) else InternalError("internal error")
+            outcome = replace(outcome, error=ErrorItem.of(told))
             raise
         finally:
             outcome = replace(outcome, ended_s=outcome.begun_s + time.monotonic() - start_s)

@@ -165,7 +165,10 @@ class LoadedAdapters:
                 param="adapter_folder",
             )
         allowed = Path(self._folder).expanduser().resolve()
-        found = (allowed / Path(folder).expanduser()).resolve()
+        try:
+            found = (allowed / Path(folder).expanduser()).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # no such home; links in a circle; a null character
+            raise AdapterError(f"{_shown(folder)} is no path of a folder: {error}", param="lora_path") from None
         if found == allowed or not found.is_relative_to(allowed):
             raise AdapterError(
                 f"{_shown(folder)} is not below adapter_folder; put the adapter there", param="lora_path"

@@ -11,7 +11,7 @@ DIGITS = 6  # of seconds: microseconds
 
 
 def explanation_field(delta: OutputDelta) -> dict[str, Any]:
-    """The field of an answer whose last delta this is; {} if nobody asked for it, or more follows."""
+    """The field of an answer whose last delta this is; {} if it was not asked for, or more follows."""
     if delta.explanation is None:
         return {}
     told = explanation_json(delta.explanation)

@@ -11,6 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,7 @@ from deployments.routing.replica_failures import REPLICA_LOST, as_engine_error
 from deployments.routing.resumption import Progress, Retries
 from engine.cache_view import CacheQuery
 from engine.core.retention import RetentionHint
-from engine.errors import AdapterError, EngineStoppedError, OverloadedError
+from engine.errors import AdapterError, EngineError, EngineStoppedError, OverloadedError
 from engine.generation import conversation_name
 from engine.tenant import Tenant
 
@@ -135,18 +136,25 @@ class EngineClient:
         return await self._presence.model_card()
 
     async def load_adapter(self, name: str, folder: str) -> None:
-        """In all replicas, also in those that start later; in none if one of them cannot. Raises AdapterError."""
+        """In all replicas, also in those that start later; in none if one of them cannot, or the caller leaves before.
+
+        Raises AdapterError, or EngineError if a replica does not say whether it can.
+        """
         records = self._adapter_records()
         if not await asyncio.to_thread(records.add, name, folder):
             raise AdapterError(f"an adapter {name!r} is loaded already; unload it first", param="lora_name")
-        problems = await self._adjust_adapters()
-        if why := next((found[name] for found in problems if name in found), None):
+        try:
+            for problems in await self._adjust_adapters():
+                if name in problems:
+                    raise AdapterError(problems[name], param="lora_path")
+        except BaseException:
             await asyncio.to_thread(records.remove, name)
-            await self._adjust_adapters()
-            raise AdapterError(why, param="lora_path")
+            with suppress(EngineError):  # which do not answer now hear of it when they are asked what they serve
+                await self._adjust_adapters()
+            raise
 
     async def unload_adapter(self, name: str) -> None:
-        """In all replicas; requests that have it go on. Raises AdapterError."""
+        """In all replicas; requests that have it go on. Raises AdapterError, or EngineError if a replica does not answer."""
         if not await asyncio.to_thread(self._adapter_records().remove, name):
             raise AdapterError(
                 f"no adapter {name!r} was loaded by this endpoint; those of the configuration stay", param="lora_name"
@@ -154,11 +162,24 @@ class EngineClient:
         await self._adjust_adapters()
 
     async def _adjust_adapters(self) -> list[dict[str, str]]:
-        """Of each replica that answers, why which adapters could not be loaded."""
-        answers: list[Any] = await self._handle.broadcast("adjust_adapters").results_async(
-            timeout_s=LOAD_TIMEOUT_S, return_exceptions=True
-        )
+        """Of each replica, why which adapters could not be loaded. Raises EngineError if one does not say so.
+
+        One that is lost in the meantime counts as none: what replaces it loads what it finds noted.
+        """
+        try:
+            answers: list[Any] = await self._handle.broadcast("adjust_adapters").results_async(
+                timeout_s=LOAD_TIMEOUT_S, return_exceptions=True
+            )
+        except TimeoutError:
+            raise EngineStoppedError(
+                f"not every engine replica has loaded its adapters within {LOAD_TIMEOUT_S:g} seconds; try again later"
+            ) from None
+        except REPLICA_LOST as error:
+            raise as_engine_error(error, "adapters") from error
         await self._presence.look_again()
+        for answer in answers:
+            if isinstance(answer, Exception) and not isinstance(answer, REPLICA_LOST):
+                raise as_engine_error(answer, "adapters") from answer
         return [answer for answer in answers if isinstance(answer, dict)]
 
     def _adapter_records(self) -> AdapterRecords:

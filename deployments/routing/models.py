@@ -160,6 +160,8 @@ class Models:
         card = await engine.model_card()
         check_model(model or card.model_name, card)
         _check_may_load(card)
+        if len(self._engines) > 1:
+            await self._ask_each()  # another ingress replica may have loaded one of that name to another model
         others = [each for each in self._cards.values() if name in each.adapters]
         if others or name in self._engines or name in card.adapters:
             raise AdapterError(f"{name!r} is the name of a model, or of an adapter that is loaded", param="lora_name")
@@ -205,14 +207,14 @@ class Models:
     def _find(self, name: str) -> Engine:
         if len(self._engines) == 1 or not name:
             return self._first
-        if (engine := self._engine_with(name)) is not None:
-            return engine
-        if name not in self._engines:
+        if name in self._engines:
+            return self._engines[name]
+        if (engine := self._engine_with(name)) is None:
             known = ", ".join(map(repr, self._engines))
             raise UnknownModelError(
                 f"the model {name[:MAX_NAME_CHARS]!r} is not served; use one of {known}", param="model"
             )
-        return self._engines[name]
+        return engine
 
 
 def _with_adapters(cards: Sequence[ModelCard]) -> list[ModelCard]:

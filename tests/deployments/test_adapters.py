@@ -12,6 +12,7 @@ import httpx
 import pytest
 from ray import serve
 
+from deployments import llm_server
 from deployments.generation import GenerationItem, GenerationRequest, ModelCard
 from deployments.ingress import IngressConfig, create_app
 from deployments.llm_server import LLMServer
@@ -195,7 +196,7 @@ async def test_every_api_takes_an_adapter_as_a_model(path, server):
         assert answer.json()["model"] == name
         texts.append(str(answer.json().get("content") or answer.json().get("output") or answer.json()["choices"]))
     assert texts[0] != texts[1]
-    assert (await server.client.post(path, json={"model": "nobody", **body})).status_code == 404
+    assert (await server.client.post(path, json={"model": "other", **body})).status_code == 404
 
 
 async def test_a_response_goes_on_with_another_adapter(server):
@@ -241,6 +242,8 @@ async def test_running_requests_go_on_with_an_adapter_that_is_unloaded(server):
         ("poet", "/etc", "not below adapter_folder"),
         ("poet", ".", "not below adapter_folder"),
         ("poet", "nothing", "No such file"),
+        ("poet", "nul\0", "is no path"),
+        ("poet", "~nosuchuser/x", "is no path"),
         ("po et", "poet", "an adapter's name"),
     ],
 )
@@ -250,6 +253,68 @@ async def test_what_cannot_be_loaded_is_refused_and_leaves_nothing(name, path, m
     assert message in answer.json()["error"]["message"]
     assert records == {}
     assert (await complete(server.client, "tiny"))["usage"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "message"),
+    [
+        (OSError("the disk is broken"), 400, "internal error while loading"),
+        (TimeoutError(), 503, "has loaded its adapters within"),
+    ],
+)
+async def test_a_replica_that_fails_leaves_the_others_without_the_adapter(
+    failure, status, message, server, records, monkeypatch
+):
+    other = server.replica()
+    server.handle.replicas.append(other)
+
+    async def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(other._engine, "load_adapter", fail)
+    if isinstance(failure, TimeoutError):  # of all answers together
+        broadcast = server.handle.broadcast
+        monkeypatch.setattr(
+            server.handle,
+            "broadcast",
+            lambda method: (
+                SimpleNamespace(results_async=fail_late) if method == "adjust_adapters" else broadcast(method)
+            ),
+        )
+
+        async def fail_late(**_: object) -> None:
+            await asyncio.gather(*(each.adjust_adapters() for each in server.handle.replicas))
+            raise failure
+
+    answer = await server.client.post("/v1/load_lora_adapter", json={"lora_name": "poet", "lora_path": "poet"})
+    assert (answer.status_code, message in answer.text) == (status, True), answer.text
+    assert records == {}
+    assert all("poet" not in replica._engine.adapter_names for replica in server.handle.replicas)
+    assert (await server.client.get("/ready")).status_code == 200
+
+
+async def test_a_client_that_leaves_while_its_adapter_is_loaded(server, records, monkeypatch):
+    replica = server.handle.replicas[0]
+    is_loading, may_load = asyncio.Event(), asyncio.Event()
+    load = replica._engine.load_adapter
+
+    async def load_slowly(name: str, folder: str) -> None:
+        is_loading.set()
+        await may_load.wait()
+        await load(name, folder)
+
+    monkeypatch.setattr(replica._engine, "load_adapter", load_slowly)
+    monkeypatch.setattr(llm_server, "DESCRIBE_WAIT_S", 0.01)
+    records["poet"] = "poet"
+    asking = asyncio.create_task(replica.adjust_adapters())
+    await is_loading.wait()
+    asking.cancel()
+    assert (await replica.describe()).adapters == ("pirate",), "a replica that loads says so, and is there"
+    may_load.set()
+    assert await replica.adjust_adapters() == {}
+    assert replica._engine.adapter_names == ("pirate", "poet")
+    assert await replica.adjust_adapters() == {}
+    assert replica._engine.adapter_names == ("pirate", "poet"), "what was loaded is known to have been"
 
 
 async def test_no_more_than_max_adapters(server, folders):

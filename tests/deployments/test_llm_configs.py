@@ -132,6 +132,13 @@ def test_what_cannot_be_done_says_so(entry: dict[str, Any], message: str) -> Non
             [{"model_loading_config": {"model_id": name}, "engine_kwargs": {"kv_disk_path": "/kv"}} for name in "ab"],
             "give each its own",
         ),
+        (
+            [
+                {"model_loading_config": {"model_id": "a"}, "engine_kwargs": {"adapters": {"b": "/adapters/b"}}},
+                {"model_loading_config": {"model_id": "b"}},
+            ],
+            "an adapter has the name of a model",
+        ),
     ],
 )
 def test_models_are_told_apart(configs: list[Any], message: str) -> None:

@@ -11,11 +11,13 @@ import httpx
 import pytest
 
 from deployments.errors import NoReplicaError
-from deployments.generation import CacheHold, ModelCard, ReplicaCache
+from deployments.generation import CacheHold, GenerationRequest, ModelCard, ReplicaCache
 from deployments.ingress import IngressConfig, create_app
 from deployments.routing.models import Models
 from engine.cache_view import CacheQuery, CacheView
-from engine.errors import EngineStoppedError
+from engine.core.request import SamplingParams
+from engine.errors import AdapterError, EngineStoppedError
+from engine.text.prompt import TextPrompt
 from tests.deployments.conftest import ScriptedEngine
 
 
@@ -26,11 +28,19 @@ class NamedEngine(ScriptedEngine):
         super().__init__()
         self.name = name
         self.error: Exception | None = None
+        self.adapters: tuple[str, ...] = ()
 
     async def describe(self) -> ModelCard:
         if self.error is not None:
             raise self.error
-        return ModelCard(self.name, 100, 128, (f"the disk of {self.name} is full",))
+        return ModelCard(
+            self.name,
+            100,
+            128,
+            (f"the disk of {self.name} is full",),
+            adapters=self.adapters,
+            may_load_adapters=bool(self.adapters) or self.name == "meta/large",
+        )
 
     async def map_cache(self, query: CacheQuery) -> list[ReplicaCache]:
         return [ReplicaCache(rank, CacheView(32, (), {}, (), ())) for rank in range(2)]
@@ -42,6 +52,10 @@ class NamedEngine(ScriptedEngine):
 @pytest.fixture
 def engines() -> dict[str, NamedEngine]:
     return {name: NamedEngine(name) for name in ("small", "meta/large")}
+
+
+def asked(model: str) -> GenerationRequest:
+    return GenerationRequest("r", "s", TextPrompt("hi"), SamplingParams(max_tokens=4), stream=True, model=model)
 
 
 @asynccontextmanager
@@ -120,6 +134,20 @@ async def test_replicas_are_numbered_through(engines: dict[str, NamedEngine]) ->
     assert await models.hold_back(CacheHold()) == [0, 1, 2, 3]
     engines["small"].num_running, engines["meta/large"].num_running = 2, 3
     assert await models.load() == 5
+
+
+async def test_an_adapter_takes_no_name_of_another_model(engines: dict[str, NamedEngine]) -> None:
+    engines["small"].adapters = ("meta/large", "poet")  # the name of a model that was added later, and a good one
+    models = Models(engines)
+    await models.model_cards()
+    assert (await models.model_card("meta/large")).adapter == ""
+    assert (await models.model_card("poet")).parent == "small"
+    _ = [item async for item in models.generate(asked("meta/large"))]
+    assert [len(engine.requests) for engine in engines.values()] == [0, 1]
+
+    # Another ingress replica has loaded "poet"; this one has not asked since.
+    with pytest.raises(AdapterError, match="'poet' is the name of a model, or of an adapter"):
+        await Models(engines).load_adapter("poet", "poet", "meta/large")
 
 
 async def test_a_single_one_may_have_any_name(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from ray import serve
 from deployments.app import build
 from deployments.cluster.serve_start import list_metrics_ports
 from deployments.dashboards.files import OWN_DASHBOARD
-from deployments.schema import AppArgs
 from engine.embedded_model import EMBEDDED_MODEL_NAME
 from tests.deployments.local_ray import AS_PENSIEVE_SERVE, LocalServe, free_port, start_ray
+from tests.deployments.test_metrics_endpoint import ARGS as SMALL
 from tests.nightly import nightly
 
 pytestmark = [
@@ -31,25 +31,10 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus (apt-get install prometheus)"),
 ]
 
-ARGS = AppArgs(
-    # Tiers for a window and a half, and for less than the conversations have: they go to the disk and come back.
-    engine={
-        "model": "embedded",
-        "dtype": "float32",
-        "num_threads": 1,
-        "num_gpu_blocks": 30,
-        "num_cpu_blocks": 40,
-        "max_model_len": 640,
-        "max_num_queued_reqs": 2,
-        "kv_hints": "client",
-    },
-    num_replicas=2,
-    num_cpus=0.5,
-    ingress_num_cpus=0.25,
-    max_ongoing_requests=6,
-    max_queued_requests=8,
-    num_fallback_replicas=1,
-    graceful_shutdown_timeout_s=1,
+# Tiers for a window and a half, and for less than the conversations have: they go to the disk and come back.
+_ENGINE = {name: value for name, value in SMALL.engine.items() if name != "kv_offloading_size"}
+ARGS = SMALL.model_copy(
+    update={"engine": {**_ENGINE, "num_cpu_blocks": 40, "max_num_queued_reqs": 2}, "max_ongoing_requests": 6}
 )
 NUM_ROUNDS = 6
 INTERVAL_S = 1

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from opentelemetry.sdk.trace import TracerProvider
 from ray._common.formatters import JSONFormatter
 
+from deployments import ingress
 from deployments.errors import ReplicaLostError
-from deployments.generation import DeltaItem, ErrorItem
+from deployments.generation import DeltaItem, ErrorItem, GenerationItem, GenerationRequest
 from deployments.ingress import IngressConfig, create_app
 from deployments.origin import origin_of
 from deployments.request_log import RequestLog
+from deployments.traces import IngressTraces
 from engine.core.phases import RequestPhases
 from engine.core.stats import RequestStats
 from engine.explanation import Explanation, Route
@@ -124,3 +127,23 @@ def test_an_id_that_could_forge_lines_is_not_taken(hostile: str) -> None:
 def test_a_trace_that_is_none(traceparent: str) -> None:
     origin = origin_of({"traceparent": traceparent, "tracestate": "a=b"})
     assert (origin.traceparent, origin.tracestate, origin.trace_id, origin.is_sampled) == ("", "", "", False)
+
+
+async def test_a_defect_is_a_failure_and_no_client_that_left(
+    logged: httpx.AsyncClient, engine: ScriptedEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(request: GenerationRequest) -> AsyncGenerator[GenerationItem, None]:
+        raise ZeroDivisionError("secret")
+        yield
+
+    monkeypatch.setattr(engine, "generate", fail)
+    caplog.set_level(logging.INFO, "ray.serve")
+    await logged.post("/v1/completions", json={"model": "tiny", "prompt": "hi"})
+    (line,) = lines(caplog)
+    assert (line["generation"]["outcome"], line["generation"]["error"]) == ("failed", "InternalError")
+
+
+async def test_the_log_names_the_trace_that_the_server_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingress, "start_tracing", lambda kind: TracerProvider(shutdown_on_exit=False))
+    watches = ingress._watches(IngressConfig(store_url="sqlite://", log_requests=True, traces="console"))
+    assert [type(watch) for watch in watches] == [IngressTraces, RequestLog]
