@@ -209,15 +209,17 @@ class Peer:
         end_s = self._into.receive(self._network.bytes_per_block, now, ends_s)
         pull = self._pulls.get(key)
         if pull is not None and pull.peer_id == sender_id:
-            self._network.events.add(end_s, END_OF_TRANSFER, self._end_pull, (pull, waited_s))
+            # The sender may have been asked by an earlier pull, which was given up.
+            begin_s = min(pull.since_s + waited_s, now)
+            self._network.events.add(end_s, END_OF_TRANSFER, self._end_pull, (pull, begin_s))
 
     def _end_pull(self, now: float, what: tuple[_Pull, float]) -> None:
-        pull, waited_s = what
+        pull, begin_s = what
         if self._pulls.get(pull.transfer.key) is not pull or not self._network.has(self.peer_id):
             return
         del self._pulls[pull.transfer.key]
         # Of the tier's time: what arrives beside another chunk counts once, and waiting for the source's own copies does not.
-        seconds = now - max(pull.since_s + waited_s, self._last_pull_s)
+        seconds = now - max(begin_s, self._last_pull_s)
         self._last_pull_s = now
         self._replica.end_transfer(now, TransferEnd(pull.transfer.transfer_id, True, seconds))
 

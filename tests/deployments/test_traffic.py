@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +176,7 @@ class Deployment:
         assert client is not None
         client.deploy_apps(ServeDeploySchema.model_validate(copy.deepcopy(self._config)), _blocking=False)
         await asyncio.sleep(1)  # Serve begins
-        num_replicas = self.engines.get("num_replicas")
-        await until(lambda: is_running() and num_replicas in (None, len(replica_names())))
+        await until(partial(is_running, self.engines.get("num_replicas")))
 
     async def roll(self) -> None:
         before = replica_names()
@@ -195,9 +195,11 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.2)
 
 
-def is_running() -> bool:
+def is_running(num_replicas: int | None = None) -> bool:
+    """All is as it was deployed. num_replicas: of the engine, with those that end; None = any number."""
     application = serve.status().applications.get(APP)
-    return application is not None and application.status == "RUNNING"
+    is_ready = application is not None and application.status == "RUNNING"
+    return is_ready and num_replicas in (None, len(replica_names()))
 
 
 def replica_names() -> set[str]:
@@ -287,6 +289,6 @@ async def test_replicas_come_and_go_with_the_load(base_url: str, config: dict[st
         for num_sessions, num_replicas in ((2, 1), (24, 3), (2, 1)):
             begin_s = time.monotonic()
             running.set_load(num_sessions)
-            await until(lambda wanted=num_replicas: len(replica_names()) == wanted and is_running())  # type: ignore[misc]
+            await until(partial(is_running, num_replicas))
             await asyncio.sleep(AFTER_S)
             report(f"{num_sessions} sessions: {num_replicas} replicas", running.turns, begin_s)

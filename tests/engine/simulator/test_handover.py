@@ -7,7 +7,8 @@ import pytest
 
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore
-from engine.core.tier_table import peer_tier
+from engine.core.plan import BlockCopy, ChunkRecord, SlowTransfer, TransferEnd
+from engine.core.tier_table import CPU, PEER, peer_tier
 from engine.simulator import cluster, handover
 from engine.simulator.clients import Client
 from engine.simulator.cluster import Change, Cluster
@@ -167,6 +168,49 @@ def test_a_turn_that_moves_before_that_is_computed_again():
     for pause_s, num_cached in ((0.0, 0), (2.0, PROMPT + ANSWER - 1)):
         row = second_turn(run(make_cluster(router=Scripted(0, 1)), [moving_session(pause_s)]))
         assert row.num_cached_tokens == num_cached
+
+
+class Noted:
+    """A replica whose core hears of nothing: the ends of its transfers are noted."""
+
+    def __init__(self) -> None:
+        self.core = make_cluster().make_core()
+        self.ends: list[tuple[float, TransferEnd]] = []
+
+    def run(self, command, now):
+        command()
+
+    def end_transfer(self, now, end):
+        self.ends.append((now, end))
+
+
+def test_a_chunk_that_an_earlier_pull_had_asked_for_takes_no_less_than_its_link():
+    """The source waits long; meanwhile the first pull is given up, and a second one asks for the same."""
+    events = Events()
+    network = Network(NetworkSpec(bytes_per_s=1e9, latency_s=0.001), events, BYTES_PER_BLOCK)
+    replicas = [Noted(), Noted()]
+    source, asker = (Peer(number, replica, network, 0.0) for number, replica in enumerate(replicas))
+    record = ChunkRecord(key=b"k", parent_key=b"", position=0, num_tokens=CHUNK_SIZE, owner_id=None, idle_s=0.0)
+    asker._expect(0, [record])
+
+    load, send = BlockCopy(PEER, 0, CPU, 0), BlockCopy(CPU, 0, PEER, 0)
+    asker.start(SlowTransfer(transfer_id=1, record=record, copy=load), 0.0)
+    asker.tell(0.0)
+    while not replicas[1].ends:
+        events.run_next(1e9)
+    asker.start(SlowTransfer(transfer_id=2, record=record, copy=load), handover.MAX_LOAD_S)
+    asker.tell(handover.MAX_LOAD_S)
+    sent_s = handover.MAX_LOAD_S + 0.3
+    while events.run_next(sent_s) is not None:
+        pass
+    source.start(SlowTransfer(transfer_id=1, record=record, copy=send), sent_s)
+    while len(replicas[1].ends) < 2:
+        events.run_next(1e9)
+    (_, given_up), (ended_s, second) = replicas[1].ends
+    assert not given_up.ok
+    assert second.ok
+    assert second.seconds == pytest.approx(BYTES_PER_BLOCK / network.spec.bytes_per_s)
+    assert ended_s > sent_s + second.seconds
 
 
 def test_two_that_pull_share_the_link_of_the_one_that_has_it():
