@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,16 +140,27 @@ class Experiment:
 
 
 def read_cases(path: str | Path, overrides: Mapping[str, Any] | None = None) -> tuple[list[Case], list[int]]:
-    """The cases of a file, and the seeds. Raises ConfigError.
+    """The cases of a file that is to be simulated, and the seeds. Raises ConfigError.
 
     overrides: of the options under `simulation`.
     """
     experiment = read_experiment(path, overrides)
+    check_simulable(experiment)
     return experiment.cases, experiment.seeds
 
 
+def check_simulable(experiment: Experiment) -> None:
+    """Raises ConfigError if its clusters do what simulated ones do not. What is wrong with one case, make_cluster says."""
+    if experiment.cluster.autoscaling_config is not None:
+        raise ConfigError(
+            "the simulator's clusters do not scale by themselves; measure this file (`pensieve experiment run` without "
+            "--simulate), or leave autoscaling_config out",
+            param="autoscaling_config",
+        )
+
+
 def read_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
-    """As read_cases, with all else. Raises ConfigError."""
+    """All that a file says, to be measured or simulated. Raises ConfigError. overrides: as for read_cases."""
     content = read_serve_config(path)
     simulation: dict[str, Any] = {}
     serve_path = path if "applications" in content else None
@@ -189,8 +200,13 @@ def _make_cluster_options(given: Any) -> ClusterOptions:
     options = ClusterOptions(**values)
     for name in ("port", "ready_timeout_s", "turn_timeout_s", "drivers_per_node", "max_lag_s", "metrics_wait_s"):
         value = getattr(options, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+        if value is not None and not _is_count_or_time(value):
             raise ConfigError(f"{name} of cluster must be a number, at least 0, got {value!r}", param=name)
+    if not isinstance(options.autoscaling_config, Mapping | None):
+        raise ConfigError(
+            f"autoscaling_config of cluster must have Serve's options, got {options.autoscaling_config!r}",
+            param="autoscaling_config",
+        )
     if options.api not in APIS:
         raise ConfigError(f"api of cluster must be one of {', '.join(APIS)}, got {options.api!r}", param="api")
     if not isinstance(options.args, Mapping) or (own := options.args.keys() & {"engine", "num_replicas"}):
@@ -274,7 +290,10 @@ def _make_case(engine: Mapping[str, Any], options: dict[str, Any], axes: tuple[t
     options["model_shape"] = find_model(options.get("model_shape", config.model))
     device = find_device(options.get("device", "a100-80gb"))
     options["device"] = replace(device, num_devices=config.tensor_parallel_size)
-    options["changes"] = tuple(_make_change(each) for each in options.get("changes") or ())
+    changes = options.get("changes") or ()
+    if not isinstance(changes, list | tuple):
+        raise ConfigError(f"changes must be a list, got {changes!r}", param="changes")
+    options["changes"] = tuple(map(_make_change, changes))
     for number in ("num_replicas", "num_ingresses", "duration_s"):
         value = options.get(number, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
@@ -298,18 +317,22 @@ def _make_case(engine: Mapping[str, Any], options: dict[str, Any], axes: tuple[t
 
 
 def _make_change(value: Any) -> Change:
-    names = {each.name: each.default is MISSING for each in fields(Change)}
     if (
         not isinstance(value, Mapping)
-        or not value.keys() <= names.keys()
-        or value.get("what") not in ("add", "drain", "lose", "roll")
+        or not {"time_s", "what"} <= value.keys() <= {each.name for each in fields(Change)}
+        or value["what"] not in ("add", "drain", "lose", "roll")
+        or not all(_is_count_or_time(number) for name, number in value.items() if name != "what")
     ):
         raise ConfigError(
-            "a change must have time_s, what (add, drain, lose or roll), and may have rank, restart_s and start_s; "
-            f"got {value!r}",
+            "a change must have time_s, what (add, drain, lose or roll), and may have rank, restart_s and start_s, which are "
+            f"numbers, at least 0; got {value!r}",
             param="changes",
         )
     return Change(**value)
+
+
+def _is_count_or_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def _check_network(network: Any) -> None:

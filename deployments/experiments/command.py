@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import ConfigError, PensieveError
+from engine.errors import PensieveError
 
 if TYPE_CHECKING:
     from deployments.experiment import Experiment
@@ -92,13 +92,10 @@ def _measure(experiment: Experiment, results: Results, options: argparse.Namespa
 
 
 def _simulate(experiment: Experiment, results: Results, options: argparse.Namespace) -> int:
+    from deployments.experiment import check_simulable
     from deployments.experiments.simulation import simulate_cell
 
-    if experiment.cluster.autoscaling_config is not None:
-        raise ConfigError(
-            "the simulator's clusters do not scale by themselves; leave --simulate or autoscaling_config out",
-            param="autoscaling_config",
-        )
+    check_simulable(experiment)
     cells, num_left = _pending(experiment, "simulated", results, options.max_cells)
     if options.jobs > 1 and len(cells) > 1:
         num_failed = 0

@@ -247,6 +247,11 @@ def test_pensieve_runs_the_program_of_that_name(tmp_path, monkeypatch, capfd):
     assert "pip install" in capfd.readouterr().err
 
 
+def test_what_scales_by_itself_is_not_simulated_as_if_it_did_not():
+    with pytest.raises(ConfigError, match="do not scale by themselves"):
+        read_cases(FOLDER / "experiments" / "autoscaling.yaml")
+
+
 def test_errors_name_the_parameter():
     with pytest.raises(ConfigError) as raised:
         read_cases(FOLDER / "serve_config.yaml", {"model_shape": "smollm2", "device": "tpu"})

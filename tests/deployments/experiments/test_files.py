@@ -88,6 +88,10 @@ def test_what_serves_already_is_the_base(tmp_path: Path) -> None:
         ("cluster: {args: {num_replicas: 2}}", "args of cluster must have no num_replicas, which the cases say"),
         ("cluster: {autoscaling_config: {min_replica: 1}}", "unknown key min_replica;"),
         ("cluster: {autoscaling_config: {min_replicas: many}}", "min_replicas"),
+        ("cluster: {autoscaling_config: 3}", "autoscaling_config of cluster must have Serve's options"),
+        ("simulation: {changes: 5}", "changes must be a list"),
+        ("simulation: {changes: [{what: roll}]}", "a change must have time_s"),
+        ("simulation: {changes: [{what: roll, time_s: soon}]}", "a change must have time_s"),
         (
             "simulation: {changes: [{time_s: 1, what: add}]}\ncluster: {autoscaling_config: {}}",
             "Serve says how many replicas there are",
