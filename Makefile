@@ -34,7 +34,9 @@ serve: $(INSTALLED)
 	$(BIN)/python -m deployments.run serve_config.yaml
 
 # The tests that only compute run beside those that start a Ray cluster, which mostly wait, and at a lower priority.
-COMPUTING := tests/engine/core tests/engine/attention tests/engine/test_two_tiers.py tests/engine/test_equivalence.py tests/test_gpu_benchmark.py
+COMPUTING := tests/engine/core tests/engine/attention tests/engine/grammar tests/engine/simulator tests/engine/test_two_tiers.py \
+	tests/engine/test_three_tiers.py tests/engine/test_disk_tier.py tests/engine/test_peers.py tests/engine/test_cold_tiers.py \
+	tests/engine/test_speculation.py tests/engine/test_lora.py tests/engine/test_equivalence.py tests/test_gpu_benchmark.py
 
 test: $(INSTALLED)
 	$(MAKE) test-others

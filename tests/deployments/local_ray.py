@@ -16,6 +16,7 @@ from deployments.cluster.serve_start import start_serve
 AS_PENSIEVE_SERVE: Mapping[str, str] = DEFAULTS
 AS_RAY: Mapping[str, str] = {"RAY_USAGE_STATS_ENABLED": "0"}
 NODE: Mapping[str, Any] = {"num_cpus": 4, "object_store_memory": 150 * 2**20, "include_dashboard": False}
+NUM_STARTS = 3
 
 
 def free_port() -> int:
@@ -28,16 +29,17 @@ def free_port() -> int:
 def start_ray(**options: Any) -> None:
     """Starts a small Ray, without a dashboard unless it is asked for.
 
-    Ray gives its node half a minute to come up, which a slow machine may miss: then once more.
+    Ray gives its node half a minute to come up, which a slow machine may miss, even twice.
     """
     options = {**NODE, **options}
-    try:
-        ray.init("local", log_to_driver=False, **options)
-    except Exception as error:
-        if "timed out during startup" not in str(error):
-            raise
-        ray.shutdown()
-        ray.init("local", log_to_driver=False, **options)
+    for num_failed in range(NUM_STARTS):
+        try:
+            ray.init("local", log_to_driver=False, **options)
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error) or num_failed == NUM_STARTS - 1:
+                raise
+            ray.shutdown()
 
 
 class LocalServe:
