@@ -5,6 +5,7 @@ Tiny random models of many families, and a driver that steps an engine core in t
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import secrets
@@ -100,6 +101,20 @@ def save_tiny_model(family: str, folder: Path, **overrides: object) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """A replica that a module makes in this process gives the engine's lines to Serve's logger, for that module only."""
+    before = [
+        (logger, logger.handlers[:], logger.level, logger.propagate)
+        for logger in map(logging.getLogger, ("engine", "ray.serve"))
+    ]
+    yield
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 @pytest.fixture(scope="session")

@@ -163,11 +163,8 @@ def test_a_template_that_writes_calls_in_an_unknown_format_says_so(make):
     assert parse_answer(template.answer_format(prompt).parser(TOOLS), "@@f@@{}").content == "@@f@@{}"
 
 
-def test_the_choice_is_logged_in_a_sentence(make, caplog, monkeypatch):
+def test_the_choice_is_logged_in_a_sentence(make, caplog):
     caplog.set_level(logging.INFO)
-    # A replica that an earlier test made in this process may have left the engine's lines to Serve's logger, too.
-    monkeypatch.setattr(logging.getLogger("engine"), "handlers", [])
-    monkeypatch.setattr(logging.getLogger("engine"), "propagate", True)
     make((FOLDER / "qwen3.jinja").read_text())
     assert caplog.messages == [
         "Calls are read as hermes: its parser reads what the model's chat template writes. Thinking is read as qwen3."
