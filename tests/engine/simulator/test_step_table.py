@@ -1,11 +1,12 @@
 """Step times that were measured: what lies between them, what goes beside what, and that a model can be measured."""
 
+import asyncio
 import json
 from dataclasses import replace
 
 import pytest
 
-from engine import cli
+from engine import cli, step_measurement
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError
@@ -87,6 +88,26 @@ def test_a_model_is_measured(tmp_path, capsys):
     assert min(table.load_s, table.store_s, table.request_s) > 0
     assert not table.overlaps_copies
     assert str(path) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_busy", [1, 100])
+def test_requests_that_did_not_decode_together_are_asked_again(monkeypatch, num_busy):
+    """As on a busy machine: the first request has ended before the last one is heard of."""
+    asked = []
+
+    async def stamp_decodes(engine, num, context_len, vocab_size, max_tokens):
+        asked.append(max_tokens)
+        alone = [[0.0, 1.0, 2.0], [5.0, 6.0, 7.0]]
+        return alone if len(asked) <= num_busy else [[0.0, 1.0, 3.0, 5.0], [1.0, 3.0, 5.0, 7.0]]
+
+    monkeypatch.setattr(step_measurement, "_stamp_decodes", stamp_decodes)
+    measuring = step_measurement._time_decodes(None, 2, 8, 100)
+    if num_busy > 1:
+        with pytest.raises(ConfigError, match="when it is idle"):
+            asyncio.run(measuring)
+        return
+    assert asyncio.run(measuring) == (2.0, 2 * (8 + 0.5 + 1))
+    assert asked == [14, 96]
 
 
 def test_the_work_of_a_step_is_counted():
