@@ -104,9 +104,8 @@ async def begin_endless(url: str, before: Any, conversation: str | None) -> str:
     raise AssertionError("no event")
 
 
-@pytest.mark.parametrize(
-    "store_url", ["sqlite", pytest.param("postgresql", marks=nightly)], indirect=True
-)  # that a store survives is tested over both without a cluster
+@nightly  # that a store survives is tested over both without a cluster
+@pytest.mark.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
 async def test_conversations_go_on_after_everything_was_stopped(local_serve: LocalServe, store_url: str) -> None:
     local_serve.stop()
     numbers = range(NUM_CONVERSATIONS)

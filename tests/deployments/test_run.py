@@ -483,7 +483,8 @@ async def test_a_signal_lets_running_requests_end(server: ServeProcess, number: 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["raylet", pytest.param("gcs_server", marks=nightly)])
+@nightly
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
 def test_without_rays_daemons_it_ends_with_an_error_and_leaves_nothing(server: ServeProcess, name: str) -> None:
     """Instead of a proxy that accepts connections and never answers."""
     session = server.session

@@ -132,13 +132,8 @@ def test_a_real_model_answers_in_the_form_that_it_is_held_to(smollm2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fact", "value"),
-    [
-        ("the number of my house", "358"),
-        pytest.param("the code of my locker", "4711", marks=nightly),
-    ],
-)
+@nightly
+@pytest.mark.parametrize(("fact", "value"), [("the number of my house", "358"), ("the code of my locker", "4711")])
 def test_a_fact_of_turn_1_is_recalled_in_turn_6_behind_3k_tokens(smollm2, make_driver, fact, value):
     """Others' turns drop the fact from both tiers, and swap out what follows it.
 
