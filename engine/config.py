@@ -44,7 +44,8 @@ class ModelOptions:
             "`auto` is `smollm2` if its wheel is installed, as `make install` does, else `embedded`. `smollm2` is the chat "
             "model SmolLM2-135M-Instruct, `embedded` the small recall model, and `embedded-tools` one as small that calls "
             "tools, to try clients with. A `.gguf` file may be of any architecture that transformers reads from GGUF; it is "
-            "converted once, into `~/.cache/pensieve/models`.",
+            "converted once, to bfloat16, into `~/.cache/pensieve/models`. Quantised checkpoints load with weights in "
+            "`dtype` ([which ones](quantization.md#quantised-checkpoints)).",
             default="embedded; auto on the command line and in serve_config.yaml",
         ),
     ] = "embedded"
@@ -74,7 +75,7 @@ class ModelOptions:
             "Rounds the weights of linear layers as they are loaded: `none`, `int8` or `auto`.",
             "`int8`, on CPUs only: a byte for each weight, a scale for each output feature, inputs of 8 bits. Lossy; the "
             "log says how far off the logits are, and [Quantisation](quantization.md) what it costs. `auto` is `int8` on a "
-            "CPU whose torch computes it, unless the checkpoint is quantised already, else `none`. Needs `pack_weights`.",
+            "CPU whose torch computes it, else `none`. Needs `pack_weights`.",
             choices=QUANTIZATIONS,
         ),
     ] = "none"

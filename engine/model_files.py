@@ -114,7 +114,9 @@ def converted(file: Path) -> Path:
     private_folder(folder.parent)
     with FileLock(folder.with_suffix(".lock")):  # replicas of one machine start at the same time
         if not folder.exists():
-            logger.info("%s is converted to a checkpoint in %s, once: half a minute", file.name, folder.parent)
+            logger.info(
+                "%s is converted to a checkpoint in bfloat16 in %s, once: half a minute", file.name, folder.parent
+            )
             with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
                 made = Path(temporary) / "checkpoint"
                 _convert(file, made)

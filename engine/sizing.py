@@ -114,12 +114,14 @@ def measure_model(
     from transformers import AutoConfig
 
     from engine.errors import ModelLoadError
+    from engine.executor.checkpoint.kinds import take_kind
     from engine.model_files import model_location
 
     try:
         hf_config = AutoConfig.from_pretrained(model_location(model))
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"the configuration of {model!r} cannot be read: {error}") from error
+    take_kind(model, hf_config)  # a quantised checkpoint is as large as its model
     if dtype not in ("auto", *ITEM_BYTES):
         raise ConfigError(f"unknown dtype {dtype!r}; it is auto or one of {', '.join(ITEM_BYTES)}", param="dtype")
     if dtype == "auto":

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +26,8 @@ from engine.attention.transformers_door import ATTENTION_NAME, ShapeProbe
 from engine.config import EngineConfig
 from engine.core.executor_protocol import ModelFacts
 from engine.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from engine.executor.checkpoint.kinds import CheckpointKind, take_kind
+from engine.executor.checkpoint.loading import check_nothing_left, read_quantized
 from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds
 from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fingerprint_weights
 from engine.executor.lora.adapters import Adapters
@@ -39,8 +42,8 @@ from engine.executor.model_check import (
 )
 from engine.executor.packed_linear import PackedWeight, choose_packing, leave_files, num_packed_bytes, pack_linears
 from engine.executor.process_group import ProcessGroup
-from engine.executor.quantization import checkpoint_quantization, quantize
-from engine.executor.quantized_linear import QuantizedWeight, choose_quantized
+from engine.executor.quantization import quantize
+from engine.executor.quantized_linear import choose_quantized
 from engine.executor.sharding import is_own, local_part, localize, make_plan, num_local_bytes
 from engine.host_memory import check_weights
 from engine.model_files import is_hub_id, model_location
@@ -122,10 +125,10 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     device = choose_device(config.device) if group is None else group.device
     if not sys.stderr.isatty():  # a progress bar in a log file is noise
         transformers.utils.logging.disable_progress_bar()
-    hf_config = _read_config(config)
+    hf_config, kind = _read_config(config)
     text_config = hf_config.get_text_config()
     dtype = _choose_dtype(config.dtype, text_config, device)
-    quantized = _choose_quantized(config, hf_config, dtype, device)
+    quantized = choose_quantized(config.quantization, dtype, device)
     plan = {} if group is None else make_plan(config.model, hf_config, group.size)
     if device.type == "cpu" and (num_bytes := _num_weight_bytes(hf_config, dtype)) is not None:
         check_weights(config.model, num_bytes)
@@ -133,7 +136,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
         logger.warning("%s: random weights instead of its own, for measurements (load_format)", config.model)
         model = _make_random_model(hf_config, dtype, device)
     else:
-        model = _read_model(config, hf_config, dtype, device, group, plan)
+        model = _read_model(config, hf_config, kind, dtype, device, group, plan)
     model.eval()
     # Some families look at every forward whether tokens are padding, and wait for the device to say so. Ours never are.
     model.config.get_text_config().pad_token_id = None
@@ -202,26 +205,27 @@ def check_can_be_sharded(config: EngineConfig) -> None:
 
     Raises ModelLoadError or UnsupportedModelError.
     """
-    hf_config = _read_config(config)
+    hf_config, _ = _read_config(config)
     try:
         make_plan(config.model, hf_config, config.tensor_parallel_size)
     except ValueError as error:  # no decoder
         raise _load_error(config.model, error) from error
 
 
-def _read_config(config: EngineConfig) -> Any:
-    """transformers' config of a model that can be served."""
+def _read_config(config: EngineConfig) -> tuple[Any, CheckpointKind | None]:
+    """transformers' config of a model that can be served, and how its checkpoint is quantised; None = not at all."""
     try:
         hf_config = AutoConfig.from_pretrained(model_location(config.model))
     except (OSError, ValueError) as error:
         raise _load_error(config.model, error) from error
     reject_unsupported(config.model, hf_config.get_text_config(), config.max_model_len)
-    return hf_config
+    return hf_config, take_kind(config.model, hf_config)
 
 
 def _read_model(
     config: EngineConfig,
     hf_config: Any,
+    kind: CheckpointKind | None,
     dtype: torch.dtype,
     device: torch.device,
     group: ProcessGroup | None,
@@ -229,14 +233,17 @@ def _read_model(
 ) -> Any:
     """plan: how its weights are cut for the ranks of `group`."""
     name, location, family = config.model, model_location(config.model), hf_config.get_text_config().model_type
-    options = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "output_loading_info": True}
     try:
-        if group is None:
-            model, report = AutoModelForCausalLM.from_pretrained(location, device_map={"": device}, **options)
-        else:
-            with group.environment():
-                shards = DistributedConfig(tp_size=group.size, tp_plan=plan)
-                model, report = AutoModelForCausalLM.from_pretrained(location, distributed_config=shards, **options)
+        with nullcontext() if group is None else group.environment():
+            if group is None:
+                options["device_map"] = {"": device}
+            else:
+                options["distributed_config"] = DistributedConfig(tp_size=group.size, tp_plan=plan)
+            if kind is None:
+                model, report = AutoModelForCausalLM.from_pretrained(location, **options)
+            else:
+                model, report = read_quantized(name, location, hf_config, kind, device, options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -247,13 +254,12 @@ def _read_model(
             f"{min(report['missing_keys'])}; is the download complete, and of a decoder model?",
             param="model",
         )
+    check_nothing_left(name, report["unexpected_keys"])
     return model
 
 
 def _num_weight_bytes(hf_config: Any, dtype: torch.dtype) -> int | None:
     """What the weights will take in memory, told without reading them; None if that is not known."""
-    if getattr(hf_config, "quantization_config", None) is not None:
-        return None  # less than those of a model that is made from its config
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
@@ -304,22 +310,6 @@ def _load_error(model: str, error: Exception) -> ModelLoadError:
         "told at once)",
         param="model",
     )
-
-
-def _choose_quantized(
-    config: EngineConfig, hf_config: Any, dtype: torch.dtype, device: torch.device
-) -> type[QuantizedWeight] | None:
-    """What quantises the weights; None for nothing, as for a checkpoint that is quantised already."""
-    method = checkpoint_quantization(hf_config)
-    if method is None:
-        return choose_quantized(config.quantization, dtype, device)
-    if config.quantization not in ("none", "auto"):
-        raise ConfigError(
-            f"{config.model!r} is quantised already ({method}); set quantization to none, or give the checkpoint that it was "
-            "made from",
-            param="quantization",
-        )
-    return None
 
 
 def _choose_dtype(option: str, text_config: Any, device: torch.device) -> torch.dtype:

@@ -20,15 +20,6 @@ logger = logging.getLogger(__name__)
 MIB = 1 << 20
 
 
-def checkpoint_quantization(hf_config: Any) -> str | None:
-    """How a checkpoint is quantised, by transformers' name of the method; None if it is not."""
-    options = getattr(hf_config, "quantization_config", None)
-    if not options:
-        return None
-    method = options.get("quant_method") if isinstance(options, dict) else getattr(options, "quant_method", None)
-    return str(getattr(method, "value", method))
-
-
 def quantize(
     name: str, model: Any, text_config: Any, quantized: type[QuantizedWeight], otherwise: type[PackedWeight] | None
 ) -> bool:
