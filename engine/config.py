@@ -23,7 +23,7 @@ from engine.options import Option, check_values, options_of
 ATTENTION_BACKENDS = ("auto", *BACKEND_NAMES)
 LOAD_FORMATS = ("auto", "dummy")
 SWAP_COPIES = ("auto", "dma", "kernel")
-QUANTIZATIONS = ("none", "int8", "auto")
+QUANTIZATIONS = ("none", "int8", "int4", "auto")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COLD_DTYPES = ("same", "fp8", "int8", "int4")
 # What an adapter may be called: part of the names of its conversations, and of the body of a request.
@@ -72,10 +72,10 @@ class ModelOptions:
     quantization: Annotated[
         str,
         Option(
-            "Rounds the weights of linear layers as they are loaded: `none`, `int8` or `auto`.",
-            "`int8`, on CPUs only: a byte for each weight, a scale for each output feature, inputs of 8 bits. Lossy; the "
-            "log says how far off the logits are, and [Quantisation](quantization.md) what it costs. `auto` is `int8` on a "
-            "CPU whose torch computes it, else `none`. Needs `pack_weights`.",
+            "Rounds the weights of linear layers as they are loaded: `none`, `int8`, `int4` or `auto`.",
+            "On CPUs only, by a kernel that is built with a C++ compiler: 8 or 4 bits for each weight, and a scale for each "
+            "32 of them. Lossy; the log says how far off the logits are, and [Quantisation](quantization.md) what it costs. "
+            "`auto` is `int8` on a CPU with AVX2, else `none`. Needs `pack_weights`.",
             choices=QUANTIZATIONS,
         ),
     ] = "none"

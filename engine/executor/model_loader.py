@@ -150,7 +150,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     packing = None
     if config.pack_weights and not (wants_compiled and device.type == "cpu"):  # a compiler does not know its operations
         packing = choose_packing(dtype, device)
-    if quantized is not None:
+    if quantized:
         is_quantized = quantize(config.model, model, text_config, quantized, packing)
         if not (is_quantized if group is None else group.minimum(is_quantized)):
             if config.quantization != "auto":
@@ -162,7 +162,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
             del model, probe
             _free_memory(device)
             return load_model(replace(config, quantization="none"), group)
-        fingerprint = fingerprint_of(fingerprint, quantized.identity())
+        fingerprint = fingerprint_of(fingerprint, [kind.identity() for kind in quantized])
         num_weight_bytes = num_local_bytes(model) + num_packed_bytes(model)
     elif packing is not None:
         is_packed = _pack(config.model, model, text_config, tolerance, packing)

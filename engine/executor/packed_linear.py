@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -44,9 +44,13 @@ class PackedWeight(Protocol):
     PACKS_SINGLE_LAYERS: bool
     CHECKED_LIMITS: tuple[int, int]
     LOSS: float
-    num_bytes: int  # that are not parameters
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """That are not parameters."""
+        ...
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
@@ -193,6 +197,11 @@ class PackedLinear(nn.Module):
         self._packed = packing(weight.detach().contiguous(), self.bias)
 
     @property
+    def packing(self) -> type[PackedWeight]:
+        """How its weight is kept."""
+        return type(self._packed)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the weight, if it is no parameter of the model."""
         return self._packed.num_bytes
@@ -255,23 +264,31 @@ class JoinedLinear(nn.Module):
         return None if bias is None else bias.split(self._joined.linear.sizes)[self._index]
 
 
-def pack_linears(model: nn.Module, forward: Callable[[], Any], *packings: type[PackedWeight]) -> int:
+def pack_linears(
+    model: nn.Module,
+    forward: Callable[[], Any],
+    *packings: type[PackedWeight],
+    own: Mapping[nn.Module, Sequence[type[PackedWeight]]] | None = None,
+) -> int:
     """Replace the linear layers of `model`, group by group, so that only one group is in memory twice.
 
     forward: runs the model on a few tokens, in the order that every step repeats. Layers that it does not call stay as
         they are.
     packings: in order of preference; a layer gets the first with which it computes the same, but for its loss.
+    own: instead of these for some layers.
 
     Returns the number of layers that got the first one. Raises ValueError, and leaves the model half packed, if a layer
     computes the same with none. A weight that another module uses too (a tied embedding) stays there beside its packed copy.
     """
+    own = own or {}
     groups = _find_groups(model, forward)
     places = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     num_packed = 0
     for group in groups:
-        if len(group) == 1 and not packings[0].PACKS_SINGLE_LAYERS:
+        candidates = own.get(group[0], packings)
+        if len(group) == 1 and not candidates[0].PACKS_SINGLE_LAYERS:
             continue
-        replacements, packing = _pack_group(group, packings)
+        replacements, packing = _pack_group(group, candidates)
         for layer, replacement in zip(group, replacements, strict=True):
             parent, name = places.pop(layer)
             setattr(parent, name, replacement)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from engine.attention.transformers_door import ShapeProbe
 from engine.executor.compiled_layers import logits_difference
 from engine.executor.model_check import probe_logits
-from engine.executor.packed_linear import PackedWeight, PlainWeight, leave_files, num_packed_bytes, pack_linears
+from engine.executor.packed_linear import (
+    PackedLinear,
+    PackedWeight,
+    PlainWeight,
+    leave_files,
+    num_packed_bytes,
+    pack_linears,
+)
 from engine.executor.quantized_linear import QuantizedWeight
 from engine.executor.sharding import num_local_bytes
 
@@ -21,39 +30,55 @@ MIB = 1 << 20
 
 
 def quantize(
-    name: str, model: Any, text_config: Any, quantized: type[QuantizedWeight], otherwise: type[PackedWeight] | None
+    name: str,
+    model: Any,
+    text_config: Any,
+    kinds: Sequence[type[QuantizedWeight]],
+    otherwise: type[PackedWeight] | None,
 ) -> bool:
     """Quantise a model in place; the log says how large it is then, and how far off its logits are.
 
     name: of the model, for the log.
-    otherwise: what packs the layers that would lose too much; the rest keeps plain weights. None = nothing.
+    kinds: in order of preference, for layers that lose too much by the first; the head, whose errors are those of the
+        answer, gets the last.
+    otherwise: what packs the layers that would lose too much by all; the rest keeps plain weights. None = nothing.
 
     Returns False, with a model that is of no use any more, if its code cannot use such layers.
     """
     num_bytes = num_local_bytes(model)
     expected = probe_logits(model, text_config, ShapeProbe())
     _make_linear(model)
-    packings = [packing for packing in (quantized, otherwise, PlainWeight) if packing is not None]
+    unquantized = [packing for packing in (otherwise, PlainWeight) if packing is not None]
+    own = {model.get_output_embeddings(): (kinds[-1], *unquantized)}
     try:
-        num_layers = pack_linears(model, lambda: probe_logits(model, text_config, ShapeProbe()), *packings)
+        pack_linears(model, lambda: probe_logits(model, text_config, ShapeProbe()), *kinds, *unquantized, own=own)
         error = logits_difference(probe_logits(model, text_config, ShapeProbe()), expected)
     except (RuntimeError, AttributeError, TypeError, ValueError) as failure:
         logger.warning("%s: its code cannot use quantised layers: %r", name, failure)
         return False
-    if not num_layers or error != error:
+    counts = count_layers(model)
+    if not any(counts[kind] for kind in kinds) or error != error:
         logger.warning("%s: no layer could be quantised, or its logits are not finite then", name)
         return False
     leave_files(model)
     logger.info(
-        "%s: %d linear layers quantised (%s), %.0f MiB of weights instead of %.0f; logits differ by %.1e of the largest",
+        "%s: linear layers quantised (%s), %.0f MiB of weights instead of %.0f; logits differ by %.1e of the largest",
         name,
-        num_layers,
-        quantized.__name__,
+        ", ".join(f"{count} {kind.__name__}" for kind, count in counts.items()),
         (num_local_bytes(model) + num_packed_bytes(model)) / MIB,
         num_bytes / MIB,
         error,
     )
     return True
+
+
+def count_layers(model: nn.Module) -> Counter[type[PackedWeight]]:
+    """How many linear layers of a model keep their weight in which way."""
+    counts: Counter[type[PackedWeight]] = Counter()
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            counts[module.packing] += len(module.sizes)
+    return counts
 
 
 def _make_linear(model: nn.Module) -> None:

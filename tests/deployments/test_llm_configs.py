@@ -108,7 +108,7 @@ def test_resources_and_mode(entry: dict[str, Any], expected: tuple[float, float,
     ("entry", "message"),
     [
         ({"lora_config": {"max_num_adapters_per_replica": 4}}, "name adapters, or adapter_folder, in engine_kwargs"),
-        ({"engine_kwargs": {"quantization": "awq"}}, "quantization must be one of none, int8, auto"),
+        ({"engine_kwargs": {"quantization": "awq"}}, "quantization must be one of none, int8, int4, auto"),
         ({"engine_kwargs": {"pipeline_parallel_size": 2}}, "no pipeline parallelism"),
         ({"engine_kwargs": {"max_num_seq": 8}}, "max_num_seqs"),
         ({"deployment_config": {"request_router_config": {}}}, "request_router_config is not taken here"),

@@ -29,7 +29,7 @@ BOUNDS = [
     ("adapter_folder", ["/adapters", None], ["", 1, True]),
     ("max_adapters", [1, 100], [0, -1, None, 2.0, "4"]),
     ("max_lora_rank", [1, 64, 1024], [0, 1025, None, 8.0]),
-    ("quantization", ["none", "int8", "auto"], ["int2", "", None, 8]),
+    ("quantization", ["none", "int8", "int4", "auto"], ["int2", "", None, 8]),
     ("max_model_len", [1, None, 4096], [0, -1, 1.5, "512", True]),
     ("chunk_size", [1, 32], [0, -4, None, 2.0, "32", True]),
     ("num_gpu_blocks", [1, None], [0, -1, 3.0, "4", False]),

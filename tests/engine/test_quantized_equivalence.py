@@ -14,8 +14,11 @@ from tests.engine.executor.test_quantization import pytestmark  # noqa: F401
 TIE = 2e-2
 
 
-@pytest.mark.parametrize("family", ["embedded", "llama", "gpt2"])
-def test_quantised_conversations_equal_stateless(family, tiny_model, make_driver):
+@pytest.mark.parametrize(
+    ("family", "quantization"),
+    [("embedded", "int8"), ("embedded", "int4"), ("llama", "int8"), ("llama", "int4"), ("gpt2", "int4")],
+)
+def test_quantised_conversations_equal_stateless(family, quantization, tiny_model, make_driver):
     """Six conversations of three turns at once, over a GPU tier for two of them and a CPU tier for two more."""
     model = "embedded" if family == "embedded" else tiny_model(family)
     options = {
@@ -23,7 +26,7 @@ def test_quantised_conversations_equal_stateless(family, tiny_model, make_driver
         "max_num_batched_tokens": 48,
         "max_num_seqs": 4,
         "max_model_len": 160,
-        "quantization": "int8",
+        "quantization": quantization,
     }
     kept = make_driver(model, num_gpu_blocks=32, num_cpu_blocks=30, **options)
     fresh = make_driver(model, num_gpu_blocks=200, mode="stateless", **options)
