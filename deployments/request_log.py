@@ -10,8 +10,8 @@ import logging
 from typing import Any
 
 from deployments.generation import GenerationRequest
-from deployments.http.explanations import DIGITS, explanation_json
 from deployments.watched import End, Outcome
+from engine.explanation import DIGITS
 
 logger = logging.getLogger("ray.serve")
 
@@ -63,7 +63,7 @@ def generation_json(request: GenerationRequest, outcome: Outcome) -> dict[str, A
     if delta.recomputed is not None:
         told["recomputed"] = dict([delta.recomputed])
     if delta.explanation is not None:
-        told["explanation"] = explanation_json(delta.explanation)
+        told["explanation"] = delta.explanation.as_json()
     return told
 
 

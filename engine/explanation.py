@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from engine.core.retention import Miss
 from engine.core.stats import RequestStats
 
 # Before the phases: the prompt is read as tokens, and what else is known of the conversation is looked for.
 PREPARE = "prepare"
+DIGITS = 6  # of seconds as JSON: microseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,25 @@ class Explanation:
             "decode": phases.decode_s,
             "suspended": phases.suspended_s,
         }
+
+    def as_json(self, recomputed: tuple[str, int] | None = None) -> dict[str, Any]:
+        """As clients and the log are told. Without a route (an engine alone), nothing is said of replicas.
+
+        recomputed: see OutputDelta.
+        """
+        route, stats = self.route, self.stats
+        told: dict[str, Any] = {}
+        seconds: dict[str, float] = {}
+        if route is not None:
+            told = {"replica": route.replica_rank, "home": route.is_home, "lost_replicas": len(route.losses)}
+            seconds = {"lost": route.lost_s, "route": route.seconds}
+        told |= {
+            "seconds": {name: round(value, DIGITS) for name, value in (seconds | self.seconds()).items()},
+            "cached_tokens_by_tier": dict(stats.cached_by_tier),
+            "computed_tokens_by_reason": dict(self.computed_by_reason),
+            "suspensions": stats.num_suspensions,
+        }
+        return told | ({"recomputed": dict([recomputed])} if recomputed is not None else {})
 
     def unix_spans(self) -> Iterator[tuple[str, float, float]]:
         """(phase, start, end) in order, in Unix time."""

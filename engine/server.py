@@ -41,6 +41,7 @@ class Answer:
 
     ttft_s: seconds from the call to the first token.
     total_s: seconds from the call to the last token.
+    explanation: how it came about, as docs/http_api.md says; None if that was not asked for.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Answer:
     num_cached_tokens: int
     ttft_s: float
     total_s: float
+    explanation: dict[str, Any] | None = None
 
     @property
     def num_computed_tokens(self) -> int:
@@ -110,9 +112,13 @@ class Server:
         session_id: str | None = None,
         on_text: Callable[[str], None] | None = None,
         tenant: Tenant = LOCAL_TENANT,
+        explains: bool = False,
     ) -> Answer:
-        """The answer to any prompt; nothing is added to it."""
-        coroutine = self._complete(prompt, sampling, session_id, on_text, tenant)
+        """The answer to any prompt; nothing is added to it.
+
+        explains: it comes with an explanation.
+        """
+        coroutine = self._complete(prompt, sampling, session_id, on_text, tenant, explains)
         future = None
         try:
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -190,13 +196,14 @@ class Server:
         session_id: str | None,
         on_text: Callable[[str], None] | None,
         tenant: Tenant,
+        explains: bool,
     ) -> Answer:
         start_s = time.perf_counter()
         first_s: float | None = None
         pieces: list[str] = []
         token_ids: list[int] = []
         last = OutputDelta()
-        generation = Generation(uuid.uuid4().hex, session_id, prompt, sampling, tenant=tenant)
+        generation = Generation(uuid.uuid4().hex, session_id, prompt, sampling, tenant=tenant, explains=explains)
         async for delta in self.engine.generate(generation):
             if first_s is None:
                 first_s = time.perf_counter()
@@ -216,6 +223,7 @@ class Server:
             last.num_cached_tokens,
             first_s - start_s,
             end_s - start_s,
+            None if last.explanation is None else last.explanation.as_json(last.recomputed),
         )
 
 

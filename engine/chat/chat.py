@@ -6,12 +6,13 @@ Knows a `Partner`, which answers, and a `Screen`, where people are: no engine, n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from engine.chat.why import describe_why
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, ContextLengthError, PensieveError
 from engine.paths import write_private_file
@@ -24,6 +25,7 @@ HELP = """\
 /load FILE   begin another conversation with what /save wrote
 /model [M]   show the model, or take another one
 /stats       the turns of this conversation, and what the engine has done so far
+/why         where the time of the last answer went, and why tokens of its prompt were computed
 /help        this list
 /quit        end; so do Ctrl-D, and Ctrl-C twice
 Alt-Enter, or a backslash at the end of a line, begins another line. Ctrl-C during an answer stops the answer only. A message
@@ -36,7 +38,10 @@ MAX_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One answer and its account. ttft_s: from the question to the first token; total_s: to the last."""
+    """One answer and its account. ttft_s: from the question to the first token; total_s: to the last.
+
+    explanation: how it came about, as docs/http_api.md says; None if what answers does not tell that.
+    """
 
     text: str
     finish_reason: str
@@ -45,6 +50,7 @@ class Turn:
     num_output_tokens: int
     ttft_s: float
     total_s: float
+    explanation: Mapping[str, Any] | None = None
 
     @property
     def num_computed_tokens(self) -> int:
@@ -133,6 +139,7 @@ class Chat:
             "/load": self._load,
             "/model": self._model,
             "/stats": self._stats,
+            "/why": self._why,
             "/help": lambda argument: screen.show(HELP),
         }
 
@@ -253,6 +260,14 @@ class Chat:
     def _stats(self, argument: str) -> None:
         self._screen.show_turns(self._current.turns)
         self._screen.show(self._partner.statistics())
+
+    def _why(self, argument: str) -> None:
+        if not self._current.turns:
+            raise ConfigError("/why: there is no answer in this conversation yet; ask something first")
+        explanation = self._current.turns[-1].explanation
+        if explanation is None:
+            raise ConfigError(f"/why: the server of {self._partner.model_name} does not say how an answer came about")
+        self._screen.show(describe_why(explanation))
 
 
 def read_messages(text: str) -> list[Message]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 10.0
 # Of a server that does not tell the window of its model.
 DEFAULT_WINDOW = 4096
+# By which this server says how an answer came about. Others do not know it, and would refuse a field of the body.
+EXPLAIN = {"x-pensieve-explain": "true"}
 
 
 class EnginePartner:
@@ -44,7 +46,8 @@ class EnginePartner:
     def answer(
         self, session_id: str, messages: list[Message], sampling: SamplingParams, on_text: Callable[[str], None]
     ) -> Turn:
-        answer = self._server.complete(ChatPrompt(Dialogue.of(messages).messages), sampling, session_id, on_text)
+        prompt = ChatPrompt(Dialogue.of(messages).messages)
+        answer = self._server.complete(prompt, sampling, session_id, on_text, explains=True)
         return Turn(
             answer.text,
             answer.finish_reason,
@@ -53,6 +56,7 @@ class EnginePartner:
             len(answer.token_ids),
             answer.ttft_s,
             answer.total_s,
+            answer.explanation,
         )
 
     def take_model(self, model: str) -> None:
@@ -80,6 +84,7 @@ class _Progress:
     finish_reason: str = "stop"
     first_s: float | None = None
     usage: dict[str, Any] | None = None
+    explanation: dict[str, Any] | None = None
 
 
 class ServerPartner:
@@ -129,6 +134,7 @@ class ServerPartner:
             usage.get("completion_tokens", 0),
             (progress.first_s or end_s) - start_s,
             end_s - start_s,
+            progress.explanation,
         )
         self._num_turns += 1
         self._num_tokens += turn.num_prompt_tokens
@@ -173,9 +179,8 @@ class ServerPartner:
     def _stream(self, body: dict[str, Any], session_id: str) -> Iterator[dict[str, Any]]:
         """The chunks of an answer. Leaving it, also by Ctrl-C, closes the connection, which ends the work."""
         try:
-            with self._http.stream(
-                "POST", "/chat/completions", json=body, headers={"x-session-id": session_id}
-            ) as response:
+            headers = {"x-session-id": session_id, **EXPLAIN}
+            with self._http.stream("POST", "/chat/completions", json=body, headers=headers) as response:
                 if response.status_code != 200:
                     response.read()
                     raise _failure(response)
@@ -201,6 +206,8 @@ def _add_chunk(progress: _Progress, chunk: dict[str, Any], on_text: Callable[[st
             progress.text += text
             on_text(text)
         progress.finish_reason = choice.get("finish_reason") or progress.finish_reason
+        explanation = choice.get("explanation")
+        progress.explanation = explanation if isinstance(explanation, dict) else progress.explanation
 
 
 def _failure(response: httpx.Response) -> PensieveError:

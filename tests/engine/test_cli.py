@@ -473,9 +473,10 @@ def test_what_a_command_cannot_do_is_one_line(monkeypatch, capsys, tmp_path):
     (tmp_path / "bytes.json").write_bytes(b"\xff")
     lines = ["/save", "/save /no/such/folder/x", "/load /no/such", f"/load {tmp_path}/text.json"]
     lines += [f"/load {tmp_path}/bytes.json", "/go 2", "/go x", "/model nothing", "/model other"]
-    assert converse(monkeypatch, ScriptedPartner(), *lines) == 0
+    lines += ["/why", "hello", "/why"]
+    assert converse(monkeypatch, ScriptedPartner("one"), *lines) == 0
     captured = capsys.readouterr()
-    assert captured.out == "other, window of 64 tokens\n"
+    assert captured.out == "other, window of 64 tokens\none\n"
     expected = (
         "/save needs the name of a file",
         "/save /no/such/folder/x: No such file or directory; name a file in a folder that exists",
@@ -485,6 +486,8 @@ def test_what_a_command_cannot_do_is_one_line(monkeypatch, capsys, tmp_path):
         "/go 2: the conversations are 1 to 1",
         "/go x: the conversations are 1 to 1",
         "no nothing",
+        "/why: there is no answer in this conversation yet",
+        "/why: the server of other does not say how an answer came about",
     )
     errors = captured.err.splitlines()
     assert len(errors) == len(expected)
@@ -511,6 +514,31 @@ def test_another_model_is_loaded_and_the_old_one_stays_if_it_cannot_be(tiny_mode
 # -- chat with a server ------------------------------------------------------------------------------------------------
 
 
+EXPLANATION = {
+    "replica": 1,
+    "home": True,
+    "lost_replicas": 0,
+    "seconds": {"route": 0.0021, "queue": 0.0, "prefill": 0.0312, "decode": 0.4127},
+    "cached_tokens_by_tier": {"gpu": 640, "disk": 150},
+    "computed_tokens_by_reason": {"new": 22, "cpu_dropped": 32},
+    "suspensions": 2,
+    "recomputed": {"edited": 20},
+}
+WHY = """\
+446.0 ms
+  route      2.1 ms  on the way to the replica and back
+  prefill   31.2 ms  until the first token
+  decode   412.7 ms  until the last token
+844 tokens of the prompt
+  cached gpu            640  found in the GPU tier
+  cached disk           150  found in the disk tier
+  computed new           22  never cached before
+  computed cpu_dropped   32  evicted from the CPU tier
+20 of the computed ones were said before: the history was changed
+replica 1, where this session belongs
+suspended: 2"""
+
+
 class OpenAIServer(http.server.BaseHTTPRequestHandler):
     """Speaks OpenAI's API; wants the key "sk-a"."""
 
@@ -532,11 +560,12 @@ class OpenAIServer(http.server.BaseHTTPRequestHandler):
             return
         usage = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
         failure = {"error": {"message": "the engine is gone"}}
+        explanation = {"explanation": EXPLANATION} if self.headers["x-pensieve-explain"] == "true" else {}
         chunks = [
             {"choices": [{"delta": {"role": "assistant", "content": ""}}]},
             {"choices": [{"delta": {"content": "Hel"}}]},
             *([failure] if question == "fail" else []),
-            {"choices": [{"delta": {"content": "lo"}, "finish_reason": "stop"}]},
+            {"choices": [{"delta": {"content": "lo"}, "finish_reason": "stop", **explanation}]},
             {"choices": [], "usage": usage},
         ]
         data = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
@@ -565,12 +594,13 @@ def server_url() -> Iterator[str]:
 
 def test_chat_with_a_server(server_url, no_model, monkeypatch, capsys):
     monkeypatch.setenv("PENSIEVE_API_KEY", "sk-a")
-    monkeypatch.setattr("sys.stdin", io.StringIO("hi\ntoo much\nfail\nagain\n/stats\n/model x\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\ntoo much\nfail\nagain\n/stats\n/model x\n/why\n"))
     assert cli.main(["chat", "--url", f"{server_url}/v1/", "--temperature", "0.5", "--seed", "3"]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines()[:3] == ["Hello", "Hel", "Hello"]
     assert captured.out.splitlines()[3].startswith(f"tiny at {server_url}: 2 turns")
     assert "18 prompt tokens, 8 of them cached" in captured.out
+    assert captured.out.endswith(f"\n{WHY}\n")
     assert captured.err.splitlines() == [
         "pensieve: too long; /new begins another conversation",
         "pensieve: the engine is gone",
