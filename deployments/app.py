@@ -88,7 +88,12 @@ def _engines(
     )
     drain_s = max(0.0, model.graceful_shutdown_timeout_s - SHUTDOWN_S)
     return deployment.bind(
-        config, args.stream_interval_s, drain_s=drain_s, traces=args.traces, metrics_names=args.metrics_names
+        config,
+        args.stream_interval_s,
+        drain_s=drain_s,
+        traces=args.traces,
+        metrics_names=args.metrics_names,
+        num_fallback_replicas=args.num_fallback_replicas,
     )
 
 

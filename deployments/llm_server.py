@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -35,7 +35,7 @@ from deployments.generation import (
 )
 from deployments.metrics import EngineMetrics, MetricsNames
 from deployments.routing.load import LoadMeter, ReplicaLoad
-from deployments.routing.peers import Member, Peers
+from deployments.routing.peers import Address, Member, Peers
 from deployments.routing.session_router import RANK
 from deployments.traces import ReplicaTraces, start_tracing
 from engine.cache_view import CacheQuery
@@ -80,6 +80,7 @@ class LLMServer:
         the time on at which Serve stops it.
     traces: of requests; see WatchOptions.
     metrics_names: see EngineMetrics.
+    num_fallback_replicas: besides its home, that the ingress may ask for a session's request.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class LLMServer:
         traces: str = "off",
         wanted_adapters: Callable[[], dict[str, str]] = wanted_adapters,
         metrics_names: MetricsNames = "pensieve",
+        num_fallback_replicas: int = 1,
     ) -> None:
         """Blocking. Raises EngineStartError; Serve tries again, keeps the replicas that it has, and tells the reason."""
         self._is_started = False
@@ -117,7 +119,7 @@ class LLMServer:
         self._metrics.start()
         self._peers: Peers | None = None
         if network is not None and self._engine.peer_address is not None:
-            self._peers = Peers(network.peer_id, drain_s, self._engine.set_peers)
+            self._peers = Peers(network.peer_id, drain_s, num_fallback_replicas, self._set_peers)
         # Of those that were loaded at run time: their folders, and why some are not there.
         self._run_time_adapters: dict[str, str] = {}
         self._adapter_problems: dict[str, str] = {}
@@ -296,6 +298,10 @@ class LLMServer:
     def replica_rank(self) -> int:
         """Asked each time: Serve may change it after a scale-down."""
         return int(serve.get_replica_context().rank.rank)
+
+    def _set_peers(self, addresses: Mapping[str, Address]) -> None:
+        assert self._peers is not None
+        self._engine.set_peers(addresses, self._peers.next_peers)
 
     def _note_members(self, peers: Peers, members: Sequence[Member]) -> None:
         peers.update(members, time.monotonic())

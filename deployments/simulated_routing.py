@@ -49,6 +49,9 @@ class Affinity:
     def next_home(self, session_id: str, ranks: Sequence[int]) -> int | None:
         return ranks[rank_replicas(self._names.get(session_id, session_id), ranks)[0]]
 
+    def next_choices(self, session_id: str, ranks: Sequence[int]) -> Sequence[int]:
+        return self._order(session_id, ranks)
+
     def forget(self, session_id: str) -> None:
         self._names.pop(session_id, None)
         self._orders.pop(session_id, None)

@@ -45,7 +45,7 @@ from engine.generation import Generation
 from engine.grammar.interface import GrammarCompiler, Vocabulary
 from engine.grammar.store import GrammarStore
 from engine.grammar.thinking import ThinkingScanner
-from engine.kept_state import KeptState
+from engine.kept_state import KeptState, NextPeers, no_peers
 from engine.kv_events import KvEventPublisher
 from engine.make_core import make_core
 from engine.model_files import choose_model, default_model_name, model_location
@@ -338,9 +338,13 @@ class AsyncEngine:
         """Where other engines reach this one; None = it hands no KV over."""
         return self._kept.peer_address
 
-    def set_peers(self, peers: Mapping[str, tuple[str, int]]) -> None:
-        """Hear who the other engines are now, by id, and where. Any thread; returns at once."""
-        self._kept.set_peers(peers)
+    def set_peers(self, peers: Mapping[str, tuple[str, int]], next_peers: NextPeers = no_peers) -> None:
+        """Hear who the other engines are now, by id, and where. Any thread; returns at once.
+
+        next_peers: of a conversation, by its id, the peers that may have its next turn; any thread may ask. They hear at once
+            when a turn has ended here, and the others when they ask next.
+        """
+        self._kept.set_peers(peers, next_peers)
 
     async def hand_over(self, timeout_s: float, next_home: Callable[[str], str | None]) -> None:
         """Leave copies of what conversations have here to their next homes, beside the requests; see `drain`.

@@ -35,6 +35,12 @@ RECALL_TIMEOUT_S = 1.0
 DRAIN_INTERVAL_S = 0.02
 
 Call = Callable[[Callable[[], Any]], Awaitable[Any]]
+NextPeers = Callable[[str], Sequence[str]]
+
+
+def no_peers(_: str) -> Sequence[str]:
+    """That may have a conversation's next turn: none is known."""
+    return ()
 
 
 class KeptState:
@@ -68,6 +74,7 @@ class KeptState:
             num_bytes = int(config.kv_disk_size * TRANSCRIPT_SHARE * (1 << 30))
             self._transcripts = TranscriptFile(self.disk.folder, num_bytes)
         self._peers = make_peer_tier(config, executor, network)
+        self._next_peers: NextPeers = no_peers
         self._link: PeerLink | None = None
         tiers = [tier for tier in (self.disk, self._peers) if tier is not None]
         self.specs: tuple[TierSpec, ...] = tuple(tier.spec for tier in tiers)
@@ -111,7 +118,8 @@ class KeptState:
         if self._transcripts is not None:
             self._transcripts.put(conversation_id, remembered)
         if self._peers is not None and remembered.branches:
-            self._peers.note_conversation(conversation_id, len(remembered.branches[-1].token_ids))
+            num_tokens = len(remembered.branches[-1].token_ids)
+            self._peers.note_conversation(conversation_id, num_tokens, self._next_peers(conversation_id))
 
     async def recall(self, conversation_id: str) -> None:
         """Remember what a conversation has said in an earlier process or to another engine, if that is known soon."""
@@ -134,8 +142,9 @@ class KeptState:
         """Where other engines reach this one; None = it hands no KV over."""
         return None if self._peers is None else self._peers.address
 
-    def set_peers(self, peers: Mapping[str, tuple[str, int]]) -> None:
-        """Hear who the other engines are now, by id, and where."""
+    def set_peers(self, peers: Mapping[str, tuple[str, int]], next_peers: NextPeers) -> None:
+        """See AsyncEngine.set_peers."""
+        self._next_peers = next_peers
         if self._peers is not None:
             self._peers.set_peers(peers)
 

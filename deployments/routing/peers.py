@@ -28,15 +28,23 @@ class Member:
 class Peers:
     """The replicas of one deployment, as one of them sees them."""
 
-    def __init__(self, own_id: str, keep_s: float, on_change: Callable[[Mapping[str, Address]], None]) -> None:
+    def __init__(
+        self,
+        own_id: str,
+        keep_s: float,
+        num_fallback_replicas: int,
+        on_change: Callable[[Mapping[str, Address]], None],
+    ) -> None:
         """Nothing is known yet.
 
         keep_s: how long a replica that has left may still be asked, in seconds: it ends its requests meanwhile, and its KV
             goes with it.
+        num_fallback_replicas: besides its home, that may be asked for a request.
         on_change: called with the others' addresses by replica id, from `update`.
         """
         self._own_id = own_id
         self._keep_s = keep_s
+        self._num_choices = 1 + num_fallback_replicas
         self._on_change = on_change
         self._members: dict[str, Member] = {}
         self._departed: dict[str, tuple[Address, float]] = {}  # address, and until when it may be asked
@@ -73,10 +81,23 @@ class Peers:
 
         conversation_id: as Generation.conversation_id says it.
         """
-        session_id = conversation_id.partition("\n")[2]
         others = [member for member in self._members.values() if member.replica_id != self._own_id]
-        if not others:
-            return None
-        others.sort(key=lambda member: member.replica_id)  # as the router does: equal ranks are seen for a moment
-        home = others[rank_replicas(session_id, [member.rank for member in others])[0]]
-        return None if home.address is None else home.replica_id
+        home = next(iter(_order(conversation_id, others)), None)
+        return None if home is None or home.address is None else home.replica_id
+
+    def next_peers(self, conversation_id: str) -> list[str]:
+        """The ids of the others that the router may ask for a conversation's next turn, and that take KV.
+
+        Any thread may ask. conversation_id: as Generation.conversation_id says it.
+        """
+        choices = _order(conversation_id, list(self._members.values()))[: self._num_choices]
+        return [each.replica_id for each in choices if each.address is not None and each.replica_id != self._own_id]
+
+
+def _order(conversation_id: str, members: Sequence[Member]) -> list[Member]:
+    """The members in the order in which the router prefers them for a conversation."""
+    session_id = conversation_id.partition("\n")[2]
+    by_id = sorted(
+        members, key=lambda member: member.replica_id
+    )  # as the router does: equal ranks are seen for a moment
+    return [by_id[index] for index in rank_replicas(session_id, [member.rank for member in by_id])]

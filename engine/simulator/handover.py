@@ -13,7 +13,7 @@ Not simulated: what goes wrong with a connection that stays, and the transcripts
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from engine.core.cache.handover import Handover
@@ -93,7 +93,7 @@ class Peer:
         self._accepted: dict[str, tuple[int, int]] = {}  # whose offers they are, and which of theirs
         self._num_accepted = 0
         self._offers = Offers(network, self._handover, self._config, self._post_offer)
-        network.join(peer_id, self)
+        network.join(peer_id, self, now)
 
     # -- for requests --------------------------------------------------------------------------------------------------
 
@@ -127,16 +127,17 @@ class Peer:
         self._expect(ask.peer_id, records)
         ask.then(now, records)
 
-    def note(self, request: Request, now: float) -> None:
-        """A turn has ended here."""
-        self._remember(request.conversation_id, Known.of(request, self._config.chunk_size), now)
+    def note(self, request: Request, now: float, next_ids: Collection[int] = ()) -> None:
+        """A turn has ended here. next_ids: peers that may be asked for the next one: they hear of it at once."""
+        self._remember(request.conversation_id, Known.of(request, self._config.chunk_size), now, next_ids)
 
-    def _remember(self, conversation_id: str, known: Known, now: float) -> None:
+    def _remember(self, conversation_id: str, known: Known, now: float, next_ids: Collection[int] = ()) -> None:
         self._known.pop(conversation_id, None)
         self._known[conversation_id] = known
         if len(self._known) > MAX_OFFERED:
             self._known.popitem(last=False)
-        self._network.directory.note(conversation_id, self.peer_id, known.num_tokens, now)
+        told_s = now + self._network.spec.latency_s
+        self._network.directory.note(conversation_id, self.peer_id, known.num_tokens, now, next_ids, told_s)
 
     def _expect(self, peer_id: int, records: Iterable[ChunkRecord]) -> None:
         """Loads of these go to that peer from now on."""

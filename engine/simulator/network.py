@@ -45,9 +45,10 @@ class Network:
         self.directory = Directory()
         self._members: dict[int, Member] = {}
 
-    def join(self, peer_id: int, member: Member) -> None:
+    def join(self, peer_id: int, member: Member, now: float) -> None:
         """A replica has started. peer_id: no other one has had it."""
         self._members[peer_id] = member
+        self.directory.join(peer_id, now)
 
     def leave(self, peer_id: int, now: float) -> None:
         """A replica has gone, with all that it was about to send."""

@@ -63,6 +63,10 @@ class Router(Protocol):
         """Where a session goes when its replica, which is not among `ranks`, has ended; None = that is not known."""
         ...
 
+    def next_choices(self, session_id: str, ranks: Sequence[int]) -> Sequence[int]:
+        """Where its next turn may go, as far as its replica knows: these hear at once of what a turn leaves there."""
+        ...
+
     def forget(self, session_id: str) -> None:
         """The session has ended."""
         ...
@@ -106,6 +110,9 @@ class LeastLoaded:
             self._homes[session_id] = new_home
         return new_home
 
+    def next_choices(self, session_id: str, ranks: Sequence[int]) -> Sequence[int]:
+        return ()
+
     def forget(self, session_id: str) -> None:
         self._homes.pop(session_id, None)
 
@@ -146,6 +153,9 @@ class PowerOfTwo:
 
     def next_home(self, session_id: str, ranks: Sequence[int]) -> int | None:
         return None
+
+    def next_choices(self, session_id: str, ranks: Sequence[int]) -> Sequence[int]:
+        return ()
 
     def forget(self, session_id: str) -> None:
         pass

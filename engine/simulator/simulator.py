@@ -230,7 +230,8 @@ class Simulator:
         router = self._ingresses[client.ingress].router
         router.note_end(client.session.session_id, request.num_tokens, replica.rank)
         if replica.peer is not None:
-            replica.peer.note(request, now)
+            ranks = router.next_choices(client.session.session_id, self._ranks) if self._ranks else ()
+            replica.peer.note(request, now, {self._replicas[rank].replica_id for rank in ranks})
         if self._oracle is not None:
             self._oracle.end_turn(client.session.session_id, now)
         if client.end_turn(request):

@@ -64,6 +64,7 @@ class FakeEngine:
         self.next_home: Callable[[str], str | None] | None = None
         self.peer_address: tuple[str, int] | None = None
         self.peers: Mapping[str, tuple[str, int]] = {}
+        self.next_peers: Callable[[str], Sequence[str]] = lambda _: ()
         self.problems: dict[str, str] = {}
 
     def identity_with(self, adapter: str) -> str:
@@ -103,8 +104,8 @@ class FakeEngine:
     def tier_problems(self) -> dict[str, str]:
         return self.problems
 
-    def set_peers(self, peers: Mapping[str, tuple[str, int]]) -> None:
-        self.peers = peers
+    def set_peers(self, peers: Mapping[str, tuple[str, int]], next_peers: Callable[[str], Sequence[str]]) -> None:
+        self.peers, self.next_peers = peers, next_peers
 
     async def hand_over(self, timeout_s: float, next_home: Callable[[str], str | None]) -> None:
         self.check_health()
@@ -408,6 +409,7 @@ async def test_the_engine_hears_of_its_peers_and_where_conversations_go(
     fake, server = serve_and_server
     fake.tell([OTHER, Member("replica-4", 4, ("10.0.0.1", 7004))])
     assert engine.peers == {"replica-0": ("10.0.0.2", 7000)}
+    assert engine.next_peers("tenant\nsession") == ["replica-0"]
     num_tasks = len(asyncio.all_tasks())
     await LLMServer.__del__(server)
     assert engine.drained_s == 18.0

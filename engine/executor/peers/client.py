@@ -14,11 +14,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from engine.core.plan import SlowTransfer
-from engine.executor.peers.connection import Connection
+from engine.executor.peers.connection import Connection, Message
 from engine.executor.peers.directory import Directory
 from engine.executor.peers.lanes import BlockLane, Lane, Query, QueryLane
 from engine.executor.peers.loads import Loads
-from engine.executor.peers.messages import pack_version, unpack_rows
+from engine.executor.peers.messages import DirectoryRow, pack_rows, pack_version, unpack_rows
 from engine.executor.peers.protocol import Greeting, Kind, StrangerError
 from engine.executor.peers.socket import PeerSocket, greet
 from engine.executor.peers.timing import BackOff, Deadlines
@@ -102,6 +102,19 @@ class Peer:
 
         if not self.is_aside():
             self.ask(Query(Kind.DIRECTORY, content, take, None, is_vital=True), DIRECTORY_TIMEOUT_S)
+
+    def tell(self, version: int, row: DirectoryRow) -> None:
+        """Tell it a change of our directory, which made it that version, before it asks for all."""
+        lane = self._query_lane()
+        if lane is not None:
+            lane.put(Message(Kind.TOLD, pack_rows(version, (row,))))
+
+    def hear(self, incarnation: str, version: int, row: DirectoryRow) -> None:
+        """It has told a change of its directory. incarnation: of the process that did."""
+        with self._mutex:
+            rows = self._rows if incarnation == self._incarnation else None  # else it is asked for all first
+        if rows is not None:
+            rows.take_told(version, row, time.monotonic())
 
     def close(self) -> list[Connection]:
         """Hang up, for good. Returns what has not ended by now."""

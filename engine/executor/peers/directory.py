@@ -40,11 +40,15 @@ class Directory:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def note(self, hashed_id: bytes, num_tokens: int, now: float) -> None:
-        """It has so many tokens of the conversation now; 0 = none, which is a row too, so that others learn of it."""
+    def note(self, hashed_id: bytes, num_tokens: int, now: float) -> int:
+        """It has so many tokens of the conversation now; 0 = none, which is a row too, so that others learn of it.
+
+        Returns the version with that change.
+        """
         with self._mutex:
             self._version += 1
             self._put(hashed_id, _Row(self._version, num_tokens, now))
+            return self._version
 
     def changes_since(self, version: int, now: float) -> tuple[int, list[DirectoryRow]]:
         """The present version, and what has changed since that one: the older changes first."""
@@ -64,16 +68,28 @@ class Directory:
         """Changes of a peer's directory, up to that version."""
         for row in rows:
             with self._mutex:  # for each, because others look for one meanwhile
-                if row.num_tokens:
-                    self._put(row.hashed_id, _Row(version, row.num_tokens, now - row.age_s))
-                else:
-                    self._rows.pop(row.hashed_id, None)
+                self._take_row(version, row, now)
         self._version = version
+
+    def take_told(self, version: int, row: DirectoryRow, now: float) -> None:
+        """One change of a peer's directory, which made it that version, before the peer is asked for all."""
+        with self._mutex:
+            if version > self._version:
+                self._take_row(version, row, now)
 
     def find(self, hashed_id: bytes, now: float) -> DirectoryRow | None:
         with self._mutex:
             row = self._rows.get(hashed_id)
         return None if row is None else _row_of(hashed_id, row, now)
+
+    def _take_row(self, version: int, row: DirectoryRow, now: float) -> None:
+        known = self._rows.get(row.hashed_id)
+        if known is not None and known.version > version:  # told before an answer that was made earlier
+            return
+        if row.num_tokens:
+            self._put(row.hashed_id, _Row(version, row.num_tokens, now - row.age_s))
+        else:
+            self._rows.pop(row.hashed_id, None)
 
     def _put(self, hashed_id: bytes, row: _Row) -> None:
         self._rows.pop(hashed_id, None)

@@ -92,6 +92,14 @@ def unpack_rows(content: bytes) -> tuple[int, list[DirectoryRow]]:
     ]
 
 
+def unpack_told(content: bytes) -> tuple[int, DirectoryRow]:
+    """Of `pack_rows` with one row."""
+    version, rows = unpack_rows(content)
+    if len(rows) != 1:
+        raise ProtocolError("a row of a directory cannot be read")
+    return version, rows[0]
+
+
 def pack_id(conversation_id: str) -> bytes | None:
     """None if it is too long to be asked for."""
     encoded = conversation_id.encode("utf-8", "surrogatepass")

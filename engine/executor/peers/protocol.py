@@ -8,7 +8,7 @@ A connection, from the side that opened it (the client) to the one that listens 
     both     greeting   who it is, and what its blocks are; with a proof over that and both nonces
     then     frames     a header of 64 bytes, and as many bytes of content as that says
 
-    client   FIND, GET, TRANSCRIPT, DIRECTORY, OFFER
+    client   FIND, GET, TRANSCRIPT, DIRECTORY, OFFER; TOLD, which has no answer
     server   ANSWER or NOTHING, to the query of that number; BLOCK and GONE, to GET, by key and in any order
 
 Before its proof is verified, nothing is read of the other side but a few bytes of known number. Every length is bounded
@@ -32,7 +32,7 @@ from engine.core.cache.index import KEY_BYTES
 Buffer: TypeAlias = bytes | memoryview
 
 # Of all that is said below: another one is another language.
-VERSION = 1
+VERSION = 2
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 MAX_GREETING_BYTES = 4096
@@ -70,6 +70,7 @@ class Kind(IntEnum):
     TRANSCRIPT = 3
     DIRECTORY = 4
     OFFER = 5
+    TOLD = 6
     ANSWER = 16
     NOTHING = 17
     BLOCK = 18
@@ -81,6 +82,7 @@ _MAX_LENGTHS = {
     Kind.GET: MAX_KEYS * KEY_BYTES,
     Kind.TRANSCRIPT: MAX_ID_BYTES,
     Kind.DIRECTORY: 8,
+    Kind.TOLD: 24,
     Kind.OFFER: MAX_CONTENT_BYTES,
     Kind.ANSWER: MAX_CONTENT_BYTES,
     Kind.NOTHING: 0,

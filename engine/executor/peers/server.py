@@ -15,7 +15,15 @@ from engine.core.handover import FoundChunks
 from engine.core.plan import ChunkRecord
 from engine.executor.peers.connection import Connection, Message
 from engine.executor.peers.directory import Directory
-from engine.executor.peers.messages import pack_found, pack_rows, unpack_id, unpack_offer, unpack_version
+from engine.executor.peers.messages import (
+    DirectoryRow,
+    pack_found,
+    pack_rows,
+    unpack_id,
+    unpack_offer,
+    unpack_told,
+    unpack_version,
+)
 from engine.executor.peers.protocol import (
     MAX_CONTENT_BYTES,
     Greeting,
@@ -64,10 +72,21 @@ class PeerHandlers(Protocol):
 class PeerServer:
     """Listens, and serves those that prove to be peers."""
 
-    def __init__(self, secret: bytes, ours: Greeting, host: str, sends: Sends, directory: Directory) -> None:
-        """Take a port. Raises OSError if that is not possible."""
+    def __init__(
+        self,
+        secret: bytes,
+        ours: Greeting,
+        host: str,
+        sends: Sends,
+        directory: Directory,
+        on_told: Callable[[Greeting, int, DirectoryRow], None],
+    ) -> None:
+        """Take a port. Raises OSError if that is not possible.
+
+        on_told: is told a change of a peer's directory, with that peer and the version.
+        """
         self.is_draining = False
-        self.secret, self.ours, self.sends, self.directory = secret, ours, sends, directory
+        self.secret, self.ours, self.sends, self.directory, self.on_told = secret, ours, sends, directory, on_told
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=MAX_CONNECTIONS)
         name = self._listener.getsockname()
@@ -178,6 +197,8 @@ class ServedConnection(Connection):
             case Kind.DIRECTORY:
                 version, rows = server.directory.changes_since(unpack_version(content), time.monotonic())
                 self.put(Message(Kind.ANSWER, pack_rows(version, rows), number))
+            case Kind.TOLD:
+                server.on_told(self.other, *unpack_told(content))
             case Kind.TRANSCRIPT:
                 conversation_id = unpack_id(content)
                 self._answer(number, lambda: handlers.transcript(conversation_id), lambda transcript: transcript)

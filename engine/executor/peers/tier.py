@@ -30,7 +30,7 @@ from engine.executor.peers.connection import Connection
 from engine.executor.peers.directory import Directory, hash_conversation
 from engine.executor.peers.lanes import Query
 from engine.executor.peers.loads import Loads
-from engine.executor.peers.messages import Offer, pack_id, pack_offer, unpack_found
+from engine.executor.peers.messages import DirectoryRow, Offer, pack_id, pack_offer, unpack_found
 from engine.executor.peers.protocol import MAX_CONTENT_BYTES, MAX_KEYS, VERSION, Greeting, Kind, pack_keys
 from engine.executor.peers.sends import Sends
 from engine.executor.peers.server import PeerHandlers, PeerServer
@@ -99,7 +99,7 @@ class PeerTier:
         self._is_closing = False
         self._server: PeerServer | None = None
         try:
-            self._server = PeerServer(secret, self._greeting, host, self._sends, self._directory)
+            self._server = PeerServer(secret, self._greeting, host, self._sends, self._directory, self._note_told)
         except OSError as error:
             self.problem = f"it cannot listen at {host}: {error}"
             logger.warning("peers get no KV from here: %s", self.problem)
@@ -222,9 +222,23 @@ class PeerTier:
         rows = [PeerRow(peer_id, row.num_tokens, row.age_s) for peer_id, row in found if row is not None]
         return sorted(rows, key=lambda row: (-row.num_tokens, row.age_s))
 
-    def note_conversation(self, conversation_id: str, num_tokens: int) -> None:
-        """Tell peers that so many tokens of a conversation are here; 0 = none any more."""
-        self._directory.note(hash_conversation(conversation_id, self._secret), num_tokens, time.monotonic())
+    def note_conversation(self, conversation_id: str, num_tokens: int, next_peers: Iterable[str] = ()) -> None:
+        """Tell peers that so many tokens of a conversation are here, when they ask next; 0 = none any more.
+
+        next_peers: that may have its next turn: they are told at once.
+        """
+        hashed = hash_conversation(conversation_id, self._secret)
+        version = self._directory.note(hashed, num_tokens, time.monotonic())
+        with self._mutex:
+            peers = [self._peers[peer_id] for peer_id in next_peers if peer_id in self._peers]
+        for peer in peers:
+            peer.tell(version, DirectoryRow(hashed, num_tokens, 0.0))
+
+    def _note_told(self, theirs: Greeting, version: int, row: DirectoryRow) -> None:
+        with self._mutex:
+            peer = self._peers.get(theirs.peer_id)
+        if peer is not None:
+            peer.hear(theirs.incarnation, version, row)
 
     # -- queries: each future ends in the time given, and may be cancelled ------------------------------------------------
 

@@ -32,7 +32,7 @@ class Replica:
     def __init__(self) -> None:
         self._network = join_network()
         self._addresses: Any = {}
-        self._peers = Peers(self._network.peer_id, 60.0, self._note)
+        self._peers = Peers(self._network.peer_id, 60.0, 1, self._note)
         self._following: asyncio.Task[None] | None = None
 
     def _note(self, addresses: Any) -> None:

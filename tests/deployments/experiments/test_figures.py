@@ -12,6 +12,7 @@ from deployments.experiment import read_experiment
 from deployments.experiments.cells import cells_of, pending
 from deployments.experiments.figures import Played, PlayedTurn, figures_of, rows_by_time, work_by_replica
 from deployments.experiments.measure import played_of, router_decisions
+from deployments.experiments.simulation import simulate_cell
 from deployments.experiments.watch import Watch
 from engine.bench.turns import TurnRecord
 from engine.workloads.session import Session, Span, Turn
@@ -132,6 +133,15 @@ def test_what_is_said_as_it_is_anyway_makes_no_other_cell(tmp_path: Path) -> Non
         path.write_text(f"engine: {{model: opt-13b}}\nsimulation:\n  arrivals: closed:2\n{more}")
         keys.append([cell.key for cell in cells_of(read_experiment(path), "measured")])
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_under_a_ramp_no_session_has_two_cold_turns_in_a_row() -> None:
+    """Sessions move when replicas come and go and when a queue is long, and are back before all have heard of that."""
+    experiment = read_experiment(FILE.with_name("ramp.yaml"))
+    cell = cells_of(experiment, "simulated")[1]
+    figures = simulate_cell(cell)["figures"]
+    assert figures["moved"] > 0.1
+    assert figures["cold_in_a_row"] <= 1
 
 
 def test_cold_turns_and_how_many_of_a_session_follow_each_other() -> None:

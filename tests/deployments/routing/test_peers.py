@@ -21,7 +21,7 @@ class Seen:
 
     def __init__(self) -> None:
         self.told: list[Mapping[str, Address]] = []
-        self.peers = Peers("replica-1", KEEP_S, self.told.append)
+        self.peers = Peers("replica-1", KEEP_S, 1, self.told.append)
 
     def update(self, *ranks: int, now: float = 0.0) -> None:
         self.peers.update([member(rank) for rank in ranks], now)
@@ -94,6 +94,20 @@ def test_a_conversation_goes_where_the_router_sends_it_without_this_replica(own_
         assert seen.peers.next_home(f"tenant\n{session}") == f"replica-{expected}"
         order = rank_replicas(session, (0, 1, 2, 3))
         assert expected == next(rank for rank in order if rank != 1), "the first of its choices that stays"
+
+
+def test_the_next_turn_may_come_to_those_that_the_router_asks() -> None:
+    """The session's home and its next choice, as soon as they are there, but not this replica itself."""
+    seen = Seen()
+    sessions = [f"session-{number}" for number in range(100)]
+    for ranks in ((0, 1, 2, 3), (0, 2, 3), (1,), ()):  # in the third and fourth, what is left ends
+        seen.update(*ranks)
+        for session in sessions:
+            order = [ranks[index] for index in rank_replicas(session, ranks)][:2]
+            expected = [f"replica-{rank}" for rank in order if rank != 1]
+            assert seen.peers.next_peers(f"tenant\n{session}") == expected
+    seen.peers.update([member(0, hands_over=False), member(1)], 0.0)
+    assert {tuple(seen.peers.next_peers(f"tenant\n{session}")) for session in sessions} == {()}
 
 
 def test_without_others_there_is_no_next_home() -> None:

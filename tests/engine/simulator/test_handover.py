@@ -164,10 +164,29 @@ def test_others_hear_of_a_turn_when_they_ask_next():
     assert directory.best("a", 2, 4.0) is None
 
 
+def test_those_that_may_have_the_next_turn_hear_at_once_and_so_do_those_that_come():
+    directory = Directory()
+    directory.note("a", 1, 100, 0.5, {2}, 0.501)
+    assert directory.best("a", 2, 0.5) is None, "it is on its way"
+    assert directory.best("a", 2, 0.6) == (1, 100)
+    assert directory.best("a", 3, 0.6) is None
+    directory.join(4, 0.6)
+    assert directory.best("a", 4, 0.6) == (1, 100)
+    directory.note("a", 1, 200, 0.7)
+    assert directory.best("a", 4, 0.8) is None, "that was later"
+
+
 def test_a_turn_that_moves_before_that_is_computed_again():
     for pause_s, num_cached in ((0.0, 0), (2.0, PROMPT + ANSWER - 1)):
         row = second_turn(run(make_cluster(router=Scripted(0, 1)), [moving_session(pause_s)]))
         assert row.num_cached_tokens == num_cached
+
+
+def test_a_turn_that_moves_to_one_of_its_choices_is_not():
+    router = Scripted(0, 1)
+    router.next_choices = lambda session_id, ranks: ranks
+    row = second_turn(run(make_cluster(router=router), [moving_session(0.01)]))
+    assert row.num_cached_tokens == PROMPT + ANSWER - 1
 
 
 class Noted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.executor.peers.directory import Directory, hash_conversation
@@ -44,6 +44,47 @@ def test_changes_tell_everything(steps, max_rows):
     assert ours.changes_since(theirs.version, now) == (theirs.version, [])
     assert len(ours) <= max_rows
     assert len(theirs) <= max_rows
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 3), st.booleans()) | st.sampled_from(["ask", "answer", "tell"])
+    )
+)
+@example([(0, 3, True), (0, 0, False), "ask", "answer", "tell"])
+def test_what_is_told_and_what_is_asked_for_may_come_in_any_order(steps):
+    """Each of the two ways keeps its own order; an answer may have been made before what comes first."""
+    ours, theirs, now = Directory(), Directory(), 0.0
+    answers, told = [], []
+    latest: dict[bytes, int] = {}
+    told_last: dict[bytes, bool] = {}
+    for step in [*steps, *["tell"] * len(steps), *["answer"] * len(steps)]:
+        now += 1.0
+        if step == "ask":
+            answers.append(ours.changes_since(theirs.version, now))
+        elif step == "answer":
+            if answers:
+                theirs.take(*answers.pop(0), now)
+        elif step == "tell":
+            if told:
+                theirs.take_told(*told.pop(0), now)
+        else:
+            number, num_tokens, is_told = step
+            hashed = HASHES[number]
+            version = ours.note(hashed, num_tokens, now)
+            latest[hashed], told_last[hashed] = num_tokens, is_told
+            if is_told:
+                told.append((version, DirectoryRow(hashed, num_tokens, 0.0)))
+    for hashed, is_told in told_last.items():
+        row = theirs.find(hashed, now)
+        if is_told and latest[hashed]:
+            assert row is not None
+            assert row.num_tokens == latest[hashed]
+    theirs.take(*ours.changes_since(theirs.version, now), now)
+    for hashed, num_tokens in latest.items():
+        row = theirs.find(hashed, now)
+        assert (0 if row is None else row.num_tokens) == num_tokens
 
 
 def test_changes_are_told_in_order():

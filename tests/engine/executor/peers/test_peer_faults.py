@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 
 from engine.attention.protocol import LayerShape
-from engine.executor.peers.protocol import HEADER_BYTES, Greeting, Kind, pack_frame, pack_hail, unpack_header
+from engine.executor.peers.protocol import HEADER_BYTES, VERSION, Greeting, Kind, pack_frame, pack_hail, unpack_header
 from engine.executor.peers.socket import PeerSocket, greet
 from tests.engine.executor.peers.peer_engine import CHUNK_SIZE, HOST, IDENTITY, SECRET, PeerEngine, key_of, wait_until
 from tests.nightly import IS_NIGHTLY
@@ -257,7 +257,9 @@ def test_a_peer_that_is_not_there(engine):
     misses(engine("target"), address)
 
 
-@pytest.mark.parametrize("hail", [b"HTTP/1.1 200 OK".ljust(42), pack_hail(bytes(32))[:8] + b"\x02\0".ljust(34)])
+@pytest.mark.parametrize(
+    "hail", [b"HTTP/1.1 200 OK".ljust(42), pack_hail(bytes(32))[:8] + bytes([VERSION + 1, 0]).ljust(34)]
+)
 def test_a_peer_of_another_language_or_version(engine, closing, hail, caplog):
     def say(tcp: socket.socket) -> None:
         tcp.sendall(hail)
@@ -587,6 +589,8 @@ def test_there_are_only_so_many_connections(engine, closing, monkeypatch):
         (Kind.ANSWER, b""),
         (Kind.GET, b"too short"),
         (Kind.DIRECTORY, b""),
+        (Kind.TOLD, bytes(8)),
+        (Kind.TOLD, bytes(20)),
         (Kind.TRANSCRIPT, b"\xff"),
         (Kind.OFFER, b"\xff" * 20),
     ],

@@ -10,6 +10,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.executor.local import LocalExecutor
+from engine.executor.peers.messages import DirectoryRow
 from engine.executor.peers.tier import make_peer_tier
 from engine.peer_network import PeerNetwork
 from tests.engine.executor.peers.peer_engine import PeerEngine, key_of, record_of, wait_until
@@ -171,6 +172,24 @@ def test_who_knows_a_conversation_is_told(engines, monkeypatch):
     one.tier.note_conversation("chat", 150)
     wait_until(lambda: [row.num_tokens for row in three.tier.best_peers("chat")] == [150])
     assert three.tier.best_peers("another") == []
+
+
+def test_peers_that_may_have_the_next_turn_are_told_at_once(engines, monkeypatch):
+    """They do not ask any more here."""
+    one = engines("one")
+    one.tier.note_conversation("earlier", 10)
+    two, three = engines("two"), engines("three")
+    for engine in (two, three):
+        wait_until(lambda engine=engine: engine.tier.best_peers("earlier"))
+    monkeypatch.setattr("engine.executor.peers.client.Peer.refresh", lambda self: None)
+    for num_tokens in (100, 150):
+        one.tier.note_conversation("chat", num_tokens, ["two", "unknown"])
+        wait_until(lambda n=num_tokens: [row.num_tokens for row in two.tier.best_peers("chat")] == [n])
+    assert three.tier.best_peers("chat") == []
+    one.tier.note_conversation("chat", 0, ["two"])
+    wait_until(lambda: two.tier.best_peers("chat") == [])
+    one.tier._peers["two"].hear("a process that is no more", 99, DirectoryRow(b"12345678", 1, 0.0))
+    assert one.tier._peers["two"].rows.find(b"12345678", 0.0) is None
 
 
 NETWORK = PeerNetwork(secret=b"secret", host="127.0.0.1", peer_id="me")
