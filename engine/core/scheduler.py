@@ -93,7 +93,7 @@ class Scheduler:
         self._is_prompt_computed = False
         self._speculation: Speculation | None = None
         if config.speculative is not None:
-            options = SpeculativeOptions.of(config.speculative)
+            options = SpeculativeOptions(**config.speculative)  # checked by the engine's config
             self._speculation = Speculation(options, config.max_num_seqs, keeps_answers=cache.keep)
 
     def add(self, request: Request) -> None:

@@ -48,11 +48,11 @@ class SpeculativeOptions:
     """
 
     method: str
-    num_tokens: int
+    num_tokens: int = DEFAULT_NUM_TOKENS
 
     @classmethod
     def of(cls, mapping: Mapping[str, Any]) -> Self:
-        """Raises ConfigError, which says what is wrong and what would be right."""
+        """From what a client or a file says. Raises ConfigError, which says what is wrong and what would be right."""
         method, num_tokens = mapping.get("method"), mapping.get("num_tokens", DEFAULT_NUM_TOKENS)
         if isinstance(num_tokens, str) and num_tokens.isdecimal():  # from a command line
             num_tokens = int(num_tokens)
