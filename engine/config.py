@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from engine.attention.registry import BACKEND_NAMES
@@ -434,7 +434,7 @@ class EngineConfig(
     def __post_init__(self) -> None:
         check_values(self)
         if self.speculative is not None:
-            SpeculativeOptions.of(self.speculative)
+            object.__setattr__(self, "speculative", asdict(SpeculativeOptions.of(self.speculative)))
         is_parallel = self.tensor_parallel_size > 1
         for ok, name, must in (
             (

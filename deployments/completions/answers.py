@@ -20,6 +20,7 @@ from deployments.http.cache_details import cache_details, diagnostics, hint_repo
 from deployments.http.errors import error_body
 from deployments.http.event_stream import DONE, sse_event
 from deployments.http.explanations import explanation_field
+from deployments.http.prediction_details import prediction_details
 from engine.dialogue.events import Arguments, CallStart, Event, Reasoning, Text, gather
 from engine.text.output import OutputDelta, ToldPrompt
 
@@ -125,11 +126,7 @@ def _completion_details(deltas: Sequence[OutputDelta]) -> dict[str, int]:
     details = {}
     if num_reasoning_tokens := sum(delta.num_reasoning_tokens for delta in deltas):
         details["reasoning_tokens"] = num_reasoning_tokens
-    if num_guessed_tokens := sum(delta.num_guessed_tokens for delta in deltas):
-        num_accepted_tokens = sum(delta.num_accepted_tokens for delta in deltas)
-        details["accepted_prediction_tokens"] = num_accepted_tokens
-        details["rejected_prediction_tokens"] = num_guessed_tokens - num_accepted_tokens
-    return details
+    return details | prediction_details(deltas)
 
 
 class ChatFormat(_Envelope):

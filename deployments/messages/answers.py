@@ -17,6 +17,7 @@ from deployments.http.cache_details import cache_details, hint_report, message_d
 from deployments.http.cache_hints import TTL_S
 from deployments.http.event_stream import sse_event
 from deployments.http.explanations import explanation_field
+from deployments.http.prediction_details import prediction_details
 from deployments.messages.errors import error_body
 from deployments.messages.requests import MessagesBody
 from deployments.messages.signatures import signature
@@ -50,8 +51,9 @@ def message_usage(delta: OutputDelta) -> dict[str, Any]:
     }
     if delta.hint is not None:
         usage["cache_creation"] = written
-    if delta.num_reasoning_tokens:
-        usage["output_tokens_details"] = {"thinking_tokens": delta.num_reasoning_tokens}
+    thinking = {"thinking_tokens": delta.num_reasoning_tokens} if delta.num_reasoning_tokens else {}
+    if details := thinking | prediction_details([delta]):
+        usage["output_tokens_details"] = details
     return usage | cache_details([delta]) | hint_report([delta]) | explanation_field(delta)
 
 

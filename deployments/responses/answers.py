@@ -20,6 +20,7 @@ from deployments.http.cache_details import cache_details, diagnostics, hint_repo
 from deployments.http.errors import error_body, wire_of
 from deployments.http.event_stream import sse_event
 from deployments.http.explanations import explanation_field
+from deployments.http.prediction_details import prediction_details
 from deployments.responses.items import ItemJson, NewId
 from deployments.responses.output import Event, Output, retold
 from deployments.responses.requests import ResponseBody
@@ -183,7 +184,7 @@ def response_usage(delta: OutputDelta) -> dict[str, Any]:
             **cache_details([delta]),
         },
         "output_tokens": delta.num_output_tokens,
-        "output_tokens_details": {"reasoning_tokens": delta.num_reasoning_tokens},
+        "output_tokens_details": {"reasoning_tokens": delta.num_reasoning_tokens, **prediction_details([delta])},
         "total_tokens": delta.num_prompt_tokens + delta.num_output_tokens,
     }
 

@@ -14,26 +14,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-# Tokens that have to match: fewer are everywhere.
-MIN_MATCH = 2
+# Tokens by which earlier places are found. One token alone is looked for only if these have been nowhere before: it may be
+# anywhere, so its latest place is the guess.
+KEY_LEN = 2
 # Earlier places that are looked at, the latest first, and how far back they are compared.
 MAX_PLACES = 8
 MAX_MATCH = 64
 # From so many matching tokens on, no other place is looked for.
 SURE_MATCH = 16
-# More new tokens at once, such as a prompt, are indexed, but not compared with what would have been guessed.
+# Of more new tokens at once, such as a prompt, only the first is compared with what would have been guessed.
 MAX_JUDGED_AT_ONCE = 64
+# Tokens for which a request is left alone, at most, of which no guess was worth to be verified.
+MAX_REST = 8
 # Of recent answers: of the older ones, and of the newer ones.
 MAX_RECENT_TOKENS = 8192
 # Exact for token ids below 2**20; others may share a key, and are compared anyway.
 _TOKEN_BITS = 20
-_KEY_MASK = (1 << (MIN_MATCH * _TOKEN_BITS)) - 1
+_KEY_MASK = (1 << (KEY_LEN * _TOKEN_BITS)) - 1
 # Behind an answer, so that none goes on into the next one.
 _END = -1
 
 
 class TokenIndex:
-    """Where each row of MIN_MATCH tokens has been: hash chains, as in LZ77. Grows with its tokens, O(1) for each.
+    """Where each row of KEY_LEN tokens has been: hash chains, as in LZ77. Grows with its tokens, O(1) for each.
 
     token_ids: what is indexed, the caller's list, to which it only appends.
     num_indexed: of these, the first so many.
@@ -44,6 +47,8 @@ class TokenIndex:
         self._latest: dict[int, int] = {}  # key -> behind where it was last
         self._previous: list[int] = []  # by position: behind where the key that ends there was before
         self._key = 0
+        self._latest_of_token: dict[int, int] = {}  # token -> behind where it was last
+        self._before_last = 0  # behind where the last token was before
 
     @property
     def num_indexed(self) -> int:
@@ -51,25 +56,31 @@ class TokenIndex:
 
     def extend(self, num_tokens: int) -> None:
         """Index the first `num_tokens` of the list."""
-        key, latest, previous = self._key, self._latest, self._previous
+        key, latest, previous, latest_of_token = self._key, self._latest, self._previous, self._latest_of_token
+        before_last = self._before_last
         for position, token_id in enumerate(islice(self.token_ids, len(previous), num_tokens), len(previous) + 1):
             key = (key << _TOKEN_BITS | token_id & 0xFFFFF) & _KEY_MASK
             previous.append(latest.get(key, 0))
             latest[key] = position
-        self._key = key
+            before_last = latest_of_token.get(token_id, 0)
+            latest_of_token[token_id] = position
+        self._key, self._before_last = key, before_last
 
     def find_own_end(self) -> tuple[int, int]:
         """Where the end of what is indexed has been before; as `find`."""
-        return self._longest(self._previous[-1] if self._previous else 0, self.token_ids, self.num_indexed)
+        position = self._previous[-1] if self._previous else 0
+        return self._longest(position, self._before_last, self.token_ids, self.num_indexed)
 
     def find(self, other: TokenIndex) -> tuple[int, int]:
         """Where the end of what `other` has indexed is here.
 
         Returns (position behind it, how many tokens match), the longest match, of equal ones the latest; (0, 0) = nowhere.
         """
-        return self._longest(self._latest.get(other._key, 0), other.token_ids, other.num_indexed)
+        end_ids, end = other.token_ids, other.num_indexed
+        of_token = self._latest_of_token.get(end_ids[end - 1], 0) if end else 0
+        return self._longest(self._latest.get(other._key, 0), of_token, end_ids, end)
 
-    def _longest(self, position: int, end_ids: Sequence[int], end: int) -> tuple[int, int]:
+    def _longest(self, position: int, of_token: int, end_ids: Sequence[int], end: int) -> tuple[int, int]:
         token_ids, previous = self.token_ids, self._previous
         best = best_len = 0
         for _ in range(MAX_PLACES):
@@ -83,7 +94,9 @@ class TokenIndex:
                 if length == most:
                     break
             position = previous[position - 1]
-        return (best, best_len) if best_len >= MIN_MATCH else (0, 0)
+        if best_len >= KEY_LEN:
+            return best, best_len
+        return (of_token, 1) if of_token else (0, 0)
 
 
 class RecentAnswers:
@@ -104,7 +117,7 @@ class RecentAnswers:
 # -- how often guesses come true ---------------------------------------------------------------------------------------
 
 # The lengths of matches are counted together from one of these to the next.
-_LENGTHS = (MIN_MATCH, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64)
+_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64)
 _CLASS_OF = tuple(max(0, sum(length >= least for least in _LENGTHS) - 1) for length in range(MAX_MATCH + 1))
 # Weight of a new observation; the first ones count more, unless there is something to go by.
 _FIRST_WEIGHT = 1 / 2
@@ -157,17 +170,32 @@ class Drafter:
         self._rates = HitRates(rates)
         self._source: TokenIndex = self._own
         self._position = self._match_len = 0
+        self._num_unused = 0  # looks in a row of which no guess was verified
+        self._rests_until = 0
 
     @property
     def num_indexed(self) -> int:
         return self._own.num_indexed
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it is too soon for another guess: one for each token of an answer that quotes nothing costs too much."""
+        return len(self._own.token_ids) < self._rests_until
+
+    def note_use(self, is_used: bool) -> None:
+        """A guess is verified, or none is; the more often none was in a row, the longer it rests."""
+        self._num_unused = 0 if is_used else self._num_unused + 1
+        self._rests_until = len(self._own.token_ids) + min(self._num_unused, MAX_REST)
 
     def catch_up(self, max_tokens: int) -> int:
         """Take in what the context has got since the last call; at most so many tokens. Returns how many."""
         own = self._own
         start, num_tokens = own.num_indexed, len(own.token_ids)
         end = min(num_tokens, start + max_tokens)
-        if start < self._num_prompt_tokens or end - start > MAX_JUDGED_AT_ONCE:
+        max_judged = MAX_JUDGED_AT_ONCE if self._num_unused < 2 else 1
+        if start < self._num_prompt_tokens or end - start > max_judged:
+            if start < end:
+                self._judge(own.token_ids[start])
             own.extend(end)
             self._match_len = 0
             if end == num_tokens:

@@ -93,7 +93,7 @@ class Scheduler:
         self._is_prompt_computed = False
         self._speculation: Speculation | None = None
         if config.speculative is not None:
-            options = SpeculativeOptions.of(config.speculative)
+            options = SpeculativeOptions(**config.speculative)  # checked by the engine's config
             self._speculation = Speculation(options, config.max_num_seqs, keeps_answers=cache.keep)
 
     def add(self, request: Request) -> None:
@@ -268,8 +268,11 @@ class Scheduler:
         if ahead is not None:
             self._stats.num_used_drafts += draft is ahead
             self._stats.num_discarded_drafts += draft is not ahead
-        if self._speculation is not None and not starts:
-            appends += self._add_guesses(draft, now)
+        if self._speculation is not None:
+            if draft.num_prompt_tokens and not self.running[0].is_prewarm:
+                self._speculation.take_in(self.running)
+            elif not starts:
+                appends += self._add_guesses(draft, now)
         self._is_prompt_computed = draft.num_prompt_tokens > 0
         # A lone request always fits: only running requests and in-flight transfers hold pins, and those end with their step.
         assert draft.segments or not (self.running or self.waiting), "requests but nothing to compute"

@@ -7,8 +7,10 @@ tells. Without that much to gain, a step is what it would be without speculation
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Self
 
 from engine.core.drafting import Drafter, HitRates, RecentAnswers
@@ -34,9 +36,9 @@ MAX_DELAY = 3.0
 TIME_WEIGHT = 1 / 8
 # Tenants whose recent answers are kept.
 MAX_TENANTS = 64
-# Tokens of contexts that are indexed in one step, which waits for it: some tenths of a millisecond. And in all: of about 100
+# Tokens of contexts that are indexed in one step, which waits for it: about a millisecond. And in all: of about 100
 # bytes each. Requests whose contexts do not fit have no guesses.
-MAX_INDEXED_AT_ONCE = 2048
+MAX_INDEXED_AT_ONCE = 4096
 MAX_INDEXED_TOKENS = 1 << 22
 
 
@@ -48,11 +50,11 @@ class SpeculativeOptions:
     """
 
     method: str
-    num_tokens: int
+    num_tokens: int = DEFAULT_NUM_TOKENS
 
     @classmethod
     def of(cls, mapping: Mapping[str, Any]) -> Self:
-        """Raises ConfigError, which says what is wrong and what would be right."""
+        """From what a client or a file says. Raises ConfigError, which says what is wrong and what would be right."""
         method, num_tokens = mapping.get("method"), mapping.get("num_tokens", DEFAULT_NUM_TOKENS)
         if isinstance(num_tokens, str) and num_tokens.isdecimal():  # from a command line
             num_tokens = int(num_tokens)
@@ -164,29 +166,40 @@ class Speculation:
 
         budget: tokens that the step may have besides.
         """
-        guesses: list[list[int]] = []
-        chances: list[tuple[float, int]] = []
-        left = MAX_INDEXED_AT_ONCE
-        for number, request in enumerate(requests):
-            drafter = self._drafter(request)
-            num_taken = drafter.catch_up(min(left, MAX_INDEXED_TOKENS - self._num_indexed))
-            left -= num_taken
-            self._num_indexed += num_taken
+        cost = self._cost(len(requests))
+        if cost.needs_plain_step:
+            return {}
+        guesses: dict[Request, list[int]] = {}
+        chances: list[tuple[float, Request]] = []
+        followed = self.take_in(requests)
+        for request in followed:
             # The step gives one token more than what it verifies, and may not give more than are wanted.
             num_tokens = min(self._num_tokens, request.max_total_tokens - request.num_tokens - 1)
-            guesses.append(drafter.guess(num_tokens) if num_tokens > 0 else [])
-            if guesses[-1]:
-                chances += [(chance, number) for chance in drafter.chances(len(guesses[-1]))]
-        cost = self._cost(len(requests))
-        if not chances or cost.needs_plain_step:
-            return {}
-        chances.sort(key=lambda pair: -pair[0])  # of one request, those of its first tokens stay in front
+            drafter = self._drafters[request]
+            if num_tokens > 0 and (guess := drafter.guess(num_tokens)):
+                guesses[request] = guess
+                chances += [(chance, request) for chance in drafter.chances(len(guess))]
+        chances.sort(key=itemgetter(0), reverse=True)  # of one request, those of its first tokens stay in front
         del chances[max(0, min(budget, self._max_rows - len(requests))) :]
         num = cost.choose(len(requests), [chance for chance, _ in chances])
-        counts: dict[int, int] = {}
-        for _, number in chances[:num]:
-            counts[number] = counts.get(number, 0) + 1
-        return {requests[number]: tuple(guesses[number][:count]) for number, count in counts.items()}
+        counts = Counter(request for _, request in chances[:num])
+        for request in followed:
+            self._drafters[request].note_use(request in counts)
+        return {request: tuple(guesses[request][:count]) for request, count in counts.items()}
+
+    def take_in(self, requests: Iterable[Request]) -> list[Request]:
+        """Index what is new in the contexts of requests, within limits. Returns those of which a guess may be made now."""
+        followed = []
+        left = MAX_INDEXED_AT_ONCE
+        for request in requests:
+            drafter = self._drafter(request)
+            if not drafter.is_resting:
+                num_taken = drafter.catch_up(min(left, MAX_INDEXED_TOKENS - self._num_indexed))
+                left -= num_taken
+                self._num_indexed += num_taken
+                if drafter.num_indexed == request.num_tokens:
+                    followed.append(request)
+        return followed
 
     def _drafter(self, request: Request) -> Drafter:
         drafter = self._drafters.get(request)

@@ -49,7 +49,7 @@ BOUNDS = [
     ("max_num_queued_tokens", [1, None], [0, -1, 2.0, "4"]),
     (
         "speculative",
-        [{"method": "ngram"}, {"method": "ngram", "num_tokens": 32}, {"method": "ngram", "num_tokens": "4"}, None],
+        [{"method": "ngram", "num_tokens": 1}, {"method": "ngram", "num_tokens": 32}, None],
         [{}, {"method": "eagle"}, {"method": "ngram", "num_tokens": 0}, {"method": "ngram", "k": 3}, "ngram", True],
     ),
     ("decode_reserve", [0, 0.0, 0.999], [1, 1.0, -0.01, None, float("nan")]),
@@ -182,6 +182,12 @@ def test_the_core_gets_every_option_of_its_groups():
 def test_an_alias_is_the_same_configuration():
     assert EngineConfig(mode="vllm") == EngineConfig(mode="stateless")
     assert EngineConfig(tool_call_parser="qwen3_xml") == EngineConfig(tool_call_parser="qwen3_coder")
+
+
+def test_speculative_is_read_once_and_whole():
+    told = EngineConfig(speculative={"method": "ngram", "num_tokens": "4"}).speculative
+    assert told == {"method": "ngram", "num_tokens": 4}
+    assert EngineConfig(speculative={"method": "ngram"}).speculative == {"method": "ngram", "num_tokens": 8}
 
 
 def test_a_configuration_cannot_be_changed():

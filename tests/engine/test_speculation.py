@@ -75,7 +75,7 @@ def test_answers_are_those_without_guesses(family, mode, look_ahead, tiny_model,
     options = {"chunk_size": 4, "max_num_batched_tokens": 48, "max_num_seqs": 5, "max_model_len": 160}
     guessing = make_driver(
         tiny_model(family),
-        num_gpu_blocks=64,
+        num_gpu_blocks=64 if mode == "pensieve" else 52,
         num_cpu_blocks=48,
         decode_reserve=0.02,
         mode=mode,
@@ -116,6 +116,26 @@ def test_answers_are_those_without_guesses(family, mode, look_ahead, tiny_model,
     assert 0 < stats["num_accepted_tokens"] < stats["num_guessed_tokens"]
     assert stats["num_suspensions"] > 0
     assert plain.core.get_statistics()["num_guessed_tokens"] == 0
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, replace(GREEDY, temperature=0.7, seed=5)], ids=["greedy", "drawn"])
+def test_what_one_engine_began_with_guesses_another_ends_with_guesses(sampling, tiny_model, make_driver):
+    """A replica is lost in the middle of an answer; what the client has got by then may end within a row of guesses."""
+    options = {"chunk_size": 4, "max_model_len": 160, "num_gpu_blocks": 100}
+    prompt = repetitive(random.Random(2), 40)
+    plain = make_driver(tiny_model("llama"), **options)
+    plain.generate("answer", prompt, sampling=sampling)
+    lost = make_driver(tiny_model("llama"), speculative=SPECULATIVE, **options)
+    lost.add("answer", prompt, None, sampling)
+    while len(lost.outputs["answer"]) < 12:
+        lost.step()
+    assert lost.core.get_statistics()["num_accepted_tokens"] > 0
+    for num_told in (6, 11):
+        other = make_driver(tiny_model("llama"), speculative=SPECULATIVE, **options)
+        other.add("answer", prompt, None, sampling, output_token_ids=lost.tokens("answer")[:num_told])
+        other.run()
+        assert assert_same(lost.outputs["answer"][:num_told] + other.outputs["answer"], plain.outputs["answer"]) == 0
+        assert other.core.get_statistics()["num_accepted_tokens"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with GPUs each rank takes one")

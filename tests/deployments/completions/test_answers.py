@@ -131,3 +131,9 @@ def test_the_stop_string_that_ended_an_answer_is_told_as_in_vllm() -> None:
         assert make().whole(stopped)["choices"][0]["stop_reason"] == "END"
         assert make().chunks(stopped)[-1]["choices"][0]["stop_reason"] == "END"
         assert "stop_reason" not in make().whole(ended)["choices"][0]
+
+
+def test_usage_tells_guesses_that_were_verified_of_all_choices() -> None:
+    deltas = [OutputDelta("x", num_guessed_tokens=5, num_accepted_tokens=num) for num in (3, 1)]
+    details = chat_format(n=2).whole(*deltas)["usage"]["completion_tokens_details"]
+    assert details == {"accepted_prediction_tokens": 4, "rejected_prediction_tokens": 6}

@@ -570,3 +570,9 @@ def test_usage_tells_why_tokens_of_the_history_were_computed_again():
     usage = response_usage(OutputDelta("x", num_prompt_tokens=9, num_cached_tokens=4, recomputed=("edited", 3)))
     assert usage["input_tokens_details"] == {"cached_tokens": 4, "cache_write_tokens": 5, "recomputed": {"edited": 3}}
     assert "recomputed" not in response_usage(OutputDelta("x", num_prompt_tokens=9))["input_tokens_details"]
+
+
+def test_usage_tells_guesses_that_were_verified() -> None:
+    usage = response_usage(OutputDelta("x", num_reasoning_tokens=1, num_guessed_tokens=5, num_accepted_tokens=3))
+    predicted = {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 2}
+    assert usage["output_tokens_details"] == {"reasoning_tokens": 1} | predicted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.core import drafting, speculation
-from engine.core.drafting import MAX_MATCH, MAX_RECENT_TOKENS, MIN_MATCH, Drafter, HitRates, RecentAnswers, TokenIndex
+from engine.core.drafting import MAX_MATCH, MAX_RECENT_TOKENS, MAX_REST, Drafter, HitRates, RecentAnswers, TokenIndex
 from engine.core.plan import QuerySegment
 from engine.core.request import Request, SamplingParams
 from engine.core.speculation import MAX_STEPS_IN_A_ROW, PRIOR_ROW_COST, Speculation, SpeculativeOptions, StepCost
@@ -26,7 +27,7 @@ def longest_match(token_ids: list[int], end_ids: list[int], *, is_own: bool) -> 
         ):
             length += 1
         best = max(best, length)
-    return best if best >= MIN_MATCH else 0
+    return best
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 3), max_size=20))
@@ -54,9 +55,8 @@ def test_guesses_follow_an_earlier_place_however_tokens_come(token_ids, num_prom
         assert len(guess) in (0, 8)
         assert len(drafter.chances(8)) == 8
         if guess:
-            end = context[-MIN_MATCH:]
-            places = [i for i in range(len(context) - MIN_MATCH) if context[i : i + MIN_MATCH] == end]
-            assert any((context[i + MIN_MATCH :] + guess)[:8] == guess for i in places)
+            places = [i for i, token_id in enumerate(context[:-1], 1) if token_id == context[-1]]
+            assert any((context[i:] + guess)[:8] == guess for i in places)
         if len(context) >= len(token_ids):
             break
         context += token_ids[len(context) : len(context) + num_at_once]
@@ -84,10 +84,10 @@ def test_what_is_indexed_in_a_step_and_in_all_is_bounded_and_ends_with_its_reque
         return [drafter.num_indexed for drafter in guessing._drafters.values()]
 
     for expected in ([10, 0, 0], [12, 8, 0], [12, 12, 1], [12, 12, 1]):
-        guessing.guess(requests, 8)
+        guessing.take_in(requests)
         assert num_indexed() == expected
     guessing.end(requests.pop(0))
-    guessing.guess(requests, 8)
+    guessing.take_in(requests)
     assert num_indexed() == [12, 11]
     assert not guessing._answers  # the one that has ended had none
 
@@ -99,6 +99,28 @@ def test_answers_of_others_are_looked_in_and_never_run_into_each_other():
     drafter = Drafter([1, 5, 6], 3, answers, HitRates())
     drafter.catch_up(100)
     assert drafter.guess(4) == [7]
+
+
+def test_a_request_of_which_nothing_is_verified_is_looked_at_less_and_less_until_something_is():
+    """What it has said meanwhile is indexed."""
+    context = [1, 2, 3]
+    drafter = Drafter(context, 3, None, HitRates())
+    looks = []
+    for token_id in range(100, 200):
+        if not drafter.is_resting:
+            looks.append(len(context))
+            drafter.catch_up(100)
+            assert drafter.num_indexed == len(context)
+            drafter.note_use(False)
+        context.append(token_id)
+    pauses = [after - before for before, after in itertools.pairwise(looks)]
+    assert pauses == [*range(1, MAX_REST), *[MAX_REST] * (len(pauses) - MAX_REST + 1)]
+    context += [1, 2] * MAX_REST
+    drafter.catch_up(100)
+    assert drafter.guess(2) == [1, 2]
+    drafter.note_use(True)
+    context += [1]
+    assert not drafter.is_resting
 
 
 def test_of_answers_only_so_many_tokens_are_kept():
