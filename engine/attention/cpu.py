@@ -15,7 +15,7 @@ import torch
 
 from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams
 from engine.errors import KernelBuildError
-from engine.kernel_build import ISA_FLAGS, build_library
+from engine.operator_build import build_operators
 
 SOURCE = Path(__file__).with_name("paged_cpu.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +42,7 @@ def load_kernel() -> str:
     capability: str = torch.backends.cpu.get_cpu_capability()
     if not hasattr(torch.ops.pensieve, "paged_attention"):
         try:
-            torch.ops.load_library(str(_build(capability)))
+            torch.ops.load_library(str(build_operators(SOURCE, "attention", capability)))
         except OSError as error:  # a cache folder that cannot be written, a library that does not fit this machine
             raise KernelBuildError(f"the attention kernel cannot be stored or loaded: {error}") from error
     return capability
@@ -79,20 +79,6 @@ def attend(
         params.sinks,
     )
     return out
-
-
-def _build(capability: str) -> Path:
-    """The library for this source, torch, processor and compiler. Raises KernelBuildError or OSError."""
-    torch_folder = Path(torch.__file__).parent
-    # What ATen's Vectorized needs to be told.
-    defines = (f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}") if capability in ISA_FLAGS else ()
-    flags = ("-fopenmp", "-DAT_PARALLEL_OPENMP=1", *ISA_FLAGS.get(capability, ()), *defines)
-    paths = (
-        *(f"-I{torch_folder / 'include'}", f"-I{torch_folder / 'include/torch/csrc/api/include'}"),
-        *(f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"),
-    )
-    made_with = (torch.__version__, str(torch.version.git_version))
-    return build_library(SOURCE, "attention", capability, flags, paths, made_with)
 
 
 if __name__ == "__main__":

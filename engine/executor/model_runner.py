@@ -24,7 +24,7 @@ from engine.core.plan import Logprobs, RequestStart, StepPlan, StepResult
 from engine.errors import InvalidParameterError
 from engine.executor.compiled_layers import never_compiling
 from engine.executor.decode_graphs import DecodeGraphs, GraphMaker
-from engine.executor.lora.adapters import Layers, rows_by_adapter
+from engine.executor.lora.adapters import Changes
 from engine.executor.lora.layers import AdaptedRows
 from engine.executor.model_loader import LoadedModel
 from engine.executor.prompt_scores import PromptScores
@@ -48,7 +48,7 @@ class _RequestState:
 
     table_row: int
     sampling: SamplingState | None
-    adapter: Layers | None = None
+    adapter: Changes | None = None
 
 
 @dataclass(slots=True)
@@ -228,7 +228,7 @@ class ModelRunner:
         if missing > 0:
             self._last_tokens = torch.cat([self._last_tokens, self._last_tokens.new_zeros(missing)])
 
-    def _adapter(self, identity: str) -> Layers | None:
+    def _adapter(self, identity: str) -> Changes | None:
         """Held by the request from its start to its end, whatever is unloaded meanwhile."""
         adapters = self._loaded.adapters
         if adapters is None:
@@ -276,7 +276,7 @@ class ModelRunner:
         table_rows = [state.table_row for state in states]
         step.arrays = StepArrays.of(step.plan.segments, table_rows, self._tables.array, self._kv_store.chunk_size)
         if self._loaded.adapters is not None and any(state.adapter is not None for state in states):
-            step.adapted = rows_by_adapter(
+            step.adapted = self._loaded.adapters.rows_of(
                 [state.adapter for state in states],
                 step.arrays.segments,
                 lambda rows: torch.from_numpy(rows).to(self._loaded.device),

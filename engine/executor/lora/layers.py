@@ -23,27 +23,61 @@ from engine.executor.process_group import ProcessGroup
 from engine.executor.sharding import GatheredLinear, LocalPart, SummedLinear, part_on_rank
 
 
+class Change(NamedTuple):
+    """What an adapter adds to a layer, or to a rank's part of it: scale * (x @ a.T) @ b.
+
+    a: [rank, in_features]. b: [rank, out_features]. Both contiguous, on the device, in the model's dtype.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
 class AdaptedRows(NamedTuple):
     """Rows of a step that get the same adapter.
 
-    layers: what is added to which layer, by its name.
+    changes: by the name of the layer.
     rows: consecutive ones, or int64 [number of rows] on the device.
+    is_few: so few that the kernel for them is faster; rows is a tensor then.
     """
 
-    layers: Mapping[str, LowRank]
+    changes: Mapping[str, Change]
     rows: slice | torch.Tensor
+    is_few: bool
 
 
 class RunningStep:
-    """What the layers read during a forward.
+    """What the layers ask for during a forward.
 
     parts: of the step that runs; empty, as it is between forwards, for the model alone.
+    kernel: adds to a few rows, see low_rank.cpp; None = no part has few.
     """
 
-    __slots__ = ("parts",)
+    __slots__ = ("kernel", "parts")
 
     def __init__(self) -> None:
         self.parts: Sequence[AdaptedRows] = ()
+        self.kernel: Callable[..., None] | None = None
+
+    def add(self, name: str, out: torch.Tensor, x: torch.Tensor) -> None:
+        """What the adapters of the step add to the output of a layer, in place.
+
+        out: [num_rows, out_features]. x: [num_rows, in_features].
+        """
+        few: list[tuple[Change, slice | torch.Tensor]] = []
+        for part in self.parts:
+            change = part.changes.get(name)
+            if change is None:
+                continue
+            if part.is_few:
+                few.append((change, part.rows))
+            else:
+                _add(out, x, part.rows, change)
+        if few:
+            assert self.kernel is not None
+            a, b, scales = zip(*(change for change, _ in few), strict=True)
+            self.kernel(out, x, a, b, scales, [rows for _, rows in few])
 
 
 class AdaptedLinear(nn.Module):
@@ -57,10 +91,8 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.inner(input)
-        for part in self._step.parts:
-            layer = part.layers.get(self._name)
-            if layer is not None:
-                _add(out.view(-1, out.shape[-1]), input.reshape(-1, input.shape[-1]), part.rows, layer)
+        if self._step.parts:
+            self._step.add(self._name, out.view(-1, out.shape[-1]), input.reshape(-1, input.shape[-1]))
         return out
 
     def __getattr__(self, name: str) -> Any:
@@ -71,13 +103,13 @@ class AdaptedLinear(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
 
-def _add(out: torch.Tensor, x: torch.Tensor, rows: slice | torch.Tensor, layer: LowRank) -> None:
-    """In place. out: [num_rows, out_features]. x: [num_rows, in_features]."""
-    low = x[rows] @ layer.a.T
+def _add(out: torch.Tensor, x: torch.Tensor, rows: slice | torch.Tensor, change: Change) -> None:
+    """By torch's operations; see RunningStep.add."""
+    low = x[rows] @ change.a.T
     if isinstance(rows, slice):
-        out[rows].addmm_(low, layer.b.T, alpha=layer.scale)
+        out[rows].addmm_(low, change.b, alpha=change.scale)
     else:
-        out.index_add_(0, rows, low @ layer.b.T, alpha=layer.scale)
+        out.index_add_(0, rows, low @ change.b, alpha=change.scale)
 
 
 class AdaptedLayers:
@@ -92,12 +124,12 @@ class AdaptedLayers:
         self.step = step
         self._parts = parts
 
-    def take_part(self, name: str, layer: LowRank, device: torch.device, dtype: torch.dtype) -> LowRank:
+    def take_part(self, name: str, layer: LowRank, device: torch.device, dtype: torch.dtype) -> Change:
         """What this rank needs of what is added to a layer, on its device."""
         part = self._parts[name]
         a = layer.a[:, part.inputs]
         b = torch.cat([layer.b[rows] for rows in part.outputs])
-        return LowRank(a.to(device, dtype).contiguous(), b.to(device, dtype).contiguous(), layer.scale)
+        return Change(a.to(device, dtype).contiguous(), b.T.to(device, dtype).contiguous(), layer.scale)
 
     def num_bytes(self, rank: int, itemsize: int) -> int:
         """Of an adapter of that rank that changes all layers, as a whole."""
