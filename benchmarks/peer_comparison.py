@@ -5,10 +5,12 @@ Output tokens/s, time to first token and time per token by turn, and whether the
     benchmarks/peers/setup.sh                       once; needs a compiler and about 4 GB
     python benchmarks/peer_comparison.py
     python benchmarks/peer_comparison.py --systems pensieve openvino --dtype bfloat16 --workloads plain --repeats 5
+    python benchmarks/peer_comparison.py --dtype bfloat16 --weights int4 --model smollm2 --stop-after 150
 
 Each system runs in a process of its own, never two at once, in turns over the repeats; the figures are medians of those.
-What is not set up is left out. Writes benchmarks/results/engine_DTYPE.json and .png. (The script cannot be called
-engine.py: beside the other benchmarks it would hide the package of that name from them.)
+What is not set up is left out. A run that was interrupted, or stopped by --stop-after, goes on when the same command is
+given again. Writes benchmarks/results/engine_DTYPE.json and .png, or engine_DTYPE_WEIGHTS, with _smollm2. (The script
+cannot be called engine.py: beside the other benchmarks it would hide the package of that name from them.)
 """
 
 from __future__ import annotations
@@ -16,21 +18,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from machine import RESULTS, write_result
+from machine import RESULTS, describe_run, write_result
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))  # the runners import each other as scripts
+import conversion
 import model as peer_model
+import systems as peer_systems
+from journal import Journal
+from systems import System
 from workload import Workload
 
 PEERS = Path(__file__).parent / "peers"
@@ -46,57 +51,6 @@ WORKLOADS = {
     "tiny": Workload("tiny", num_sessions=2, num_active=2, num_turns=2),
     "tiny_pressure": Workload("tiny_pressure", num_sessions=6, num_active=2, num_turns=3, prompt_len=96, output_len=16),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class System:
-    """One system of the comparison.
-
-    python, script, arguments: how its runner starts.
-    model: what it reads; `make_model`, which gets its path, makes it if it is missing.
-    needs: what setup.sh leaves; without it the system is left out.
-    """
-
-    name: str
-    python: Path
-    script: str
-    arguments: tuple[str, ...]
-    model: Path
-    make_model: Callable[[Path], None]
-    needs: tuple[Path, ...] = ()
-
-
-def build_systems(dtype: str, venvs: Path, models: Path) -> dict[str, System]:
-    folder = models / dtype
-    hugging_face, ov, gguf = folder / "hf", folder / "openvino", folder / "gguf"
-    here, convert = Path(sys.executable), venvs / "convert/.installed"
-    server = venvs / "llama_cpp/build/bin/llama-server"
-
-    def make_hf(path: Path) -> None:
-        peer_model.save_model(path, dtype)
-
-    def make_ov(path: Path) -> None:
-        peer_model.convert_to_openvino(hugging_face, path, venvs)
-
-    def make_gguf(path: Path) -> None:
-        peer_model.convert_to_gguf(hugging_face, path, dtype, venvs)
-
-    systems = (
-        System("pensieve", here, "run_pensieve.py", ("--mode", "pensieve"), hugging_face, make_hf),
-        System("stateless", here, "run_pensieve.py", ("--mode", "stateless"), hugging_face, make_hf),
-        System(
-            "openvino",
-            venvs / "openvino/bin/python",
-            "run_openvino.py",
-            (),
-            ov,
-            make_ov,
-            (venvs / "openvino/.installed", convert),
-        ),
-        System("transformers", here, "run_transformers.py", (), hugging_face, make_hf),
-        System("llama_cpp", here, "run_llama_cpp.py", ("--server", str(server)), gguf, make_gguf, (server, convert)),
-    )
-    return {system.name: system for system in systems}
 
 
 def run_system(system: System, workload: Workload, arguments: argparse.Namespace, progress: tqdm) -> dict[str, Any]:
@@ -173,22 +127,41 @@ def compare_answers(runs: list[dict[str, Any]], reference: dict[str, Any]) -> di
     return {"equal_answers": num_equal_answers / num_answers, "equal_tokens": num_equal_tokens / num_tokens}
 
 
-def measure(workload: Workload, systems: list[System], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per system, in their order; a system that fails is reported and left out from then on."""
+class OutOfTime(Exception):
+    """No further run may start; the next call goes on."""
+
+
+def measure(
+    workload: Workload, systems: list[System], arguments: argparse.Namespace, journal: Journal, deadline: float
+) -> list[dict[str, Any]]:
+    """A row per system, in their order; a system that fails is reported and left out from then on.
+
+    journal: has the runs that are over.
+    deadline: by time.monotonic; raises OutOfTime if a run is left then.
+    """
     runs: dict[str, list[dict[str, Any]]] = {system.name: [] for system in systems}
     failed: set[str] = set()
-    total = len(systems) * arguments.repeats * workload.num_sessions * workload.num_turns
-    with tqdm(total=total, unit="turn") as progress:
-        for _ in range(arguments.repeats):
+    num_turns = workload.num_sessions * workload.num_turns
+    with tqdm(total=len(systems) * arguments.repeats * num_turns, unit="turn") as progress:
+        for number in range(arguments.repeats):
             for system in systems:
                 if system.name in failed:
                     continue
-                progress.set_description(f"{workload.name}: {system.name}")
-                try:
-                    runs[system.name].append(run_system(system, workload, arguments, progress))
-                except RuntimeError as error:
-                    failed.add(system.name)
-                    progress.write(f"left out: {error}")
+                result = journal.find(workload.name, number, system.name)
+                if result is not None:
+                    progress.update(num_turns)
+                else:
+                    if time.monotonic() > deadline:
+                        raise OutOfTime
+                    progress.set_description(f"{workload.name}: {system.name}")
+                    try:
+                        result = run_system(system, workload, arguments, progress)
+                    except RuntimeError as error:
+                        failed.add(system.name)
+                        progress.write(f"left out: {error}")
+                        continue
+                    journal.add(workload.name, number, system.name, result)
+                runs[system.name].append(result)
     measured = [system.name for system in systems if system.name not in failed]
     rows = []
     for name in measured:
@@ -239,53 +212,87 @@ def plot(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    names = ("pensieve", "stateless", "openvino", "transformers", "llama_cpp")
+def format_summary(tables: dict[str, list[dict[str, Any]]]) -> str:
+    """The rows of a Markdown table: for each workload, output tokens/s and time to first token of the last turn."""
+    by_system: dict[str, list[str]] = {}
+    for rows in tables.values():
+        for row in rows:
+            cells = [f"{row['output_tokens_per_s']:.0f}", f"{row['ttft_ms'][-1] / 1e3:.2f} s"]
+            by_system.setdefault(row["system"], []).extend(cells)
+    return "\n".join(f"| {' | '.join([system, *cells])} |" for system, cells in by_system.items())
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = peer_systems.NAMES
     parser.add_argument("--systems", nargs="+", choices=names, default=names, help="the first is what others relate to")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["plain", "pressure"])
-    parser.add_argument("--dtype", choices=sorted(peer_model.GGUF_TYPES), default="float32")
+    parser.add_argument("--model", choices=peer_model.VOCAB_SIZES, default="random")
+    parser.add_argument("--dtype", choices=peer_model.DTYPES, default="float32")
+    parser.add_argument("--weights", choices=conversion.WEIGHTS, default="same", help="same: in DTYPE, as all the rest")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num-threads", type=int, default=2)
     parser.add_argument("--max-num-batched-tokens", type=int, default=512)
     parser.add_argument("--venvs", type=Path, default=PEERS / ".venvs", help="the folder given to setup.sh")
     parser.add_argument("--models", type=Path, default=PEERS / ".models", help="where the models are kept")
-    parser.add_argument("--name", help="name of the result files; default: engine_DTYPE")
-    arguments = parser.parse_args()
-    known = build_systems(arguments.dtype, arguments.venvs.absolute(), arguments.models.absolute())
-    systems, left_out = [], []
+    parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which no run starts")
+    parser.add_argument("--prepare", action="store_true", help="make the models, and measure nothing")
+    parser.add_argument("--name", help="of the result files; default: engine_DTYPE, and what differs from the defaults")
+    return parser.parse_args()
+
+
+def choose_systems(arguments: argparse.Namespace) -> tuple[list[System], list[str]]:
+    """Those that can run, with their models, and the names of the others."""
+    known = peer_systems.build_systems(
+        arguments.model, arguments.dtype, arguments.weights, arguments.venvs.absolute(), arguments.models.absolute()
+    )
+    chosen, left_out = [], []
     for name in arguments.systems:
-        if missing := [str(path) for path in known[name].needs if not path.exists()]:
+        if name not in known:
+            print(f"left out: {name} has no {arguments.weights} weights")
+            left_out.append(name)
+        elif missing := [str(path) for path in known[name].needs if not path.exists()]:
             print(f"left out: {name} is not set up, {', '.join(missing)} missing; run benchmarks/peers/setup.sh")
             left_out.append(name)
         else:
-            systems.append(known[name])
-    for system in (known["pensieve"], *systems):  # all are made from that one's
-        if not system.model.exists():
-            print(f"making {system.model}")
-            part = system.model.with_name(f"part-{system.model.name}")  # an interrupted run leaves no half of a model
-            if part.is_dir():
-                shutil.rmtree(part)
-            system.make_model(part)
-            part.rename(system.model)
+            chosen.append(known[name])
+    peer_systems.make_models([known["pensieve"], *chosen])  # all are made from that one's
+    return chosen, left_out
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    deadline = time.monotonic() + arguments.stop_after
+    systems, left_out = choose_systems(arguments)
+    if arguments.prepare:
+        return
+    named = ("engine", arguments.dtype, arguments.weights, arguments.model)
+    result_name = arguments.name or "_".join(part for part in named if part not in ("same", "random"))
+    settings = {
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "weights": arguments.weights,
+        "repeats": arguments.repeats,
+        "num_threads": arguments.num_threads,
+        "max_num_batched_tokens": arguments.max_num_batched_tokens,
+        "left_out": left_out,
+    }
+    journal = Journal(PEERS / ".runs" / f"{result_name}.jsonl", {"commit": describe_run()["commit"], **settings})
+    workloads = {
+        name: replace(WORKLOADS[name], vocab_size=peer_model.VOCAB_SIZES[arguments.model])
+        for name in arguments.workloads
+    }
     tables = {}
-    for name in arguments.workloads:
-        rows = measure(WORKLOADS[name], systems, arguments)
-        if rows:
-            tables[name] = rows
-            print(f"\n{format_rows(WORKLOADS[name], rows)}\n")
-    result_name = arguments.name or f"engine_{arguments.dtype}"
-    write_result(
-        result_name,
-        {
-            "dtype": arguments.dtype,
-            "repeats": arguments.repeats,
-            "num_threads": arguments.num_threads,
-            "max_num_batched_tokens": arguments.max_num_batched_tokens,
-            "left_out": left_out,
-            "workloads": {name: {**asdict(WORKLOADS[name]), "rows": rows} for name, rows in tables.items()},
-        },
-    )
+    try:
+        for name, workload in workloads.items():
+            if rows := measure(workload, systems, arguments, journal, deadline):
+                tables[name] = rows
+                print(f"\n{format_rows(workload, rows)}\n")
+    except OutOfTime:
+        sys.exit("runs are left: give the same command again")
+    print(format_summary(tables))
+    measured = {name: {**asdict(workloads[name]), "rows": rows} for name, rows in tables.items()}
+    write_result(result_name, {**settings, "workloads": measured})
     if tables:
         plot(tables, RESULTS / f"{result_name}.png")
 

@@ -5,9 +5,10 @@ the executor does. One plot over decode steps of several sizes and a prefill ste
 
     python benchmarks/step_profile.py
     python benchmarks/step_profile.py --dtype bfloat16 --context-len 900 --name step_profile_bfloat16
+    python benchmarks/step_profile.py --dtype bfloat16 --model smollm2 --quantization int8 --name step_profile_int8
 
-The model is a random Llama of 102M parameters. Timers around the model's layers cost about a microsecond a call; they are
-in "rest of the model".
+The model is a random Llama of 102M parameters, or another one. Timers around the model's layers cost about a microsecond a
+call; they are in "rest of the model".
 """
 
 from __future__ import annotations
@@ -168,15 +169,19 @@ def main() -> None:
     parser.add_argument("--num-threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--context-len", type=int, default=250)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--model", help="default: a random Llama")
+    parser.add_argument("--quantization", default="none")
     parser.add_argument("--name", default="step_profile", help="of the result files")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder), arguments.dtype)
+        if arguments.model is None:
+            save_model(Path(folder), arguments.dtype)
         executor = LocalExecutor(
             EngineConfig(
-                model=folder,
+                model=arguments.model or folder,
                 dtype=arguments.dtype,
+                quantization=arguments.quantization,
                 num_threads=arguments.num_threads,
                 num_gpu_blocks=64 * (-(-(arguments.context_len + 120) // 32)) + 64,
                 num_cpu_blocks=0,
@@ -205,6 +210,8 @@ def main() -> None:
             "num_threads": arguments.num_threads,
             "context_len": arguments.context_len,
             "dtype": arguments.dtype,
+            "model": arguments.model,
+            "quantization": arguments.quantization,
             "steps": rows,
         },
     )

