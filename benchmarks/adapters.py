@@ -66,7 +66,7 @@ class Side:
         )
         self.executor = LocalExecutor(config)
         self.core = make_core(config, self.executor)
-        self._loop = StepLoop(self.core, self, self.executor, time.perf_counter, LookAhead.NOTHING)  # type: ignore[arg-type]
+        self._loop = StepLoop(self.core, self.executor, self, time.perf_counter, LookAhead.NOTHING)  # type: ignore[arg-type]
         self._rng, self._num_requests = random.Random(0), 0
 
     def add(self, outputs: Iterable[RequestOutput]) -> None:
