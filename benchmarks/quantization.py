@@ -5,7 +5,7 @@
 
 Scores the first NUM conversations, one for each tree, in the model's chat template. Perplexity is over all of their tokens;
 the error of a token's logits is their largest difference, in relation to the largest logit of the conversation. Writes
-benchmarks/results/quantization.json, or quantized_checkpoints.json.
+benchmarks/results/quantization.json, or quantized_checkpoints.json, which keeps what other checkpoints had before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 from pathlib import Path
 
 import torch
-from machine import write_result
+from machine import RESULTS, write_result
 
 from engine.config import EngineConfig
 from engine.executor.model_loader import load_model
@@ -98,6 +98,10 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     num_tokens = sum(map(len, contexts))
     name = "quantized_checkpoints" if arguments.checkpoints else "quantization"
+    before = RESULTS / f"{name}.json"
+    if arguments.checkpoints and before.exists():
+        measured = {row["model"] for row in rows}
+        rows += [row for row in json.loads(before.read_text())["rows"] if row["model"] not in measured]
     write_result(name, {"num_conversations": len(contexts), "num_tokens": num_tokens, "rows": rows})
 
 
