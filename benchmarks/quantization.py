@@ -1,10 +1,11 @@
 """What quantised weights cost: logits and perplexity of SmolLM2 on conversations, against the weights as they are.
 
     python benchmarks/quantization.py ../shared/data/oasst/trees.jsonl
+    python benchmarks/quantization.py ../shared/data/oasst/trees.jsonl --checkpoints FOLDER ...    quantised ones of it
 
 Scores the first NUM conversations, one for each tree, in the model's chat template. Perplexity is over all of their tokens;
 the error of a token's logits is their largest difference, in relation to the largest logit of the conversation. Writes
-benchmarks/results/quantization.json.
+benchmarks/results/quantization.json, or quantized_checkpoints.json, which keeps what other checkpoints had before.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 from pathlib import Path
 
 import torch
-from machine import write_result
+from machine import RESULTS, write_result
 
 from engine.config import EngineConfig
 from engine.executor.model_loader import load_model
@@ -43,9 +44,11 @@ def read_conversations(path: Path, num: int) -> list[list[dict[str, str]]]:
 
 
 @torch.inference_mode()
-def score(quantization: str, dtype: str, contexts: list[list[int]]) -> tuple[list[torch.Tensor], float, int]:
+def score(
+    model: str, quantization: str, dtype: str, contexts: list[list[int]]
+) -> tuple[list[torch.Tensor], float, int]:
     """Logits [len, vocabulary] of each context, the perplexity of all tokens but the first of each, and bytes of weights."""
-    loaded = load_model(EngineConfig(model="smollm2", quantization=quantization, dtype=dtype, device="cpu"))
+    loaded = load_model(EngineConfig(model=model, quantization=quantization, dtype=dtype, device="cpu"))
     loaded.model.set_attn_implementation("eager")  # whole contexts, no cache
     rows, loss, num_tokens = [], 0.0, 0
     for context in contexts:
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("trees", type=Path, help="conversation trees of Open-Assistant, one a line")
     parser.add_argument("--num", type=int, default=20)
     parser.add_argument("--max-len", type=int, default=512, help="tokens of a conversation that are scored")
+    parser.add_argument("--checkpoints", type=Path, nargs="+", default=[], help="folders of quantised ones of SmolLM2")
     arguments = parser.parse_args()
     tokenizer = Tokenizer(model_location("smollm2"))
     texts = [
@@ -70,14 +74,18 @@ def main() -> None:
     ]
     contexts = [tokenizer._encode(text).ids[: arguments.max_len] for text in texts]
     rows, exact = [], None
-    for quantization, dtype in SETTINGS:
-        logits, perplexity, num_bytes = score(quantization, dtype, contexts)
+    settings = [("smollm2", *setting) for setting in SETTINGS]
+    if arguments.checkpoints:
+        settings = settings[:1] + [(str(folder), "none", "float32") for folder in arguments.checkpoints]
+    for model, quantization, dtype in settings:
+        logits, perplexity, num_bytes = score(model, quantization, dtype, contexts)
         exact = exact or logits
         pairs = list(zip(logits, exact, strict=True))
         errors = torch.cat([(mine - true).abs().amax(-1) / true.abs().max() for mine, true in pairs])
         same = torch.cat([mine.argmax(-1) == true.argmax(-1) for mine, true in pairs])
         rows.append(
             {
+                "model": Path(model).name,
                 "quantization": quantization,
                 "dtype": dtype,
                 "perplexity": perplexity,
@@ -89,7 +97,12 @@ def main() -> None:
         )
         print(json.dumps(rows[-1]), flush=True)
     num_tokens = sum(map(len, contexts))
-    write_result("quantization", {"num_conversations": len(contexts), "num_tokens": num_tokens, "rows": rows})
+    name = "quantized_checkpoints" if arguments.checkpoints else "quantization"
+    before = RESULTS / f"{name}.json"
+    if arguments.checkpoints and before.exists():
+        measured = {row["model"] for row in rows}
+        rows += [row for row in json.loads(before.read_text())["rows"] if row["model"] not in measured]
+    write_result(name, {"num_conversations": len(contexts), "num_tokens": num_tokens, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def _exponents(out: int, num: int) -> tuple[Parts, torch.Tensor]:
 
 
 def _nf4_nested(out: int, num_in: int) -> tuple[Parts, torch.Tensor]:
-    size, nested_size = 64, 256
+    size, nested_size = 64, 32
     table, nested_table = torch.linspace(-1, 1, 16).sign() * torch.linspace(-1, 1, 16) ** 2, torch.linspace(-1, 1, 256)
     codes = torch.randint(16, (out * num_in,))
     num = math.ceil(out * num_in / size)

@@ -140,6 +140,8 @@ def bitsandbytes_4bit(kind: str) -> WeightFormat:
         return values
 
     def shape(parts: Mapping[str, Any]) -> tuple[int, ...]:
+        if parts["weight.quant_map"].get_shape() != [16]:
+            raise ValueError("its table has not 16 places")
         return tuple(read_state(parts[state][...])["shape"])
 
     def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:

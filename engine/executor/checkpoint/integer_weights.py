@@ -52,6 +52,7 @@ def gptq(*, is_v1: bool, group_size: int) -> WeightFormat:
             in_features = parts["g_idx"].get_shape()[0]
             if find_num_bits(in_features, num_words) != num_bits:
                 raise ValueError("its codes and their zero points have different widths")
+            _check_groups(parts["g_idx"], num_groups)
         else:
             find_block((out_features, in_features), (out_features, num_groups), [(1, group_size)])
         if list(parts["scales"].get_shape()) != [num_groups, out_features]:
@@ -104,6 +105,8 @@ def packed_integers(blocks: Sequence[Block]) -> WeightFormat:
 
     def shape(parts: Mapping[str, Any]) -> tuple[int, int]:
         out_features, in_features = parts["weight_shape"][...].tolist()
+        if "weight_g_idx" in parts:
+            _check_groups(parts["weight_g_idx"], parts["weight_scale"].get_shape()[1])
         find_num_bits(in_features, parts["weight_packed"].get_shape()[1])
         block_of((out_features, in_features), parts["weight_scale"].get_shape(), parts)
         return out_features, in_features
@@ -131,6 +134,13 @@ def packed_integers(blocks: Sequence[Block]) -> WeightFormat:
         dequantize,
         optional=("weight_zero_point", "weight_g_idx"),
     )
+
+
+def _check_groups(groups: Any, num_groups: int) -> None:
+    """Raise ValueError if an input feature is in no group: on a GPU, to look that up would end the process."""
+    numbers = groups[...]
+    if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < num_groups:
+        raise ValueError(f"some of its input features are in no group, of {num_groups}")
 
 
 def _scaled(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, block: Block) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The files of a quantised checkpoint, as if they had the model's weights.
 
 transformers' loader gets a mapping of names to what it takes for slices of files. What is quantised becomes a weight when it
-is read: one at a time, on the device that it is for, so that memory never holds more of them than the model's own. Parallel
-ranks cut such a weight as any other, and the loader's own conversions (of a mixture's experts) work on it.
+is read, on the device that it is for, and one at a time: besides the model, memory holds a few times the largest of them.
+Parallel ranks cut such a weight as any other, and the loader's own conversions (of a mixture's experts) work on it.
 """
 
 from __future__ import annotations
@@ -67,13 +67,15 @@ class StoredWeight:
     @torch.no_grad()
     def __getitem__(self, index: Any) -> torch.Tensor:
         with self._turn:
-            weight = self._stored.dequantize({name: part[...].to(self._device) for name, part in self._parts.items()})
-            if weight.shape != self.shape:
+            parts = {name: part[...].to(self._device) for name, part in self._parts.items()}
+            try:
+                weight = self._stored.dequantize(parts)
+                if weight.shape != self.shape:
+                    raise ValueError(f"it comes out as {list(weight.shape)} instead of {list(self.shape)}")
+            except (ValueError, TypeError, LookupError) as error:
                 raise ModelLoadError(
-                    f"the files have a damaged {self._name}: it comes out as {list(weight.shape)} instead of "
-                    f"{list(self.shape)}; get the checkpoint again",
-                    param="model",
-                )
+                    f"the files have a damaged {self._name} ({error!r}); get the checkpoint again", param="model"
+                ) from error
             part = weight[index]
             if part.numel() < weight.numel():
                 part = part.clone()  # not a view that keeps all of it
@@ -148,6 +150,8 @@ def _collect(
     for name, part in slices.items():
         if UNREAD.fullmatch(name.rpartition(".")[2]):
             continue
+        if name in weights:
+            raise refuse(f"its files have {name} twice, quantised and not")
         if part.get_dtype() not in PLAIN_DTYPES:
             raise refuse(
                 f"its files have {name} in {part.get_dtype()}, and nothing beside it that says how it is quantised"

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from engine.core.request import SamplingParams
 from engine.errors import ConfigError, ModelLoadError
 from engine.executor.checkpoint.kinds import take_kind
 from engine.executor.checkpoint.loading import read_quantized
+from engine.executor.checkpoint.stored_weights import open_weights
 from engine.executor.model_loader import LoadedModel, check_can_be_sharded, load_model
 from engine.sizing import measure_model
 from tests.engine.test_equivalence import assert_same_tokens
@@ -131,6 +133,27 @@ def test_conversations_equal_stateless(num_ranks, num_conversations, num_turns, 
     assert sum(kept.cached.values()) > 0
 
 
+def test_a_rank_keeps_no_more_than_its_part(tiny_model, tmp_path):
+    quantized, dense = write_quantized(tiny_model("llama"), tmp_path, "awq")
+    kind = take_kind("model", AutoConfig.from_pretrained(quantized))
+    name = "model.layers.1.mlp.down_proj.weight"
+    expected = load_file(dense / "model.safetensors")[name]
+    with open_weights(str(quantized), kind.formats, CPU, torch.float32) as weights:
+        assert weights[name].get_shape() == [64, 96]
+        for part in ((slice(32, 64), slice(None)), (slice(None), slice(0, 48))):
+            taken = weights[name][part]
+            assert torch.equal(taken, expected[part])
+            assert taken.untyped_storage().nbytes() == expected.nbytes / 2
+
+
+def test_a_text_model_inside_of_another_model_says_how_it_is_quantised():
+    inner = SimpleNamespace(quantization_config=KINDS["awq"][0])
+    outer = SimpleNamespace(get_text_config=lambda: inner)
+    assert take_kind("model", outer).method == "awq"
+    assert not hasattr(inner, "quantization_config")
+    assert take_kind("model", outer) is None
+
+
 REFUSED = {
     "an unknown method": ({"quant_method": "magic"}, "not known here; what can be loaded is awq, bitsandbytes"),
     "no method": ({"bits": 4}, "quantised with None"),
@@ -185,9 +208,17 @@ def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
     [
         ("gptq", {"scales": None}, "q_proj.qweight but no model.layers.0.self_attn.q_proj.scales"),
         ("gptq", {"scales": torch.ones(3, 64)}, "its scales and zero points do not fit"),
-        ("gptq", {"g_idx": torch.zeros(40, dtype=torch.int32)}, "have different widths|2, 4 or 8 bits"),
+        ("gptq", {"g_idx": torch.zeros(40, dtype=torch.int32)}, "8 words for 40 numbers: only 2, 4 or 8 bits"),
+        ("gptq", {"g_idx": torch.full((64,), 2, dtype=torch.int32)}, "in no group, of 2"),
+        ("gptq", {"weight": torch.ones(64, 64)}, "q_proj.weight twice"),
+        ("bitsandbytes nf4", {"weight.quant_map": torch.ones(15)}, "has not 16 places"),
+        (
+            "bitsandbytes nf4",
+            {"weight.nested_quant_map": None},
+            "damaged model.layers.0.self_attn.q_proj",
+        ),
         ("awq", {"qzeros": torch.zeros(2, 9, dtype=torch.int32)}, "4-bit ones of AWQ"),
-        ("awq", {"qweight": None}, "q_proj.scales in F16|parts of quantised weights|qzeros in I32"),
+        ("awq", {"qweight": None}, "q_proj.qzeros in I32, and nothing beside it"),
         (
             "compressed int4",
             {"weight_scale": torch.ones(64, 4)},
