@@ -9,7 +9,7 @@
 //             8 bits: 512 bytes a block. 4 bits: 256 bytes, groups 0 to 3 in the low halves of bytes, 4 to 7 in the high ones
 //     scales  bfloat16 [panels][blocks][16 outputs]
 //
-// Panels are read once for up to kRows rows. Plain C for ctypes, and OpenMP.
+// Plain C for ctypes, and OpenMP.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -25,13 +25,15 @@ namespace {
 
 constexpr int64_t kLanes = 16, kBlock = 32, kGroup = 4, kGroups = kBlock / kGroup, kGroupBytes = kLanes * kGroup;
 constexpr int64_t kBlockBytes = kGroups * kGroupBytes;  // of weights in 8 bits
-// Of a register tile: each row times each panel is a sum of integers and one of floats.
+// Of a register tile: each row times each panel is a sum of integers and one of floats. A few rows take one panel at a time: it is
+// read from memory, and one stream of weights is read faster than two. With more rows it is in a cache, and two panels share what is
+// loaded of the inputs.
 #if defined(__AVX512VNNI__)
-constexpr int kPanels = 2, kRows = 6;
+constexpr int kFewRows = 12, kPanels = 2, kRows = 6;
 #elif defined(__AVX2__)
-constexpr int kPanels = 1, kRows = 4;
+constexpr int kFewRows = 4, kPanels = 1, kRows = 4;
 #else
-constexpr int kPanels = 1, kRows = 1;
+constexpr int kFewRows = 1, kPanels = 1, kRows = 1;
 #endif
 // A second integer counts in steps of 2^-kStepBits of the first.
 constexpr int kStepBits = 7;
@@ -41,7 +43,7 @@ constexpr float kStep = 1.0f / (1 << kStepBits);
 constexpr float kFar = 5.0f;
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, half to even
 constexpr float kLeast = 1e-15f;          // blocks that are smaller count as zeros: products of scales are normal numbers
-constexpr int64_t kMarks = 8;             // of rows, so many bytes, which are looked at together
+constexpr int64_t kMarks = 16;            // of the rows of a tile, a byte each, which are looked at together
 // Rows whose integers are made, and then multiplied by all panels, before the next ones: they stay in a core's cache.
 constexpr int64_t kChunkBytes = 512 << 10, kMinChunkRows = 48;
 constexpr int64_t kSerialElements = 16384;  // inputs that one thread rounds in less time than it takes to wake others
@@ -185,10 +187,10 @@ struct Panels {
 
 // Whether a row of a tile has second integers in this block.
 inline bool is_marked(const uint8_t* marks) {
-  static_assert(kRows <= kMarks);
-  uint64_t all;
-  std::memcpy(&all, marks, kMarks);
-  return all != 0;
+  static_assert(std::max(kRows, kFewRows) <= kMarks);
+  uint64_t all[2];
+  std::memcpy(all, marks, kMarks);
+  return (all[0] | all[1]) != 0;
 }
 
 // A tile of the inputs, from row `first` on. out [panels][kNumRows][16].
@@ -441,20 +443,20 @@ void store_products(const float* products, const float* bias, int64_t num_rows, 
 }
 
 // kNumPanels panels from `panel` on, with all rows of `inputs`. out: [rows, out_features]. wide: room for the panels in 8 bits.
-template <int kNumPanels, typename T>
+template <int kNumPanels, int kMaxRows, typename T>
 void multiply_panels(const Weight& w, int64_t panel, const Inputs& inputs, T* out, uint8_t* wide) {
   const int64_t blocks = panel * inputs.num_blocks;
   Panels panels{w.integers + blocks * w.block_bytes(), w.scales + blocks * kLanes, w.zero_point()};
   bool is_half = w.num_bits == 4;
-  if (is_half && inputs.num_rows > kRows) {  // once for all tiles
+  if (is_half && inputs.num_rows > inputs.tile_rows) {  // once for all tiles
     widen_panels(panels.integers, kNumPanels * inputs.num_blocks, wide);
     panels.integers = wide;
     is_half = false;
   }
-  alignas(64) float products[kNumPanels * kRows * kLanes];
+  alignas(64) float products[kNumPanels * kMaxRows * kLanes];
   for (int64_t first = 0; first < inputs.num_rows; first += inputs.tile_rows) {
     const int64_t count = std::min(inputs.tile_rows, inputs.num_rows - first);
-    find_tile<kNumPanels, kRows>(static_cast<int>(count), inputs.num_terms, is_half)(panels, inputs, first, products);
+    find_tile<kNumPanels, kMaxRows>(static_cast<int>(count), inputs.num_terms, is_half)(panels, inputs, first, products);
     for (int64_t p = 0; p < kNumPanels; ++p) {
       const int64_t feature = (panel + p) * kLanes, num_lanes = std::min(kLanes, w.out_features - feature);
       T* const to = out + first * w.out_features + feature;
@@ -474,7 +476,9 @@ void multiply(const Weight& w, const T* x, T* out, int64_t num_rows, int num_thr
   uint8_t* const marks = reinterpret_cast<uint8_t*>(offsets + chunk_rows * num_blocks * w.num_terms);
   const int64_t job_panels = std::max<int64_t>(1, num_panels / (8 * num_threads) / kPanels) * kPanels;
   for (int64_t first = 0; first < num_rows; first += chunk_rows) {
-    const int64_t count = std::min(chunk_rows, num_rows - first), tile_rows = ceil_div(count, ceil_div(count, kRows));
+    const int64_t count = std::min(chunk_rows, num_rows - first);
+    const bool is_few = count <= kFewRows;
+    const int64_t tile_rows = is_few ? count : ceil_div(count, ceil_div(count, kRows));
     const Inputs inputs{
         .integers = reinterpret_cast<int8_t*>(scratch.memory),
         .scales = scales,
@@ -500,12 +504,15 @@ void multiply(const Weight& w, const T* x, T* out, int64_t num_rows, int num_thr
 #pragma omp for
         for (int64_t row = 0; row < count; ++row) round_row(from + row * w.in_features, w.in_features, inputs, row);
       }
-      const Scratch wide(w.num_bits == 4 && count > kRows ? kPanels * num_blocks * kBlockBytes : 0);
+      const Scratch wide(w.num_bits == 4 && !is_few ? kPanels * num_blocks * kBlockBytes : 0);
       for (int64_t panel = next.fetch_add(job_panels); panel < num_panels; panel = next.fetch_add(job_panels)) {
         const int64_t end = std::min(panel + job_panels, num_panels);
         int64_t i = panel;
-        for (; i + kPanels <= end; i += kPanels) multiply_panels<kPanels>(w, i, inputs, to, wide.memory);
-        for (; i < end; ++i) multiply_panels<1>(w, i, inputs, to, wide.memory);
+        if (is_few) {
+          for (; i < end; ++i) multiply_panels<1, kFewRows>(w, i, inputs, to, wide.memory);
+        }
+        for (; i + kPanels <= end; i += kPanels) multiply_panels<kPanels, kRows>(w, i, inputs, to, wide.memory);
+        for (; i < end; ++i) multiply_panels<1, kRows>(w, i, inputs, to, wide.memory);
       }
     }
   }
