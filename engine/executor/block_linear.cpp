@@ -1,14 +1,15 @@
 // Multiplies inputs by weights that are integers of 8 or 4 bits with a scale for each block of 32 inputs; see block_kernel.py.
 //
-// Inputs are rounded too, block by block, to one or two integers of 8 bits. Products of a block are summed as integers, so exactly,
-// and the sums of blocks in float, one block after the other, by the same operations however many rows there are: what comes out for
-// a row does not depend on the others, to the last bit.
+// Inputs are rounded too, block by block, to integers of 8 bits. A block with a value far beyond its row's others would lose the
+// rest, so it gets a second integer of 8 bits for what is left of each input, if the weight asks for that. Products of a block are
+// summed as integers, so exactly, and the sums of blocks in float, one block after the other, by operations that give the same
+// however many rows there are: what comes out for a row does not depend on the others, to the last bit.
 //
 //     weight  [panels of 16 outputs][blocks of 32 inputs][groups of 4 inputs][16 outputs][4 inputs], unsigned: the value + a zero point
 //             8 bits: 512 bytes a block. 4 bits: 256 bytes, groups 0 to 3 in the low halves of bytes, 4 to 7 in the high ones
 //     scales  bfloat16 [panels][blocks][16 outputs]
 //
-// Panels are read once for up to kRows rows. Plain C for ctypes, and OpenMP.
+// Plain C for ctypes, and OpenMP.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -24,19 +25,25 @@ namespace {
 
 constexpr int64_t kLanes = 16, kBlock = 32, kGroup = 4, kGroups = kBlock / kGroup, kGroupBytes = kLanes * kGroup;
 constexpr int64_t kBlockBytes = kGroups * kGroupBytes;  // of weights in 8 bits
-// Of a register tile: each row times each panel is a sum of integers and one of floats.
+// Of a register tile: each row times each panel is a sum of integers and one of floats. A few rows take one panel at a time: it is
+// read from memory, and one stream of weights is read faster than two. With more rows it is in a cache, and two panels share what is
+// loaded of the inputs.
 #if defined(__AVX512VNNI__)
-constexpr int kPanels = 2, kRows = 6;
+constexpr int kFewRows = 12, kPanels = 2, kRows = 6;
 #elif defined(__AVX2__)
-constexpr int kPanels = 1, kRows = 4;
+constexpr int kFewRows = 4, kPanels = 1, kRows = 4;
 #else
-constexpr int kPanels = 1, kRows = 1;
+constexpr int kFewRows = 1, kPanels = 1, kRows = 1;
 #endif
-// A number with more bits is twice that many: the first in steps of so many of the second.
+// A second integer counts in steps of 2^-kStepBits of the first.
 constexpr int kStepBits = 7;
-constexpr int kLimit = 127, kWideLimit = kLimit << kStepBits;
+constexpr int kLimit = 127;
+constexpr float kStep = 1.0f / (1 << kStepBits);
+// A block with a value beyond so many times the row's root mean square gets second integers.
+constexpr float kFar = 5.0f;
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, half to even
-constexpr float kLeast = 1e-30f;          // blocks that are smaller count as zeros
+constexpr float kLeast = 1e-15f;          // blocks that are smaller count as zeros: products of scales are normal numbers
+constexpr int64_t kMarks = 16;            // of the rows of a tile, a byte each, which are looked at together
 // Rows whose integers are made, and then multiplied by all panels, before the next ones: they stay in a core's cache.
 constexpr int64_t kChunkBytes = 512 << 10, kMinChunkRows = 48;
 constexpr int64_t kSerialElements = 16384;  // inputs that one thread rounds in less time than it takes to wake others
@@ -84,22 +91,41 @@ inline int32_t rounded(float value) { return static_cast<int32_t>(bits_of(value 
 //
 //     integers  [tiles][blocks][num_terms][8 groups][rows][4]
 //     scales    [tiles][blocks][rows]
-//     offsets   [tiles][blocks][rows]; the sum of the integers times the zero point of the weights
+//     offsets   [tiles][blocks][num_terms][rows]; the sum of the integers times the zero point of the weights, negative
+//     marks     [tiles][blocks][kMarks]; whether a row has second integers; they are zeros if not
 struct Inputs {
   int8_t* integers;
   float* scales;
   int32_t* offsets;
+  uint8_t* marks;
   int64_t num_blocks, num_rows, tile_rows;
   int num_terms, zero_point;
   int64_t row_bytes() const { return num_blocks * num_terms * kBlock; }
 };
 
 template <typename T>
+float mean_square(const T* x, int64_t num_features) {
+  float sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= num_features; i += kLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += widen(x[i + lane]) * widen(x[i + lane]);
+  }
+  for (; i < num_features; ++i) sums[0] += widen(x[i]) * widen(x[i]);
+  float sum = 0.0f;
+  for (const float part : sums) sum += part;
+  return sum / static_cast<float>(num_features);
+}
+
+template <typename T>
 void round_row(const T* x, int64_t num_features, const Inputs& to, int64_t row) {
-  const int limit = to.num_terms == 1 ? kLimit : kWideLimit;
-  const int64_t first = row / to.tile_rows * to.tile_rows, count = std::min(to.tile_rows, to.num_rows - first);
-  int8_t* at = to.integers + first * to.row_bytes() + (row - first) * kGroup;
-  const int64_t place = first * to.num_blocks + row - first;
+  const int64_t tile = row / to.tile_rows, first = tile * to.tile_rows, place = row - first;
+  const int64_t count = std::min(to.tile_rows, to.num_rows - first);
+  int8_t* at = to.integers + first * to.row_bytes() + place * kGroup;
+  float* scale = to.scales + first * to.num_blocks + place;
+  int32_t* offset = to.offsets + first * to.num_blocks * to.num_terms + place;
+  uint8_t* mark = to.marks + tile * to.num_blocks * kMarks + place;
+  const float far = to.num_terms == 1 ? 0.0f : kFar * kFar * mean_square(x, num_features);
   for (int64_t block = 0; block < to.num_blocks; ++block) {
     float values[kBlock];
     const int64_t begin = block * kBlock;
@@ -111,30 +137,42 @@ void round_row(const T* x, int64_t num_features, const Inputs& to, int64_t row) 
     }
     const float largest = largest_of(values);
     const bool is_zero = largest < kLeast;
-    const float inverse = is_zero ? 0.0f : limit / largest;
-    int32_t numbers[kBlock], sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < kBlock; ++i) {
-      numbers[i] = rounded(values[i] * inverse);
-      sum += numbers[i];
-    }
+    const float inverse = is_zero ? 0.0f : kLimit / largest;
     int8_t terms[2][kBlock];
-    if (to.num_terms == 1) {
-#pragma omp simd
-      for (int i = 0; i < kBlock; ++i) terms[0][i] = static_cast<int8_t>(numbers[i]);
-    } else {
-#pragma omp simd
+    int32_t sums[2] = {0, 0};
+    const bool is_wide = to.num_terms == 2 && largest * largest > far;
+    if (is_wide) {
+      int32_t high_sum = 0, low_sum = 0;
+#pragma omp simd reduction(+ : high_sum, low_sum)
       for (int i = 0; i < kBlock; ++i) {
-        const int32_t high = (numbers[i] + (1 << (kStepBits - 1))) >> kStepBits;
+        const int32_t number = rounded(values[i] * inverse * (1 << kStepBits));
+        const int32_t high = (number + (1 << (kStepBits - 1))) >> kStepBits, low = number - high * (1 << kStepBits);
         terms[0][i] = static_cast<int8_t>(high);
-        terms[1][i] = static_cast<int8_t>(numbers[i] - high * (1 << kStepBits));
+        terms[1][i] = static_cast<int8_t>(low);
+        high_sum += high;
+        low_sum += low;
       }
+      sums[0] = high_sum;
+      sums[1] = low_sum;
+    } else {
+      int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < kBlock; ++i) {
+        const int32_t number = rounded(values[i] * inverse);
+        terms[0][i] = static_cast<int8_t>(number);
+        sum += number;
+      }
+      sums[0] = sum;
+      std::memset(terms[1], 0, kBlock);
     }
-    for (int term = 0; term < to.num_terms; ++term) {
+    for (int term = 0; term < to.num_terms; ++term, offset += count) {
       for (int group = 0; group < kGroups; ++group, at += count * kGroup) std::memcpy(at, terms[term] + group * kGroup, kGroup);
+      *offset = -to.zero_point * sums[term];
     }
-    to.scales[place + block * count] = is_zero ? 0.0f : largest / limit;
-    to.offsets[place + block * count] = sum * to.zero_point;
+    *scale = is_zero ? 0.0f : largest / kLimit;
+    *mark = is_wide;
+    scale += count;
+    mark += kMarks;
   }
 }
 
@@ -147,7 +185,15 @@ struct Panels {
   int zero_point;
 };
 
-// kNumRows rows, from `first` on, which are a tile of the inputs. out [panels][kNumRows][16].
+// Whether a row of a tile has second integers in this block.
+inline bool is_marked(const uint8_t* marks) {
+  static_assert(std::max(kRows, kFewRows) <= kMarks);
+  uint64_t all[2];
+  std::memcpy(all, marks, kMarks);
+  return (all[0] | all[1]) != 0;
+}
+
+// A tile of the inputs, from row `first` on. out [panels][kNumRows][16].
 #if defined(__AVX512VNNI__)
 
 // _mm512_dpbusd_epi32, for which GCC 12 copies the sums from register to register, and to memory where there are many.
@@ -170,28 +216,23 @@ void multiply_tile(const Panels& panels, const Inputs& x, int64_t first, float* 
   const int64_t panel_bytes = x.num_blocks * kBytes, panel_scales = x.num_blocks * kLanes;
   const int8_t* integers = x.integers + first * x.row_bytes();
   const float* x_scales = x.scales + first * x.num_blocks;
-  const int32_t* offsets = x.offsets + first * x.num_blocks;
+  const int32_t* offsets = x.offsets + first * x.num_blocks * kNumTerms;
+  const uint8_t* marks = x.marks + first / x.tile_rows * x.num_blocks * kMarks;
   const uint8_t* weight = panels.integers;
   const uint16_t* scales = panels.scales;
   __m512 total[kNumSums];
   for_each<kNumSums>([&](auto i) { total[i] = _mm512_setzero_ps(); });
   for (int64_t block = 0; block < x.num_blocks; ++block) {
     __m512i sum[kNumSums];
-    for_each<kNumSums>([&](auto i) { sum[i] = _mm512_setzero_si512(); });
-    for_each<kNumTerms>([&](auto term) {
-      if constexpr (term > 0) {
-        for_each<kNumSums>([&](auto i) { sum[i] = _mm512_slli_epi32(sum[i], kStepBits); });
-        asm volatile("" ::: "memory");  // weights are loaded again: there are no registers to keep them
-      }
-      const auto add = [&](const __m512i(&w)[kNumPanels], int group) __attribute__((always_inline)) {
-        const int8_t* const fours = integers + (term * kGroups + group) * kNumRows * kGroup;
-        for_each<kNumRows>([&](auto r) {
-          int32_t four;
-          std::memcpy(&four, fours + r * kGroup, 4);
-          const __m512i inputs = _mm512_set1_epi32(four);
-          for_each<kNumPanels>([&](auto p) { add_products(sum[p * kNumRows + r], w[p], inputs); });
-        });
-      };
+    const auto add = [&](const __m512i(&w)[kNumPanels], const int8_t* fours) __attribute__((always_inline)) {
+      for_each<kNumRows>([&](auto r) {
+        int32_t four;
+        std::memcpy(&four, fours + r * kGroup, 4);
+        const __m512i inputs = _mm512_set1_epi32(four);
+        for_each<kNumPanels>([&](auto p) { add_products(sum[p * kNumRows + r], w[p], inputs); });
+      });
+    };
+    const auto add_all = [&](const int8_t* term) __attribute__((always_inline)) {
       for_each<kHalf ? kGroups / 2 : kGroups>([&](auto group) {
         __m512i w[kNumPanels];
         for_each<kNumPanels>([&](auto p) { w[p] = _mm512_loadu_si512(weight + p * panel_bytes + group * kGroupBytes); });
@@ -202,26 +243,36 @@ void multiply_tile(const Panels& panels, const Inputs& x, int64_t first, float* 
             high[p] = _mm512_and_si512(_mm512_srli_epi16(w[p], 4), low);
             w[p] = _mm512_and_si512(w[p], low);
           });
-          add(high, group + kGroups / 2);
+          add(high, term + (group + kGroups / 2) * kNumRows * kGroup);
         }
-        add(w, group);
+        add(w, term + group * kNumRows * kGroup);
       });
-    });
+    };
+    for_each<kNumSums>([&](auto i) { sum[i] = _mm512_set1_epi32(offsets[i % kNumRows]); });
+    add_all(integers);
+    const bool is_wide = kNumTerms == 2 && is_marked(marks);
+    if (is_wide) {
+      for_each<kNumSums>([&](auto i) {
+        sum[i] = _mm512_add_epi32(_mm512_slli_epi32(sum[i], kStepBits), _mm512_set1_epi32(offsets[kNumRows + i % kNumRows]));
+      });
+      add_all(integers + kBlock * kNumRows);
+    }
     for_each<kNumPanels>([&](auto p) {
       const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + p * panel_scales));
-      const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+      __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+      if (is_wide) scale = _mm512_mul_ps(scale, _mm512_set1_ps(kStep));
       for_each<kNumRows>([&](auto r) {
         constexpr int i = p * kNumRows + r;
-        const __m512i exact = _mm512_sub_epi32(sum[i], _mm512_set1_epi32(offsets[r]));
         const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[r]));
-        total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(exact), factor, total[i]);
+        total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), factor, total[i]);
       });
     });
     weight += kBytes;
     scales += kLanes;
     integers += kNumTerms * kBlock * kNumRows;
     x_scales += kNumRows;
-    offsets += kNumRows;
+    offsets += kNumTerms * kNumRows;
+    marks += kMarks;
   }
   for_each<kNumSums>([&](auto i) { _mm512_storeu_ps(out + i * kLanes, total[i]); });
 }
@@ -239,38 +290,43 @@ void multiply_tile(const Panels& panels, const Inputs& x, int64_t first, float* 
     const float* x_scales = x.scales + first * x.num_blocks;
     const uint8_t* weight = panels.integers + half * kGroupBytes / 2;
     const uint16_t* scales = panels.scales + half * kLanes / 2;
+    const uint8_t* marks = x.marks + first / x.tile_rows * x.num_blocks * kMarks;
     __m256 total[kNumRows];
-    for (auto& row : total) row = _mm256_setzero_ps();
+    for (int r = 0; r < kNumRows; ++r) total[r] = _mm256_setzero_ps();
     for (int64_t block = 0; block < x.num_blocks; ++block) {
       __m256i sum[kNumRows];
-      for (auto& row : sum) row = _mm256_setzero_si256();
-      for (int term = 0; term < kNumTerms; ++term) {
-        if (term > 0) {
-          for (auto& row : sum) row = _mm256_slli_epi32(row, kStepBits);
+      for (int r = 0; r < kNumRows; ++r) sum[r] = _mm256_setzero_si256();
+      const auto add = [&](__m256i w, const int8_t* fours) __attribute__((always_inline)) {
+        w = _mm256_sub_epi8(w, zeros);
+        const __m256i magnitude = _mm256_abs_epi8(w);
+        for (int r = 0; r < kNumRows; ++r) {
+          int32_t four;
+          std::memcpy(&four, fours + r * kGroup, 4);
+          const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(_mm256_set1_epi32(four), w));
+          sum[r] = _mm256_add_epi32(sum[r], _mm256_madd_epi16(pairs, ones));
         }
-        const auto add = [&](__m256i w, int group) {
-          w = _mm256_sub_epi8(w, zeros);
-          const __m256i magnitude = _mm256_abs_epi8(w);
-          for (int r = 0; r < kNumRows; ++r) {
-            int32_t four;
-            std::memcpy(&four, integers + ((term * kGroups + group) * kNumRows + r) * kGroup, 4);
-            const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(_mm256_set1_epi32(four), w));
-            sum[r] = _mm256_add_epi32(sum[r], _mm256_madd_epi16(pairs, ones));
-          }
-        };
+      };
+      const auto add_all = [&](const int8_t* term) __attribute__((always_inline)) {
         for (int group = 0; group < (kHalf ? kGroups / 2 : kGroups); ++group) {
           const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + group * kGroupBytes));
           if constexpr (kHalf) {
             const __m256i low = _mm256_set1_epi8(15);
-            add(_mm256_and_si256(w, low), group);
-            add(_mm256_and_si256(_mm256_srli_epi16(w, 4), low), group + kGroups / 2);
+            add(_mm256_and_si256(w, low), term + group * kNumRows * kGroup);
+            add(_mm256_and_si256(_mm256_srli_epi16(w, 4), low), term + (group + kGroups / 2) * kNumRows * kGroup);
           } else {
-            add(w, group);
+            add(w, term + group * kNumRows * kGroup);
           }
         }
+      };
+      add_all(integers);
+      const bool is_wide = kNumTerms == 2 && is_marked(marks);
+      if (is_wide) {
+        for (int r = 0; r < kNumRows; ++r) sum[r] = _mm256_slli_epi32(sum[r], kStepBits);
+        add_all(integers + kBlock * kNumRows);
       }
       const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
-      const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+      __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+      if (is_wide) scale = _mm256_mul_ps(scale, _mm256_set1_ps(kStep));
       for (int r = 0; r < kNumRows; ++r) {
         const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(x_scales[r]));
         total[r] = _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(sum[r]), factor), total[r]);
@@ -279,6 +335,7 @@ void multiply_tile(const Panels& panels, const Inputs& x, int64_t first, float* 
       scales += kLanes;
       integers += kNumTerms * kBlock * kNumRows;
       x_scales += kNumRows;
+      marks += kMarks;
     }
     for (int r = 0; r < kNumRows; ++r) _mm256_storeu_ps(out + r * kLanes + half * kLanes / 2, total[r]);
   }
@@ -294,15 +351,16 @@ void multiply_tile(const Panels& panels, const Inputs& x, int64_t first, float* 
   const uint16_t* scales = panels.scales;
   std::fill(out, out + kLanes, 0.0f);
   for (int64_t block = 0; block < x.num_blocks; ++block) {
+    const int64_t at = first * x.num_blocks + block;
+    const bool is_wide = kNumTerms == 2 && is_marked(x.marks + at * kMarks);
     int32_t sum[kLanes] = {};
-    for (int term = 0; term < kNumTerms; ++term) {
-      if (term > 0) {
-        for (int lane = 0; lane < kLanes; ++lane) sum[lane] *= 1 << kStepBits;
-      }
+    for (int term = 0; term < (is_wide ? 2 : 1); ++term) {
+      const int32_t offset = x.offsets[at * kNumTerms + term];
+      for (int lane = 0; lane < kLanes; ++lane) sum[lane] = sum[lane] * (1 << kStepBits) + offset;
       for (int group = 0; group < kGroups; ++group) {
         const bool is_high = kHalf && group >= kGroups / 2;
         const uint8_t* const bytes = weight + (is_high ? group - kGroups / 2 : group) * kGroupBytes;
-        const int8_t* const four = integers + (term * kGroups + group) * kGroup;
+        const int8_t* const four = integers + term * kBlock + group * kGroup;
         for (int lane = 0; lane < kLanes; ++lane) {
           for (int i = 0; i < kGroup; ++i) {
             const int32_t byte = bytes[lane * kGroup + i];
@@ -311,10 +369,9 @@ void multiply_tile(const Panels& panels, const Inputs& x, int64_t first, float* 
         }
       }
     }
-    const int64_t at = first * x.num_blocks + block;
     for (int lane = 0; lane < kLanes; ++lane) {
-      const float factor = widen(BFloat16{scales[lane]}) * x.scales[at];
-      out[lane] += static_cast<float>(sum[lane] - x.offsets[at]) * factor;
+      const float factor = widen(BFloat16{scales[lane]}) * (is_wide ? kStep : 1.0f) * x.scales[at];
+      out[lane] += static_cast<float>(sum[lane]) * factor;
     }
     weight += kHalf ? kBlockBytes / 2 : kBlockBytes;
     scales += kLanes;
@@ -386,20 +443,20 @@ void store_products(const float* products, const float* bias, int64_t num_rows, 
 }
 
 // kNumPanels panels from `panel` on, with all rows of `inputs`. out: [rows, out_features]. wide: room for the panels in 8 bits.
-template <int kNumPanels, typename T>
+template <int kNumPanels, int kMaxRows, typename T>
 void multiply_panels(const Weight& w, int64_t panel, const Inputs& inputs, T* out, uint8_t* wide) {
   const int64_t blocks = panel * inputs.num_blocks;
   Panels panels{w.integers + blocks * w.block_bytes(), w.scales + blocks * kLanes, w.zero_point()};
   bool is_half = w.num_bits == 4;
-  if (is_half && inputs.num_rows > kRows) {  // once for all tiles
+  if (is_half && inputs.num_rows > inputs.tile_rows) {  // once for all tiles
     widen_panels(panels.integers, kNumPanels * inputs.num_blocks, wide);
     panels.integers = wide;
     is_half = false;
   }
-  alignas(64) float products[kNumPanels * kRows * kLanes];
+  alignas(64) float products[kNumPanels * kMaxRows * kLanes];
   for (int64_t first = 0; first < inputs.num_rows; first += inputs.tile_rows) {
     const int64_t count = std::min(inputs.tile_rows, inputs.num_rows - first);
-    find_tile<kNumPanels, kRows>(static_cast<int>(count), inputs.num_terms, is_half)(panels, inputs, first, products);
+    find_tile<kNumPanels, kMaxRows>(static_cast<int>(count), inputs.num_terms, is_half)(panels, inputs, first, products);
     for (int64_t p = 0; p < kNumPanels; ++p) {
       const int64_t feature = (panel + p) * kLanes, num_lanes = std::min(kLanes, w.out_features - feature);
       T* const to = out + first * w.out_features + feature;
@@ -413,14 +470,27 @@ template <typename T>
 void multiply(const Weight& w, const T* x, T* out, int64_t num_rows, int num_threads) {
   const int64_t num_blocks = w.num_blocks(), num_panels = w.num_panels(), row_bytes = num_blocks * kBlock * w.num_terms;
   const int64_t chunk_rows = std::min(num_rows, std::max(kMinChunkRows, kChunkBytes / row_bytes / kMinChunkRows * kMinChunkRows));
-  const Scratch scratch(chunk_rows * (row_bytes + num_blocks * 8));
+  const Scratch scratch(chunk_rows * (row_bytes + num_blocks * (4 + 4 * w.num_terms + kMarks)));
   float* const scales = reinterpret_cast<float*>(scratch.memory + chunk_rows * row_bytes);
   int32_t* const offsets = reinterpret_cast<int32_t*>(scales + chunk_rows * num_blocks);
+  uint8_t* const marks = reinterpret_cast<uint8_t*>(offsets + chunk_rows * num_blocks * w.num_terms);
   const int64_t job_panels = std::max<int64_t>(1, num_panels / (8 * num_threads) / kPanels) * kPanels;
   for (int64_t first = 0; first < num_rows; first += chunk_rows) {
-    const int64_t count = std::min(chunk_rows, num_rows - first), tile_rows = ceil_div(count, ceil_div(count, kRows));
-    const Inputs inputs{reinterpret_cast<int8_t*>(scratch.memory), scales,    offsets, num_blocks, count,
-                        tile_rows, static_cast<int>(w.num_terms), w.zero_point()};
+    const int64_t count = std::min(chunk_rows, num_rows - first);
+    const bool is_few = count <= kFewRows;
+    const int64_t tile_rows = is_few ? count : ceil_div(count, ceil_div(count, kRows));
+    const Inputs inputs{
+        .integers = reinterpret_cast<int8_t*>(scratch.memory),
+        .scales = scales,
+        .offsets = offsets,
+        .marks = marks,
+        .num_blocks = num_blocks,
+        .num_rows = count,
+        .tile_rows = tile_rows,
+        .num_terms = static_cast<int>(w.num_terms),
+        .zero_point = w.zero_point(),
+    };
+    std::memset(marks, 0, ceil_div(count, tile_rows) * num_blocks * kMarks);
     const T* const from = x + first * w.in_features;
     T* const to = out + first * w.out_features;
     const bool is_serial = count * w.in_features <= kSerialElements;
@@ -434,12 +504,15 @@ void multiply(const Weight& w, const T* x, T* out, int64_t num_rows, int num_thr
 #pragma omp for
         for (int64_t row = 0; row < count; ++row) round_row(from + row * w.in_features, w.in_features, inputs, row);
       }
-      const Scratch wide(w.num_bits == 4 && count > kRows ? kPanels * num_blocks * kBlockBytes : 0);
+      const Scratch wide(w.num_bits == 4 && !is_few ? kPanels * num_blocks * kBlockBytes : 0);
       for (int64_t panel = next.fetch_add(job_panels); panel < num_panels; panel = next.fetch_add(job_panels)) {
         const int64_t end = std::min(panel + job_panels, num_panels);
         int64_t i = panel;
-        for (; i + kPanels <= end; i += kPanels) multiply_panels<kPanels>(w, i, inputs, to, wide.memory);
-        for (; i < end; ++i) multiply_panels<1>(w, i, inputs, to, wide.memory);
+        if (is_few) {
+          for (; i < end; ++i) multiply_panels<1, kFewRows>(w, i, inputs, to, wide.memory);
+        }
+        for (; i + kPanels <= end; i += kPanels) multiply_panels<kPanels, kRows>(w, i, inputs, to, wide.memory);
+        for (; i < end; ++i) multiply_panels<1, kRows>(w, i, inputs, to, wide.memory);
       }
     }
   }
