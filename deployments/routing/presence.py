@@ -72,10 +72,12 @@ class Presence:
         return look.card
 
     async def model_card(self) -> ModelCard:
-        """What the replicas serve, as far as it is known here; the first time, waits for one. Raises EngineStoppedError."""
+        """What the replicas serve, as far as it is known here; the first time, waits until one says so.
+
+        One that is busy is waited for as one that starts is. Raises EngineStoppedError when that takes too long.
+        """
         if self._card is None:
-            await self.wait()
-            return self._card or await self.describe()
+            return await self._first_card()
         if time.monotonic() - self._card_s >= CARD_PERIOD_S:
             self._look.start()
         return self._card
@@ -89,6 +91,18 @@ class Presence:
         start_s = time.monotonic()
         while (absence := (await self._look()).absence) is not None:
             self._give_up(absence, start_s)
+            await asyncio.sleep(LOOK_PERIOD_S)
+
+    async def _first_card(self) -> ModelCard:
+        start_s = time.monotonic()
+        while True:
+            try:
+                return await self.describe()
+            except NoReplicaError as absence:
+                self._give_up(absence, start_s)
+            except EngineStoppedError:
+                if time.monotonic() - start_s >= self._engine_wait_s:
+                    raise
             await asyncio.sleep(LOOK_PERIOD_S)
 
     async def first_of(self, items: AsyncIterator[GenerationItem]) -> GenerationItem:

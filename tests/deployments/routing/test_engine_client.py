@@ -258,6 +258,20 @@ async def test_a_busy_replica_is_waited_for_as_long_as_it_takes() -> None:
 
 
 @pytest.mark.usefixtures("soon")
+async def test_what_a_busy_replica_serves_is_waited_for_and_not_for_ever() -> None:
+    """The first request to an ingress that is new, while a replica of the engine moves to another node."""
+    handle = Deploying(3)
+    handle.answers = None  # describe times out
+    assert await EngineClient(handle, engine_wait_s=60).model_card() == CARD
+    handle = Deploying(10**9)
+    handle.answers = None
+    async with asyncio.timeout(10):
+        with pytest.raises(EngineStoppedError, match="no engine replica answered"):
+            await EngineClient(handle, engine_wait_s=0.05).model_card()
+    assert handle.num_broadcasts > 1
+
+
+@pytest.mark.usefixtures("soon")
 async def test_a_lost_request_waits_for_the_replacement_and_is_told_why_none_comes() -> None:
     handle = FakeReplicas([2], [ActorDiedError()])
     handle.answers = []
