@@ -21,6 +21,9 @@ DEFAULTS = {
     "RAY_SERVE_SESSION_ID_HEADER_KEY": "x-pensieve-serve-session",
     # Headers of clients that Serve's proxy would stumble over, or be steered by.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy_headers:middlewares",
+    # A proxy that is not ready within so many seconds is killed; 5. On a busy machine it needs longer, and with it fails
+    # `serve.start`, which waits for that very proxy for a minute. One that cannot listen says so at once.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # -- a server without work computes next to nothing. Ray is made for clusters of many nodes and short tasks, and looks at
     # much ten times a second. What notices failures keeps Ray's own intervals.
     # The controller's look at everything; 0.1.

@@ -18,6 +18,7 @@ import httpx
 import psutil
 import pytest
 import yaml
+from ray.serve._private import constants
 from ray.serve.schema import LoggingConfig
 
 from deployments import run
@@ -185,6 +186,14 @@ def test_another_clusters_ports_are_not_this_machines(config: Path, monkeypatch:
 )
 def test_options_are_not_guessed(option: str, expected: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, str(config), option).endswith(expected if expected.endswith("\n") else f"{expected}\n")
+
+
+def test_serve_knows_the_names_of_its_settings() -> None:
+    """One that Serve does not read any more would have no effect, and nothing would say so."""
+    source = Path(constants.__file__).read_text()
+    names = [name for name in {**ray_settings.DEFAULTS, **ray_settings.FAST_PATH} if name.startswith("RAY_SERVE_")]
+    assert [name for name in names if f'"{name}"' not in source] == []
+    assert float(ray_settings.DEFAULTS["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) >= constants.HTTP_PROXY_TIMEOUT
 
 
 def test_help_loads_nothing_large() -> None:
