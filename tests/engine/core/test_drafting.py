@@ -123,6 +123,23 @@ def test_a_request_of_which_nothing_is_verified_is_looked_at_less_and_less_until
     assert not drafter.is_resting
 
 
+@pytest.mark.parametrize(("step_s", "num_looks"), [(1e-1, 20), (1e-4, 6)])
+def test_requests_rest_only_if_looking_at_them_is_a_part_of_the_step(step_s, num_looks, monkeypatch):
+    guessing = Speculation(SpeculativeOptions("ngram", 4), 8, keeps_answers=True)
+    request = Request("r", [1], SamplingParams())
+    request.max_total_tokens = 100
+    plain = [QuerySegment("r", 0, (1,), True)]
+    guessing.note_step(plain, step_s)
+    guessing.note_step(plain, step_s)
+    looks = []
+    catch_up = Drafter.catch_up
+    monkeypatch.setattr(Drafter, "catch_up", lambda *args: looks.append(args) or catch_up(*args))
+    for token_id in range(2, 22):
+        assert guessing.guess([request], 8) == {}
+        request.token_ids.append(token_id)
+    assert len(looks) == num_looks
+
+
 def test_of_answers_only_so_many_tokens_are_kept():
     answers = RecentAnswers()
     for _ in range(5):
