@@ -34,6 +34,10 @@ MAX_STEPS_IN_A_ROW = 128
 MAX_DELAY = 3.0
 # Weight of a new time against those before; the first ones count the same.
 TIME_WEIGHT = 1 / 8
+# What it takes to look for one request's guess, in seconds, and the part of a step that all of them may take together;
+# if they take more, requests of which nothing is worth to be verified rest.
+LOOK_S = 10e-6
+MAX_LOOK_PART = 0.01
 # Tenants whose recent answers are kept.
 MAX_TENANTS = 64
 # Tokens of contexts that are indexed in one step, which waits for it: about a millisecond. And in all: of about 100
@@ -167,7 +171,7 @@ class Speculation:
         budget: tokens that the step may have besides.
         """
         cost = self._cost(len(requests))
-        if cost.needs_plain_step:
+        if cost.needs_plain_step or cost.base_s is None:
             return {}
         guesses: dict[Request, list[int]] = {}
         chances: list[tuple[float, Request]] = []
@@ -183,8 +187,9 @@ class Speculation:
         del chances[max(0, min(budget, self._max_rows - len(requests))) :]
         num = cost.choose(len(requests), [chance for chance, _ in chances])
         counts = Counter(request for _, request in chances[:num])
+        may_rest = LOOK_S * len(requests) > MAX_LOOK_PART * cost.base_s
         for request in followed:
-            self._drafters[request].note_use(request in counts)
+            self._drafters[request].note_use(not may_rest or request in counts)
         return {request: tuple(guesses[request][:count]) for request, count in counts.items()}
 
     def take_in(self, requests: Iterable[Request]) -> list[Request]:

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.core import drafting, speculation
+from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.drafting import MAX_MATCH, MAX_RECENT_TOKENS, MAX_REST, Drafter, HitRates, RecentAnswers, TokenIndex
+from engine.core.engine_core import EngineCore
 from engine.core.plan import QuerySegment
 from engine.core.request import Request, SamplingParams
 from engine.core.speculation import MAX_STEPS_IN_A_ROW, PRIOR_ROW_COST, Speculation, SpeculativeOptions, StepCost
@@ -92,6 +94,23 @@ def test_what_is_indexed_in_a_step_and_in_all_is_bounded_and_ends_with_its_reque
     assert not guessing._answers  # the one that has ended had none
 
 
+def test_contexts_are_indexed_while_their_prompts_are_computed():
+    """So that the first decode has guesses; a context that is only prepared has no decode."""
+    core = EngineCore(
+        CacheConfig(num_gpu_blocks=64, chunk_size=4),
+        SchedulingConfig(max_model_len=64, max_num_batched_tokens=8, speculative={"method": "ngram"}),
+    )
+    core.add_request(Request("prepared", [3] * 20, SamplingParams(), is_prewarm=True), 0.0)
+    assert core.schedule(0.0) is not None
+    assert not core._scheduler._speculation._drafters
+    core = EngineCore(core.cache_config, core.scheduling_config)
+    core.add_request(Request("r", [1, 2] * 10, SamplingParams()), 0.0)
+    plan = core.schedule(0.0)
+    assert plan is not None
+    assert plan.num_tokens == 8
+    assert [drafter.num_indexed for drafter in core._scheduler._speculation._drafters.values()] == [20]
+
+
 def test_answers_of_others_are_looked_in_and_never_run_into_each_other():
     answers = RecentAnswers()
     answers.add([5, 6, 7])
@@ -121,6 +140,23 @@ def test_a_request_of_which_nothing_is_verified_is_looked_at_less_and_less_until
     drafter.note_use(True)
     context += [1]
     assert not drafter.is_resting
+
+
+@pytest.mark.parametrize(("step_s", "num_looks"), [(1e-1, 20), (1e-4, 6)])
+def test_requests_rest_only_if_looking_at_them_is_a_part_of_the_step(step_s, num_looks, monkeypatch):
+    guessing = Speculation(SpeculativeOptions("ngram", 4), 8, keeps_answers=True)
+    request = Request("r", [1], SamplingParams())
+    request.max_total_tokens = 100
+    plain = [QuerySegment("r", 0, (1,), True)]
+    guessing.note_step(plain, step_s)
+    guessing.note_step(plain, step_s)
+    looks = []
+    catch_up = Drafter.catch_up
+    monkeypatch.setattr(Drafter, "catch_up", lambda *args: looks.append(args) or catch_up(*args))
+    for token_id in range(2, 22):
+        assert guessing.guess([request], 8) == {}
+        request.token_ids.append(token_id)
+    assert len(looks) == num_looks
 
 
 def test_of_answers_only_so_many_tokens_are_kept():
