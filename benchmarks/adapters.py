@@ -3,8 +3,8 @@
     python benchmarks/adapters.py [--rounds 4]
 
 All sides take turns in one run; ratios are of medians over all steps of a kind, to an engine without adapters. The adapters
-have random weights and change all linear layers but the output's. Decoding: contexts of 64 to 96 tokens. Prompts: 128 tokens
-each, all of them in one step. Writes benchmarks/results/adapters.json.
+have random weights and change all linear layers but the output's. Decoding: contexts of 64 to 96 tokens. Prompts: 128 tokens,
+one a step. Writes benchmarks/results/adapters.json.
 """
 
 from __future__ import annotations
