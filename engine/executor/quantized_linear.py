@@ -46,7 +46,7 @@ class Int4Weight(Int8Weight):
     """Weights from -8 to 7, with a scale for each 32 inputs of an output; inputs are rounded to 8 bits."""
 
     CHECKED_LIMITS = (7, 127)
-    LOSS = 0.12
+    LOSS = 0.1
     NUM_BITS, NUM_TERMS = 4, 1
 
 
