@@ -158,9 +158,8 @@ void round_row(const T* x, int64_t num_features, const Inputs& to, int64_t row) 
       int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int i = 0; i < kBlock; ++i) {
-        const int32_t number = rounded(values[i] * inverse);
-        terms[0][i] = static_cast<int8_t>(number);
-        sum += number;
+        terms[0][i] = static_cast<int8_t>(rounded(values[i] * inverse));
+        sum += terms[0][i];
       }
       sums[0] = sum;
       std::memset(terms[1], 0, kBlock);

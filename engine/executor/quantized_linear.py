@@ -27,7 +27,10 @@ class QuantizedWeight(PackedWeight, Protocol):
 
 
 class Int8Weight(BlockWeight):
-    """Weights from -127 to 127, with a scale for each 32 inputs of an output; inputs are rounded to 15 bits."""
+    """Weights from -127 to 127, with a scale for each 32 inputs of an output.
+
+    Inputs are rounded to 8 bits, and to 15 in blocks with a value far beyond the others of its row.
+    """
 
     PACKS_SINGLE_LAYERS = True
     CHECKED_LIMITS = (127, 127)
