@@ -40,7 +40,7 @@ constexpr int kStepBits = 7;
 constexpr int kLimit = 127;
 constexpr float kStep = 1.0f / (1 << kStepBits);
 // A block with a value beyond so many times the row's root mean square gets second integers.
-constexpr float kFar = 5.0f;
+constexpr float kFar = 4.0f;
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, half to even
 constexpr float kLeast = 1e-15f;          // blocks that are smaller count as zeros: products of scales are normal numbers
 constexpr int64_t kMarks = 16;            // of the rows of a tile, a byte each, which are looked at together
