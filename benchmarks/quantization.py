@@ -23,7 +23,9 @@ from engine.executor.model_loader import load_model
 from engine.model_files import model_location
 from engine.text.tokenizer import Tokenizer
 
-SETTINGS = (("none", "float32"), ("none", "bfloat16"), ("int8", "float32"), ("int8", "bfloat16"))
+SETTINGS = tuple(
+    (quantization, dtype) for quantization in ("none", "int8", "int4") for dtype in ("float32", "bfloat16")
+)
 
 
 def read_conversations(path: Path, num: int) -> list[list[dict[str, str]]]:

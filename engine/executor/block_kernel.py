@@ -38,7 +38,7 @@ class BlockWeight:
     """A weight [out_features, in_features] and a bias, laid out for the kernel.
 
     num_bits: of a weight, 8 or 4.
-    num_terms: integers of 8 bits that an input is rounded to, 1 or 2.
+    num_terms: integers of 8 bits for an input: 1, or 2 in blocks with a value far beyond the others of its row.
 
     Raises KernelBuildError if the kernel cannot be built.
     """
@@ -133,11 +133,16 @@ def instruction_set() -> tuple[str, tuple[str, ...]]:
 
 def is_fast() -> bool:
     """Whether products are faster than those of unquantised weights on this processor."""
-    return instruction_set()[0] in ("AVX512_VNNI", "AVX2")
+    return torch.backends.cpu.get_cpu_capability() in ISA_FLAGS
 
 
 def load_built_for(capability: str, isa_flags: tuple[str, ...]) -> Any:
-    """The kernel for an instruction set. Raises KernelBuildError."""
+    """The kernel for an instruction set.
+
+    capability, isa_flags: its name, and the compiler's flags.
+
+    Raises KernelBuildError.
+    """
     # Every row is computed by the same operations, so the compiler must not join two of them in one place and not in another.
     flags = ("-fopenmp", "-ffp-contract=off", *isa_flags)
     try:

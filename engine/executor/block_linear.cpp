@@ -40,7 +40,7 @@ constexpr int kStepBits = 7;
 constexpr int kLimit = 127;
 constexpr float kStep = 1.0f / (1 << kStepBits);
 // A block with a value beyond so many times the row's root mean square gets second integers.
-constexpr float kFar = 5.0f;
+constexpr float kFar = 4.0f;
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, half to even
 constexpr float kLeast = 1e-15f;          // blocks that are smaller count as zeros: products of scales are normal numbers
 constexpr int64_t kMarks = 16;            // of the rows of a tile, a byte each, which are looked at together
@@ -158,9 +158,8 @@ void round_row(const T* x, int64_t num_features, const Inputs& to, int64_t row) 
       int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int i = 0; i < kBlock; ++i) {
-        const int32_t number = rounded(values[i] * inverse);
-        terms[0][i] = static_cast<int8_t>(number);
-        sum += number;
+        terms[0][i] = static_cast<int8_t>(rounded(values[i] * inverse));
+        sum += terms[0][i];
       }
       sums[0] = sum;
       std::memset(terms[1], 0, kBlock);

@@ -42,7 +42,7 @@ from engine.executor.model_check import (
 )
 from engine.executor.packed_linear import PackedWeight, choose_packing, leave_files, num_packed_bytes, pack_linears
 from engine.executor.process_group import ProcessGroup
-from engine.executor.quantization import quantize
+from engine.executor.quantization import kinds_of_layers, quantize
 from engine.executor.quantized_linear import choose_quantized
 from engine.executor.sharding import is_own, local_part, localize, make_plan, num_local_bytes
 from engine.host_memory import check_weights
@@ -162,7 +162,8 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
             del model, probe
             _free_memory(device)
             return load_model(replace(config, quantization="none"), group)
-        fingerprint = fingerprint_of(fingerprint, [kind.identity() for kind in quantized])
+        own = fingerprint_of([kind.identity() for kind in quantized], kinds_of_layers(model))
+        fingerprint = fingerprint_of(fingerprint, own if group is None else group.gather(own))
         num_weight_bytes = num_local_bytes(model) + num_packed_bytes(model)
     elif packing is not None:
         is_packed = _pack(config.model, model, text_config, tolerance, packing)

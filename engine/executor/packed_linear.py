@@ -37,8 +37,8 @@ class PackedWeight(Protocol):
 
     PACKS_SINGLE_LAYERS: whether a layer that is joined to no other one gains by it too.
     CHECKED_LIMITS: of a weight and of an input; integers up to them are multiplied exactly, if each row reaches them.
-    LOSS: error of the output of a layer on random rows, in relation to its length, beyond which a layer is not packed so;
-        besides rounding in the dtype. 0 if the weight is kept as it is.
+    LOSS: error of the output of a layer, in relation to its length, beyond which a layer is not packed so; besides rounding
+        in the dtype. 0 if the weight is kept as it is.
     """
 
     PACKS_SINGLE_LAYERS: bool
@@ -281,14 +281,14 @@ def pack_linears(
     computes the same with none. A weight that another module uses too (a tied embedding) stays there beside its packed copy.
     """
     own = own or {}
-    groups = _find_groups(model, forward)
+    groups, inputs = _find_groups(model, forward)
     places = {child: (parent, name) for parent in model.modules() for name, child in parent.named_children()}
     num_packed = 0
-    for group in groups:
+    for group, x in zip(groups, inputs, strict=True):
         candidates = own.get(group[0], packings)
         if len(group) == 1 and not candidates[0].PACKS_SINGLE_LAYERS:
             continue
-        replacements, packing = _pack_group(group, candidates)
+        replacements, packing = _pack_group(group, x, candidates)
         for layer, replacement in zip(group, replacements, strict=True):
             parent, name = places.pop(layer)
             setattr(parent, name, replacement)
@@ -298,20 +298,27 @@ def pack_linears(
 
 
 def _pack_group(
-    group: list[nn.Linear], packings: Sequence[type[PackedWeight]]
+    group: list[nn.Linear], x: torch.Tensor, packings: Sequence[type[PackedWeight]]
 ) -> tuple[list[nn.Module], type[PackedWeight]]:
-    """What stands for the layers of a group, and by which packing. Raises ValueError if none is right."""
+    """What stands for the layers of a group, and by which packing.
+
+    x: an input that the model gave them.
+
+    Raises ValueError if no packing is right.
+    """
     for packing in packings:
         try:
             linear = PackedLinear(group, packing)
             joined = _JoinedInput(linear)
             replacements = [linear] if len(group) == 1 else [JoinedLinear(joined, index) for index in range(len(group))]
-            _check_same(group, replacements, packing.LOSS)
+            _check_same(group, replacements, _random_rows(group[0]), TOLERANCE[linear.dtype] + packing.LOSS)
+            if packing.LOSS:  # an input may be what its weights are worst at
+                _check_same(group, replacements, x, max(TOLERANCE[linear.dtype], packing.LOSS))
             return replacements, packing
         except ValueError as error:
             if packing is packings[-1]:
                 raise
-            logger.info("%s with %s", error, packing.__name__)
+            logger.debug("%s with %s", error, packing.__name__)
     raise AssertionError("no packing was given")
 
 
@@ -343,33 +350,41 @@ def num_packed_bytes(model: nn.Module) -> int:
 
 
 @torch.inference_mode()
-def _check_same(layers: Sequence[nn.Linear], replacements: Sequence[nn.Module], loss: float) -> None:
-    """Raise ValueError if two layers differ on random rows, which show more than a model's own inputs."""
-    weight = layers[0].weight
-    generator = torch.Generator(weight.device).manual_seed(0)
-    size = (max(NUMS_OF_TRIED_ROWS), layers[0].in_features)
-    x = torch.randn(*size, generator=generator, device=weight.device, dtype=weight.dtype)
+def _check_same(
+    layers: Sequence[nn.Linear], replacements: Sequence[nn.Module], x: torch.Tensor, tolerance: float
+) -> None:
+    """Raise ValueError if two layers' outputs differ by more than that, in relation to their length."""
     for layer, replacement in zip(layers, replacements, strict=True):
         expected, actual = layer(x).float(), replacement(x).float()
-        if not (actual - expected).norm() <= (TOLERANCE[weight.dtype] + loss) * expected.norm():
+        if not (actual - expected).norm() <= tolerance * expected.norm():
             raise ValueError(f"a layer of {layer.out_features} x {layer.in_features} does not compute the same")
 
 
-def _find_groups(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.Linear]]:
-    """The linear layers that `forward` calls, in the order of their calls, in groups.
+def _random_rows(layer: nn.Linear) -> torch.Tensor:
+    """Inputs that show more than a model's own."""
+    weight = layer.weight
+    generator = torch.Generator(weight.device).manual_seed(0)
+    size = (max(NUMS_OF_TRIED_ROWS), layer.in_features)
+    return torch.randn(*size, generator=generator, device=weight.device, dtype=weight.dtype)
+
+
+def _find_groups(model: nn.Module, forward: Callable[[], Any]) -> tuple[list[list[nn.Linear]], list[torch.Tensor]]:
+    """The linear layers that `forward` calls, in the order of their calls, in groups, and the input of each group.
 
     A group is the children of one module that were given the very same tensor.
     """
     parent_of = {child: parent for parent in model.modules() for child in parent.children()}
     groups: dict[tuple[int, int], list[nn.Linear]] = {}
     called: dict[nn.Linear, int] = {}
-    inputs: list[torch.Tensor] = []  # kept alive, so that no id is used twice
+    inputs: dict[nn.Linear, torch.Tensor] = {}  # the last one of each
+    alive: list[torch.Tensor] = []  # so that no id is used twice
 
     def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, nn.Linear)
         x = args[0] if args else kwargs["input"]
         called[layer] = called.get(layer, 0) + 1
-        inputs.append(x)
+        inputs[layer] = x
+        alive.append(x)
         groups.setdefault((id(parent_of[layer]), id(x)), []).append(layer)
 
     hooks: list[RemovableHandle] = [
@@ -385,4 +400,5 @@ def _find_groups(model: nn.Module, forward: Callable[[], Any]) -> list[list[nn.L
     # A layer that is called several times a forward (shared between layers) is packed alone.
     alone = {layer for layer, count in called.items() if count > 1}
     packed = [[layer for layer in group if layer not in alone] for group in groups.values()]
-    return [group for group in packed if group] + [[layer] for layer in alone]
+    found = [group for group in packed if group] + [[layer] for layer in alone]
+    return found, [inputs[group[0]] for group in found]

@@ -56,15 +56,15 @@ def quantize(
     except (RuntimeError, AttributeError, TypeError, ValueError) as failure:
         logger.warning("%s: its code cannot use quantised layers: %r", name, failure)
         return False
-    counts = count_layers(model)
-    if not any(counts[kind] for kind in kinds) or error != error:
+    counts = Counter(kinds_of_layers(model))
+    if not any(counts[kind.__name__] for kind in kinds) or error != error:
         logger.warning("%s: no layer could be quantised, or its logits are not finite then", name)
         return False
     leave_files(model)
     logger.info(
         "%s: linear layers quantised (%s), %.0f MiB of weights instead of %.0f; logits differ by %.1e of the largest",
         name,
-        ", ".join(f"{count} {kind.__name__}" for kind, count in counts.items()),
+        ", ".join(f"{count} {kind}" for kind, count in counts.items()),
         (num_local_bytes(model) + num_packed_bytes(model)) / MIB,
         num_bytes / MIB,
         error,
@@ -72,13 +72,10 @@ def quantize(
     return True
 
 
-def count_layers(model: nn.Module) -> Counter[type[PackedWeight]]:
-    """How many linear layers of a model keep their weight in which way."""
-    counts: Counter[type[PackedWeight]] = Counter()
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            counts[module.packing] += len(module.sizes)
-    return counts
+def kinds_of_layers(model: nn.Module) -> list[str]:
+    """How each linear layer of a model keeps its weight, in the order of its modules."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    return [module.packing.__name__ for module in packed for _ in module.sizes]
 
 
 def _make_linear(model: nn.Module) -> None:

@@ -27,7 +27,10 @@ class QuantizedWeight(PackedWeight, Protocol):
 
 
 class Int8Weight(BlockWeight):
-    """Weights from -127 to 127, with a scale for each 32 inputs of an output; inputs are rounded to 15 bits."""
+    """Weights from -127 to 127, with a scale for each 32 inputs of an output.
+
+    Inputs are rounded to 8 bits, and to 15 in blocks with a value far beyond the others of its row.
+    """
 
     PACKS_SINGLE_LAYERS = True
     CHECKED_LIMITS = (127, 127)
@@ -46,7 +49,7 @@ class Int4Weight(Int8Weight):
     """Weights from -8 to 7, with a scale for each 32 inputs of an output; inputs are rounded to 8 bits."""
 
     CHECKED_LIMITS = (7, 127)
-    LOSS = 0.12
+    LOSS = 0.1
     NUM_BITS, NUM_TERMS = 4, 1
 
 

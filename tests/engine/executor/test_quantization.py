@@ -54,6 +54,31 @@ def test_a_layer_that_would_lose_too_much_gets_the_next_kind(monkeypatch):
     torch.testing.assert_close(model(x), expected)
 
 
+@torch.inference_mode()
+def test_a_layer_is_judged_by_what_the_model_gives_it():
+    """Weights that are small beside their neighbours are lost in 4 bits, which shows if the inputs are those."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    weight[:, 1::2] *= 0.02
+    kinds = []
+    for first in (0, 1):
+        model = nn.Sequential(nn.Linear(64, 64, bias=False))
+        model[0].weight.data = weight.clone()
+        x = torch.zeros(5, 64)
+        x[:, first::2] = torch.randn(5, 32)
+        pack_linears(model, lambda model=model, x=x: model(x), Int4Weight, Int8Weight, OneDnnWeight)
+        kinds.append(model[0].packing)
+    assert kinds == [Int4Weight, OneDnnWeight]
+
+
+def test_kv_of_layers_in_other_kinds_is_another_models(tiny_model, monkeypatch):
+    folder = tiny_model("llama")
+    fingerprint = load(folder, quantization="int4").fingerprint
+    assert load(folder, quantization="int4").fingerprint == fingerprint
+    monkeypatch.setattr(Int4Weight, "LOSS", 0)  # all of them lose too much
+    assert load(folder, quantization="int4").fingerprint != fingerprint
+
+
 @pytest.mark.parametrize("otherwise", [None, FbgemmWeight])
 def test_a_layer_that_nothing_packs_keeps_a_plain_weight(otherwise, tiny_model):
     """All down_proj lose too much; packed in float16 they would, too, and the first has a weight that it cannot hold."""
