@@ -31,7 +31,7 @@ from typing import Any
 import aiohttp
 import yaml
 from machine import write_result
-from serve_overhead import serve_app
+from serve_app import serve_app
 from tqdm import tqdm
 
 from deployments.tenants import hash_key

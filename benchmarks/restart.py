@@ -31,7 +31,7 @@ from typing import Any
 
 import openai
 from machine import write_result
-from serve_overhead import KEY, serve_app
+from serve_app import KEY, serve_app
 from tqdm import tqdm
 
 from engine.model_files import choose_model, model_location

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 
 import transformers
 from machine import write_result
-from multi_turn import CHUNK_SIZE, DATA, build_model
+from random_llama import save_random_llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from engine.async_engine import AsyncEngine
@@ -40,6 +41,8 @@ from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
 from engine.workloads.conversations import read_tau_bench, text_of
 
+DATA = Path(__file__).parent / "data" / "airline_sessions.json"
+CHUNK_SIZE = 32
 MODES = ("off", "client", "learned")
 COUNTS = ("gpu_cached_tokens", "cpu_cached_tokens", "recomputed_tokens", "computed_tokens", "new_tokens", "refills")
 
@@ -55,6 +58,24 @@ class Turn(NamedTuple):
 
 
 Session = list[Turn]
+
+
+def build_model(folder: Path, texts: list[str], arguments: argparse.Namespace) -> transformers.PreTrainedTokenizerFast:
+    """A random Llama and a byte-level BPE of `texts`, in `folder`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,
+        special_tokens=["<eos>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.save_pretrained(folder)
+    save_random_llama(Path(folder), hidden=arguments.hidden, layers=arguments.layers, vocab_size=len(fast))
+    return fast
 
 
 def usual_pause_s(tool: str, arguments: argparse.Namespace) -> float:

@@ -1,210 +1,132 @@
-"""What Ray Serve costs: streams over HTTP beside the same engine called directly in this process.
+"""What Ray Serve costs: `pensieve bench` over HTTP beside the same load on the same engine in this process.
 
-Time to first token, time per later token and tokens/s, by number of concurrent streams.
+Time to first token, time per later token and tokens/s, by the number of streams at once.
 
     python benchmarks/serve_overhead.py
     python benchmarks/serve_overhead.py --fast-path    # also with HAProxy and Serve's throughput switches (needs haproxy)
-    python benchmarks/serve_overhead.py --model 102m --streams 64 --repeats 3
+    python benchmarks/serve_overhead.py --model 102m --streams 64 --repeats 1
 
-Both sides run the same model, float32, one thread, in turns, the order changed each time. All processes share the machine:
-with few cores, client, proxy and ingress take from the engine what they need. The embedded model makes a token of each of
-64 streams in a few milliseconds, as fast as no model that is of use: its time to first token shows what the path adds, its
-tokens/s only what the cores have left. `--model 102m` is the random Llama of benchmarks/peers, whose steps take as long as
-those of a real one.
+Both sides run the same model, float32, one thread, in turns, the order changed each time. Load, client and figures are those
+of `pensieve bench`, which cannot drive an engine without a server. All processes share the machine: with few cores, client,
+proxy and ingress take from the engine what they need. The embedded model makes a token of each of 64 streams in a few
+milliseconds, as fast as no model that is of use: its time to first token shows what the path adds, its tokens/s only what the
+cores have left. `--model 102m` is the random Llama of benchmarks/peers, whose steps take as long as those of a real one.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import os
-import socket
-import statistics
-import subprocess
-import sys
+import itertools
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import yaml
 from machine import RESULTS, write_result
 from peers.model import save_model
+from serve_app import KEY, serve_app
 from tqdm import tqdm
 
 from deployments.run import DEFAULTS, FAST_PATH
-from deployments.tenants import API_KEY_VARIABLE
 from engine.async_engine import AsyncEngine
+from engine.bench.apis import Content, Conversation, Heard, Json
+from engine.bench.client import Answered, Client, Endpoint
+from engine.bench.driver import Driver, Load
+from engine.bench.figures import Limits, figures_of, intervals_of
+from engine.bench.probe import probe
+from engine.bench.turns import TurnRecord
 from engine.config import EngineConfig
 from engine.core.request import SamplingParams
 from engine.generation import Generation
-from engine.text.prompt import TextPrompt
+from engine.text.prompt import TokenPrompt
+from engine.workloads.session import Session, Span, Turn
 
 ENGINE = {"served_model_name": "it", "dtype": "float32", "num_threads": 1, "num_gpu_blocks": 512, "max_num_seqs": 64}
-KEY = "sk-benchmark"  # which the fast path asks for
-START_TIMEOUT_S = 180
-MIN_STREAMS = 100  # measured of each kind, for their first tokens
-
-# A stream: first token, then the end. Yields twice.
-Stream = Callable[[str], AsyncIterator[None]]
+NUM_PROMPT_TOKENS = 4
+MIN_STREAMS = 100  # in each run
+FIGURES = ("ttft_p50", "ttft_p90", "s_per_token_p50", "output_tokens_per_s")
 
 
-@contextmanager
-def serve_app(engine: dict[str, Any], fast_path: bool, **args: Any) -> Iterator[str]:
-    """A Serve application of one ingress and one engine replica in processes of its own; its URL.
+class EngineClient:
+    """The engine of this process in the place of a server, for a Driver."""
 
-    args: further AppArgs.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
-        config = {
-            "http_options": {"host": "127.0.0.1", "port": port},
-            "logging_config": {"enable_access_log": False},
-            "applications": [
-                {
-                    "name": "overhead",
-                    "route_prefix": "/",
-                    "import_path": "deployments.app:build",
-                    "args": {
-                        "engine": engine,
-                        "num_cpus": 0.5,
-                        "max_ongoing_requests": 128,
-                        "store_url": f"sqlite:///{folder}/conversations.db",
-                        **args,
-                    },
-                }
-            ],
-        }
-        path = Path(folder) / "config.yaml"
-        path.write_text(yaml.safe_dump(config))
-        command = [sys.executable, "-m", "deployments.run", str(path), *(["--fast-path"] if fast_path else [])]
-        with open(Path(folder) / "output.txt", "wb") as output:
-            environment = os.environ | {API_KEY_VARIABLE: KEY}
-            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            asyncio.run(wait_until_ready(url, process, Path(folder) / "output.txt"))
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
+    api = "completions"
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    def request(self, asked: Json, output_tokens: int, session_id: str) -> Generation:
+        sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
+        return Generation(session_id, session_id, TokenPrompt(tuple(asked["prompt"])), sampling)
+
+    async def ask(self, generation: Generation, conversation: Conversation) -> Answered:
+        answered = Answered(time.perf_counter(), 0.0, Heard())
+        async for delta in self._engine.generate(generation):
+            answered.end_s = time.perf_counter()
+            answered.first_s = answered.first_s or answered.end_s
+            answered.num_pieces += 1
+            answered.heard.usage = {"completion_tokens": delta.num_output_tokens}
+        return answered
 
 
-async def wait_until_ready(url: str, process: subprocess.Popen[bytes], output: Path) -> None:
-    async with asyncio.timeout(START_TIMEOUT_S), aiohttp.ClientSession() as http:
-        while True:
-            try:
-                async with http.get(f"{url}/ready") as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            if process.poll() is not None:
-                sys.exit(f"the application did not start:\n{output.read_text()[-3000:]}")
-            await asyncio.sleep(0.5)
-
-
-def over_http(http: aiohttp.ClientSession, url: str, num_tokens: int) -> Stream:
-    async def stream(name: str) -> AsyncIterator[None]:
-        body = {
-            "model": ENGINE["served_model_name"],
-            "prompt": f"hello {name}",
-            "max_tokens": num_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        headers = {"x-session-id": name, "authorization": f"Bearer {KEY}"}
-        async with http.post(f"{url}/v1/completions", json=body, headers=headers) as response:
-            assert response.status == 200, await response.text()
-            is_first = True
-            async for chunk in response.content.iter_any():
-                if is_first:
-                    is_first = False
-                    yield
-                last = chunk
-            assert last.endswith(b"data: [DONE]\n\n"), last
-            yield
-
-    return stream
-
-
-def direct(engine: AsyncEngine, num_tokens: int) -> Stream:
-    async def stream(name: str) -> AsyncIterator[None]:
-        prompt = TextPrompt(f"hello {name}")
-        sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-        is_first = True
-        async for _ in engine.generate(Generation(name, name, prompt, sampling)):
-            if is_first:
-                is_first = False
-                yield
-        yield
-
-    return stream
-
-
-async def run_streams(stream: Stream, num_streams: int, label: str) -> tuple[list[tuple[float, float]], float]:
-    """Seconds to the first token and to the end of each stream, and seconds until all are done."""
-
-    async def follow(name: str) -> tuple[float, float]:
-        start = time.perf_counter()
-        times = [time.perf_counter() - start async for _ in stream(name)]
-        return times[0], times[-1]
-
-    start = time.perf_counter()
-    times = await asyncio.gather(*(follow(f"{label}-{number}") for number in range(num_streams)))
-    return list(times), time.perf_counter() - start
+async def run_streams(
+    client: Client | EngineClient, num_streams: int, num_tokens: int, run_id: int
+) -> dict[str, float]:
+    """The figures of a closed loop of so many streams at once. run_id: names sessions and words that no other run has."""
+    num_sessions = num_streams * -(-MIN_STREAMS // num_streams)
+    turns = [Turn((Span(number, NUM_PROMPT_TOKENS),), num_tokens) for number in range(num_sessions)]
+    sessions = [Session(str(number), (turn,)) for number, turn in enumerate(turns)]
+    records: list[TurnRecord] = []
+    load = Load(f"run-{run_id}", Content(run_id), num_streams)
+    await Driver(client, load, time.perf_counter(), records.append).run(sessions, itertools.count().__next__)
+    figures = figures_of(records, Limits())
+    wrong = {record.error or f"{record.num_output_tokens} tokens" for record in records} - {f"{num_tokens} tokens"}
+    if wrong or figures["turns"] != num_sessions:
+        raise SystemExit(f"not all streams had {num_tokens} tokens: {', '.join(wrong)}")
+    return figures
 
 
 async def measure(engine_options: dict[str, Any], url: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of streams: the engine alone, and over HTTP."""
     engine = AsyncEngine(EngineConfig.from_options(engine_options))
+    server = await probe(Endpoint("http", f"{url}/v1", "completions", api_key=KEY))
+    sides = {"alone": EngineClient(engine), "http": Client(server.endpoint)}
+    run_ids = itertools.count()
     rows = []
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        sides = {"alone": direct(engine, options.num_tokens), "http": over_http(http, url, options.num_tokens)}
-        for num_streams in options.streams:
-            firsts: dict[str, list[float]] = {side: [] for side in sides}
-            gaps: dict[str, list[float]] = {side: [] for side in sides}
-            totals: dict[str, list[float]] = {side: [] for side in sides}
-            num_repeats = max(options.repeats, MIN_STREAMS // num_streams)
-            for repeat in tqdm(range(-1, num_repeats), desc=f"{num_streams} streams"):  # the first one warms up
-                for side in list(sides)[:: 1 if repeat % 2 else -1]:
-                    times, total = await run_streams(sides[side], num_streams, f"{side}-{num_streams}-{repeat}")
-                    if repeat >= 0:
-                        firsts[side] += [first for first, _ in times]
-                        gaps[side] += [(end - first) / (options.num_tokens - 1) for first, end in times]
-                        totals[side].append(total)
-            row: dict[str, Any] = {"num_streams": num_streams}
-            for side in sides:
-                per_run = [num_streams * options.num_tokens / total for total in totals[side]]
-                row[side] = {
-                    "ttft_p50_ms": 1e3 * statistics.median(firsts[side]),
-                    "ttft_p95_ms": 1e3 * statistics.quantiles(firsts[side], n=20)[-1],
-                    "ms_per_token_p50": 1e3 * statistics.median(gaps[side]),
-                    "tokens_per_s": statistics.median(per_run),
-                }
-            row["added_ttft_p50_ms"] = row["http"]["ttft_p50_ms"] - row["alone"]["ttft_p50_ms"]
-            row["share_of_tokens_per_s"] = row["http"]["tokens_per_s"] / row["alone"]["tokens_per_s"]
-            rows.append(row)
+    for num_streams in options.streams:
+        runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+        for repeat in tqdm(range(-1, options.repeats), desc=f"{num_streams} streams"):  # the first one warms up
+            for side in list(sides)[:: 1 if repeat % 2 else -1]:
+                figures = await run_streams(sides[side], num_streams, options.num_tokens, next(run_ids))
+                if repeat >= 0:
+                    runs[side].append(figures)
+        row: dict[str, Any] = {"num_streams": num_streams}
+        for side, repeats in runs.items():
+            intervals = intervals_of(repeats)
+            row[side] = {name: asdict(intervals[name]) for name in FIGURES}
+        rows.append(row)
+    await sides["http"].close()
     await engine.shutdown()
     return rows
 
 
 def print_row(path: str, row: dict[str, Any]) -> None:
-    http, alone = row["http"], row["alone"]
-    ttft = f"{http['ttft_p50_ms']:.1f} ms (+{row['added_ttft_p50_ms']:.1f}; p95 {http['ttft_p95_ms']:.1f})"
-    rate = f"{http['tokens_per_s']:.0f} of {alone['tokens_per_s']:.0f} tokens/s ({row['share_of_tokens_per_s']:.0%})"
-    gap = f"{http['ms_per_token_p50']:.2f} ms a token (+{http['ms_per_token_p50'] - alone['ms_per_token_p50']:.2f})"
-    print(f"{path:10} {row['num_streams']:3} streams: first token {ttft}, {gap}, {rate}")
+    http, alone = ({name: figure["mean"] for name, figure in row[side].items()} for side in ("http", "alone"))
+    first, added = 1e3 * http["ttft_p50"], 1e3 * (http["ttft_p50"] - alone["ttft_p50"])
+    gap, added_gap = 1e3 * http["s_per_token_p50"], 1e3 * (http["s_per_token_p50"] - alone["s_per_token_p50"])
+    rate, own_rate = http["output_tokens_per_s"], alone["output_tokens_per_s"]
+    print(
+        f"{path:10} {row['num_streams']:3} streams: first token {first:.1f} ms (+{added:.1f}; p90 "
+        f"{1e3 * http['ttft_p90']:.1f}), {gap:.2f} ms a token (+{added_gap:.2f}), {rate:.0f} of {own_rate:.0f} tokens/s "
+        f"({rate / own_rate:.0%})"
+    )
 
 
 def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -213,8 +135,8 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     lines = {"engine alone": [row["alone"] for row in next(iter(results.values()))]}
     lines |= {f"over HTTP, {name}": [row["http"] for row in rows] for name, rows in results.items()}
     for name, points in lines.items():
-        left.plot(streams, [point["ttft_p50_ms"] for point in points], marker="o", label=name)
-        right.plot(streams, [point["tokens_per_s"] for point in points], marker="o", label=name)
+        left.plot(streams, [1e3 * point["ttft_p50"]["mean"] for point in points], marker="o", label=name)
+        right.plot(streams, [point["output_tokens_per_s"]["mean"] for point in points], marker="o", label=name)
     for axes, label in ((left, "time to first token, p50 (ms)"), (right, "tokens/s, all streams")):
         axes.set(xscale="log", xlabel="streams at once", ylabel=label)
         axes.set_xticks(streams, [str(number) for number in streams])
@@ -230,7 +152,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("embedded", "102m"), default="embedded")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--num-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--fast-path", action="store_true")
     options = parser.parse_args()
     results: dict[str, list[dict[str, Any]]] = {}
