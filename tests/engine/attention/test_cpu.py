@@ -24,6 +24,7 @@ from engine.attention.choice import choose_backend
 from engine.attention.protocol import AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 from engine.attention.self_check import find_fault
 from engine.errors import ConfigError, KernelBuildError
+from engine.operator_build import build_operators
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # (query heads, KV heads): one to one, grouped, and more query heads than fit a tile of the kernel.
@@ -321,7 +322,7 @@ def test_without_a_compiler_auto_falls_back_and_says_so(monkeypatch, tmp_path, c
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(cpu, "load_kernel", lambda: cpu._build("AVX2"))
+    monkeypatch.setattr(cpu, "load_kernel", lambda: build("AVX2"))
     assert choose_backend("auto", torch.device("cpu"), torch.float32) is reference
     assert "no C++ compiler" in caplog.text
     with pytest.raises(ConfigError, match="no C\\+\\+ compiler"):
@@ -332,7 +333,7 @@ def test_a_compiler_that_fails_is_an_error_with_its_words(monkeypatch, tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", f"{sys.executable} -c \"import sys; sys.exit('out of luck')\"")
     with pytest.raises(KernelBuildError, match="out of luck"):
-        cpu._build("AVX2")
+        build("AVX2")
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -346,6 +347,10 @@ def test_a_cache_folder_that_cannot_be_used_is_no_reason_to_stop(tmp_path):
         check=True,
     )
     assert "torch's operations will be used" in process.stderr
+
+
+def build(capability: str) -> Path:
+    return build_operators(cpu.SOURCE, "attention", capability)
 
 
 class Compiler:
@@ -370,10 +375,10 @@ class Compiler:
 
 def test_a_kernel_is_built_again_for_another_torch_compiler_or_processor(tmp_path, monkeypatch):
     compiler = Compiler(tmp_path, monkeypatch)
-    library = cpu._build("AVX512")
-    assert cpu._build("AVX512") == library
+    library = build("AVX512")
+    assert build("AVX512") == library
     assert compiler.num_builds == 1
-    others = {cpu._build("AVX2")}
+    others = {build("AVX2")}
     for owner, name, value in [
         (compiler, "version", "g++ 15.1"),
         (torch, "__version__", "2.99.0"),
@@ -382,19 +387,19 @@ def test_a_kernel_is_built_again_for_another_torch_compiler_or_processor(tmp_pat
     ]:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
-            others.add(cpu._build("AVX512"))
+            others.add(build("AVX512"))
     assert len(others - {library}) == compiler.num_builds - 1 == 5
-    assert cpu._build("AVX512") == library
+    assert build("AVX512") == library
     assert compiler.num_builds == 6
 
 
 def test_without_a_compiler_what_another_one_built_is_used(tmp_path, monkeypatch):
     compiler = Compiler(tmp_path, monkeypatch)
-    library = cpu._build("AVX512")
+    library = build("AVX512")
     compiler.version = ""
-    assert cpu._build("AVX512") == library
+    assert build("AVX512") == library
     with pytest.raises(KernelBuildError):
-        cpu._build("AVX2")
+        build("AVX2")
 
 
 def test_nobody_else_can_put_a_kernel_into_the_cache(tmp_path, monkeypatch):
@@ -402,7 +407,7 @@ def test_nobody_else_can_put_a_kernel_into_the_cache(tmp_path, monkeypatch):
     folder = tmp_path / "pensieve" / "kernels"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
-    library = cpu._build("AVX512")
+    library = build("AVX512")
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert compiler.num_builds == 1
