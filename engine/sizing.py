@@ -119,7 +119,7 @@ def measure_model(
 
     try:
         hf_config = AutoConfig.from_pretrained(model_location(model))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # of a damaged config.json
         raise ModelLoadError(f"the configuration of {model!r} cannot be read: {error}") from error
     take_kind(model, hf_config)  # a quantised checkpoint is as large as its model
     if dtype not in ("auto", *ITEM_BYTES):

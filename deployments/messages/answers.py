@@ -51,9 +51,9 @@ def message_usage(delta: OutputDelta) -> dict[str, Any]:
     }
     if delta.hint is not None:
         usage["cache_creation"] = written
-    thinking = {"thinking_tokens": delta.num_reasoning_tokens} if delta.num_reasoning_tokens else {}
-    if details := thinking | prediction_details([delta]):
-        usage["output_tokens_details"] = details
+    predicted = prediction_details([delta])
+    if delta.num_reasoning_tokens or predicted:  # Anthropic's client takes it that thinking_tokens is always in it
+        usage["output_tokens_details"] = {"thinking_tokens": delta.num_reasoning_tokens, **predicted}
     return usage | cache_details([delta]) | hint_report([delta]) | explanation_field(delta)
 
 

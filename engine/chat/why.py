@@ -39,6 +39,8 @@ RECOMPUTED = {
     "truncated": "the oldest messages were left out",
 }
 _DROPPED = "_dropped"
+# More is no number of tokens or seconds.
+MOST = 1e15
 
 
 def describe_why(explanation: Mapping[str, Any]) -> str:
@@ -90,4 +92,8 @@ def _numbers(explanation: Mapping[str, Any], name: str) -> dict[str, float]:
     told = explanation.get(name)
     if not isinstance(told, Mapping):
         return {}
-    return {name: value for name, value in told.items() if isinstance(value, int | float) and str(name).isidentifier()}
+    return {
+        name: value
+        for name, value in told.items()
+        if type(value) in (int, float) and 0 <= value < MOST and str(name).isidentifier()
+    }

@@ -152,6 +152,7 @@ class Scheduler:
         ):
             self._ahead = draft if draft.running else None
             return None
+        self._take_in_prompts(draft, draft.running)
         self._stats.num_steps_ahead += 1
         return self._make_plan(draft, [], self._append_blocks(draft.growing, now), now)
 
@@ -268,15 +269,21 @@ class Scheduler:
         if ahead is not None:
             self._stats.num_used_drafts += draft is ahead
             self._stats.num_discarded_drafts += draft is not ahead
-        if self._speculation is not None:
-            if draft.num_prompt_tokens and not self.running[0].is_prewarm:
-                self._speculation.take_in(self.running)
-            elif not starts:
-                appends += self._add_guesses(draft, now)
+        self._take_in_prompts(draft, self.running)
+        if self._speculation is not None and not starts:
+            appends += self._add_guesses(draft, now)
         self._is_prompt_computed = draft.num_prompt_tokens > 0
         # A lone request always fits: only running requests and in-flight transfers hold pins, and those end with their step.
         assert draft.segments or not (self.running or self.waiting), "requests but nothing to compute"
         return self._make_plan(draft, starts, appends, now)
+
+    def _take_in_prompts(self, draft: _Draft, running: Sequence[Request]) -> None:
+        """Have a step that computes prompts index them, so that their first decodes have guesses.
+
+        running: those of the step, with the ones that begin in it.
+        """
+        if self._speculation is not None and draft.num_prompt_tokens and not running[0].is_prewarm:
+            self._speculation.take_in_prompts(running)
 
     def _guess(self, draft: _Draft) -> dict[Request, tuple[int, ...]]:
         """The guesses that a step is to verify; none beside prompts, whose rows cost as much as their tokens."""

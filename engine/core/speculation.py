@@ -40,8 +40,8 @@ LOOK_S = 10e-6
 MAX_LOOK_PART = 0.01
 # Tenants whose recent answers are kept.
 MAX_TENANTS = 64
-# Tokens of contexts that are indexed in one step, which waits for it: about a millisecond. And in all: of about 100
-# bytes each. Requests whose contexts do not fit have no guesses.
+# Tokens of contexts that are indexed in one step, which waits for it: one to two milliseconds. And in all: of about
+# 130 bytes each. Requests whose contexts do not fit have no guesses.
 MAX_INDEXED_AT_ONCE = 4096
 MAX_INDEXED_TOKENS = 1 << 22
 
@@ -175,7 +175,7 @@ class Speculation:
             return {}
         guesses: dict[Request, list[int]] = {}
         chances: list[tuple[float, Request]] = []
-        followed = self.take_in(requests)
+        followed = self._take_in(requests)
         for request in followed:
             # The step gives one token more than what it verifies, and may not give more than are wanted.
             num_tokens = min(self._num_tokens, request.max_total_tokens - request.num_tokens - 1)
@@ -192,7 +192,11 @@ class Speculation:
             self._drafters[request].note_use(not may_rest or request in counts)
         return {request: tuple(guesses[request][:count]) for request, count in counts.items()}
 
-    def take_in(self, requests: Iterable[Request]) -> list[Request]:
+    def take_in_prompts(self, requests: Iterable[Request]) -> None:
+        """Index prompts that are not indexed yet, within limits; what decodes say is taken in at their next look."""
+        self._take_in(request for request in requests if self._drafter(request).num_indexed < request.num_prompt_tokens)
+
+    def _take_in(self, requests: Iterable[Request]) -> list[Request]:
         """Index what is new in the contexts of requests, within limits. Returns those of which a guess may be made now."""
         followed = []
         left = MAX_INDEXED_AT_ONCE

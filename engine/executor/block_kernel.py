@@ -19,6 +19,8 @@ SOURCE = Path(__file__).with_name("block_linear.cpp")
 # As block_linear.cpp numbers them, and lays out weights.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PANEL_LEN, BLOCK_LEN, GROUP_LEN = 16, 32, 4
+# Of how block_linear.cpp rounds weights and inputs: part of the identity of KV. Raise it if that changes.
+ROUNDING_VERSION = 1
 NUM_GROUPS = BLOCK_LEN // GROUP_LEN
 
 

@@ -35,6 +35,7 @@ constexpr int kFewRows = 4, kPanels = 1, kRows = 4;
 #else
 constexpr int kFewRows = 1, kPanels = 1, kRows = 1;
 #endif
+// What follows decides how numbers are rounded: if it changes, raise ROUNDING_VERSION in block_kernel.py.
 // A second integer counts in steps of 2^-kStepBits of the first.
 constexpr int kStepBits = 7;
 constexpr int kLimit = 127;

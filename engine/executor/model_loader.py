@@ -217,7 +217,7 @@ def _read_config(config: EngineConfig) -> tuple[Any, CheckpointKind | None]:
     """transformers' config of a model that can be served, and how its checkpoint is quantised; None = not at all."""
     try:
         hf_config = AutoConfig.from_pretrained(model_location(config.model))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:  # of a damaged config.json
         raise _load_error(config.model, error) from error
     reject_unsupported(config.model, hf_config.get_text_config(), config.max_model_len)
     return hf_config, take_kind(config.model, hf_config)

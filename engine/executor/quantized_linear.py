@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from engine.errors import ConfigError, KernelBuildError
-from engine.executor.block_kernel import BLOCK_LEN, BlockWeight, is_fast
+from engine.executor.block_kernel import BLOCK_LEN, ROUNDING_VERSION, BlockWeight, is_fast
 from engine.executor.packed_linear import PackedWeight, is_right
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Int8Weight(BlockWeight):
 
     @classmethod
     def identity(cls) -> list[Any]:
-        return [f"int{cls.NUM_BITS}", BLOCK_LEN, cls.NUM_TERMS]
+        return [f"int{cls.NUM_BITS}", BLOCK_LEN, cls.NUM_TERMS, ROUNDING_VERSION]
 
 
 class Int4Weight(Int8Weight):

@@ -15,7 +15,8 @@ from engine.text import turns
 
 
 def test_why_leaves_out_what_a_server_says_in_another_form():
-    told = {"seconds": {"prefill": 0.5, "\x1b[2J": 1.0, "decode": "long"}, "cached_tokens_by_tier": [3], "replica": "x"}
+    odd = {"\x1b[2J": 1.0, "decode": "long", "queue": 10**400, "load": float("nan"), "route": True}
+    told = {"seconds": {"prefill": 0.5, **odd}, "cached_tokens_by_tier": [3], "replica": "x"}
     assert describe_why(told) == "500.0 ms\n  prefill  500.0 ms  until the first token\n0 tokens of the prompt"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine.executor.checkpoint.weight_format import Block, WeightFormat, find_block, spread
+from engine.executor.checkpoint.weight_format import Block, WeightFormat, find_block, num_bits, spread
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # bitsandbytes: the scale of a row of 8-bit integers is its largest value, not that of one step.
@@ -46,6 +46,8 @@ def scaled_bytes(
         if not parts[values].get_dtype().startswith(("F8", "I8")):
             raise ValueError(f"it has a scale, but its numbers are {parts[values].get_dtype()}")
         find_block(weight, parts[scale].get_shape(), blocks)
+        if zero_point in parts and parts[zero_point].get_shape() != parts[scale].get_shape():
+            raise ValueError("its zero points do not fit its scales")
         return tuple(weight)
 
     def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -142,7 +144,18 @@ def bitsandbytes_4bit(kind: str) -> WeightFormat:
     def shape(parts: Mapping[str, Any]) -> tuple[int, ...]:
         if parts["weight.quant_map"].get_shape() != [16]:
             raise ValueError("its table has not 16 places")
-        return tuple(read_state(parts[state][...])["shape"])
+        values = read_state(parts[state][...])
+        num_values, absmax = math.prod(values["shape"]), parts["weight.absmax"]
+        num_scales = math.prod(absmax.get_shape())
+        _check_blocks("scales", num_scales, num_values, values["blocksize"])
+        if _num_bytes(parts["weight"]) != -(-num_values // 2):
+            raise ValueError(f"it has {_num_bytes(parts['weight'])} bytes for {num_values} numbers of 4 bits")
+        if "weight.nested_absmax" in parts:
+            nested, table = parts["weight.nested_absmax"], parts.get("weight.nested_quant_map")
+            _check_blocks("scales of scales", math.prod(nested.get_shape()), num_scales, values["nested_blocksize"])
+            if absmax.get_dtype() != "U8" or table is None or table.get_shape() != [256]:
+                raise ValueError("its scales are no places in a table of 256")
+        return tuple(values["shape"])
 
     def dequantize(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         values = read_state(parts[state])
@@ -151,12 +164,26 @@ def bitsandbytes_4bit(kind: str) -> WeightFormat:
             scales = parts["weight.nested_quant_map"].float()[scales.long()]
             nested = parts["weight.nested_absmax"].float().repeat_interleave(values["nested_blocksize"])
             scales = scales * nested[: len(scales)] + values["nested_offset"]
-        weight = _look_up(parts["weight"].flatten(), parts["weight.quant_map"].float(), (4, 0))
+        # The bytes may be stored as numbers of another kind (bnb_4bit_quant_storage).
+        weight = _look_up(
+            parts["weight"].contiguous().flatten().view(torch.uint8), parts["weight.quant_map"].float(), (4, 0)
+        )
         num_values = math.prod(values["shape"])  # the last byte may have one, the last row fewer than the others
         scales = scales.float().repeat_interleave(values["blocksize"])[:num_values]
         return weight[:num_values].mul_(scales).view(values["shape"])
 
     return WeightFormat(state, needed, shape, dequantize, optional=("weight.nested_absmax", "weight.nested_quant_map"))
+
+
+def _check_blocks(name: str, num: int, num_values: int, size: Any) -> None:
+    """Raises ValueError unless there is one number for each `size` values."""
+    if not isinstance(size, int) or size < 1 or num != -(-num_values // size):
+        raise ValueError(f"its {num} {name} do not fit {num_values} numbers in blocks of {size!r}")
+
+
+def _num_bytes(part: Any) -> int:
+    """Of a slice of a file."""
+    return int(math.prod(part.get_shape())) * num_bits(part.get_dtype()) // 8
 
 
 def _look_up(packed: torch.Tensor, table: torch.Tensor, shifts: tuple[int, int]) -> torch.Tensor:

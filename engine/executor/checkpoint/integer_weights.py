@@ -21,6 +21,8 @@ AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def unpack(words: torch.Tensor, num_bits: int) -> torch.Tensor:
     """Words [..., n] (int32) as their codes [..., n * 32 / num_bits] (uint8), the lowest bits first."""
+    if words.dtype != torch.int32:
+        raise ValueError(f"its words are {words.dtype} and not of 32 bits")
     octets = words.contiguous().view(torch.uint8)
     if num_bits == 8:
         return octets

@@ -60,7 +60,7 @@ def take_kind(model: str, hf_config: Any) -> CheckpointKind | None:
             why = REFUSED.get(method, "that method is not known here")
             raise ValueError(f"{why}; what can be loaded is {', '.join(KINDS)}, and GGUF files")
         return CheckpointKind(method, KINDS[method](options))
-    except (ValueError, TypeError, AttributeError) as error:  # of a damaged configuration, too
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # of a damaged configuration, too
         raise ConfigError(
             f"{model!r} is a checkpoint that is quantised with {method}, and is not loaded: {error}. Take the checkpoint "
             "that it was made from (`quantization: int8` makes that small), or one of another kind",
@@ -163,7 +163,7 @@ def _block(value: Any) -> Block:
         rows, columns = map(int, value.split("x") if isinstance(value, str) else value)
         if min(rows, columns) > 0:
             return rows, columns
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"its blocks are {value!r}, which are not two numbers of features")
 

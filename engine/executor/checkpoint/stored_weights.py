@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from engine.errors import ModelLoadError
-from engine.executor.checkpoint.weight_format import WeightFormat
+from engine.executor.checkpoint.weight_format import WeightFormat, num_bits
 
 # What a tensor that is not quantised may hold, as safetensors call it.
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -56,7 +56,7 @@ class StoredWeight:
     @property
     def num_bytes(self) -> int:
         """In the files."""
-        return sum(math.prod(part.get_shape()) * _num_bits(part.get_dtype()) // 8 for part in self._parts.values())
+        return sum(math.prod(part.get_shape()) * num_bits(part.get_dtype()) // 8 for part in self._parts.values())
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
@@ -84,18 +84,23 @@ class StoredWeight:
 
 def find_files(location: str) -> list[str]:
     """The safetensors files of a checkpoint in a folder or of the hub, on this machine. Raises ModelLoadError or OSError."""
-    index = cached_file(location, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    if index is not None:
-        files, _ = get_checkpoint_shard_files(location, index)
-        return list(files)
     file = cached_file(location, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-    if file is None:
+    if file is not None:  # as transformers prefers it to an index beside it
+        return [file]
+    index = cached_file(location, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index is None:
         raise ModelLoadError(
             f"{location!r} is a quantised checkpoint without {SAFE_WEIGHTS_NAME}, and is read from no other kind of file; "
             "take one that has its weights as safetensors",
             param="model",
         )
-    return [file]
+    try:
+        files, _ = get_checkpoint_shard_files(location, index)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ModelLoadError(
+            f"{SAFE_WEIGHTS_INDEX_NAME} of {location!r} is damaged ({error!r}); get the checkpoint again", param="model"
+        ) from error
+    return list(files)
 
 
 @contextmanager
@@ -145,7 +150,7 @@ def _collect(
             target = layer + stored.target
             try:
                 weights[target] = StoredWeight(target, stored, parts, device, dtype, turn)
-            except (ValueError, KeyError, RuntimeError) as error:
+            except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:  # of damaged parts
                 raise refuse(f"of {target}, {error}") from error
     for name, part in slices.items():
         if UNREAD.fullmatch(name.rpartition(".")[2]):
@@ -158,9 +163,3 @@ def _collect(
             )
         weights[name] = part
     return weights
-
-
-def _num_bits(dtype: str) -> int:
-    """Of a number, by what safetensors calls its dtype, such as F8_E4M3."""
-    digits = re.search(r"\d+", dtype)
-    return int(digits[0]) if digits else 8

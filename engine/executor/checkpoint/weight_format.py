@@ -5,6 +5,7 @@ Knows no kind of checkpoint, and reads no file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,11 +49,17 @@ def find_block(shape: Sequence[int], grid: Sequence[int], declared: Sequence[Blo
     num_rows, num_columns = shape
     rows, columns = (*grid, 1, 1)[:2]
     for block in (*declared, (1, num_columns), (num_rows, num_columns)):
-        if (rows, columns) == (-(-num_rows // block[0]), -(-num_columns // block[1])):
+        if len(grid) <= 2 and (rows, columns) == (-(-num_rows // block[0]), -(-num_columns // block[1])):
             return block
     raise ValueError(
         f"scales of shape {list(grid)} do not fit a weight of {list(shape)} by what the configuration says"
     )
+
+
+def num_bits(dtype: str) -> int:
+    """Of a number, by what safetensors calls its dtype, such as F8_E4M3."""
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8
 
 
 def spread(grid: torch.Tensor, shape: Sequence[int], block: Block) -> torch.Tensor:

@@ -238,7 +238,7 @@ def test_usage_tells_thinking_and_what_was_computed_again() -> None:
 
 def test_usage_tells_guesses_that_were_verified() -> None:
     delta = OutputDelta("x", finish_reason="stop", num_guessed_tokens=5, num_accepted_tokens=3, **END)
-    expected = {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 2}
+    expected = {"thinking_tokens": 0, "accepted_prediction_tokens": 3, "rejected_prediction_tokens": 2}
     assert make_format().whole(delta)["usage"]["output_tokens_details"] == expected
 
 

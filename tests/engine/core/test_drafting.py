@@ -13,7 +13,7 @@ from engine.core import drafting, speculation
 from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.drafting import MAX_MATCH, MAX_RECENT_TOKENS, MAX_REST, Drafter, HitRates, RecentAnswers, TokenIndex
 from engine.core.engine_core import EngineCore
-from engine.core.plan import QuerySegment
+from engine.core.plan import QuerySegment, StepResult
 from engine.core.request import Request, SamplingParams
 from engine.core.speculation import MAX_STEPS_IN_A_ROW, PRIOR_ROW_COST, Speculation, SpeculativeOptions, StepCost
 from engine.errors import ConfigError
@@ -86,10 +86,10 @@ def test_what_is_indexed_in_a_step_and_in_all_is_bounded_and_ends_with_its_reque
         return [drafter.num_indexed for drafter in guessing._drafters.values()]
 
     for expected in ([10, 0, 0], [12, 8, 0], [12, 12, 1], [12, 12, 1]):
-        guessing.take_in(requests)
+        guessing.take_in_prompts(requests)
         assert num_indexed() == expected
     guessing.end(requests.pop(0))
-    guessing.take_in(requests)
+    guessing.take_in_prompts(requests)
     assert num_indexed() == [12, 11]
     assert not guessing._answers  # the one that has ended had none
 
@@ -109,6 +109,29 @@ def test_contexts_are_indexed_while_their_prompts_are_computed():
     assert plan is not None
     assert plan.num_tokens == 8
     assert [drafter.num_indexed for drafter in core._scheduler._speculation._drafters.values()] == [20]
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_all_of_a_long_prompt_is_indexed_by_its_steps_and_what_decodes_say_is_not(monkeypatch, is_ahead):
+    """In steps that are launched ahead, too, beside a request that decodes."""
+    monkeypatch.setattr(speculation, "MAX_INDEXED_AT_ONCE", 8)
+    core = EngineCore(
+        CacheConfig(num_gpu_blocks=64, chunk_size=4),
+        SchedulingConfig(max_model_len=64, max_num_batched_tokens=9, speculative={"method": "ngram"}),
+    )
+    core.add_request(Request("decodes", [5] * 4, SamplingParams(max_tokens=20)), 0.0)
+    plan = core.schedule(0.0)
+    core.update(plan, StepResult(plan.step_id, (6,)), 0.0)
+    core.add_request(Request("long", [1, 2] * 16, SamplingParams()), 0.0)
+    plan = core.schedule(0.0)
+    indexed = []
+    for _ in range(3):
+        drafters = core._scheduler._speculation._drafters
+        indexed.append({request.request_id: drafter.num_indexed for request, drafter in drafters.items()})
+        after = core.schedule_ahead(0.0) if is_ahead else None
+        core.update(plan, StepResult(plan.step_id, (7,)), 0.0)
+        plan = after or core.schedule(0.0)
+    assert indexed == [{"decodes": 4, "long": 8}, {"decodes": 4, "long": 16}, {"decodes": 4, "long": 24}]
 
 
 def test_answers_of_others_are_looked_in_and_never_run_into_each_other():

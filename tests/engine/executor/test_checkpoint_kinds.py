@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -167,6 +168,7 @@ REFUSED = {
     "sparsity": ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24"}}, "'sparse-24'"),
     "marlin-24": ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "'marlin-24'"),
     "a damaged block": ({"quant_method": "fp8", "weight_block_size": [0, 128]}, r"blocks are \[0, 128\]"),
+    "an infinite block": ({"quant_method": "fp8", "weight_block_size": [math.inf, 128]}, r"blocks are \[inf, 128\]"),
     "int4 of torchao": (
         {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}},
         "quant_type is 'Int4WeightOnlyConfig'",
@@ -192,6 +194,34 @@ def test_what_is_not_read_is_refused_before_its_files(case, tiny_model, tmp_path
         assert "Take the checkpoint that it was made from" in error.value.message
 
 
+@pytest.mark.parametrize("odd", [["x"], "abc", 5])
+def test_what_should_say_how_it_is_quantised_and_is_no_mapping(odd, tiny_model, tmp_path):
+    config = json.loads((tiny_model("llama") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": odd}))
+    for attempt in (lambda: load(tmp_path), lambda: measure_model(str(tmp_path))):
+        with pytest.raises(ModelLoadError):
+            attempt()
+
+
+def test_one_file_of_weights_is_read_rather_than_an_index_beside_it(tiny_model, tmp_path):
+    quantized, _ = write_quantized(tiny_model("llama"), tmp_path, "awq")
+    index = quantized / "model.safetensors.index.json"
+    index.write_text("{}")
+    load(quantized)
+    (quantized / "model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match=r"index.json of .* is damaged"):
+        load(quantized)
+
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def state(**change: Any) -> torch.Tensor:
+    """Of q_proj, as bitsandbytes writes it."""
+    values = {"blocksize": 64, "shape": [64, 64], "nested_blocksize": 32, "nested_offset": 0.2} | change
+    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+
+
 def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
     """Tensors of the first layer's q_proj; None = without it."""
     tensors = load_file(folder / "model.safetensors")
@@ -215,8 +245,18 @@ def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
         (
             "bitsandbytes nf4",
             {"weight.nested_quant_map": None},
-            "damaged model.layers.0.self_attn.q_proj",
+            "no places in a table of 256",
         ),
+        (
+            "bitsandbytes nf4",
+            {"weight": torch.zeros(4096, 1, dtype=torch.uint8)},
+            "4096 bytes for 4096 numbers of 4 bits",
+        ),
+        ("bitsandbytes nf4", {STATE: state(blocksize=1 << 28)}, "do not fit 4096 numbers in blocks of 268435456"),
+        ("bitsandbytes nf4", {STATE: state(nested_blocksize=1 << 28)}, "scales of scales do not fit"),
+        ("bitsandbytes nf4", {STATE: state(shape=None)}, "of model.layers.0.self_attn.q_proj.weight, "),
+        ("gptq", {"qweight": torch.zeros(8, 64, dtype=torch.int64)}, "not of 32 bits"),
+        ("fp8 blocks", {"weight_scale_inv": torch.ones(2, 2, 2)}, r"scales of shape \[2, 2, 2\] do not fit"),
         ("awq", {"qzeros": torch.zeros(2, 9, dtype=torch.int32)}, "4-bit ones of AWQ"),
         ("awq", {"qweight": None}, "q_proj.qzeros in I32, and nothing beside it"),
         (
@@ -236,6 +276,16 @@ def test_damaged_files_are_refused(kind, change, message, tiny_model, tmp_path):
     rewrite(quantized, change)
     with pytest.raises(ModelLoadError, match=message):
         load(quantized)
+
+
+def test_bytes_may_be_stored_as_numbers_of_another_kind(tiny_model, tmp_path):
+    """As bnb_4bit_quant_storage has it."""
+    quantized, dense = write_quantized(tiny_model("llama"), tmp_path, "bitsandbytes nf4")
+    tensors = load_file(quantized / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    rewrite(quantized, {"weight": tensors[name].flatten().view(torch.bfloat16)[:, None].clone()})
+    expected = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, attn_implementation="eager")
+    torch.testing.assert_close(logits(read(quantized)), logits(expected), atol=1e-5, rtol=1e-5)
 
 
 def test_a_quantised_checkpoint_whose_configuration_does_not_say_so(tiny_model, tmp_path):
