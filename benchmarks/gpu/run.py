@@ -50,6 +50,7 @@ GROUPS = (
     Group("conversations", 140, 190),
     Group("accuracy", 25, 40),
     Group("tiles", 40, 60),
+    Group("linears", 30, 50),
     Group("opt", 85, 110),
     Group("figure_12", 20, 30),
     Group("peer", 150, 190),

@@ -28,6 +28,7 @@ import torch
 import transformers
 from conversations import measure_conversations, measure_peer
 from kernels import measure_attention, measure_figure_12, measure_roofs
+from linears import measure_linears
 from machine import RESULTS, write_result
 from setting import Setting, Shape, for_gpu, for_smoke
 from steps import measure_accuracy, measure_model
@@ -92,6 +93,9 @@ class Group:
     def attention(self) -> None:
         self._report.section("attention", measure_attention(self._setting))
 
+    def linears(self) -> None:
+        self._report.section("linears", measure_linears(self._setting, self._roofs()))
+
     def tiles(self) -> None:
         self._report.section("tiles", measure_tiles(self._setting))
 
@@ -116,11 +120,13 @@ class Group:
         self._report.section("plots", iter([plot_all(self._report._folder)]))
 
     def _model(self, section: str, model: tuple[str, Shape]) -> None:
+        self._report.section(section, measure_model(self._setting, model[0], self._save(model), self._roofs()))
+
+    def _roofs(self) -> dict[str, float]:
         if self._report.read("roofs") is None:
             self._report.section("roofs", iter([measure_roofs(self._setting)]))
-        roofs = self._report.read("roofs")
-        results = measure_model(self._setting, model[0], self._save(model), roofs)
-        self._report.section(section, results)
+        roofs: dict[str, float] = self._report.read("roofs")
+        return roofs
 
     def _save(self, model: tuple[str, Shape]) -> str:
         name, shape = model

@@ -55,18 +55,19 @@ def _measure(setting: Setting, batches: list[Batch], calls: list[Callable[[], to
     return {name: seconds * 1e3 for name, seconds in measure(named, setting.device, min(3, setting.repeats)).items()}
 
 
-def decode_variants(setting: Setting) -> list[dict[str, int]]:
+def decode_variants(setting: Setting) -> list[dict[str, Any]]:
     """Numbers of programs with the engine's own tile; then all tiles with the engine's number of programs."""
     tiles = [
         {"keys": keys, "warps": warps, "stages": stages}
         for keys, warps, stages in product(setting.decode_keys, setting.decode_warps, setting.stages)
     ]
-    return [{}, *({"programs": number} for number in setting.decode_programs), *tiles]
+    return [{}, {"plain_loop": False}, *({"programs": number} for number in setting.decode_programs), *tiles]
 
 
-def prompt_variants(setting: Setting) -> list[dict[str, int]]:
+def prompt_variants(setting: Setting) -> list[dict[str, Any]]:
     return [
         {},
+        {"plain_loop": False},
         *(
             {"rows": rows, "keys": keys, "warps": warps, "stages": stages}
             for (rows, keys, warps), stages in product(setting.prompt_tiles, setting.stages)
@@ -81,10 +82,12 @@ def tile(
     warps: int | None = None,
     stages: int | None = None,
     programs: int | None = None,
+    plain_loop: bool | None = None,
 ) -> AbstractContextManager[Any]:
     """What the kernel is launched with inside; None = as the engine does it.
 
-    rows: of a tile. keys: that a program reads in a turn. programs: that fill a processor, in decodes.
+    rows: of a tile. keys: that a program reads in a turn. programs: that fill a processor, in decodes. plain_loop: of keys that all rows
+    see, without masks.
     """
     values: dict[str, Any] = {}
     if rows is not None:
@@ -95,6 +98,8 @@ def tile(
         values["_warps_of_a_tile"] = lambda *_: warps
     if stages is not None:
         values["_NUM_STAGES"] = stages
+    if plain_loop is not None:
+        values["_HAS_PLAIN_LOOP"] = plain_loop
     if programs is not None:
         values["_FEW_ROWS"] = (programs, triton_paged._FEW_ROWS[1])
     return patch.multiple(triton_paged, **values) if values else nullcontext()

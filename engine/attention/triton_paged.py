@@ -42,6 +42,8 @@ _KV_TILE_ELEMENTS = 16 * 1024
 _KV_TILE_ELEMENTS_FLOAT32 = 4 * 1024
 # The table is loaded a turn ahead of K and V, these a turn ahead of their use; with two stages nothing is.
 _NUM_STAGES = 3
+# Whether keys that all rows see are multiplied without masks, in a loop of their own.
+_HAS_PLAIN_LOOP = True
 # Tokens that a program writes.
 _WRITE_TOKENS = 16
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -176,6 +178,7 @@ def attend(
             BLOCK_N=_keys_of_a_tile(query.dtype, block_k + block_v),
             BLOCK_K=block_k,
             HAS_SOFTCAP=params.softcap is not None,
+            HAS_PLAIN_LOOP=_HAS_PLAIN_LOOP and not params.sliding_window,
             **ranges,
             **heads,
             **sizes,
@@ -355,6 +358,25 @@ def _locate_head(head_tile, r, GROUP: tl.constexpr, SHARERS: tl.constexpr, TILE_
     return kv_head, kv_head * GROUP + head_tile % SHARERS * TILE_HEADS + r % TILE_HEADS
 
 
+@triton.jit
+def _squeeze(scores, softcap):
+    """softcap * tanh(scores / softcap), by an exponential that cannot overflow."""
+    e = tl.exp2(tl.abs(scores) * (-2.0 * _LOG2E / softcap))
+    squeezed = softcap * (1.0 - e) / (1.0 + e)
+    return tl.where(scores < 0, -squeezed, squeezed)
+
+
+@triton.jit
+def _add(scores, v, highest, total, acc):
+    """Add values by their scores, in powers of two, to a running softmax."""
+    new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_highest[:, None])
+    shrink = tl.exp2(highest - new_highest)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_highest, total, acc
+
+
 @triton.jit(do_not_specialize=["table_stride"])
 def _attend_kernel(
     out,
@@ -384,6 +406,7 @@ def _attend_kernel(
     V_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_PLAIN_LOOP: tl.constexpr,
     SPLIT_STEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -426,7 +449,33 @@ def _attend_kernel(
     k_head = k_pool + kv_head * CHUNK_SIZE * K_DIM
     v_head = v_pool + kv_head * CHUNK_SIZE * V_DIM
     table = block_tables + table_row.to(tl.int64) * table_stride
-    for start in range(split_begin, tl.minimum(split_begin + split_len, end), BLOCK_N):
+    split_end = tl.minimum(split_begin + split_len, end)
+    # First the keys that every row of the tile sees: they need no masks, which take as long as half of the multiplications.
+    seen_end = split_begin
+    if HAS_PLAIN_LOOP:
+        num_seen = tl.maximum(tl.minimum(split_end, position + 1) - split_begin, 0)
+        seen_end += num_seen // BLOCK_N * BLOCK_N
+        for start in range(split_begin, seen_end, BLOCK_N):
+            keys = start + tl.arange(0, BLOCK_N)
+            block_id = tl.load(table + keys // CHUNK_SIZE).to(tl.int64)
+            offset = keys % CHUNK_SIZE
+            k_columns = k_head + block_id * k_block_stride + offset * K_DIM
+            v_rows = v_head + block_id * v_block_stride + offset * V_DIM
+            if K_DIM == BLOCK_K:
+                k = tl.load(k_columns[None, :] + d_k[:, None])
+            else:
+                k = tl.load(k_columns[None, :] + d_k[:, None], mask=(d_k < K_DIM)[:, None], other=0.0)
+            if V_DIM == BLOCK_V:
+                v = tl.load(v_rows[:, None] + d_v[None, :])
+            else:
+                v = tl.load(v_rows[:, None] + d_v[None, :], mask=(d_v < V_DIM)[None, :], other=0.0)
+            scores = tl.dot(q, k, input_precision="ieee")
+            if HAS_SOFTCAP:
+                scores = _squeeze(scores * scaling, softcap) * _LOG2E
+            else:
+                scores *= scaling * _LOG2E
+            highest, total, acc = _add(scores, v, highest, total, acc)
+    for start in range(seen_end, split_end, BLOCK_N):
         # Key by key through the table, so that tiles may begin anywhere and chunks be of any size. What lies past the end
         # was never written: it is not read, because even with weight 0 a NaN would spread.
         keys = start + tl.arange(0, BLOCK_N)
@@ -437,25 +486,14 @@ def _attend_kernel(
         k = tl.load(k_columns[None, :] + d_k[:, None], mask=is_key[None, :] & (d_k < K_DIM)[:, None], other=0.0)
         v_rows = v_head + block_id * v_block_stride + offset * V_DIM
         v = tl.load(v_rows[:, None] + d_v[None, :], mask=is_key[:, None] & (d_v < V_DIM)[None, :], other=0.0)
-
         scores = tl.dot(q, k, input_precision="ieee") * scaling
         if HAS_SOFTCAP:
-            # tanh by an exponential that cannot overflow.
-            e = tl.exp2(tl.abs(scores) * (-2.0 * _LOG2E / softcap))
-            squeezed = softcap * (1.0 - e) / (1.0 + e)
-            scores = tl.where(scores < 0, -squeezed, squeezed)
+            scores = _squeeze(scores, softcap)
         is_seen = keys[None, :] <= last_seen[:, None]
         if WINDOW > 0:
             is_seen &= keys[None, :] > last_seen[:, None] - WINDOW
         scores = tl.where(is_seen, scores * _LOG2E, float("-inf"))
-
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_highest[:, None])
-        shrink = tl.exp2(highest - new_highest)
-        total = total * shrink + tl.sum(weights, axis=1)
-        acc = acc * shrink[:, None]
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-        highest = new_highest
+        highest, total, acc = _add(scores, v, highest, total, acc)
 
     # Nothing was seen by rows of the padding, and by those whose window lies in other splits.
     has_seen = total > 0.0
