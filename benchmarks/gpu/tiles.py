@@ -86,8 +86,9 @@ def tile(
 ) -> AbstractContextManager[Any]:
     """What the kernel is launched with inside; None = as the engine does it.
 
-    rows: of a tile. keys: that a program reads in a turn. programs: that fill a processor, in decodes. plain_loop: of keys that all rows
-    see, without masks.
+    rows: of a tile. keys: that a program reads in a turn. programs: that fill a processor, in decodes.
+    plain_loop: of keys that all rows
+        see, without masks.
     """
     values: dict[str, Any] = {}
     if rows is not None:
