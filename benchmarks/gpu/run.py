@@ -82,7 +82,8 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the group that runs
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "gpu_roofs.json").unlink(missing_ok=True)  # of another machine, perhaps
+    if {"llama", "opt", "linears"} & set(arguments.groups):
+        (arguments.out / "gpu_roofs.json").unlink(missing_ok=True)  # of another machine, perhaps
     start = time.monotonic()
     outcomes: list[Outcome] = []
     for group in GROUPS:

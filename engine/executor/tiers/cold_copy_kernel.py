@@ -108,6 +108,7 @@ class _Units:
                     TOKENS=triton.next_power_of_2(chunk_size),
                     COLUMNS=triton.next_power_of_2(half),
                     ITEM_BYTES=exact.dtype.itemsize,
+                    enable_fp_fusion=False,  # the same rounding as in the other implementations, whose records are mixed
                 )
 
 
@@ -154,7 +155,7 @@ def _power_of_two(exponent):
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_copies"])
+@triton.jit(do_not_specialize=["num_copies", "num_units"])
 def _encode_kernel(
     exact, cold, cold_elements, pairs, units, num_copies, num_units, exact_stride, cold_stride,
     DIM: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr, IS_KEY: tl.constexpr, LEVELS: tl.constexpr,
@@ -231,7 +232,7 @@ def _narrow(value, KIND: tl.constexpr):
     return value.to(KIND)
 
 
-@triton.jit(do_not_specialize=["num_copies"])
+@triton.jit(do_not_specialize=["num_copies", "num_units"])
 def _decode_kernel(
     exact, cold, cold_elements, pairs, units, num_copies, num_units, exact_stride, cold_stride,
     DIM: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr, IS_KEY: tl.constexpr, LEVELS: tl.constexpr,

@@ -58,6 +58,7 @@ class CudaCopies:
             *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t),
             *(ctypes.c_int, ctypes.c_void_p),
         )
+        self._library = library
         self._copy_batch = getattr(library, "cudaMemcpyBatchAsync", None)
         self._failed_index = (ctypes.byref(ctypes.c_size_t()),) if is_before_13 else ()
         self._attributes = _Attributes(source_access_order=_ORDER_OF_STREAM, flags=_PREFER_OVERLAP_WITH_COMPUTE)
@@ -67,7 +68,7 @@ class CudaCopies:
         """Enqueue the copies, in any order among themselves.
 
         targets, sources: addresses, int64 [n]; sizes: bytes, int64 [n]. stream: its handle; 0, the default stream, takes no
-        batches. Raises DeviceFailedError.
+        batches. A batch that CUDA refuses is copied one by one, and so are all behind it. Raises DeviceFailedError.
         """
         if self._copy_batch is not None and stream != 0 and len(sizes) > 1:
             error = self._copy_batch(
@@ -79,8 +80,13 @@ class CudaCopies:
                 *self._failed_index,
                 ctypes.c_void_p(stream),
             )
-            self._check(error)
-            return
+            if not error:
+                return
+            logger.warning(
+                "swaps: CUDA takes no batches of copies here (error %d), so each is started by itself", error
+            )
+            self._copy_batch = None
+            self._library.cudaGetLastError()  # or torch would report it later
         for target, source, size in zip(targets.tolist(), sources.tolist(), sizes.tolist(), strict=True):
             self._check(self._copy(target, source, size, _MEMCPY_DEFAULT, stream))
 

@@ -112,6 +112,27 @@ def test_copies_by_address_move_what_they_are_told(has_batches, is_before_13, st
     assert runtime.extra_arguments == ({2 if is_before_13 else 1} if is_batched else set())
 
 
+def test_what_a_refused_batch_was_to_copy_is_copied_one_by_one():
+    class Refusing(FakeRuntime):
+        num_refused = num_asked = 0
+
+        def _copy_batch(self, *_) -> int:
+            self.num_refused += 1
+            return 801
+
+        def cudaGetLastError(self) -> int:
+            self.num_asked += 1
+            return 801
+
+    runtime = Refusing(has_batches=True)
+    copies = CudaCopies(runtime, is_before_13=False)
+    copier = DmaCopier(lambda *arrays: copies(*arrays[:3], 7))
+    for seed in range(10):
+        assert_copies_right(copier, seed, torch.float32, 1 + seed)
+    assert (runtime.num_refused, runtime.num_asked) == (1, 1)
+    assert set(runtime.calls) == {1}
+
+
 def test_a_copy_that_cannot_be_started_says_so():
     class Failing(FakeRuntime):
         def _copy(self, *_) -> int:
