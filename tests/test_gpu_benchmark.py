@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -112,7 +113,8 @@ def test_every_check_of_the_gate_runs(unpacked, tmp_path):
     kinds = {check["name"].rsplit(": ", 1)[-1] for check in checks}
     assert kinds == {
         *("graphs", "swaps", "conversations", "compiled layers", "shutdown"),
-        *("engine started three times", "tier sized from memory"),
+        *("cold tiers", "speculation", "sampling", "adapters"),
+        *("disk tier", "engine started three times", "tier sized from memory"),
     }
     assert process.stdout.splitlines()[-1].endswith("failed: none")
 
@@ -207,6 +209,126 @@ def test_layers_that_fall_back_to_what_was_written_fail_the_gate(module, subject
     assert executor.loaded.has_compiled_layers
     with pytest.raises(Exception, match="fail_on_recompile"):
         checks.check_compiled(subject)
+
+
+@needs_interpreter
+def test_a_cold_block_of_another_context_fails_the_gate(module, subject, monkeypatch):
+    """Its record is right, and restored to another block."""
+    from engine.executor.tiers.cold_copy_kernel import ColdDecoder
+
+    copy = ColdDecoder.copy
+
+    def copy_to_next(self, target, source, copies, columns):
+        turned = [*copies[1:], *copies[:1]]
+        mixed = [one._replace(target=other.target) for one, other in zip(copies, turned, strict=True)]
+        copy(self, target, source, mixed, columns)
+
+    monkeypatch.setattr(ColdDecoder, "copy", copy_to_next)
+    subject.sizes = replace(subject.sizes, num_swapped=4)
+    with pytest.raises(AssertionError, match=r"restored values are not the reference's \(fp8, whole blocks\)"):
+        module("features").check_cold_tiers(subject)
+
+
+@needs_interpreter
+def test_a_record_that_is_not_the_references_fails_the_gate(module, subject, monkeypatch):
+    """As by a kernel that rounds otherwise: a few numbers are one off."""
+    from engine.executor.tiers.cold_copy_kernel import ColdEncoder
+
+    copy = ColdEncoder.copy
+
+    def copy_and_change(self, target, source, copies, columns):
+        copy(self, target, source, copies, columns)
+        target[copies[0].target, 300] ^= 1
+
+    monkeypatch.setattr(ColdEncoder, "copy", copy_and_change)
+    with pytest.raises(AssertionError, match=r"1 of \d+ bytes of a record are not the reference's"):
+        module("features").check_cold_tiers(subject)
+
+
+def test_guesses_that_are_taken_for_true_fail_the_gate(module, subject, monkeypatch):
+    monkeypatch.setattr("engine.core.plan.QuerySegment.count_true", lambda self, chosen: len(self.guesses))
+    with pytest.raises(AssertionError, match="with guesses"):
+        module("features").check_speculation(subject)
+
+
+def test_a_draw_that_depends_on_the_batch_fails_the_gate(module, subject, monkeypatch):
+    features, sampler = module("features"), importlib.import_module("engine.executor.sampler")
+    invert_cdf = sampler._invert_cdf
+    monkeypatch.setattr(
+        sampler, "_invert_cdf", lambda probs, uniforms: invert_cdf(probs, uniforms * (0.5 ** len(probs)))
+    )
+    with pytest.raises(AssertionError, match="in a batch"):
+        features.check_sampling(subject)
+
+
+def test_log_probabilities_of_other_logits_fail_the_gate(module, subject, monkeypatch):
+    """Of the right tokens, and by the same code for all: only the logits themselves tell."""
+    runner = module("checks").model_runner
+    init = runner.Draw.__init__
+
+    def init_with_others(self, batch, logits, *arguments):
+        init(self, batch, logits, *arguments)
+        if self._logprobs is not None:
+            self._logprobs = self._logprobs + 0.01
+            self._copy = importlib.import_module("engine.executor.sampler").HostCopy(self._pack())
+
+    monkeypatch.setattr(runner.Draw, "__init__", init_with_others)
+    with pytest.raises(AssertionError, match="a log-probability is off by"):
+        module("features").check_sampling(subject)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "complaint"),
+    [
+        ("rows_of", lambda self, used, segments, send: [], "with its weights merged"),
+        ("find", lambda self, identity: next(iter(self._loaded.values())) if identity else None, "merged"),
+    ],
+    ids=["nothing is added", "one for another"],
+)
+def test_adapters_that_are_not_added_fail_the_gate(module, tmp_path, monkeypatch, name, broken, complaint):
+    checks, setting = module("checks"), module("setting")
+    options = {"load_format": "auto", "adapter_folder": str(tmp_path)}
+    adapted = checks.Subject(setting.for_smoke(), tmp_path, "tiny Llama", setting.TINY_LLAMA, torch.float32, **options)
+    monkeypatch.setattr(f"engine.executor.lora.adapters.Adapters.{name}", broken)
+    try:
+        with pytest.raises(AssertionError, match=complaint):
+            module("features").check_adapters(adapted, tmp_path / "adapters")
+    finally:
+        adapted.close()
+
+
+def test_an_engine_that_finds_nothing_on_its_disk_fails_the_gate(module, subject, tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.core.engine_core.EngineCore.restore", lambda *_: None)
+    with pytest.raises(AssertionError, match="the second engine found nothing on the disk"):
+        module("features").check_disk_tier(subject, tmp_path / "kv")
+
+
+def test_checks_are_selected_by_name_each_with_the_shutdown_of_its_subject(module):
+    checks = module("checks")
+    names = [name for name, _ in checks.all_checks(module("setting").for_smoke(), Path("nowhere"))]
+
+    def selected(pattern: str) -> list[str]:
+        every = checks.all_checks(module("setting").for_smoke(), Path("nowhere"))
+        return [name for name, _ in checks.selected(every, pattern)]
+
+    assert selected("") == names
+    assert selected("tiny OPT float32: swaps|^tier sized") == [
+        "tiny OPT float32: swaps",
+        "tiny OPT float32: shutdown",
+        "tier sized from memory",
+    ]
+    assert selected("shutdown") == []
+    assert len(set(names)) == len(names)
+
+
+def test_a_gate_of_no_check_fails(module, monkeypatch, capsys):
+    gate = module("gate")
+    monkeypatch.setattr(gate.environment, "IS_SMOKE", True)
+    monkeypatch.setattr(sys, "argv", ["gate.py", "--smoke", "--only", "no such check"])
+    with pytest.raises(SystemExit) as end:
+        gate.main()
+    assert end.value.code == 2
+    assert "no check has a name in which 'no such check' is found" in capsys.readouterr().err
 
 
 def test_a_check_that_fails_is_reported_and_a_broken_device_ends_the_gate(module, monkeypatch, capsys, tmp_path):

@@ -10,26 +10,25 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import stand_ins
 import torch
-from answers import Answers
 from eager import GREEDY, compare_with_eager, without_graphs
-from setting import CHUNK_SIZE, LLAMA_8B, TINY_LLAMA, TINY_OPT, Setting, Shape
-from steps import make_config, swappers, swapping_by
+from features import check_adapters, check_cold_tiers, check_disk_tier, check_sampling, check_speculation
+from setting import CHUNK_SIZE, LLAMA_8B, Setting
+from steps import swappers, swapping_by
+from subject import FOR_SMOKE, SHAPES, Subject, answer_contexts, is_tie, make_core
 
 from engine.async_engine import AsyncEngine
-from engine.config import EngineConfig
-from engine.core.config import CacheConfig, SchedulingConfig
-from engine.core.engine_core import EngineCore, RequestOutput
+from engine.core.engine_core import RequestOutput
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
-from engine.core.request import Request, SamplingParams
+from engine.core.request import SamplingParams
 from engine.core.tier_table import CPU, GPU
 from engine.executor import compiled_layers, model_runner
 from engine.executor.decode_graphs import bucket_sizes
@@ -37,146 +36,52 @@ from engine.executor.local import LocalExecutor
 from engine.executor.memory import COSTLY_SAMPLING, largest_steps
 from engine.executor.warm_up import end_of
 from engine.generation import Generation
-from engine.step_loop import LookAhead, StepLoop
 from engine.text.prompt import TokenPrompt
 
 Check = Callable[[], str]
-# Large enough for attention to matter: with the families' own, a wrong cache hardly changes the logits.
-INIT = {"llama": "initializer_range", "opt": "init_std"}
-INIT_STD = 0.15
-# How far behind the best token the other side's may be, in log-probability, if the two sides choose different ones. What a
-# wrong cache gives is nowhere near the best: it is not even among the ALTERNATIVES.
-TIE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-ALTERNATIVES = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """Sizes of the checks.
-
-    max_num_seqs: of the recorded sizes, too.
-    num_conversations, num_turns, output_len: of the conversations.
-    prompt_len: the longest.
-    gpu_blocks, cpu_blocks: of their tiers.
-    num_swapped: blocks in each copy of the round trip.
-    kept_tokens: of an engine's prompt.
-    """
-
-    max_num_seqs: int
-    num_conversations: int
-    num_turns: int
-    prompt_len: int
-    output_len: int
-    gpu_blocks: int
-    cpu_blocks: int
-    num_swapped: int
-    kept_tokens: int
-
-
-FOR_GPU = Sizes(48, 10, 4, 90, 12, 36, 60, 24, 200)
-FOR_SMOKE = Sizes(4, 4, 3, 40, 3, 9, 8, 2, 40)
-
-
-class Subject:
-    """A model, and its executor with two tiers from the first check that uses it until `close`."""
-
-    def __init__(
-        self,
-        setting: Setting,
-        folder: Path,
-        name: str,
-        shape: Shape,
-        dtype: torch.dtype,
-        sizes: Sizes | None = None,
-        **options: Any,
-    ) -> None:
-        """sizes: None = those of the setting. options: of the engine."""
-        self.setting = setting
-        self.name = f"{name} {str(dtype).removeprefix('torch.')}"
-        self.sizes = sizes or (FOR_SMOKE if setting.is_smoke else FOR_GPU)
-        self.dtype = dtype
-        self._shape = shape
-        self._folder = folder
-        self._options = options
-
-    def config(self, **options: Any) -> EngineConfig:
-        path = self._folder / self.name.replace(" ", "-")
-        if not path.exists():
-            self._shape.save(path)
-        return make_config(
-            self.setting,
-            str(path),
-            **{
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "attention_backend": "reference" if self.setting.is_smoke else "triton",
-                "max_num_seqs": self.sizes.max_num_seqs,
-                "max_num_batched_tokens": 512,
-                "compile_layers": False,
-                "pack_weights": not self.setting.is_smoke,  # on a CPU it differs between processors
-                **self._options,
-                **options,
-            },
-        )
-
-    @cached_property
-    def executor(self) -> LocalExecutor:
-        sizes = self.sizes
-        blocks = max(sizes.gpu_blocks, 3 * sizes.num_swapped + 4, 6 * sizes.max_num_seqs)
-        cpu_blocks = max(sizes.cpu_blocks, 3 * sizes.num_swapped)
-        config = self.config(num_gpu_blocks=blocks, num_cpu_blocks=cpu_blocks, verify_swaps=True)
-        executor = LocalExecutor(config)
-        if self.setting.is_smoke:
-            stand_ins.give_graphs(executor, config.max_num_seqs, config.max_num_batched_tokens)
-        return executor
-
-    def close(self) -> str:
-        executor = self.__dict__.pop("executor", None)
-        if executor is None:
-            return "was never started"
-        executor.shutdown()
-        del executor
-        gc.collect()
-        if self.setting.device.type != "cuda":
-            return "shut down"
-        torch.cuda.empty_cache()
-        return f"{torch.cuda.memory_allocated() >> 20} MiB are left allocated"
+SHUTDOWN = "shutdown"
 
 
 def all_checks(setting: Setting, folder: Path) -> Iterator[tuple[str, Check]]:
     """(name, check) in order.
 
-    The next one is made when it is asked for, so that what a check leaves may be freed first.
+    The next one is made when it is asked for, so that what a check leaves may be freed first. What shuts a subject down
+    bears the subject's name, see `selected`.
     """
-    shapes = {
-        "tiny Llama": Shape("llama", {**TINY_LLAMA.values, INIT["llama"]: INIT_STD}),
-        "tiny OPT": Shape("opt", {**TINY_OPT.values, INIT["opt"]: INIT_STD}),
-    }
     if setting.is_smoke:
         # The kernel itself, interpreted, in the step that is recorded; what is wrong in bfloat16 is the interpreter.
         interpreted = Subject(
             setting,
             folder,
             "interpreted Llama",
-            shapes["tiny Llama"],
+            SHAPES["tiny Llama"],
             torch.float32,
             replace(FOR_SMOKE, max_num_seqs=2),
             attention_backend="triton",
         )
         yield f"{interpreted.name}: graphs", partial(check_graphs, interpreted)
-        yield f"{interpreted.name}: shutdown", interpreted.close
+        yield f"{interpreted.name}: {SHUTDOWN}", interpreted.close
     for dtype in (torch.float32, torch.bfloat16):
-        for name, shape in shapes.items():
-            subject = Subject(setting, folder, name, shape, dtype)
+        for name in ("tiny Llama", "tiny OPT"):
+            subject = Subject(setting, folder, name, SHAPES[name], dtype)
             yield f"{subject.name}: graphs", partial(check_graphs, subject)
             yield f"{subject.name}: swaps", partial(check_swaps, subject)
             yield f"{subject.name}: conversations", partial(check_conversations, subject)
-            yield f"{subject.name}: shutdown", subject.close
+            if name == "tiny Llama":
+                yield f"{subject.name}: cold tiers", partial(check_cold_tiers, subject)
+                if dtype == torch.float32:
+                    yield f"{subject.name}: speculation", partial(check_speculation, subject)
+                    yield f"{subject.name}: sampling", partial(check_sampling, subject)
+            yield f"{subject.name}: {SHUTDOWN}", subject.close
+    yield from _checks_of_families(setting, folder)
     yield (
         "engine started three times",
-        partial(check_restarts, Subject(setting, folder, "engine", shapes["tiny Llama"], torch.float32)),
+        partial(check_restarts, Subject(setting, folder, "engine", SHAPES["tiny Llama"], torch.float32)),
     )
+    disk = Subject(setting, folder, "disk", SHAPES["tiny Llama"], torch.float32)
+    yield "disk tier", partial(check_disk_tier, disk, folder / "kv")
     large = (
-        shapes["tiny Llama"]
+        SHAPES["tiny Llama"]
         if setting.is_smoke
         else replace(LLAMA_8B, values={**LLAMA_8B.values, "num_hidden_layers": 2})
     )
@@ -186,9 +91,48 @@ def all_checks(setting: Setting, folder: Path) -> Iterator[tuple[str, Check]]:
     yield f"{subject.name}: graphs", partial(check_graphs, subject)
     yield f"{subject.name}: swaps", partial(check_swaps, subject)
     yield f"{subject.name}: conversations", partial(check_conversations, subject)
-    yield f"{subject.name}: shutdown", subject.close
+    if not setting.is_smoke:  # where it is the same tiny model
+        yield f"{subject.name}: cold tiers", partial(check_cold_tiers, subject)
+    yield f"{subject.name}: {SHUTDOWN}", subject.close
     sized = Subject(setting, folder, "sized Llama-8B", large, dtype)
     yield "tier sized from memory", partial(check_sized_from_memory, sized)
+
+
+def _checks_of_families(setting: Setting, folder: Path) -> Iterator[tuple[str, Check]]:
+    options: dict[str, Any] = {
+        "load_format": "auto",
+        "adapter_folder": str(folder),
+        "max_adapters": 2,
+        "max_lora_rank": 8,
+    }
+    adapted = Subject(setting, folder, "adapted Llama", SHAPES["tiny Llama"], torch.float32, **options)
+    yield f"{adapted.name}: adapters", partial(check_adapters, adapted, folder / "adapters")
+    yield f"{adapted.name}: {SHUTDOWN}", adapted.close
+    gemma = Subject(setting, folder, "tiny Gemma2", SHAPES["tiny Gemma2"], torch.float32)
+    yield f"{gemma.name}: graphs", partial(check_graphs, gemma)
+    yield f"{gemma.name}: conversations", partial(check_conversations, gemma)
+    yield f"{gemma.name}: {SHUTDOWN}", gemma.close
+    # In bfloat16 the grouped multiplication can be recorded. Each token takes all experts: rounding cannot choose others.
+    dense = Subject(setting, folder, "dense Mixtral", SHAPES["dense Mixtral"], torch.bfloat16)
+    yield f"{dense.name}: graphs", partial(check_graphs, dense)
+    yield f"{dense.name}: {SHUTDOWN}", dense.close
+    # In float32 torch waits for the device in it: these steps run without graphs. As the last one, because a recording fails.
+    sparse = Subject(setting, folder, "tiny Mixtral", SHAPES["tiny Mixtral"], torch.float32)
+    yield f"{sparse.name}: conversations", partial(check_conversations, sparse)
+    yield f"{sparse.name}: {SHUTDOWN}", sparse.close
+
+
+def selected(checks: Iterable[tuple[str, Check]], pattern: str) -> Iterator[tuple[str, Check]]:
+    """The checks whose names a regular expression is found in, and the shutdown of each subject that these have begun."""
+    begun: set[str] = set()
+    for name, check in checks:
+        subject, _, kind = name.rpartition(": ")
+        if kind == SHUTDOWN:
+            if subject in begun:
+                yield name, check
+        elif re.search(pattern, name):
+            begun.add(subject)
+            yield name, check
 
 
 def check_graphs(subject: Subject) -> str:
@@ -292,15 +236,15 @@ def check_conversations(subject: Subject) -> str:
     sizes, executor = subject.sizes, subject.executor
     with torch.inference_mode():
         executor.gpu_store.storage.fill_(float("nan"))  # nothing is to be read before it is written
-    kept = _core(subject, num_gpu_blocks=sizes.gpu_blocks, num_cpu_blocks=sizes.cpu_blocks)
-    fresh = _core(subject, num_gpu_blocks=executor.num_gpu_blocks, num_cpu_blocks=0, keep=False)
+    kept = make_core(subject, num_gpu_blocks=sizes.gpu_blocks, num_cpu_blocks=sizes.cpu_blocks)
+    fresh = make_core(subject, num_gpu_blocks=executor.num_gpu_blocks, num_cpu_blocks=0, keep=False)
     rng = random.Random(0)
     contexts: dict[str, list[int]] = {f"c{i}": [] for i in range(sizes.num_conversations)}
     turns: list[tuple[str, list[int], list[RequestOutput]]] = []
     for turn in range(sizes.num_turns):
         for context in contexts.values():
             context += [rng.randrange(8, 2000) for _ in range(rng.randint(sizes.prompt_len // 2, sizes.prompt_len))]
-        answers = _answer(kept, executor, contexts, f"kept.{turn}", sizes.output_len, is_ahead=True)
+        answers = answer_contexts(kept, executor, contexts, f"kept.{turn}", sizes.output_len, is_ahead=True)
         kept.check_integrity()
         for name, context in contexts.items():
             turns.append((f"{name}, turn {turn}", list(context), answers[name]))
@@ -309,8 +253,8 @@ def check_conversations(subject: Subject) -> str:
     num_ties = 0
     for where, context, answer in turns:
         with without_graphs(executor):
-            expected = _answer(fresh, executor, {where: context}, "fresh", sizes.output_len, is_ahead=False)
-        num_ties += _is_tie(answer, expected[where], subject.dtype, where)
+            expected = answer_contexts(fresh, executor, {where: context}, "fresh", sizes.output_len, is_ahead=False)
+        num_ties += is_tie(answer, expected[where], subject.dtype, where)
     statistics = kept.get_statistics()
     for name in ("num_swap_ins", "num_gpu_cached_tokens", "num_steps_ahead"):
         assert statistics[name] > 0, f"{name} is 0: the tiers were not small enough, or steps did not run ahead"
@@ -320,56 +264,6 @@ def check_conversations(subject: Subject) -> str:
         f"{len(turns)} answers, {num_ties} of them with a tie; {statistics['num_swap_ins']} blocks swapped in, "
         f"{statistics['num_steps_ahead']} steps ahead"
     )
-
-
-def _core(subject: Subject, **options: Any) -> EngineCore:
-    return EngineCore(
-        CacheConfig(chunk_size=CHUNK_SIZE, **options),
-        SchedulingConfig(
-            max_model_len=min(512, options["num_gpu_blocks"] * CHUNK_SIZE),
-            max_num_seqs=subject.sizes.max_num_seqs,
-            max_num_batched_tokens=128,
-        ),
-    )
-
-
-def _answer(
-    core: EngineCore,
-    executor: LocalExecutor,
-    contexts: dict[str, list[int]],
-    prefix: str,
-    output_len: int,
-    *,
-    is_ahead: bool,
-) -> dict[str, list[RequestOutput]]:
-    """The next turn of each conversation, all at once. is_ahead: as the engine does it on a GPU."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=output_len, logprobs=ALTERNATIVES, ignore_eos=True)
-    for name, context in contexts.items():
-        core.add_request(Request(f"{prefix}.{name}", list(context), sampling, conversation_id=name), 0.0)
-    answers = Answers()
-    loop = StepLoop(core, executor, answers, lambda: 0.0, LookAhead.LAUNCH if is_ahead else LookAhead.DRAFT)
-    while core.has_requests or loop.in_flight:
-        loop.step()
-        assert not core.stats.num_corrupted_swaps, "a swap-in brought something else than was swapped out"
-    # The core tells it with its next step.
-    executor.execute(StepPlan(0, (), ended=tuple(answers.outputs)))
-    return {name: answers.outputs[f"{prefix}.{name}"] for name in contexts}
-
-
-def _is_tie(actual: Sequence[RequestOutput], expected: Sequence[RequestOutput], dtype: torch.dtype, where: str) -> bool:
-    """Say whether two answers differ where rounding decides; raise AssertionError if they differ elsewhere."""
-    assert len(actual) == len(expected), f"{where}: {len(actual)} tokens instead of {len(expected)}"
-    for number, (one, other) in enumerate(zip(actual, expected, strict=True)):
-        if one.token_id == other.token_id:
-            continue
-        assert other.logprobs is not None
-        best = dict(other.logprobs.top)
-        gap = max(best.values()) - best.get(one.token_id, float("-inf"))
-        assert gap <= TIE[dtype], (
-            f"{where}: token {number} is {one.token_id} and not {other.token_id}, {gap:.3g} behind it"
-        )
-        return True
-    return False
 
 
 def check_restarts(subject: Subject) -> str:

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu/gate.py             on a GPU
     python benchmarks/gpu/gate.py --smoke     does the code run? on a CPU, with stand-ins for streams and graphs
+    python benchmarks/gpu/gate.py --only 'sampling|disk'    the checks in whose names that is found; a regular expression
 
 A line for each check as it ends, and all of them as JSON at the end (and in --out FILE after each). A check that fails shows
 its traceback and the others go on, unless the device is broken. Exit codes: 0; 1 = a check failed; 3 = the device is broken.
@@ -24,7 +25,7 @@ from pathlib import Path
 import environment
 import torch
 import transformers
-from checks import Check, all_checks
+from checks import Check, all_checks, selected
 from machine import describe_run
 from setting import for_gpu, for_smoke
 
@@ -81,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
     parser.add_argument("--out", type=Path, help="file for the results")
+    parser.add_argument("--only", default="", help="a regular expression: checks in whose names it is found")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds; then all threads are shown, and it ends")
     arguments = parser.parse_args()
     if not arguments.smoke and not torch.cuda.is_available():
@@ -93,7 +95,10 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        results, broken = run_checks(all_checks(setting, Path(folder)), setting.device, arguments.out)
+        checks = selected(all_checks(setting, Path(folder)), arguments.only)
+        results, broken = run_checks(checks, setting.device, arguments.out)
+    if not results:
+        parser.error(f"no check has a name in which {arguments.only!r} is found")
     failed = [result.name for result in results if not result.is_ok]
     print(json.dumps({result.name: {"ok": result.is_ok, "s": round(result.seconds, 1)} for result in results}))
     seconds = sum(result.seconds for result in results)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from setting import CHUNK_SIZE, Setting, Shape
-from timing import measure, timed
+from timing import first_call, measure, timed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
@@ -280,6 +280,8 @@ def measure_attention(setting: Setting) -> Iterator[list[dict[str, Any]]]:
             case = (batch_size, query_len, context_len, backend, chunk_sizes[other])
             rows[-1]["others"][other] = measure_other(setting, Batch(setting, shape, *case))
             yield rows
+    rows.append({"first_calls_ms": measure_first_calls(setting)})
+    yield rows
     wrong = [row for row in rows if "failure" in row]
     assert not wrong, f"{len(wrong)} of {len(rows)} shapes came out wrong"
 
@@ -318,6 +320,19 @@ def _measure_shape(setting: Setting, shape: Shape, batch: Batch) -> dict[str, An
         if served is not None:
             figures["served_over_contiguous"] = served / right[best]
     return figures
+
+
+def measure_first_calls(setting: Setting) -> dict[str, list[float]]:
+    """Milliseconds of prompts of lengths that no call had before, by kernel: some make a plan for each."""
+    shape = next(iter(setting.models.values()))
+    milliseconds: dict[str, list[float]] = {}
+    for length in setting.first_call_lens:
+        for name, call in Batch(setting, shape, 1, length, length).contiguous().items():
+            try:
+                milliseconds.setdefault(name, []).append(first_call(call, setting.device) * 1e3)
+            except RuntimeError:  # not for this shape
+                check_device(setting.device)
+    return milliseconds
 
 
 def measure_figure_12(setting: Setting) -> Iterator[list[dict[str, Any]]]:

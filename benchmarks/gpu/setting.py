@@ -83,7 +83,8 @@ TINY_OPT = Shape("opt", {**_TINY, "ffn_dim": 96, "num_attention_heads": 4, "word
 class Setting:
     """All sizes.
 
-    attention: (requests, new tokens of each, tokens attended to); tiles_decode and tiles_prompt too, of the sweep. figure_12:
+    attention: (requests, new tokens of each, tokens attended to); first_call_lens: of prompts. tiles_decode,
+    tiles_prompt: as attention, of the sweep. figure_12:
     past tokens. decode_keys, decode_warps, ...: what the sweep of tiles tries. prompt_tiles: (rows, keys, warps).
     compared_steps: decode steps by graphs that are computed again without. transfers: tokens that are swapped in, new tokens
     computed meanwhile. active: turns at once, in the workload of conversations.
@@ -97,6 +98,7 @@ class Setting:
     copy_bytes: int
     matrix_size: int
     attention: tuple[tuple[int, int, int], ...]
+    first_call_lens: tuple[int, ...]
     tiles_decode: tuple[tuple[int, int, int], ...]
     tiles_prompt: tuple[tuple[int, int, int], ...]
     decode_keys: tuple[int, ...]
@@ -151,6 +153,7 @@ def for_gpu() -> Setting:
             (1, 512, 8192),
             (8, 64, 4096),
         ),
+        first_call_lens=(1001, 1013, 1031, 2003),
         tiles_decode=((1, 1, 2048), (16, 1, 2048), (64, 1, 2048)),
         tiles_prompt=((1, 8192, 8192), (1, 512, 8192), (8, 64, 4096)),
         decode_keys=(32, 64, 128),
@@ -191,6 +194,7 @@ def for_smoke() -> Setting:
         copy_bytes=1 << 16,
         matrix_size=64,
         attention=((2, 1, 40), (1, 5, 40), (1, 20, 20)),
+        first_call_lens=(11, 13),
         tiles_decode=((2, 1, 40),),
         tiles_prompt=((1, 5, 40),),
         decode_keys=(16, 32),

@@ -58,6 +58,17 @@ def timed(call: Call, device: torch.device) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
+def first_call(call: Call, device: torch.device) -> float:
+    """Seconds of one call, and of the device behind it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 def wall(call: Call, repeats: int) -> float:
     """Median seconds of a call that waits for the device itself, after one that does not count."""
     seconds = []

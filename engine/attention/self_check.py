@@ -16,8 +16,8 @@ from engine.attention.protocol import AttentionBackend, AttentionCall, Attention
 from engine.attention.trial import LayerInputs, Trial, make_trials
 
 # (query_len, context_len) of a batch's segments: prompts, prompts behind a context and decodes, of few rows and of many, side
-# by side; and one long context alone, which a backend may share out.
-BATCHES = (((70, 130), (1, 300), (5, 90), (2, 64), (1, 33), (33, 33)), ((1, 1100),))
+# by side; one long context alone, which a backend may share out; and prompts alone, which it may cut into larger tiles.
+BATCHES = (((70, 130), (1, 300), (5, 90), (2, 64), (1, 33), (33, 33)), ((1, 1100),), ((150, 400), (128, 128)))
 # A window that some of these contexts exceed stands for a larger one.
 MAX_WINDOW = 80
 # Of the output of a row and head, what error is still rounding, in relation to its length. What is wrong is as long itself.

@@ -1,7 +1,7 @@
 """Attention of first prompts: segments whose whole context is computed in the same step.
 
-Their K and V lie contiguous in the tensors of the step, so that torch's contiguous attention (FlashAttention or cuDNN, which
-read no block table) serves them faster than a paged kernel does. The other segments of the step stay with the backend.
+Their K and V lie contiguous in the tensors of the step, so that torch's contiguous attention (FlashAttention, which
+reads no block table) serves them faster than a paged kernel does. The other segments of the step stay with the backend.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.attention.protocol import AttentionBackend, AttentionMetadata, AttentionParams
 
 # Shorter ones are not worth a call of their own.
 MIN_PROMPT_LEN = 512
+# Without cuDNN, which is faster on Hopper once it has made a plan, and makes one for each length of a prompt.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +59,17 @@ def attend(
         out = backend.attend(query, *pools, split.rest, params)
     else:
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
-    for rows in split.rows:
-        dense = F.scaled_dot_product_attention(
-            query[None, :, rows],
-            key[None, :, rows],
-            value[None, :, rows],
-            is_causal=True,
-            scale=params.scaling,
-            enable_gqa=query.shape[0] != key.shape[0],
-        )
-        out[rows] = dense[0].transpose(0, 1)
+    with sdpa_kernel(KERNELS):
+        for rows in split.rows:
+            dense = F.scaled_dot_product_attention(
+                query[None, :, rows],
+                key[None, :, rows],
+                value[None, :, rows],
+                is_causal=True,
+                scale=params.scaling,
+                enable_gqa=query.shape[0] != key.shape[0],
+            )
+            out[rows] = dense[0].transpose(0, 1)
     return out
 
 

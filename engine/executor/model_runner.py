@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from engine.attention.device_health import check_device
-from engine.attention.protocol import AttentionBackend, AttentionMetadata
+from engine.attention.protocol import AttentionBackend, AttentionMetadata, to_device
 from engine.attention.transformers_door import PagedAttention, attention_handled_by
 from engine.core.executor_protocol import ComputationFailedError, Grammars, SamplingFailedError
 from engine.core.plan import Logprobs, RequestStart, StepPlan, StepResult
@@ -279,7 +279,7 @@ class ModelRunner:
             step.adapted = self._loaded.adapters.rows_of(
                 [state.adapter for state in states],
                 step.arrays.segments,
-                lambda rows: torch.from_numpy(rows).to(self._loaded.device),
+                lambda rows: to_device(torch.from_numpy(rows), self._loaded.device),
             )
         step.batch = SamplingBatch(samplers, self._loaded.vocab_size)
         for sampler in samplers:
