@@ -15,7 +15,6 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -35,36 +34,79 @@ from engine.profile import describe_machine, measure_swaps, timed
 from engine.simulator.step_table import StepTable
 from engine.text.prompt import TokenPrompt
 
-MAX_TOKENS = 512
 MAX_DECODES = 64
 MIN_WINDOW = 128
 NUM_COPIED_BLOCKS = 64
-# Tokens from which on a prompt is attended to, in the steps by which the cost of its context is measured.
+# Tokens of the prompt by which the time before a request begins is measured.
 NUM_PROMPT_TOKENS = 64
-# Requests by which the cost of a decode's context is measured, each with a context of its own.
-NUM_DECODES, SHORT_CONTEXT, MAX_LONG_CONTEXT = 8, 8, 512
+SHORT_CONTEXT = 8
 # Steps in which all requests of a measurement decode, at least.
 NUM_STEPS = 12
 # Tokens of each request if fewer did not show such a step: what the smallest window holds. And how often that is tried.
 MOST_DECODED, NUM_MORE_TRIES = MIN_WINDOW * 3 // 4, 5
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of the steps that are timed, in tokens; at most what the window allows.
+
+    max_tokens: of a prompt.
+    num_asked: of the prompts by which the cost of a prompt's context is measured.
+    num_decodes, long_context: requests by which the cost of a decode's context is measured, and the context of each.
+    """
+
+    max_tokens: int
+    num_asked: int
+    num_decodes: int
+    long_context: int
+
+    @classmethod
+    def of(cls, config: EngineConfig, window: int, *, is_on_cpu: bool) -> Sizes:
+        """On a GPU larger ones: launching a prompt takes so long that what small ones compute does not show."""
+        if is_on_cpu:
+            return cls(min(512, window // 2), min(64, window // 4), 8, min(512, window // 4))
+        budget = config.max_num_batched_tokens  # no step may have more, so no place for more is made
+        return cls(min(8192, window // 2, budget), min(1024, window // 4, budget), 16, min(2048, window // 4))
+
+
 def measure_steps(config: EngineConfig, *, repeats: int = 5) -> StepTable:
     """Load the model and time steps of several sizes; a minute or two for a small one. Raises ConfigError."""
     probe = replace(config, num_gpu_blocks=1, num_cpu_blocks=0, mode="pensieve", profile=None, kv_disk_path=None)
-    executor = make_executor(probe)
-    window = executor.facts.model.window(config.max_model_len)
+    executor = make_executor(replace(probe, enforce_eager=True))  # it only says what it has
+    facts = executor.facts
     executor.shutdown()
+    config = with_tiers_for_steps(config, facts.model.window(config.max_model_len), is_on_cpu=facts.is_on_cpu)
+    return measure_steps_of(config, make_executor(config), repeats=repeats)
+
+
+def with_tiers_for_steps(config: EngineConfig, window: int, *, is_on_cpu: bool) -> EngineConfig:
+    """The same with tiers that are just large enough for what is timed. Raises ConfigError.
+
+    window: of the model and the config together.
+    """
     if window < MIN_WINDOW:
         raise ConfigError(f"a window of {window} tokens is too small to measure steps", param="max_model_len")
-    long_context = min(window // 4, MAX_LONG_CONTEXT)
-    most_tokens = max(window, NUM_DECODES * window, MAX_DECODES * MIN_WINDOW)
-    num_blocks = max(-(-most_tokens // config.chunk_size), NUM_COPIED_BLOCKS)
-    probe = replace(probe, num_gpu_blocks=num_blocks, num_cpu_blocks=NUM_COPIED_BLOCKS)
-    executor = make_executor(probe)
+    sizes = Sizes.of(config, window, is_on_cpu=is_on_cpu)
+    # Beside the requests that decode together, the reserve stays free.
+    most_decoding = max(sizes.num_decodes * (sizes.long_context + MIN_WINDOW), MAX_DECODES * MIN_WINDOW)
+    most_tokens = max(window, int(most_decoding / (1 - config.decode_reserve)))
+    return replace(
+        config,
+        num_gpu_blocks=max(-(-most_tokens // config.chunk_size) + 1, NUM_COPIED_BLOCKS),
+        num_cpu_blocks=NUM_COPIED_BLOCKS,
+        mode="pensieve",
+        profile=None,
+        kv_disk_path=None,
+    )
+
+
+def measure_steps_of(config: EngineConfig, executor: Executor, *, repeats: int = 5) -> StepTable:
+    """`measure_steps` with an executor that was made with such a config, which it shuts down. Raises ConfigError."""
+    facts = executor.facts
+    window = facts.model.window(config.max_model_len)
+    sizes = Sizes.of(config, window, is_on_cpu=facts.is_on_cpu)
     try:
-        prompts = _measure_prompts(executor, config.chunk_size, window, repeats)
-        facts = executor.facts
+        prompts = _measure_prompts(executor, config.chunk_size, window, sizes, repeats)
         load_s, store_s = prompts.load_s, prompts.store_s
         if not facts.is_on_cpu:
             load_s, store_s = (measure_swaps(executor, repeats, is_in=is_in) for is_in in (True, False))
@@ -73,9 +115,8 @@ def measure_steps(config: EngineConfig, *, repeats: int = 5) -> StepTable:
         raise
     # Nothing is kept, so that nothing is copied beside the steps. Shuts the executor down.
     watched = _WatchedExecutor(executor)
-    engine = AsyncEngine(replace(probe, mode="stateless", async_scheduling=config.async_scheduling), lambda _: watched)
-    sizes = _sizes(min(config.max_num_seqs, MAX_DECODES))
-    decodes = asyncio.run(_measure_decodes(engine, watched, sizes, long_context, repeats))
+    engine = AsyncEngine(replace(config, mode="stateless"), lambda _: watched)
+    decodes = asyncio.run(_measure_decodes(engine, watched, sizes, repeats))
     # What a token of context adds to a prompt of several tokens: a pair for each of them, and that its KV is read.
     pair_s = max(0.0, prompts.context_token_s - decodes.context_token_s) / (prompts.num_asked - 1)
     return StepTable(
@@ -95,7 +136,7 @@ def measure_steps(config: EngineConfig, *, repeats: int = 5) -> StepTable:
     )
 
 
-def _sizes(largest: int) -> list[int]:
+def _numbers(largest: int) -> list[int]:
     """1, 2, 3, 4, 6, 8, 12 and so on: what kernels do differs most between small numbers."""
     sizes = {size for power in range(largest.bit_length()) for size in (1 << power, 3 << power)}
     return sorted({*(size for size in sizes if size <= largest), largest})
@@ -120,12 +161,12 @@ class _Prompts:
     store_s: float
 
 
-def _measure_prompts(executor: Executor, chunk_size: int, window: int, repeats: int) -> _Prompts:
-    steps = _Steps(executor, chunk_size, window)
-    sizes = _sizes(min(MAX_TOKENS, window // 2))
-    num_asked = min(NUM_PROMPT_TOKENS, window // 4)
+def _measure_prompts(executor: Executor, chunk_size: int, window: int, sizes: Sizes, repeats: int) -> _Prompts:
+    steps = _Steps(executor, chunk_size, window, sizes.max_tokens)
+    numbers = _numbers(sizes.max_tokens)
+    num_asked = sizes.num_asked
     short, long = window // 8, window - num_asked
-    plans = {f"tokens {num}": steps.prompt(0, num) for num in sizes}
+    plans = {f"tokens {num}": steps.prompt(0, num) for num in numbers}
     plans |= {"short": steps.prompt(short, num_asked), "long": steps.prompt(long, num_asked)}
     loads = tuple(BlockCopy(CPU, number, GPU, number) for number in range(NUM_COPIED_BLOCKS))
     stores = tuple(BlockCopy(GPU, number, CPU, number) for number in range(NUM_COPIED_BLOCKS))
@@ -143,7 +184,7 @@ def _measure_prompts(executor: Executor, chunk_size: int, window: int, repeats: 
     mean = {name: statistics.mean(values) for name, values in seconds.items()}
     copies_s = [max(1e-9, mean[name] - mean["tokens 1"]) / NUM_COPIED_BLOCKS for name in ("load", "store")]
     return _Prompts(
-        {num: mean[f"tokens {num}"] for num in sizes},
+        {num: mean[f"tokens {num}"] for num in numbers},
         num_asked,
         max(0.0, mean["long"] - mean["short"]) / (long - short),
         *copies_s,
@@ -153,14 +194,14 @@ def _measure_prompts(executor: Executor, chunk_size: int, window: int, repeats: 
 class _Steps:
     """Plans of steps of one request: only their times count."""
 
-    def __init__(self, executor: Executor, chunk_size: int, window: int) -> None:
+    def __init__(self, executor: Executor, chunk_size: int, window: int, max_tokens: int) -> None:
         """Starts the request, and writes every position once, so that no step reads what was never computed."""
         self._executor = executor
         self._token_ids = tuple(number % executor.facts.model.vocab_size for number in range(window))
         table = tuple(range(-(-window // chunk_size)))
         start = RequestStart("steps", window, window, SamplingParams(temperature=0.0), (), table)
-        for begin in range(0, window, MAX_TOKENS):
-            end = min(begin + MAX_TOKENS, window)
+        for begin in range(0, window, max_tokens):
+            end = min(begin + max_tokens, window)
             segment = QuerySegment("steps", begin, self._token_ids[begin:end])
             executor.execute(StepPlan(0, (segment,), (start,) if not begin else ()))
 
@@ -203,13 +244,14 @@ class _Decodes:
     request_s: float
 
 
-async def _measure_decodes(
-    engine: AsyncEngine, executor: _WatchedExecutor, sizes: Sequence[int], long_context: int, repeats: int
-) -> _Decodes:
+async def _measure_decodes(engine: AsyncEngine, executor: _WatchedExecutor, sizes: Sizes, repeats: int) -> _Decodes:
     """Shuts the engine down."""
     vocab_size = executor.facts.model.vocab_size
-    num_long = max(size for size in sizes if size <= NUM_DECODES)
-    cases = [*((num, SHORT_CONTEXT) for num in sizes), (num_long, long_context)]
+    numbers = _numbers(min(engine.config.max_num_seqs, MAX_DECODES))
+    num_long = max(num for num in numbers if num <= sizes.num_decodes)
+    long_context = sizes.long_context
+    prompt_tokens = MIN_WINDOW if executor.facts.is_on_cpu else engine.config.max_num_batched_tokens
+    cases = [*((num, SHORT_CONTEXT) for num in numbers), (num_long, long_context)]
     timed_steps: dict[tuple[int, int], list[tuple[float, float]]] = {case: [] for case in cases}
     begun_after_s = []
     try:
@@ -220,7 +262,9 @@ async def _measure_decodes(
                 sent_s = time.perf_counter()
                 await _time_decodes(engine, 1, NUM_PROMPT_TOKENS, vocab_size, num_steps=1)
                 begun_after_s.append(executor.begun_s[0] - sent_s)
-                timed_steps[num, context_len].append(await _time_decodes(engine, num, context_len, vocab_size))
+                timed_steps[num, context_len].append(
+                    await _time_decodes(engine, num, context_len, vocab_size, prompt_tokens=prompt_tokens)
+                )
     finally:
         await engine.shutdown()
     means = {
@@ -229,21 +273,29 @@ async def _measure_decodes(
     (long_s, long_len), (short_s, short_len) = means[num_long, long_context], means[num_long, SHORT_CONTEXT]
     context_token_s = max(0.0, long_s - short_s) / (long_len - short_len)
     decodes_s = {}
-    for num in sizes:
+    for num in numbers:
         step_s, num_tokens = means[num, SHORT_CONTEXT]
         decodes_s[num] = max(1e-9, step_s - context_token_s * num_tokens)
     return _Decodes(decodes_s, context_token_s, statistics.mean(begun_after_s))
 
 
 async def _time_decodes(
-    engine: AsyncEngine, num: int, context_len: int, vocab_size: int, num_steps: int = NUM_STEPS
+    engine: AsyncEngine,
+    num: int,
+    context_len: int,
+    vocab_size: int,
+    num_steps: int = NUM_STEPS,
+    prompt_tokens: int = MIN_WINDOW,
 ) -> tuple[float, float]:
     """(seconds of a step of so many decodes, tokens that these attend to together), each request with a prompt of its own.
+
+    prompt_tokens: of prompts, so many are computed in a step at least, if there are as many.
 
     On a machine that is busy with something else, the first request may end before the last one is heard of. They are all
     asked once more then, for more tokens. Raises ConfigError if that never helps.
     """
-    num_prompt_steps = -(-num * context_len // MIN_WINDOW) + 1
+    # Until the last request has its first token, the others decode.
+    num_prompt_steps = -(-num * context_len // prompt_tokens) + 1
     for max_tokens in (num_steps + num_prompt_steps, *[MOST_DECODED] * NUM_MORE_TRIES):
         stamps = await _stamp_decodes(engine, num, context_len, vocab_size, max_tokens)
         begin_s, end_s = max(each[0] for each in stamps), min(each[-1] for each in stamps)

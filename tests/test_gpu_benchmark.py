@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from engine.errors import DeviceFailedError
+from engine.simulator.step_table import StepTable
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks/peers", "benchmarks", "benchmarks/gpu")
@@ -32,10 +33,13 @@ SECTIONS = {
     "accuracy",
     "tiles",
     "opt",
+    "steps_opt",
+    "steps_llama",
     "figure_12",
     "peer",
     "plots",
 }
+TABLES = {"steps_opt_table", "steps_llama_table"}
 OWN_ENGINE = "this is the engine of the copy"
 needs_interpreter = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton's interpreter")
 
@@ -75,12 +79,13 @@ def test_every_section_of_the_benchmark_runs(unpacked, tmp_path):
     logs = "\n".join(path.read_text()[-2000:] for path in out.glob("*.log"))
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-1000:] + logs
     written = {path.stem.removeprefix("gpu_") for path in out.glob("*.json")}
-    assert written == SECTIONS | {"groups"}
+    assert written == SECTIONS | TABLES | {"groups"}
     for section in SECTIONS:
         content = json.loads((out / f"gpu_{section}.json").read_text())
         assert content["is_complete"], section
     groups = json.loads((out / "gpu_groups.json").read_text())["groups"]
-    assert {group["name"] for group in groups} == SECTIONS - {"roofs"}  # which llama measures first
+    names = {section.split("_")[0] if section.startswith("steps") else section for section in SECTIONS}
+    assert {group["name"] for group in groups} == names - {"roofs"}  # which llama measures first
     for group in groups:
         assert group["outcome"] == "complete"
         assert OWN_ENGINE in (out / f"gpu_{group['name']}.log").read_text()
@@ -100,6 +105,13 @@ def test_every_section_of_the_benchmark_runs(unpacked, tmp_path):
     assert [row["batch"] for row in llama["graphs_against_eager"]] == [1, 2]
     assert set(llama["profiles"]) == {"decode of 1", "decode of 2", "prompt of 32"}
     assert not any("failure" in row for row in figures_of(out, "tiles"))
+    for model in ("opt", "llama"):
+        table = StepTable.load(out / f"gpu_steps_{model}_table.json")
+        assert list(table.num_tokens_s)[-1] == 64
+        assert list(table.decodes_s) == [1, 2]
+        steps = figures_of(out, f"steps_{model}")
+        assert [row["kind"] for row in steps["steps"]] == ["decodes", "prompts", "mixed"]
+        assert all(row["ms"] > 0 and row["over_table"] > 0 for row in steps["steps"])
 
 
 @pytest.mark.slow

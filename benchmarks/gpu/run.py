@@ -52,6 +52,7 @@ GROUPS = (
     Group("tiles", 40, 60),
     Group("linears", 30, 50),
     Group("opt", 85, 110),
+    Group("steps", 75, 110),
     Group("figure_12", 20, 30),
     Group("peer", 150, 190),
     Group("plots", 5, 30),
@@ -114,7 +115,8 @@ def run_group(group: Group, left_s: float, out: Path, *, is_smoke: bool) -> Outc
         )
         return Outcome(group.name, "skipped", 0.0, 0.0)
     # Of an earlier run: it would be taken for what this one measured.
-    (out / f"gpu_{group.name}.json").unlink(missing_ok=True)
+    for path in out.glob(f"gpu_{group.name}*.json"):
+        path.unlink()
     limit_s = min(group.limit_s, left_s)
     command = [sys.executable, str(HERE / "sections.py"), group.name, "--out", str(out), *(["--smoke"] * is_smoke)]
     log = out / f"gpu_{group.name}.log"

@@ -31,6 +31,7 @@ from kernels import measure_attention, measure_figure_12, measure_roofs
 from linears import measure_linears
 from machine import RESULTS, write_result
 from setting import Setting, Shape, for_gpu, for_smoke
+from step_times import measure_step_times
 from steps import measure_accuracy, measure_model
 from tiles import measure_tiles
 
@@ -44,7 +45,7 @@ class Report:
     """What was measured so far, kept in a file per section."""
 
     def __init__(self, folder: Path, setting: Setting) -> None:
-        self._folder = folder
+        self.folder = folder
         self._setting = setting
         self.failed: list[str] = []
 
@@ -68,11 +69,11 @@ class Report:
 
     def read(self, name: str) -> Any:
         """The figures of a section that an earlier process wrote; None if there are none."""
-        path = self._folder / f"gpu_{name}.json"
+        path = self.folder / f"gpu_{name}.json"
         return json.loads(path.read_text())["figures"] if path.exists() else None
 
     def _write(self, name: str, content: dict[str, Any], begin: float) -> None:
-        write_result(f"gpu_{name}", {"section_s": time.perf_counter() - begin, **content}, self._folder)
+        write_result(f"gpu_{name}", {"section_s": time.perf_counter() - begin, **content}, self.folder)
 
 
 class Group:
@@ -114,10 +115,16 @@ class Group:
         shallow = Shape(shape.family, {**shape.values, "num_hidden_layers": self._setting.accuracy_layers})
         self._report.section("accuracy", measure_accuracy(self._setting, self._save((name, shallow))))
 
+    def steps(self) -> None:
+        for section, model in (("steps_opt", self._opt), ("steps_llama", self._llama)):
+            table = self._report.folder / f"gpu_{section}_table.json"
+            results = measure_step_times(self._setting, model[0], self._save(model), table)
+            self._report.section(section, results)
+
     def plots(self) -> None:
         from plots import plot_all  # not above: matplotlib takes a second
 
-        self._report.section("plots", iter([plot_all(self._report._folder)]))
+        self._report.section("plots", iter([plot_all(self._report.folder)]))
 
     def _model(self, section: str, model: tuple[str, Shape]) -> None:
         self._report.section(section, measure_model(self._setting, model[0], self._save(model), self._roofs()))

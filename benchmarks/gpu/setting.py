@@ -87,7 +87,9 @@ class Setting:
     tiles_prompt: as attention, of the sweep. figure_12:
     past tokens. decode_keys, decode_warps, ...: what the sweep of tiles tries. prompt_tiles: (rows, keys, warps).
     compared_steps: decode steps by graphs that are computed again without. transfers: tokens that are swapped in, new tokens
-    computed meanwhile. active: turns at once, in the workload of conversations.
+    computed meanwhile. step_sizes: of the steps that are compared with the simulator; each is groups like those of attention.
+    steps_window: in tokens, their longest context. steps_repeats: of what the simulator's table is made of.
+    active: turns at once, in the workload of conversations.
     """
 
     is_smoke: bool
@@ -118,6 +120,9 @@ class Setting:
     overhead_steps: int
     num_swapped_blocks: int
     transfers: tuple[tuple[int, int], ...]
+    step_sizes: tuple[tuple[tuple[int, int, int], ...], ...]
+    steps_window: int
+    steps_repeats: int
     accuracy_layers: int
     accuracy_len: int
     num_sessions: int
@@ -173,6 +178,18 @@ def for_gpu() -> Setting:
         overhead_steps=64,
         num_swapped_blocks=96,
         transfers=((1024, 64), (2048, 64), (2048, 512), (2048, 2048)),
+        step_sizes=(
+            *(((batch, 1, context),) for batch, context in ((1, 512), (1, 8192), (8, 1024), (8, 4096))),
+            *(((batch, 1, context),) for batch, context in ((32, 256), (32, 1024), (64, 512))),
+            *(((1, new, new),) for new in (128, 512, 2048, 8192)),
+            *(((4, new, new),) for new in (512, 2048)),
+            *(((1, new, context),) for new, context in ((64, 4096), (512, 4096), (2048, 8192), (512, 16384))),
+            ((16, 1, 1024), (1, 64, 4096)),
+            ((16, 1, 1024), (1, 512, 512)),
+            ((32, 1, 512), (1, 2048, 2048)),
+        ),
+        steps_window=16384,
+        steps_repeats=2,
         accuracy_layers=8,
         accuracy_len=700,
         num_sessions=24,
@@ -214,6 +231,9 @@ def for_smoke() -> Setting:
         overhead_steps=3,
         num_swapped_blocks=2,
         transfers=((32, 8),),
+        step_sizes=(((2, 1, 40),), ((1, 20, 20),), ((2, 1, 40), (1, 5, 40))),
+        steps_window=128,
+        steps_repeats=1,
         accuracy_layers=1,
         accuracy_len=12,
         num_sessions=3,
