@@ -149,7 +149,7 @@ def module(monkeypatch) -> Iterator[Callable[[str], ModuleType]]:
 def subject(module, tmp_path):
     """The tiny Llama of the gate's smoke run."""
     checks, setting = module("checks"), module("setting")
-    made = checks.Subject(setting.for_smoke(), tmp_path, "tiny Llama", setting.TINY_LLAMA, torch.float32)
+    made = checks.Subject(setting.for_smoke(), tmp_path, "tiny Llama", checks.SHAPES["tiny Llama"], torch.float32)
     yield made
     made.close()
 
@@ -257,9 +257,19 @@ def test_a_record_that_is_not_the_references_fails_the_gate(module, subject, mon
         module("features").check_cold_tiers(subject)
 
 
-def test_guesses_that_are_taken_for_true_fail_the_gate(module, subject, monkeypatch):
-    monkeypatch.setattr("engine.core.plan.QuerySegment.count_true", lambda self, chosen: len(self.guesses))
-    with pytest.raises(AssertionError, match="with guesses"):
+def test_tokens_behind_guesses_that_are_chosen_otherwise_fail_the_gate(module, subject, monkeypatch):
+    """Without the biases of their request."""
+    states = importlib.import_module("engine.executor.sampler").SamplingState
+    behind = states.behind
+
+    def behind_without_biases(self, guesses):
+        copies = behind(self, guesses)
+        for state in copies:
+            state.params = replace(state.params, logit_bias=())
+        return copies
+
+    monkeypatch.setattr(states, "behind", behind_without_biases)
+    with pytest.raises(AssertionError, match=r"with guesses, .* without"):
         module("features").check_speculation(subject)
 
 
@@ -290,20 +300,21 @@ def test_log_probabilities_of_other_logits_fail_the_gate(module, subject, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "broken", "complaint"),
+    ("name", "broken"),
     [
-        ("rows_of", lambda self, used, segments, send: [], "with its weights merged"),
-        ("find", lambda self, identity: next(iter(self._loaded.values())) if identity else None, "merged"),
+        ("rows_of", lambda self, used, segments, send: []),
+        ("find", lambda self, identity: next(iter(self._loaded.values())) if identity else None),
     ],
     ids=["nothing is added", "one for another"],
 )
-def test_adapters_that_are_not_added_fail_the_gate(module, tmp_path, monkeypatch, name, broken, complaint):
+def test_adapters_that_are_not_added_fail_the_gate(module, tmp_path, monkeypatch, name, broken):
     checks, setting = module("checks"), module("setting")
     options = {"load_format": "auto", "adapter_folder": str(tmp_path)}
-    adapted = checks.Subject(setting.for_smoke(), tmp_path, "tiny Llama", setting.TINY_LLAMA, torch.float32, **options)
+    shape = checks.SHAPES["tiny Llama"]
+    adapted = checks.Subject(setting.for_smoke(), tmp_path, "adapted Llama", shape, torch.float32, **options)
     monkeypatch.setattr(f"engine.executor.lora.adapters.Adapters.{name}", broken)
     try:
-        with pytest.raises(AssertionError, match=complaint):
+        with pytest.raises(AssertionError, match="from those with its weights merged"):
             module("features").check_adapters(adapted, tmp_path / "adapters")
     finally:
         adapted.close()
@@ -336,6 +347,7 @@ def test_checks_are_selected_by_name_each_with_the_shutdown_of_its_subject(modul
 def test_a_gate_of_no_check_fails(module, monkeypatch, capsys):
     gate = module("gate")
     monkeypatch.setattr(gate.environment, "IS_SMOKE", True)
+    monkeypatch.setattr(gate.faulthandler, "dump_traceback_later", lambda *_, **__: None)  # it wants a real file
     monkeypatch.setattr(sys, "argv", ["gate.py", "--smoke", "--only", "no such check"])
     with pytest.raises(SystemExit) as end:
         gate.main()

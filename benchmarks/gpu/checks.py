@@ -96,6 +96,11 @@ def all_checks(setting: Setting, folder: Path) -> Iterator[tuple[str, Check]]:
     yield f"{subject.name}: {SHUTDOWN}", subject.close
     sized = Subject(setting, folder, "sized Llama-8B", large, dtype)
     yield "tier sized from memory", partial(check_sized_from_memory, sized)
+    # In float32 torch waits for the device in the grouped multiplication of experts, so these steps run without graphs. The
+    # last one, because a recording that fails may leave something in the process.
+    sparse = Subject(setting, folder, "tiny Mixtral", SHAPES["tiny Mixtral"], torch.float32)
+    yield f"{sparse.name}: conversations", partial(check_conversations, sparse)
+    yield f"{sparse.name}: {SHUTDOWN}", sparse.close
 
 
 def _checks_of_families(setting: Setting, folder: Path) -> Iterator[tuple[str, Check]]:
@@ -116,10 +121,6 @@ def _checks_of_families(setting: Setting, folder: Path) -> Iterator[tuple[str, C
     dense = Subject(setting, folder, "dense Mixtral", SHAPES["dense Mixtral"], torch.bfloat16)
     yield f"{dense.name}: graphs", partial(check_graphs, dense)
     yield f"{dense.name}: {SHUTDOWN}", dense.close
-    # In float32 torch waits for the device in it: these steps run without graphs. As the last one, because a recording fails.
-    sparse = Subject(setting, folder, "tiny Mixtral", SHAPES["tiny Mixtral"], torch.float32)
-    yield f"{sparse.name}: conversations", partial(check_conversations, sparse)
-    yield f"{sparse.name}: {SHUTDOWN}", sparse.close
 
 
 def selected(checks: Iterable[tuple[str, Check]], pattern: str) -> Iterator[tuple[str, Check]]:

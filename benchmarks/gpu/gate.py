@@ -1,4 +1,4 @@
-"""Checks in about a minute and a half whether the GPU path computes what it should.
+"""Checks in a minute or two whether the GPU path computes what it should.
 
     python benchmarks/gpu/gate.py             on a GPU
     python benchmarks/gpu/gate.py --smoke     does the code run? on a CPU, with stand-ins for streams and graphs
