@@ -5,6 +5,7 @@ On a GPU they run rarely, for a few minutes. Here they run from a copy of the re
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import os
@@ -143,6 +144,53 @@ def module(monkeypatch) -> Iterator[Callable[[str], ModuleType]]:
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "benchmarks")):
             del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("p90_s", "turns_per_s"),
+    [
+        (0.1, 4.0),  # none is as soon
+        (0.2, 4.0),
+        (0.3, 5.0),  # halfway
+        (0.5, 6.0),  # later, and slower than before
+        (9.0, 6.0),
+    ],
+)
+def test_the_throughput_at_a_p90_lies_between_the_runs_beside_it(module, p90_s, turns_per_s):
+    rows = [{"ttft_p90_s": p90, "turns_per_s": per_s} for p90, per_s in ((0.4, 6.0), (0.2, 4.0), (0.6, 5.0))]
+    assert module("conversations").turns_per_s_at(p90_s, rows) == pytest.approx(turns_per_s)
+
+
+def test_two_tiers_are_compared_at_each_of_their_p90(module):
+    rows = [
+        {"configuration": name, "active": active, "ttft_p90_s": p90_s, "turns_per_s": per_s}
+        for name, active, p90_s, per_s in (
+            ("two tiers", 8, 0.3, 10.0),
+            ("two tiers", 16, 0.4, 12.0),
+            ("a", 4, 0.3, 4.0),
+        )
+    ]
+    compared = module("conversations").compare(rows)
+    assert [each["over"] for each in compared["at_equal_p90"]] == [{"a": 2.5}, {"a": 3.0}]
+    assert compared["two_tiers_over"] == {"a": 3.0}
+    assert module("conversations").compare(rows[2:])["two_tiers_over"] == {}
+
+
+def test_a_history_is_sent_before_the_turns_that_count(module):
+    workload, sent = module("workload"), []
+
+    async def generate(turn):
+        sent.append(turn)
+        yield [7] * turn.output_len
+
+    work = workload.Workload("w", 5, 2, 3, 10, 4, history_len=20, is_shuffled=True)
+    result = asyncio.run(workload.run_workload(work, generate, lambda: None))
+    history, turns = sent[:5], sent[5:]
+    assert {len(turn.prompt) for turn in history} == {20}
+    assert [len(turn.prompt) for turn in turns if turn.session == 1] == [34, 48, 62]
+    assert len(result["turns"]) == 15
+    assert max(len(turn.prompt) + 4 for turn in turns) == work.max_context_len == 66
+    assert [turn.session for turn in turns] != [session for _ in range(3) for session in range(5)]
 
 
 @pytest.fixture

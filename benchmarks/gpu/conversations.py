@@ -1,7 +1,8 @@
-"""Multi-turn conversations whose working set is three times the GPU tier.
+"""Turns of conversations that have a history, and whose working set is three times the GPU tier.
 
 This engine without a cache, with one tier, with two; and transformers' continuous batching with prefix sharing and
-offloading. The workload is the one of benchmarks/peers.
+offloading. The workload is the one of benchmarks/peers: conversations come back in random order, so one tier has some of
+them still.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ VOCABULARY = 2000
 
 def tier_sizes(setting: Setting) -> dict[str, int]:
     """Blocks: a third of the working set in the GPU tier, all of it in the CPU tier."""
-    longest = setting.num_turns * (setting.prompt_len + setting.output_len)
+    longest = setting.max_context_len
     return {
         "num_gpu_blocks": max(setting.working_set // 3, longest + 2 * CHUNK_SIZE) // CHUNK_SIZE + 1,
         "num_cpu_blocks": setting.working_set // CHUNK_SIZE + 1,
@@ -61,10 +62,10 @@ def measure_conversations(setting: Setting, folder: str) -> Iterator[dict[str, A
         try:
             for row in _measure_engine(setting, folder, name):
                 rows.append(row)
-                yield {"rows": rows, "two_tiers_over": compare(rows), "failures": failures}
+                yield {"rows": rows, **compare(rows), "failures": failures}
         except Exception:
             failures[name] = traceback.format_exc()
-            yield {"rows": rows, "two_tiers_over": compare(rows), "failures": failures}
+            yield {"rows": rows, **compare(rows), "failures": failures}
             check_device(setting.device)
         _give_memory_back()
     if failures:
@@ -76,7 +77,7 @@ def _measure_engine(setting: Setting, folder: str, name: str) -> Iterator[dict[s
     engine = AsyncEngine(make_config(setting, folder, **configurations(setting)[name]))
     with asyncio.Runner() as runner:
         try:
-            for active in setting.active:
+            for active in setting.active if name == "two tiers" else setting.active_others:
                 yield runner.run(_measure_workload(setting, engine, name, active))
             runner.run(engine.check_integrity())
         finally:
@@ -109,6 +110,8 @@ async def _run(setting: Setting, name: str, active: int, generate: Generate) -> 
         setting.output_len,
         VOCABULARY,
         seed=active,  # another one each time, or the cache would know it
+        history_len=setting.history_len,
+        is_shuffled=True,
     )
     with tqdm(total=setting.num_sessions * setting.num_turns, desc=f"{name}, {active} at once", unit="turn") as bar:
         result = await run_workload(workload, generate, bar.update)
@@ -157,35 +160,52 @@ def measure_peer(setting: Setting, folder: str, rows: list[dict[str, Any]]) -> I
                     )
                 )
             )
-            for active in setting.active:
+            for active in setting.active_peer:
                 peers.append(runner.run(_run(setting, "transformers", active, generate)))
-                yield {"rows": peers, "two_tiers_over": compare([*rows, *peers])}
+                yield {"rows": peers, **compare([*rows, *peers])}
         finally:
             runner.run(stack.aclose())
             del model
             _give_memory_back()
 
 
-def compare(rows: list[dict[str, Any]]) -> dict[str, float]:
+def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Compare the throughput of two tiers with each of the others, at the same p90 time to first token.
 
-    Of the other's runs, the fastest whose p90 is no longer than that of the two tiers' fastest run counts; if there
-    is none, the one with the shortest p90.
+    at_equal_p90: for each run of the two tiers, its turns/s over those of the others. two_tiers_over: the same for the
+    fastest run.
     """
     by_name: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["configuration"], []).append(row)
-    ratios: dict[str, float] = {}
-    for name, others in by_name.items():
-        if name == "two tiers" or "two tiers" not in by_name:
-            continue
-        best = max(by_name["two tiers"], key=lambda row: float(row["turns_per_s"]))
-        as_soon = [row for row in others if row["ttft_p90_s"] <= best["ttft_p90_s"]]
-        other = max(as_soon, key=lambda row: float(row["turns_per_s"])) if as_soon else None
-        if other is None:
-            other = min(others, key=lambda row: float(row["ttft_p90_s"]))
-        ratios[name] = best["turns_per_s"] / other["turns_per_s"]
-    return ratios
+    ours = by_name.pop("two tiers", [])
+    compared = [
+        {
+            "active": own["active"],
+            "ttft_p90_s": own["ttft_p90_s"],
+            "over": {
+                name: own["turns_per_s"] / turns_per_s_at(own["ttft_p90_s"], others) for name, others in by_name.items()
+            },
+        }
+        for own in sorted(ours, key=lambda row: float(row["turns_per_s"]))
+    ]
+    return {"two_tiers_over": compared[-1]["over"] if compared else {}, "at_equal_p90": compared}
+
+
+def turns_per_s_at(p90_s: float, rows: list[dict[str, Any]]) -> float:
+    """What a configuration does if its p90 is to be so long: in a line between the runs on both sides of it.
+
+    Never less than a run that is as soon. If none is, it is what the one with the shortest p90 does, which is too much.
+    """
+    runs = sorted((float(row["ttft_p90_s"]), float(row["turns_per_s"])) for row in rows)
+    as_soon = [run for run in runs if run[0] <= p90_s]
+    if not as_soon:
+        return runs[0][1]
+    most = max(turns_per_s for _, turns_per_s in as_soon)
+    if len(as_soon) == len(runs):
+        return most
+    (left_s, left), (right_s, right) = as_soon[-1], runs[len(as_soon)]
+    return max(most, left + (right - left) * (p90_s - left_s) / (right_s - left_s))
 
 
 def _give_memory_back() -> None:

@@ -89,7 +89,8 @@ class Setting:
     compared_steps: decode steps by graphs that are computed again without. transfers: tokens that are swapped in, new tokens
     computed meanwhile. step_sizes: of the steps that are compared with the simulator; each is groups like those of attention.
     steps_window: in tokens, their longest context. steps_repeats: of what the simulator's table is made of.
-    active: turns at once, in the workload of conversations.
+    history_len: tokens of a conversation before the turns that count. active: turns at once in two tiers. active_others: the
+        same in one and none, where a first token takes as long with fewer. active_peer: in transformers.
     """
 
     is_smoke: bool
@@ -126,10 +127,13 @@ class Setting:
     accuracy_layers: int
     accuracy_len: int
     num_sessions: int
+    history_len: int
     num_turns: int
     prompt_len: int
     output_len: int
     active: tuple[int, ...]
+    active_others: tuple[int, ...]
+    active_peer: tuple[int, ...]
     max_num_batched_tokens: int
 
     @property
@@ -137,9 +141,14 @@ class Setting:
         return str(self.dtype).removeprefix("torch.")
 
     @property
+    def max_context_len(self) -> int:
+        """Tokens of a conversation at its end."""
+        return self.history_len + self.output_len + self.num_turns * (self.prompt_len + self.output_len)
+
+    @property
     def working_set(self) -> int:
         """Tokens of all conversations at their ends."""
-        return self.num_sessions * self.num_turns * (self.prompt_len + self.output_len)
+        return self.num_sessions * self.max_context_len
 
 
 def for_gpu() -> Setting:
@@ -192,11 +201,14 @@ def for_gpu() -> Setting:
         steps_repeats=2,
         accuracy_layers=8,
         accuracy_len=700,
-        num_sessions=24,
-        num_turns=4,
-        prompt_len=1000,
+        num_sessions=16,
+        history_len=6000,
+        num_turns=3,
+        prompt_len=500,
         output_len=32,
-        active=(8, 24),
+        active=(8, 16),
+        active_others=(4, 8),
+        active_peer=(8,),
         max_num_batched_tokens=8192,
     )
 
@@ -237,9 +249,12 @@ def for_smoke() -> Setting:
         accuracy_layers=1,
         accuracy_len=12,
         num_sessions=3,
+        history_len=30,
         num_turns=2,
         prompt_len=20,
         output_len=3,
-        active=(2,),
+        active=(1, 2),
+        active_others=(1, 2),
+        active_peer=(2,),
         max_num_batched_tokens=64,
     )

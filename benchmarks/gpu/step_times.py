@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from setting import CHUNK_SIZE, Setting, Shape
 from steps import make_config
 from tqdm import tqdm
 
+from engine.attention.device_health import check_device
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.executor.local import LocalExecutor
 from engine.simulator.devices import DEVICES, MODELS, ModelShape
@@ -35,7 +37,8 @@ NUM_TIMED, NUM_WARM = 4, 2
 def measure_step_times(setting: Setting, name: str, folder: str, table_path: Path) -> Iterator[dict[str, Any]]:
     """All figures so far, after each size of a step, and behind the table, which is saved as a file of its own.
 
-    name: of the model. folder: of its config.
+    name: of the model. folder: of its config. If a step fails, that is noted under `failures` and the table is measured all
+    the same, with the model loaded anew; then raises RuntimeError.
     """
     config = make_config(setting, folder, max_model_len=setting.steps_window)
     config = with_tiers_for_steps(config, setting.steps_window, is_on_cpu=setting.is_smoke)
@@ -47,13 +50,14 @@ def measure_step_times(setting: Setting, name: str, folder: str, table_path: Pat
         "num_gpu_blocks": executor.num_gpu_blocks,
         "roofline_of": device,
         "steps": (rows := []),
+        "failures": (failures := {}),
     }
     roofline = Roofline(
         MODELS.get(name.lower()) or _model_shape(setting.models[name], executor.loaded.num_parameters),
         DEVICES[device],
         executor.bytes_per_block,
     )
-    works = []
+    works: list[StepWork] = []
     try:
         executor.gpu_store.storage.zero_()
         executor.cpu_store.storage.zero_()
@@ -68,9 +72,12 @@ def measure_step_times(setting: Setting, name: str, folder: str, table_path: Pat
             _compare(figures, works, "roofline", roofline.step_time)
             figures["num_eager_forwards"] = executor.runner.num_eager_forwards
             yield figures
-    except BaseException:
+    except Exception:
+        failures["steps"] = traceback.format_exc()
+        yield figures
         executor.shutdown()
-        raise
+        check_device(setting.device)
+        executor = LocalExecutor(config)  # a step may be in flight in the other
     begin = time.perf_counter()
     table = measure_steps_of(config, executor, repeats=setting.steps_repeats)
     table = replace(table, measured_on=table.measured_on.replace(folder, name))
@@ -80,6 +87,8 @@ def measure_step_times(setting: Setting, name: str, folder: str, table_path: Pat
     _compare(figures, works, "table", table.step_time)
     figures["table_over_roofline"] = _table_over(table, roofline)
     yield figures
+    if failures:
+        raise RuntimeError(f"failed: {', '.join(failures)}\n" + "\n".join(failures.values()))
 
 
 def _simulated_device(setting: Setting) -> str:

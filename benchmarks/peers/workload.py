@@ -4,7 +4,8 @@ The same code for all systems, and the standard library alone, because it runs i
 
 Sessions are rows of turns. Each turn sends the whole history as token ids, the answers being those that this system
 generated, and `prompt_len` new ids. At most `num_active` turns run at once: a session that got its answer goes to the end of
-the row, and the first one there sends its next turn. With as many active as there are sessions, none waits.
+the row, or to a random place in it, and the first one there sends its next turn. With as many active as there are sessions,
+none waits.
 """
 
 from __future__ import annotations
@@ -18,11 +19,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 FIRST_TOKEN_ID = 32  # what is below may be special tokens
+HISTORY = -1  # the turn in front of the ones that count
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """prompt_len: new tokens of a turn. output_len: tokens of an answer. vocab_size: of the model."""
+    """What is sent.
+
+    prompt_len: new tokens of a turn. output_len: tokens of an answer. vocab_size: of the model.
+    history_len: tokens of a turn that each session sends before the ones that count; 0 = it has none.
+    is_shuffled: a session comes back at a random place in the row. At its end, all others come in between, which is the
+        worst that can happen to a cache that is too small.
+    """
 
     name: str
     num_sessions: int
@@ -32,11 +40,14 @@ class Workload:
     output_len: int = 64
     vocab_size: int = 2048
     seed: int = 0
+    history_len: int = 0
+    is_shuffled: bool = False
 
     @property
     def max_context_len(self) -> int:
         """Tokens of a session after its last turn."""
-        return self.num_turns * (self.prompt_len + self.output_len)
+        history_len = self.history_len + self.output_len if self.history_len else 0
+        return history_len + self.num_turns * (self.prompt_len + self.output_len)
 
     @property
     def working_set(self) -> int:
@@ -46,7 +57,8 @@ class Workload:
     def new_tokens(self, session: str, turn: int) -> list[int]:
         """What a turn adds to its session: drawn at random, so that no two turns have a prefix in common."""
         rng = random.Random(f"{self.seed}.{session}.{turn}")
-        return [rng.randrange(FIRST_TOKEN_ID, self.vocab_size) for _ in range(self.prompt_len)]
+        num_tokens = self.history_len if turn == HISTORY else self.prompt_len
+        return [rng.randrange(FIRST_TOKEN_ID, self.vocab_size) for _ in range(num_tokens)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +100,15 @@ Generate = Callable[[Turn], AsyncIterator[Sequence[int]]]
 
 
 async def run_workload(workload: Workload, generate: Generate, report_turn: Callable[[], None]) -> dict[str, Any]:
-    """Measure all turns, after a warm-up turn of as many other sessions as are active at once."""
-    warm_up = range(workload.num_sessions, workload.num_sessions + workload.num_active)
-    await _run_sessions(workload, warm_up, 1, generate, lambda: None)
+    """Measure all turns, after a warm-up: the histories, or else a turn of as many other sessions as are active at once."""
+    contexts: dict[int, list[int]] = {session: [] for session in range(workload.num_sessions)}
+    if workload.history_len:
+        await _run_sessions(workload, contexts, range(HISTORY, 0), generate, lambda: None)
+    else:
+        warm_up = range(workload.num_sessions, workload.num_sessions + workload.num_active)
+        await _run_sessions(workload, {session: [] for session in warm_up}, range(1), generate, lambda: None)
     start = time.perf_counter()
-    records = await _run_sessions(workload, range(workload.num_sessions), workload.num_turns, generate, report_turn)
+    records = await _run_sessions(workload, contexts, range(workload.num_turns), generate, report_turn)
     seconds = time.perf_counter() - start
     records.sort(key=lambda record: (record.session, record.turn))
     return {
@@ -104,10 +120,15 @@ async def run_workload(workload: Workload, generate: Generate, report_turn: Call
 
 
 async def _run_sessions(
-    workload: Workload, sessions: range, num_turns: int, generate: Generate, report_turn: Callable[[], None]
+    workload: Workload,
+    contexts: dict[int, list[int]],
+    turns: range,
+    generate: Generate,
+    report_turn: Callable[[], None],
 ) -> list[TurnRecord]:
-    ready = deque((session, 0) for session in sessions)
-    contexts: dict[int, list[int]] = {session: [] for session in sessions}
+    """These turns of the sessions of `contexts`, which grow."""
+    ready = deque((session, turns.start) for session in contexts)
+    places = random.Random(workload.seed)
     records: list[TurnRecord] = []
 
     async def work() -> None:
@@ -119,8 +140,9 @@ async def _run_sessions(
             context += record.token_ids
             records.append(record)
             report_turn()
-            if number + 1 < num_turns:
-                ready.append((session, number + 1))
+            if number + 1 in turns:
+                place = places.randrange(len(ready) + 1) if workload.is_shuffled else len(ready)
+                ready.insert(place, (session, number + 1))
 
     # A worker that finds the row empty may stop: each session under way comes back to it with a worker of its own.
     await asyncio.gather(*(work() for _ in range(workload.num_active)))
