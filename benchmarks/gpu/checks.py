@@ -109,6 +109,7 @@ def _checks_of_families(setting: Setting, folder: Path) -> Iterator[tuple[str, C
         "adapter_folder": str(folder),
         "max_adapters": 2,
         "max_lora_rank": 8,
+        "compile_layers": not setting.is_smoke,  # that takes seconds, and is looked at elsewhere
     }
     adapted = Subject(setting, folder, "adapted Llama", SHAPES["tiny Llama"], torch.float32, **options)
     yield f"{adapted.name}: adapters", partial(check_adapters, adapted, folder / "adapters")
