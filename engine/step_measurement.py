@@ -55,7 +55,8 @@ class Sizes:
     max_tokens: of a prompt.
     num_asked: of the prompts by which the cost of a prompt's context is measured.
     num_decodes, long_context: requests by which the cost of a decode's context is measured, and the context of each.
-    num_parts: prompts that have as many tokens together as one of the longest; with 1, pairs of these are like others.
+    num_parts: prompts that have as many tokens together as one of the longest; with one, the cost of pairs of a first prompt
+        cannot be told.
     """
 
     max_tokens: int
@@ -224,8 +225,10 @@ class _Steps:
             end = min(begin + max_tokens, window)
             segment = QuerySegment("steps", begin, self._token_ids[begin:end])
             executor.execute(StepPlan(0, (segment,), (start,) if not begin else ()))
-        self._parts = tuple(start._replace(request_id=f"part {number}") for number in range(num_parts))
-        executor.execute(StepPlan(0, (), self._parts))
+        # With the first one there are no more requests than may run at once.
+        others = tuple(start._replace(request_id=f"part {number}") for number in range(1, num_parts))
+        executor.execute(StepPlan(0, (), others))
+        self._parts = (start.request_id, *(other.request_id for other in others))
 
     def prompt(self, start: int, num_tokens: int) -> StepPlan:
         token_ids = self._token_ids[start : start + num_tokens]
@@ -234,10 +237,10 @@ class _Steps:
     def parts(self, num_tokens: int) -> StepPlan:
         """So many tokens of each of several prompts."""
         token_ids = self._token_ids[:num_tokens]
-        return StepPlan(0, tuple(QuerySegment(part.request_id, 0, token_ids, samples=True) for part in self._parts))
+        return StepPlan(0, tuple(QuerySegment(part, 0, token_ids, samples=True) for part in self._parts))
 
     def end(self) -> None:
-        self._executor.execute(StepPlan(0, (), ended=("steps", *(part.request_id for part in self._parts))))
+        self._executor.execute(StepPlan(0, (), ended=self._parts))
 
 
 # -- decodes, as a client sees them ------------------------------------------------------------------------------------
