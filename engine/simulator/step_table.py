@@ -30,6 +30,7 @@ class StepTable:
     load_s, store_s: of one block.
     chunk_size, bytes_per_block: of these.
     overlaps_copies: copies go beside the computation, as on a GPU; else behind it, on the same cores.
+    first_pair_s: what is in place of pair_s in segments with nothing in front of them, if other kernels compute these.
     """
 
     measured_on: str
@@ -43,6 +44,7 @@ class StepTable:
     load_s: float
     store_s: float
     overlaps_copies: bool
+    first_pair_s: float | None = None
 
     def step_time(self, work: StepWork) -> float:
         num_decodes = work.num_decodes
@@ -50,6 +52,8 @@ class StepTable:
         compute_s += (
             work.prompt_context_len * max(0.0, self.context_token_s - self.pair_s) + work.num_starts * self.request_s
         )
+        if self.first_pair_s is not None:
+            compute_s += work.num_first_pairs * (self.first_pair_s - self.pair_s)
         if work.num_prompt_tokens:
             # Tokens are computed alike. What decodes add is a row of logits and a text each, and what goes with any step.
             compute_s += _interpolate(self.num_tokens_s, num_decodes + work.num_prompt_tokens)

@@ -5,13 +5,17 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from engine import cli, step_measurement
+from engine.config import EngineConfig
+from engine.core.executor_protocol import ExecutorFacts
 from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError
 from engine.simulator.step_cost import StepWork
 from engine.simulator.step_table import StepTable
+from engine.step_measurement import Sizes, with_tiers_for_steps
 
 TABLE = StepTable(
     measured_on="here",
@@ -54,6 +58,12 @@ def test_copies_go_beside_the_computation_where_the_device_can():
     assert replace(TABLE, overlaps_copies=True).step_time(work) == pytest.approx(1.0 + 1.4)
 
 
+def test_prompts_with_nothing_in_front_have_a_cost_of_their_own():
+    work = StepWork(0, 0, 10, 500, num_first_pairs=55)
+    table = replace(TABLE, first_pair_s=0.0004)
+    assert table.step_time(work) == pytest.approx(1.9 + 445 * 0.001 + 55 * 0.0004 + 0.1)
+
+
 def test_a_chunk_costs_what_it_adds_to_a_large_step():
     model = TABLE.cost_model(32)
     assert (model.constant, model.per_context_token) == (pytest.approx(3.2), pytest.approx(0.032))
@@ -88,6 +98,32 @@ def test_a_model_is_measured(tmp_path, capsys):
     assert min(table.load_s, table.store_s, table.request_s) > 0
     assert not table.overlaps_copies
     assert str(path) in capsys.readouterr().out
+
+
+def test_a_model_is_measured_as_on_a_gpu(tmp_path, monkeypatch):
+    """What is asked of CUDA is answered here, and the rest computed on the CPU: longer prompts, and parts of them."""
+    monkeypatch.setattr(ExecutorFacts, "is_on_cpu", property(lambda facts: False))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    path = tmp_path / "steps.json"
+    options = ["--model", "embedded", "--num-threads", "1", "--max-model-len", "256", "--chunk-size", "16"]
+    options += ["--max-num-seqs", "3", "--max-num-batched-tokens", "96"]
+    assert cli.main(["profile", *options, "--steps", str(path)]) == 0
+    table = StepTable.load(path)
+    assert "a GPU" in table.measured_on
+    assert list(table.num_tokens_s)[-1] == 96
+    assert table.first_pair_s is not None
+    assert table.overlaps_copies
+
+
+@pytest.mark.parametrize(("window", "num_tokens"), [(2048, 40_000), (16_384, 40_000), (131_072, 132_000)])
+def test_the_tier_of_a_gpu_is_not_much_larger_than_what_is_timed(window, num_tokens):
+    """Each of 16 requests has its context; one of 131072 tokens of Llama-8B takes 17 GB."""
+    config = with_tiers_for_steps(EngineConfig(), window, is_on_cpu=False)
+    assert config.num_gpu_blocks is not None
+    assert window <= config.num_gpu_blocks * config.chunk_size < num_tokens
+    decoding = Sizes.of(config, window, is_on_cpu=False)
+    assert decoding.num_decodes * decoding.long_context < 0.9 * config.num_gpu_blocks * config.chunk_size
 
 
 @pytest.mark.parametrize("num_busy", [1, 100])
@@ -127,6 +163,7 @@ def test_the_work_of_a_step_is_counted():
         num_swap_ins=1,
         prompt_context_len=40,
         num_starts=2,
+        num_first_pairs=6,
     )
 
 
