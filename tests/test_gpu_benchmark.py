@@ -33,6 +33,7 @@ SECTIONS = {
     "conversations",
     "accuracy",
     "tiles",
+    "linears",
     "opt",
     "steps_opt",
     "steps_llama",
