@@ -107,6 +107,7 @@ class Setting:
     decode_keys: tuple[int, ...]
     decode_warps: tuple[int, ...]
     decode_programs: tuple[int, ...]
+    prompt_programs: tuple[int, ...]
     prompt_tiles: tuple[tuple[int, int, int], ...]
     stages: tuple[int, ...]
     figure_12: tuple[int, ...]
@@ -173,6 +174,7 @@ def for_gpu() -> Setting:
         decode_keys=(32, 64, 128),
         decode_warps=(2, 4, 8),
         decode_programs=(2, 4, 8),
+        prompt_programs=(1, 2),
         prompt_tiles=((64, 64, 4), (128, 64, 8), (128, 128, 8)),
         stages=(3, 4),
         figure_12=(256, 512, 1024, 2048),
@@ -229,6 +231,7 @@ def for_smoke() -> Setting:
         decode_keys=(16, 32),
         decode_warps=(4,),
         decode_programs=(2,),
+        prompt_programs=(1,),
         prompt_tiles=((16, 16, 4),),
         stages=(3,),
         figure_12=(16,),

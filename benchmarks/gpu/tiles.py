@@ -61,13 +61,14 @@ def decode_variants(setting: Setting) -> list[dict[str, Any]]:
         {"keys": keys, "warps": warps, "stages": stages}
         for keys, warps, stages in product(setting.decode_keys, setting.decode_warps, setting.stages)
     ]
-    return [{}, {"plain_loop": False}, *({"programs": number} for number in setting.decode_programs), *tiles]
+    return [{}, {"plain_loop": True}, *({"programs": number} for number in setting.decode_programs), *tiles]
 
 
 def prompt_variants(setting: Setting) -> list[dict[str, Any]]:
     return [
         {},
         {"plain_loop": False},
+        *({"programs": number} for number in setting.prompt_programs),
         *(
             {"rows": rows, "keys": keys, "warps": warps, "stages": stages}
             for (rows, keys, warps), stages in product(setting.prompt_tiles, setting.stages)
@@ -86,9 +87,8 @@ def tile(
 ) -> AbstractContextManager[Any]:
     """What the kernel is launched with inside; None = as the engine does it.
 
-    rows: of a tile. keys: that a program reads in a turn. programs: that fill a processor, in decodes.
-    plain_loop: of keys that all rows
-        see, without masks.
+    rows: of a tile. keys: that a program reads in a turn. programs: that fill a processor. plain_loop: of keys
+    that all rows see, without masks.
     """
     values: dict[str, Any] = {}
     if rows is not None:
@@ -100,7 +100,8 @@ def tile(
     if stages is not None:
         values["_NUM_STAGES"] = stages
     if plain_loop is not None:
-        values["_HAS_PLAIN_LOOP"] = plain_loop
+        values["_PLAIN_LOOP_ROWS"] = 16 if plain_loop else 1 << 30
     if programs is not None:
         values["_FEW_ROWS"] = (programs, triton_paged._FEW_ROWS[1])
+        values["_MANY_ROWS"] = (programs, triton_paged._MANY_ROWS[1])
     return patch.multiple(triton_paged, **values) if values else nullcontext()

@@ -61,9 +61,10 @@ def tile_segments(
 def tile_decode_batch(num_segments: int, programs_per_split: int, num_programs: int) -> Tiling:
     """Tile any batch of so many segments of one row or none; depends on the arguments alone.
 
-    All segments have as many splits as fill `num_programs`. The tensors are in host memory.
+    All segments have as many splits as fit `num_programs`: with more, some would wait for others to end. The tensors are in
+    host memory.
     """
-    num_splits = min(MAX_SPLITS, -(-num_programs // max(1, num_segments * programs_per_split)))
+    num_splits = min(MAX_SPLITS, max(1, num_programs // max(1, num_segments * programs_per_split)))
     segment = np.arange(num_segments)
     return _list_work(segment, np.zeros_like(segment), np.full_like(segment, num_splits), tile_tokens=1)
 

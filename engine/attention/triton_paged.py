@@ -40,10 +40,12 @@ _MANY_ROWS = (2, 8 * SPLIT_STEP)
 # fit the 99 KiB of consumer cards; float32, multiplied without the matrix units, is bound by registers.
 _KV_TILE_ELEMENTS = 16 * 1024
 _KV_TILE_ELEMENTS_FLOAT32 = 4 * 1024
+# Of a program, in bytes: from Hopper on, tiles of prompts may have twice as many elements of K and V.
+_LARGE_SHARED_MEMORY = 200 * 1024
 # The table is loaded a turn ahead of K and V, these a turn ahead of their use; with two stages nothing is.
 _NUM_STAGES = 3
-# Whether keys that all rows see are multiplied without masks, in a loop of their own.
-_HAS_PLAIN_LOOP = True
+# Rows of tiles that multiply keys that all rows see without masks, in a loop of their own; fewer wait for memory anyway.
+_PLAIN_LOOP_ROWS = 64
 # Tokens that a program writes.
 _WRITE_TOKENS = 16
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -175,10 +177,10 @@ def attend(
             metadata.block_tables.stride(0),
             CHUNK_SIZE=metadata.chunk_size,
             K_DIM=k_dim,
-            BLOCK_N=_keys_of_a_tile(query.dtype, block_k + block_v),
+            BLOCK_N=_keys_of_a_tile(query.dtype, block_k + block_v, block_m, query.device),
             BLOCK_K=block_k,
             HAS_SOFTCAP=params.softcap is not None,
-            HAS_PLAIN_LOOP=_HAS_PLAIN_LOOP and not params.sliding_window,
+            HAS_PLAIN_LOOP=block_m >= _PLAIN_LOOP_ROWS and not params.sliding_window,
             **ranges,
             **heads,
             **sizes,
@@ -192,7 +194,7 @@ def attend(
                 partial_lse,
                 tiling.combinations,
                 metadata.segments,
-                MAX_SPLITS=MAX_SPLITS,
+                MAX_SPLITS=_splits_combined(tiling, metadata),
                 **ranges,
                 **heads,
                 **sizes,
@@ -265,10 +267,28 @@ def _shortest_segment(metadata: AttentionMetadata) -> int:
     return shortest
 
 
-def _keys_of_a_tile(dtype: torch.dtype, elements_per_key: int) -> int:
-    """A power of two from 16 to 64."""
+def _keys_of_a_tile(dtype: torch.dtype, elements_per_key: int, rows: int, device: torch.device) -> int:
+    """A power of two from 16 to 128; those of long tiles are more if K and V of two turns fit the shared memory then."""
     elements = _KV_TILE_ELEMENTS_FLOAT32 if dtype == torch.float32 else _KV_TILE_ELEMENTS
+    if rows >= _LONG_TILE_ROWS and _shared_memory(device) >= _LARGE_SHARED_MEMORY:
+        return min(128, max(16, _power_of_two(2 * elements // elements_per_key + 1) // 2))
     return min(64, max(16, _power_of_two(elements // elements_per_key + 1) // 2))
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may have."""
+    if device.type == "cuda":
+        num_bytes: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        return num_bytes
+    return 0
+
+
+def _splits_combined(tiling: Tiling, metadata: AttentionMetadata) -> int:
+    """A power of two. The exact one only for decode batches, of which there are few: each is compiled."""
+    if metadata.is_decode_batch:
+        return _power_of_two(tiling.num_partials // len(tiling.combinations))
+    return MAX_SPLITS
 
 
 def _warps_of_a_tile(rows: int, dim: int) -> int:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,11 +127,16 @@ def convert_blocks(kind: str, dtype: torch.dtype) -> None:
     cold_copy_kernel.ColdDecoder(gpu, cold.format).copy(gpu.storage, cold.storage, copy, everything)
 
 
+def _given(num_bytes: int, _: torch.device) -> int:
+    return num_bytes
+
+
 def main() -> None:
     kernels = {name: getattr(triton_paged, name) for name in ("_write_kernel", "_attend_kernel", "_combine_kernel")}
     copy_kernel = block_copy_kernel._copy_kernel
     converting = {name: getattr(cold_copy_kernel, name) for name in ("_encode_kernel", "_decode_kernel")}
-    for capability in CAPABILITIES:
+    for capability, shared_memory in CAPABILITIES.items():
+        triton_paged._shared_memory = partial(_given, shared_memory)
         for name, kernel in kernels.items():
             setattr(triton_paged, name, Compiler(kernel, capability))
         block_copy_kernel._copy_kernel = Compiler(copy_kernel, capability)
