@@ -298,7 +298,7 @@ def _measure_shape(setting: Setting, shape: Shape, batch: Batch) -> dict[str, An
         except AssertionError as failure:
             figures["failure"] = str(failure)
         figures["wrong_contiguous"] = batch.wrong_kernels()
-    calls = {"paged": batch.paged(), **batch.contiguous()}
+    calls = {"paged": batch.decoded() if batch.query_len == 1 else batch.paged(), **batch.contiguous()}
     if is_first_prompt:
         calls["served"] = batch.served()
     seconds = measure(calls, setting.device, setting.repeats)

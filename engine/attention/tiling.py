@@ -40,8 +40,8 @@ def tile_segments(
 ) -> Tiling:
     """Tile a batch known on the host.
 
-    Contexts are split so that no program has many more keys than if all keys were spread evenly over `num_programs`,
-    nor fewer than min_split. The tensors are in host memory.
+    Contexts are split so that no program has many more keys than if all keys were spread evenly over `num_programs`, which
+    run at once, nor fewer than min_split. The tensors are in host memory.
 
     segments: as AttentionMetadata has them.
     programs_per_split: how many programs (heads) an entry of `work` stands for.
@@ -53,9 +53,19 @@ def tile_segments(
     # Without the window, which differs between layers: a tile may be cut into more splits than its window fills.
     num_keys = (context_lens - query_lens)[segment] + np.minimum(first_token + tile_tokens, query_lens[segment])
     fair_share = max(min_split, -(-int(num_keys.sum()) * programs_per_split // num_programs))
-    num_splits = np.minimum(-(-num_keys // fair_share), MAX_SPLITS)
+    num_splits = _splits(num_keys, fair_share, num_programs // programs_per_split)
     order = np.argsort(-num_keys, kind="stable")  # the more keys the more splits: those that are split come first
     return _list_work(segment[order], first_token[order], num_splits[order], tile_tokens)
+
+
+def _splits(num_keys: np.ndarray, fair_share: int, num_at_once: int) -> np.ndarray:
+    """Of each tile. Up to twice the fair share each, if then none of them waits for others to end."""
+    fair = np.minimum(-(-num_keys // fair_share), MAX_SPLITS)
+    for eighths in range(8, 17):
+        fewer = np.minimum(-(-num_keys * 8 // (fair_share * eighths)), MAX_SPLITS)
+        if fewer.sum() <= num_at_once:
+            return fewer
+    return fair
 
 
 def tile_decode_batch(num_segments: int, programs_per_split: int, num_programs: int) -> Tiling:
