@@ -105,6 +105,7 @@ class FlashInferAttention:
     """See AttentionBackend. For one thread and one stream at a time."""
 
     CAN_REPLAY_DECODES = True
+    CAN_REPLAY_PROMPTS = False
     SKIPS_EMPTY_SEGMENTS = False
 
     def __init__(self) -> None:

@@ -39,7 +39,10 @@ class AttentionMetadata:
     is_decode_batch: every segment is one row, or no row if it pads the batch (its slot is then -1), now and whenever
         the tensors are refilled. What a backend launches then depends on their shapes alone, so that a CUDA graph of
         it may be replayed on new contents. For backends with CAN_REPLAY_DECODES.
-    derived: what a backend made of the above, for all layers.
+    is_refilled: as is_decode_batch, but for segments of any lengths: rows and segments are as many as the tensors have
+        room for, or fewer. The last segment is always padding, without a row. For backends with CAN_REPLAY_PROMPTS.
+    derived: what a backend made of the above, for all layers. Of a batch that is refilled, each has a method
+        `refill(host_segments)`, which is called before a replay and puts its work into the current stream.
     """
 
     slot_mapping: torch.Tensor
@@ -48,6 +51,7 @@ class AttentionMetadata:
     chunk_size: int
     host_segments: np.ndarray | None = None
     is_decode_batch: bool = False
+    is_refilled: bool = False
     derived: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def segments_on_host(self) -> np.ndarray:
@@ -99,11 +103,13 @@ class AttentionBackend(Protocol):
     """One implementation of paged attention: a module, or an object if it keeps state between steps.
 
     CAN_REPLAY_DECODES: see AttentionMetadata.is_decode_batch.
+    CAN_REPLAY_PROMPTS: see AttentionMetadata.is_refilled.
     SKIPS_EMPTY_SEGMENTS: a segment that has no rows in `host_segments` gets no work, whatever `segments` says, and
         its rows may be written by others; see whole_prompts.
     """
 
     CAN_REPLAY_DECODES: bool
+    CAN_REPLAY_PROMPTS: bool
     SKIPS_EMPTY_SEGMENTS: bool
 
     def write_kv(

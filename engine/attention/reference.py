@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams
 
 CAN_REPLAY_DECODES = False
+CAN_REPLAY_PROMPTS = False
 SKIPS_EMPTY_SEGMENTS = False
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +27,7 @@ from engine.errors import KernelBuildError
 IS_INTERPRETED: bool = triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_REPLAY_DECODES = True
+CAN_REPLAY_PROMPTS = True
 SKIPS_EMPTY_SEGMENTS = True
 
 # Rows (query row x query head of one KV head) of a tile: what the matrix units take at least.
@@ -46,6 +48,8 @@ _LARGE_SHARED_MEMORY = 200 * 1024
 _NUM_STAGES = 3
 # Rows of tiles that multiply keys that all rows see without masks, in a loop of their own; fewer wait for memory anyway.
 _PLAIN_LOOP_ROWS = 64
+# Rows of a long tile that a program combines from its splits, one by one.
+_COMBINED_ROWS = 8
 # Tokens that a program writes.
 _WRITE_TOKENS = 16
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -188,13 +192,16 @@ def attend(
             num_stages=_NUM_STAGES,
         )
         if tiling.num_partials > 0:
-            _combine_kernel[(len(tiling.combinations), tiling.tile_tokens * tile_heads, num_head_tiles)](
+            rows = tiling.tile_tokens * tile_heads
+            rows_each = 1 if rows <= _MIN_ROWS else _COMBINED_ROWS
+            _combine_kernel[(len(tiling.combinations), -(-rows // rows_each), num_head_tiles)](
                 out,
                 partial_out,
                 partial_lse,
                 tiling.combinations,
                 metadata.segments,
                 MAX_SPLITS=_splits_combined(tiling, metadata),
+                ROWS=rows_each,
                 **ranges,
                 **heads,
                 **sizes,
@@ -203,14 +210,50 @@ def attend(
     return out
 
 
-def _tiling(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: int) -> Tiling:
+class _RefilledTiling:
+    """A tiling with room for any batch that some tensors have room for. See AttentionMetadata.is_refilled, and Tiling."""
+
+    def __init__(self, metadata: AttentionMetadata, tile_tokens: int, num_head_tiles: int) -> None:
+        num_rows, num_segments = len(metadata.slot_mapping), len(metadata.segments)
+        programs, min_split = _MANY_ROWS
+        num_programs = programs * count_processors(metadata.segments.device)
+        self._cut = partial(
+            tile_segments,
+            tile_tokens=tile_tokens,
+            programs_per_split=num_head_tiles,
+            num_programs=num_programs,
+            min_split=min_split,
+        )
+        # More tiles there cannot be; splits are no more than run at once, or than tiles and these: see tile_segments. Only
+        # tiles with more keys than the fair share are split, and of these there are no more than run at once.
+        num_split = num_programs // num_head_tiles
+        num_work = num_rows // tile_tokens + num_segments + num_split
+        padding = torch.tensor([num_segments - 1, 0, 0, 1], dtype=torch.int32)
+        self._nothing = padding.repeat(num_work + num_split, 1)
+        self._both = self._nothing.to(metadata.segments.device)
+        self.work, self.combinations = self._both[:num_work], self._both[num_work:]
+        self.num_partials = num_work if num_split else 0
+        self.tile_tokens = tile_tokens
+
+    def refill(self, segments: np.ndarray) -> None:
+        tiling = self._cut(segments)
+        both, num_work = self._nothing.clone(), len(self.work)
+        assert len(tiling.work) <= num_work
+        both[: len(tiling.work)] = tiling.work
+        both[num_work : num_work + len(tiling.combinations)] = tiling.combinations
+        self._both.copy_(to_device(both, self._both.device))
+
+
+def _tiling(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: int) -> Tiling | _RefilledTiling:
     """Return the tiling, made at the first layer of a step; layers with the same heads share it.
 
     It is on the device, or being copied there in the current stream: waiting for it would be waiting for everything
     before it in that stream, such as KV that is swapped in.
     """
     key = (max_tile_tokens, num_head_tiles)
-    tiling: Tiling | None = metadata.derived.get(key)
+    tiling: Tiling | _RefilledTiling | None = metadata.derived.get(key)
+    if tiling is None and metadata.is_refilled:
+        tiling = metadata.derived[key] = _RefilledTiling(metadata, max_tile_tokens, num_head_tiles)
     if tiling is None:
         tiling = _cut(metadata, max_tile_tokens, num_head_tiles)
         num_work = len(tiling.work)
@@ -284,7 +327,7 @@ def _shared_memory(device: torch.device) -> int:
     return 0
 
 
-def _splits_combined(tiling: Tiling, metadata: AttentionMetadata) -> int:
+def _splits_combined(tiling: Tiling | _RefilledTiling, metadata: AttentionMetadata) -> int:
     """A power of two. The exact one only for decode batches, of which there are few: each is compiled."""
     if metadata.is_decode_batch:
         return _power_of_two(tiling.num_partials // len(tiling.combinations))
@@ -540,6 +583,7 @@ def _combine_kernel(
     WINDOW: tl.constexpr,
     SPLIT_STEP: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SHARERS: tl.constexpr,
@@ -548,24 +592,27 @@ def _combine_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Combine one row of a tile from its splits, if more than one of them is not empty."""
+    """Combine ROWS rows of a tile from its splits, if more than one of them is not empty."""
     tile = combinations + tl.program_id(0) * 4
-    r, head_tile = tl.program_id(1), tl.program_id(2)
+    head_tile = tl.program_id(2)
     first_work, num_splits = tl.load(tile + 2), tl.load(tile + 3)
     first_row, num_tokens, _, _, begin, end, split_len = _locate_tile(
         tile, segments, num_splits, TILE_TOKENS, WINDOW, SPLIT_STEP
     )
-    kv_head, head = _locate_head(head_tile, r, GROUP, SHARERS, TILE_HEADS)
-    if (r >= num_tokens * TILE_HEADS) | (head >= (kv_head + 1) * GROUP) | (split_len >= end - begin):
+    if (num_tokens <= 0) | (split_len >= end - begin):
         return
     splits = tl.arange(0, MAX_SPLITS)
     is_split = splits < tl.cdiv(end - begin, split_len)
-    partial = ((first_work + splits).to(tl.int64) * tl.num_programs(2) + head_tile) * BLOCK_M + r
-    lse = tl.load(partial_lse + partial, mask=is_split, other=_LOWEST)
-    weights = tl.exp2(lse - tl.max(lse, axis=0))
     d = tl.arange(0, BLOCK_V)
     mask = is_split[:, None] & (d < V_DIM)[None, :]
-    rows = tl.load(partial_out + partial[:, None] * V_DIM + d[None, :], mask=mask, other=0.0)
-    row = tl.sum(rows * weights[:, None], axis=0) / tl.sum(weights, axis=0)
-    token = (first_row + r // TILE_HEADS).to(tl.int64)
-    tl.store(out + (token * NUM_HEADS + head) * V_DIM + d, row.to(out.dtype.element_ty), mask=d < V_DIM)
+    first = tl.program_id(1) * ROWS
+    for r in range(first, tl.minimum(first + ROWS, num_tokens * TILE_HEADS)):
+        kv_head, head = _locate_head(head_tile, r, GROUP, SHARERS, TILE_HEADS)
+        if head < (kv_head + 1) * GROUP:
+            partial = ((first_work + splits).to(tl.int64) * tl.num_programs(2) + head_tile) * BLOCK_M + r
+            lse = tl.load(partial_lse + partial, mask=is_split, other=_LOWEST)
+            weights = tl.exp2(lse - tl.max(lse, axis=0))
+            rows = tl.load(partial_out + partial[:, None] * V_DIM + d[None, :], mask=mask, other=0.0)
+            row = tl.sum(rows * weights[:, None], axis=0) / tl.sum(weights, axis=0)
+            token = (first_row + r // TILE_HEADS).to(tl.int64)
+            tl.store(out + (token * NUM_HEADS + head) * V_DIM + d, row.to(out.dtype.element_ty), mask=d < V_DIM)
