@@ -15,7 +15,7 @@ from setting import CHUNK_SIZE
 
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
-from engine.executor.decode_graphs import DecodeGraphs
+from engine.executor.decode_graphs import StepGraphs
 from engine.executor.local import LocalExecutor
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
@@ -40,11 +40,12 @@ class Difference:
 @contextmanager
 def without_graphs(executor: LocalExecutor) -> Iterator[None]:
     runner = executor.runner
-    graphs, runner.graphs = runner.graphs, DecodeGraphs()
+    graphs = runner.graphs, runner.prompt_graphs
+    runner.graphs, runner.prompt_graphs = StepGraphs(), StepGraphs()
     try:
         yield
     finally:
-        runner.graphs = graphs
+        runner.graphs, runner.prompt_graphs = graphs
 
 
 @contextmanager

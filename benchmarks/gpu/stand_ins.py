@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from engine.attention.protocol import AttentionBackend, AttentionMetadata
-from engine.executor.decode_graphs import bucket_sizes
+from engine.executor.decode_graphs import bucket_sizes, prompt_sizes
 from engine.executor.local import LocalExecutor
 from engine.executor.model_runner import ModelRunner
 from engine.executor.step_inputs import StepLimits
@@ -32,7 +32,7 @@ class Now:
     def elapsed_time(self, end: Now, /) -> float:
         return 0.0
 
-    def record(self) -> Now:
+    def record(self, gate: Any = None) -> Now:
         return self
 
     def wait(self, event: Any) -> None: ...
@@ -41,7 +41,7 @@ class Now:
 
 
 def streams() -> Streams:
-    return Streams(Now(), Now(), Now())
+    return Streams(Now(), Now(), Now(), Now)
 
 
 class RerunGraph:
@@ -62,7 +62,7 @@ class RerunMaker:
 class SkippingPadding:
     """A backend that knows nothing of padding, made to write no row whose slot is -1."""
 
-    CAN_REPLAY_DECODES = True
+    CAN_REPLAY_DECODES = CAN_REPLAY_PROMPTS = True
     SKIPS_EMPTY_SEGMENTS = False
 
     def __init__(self, backend: AttentionBackend) -> None:
@@ -89,4 +89,4 @@ def give_graphs(executor: LocalExecutor, max_num_seqs: int, max_num_batched_toke
     if not backend.CAN_REPLAY_DECODES:
         backend = SkippingPadding(backend)
     executor.runner = ModelRunner(executor.loaded, executor.gpu_store, executor.runner.swapper, backend, limits)
-    executor.runner.capture_graphs(RerunMaker(), bucket_sizes(max_num_seqs))
+    executor.runner.capture_graphs(RerunMaker(), bucket_sizes(max_num_seqs), prompt_sizes(max_num_batched_tokens))

@@ -60,9 +60,9 @@ def tile_segments(
 
 def _splits(num_keys: np.ndarray, fair_share: int, num_at_once: int) -> np.ndarray:
     """Of each tile. Up to twice the fair share each, if then none of them waits for others to end."""
-    fair = np.minimum(-(-num_keys // fair_share), MAX_SPLITS)
+    fair: np.ndarray = np.minimum(-(-num_keys // fair_share), MAX_SPLITS)
     for eighths in range(8, 17):
-        fewer = np.minimum(-(-num_keys * 8 // (fair_share * eighths)), MAX_SPLITS)
+        fewer: np.ndarray = np.minimum(-(-num_keys * 8 // (fair_share * eighths)), MAX_SPLITS)
         if fewer.sum() <= num_at_once:
             return fewer
     return fair

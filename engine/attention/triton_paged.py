@@ -230,7 +230,7 @@ class _RefilledTiling:
         num_work = num_rows // tile_tokens + num_segments + num_split
         padding = torch.tensor([num_segments - 1, 0, 0, 1], dtype=torch.int32)
         self._nothing = padding.repeat(num_work + num_split, 1)
-        self._both = self._nothing.to(metadata.segments.device)
+        self._both = self._nothing.clone().to(metadata.segments.device)
         self.work, self.combinations = self._both[:num_work], self._both[num_work:]
         self.num_partials = num_work if num_split else 0
         self.tile_tokens = tile_tokens

@@ -1,7 +1,7 @@
-"""Steps of decodes alone, recorded once for each of a few batch sizes and replayed.
+"""Steps recorded once for each of a few numbers of rows, and replayed.
 
-A decode step launches many small kernels, and launching them one by one takes longer than they run. Knows the sizes and
-the graphs; the runner says what is recorded.
+A step launches many small kernels, and launching them one by one takes longer than they run: always if it only decodes, and
+for prompts of up to some hundred tokens. Knows the sizes and the graphs; the runner says what is recorded.
 """
 
 from __future__ import annotations
@@ -96,8 +96,18 @@ def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
     return (*sizes, *range(16, max_num_seqs, 16), max_num_seqs)
 
 
-class DecodeGraphs:
-    """One graph for each batch size.
+# The numbers of rows of steps with prompts that are recorded. With more the device is busy for longer than launching takes.
+PROMPT_SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+
+
+def prompt_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
+    """Those of PROMPT_SIZES that a step may have, and the largest step if that is smaller than them."""
+    sizes = [size for size in PROMPT_SIZES if size < max_num_batched_tokens]
+    return (*sizes, min(max_num_batched_tokens, PROMPT_SIZES[-1])) if len(sizes) < len(PROMPT_SIZES) else tuple(sizes)
+
+
+class StepGraphs:
+    """One graph for each number of rows.
 
     sizes: the recorded ones, ascending.
     """
@@ -111,9 +121,10 @@ class DecodeGraphs:
     ) -> None:
         """Record a graph for each size. Raises ConfigError if memory runs out.
 
-        make_run: batch size -> the function to record.
+        make_run: size -> the function to record.
 
-        If the model does what cannot be recorded, the log says so and nothing is recorded: decodes run as other steps do.
+        If the model does what cannot be recorded, the log says so and nothing is recorded: each operation of such steps is
+        launched by itself.
         """
         # The largest first: the others fit into the memory that it took.
         progress = tqdm(sorted(sizes, reverse=True), desc="capturing CUDA graphs", unit="size", disable=None)
@@ -122,14 +133,14 @@ class DecodeGraphs:
                 self._graphs[size] = maker.capture(make_run(size))
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                "no memory is left on the device for the CUDA graphs of decode steps; lower gpu_memory_utilization (or "
+                "no memory is left on the device for the CUDA graphs of steps; lower gpu_memory_utilization (or "
                 "num_gpu_blocks, gpu_memory_gib) or max_num_seqs, or set enforce_eager",
                 param="gpu_memory_utilization",
             ) from error
         except RuntimeError as error:
             self._graphs.clear()
             logger.warning(
-                "decode steps run without CUDA graphs, and slower: this model cannot be recorded (%s); enforce_eager: true "
+                "steps run without CUDA graphs, and slower: this model cannot be recorded (%s); enforce_eager: true "
                 "skips the attempt",
                 str(error).strip().splitlines()[0],
             )

@@ -20,7 +20,7 @@ from engine.errors import AdapterError, ConfigError, DeviceFailedError, EngineSt
 from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
 from engine.executor.host import available_cores, end_openmp_team, keep_freed_memory
 from engine.executor.lora.adapters import Adapters
-from engine.executor.memory import bytes_left_for_blocks, out_of_memory_means, step_limits
+from engine.executor.memory import bytes_left_for_blocks, out_of_memory_means, recorded_prompts, step_limits
 from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
 from engine.executor.plan_channel import Placement
@@ -116,7 +116,9 @@ class LocalExecutor:
         self.attention_backend = backend
         self.runner = ModelRunner(self.loaded, self.gpu_store, swapper, backend, limits, samples=self.rank == 0)
         if device.type == "cuda" and backend.CAN_REPLAY_DECODES and not config.enforce_eager:
-            self.runner.capture_graphs(CudaGraphMaker(device), bucket_sizes(config.max_num_seqs))
+            self.runner.capture_graphs(
+                CudaGraphMaker(device), bucket_sizes(config.max_num_seqs), recorded_prompts(config, backend)
+            )
         if device.type == "cuda":
             with out_of_memory_means(
                 "the first steps do not fit the device beside the model and its blocks; lower gpu_memory_utilization (or "

@@ -19,7 +19,7 @@ from engine.config import EngineConfig
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError
-from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
+from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes, prompt_sizes
 from engine.executor.model_loader import LoadedModel
 from engine.executor.model_runner import ModelRunner
 from engine.executor.step_inputs import StepLimits
@@ -86,7 +86,7 @@ def bytes_left_for_blocks(config: EngineConfig, loaded: LoadedModel, backend: At
     other_bytes = total - free - torch.cuda.memory_reserved(device)
     graph_bytes = 0
     if backend.CAN_REPLAY_DECODES and not config.enforce_eager:
-        graph_bytes = _measure_graphs(runner, device, bucket_sizes(config.max_num_seqs))
+        graph_bytes = _measure_graphs(runner, device, config, backend)
     del runner
     gc.collect()
     torch.cuda.empty_cache()
@@ -123,15 +123,28 @@ def largest_steps(config: EngineConfig, loaded: LoadedModel, sampling: SamplingP
     return step_of(resumed, sampling, config.chunk_size), step_of(first, sampling, config.chunk_size)
 
 
-def _measure_graphs(runner: ModelRunner, device: torch.device, sizes: tuple[int, ...]) -> int:
-    """Bytes of all graphs, from the largest one, whose memory the others share, and the next."""
-    measured: list[int] = []
+def recorded_prompts(config: EngineConfig, backend: AttentionBackend) -> tuple[int, ...]:
+    """Numbers of rows of the steps that are recorded beside decodes."""
+    return prompt_sizes(config.max_num_batched_tokens) if backend.CAN_REPLAY_PROMPTS else ()
+
+
+def _measure_graphs(runner: ModelRunner, device: torch.device, config: EngineConfig, backend: AttentionBackend) -> int:
+    """Bytes of all graphs, from the largest one of each kind, whose memory the others share, and the next."""
     maker = CudaGraphMaker(device)
-    for size in sorted(sizes, reverse=True)[:2]:
+
+    def measured(sizes: tuple[int, ...], prompts: tuple[int, ...]) -> int:
         torch.cuda.empty_cache()
         before, _ = torch.cuda.mem_get_info(device)
-        runner.capture_graphs(maker, [size])
+        runner.capture_graphs(maker, sizes, prompts)
         torch.cuda.empty_cache()
-        measured.append(max(0, before - torch.cuda.mem_get_info(device)[0]))
-    first, *others = measured
-    return first + sum(others) * (len(sizes) - 1)
+        after, _ = torch.cuda.mem_get_info(device)
+        return max(0, int(before) - int(after))
+
+    num_bytes = 0
+    prompts = sorted(recorded_prompts(config, backend), reverse=True)
+    for number, size in enumerate(prompts[:2]):
+        num_bytes += measured((), (size,)) * (1 if number == 0 else len(prompts) - 1)
+    sizes = sorted(bucket_sizes(config.max_num_seqs), reverse=True)
+    for number, size in enumerate(sizes[:2]):
+        num_bytes += measured((size,), ()) * (1 if number == 0 else len(sizes) - 1)
+    return num_bytes

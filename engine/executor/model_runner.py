@@ -23,7 +23,7 @@ from engine.core.executor_protocol import ComputationFailedError, Grammars, Samp
 from engine.core.plan import Logprobs, RequestStart, StepPlan, StepResult
 from engine.errors import InvalidParameterError
 from engine.executor.compiled_layers import never_compiling
-from engine.executor.decode_graphs import DecodeGraphs, GraphMaker
+from engine.executor.decode_graphs import GraphMaker, StepGraphs
 from engine.executor.lora.adapters import Changes
 from engine.executor.lora.layers import AdaptedRows
 from engine.executor.model_loader import LoadedModel
@@ -88,7 +88,8 @@ class ModelRunner:
     num_forwards: of the model, what is replayed not counted.
     num_eager_forwards: of a model with compiled layers, those in which torch took layers as they were written, because
         its compiled code is not made for something about the step.
-    swapper, graphs: may be exchanged between two steps, for measurements.
+    swapper, graphs, prompt_graphs: may be exchanged between two steps, for measurements. graphs: of decodes alone, by their
+        number. prompt_graphs: of all other steps, by rows.
     see_logits: called with the logits of each step before it samples, [rows that choose a token, vocabulary], which
         the next step may overwrite; None = nothing is called.
     grammars: where those of requests are found; None = no request may have one.
@@ -127,22 +128,31 @@ class ModelRunner:
         # The token that each request sampled last, by table row. It stays on the device: the next step need not wait for it.
         self._last_tokens = torch.zeros(len(self._tables.array), dtype=torch.long, device=loaded.device)
         self._staging = Staging(loaded.device, limits)
-        self.graphs = DecodeGraphs()
+        self.graphs, self.prompt_graphs = StepGraphs(), StepGraphs()
+        # The batches of recorded steps with prompts, by size.
+        self._refilled: dict[int, AttentionMetadata] = {}
+        self._limits = limits
+        # The one that recorded steps wait for.
+        self._recorded_swapper: Swapper | None = None
         self.see_logits: Callable[[torch.Tensor], None] | None = None
         self.num_forwards = self.num_eager_forwards = 0
         self.grammars: Grammars | None = None
 
-    def capture_graphs(self, maker: GraphMaker, sizes: Sequence[int]) -> None:
-        """Record decode steps of these sizes; needs limits, which no size may exceed.
+    def capture_graphs(self, maker: GraphMaker, sizes: Sequence[int], prompt_sizes: Sequence[int] = ()) -> None:
+        """Record decode steps of these sizes and other steps of so many rows; needs limits, which none may exceed.
 
         Raises ConfigError if memory runs out.
         """
+        self._recorded_swapper = self.swapper
         with torch.inference_mode():
+            # The largest first: see StepGraphs.capture.
+            self.prompt_graphs.capture(maker, prompt_sizes, self._prompt_step)
             self.graphs.capture(maker, sizes, self._decode_step)
 
     def drop_graphs(self) -> None:
         """Free what was recorded; the graphs hold the runner, and so all that it uses."""
-        self.graphs = DecodeGraphs()
+        self.graphs, self.prompt_graphs = StepGraphs(), StepGraphs()
+        self._refilled.clear()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """One step; raises what `complete` raises."""
@@ -291,22 +301,32 @@ class ModelRunner:
         arrays, batch = step.arrays, step.batch
         assert arrays is not None
         assert batch is not None
-        # A graph cannot wait for layers whose KV is on its way, and its layers would not be beside the copies. It adds no
-        # adapters.
-        size = None
-        if arrays.is_decode_batch and wait_for_layer is None and not step.adapted:
-            size = self.graphs.size_for(arrays.num_tokens)
+        kept_rows = np.concatenate([arrays.sampled, arrays.scored])
+        num_kept = len(kept_rows)
+        size, prompt_size = self._recorded_sizes(arrays, num_kept, wait_for_layer, step.adapted)
         if size is not None:
-            arrays = arrays.padded(size)
-        kept = {"kept": np.concatenate([arrays.sampled, arrays.scored]), "sampled_rows": arrays.sampled_rows}
+            arrays = arrays.padded(size, size)
+        elif prompt_size is not None:
+            assert self._limits is not None
+            segments = arrays.segments
+            arrays = arrays.padded(prompt_size, self._limits.max_num_seqs + 1)
+            kept_rows = np.pad(kept_rows, (0, self._limits.max_num_seqs - num_kept))
+        kept = {"kept": kept_rows, "sampled_rows": arrays.sampled_rows}
         if len(arrays.targets):
             kept["targets"] = arrays.targets
         tensors = self._staging.send({**arrays.batch(), **kept, **self._tables.changes(), **batch.arrays})
         self._tables.apply(tensors)
-        if size is not None:
+        if size is None and prompt_size is None:
+            logits = self._forward(arrays, tensors, wait_for_layer, step.adapted)
+        elif size is not None:
+            self.swapper.put_in()
             logits = self.graphs.replay(size)[tensors["kept"]]
         else:
-            logits = self._forward(arrays, tensors, wait_for_layer, step.adapted)
+            assert prompt_size is not None
+            for derived in self._refilled[prompt_size].derived.values():
+                derived.refill(segments)
+            self.swapper.put_in()
+            logits = self.prompt_graphs.replay(prompt_size)[:num_kept]
         step.has_logits = True
         if self._samples:
             num_sampled = len(arrays.sampled)
@@ -315,6 +335,28 @@ class ModelRunner:
             step.draw = self._sample(logits[:num_sampled], batch, tensors)
             if "targets" in tensors:
                 step.scores = PromptScores(logits[num_sampled:], tensors["targets"], self._nums_top(step.plan))
+
+    def _recorded_sizes(
+        self,
+        arrays: StepArrays,
+        num_kept: int,
+        wait_for_layer: Callable[[int], None] | None,
+        adapted: Sequence[AdaptedRows],
+    ) -> tuple[int | None, int | None]:
+        """Return the recorded size of decodes, or else that of any steps, that a step fits into.
+
+        What is recorded adds no adapters, and keeps the logits of as many rows as requests may run. It waits for KV on its
+        way if it was recorded with this swapper.
+        """
+        can_wait = self.swapper is self._recorded_swapper and self.swapper.gate is not None
+        if adapted or (wait_for_layer is not None and not can_wait):
+            return None, None
+        size = self.graphs.size_for(arrays.num_tokens) if arrays.is_decode_batch else None
+        if size is not None or self._limits is None:
+            return size, None
+        if max(num_kept, len(arrays.segments)) > self._limits.max_num_seqs:
+            return None, None
+        return None, self.prompt_graphs.size_for(arrays.num_tokens)
 
     def _sample(self, logits: torch.Tensor, batch: SamplingBatch, tensors: Mapping[str, torch.Tensor]) -> Draw:
         """Choose the next tokens, and keep them for the step behind."""
@@ -446,8 +488,7 @@ class ModelRunner:
 
         It reads the inputs from where they lie at each call.
         """
-        arrays = StepArrays.padding(size)
-        tensors = self._staging.send(arrays.batch())
+        tensors = self._staging.send(StepArrays.padding(size, size).batch())
         metadata = AttentionMetadata(
             slot_mapping=tensors["slot_mapping"],
             segments=tensors["segments"],
@@ -458,7 +499,29 @@ class ModelRunner:
         return partial(self._run_decodes, tensors, metadata)
 
     def _run_decodes(self, tensors: Mapping[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
-        return self._run_model(self._token_ids(tensors), tensors, metadata, None)
+        return self._run_model(self._token_ids(tensors), tensors, metadata, self.swapper.gate)
+
+    def _prompt_step(self, num_rows: int) -> Callable[[], torch.Tensor]:
+        """A function that computes any step of up to `num_rows` rows: logits of the rows that are kept.
+
+        As `_decode_step`; the logits are [most requests, vocabulary].
+        """
+        assert self._limits is not None
+        arrays = StepArrays.padding(num_rows, self._limits.max_num_seqs + 1)
+        kept = np.zeros(self._limits.max_num_seqs, np.int64)
+        tensors = self._staging.send({**arrays.batch(), "kept": kept})
+        metadata = self._refilled[num_rows] = AttentionMetadata(
+            slot_mapping=tensors["slot_mapping"],
+            segments=tensors["segments"],
+            block_tables=self._tables.tensor,
+            chunk_size=self._kv_store.chunk_size,
+            is_refilled=True,
+        )
+        return partial(self._run_prompts, tensors, metadata)
+
+    def _run_prompts(self, tensors: Mapping[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
+        token_ids = self._token_ids(tensors)
+        return self._run_model(token_ids, tensors, metadata, self.swapper.gate, logits_to_keep=tensors["kept"])
 
     def _token_ids(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The token ids of the batch, including those that were sampled in the step before."""

@@ -82,11 +82,11 @@ class StepArrays:
         )
 
     @classmethod
-    def padding(cls, num_rows: int) -> StepArrays:
-        """So many rows that write nothing, attend to nothing and sample nothing."""
+    def padding(cls, num_rows: int, num_segments: int) -> StepArrays:
+        """So many rows and segments that write nothing, attend to nothing and sample nothing."""
         token_ids, table_rows, positions = np.zeros((3, num_rows), np.int64)
-        segments = np.zeros((num_rows, 4), np.int32)
-        segments[:, 0] = np.arange(num_rows)
+        segments = np.zeros((num_segments, 4), np.int32)
+        segments[:, 0] = np.minimum(np.arange(num_segments), num_rows - 1)
         nothing = np.zeros(0, np.int64)
         return cls(token_ids, table_rows, positions, np.full(num_rows, -1), segments, *[nothing] * 4)
 
@@ -104,12 +104,11 @@ class StepArrays:
         """Some tokens are on the device already."""
         return bool((self.token_ids == SAMPLED_BEFORE).any())
 
-    def padded(self, num_rows: int) -> StepArrays:
-        """A batch of decodes with rows of padding behind it."""
-        padding = StepArrays.padding(num_rows)
-        n = self.num_tokens
-        for name in ("token_ids", "table_rows", "positions", "slot_mapping", "segments"):
-            getattr(padding, name)[:n] = getattr(self, name)
+    def padded(self, num_rows: int, num_segments: int) -> StepArrays:
+        """The batch with rows and segments of padding behind it."""
+        padding = StepArrays.padding(num_rows, num_segments)
+        for name, array in self.batch().items():
+            getattr(padding, name)[: len(array)] = array
         rest = {name: getattr(self, name) for name in ("sampled", "sampled_rows", "scored", "targets")}
         return replace(padding, **rest)
 

@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.core.scheduler import MAX_SCORED_ROWS
+from engine.executor.decode_graphs import StepGraphs
 from engine.executor.model_loader import LoadedModel
 from engine.executor.model_runner import ModelRunner
 from engine.executor.tiers.kv_store import KVStore
@@ -74,10 +75,12 @@ def warm_up(config: EngineConfig, loaded: LoadedModel, store: KVStore, runner: M
     """
     store.storage[0].zero_()
     longest = min(longest_context(config, loaded), store.num_blocks * store.chunk_size)
+    recorded, runner.prompt_graphs = runner.prompt_graphs, StepGraphs()  # those ran when they were recorded
     for segments in kinds_of_steps(config, longest).values():
         step = step_of(segments, SamplingParams(temperature=0.0), store.chunk_size)
         runner.execute(step)
         runner.execute(end_of(step))
+    runner.prompt_graphs = recorded
     if loaded.has_compiled_layers:
         num_compiled = runner.num_forwards - runner.num_eager_forwards
         level = logging.INFO if runner.num_eager_forwards == 0 else logging.WARNING

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -32,8 +33,8 @@ class Stream(Protocol):
         """Put in what `launch` launches."""
         ...
 
-    def record(self) -> Event:
-        """The place behind all that was put in so far."""
+    def record(self, gate: Event | None = None) -> Event:
+        """The place behind all that was put in so far. gate: see `Streams.gate`; it is there from now on."""
         ...
 
     def mark(self) -> Event:
@@ -47,11 +48,15 @@ class Stream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """compute: what the model runs in. swap_in, swap_out: the copies of each direction."""
+    """compute: what the model runs in. swap_in, swap_out: the copies of each direction.
+
+    gate: makes an event that a recorded step may wait for: each replay waits for the place where it was recorded last.
+    """
 
     compute: Stream
     swap_in: Stream
     swap_out: Stream
+    gate: Callable[[], Event]
 
 
 class CudaStream:
@@ -66,8 +71,8 @@ class CudaStream:
         with torch.cuda.stream(self._get()):
             launch()
 
-    def record(self) -> Event:
-        event: Event = self._get().record_event()
+    def record(self, gate: Event | None = None) -> Event:
+        event: Event = self._get().record_event(gate)
         return event
 
     def mark(self) -> Event:
@@ -82,4 +87,12 @@ class CudaStream:
 
 
 def cuda_streams(device: torch.device) -> Streams:
-    return Streams(CudaStream(device, is_current=True), CudaStream(device), CudaStream(device))
+    return Streams(
+        CudaStream(device, is_current=True), CudaStream(device), CudaStream(device), partial(_make_gate, device)
+    )
+
+
+def _make_gate(device: torch.device) -> Event:
+    """One that nothing waits for yet: CUDA makes an event when it is recorded for the first time."""
+    gate: Event = torch.cuda.current_stream(device).record_event(torch.cuda.Event(external=True))
+    return gate

@@ -44,11 +44,23 @@ class Swapper(Protocol):
     checksums: Checksums | None
     seconds: tuple[float, float]
 
+    @property
+    def gate(self) -> Callable[[int], None] | None:
+        """What a recorded step calls with each layer before it touches its KV.
+
+        Each replay waits there for what `put_in` put in before. None = it cannot, and steps that swap in are not replayed.
+        """
+        ...
+
     def begin(self, plan: StepPlan) -> Callable[[int], None] | None:
         """Make the evictions and local copies, start the rest.
 
         Returns what a layer has to call, with its number, before it touches its KV; None if nothing is swapped in.
         """
+        ...
+
+    def put_in(self) -> None:
+        """Put in all copies of the step that are not yet, in front of a replay."""
         ...
 
     def finish(self) -> tuple[int, ...]:
@@ -158,6 +170,7 @@ class ThreadSwapper:
         self._gpu = gpu
         self._copies: HostCopies = make_cold_copies(gpu, cpu) if isinstance(cpu, ColdStore) else PlainCopies(gpu, cpu)
         self.checksums = Checksums(cpu) if verify else None
+        self.gate: Callable[[int], None] | None = None
         self.seconds = (0.0, 0.0)
         self._in_s = self._out_s = 0.0  # of this step; each is of one thread at a time
         self._failed: tuple[int, ...] = ()
@@ -181,6 +194,8 @@ class ThreadSwapper:
         gates = LayerGates(len(self._gpu.layer_slices))
         self._pending.append(self._in_thread.submit(self._swap_in, plan.swap_ins, gates))
         return gates.wait
+
+    def put_in(self) -> None: ...
 
     def finish(self) -> tuple[int, ...]:
         pending, self._pending = self._pending, []
@@ -241,6 +256,8 @@ class StreamSwapper:
         self._groups = layer_groups(num_layers, max_group_layers(gpu, copiers[0]))
         self._whole = [range(num_layers)]
         self.checksums = Checksums(cpu) if verify else None
+        # Recorded anew by each step that swaps in.
+        self._gates = [streams.gate() for _ in self._groups]
         self._failed: tuple[int, ...] = ()
         self._transfer = _Transfer((), (), [], [])
         self._swapped_out: list[BlockCopy] = []
@@ -252,6 +269,9 @@ class StreamSwapper:
         compute, swap_in, swap_out = self._streams.compute, self._streams.swap_in, self._streams.swap_out
         self._failed = ()
         self._swapped_out = [*plan.evictions, *plan.swap_outs]
+        if plan.swap_ins:
+            # A replay that is still under way must find the gates of its own step.
+            compute.record().synchronize()
         if plan.evictions:
             swap_out.wait(compute.record())  # earlier steps wrote what leaves
             self._run_timed(swap_out, 1, partial(self._swap_out, plan.evictions))
@@ -275,8 +295,22 @@ class StreamSwapper:
         self._start_groups(1)
         return self._wait_for_layer if plan.swap_ins else None
 
-    def finish(self) -> tuple[int, ...]:
+    @property
+    def gate(self) -> Callable[[int], None]:
+        """See Swapper."""
+        return self._wait_at_gate
+
+    def _wait_at_gate(self, layer: int) -> None:
+        for gate, group in zip(self._gates, self._groups, strict=True):
+            if layer == group.start:
+                self._streams.compute.wait(gate)
+
+    def put_in(self) -> None:
+        """See Swapper."""
         self._start_groups(len(self._transfer.groups))
+
+    def finish(self) -> tuple[int, ...]:
+        self.put_in()
         if self._transfer.swap_ins:
             self._streams.swap_in.record().synchronize()
         if self._swapped_out:
@@ -317,7 +351,8 @@ class StreamSwapper:
                 streams.swap_out.wait(transfer.arrived[index - 1])
             if share:
                 self._run_timed(streams.swap_out, 1, partial(self._swap_out, share))
-            transfer.arrived.append(streams.swap_in.record())
+            gate = self._gates[index] if transfer.groups is self._groups else None
+            transfer.arrived.append(streams.swap_in.record(gate))
 
     def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
         self._copy_out(self._cpu.storage, self._gpu.storage, copies, slice(0, self._gpu.storage.shape[1]))

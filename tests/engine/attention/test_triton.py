@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -207,6 +208,94 @@ def test_a_padded_decode_batch_is_right_and_launches_the_same_whatever_it_holds(
         tilings.append(next(iter(batch.metadata.derived.values())))
     assert tilings[0] is tilings[1] is tilings[2]
     assert len(tilings[0].work) == 7 * 2
+
+
+def refilled_batch(num_rows: int, num_segments: int, device: str, dtype: torch.dtype):
+    """Tensors with room for so many rows and segments, as a recorded step has them: query, pools, metadata."""
+    query = torch.full((4, num_rows, 16), float("nan"), dtype=dtype, device=device)
+    pools = [torch.full((140, 2, 16, dim), float("nan"), dtype=dtype, device=device) for dim in (16, 12)]
+    metadata = AttentionMetadata(
+        torch.full((num_rows,), -1, device=device),
+        torch.zeros(num_segments, 4, dtype=torch.int32, device=device),
+        torch.zeros(num_segments + 2, 140, dtype=torch.int32, device=device),
+        16,
+        is_refilled=True,
+    )
+    return query, pools, metadata
+
+
+def refill(target, seed: int, segments: list[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:
+    """Put another batch into the tensors. Returns what attention has to give for its rows."""
+    query, pools, metadata = target
+    source = make_batch(seed, segments, (4, 2), 16, 12, 16, dtype)
+    query[:, : source[0].shape[1]] = source[0].to(query.device)
+    for pool, contents in zip(pools, source[1:3], strict=True):
+        pool.fill_(float("nan"))
+        pool[: len(contents)] = contents.to(pool.device)
+    metadata.segments.zero_()
+    metadata.segments[: len(segments)] = source[3].segments.to(query.device)
+    tables = source[3].block_tables
+    metadata.block_tables[: len(tables), : tables.shape[1]] = tables.to(query.device)
+    for tiling in metadata.derived.values():
+        tiling.refill(source[3].segments.numpy())
+    return expected_output(*source, PARAMS)
+
+
+REFILLS = (
+    [(30, 30)],
+    [(1, 500), (9, 20), (1, 3), (7, 1100)],
+    [(1, 1500)],
+    [(1, n + 1) for n in range(5)],
+    [(40, 1500)],
+)
+
+
+@interpreted
+def test_a_batch_of_any_lengths_is_right_in_the_room_of_a_recorded_one():
+    target = refilled_batch(40, 6, "cpu", torch.float32)
+    triton_paged.attend(target[0], *target[1], target[2], PARAMS)  # of nothing, as it is recorded
+    (tiling,) = target[2].derived.values()
+    places = tiling.work.data_ptr(), tiling.combinations.data_ptr(), len(tiling.work), len(tiling.combinations)
+    for seed, segments in enumerate(REFILLS):
+        expected = refill(target, seed, segments, torch.float32)
+        out = triton_paged.attend(target[0], *target[1], target[2], PARAMS)
+        torch.testing.assert_close(out[: len(expected)], expected, atol=1e-5, rtol=1e-5)
+    assert target[2].derived == {next(iter(target[2].derived)): tiling}
+    assert places == (
+        tiling.work.data_ptr(),
+        tiling.combinations.data_ptr(),
+        len(tiling.work),
+        len(tiling.combinations),
+    )
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30_000)), min_size=1, max_size=6),
+    tile_tokens=st.sampled_from([4, 16, 64]),
+    num_head_tiles=st.sampled_from([1, 8, 40, 2000]),
+)
+@settings(deadline=None)
+def test_the_room_is_enough_for_any_batch(lengths, tile_tokens, num_head_tiles):
+    _, _, metadata = refilled_batch(6 * 40, 7, "cpu", torch.float32)
+    tiling = triton_paged._RefilledTiling(metadata, tile_tokens, num_head_tiles)
+    segments = [(0, query_len, query_len + before, i) for i, (query_len, before) in enumerate(lengths)]
+    tiling.refill(np.array(segments, np.int32))
+    num_tiles = sum(-(-query_len // tile_tokens) for query_len, _ in lengths)
+    assert len({tuple(entry[:2]) for entry in tiling.work.tolist()} - {(6, 0)}) == num_tiles
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_a_batch_of_any_lengths_can_be_captured_and_replayed():
+    target = refilled_batch(40, 6, "cuda", torch.float16)
+    triton_paged.attend(target[0], *target[1], target[2], PARAMS)  # compiles, and makes the tiling
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = triton_paged.attend(target[0], *target[1], target[2], PARAMS)
+    for seed, segments in enumerate(REFILLS):
+        expected = refill(target, seed, segments, torch.float16)
+        graph.replay()
+        torch.testing.assert_close(out[: len(expected)].cpu().float(), expected, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.gpu

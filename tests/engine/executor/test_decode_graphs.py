@@ -23,7 +23,7 @@ from engine.attention.choice import choose_backend
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, DeviceFailedError
-from engine.executor.decode_graphs import CudaGraphMaker, DecodeGraphs, bucket_sizes
+from engine.executor.decode_graphs import CudaGraphMaker, StepGraphs, bucket_sizes
 from engine.executor.model_runner import ModelRunner
 from engine.executor.step_inputs import StepLimits
 from tests.nightly import nightly
@@ -94,13 +94,13 @@ class RerunningMaker(RecordingMaker):
         return graph
 
 
-def record(executor, max_num_seqs: int, backend: str = "cpu") -> RecordingMaker:
-    """Give the executor a runner with everything in one place and recorded decode steps, as on a GPU."""
+def record(executor, max_num_seqs: int, backend: str = "cpu", prompt_sizes: tuple[int, ...] = ()) -> RecordingMaker:
+    """Give the executor a runner with everything in one place and recorded steps, as on a GPU."""
     limits = StepLimits(max_num_seqs, 512, executor.num_gpu_blocks)
     chosen = choose_backend(backend, torch.device("cpu"), torch.float32)
     executor.runner = ModelRunner(executor.loaded, executor.gpu_store, executor.runner.swapper, chosen, limits)
     maker = RerunningMaker() if backend == "triton" else RecordingMaker()
-    executor.runner.capture_graphs(maker, bucket_sizes(max_num_seqs))
+    executor.runner.capture_graphs(maker, bucket_sizes(max_num_seqs), prompt_sizes if chosen.CAN_REPLAY_PROMPTS else ())
     return maker
 
 
@@ -168,7 +168,7 @@ def test_a_broken_device_is_not_taken_for_a_model_that_cannot_be_recorded(cuda_c
         raise RuntimeError("operation not permitted when stream is capturing")
 
     with pytest.raises(DeviceFailedError, match=r"illegal memory access.*restart it"):
-        DecodeGraphs().capture(CudaGraphMaker(torch.device("cuda")), (1,), lambda size: run)
+        StepGraphs().capture(CudaGraphMaker(torch.device("cuda")), (1,), lambda size: run)
 
 
 def test_sizes_are_powers_of_two_then_steps_of_16_and_the_largest():
@@ -176,7 +176,7 @@ def test_sizes_are_powers_of_two_then_steps_of_16_and_the_largest():
     assert bucket_sizes(6) == (1, 2, 4, 6)
     assert bucket_sizes(64) == (1, 2, 4, 8, 16, 32, 48, 64)
     assert bucket_sizes(50) == (1, 2, 4, 8, 16, 32, 48, 50)
-    graphs = DecodeGraphs()
+    graphs = StepGraphs()
     assert graphs.size_for(1) is None
     graphs.capture(RecordingMaker(), bucket_sizes(50), lambda size: lambda: torch.zeros(size))
     assert [graphs.size_for(n) for n in (1, 3, 8, 9, 49, 50, 51)] == [1, 4, 8, 16, 50, 50, None]
@@ -236,6 +236,50 @@ def test_replayed_decodes_equal_eager_ones(family, backend, tiny_model, make_dri
     executor.shutdown()
 
 
+@pytest.mark.skipif(find_spec("triton") is None or torch.cuda.is_available(), reason="in its interpreter")
+def test_replayed_steps_of_any_kind_equal_eager_ones(tiny_model, make_driver, options):
+    """Prompts, parts of prompts, decodes and guesses in any mixture: tokens, and KV down to the last slot."""
+    executor = make_driver(tiny_model("llama"), **options).executor
+    eager = executor.runner
+    maker = record(executor, 5, "triton", (8, 20))
+    assert executor.runner.prompt_graphs.sizes == [8, 20]
+    recorded = executor.runner
+    rng = random.Random(0)
+    blocks = list(range(60))
+    rng.shuffle(blocks)
+    greedy = SamplingParams(temperature=0.0)
+    starts = tuple(RequestStart(str(i), 1, 1, greedy, (), tuple(blocks[i * 12 : i * 12 + 12])) for i in range(5))
+    storage = executor.gpu_store.storage
+    storage.normal_()
+    for runner in (eager, recorded):
+        runner.execute(StepPlan(0, (), starts))
+    lengths = [rng.randint(0, 20) for _ in range(5)]
+    steps = [
+        [(0, 1), (1, 6)],
+        [(2, 20)],
+        [(i, 3) for i in range(5)],
+        [(4, 1), (3, 2)],
+        [(0, 5), (1, 1), (2, 1), (4, 9)],
+    ]
+    for step_id, step in enumerate(steps, 1):
+        segments = []
+        for i, num_rows in step:
+            tokens = tuple(rng.randrange(3, 250) for _ in range(num_rows))
+            num_guesses = 2 if num_rows == 3 and i == 1 else 0
+            segments.append(QuerySegment(str(i), lengths[i], tokens, num_rows != 2, num_guesses=num_guesses))
+            lengths[i] += num_rows
+        start, results, contents = storage.clone(), [], []
+        before = maker.num_replays
+        for runner in (eager, recorded):
+            storage.copy_(start)
+            results.append(runner.execute(StepPlan(step_id, tuple(segments))))
+            contents.append(storage.clone())
+        assert results[0].token_ids == results[1].token_ids
+        torch.testing.assert_close(*contents, atol=1e-4, rtol=1e-4)
+        assert maker.num_replays == before + (sum(segment.num_chosen for segment in segments) <= 5)
+    executor.shutdown()
+
+
 def test_conversations_over_two_small_tiers_are_the_same_with_recorded_decodes(tiny_model, make_driver):
     """Prefills, decodes, swaps, suspensions and shared prefixes in any mixture; steps that swap in are not replayed."""
     tokens, scores = {}, {}
@@ -290,7 +334,7 @@ def test_a_model_that_cannot_be_recorded_runs_eagerly_and_the_log_says_so(tiny_m
     other.executor.loaded.model.register_forward_pre_hook(lambda *_: torch.ones(2).sum().item() and None)
     maker = record(other.executor, 4)
     assert maker.graphs == []
-    assert "decode steps run without CUDA graphs" in caplog.text
+    assert "steps run without CUDA graphs" in caplog.text
     assert "not permitted when stream is capturing" in caplog.text
     assert other.generate("a", [5, 6, 7]) == expected
 
@@ -301,4 +345,4 @@ def test_no_memory_for_graphs_says_what_to_lower():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     with pytest.raises(ConfigError, match=r"CUDA graphs.*lower gpu_memory_utilization.*enforce_eager"):
-        DecodeGraphs().capture(Full(), [1, 2], lambda size: lambda: torch.zeros(size))
+        StepGraphs().capture(Full(), [1, 2], lambda size: lambda: torch.zeros(size))

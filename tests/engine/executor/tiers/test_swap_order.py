@@ -44,18 +44,31 @@ class FakeEvent:
         return end.time_ms - self.time_ms
 
 
+class FakeGate:
+    """What a replay waits for. It finds the event that is there when it comes to it, not when it was launched."""
+
+    def __init__(self, event: FakeEvent) -> None:
+        self.event = event
+
+    @property
+    def is_done(self) -> bool:
+        return self.event.is_done
+
+
 class FakeStream:
     def __init__(self, device: FakeDevice, *, waits: bool) -> None:
         self._device = device
         self._waits = waits
-        self.queue: deque[Callable[[], None] | FakeEvent] = deque()
+        self.queue: deque[Callable[[], None] | FakeEvent | FakeGate] = deque()
         self.barriers: dict[int, FakeEvent] = {}
 
     def run(self, launch: Callable[[], None]) -> None:
         self._put(launch)
 
-    def record(self) -> FakeEvent:
+    def record(self, gate: FakeGate | None = None) -> FakeEvent:
         event = FakeEvent(self._device)
+        if gate is not None:
+            gate.event = event
 
         def set_done() -> None:
             event.is_done = True
@@ -66,23 +79,26 @@ class FakeStream:
 
     mark = record
 
-    def wait(self, event: FakeEvent) -> None:
+    def wait(self, event: FakeEvent | FakeGate) -> None:
         if self._waits:
             self._put(event)
 
-    def _put(self, work: Callable[[], None] | FakeEvent) -> None:
+    def _put(self, work: Callable[[], None] | FakeEvent | FakeGate) -> None:
         self.queue.append(work)
         self._device.advance_a_little()
 
     @property
     def can_go_on(self) -> bool:
-        return bool(self.queue) and (not isinstance(self.queue[0], FakeEvent) or self.queue[0].is_done)
+        return bool(self.queue) and (not isinstance(self.queue[0], WAITS) or self.queue[0].is_done)
 
     def go_on(self) -> None:
         work = self.queue.popleft()
         self._device.time_ms += 1.0
-        if not isinstance(work, FakeEvent):
+        if not isinstance(work, WAITS):
             work()
+
+
+WAITS = (FakeEvent, FakeGate)
 
 
 class FakeDevice:
@@ -92,10 +108,13 @@ class FakeDevice:
         self._rng = rng
         names = ("compute", "swap_in", "swap_out")
         streams = {name: FakeStream(self, waits=name != without_waits) for name in names}
-        self.streams = Streams(**streams)
         self._all = list(streams.values())
         self._eagerness = rng.choice([0, 1, 4])
         self.time_ms = 0.0  # each piece of work takes one
+        self.streams = Streams(**streams, gate=self._make_gate)
+
+    def _make_gate(self) -> FakeGate:
+        return FakeGate(self.streams.compute.record())
 
     def advance(self) -> bool:
         """Run one piece of work of some stream; False where none can go on."""
@@ -200,10 +219,15 @@ def simulate(seed: int, *, verify: bool, without_waits: str | None = None) -> No
         wait_for_layer = swapper.begin(plan)
         assert (wait_for_layer is not None) == bool(plan.swap_ins)
         if plan.segments:
+            is_replay = rng.random() < 0.5
+            if is_replay:
+                swapper.put_in()
             # A computation that fails half-way leaves the rest of the copies to finish().
             num_layers = len(LAYERS)
             for layer in range(num_layers):
-                if wait_for_layer is not None:
+                if is_replay:
+                    swapper.gate(layer)
+                elif wait_for_layer is not None:
                     wait_for_layer(layer)
                 device.streams.compute.run(lambda args=(layer, plan, written): compute(*args))
         assert swapper.finish() == (), "a block came back as something else than went out"
