@@ -14,12 +14,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from eager import GREEDY, compare_with_eager, without_graphs
+from eager import GREEDY, compare_prompts_with_eager, compare_with_eager, without_graphs
 from features import check_adapters, check_cold_tiers, check_disk_tier, check_sampling, check_speculation
 from setting import CHUNK_SIZE, LLAMA_8B, Setting
 from steps import swappers, swapping_by
@@ -58,13 +59,16 @@ def all_checks(setting: Setting, folder: Path) -> Iterator[tuple[str, Check]]:
             torch.float32,
             replace(FOR_SMOKE, max_num_seqs=2),
             attention_backend="triton",
+            max_num_batched_tokens=16,
         )
         yield f"{interpreted.name}: graphs", partial(check_graphs, interpreted)
+        yield f"{interpreted.name}: prompts by graphs", partial(check_prompt_graphs, interpreted)
         yield f"{interpreted.name}: {SHUTDOWN}", interpreted.close
     for dtype in (torch.float32, torch.bfloat16):
         for name in ("tiny Llama", "tiny OPT"):
             subject = Subject(setting, folder, name, SHAPES[name], dtype)
             yield f"{subject.name}: graphs", partial(check_graphs, subject)
+            yield f"{subject.name}: prompts by graphs", partial(check_prompt_graphs, subject)
             yield f"{subject.name}: swaps", partial(check_swaps, subject)
             yield f"{subject.name}: conversations", partial(check_conversations, subject)
             if name == "tiny Llama":
@@ -89,6 +93,7 @@ def all_checks(setting: Setting, folder: Path) -> Iterator[tuple[str, Check]]:
     subject = Subject(setting, folder, "two layers of Llama-8B", large, dtype, compile_layers=True)
     yield f"{subject.name}: compiled layers", partial(check_compiled, subject)
     yield f"{subject.name}: graphs", partial(check_graphs, subject)
+    yield f"{subject.name}: prompts by graphs", partial(check_prompt_graphs, subject)
     yield f"{subject.name}: swaps", partial(check_swaps, subject)
     yield f"{subject.name}: conversations", partial(check_conversations, subject)
     if not setting.is_smoke:  # where it is the same tiny model
@@ -116,11 +121,13 @@ def _checks_of_families(setting: Setting, folder: Path) -> Iterator[tuple[str, C
     yield f"{adapted.name}: {SHUTDOWN}", adapted.close
     gemma = Subject(setting, folder, "tiny Gemma2", SHAPES["tiny Gemma2"], torch.float32)
     yield f"{gemma.name}: graphs", partial(check_graphs, gemma)
+    yield f"{gemma.name}: prompts by graphs", partial(check_prompt_graphs, gemma)
     yield f"{gemma.name}: conversations", partial(check_conversations, gemma)
     yield f"{gemma.name}: {SHUTDOWN}", gemma.close
     # In bfloat16 the grouped multiplication can be recorded. Each token takes all experts: rounding cannot choose others.
     dense = Subject(setting, folder, "dense Mixtral", SHAPES["dense Mixtral"], torch.bfloat16)
     yield f"{dense.name}: graphs", partial(check_graphs, dense)
+    yield f"{dense.name}: prompts by graphs", partial(check_prompt_graphs, dense)
     yield f"{dense.name}: {SHUTDOWN}", dense.close
 
 
@@ -160,6 +167,33 @@ def check_graphs(subject: Subject) -> str:
     )
 
 
+def check_prompt_graphs(subject: Subject) -> str:
+    """Compare recorded steps with prompts, of all sizes, with eager ones: a prompt alone, parts of several, decodes beside.
+
+    Freed memory is overwritten before, as in `check_graphs`.
+    """
+    executor, sizes = subject.executor, subject.executor.runner.prompt_graphs.sizes
+    assert sizes, "no steps with prompts were recorded"
+    overwritten = overwrite_freed_memory(subject.setting.device)
+    room = CHUNK_SIZE * (executor.num_gpu_blocks - 2 * subject.sizes.max_num_seqs)
+    longest = min(room, executor.loaded.max_model_len - 1)
+    differences, rng = [], random.Random(0)
+    for size in sizes:
+        rows = min(size, longest // 2)
+        several = [1] * (min(subject.sizes.max_num_seqs, rows) - 1)
+        several.append(rows - len(several))
+        for lengths in ([rows], several, [rows // 2 + 1, max(1, rows // 4)]):
+            each = min(room // len(lengths) - CHUNK_SIZE, longest)
+            with_contexts = [(length, rng.randint(0, max(0, each - length))) for length in lengths]
+            differences.append(compare_prompts_with_eager(executor, with_contexts))
+    del overwritten
+    return (
+        f"{len(differences)} steps of up to {sizes[-1]} rows; largest difference of logits "
+        f"{max(d.largest for d in differences):.1e}, median {max(d.median for d in differences):.1e}, other tokens "
+        f"{sum(d.num_other_tokens for d in differences)}"
+    )
+
+
 def overwrite_freed_memory(device: torch.device) -> list[torch.Tensor]:
     """Fill what the allocator has cached, by pieces of all sizes up to a mebibyte.
 
@@ -174,7 +208,8 @@ def check_swaps(subject: Subject) -> str:
     """Compare every kind of copy of a step byte for byte, by both copiers, whole blocks and groups of layers."""
     executor, n = subject.executor, subject.sizes.num_swapped
     num_steps = 0
-    for by, swapper in swappers(subject.setting, executor):
+    # The executor's own first: only those that swap in by it are replayed.
+    for by, swapper in chain([("itself", executor.runner.swapper)], swappers(subject.setting, executor)):
         with swapping_by(executor, swapper):
             for has_segments in (False, True):
                 _check_copies(subject, random.Random(num_steps), n, by, has_segments=has_segments)

@@ -101,6 +101,36 @@ def compare_with_eager(executor: LocalExecutor, context_lens: Sequence[int], num
     return _compare(torch.cat(by_graph).float(), torch.cat(eager).float(), tokens[1:], executor.loaded.dtype)
 
 
+def compare_prompts_with_eager(executor: LocalExecutor, lengths: Sequence[tuple[int, int]]) -> Difference:
+    """One step of segments (new tokens, tokens before them) over random KV in shuffled blocks, by a graph and without.
+
+    Overwrites the GPU tier. Raises AssertionError if there is no graph for such a step, or if logits or tokens differ by more
+    than rounding.
+    """
+    n, num_rows = len(lengths), sum(length for length, _ in lengths)
+    assert executor.runner.prompt_graphs.size_for(num_rows) is not None, f"no graph is recorded for {num_rows} rows"
+    with torch.inference_mode():
+        executor.gpu_store.storage.normal_()
+    blocks = list(range(executor.num_gpu_blocks))
+    rng = random.Random(num_rows)
+    rng.shuffle(blocks)
+    starts, segments = [], []
+    for i, (length, before) in enumerate(lengths):
+        table = tuple(blocks.pop() for _ in range(-(-(before + length) // CHUNK_SIZE)))
+        starts.append(RequestStart(str(i), 1, 1, GREEDY, (), table))
+        segments.append(QuerySegment(str(i), before, tuple(rng.randrange(8, 2000) for _ in range(length)), True))
+    plan = StepPlan(0, tuple(segments))
+    executor.execute(StepPlan(0, (), tuple(starts)))
+    try:
+        with logits_kept(executor) as by_graph:
+            tokens = executor.execute(plan).token_ids
+        with without_graphs(executor), logits_kept(executor) as eager:
+            executor.execute(plan)
+    finally:
+        executor.execute(StepPlan(0, (), ended=tuple(map(str, range(n)))))
+    return _compare(torch.cat(by_graph).float(), torch.cat(eager).float(), [tokens], executor.loaded.dtype)
+
+
 def _compare(
     actual: torch.Tensor, expected: torch.Tensor, tokens: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> Difference:
