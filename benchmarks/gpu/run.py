@@ -47,12 +47,12 @@ class Group:
 
 # The most telling first.
 GROUPS = (
-    Group("llama", 95, 140),
+    Group("llama", 60, 140),
     Group("attention", 40, 60),
-    Group("conversations", 140, 190),
+    Group("conversations", 120, 190),
     Group("accuracy", 25, 40),
     Group("tiles", 40, 60),
-    Group("opt", 85, 110),
+    Group("opt", 70, 110),
     Group("steps", 75, 110),
     Group("figure_12", 20, 30),
     Group("peer", 150, 190),
