@@ -33,7 +33,6 @@ SECTIONS = {
     "conversations",
     "accuracy",
     "tiles",
-    "linears",
     "opt",
     "steps_opt",
     "steps_llama",
@@ -70,7 +69,7 @@ def start(unpacked: Path, script: str, *arguments: str) -> subprocess.CompletedP
 
 
 def figures_of(folder: Path, section: str):
-    return json.loads((folder / f"gpu_{section}.json").read_text())["figures"]
+    return json.loads((folder / f"{section}.json").read_text())["figures"]
 
 
 @pytest.mark.slow
@@ -80,18 +79,18 @@ def test_every_section_of_the_benchmark_runs(unpacked, tmp_path):
     process = start(unpacked, "run.py", "--out", str(out), "--pack", str(tmp_path / "packed.tgz"))
     logs = "\n".join(path.read_text()[-2000:] for path in out.glob("*.log"))
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-1000:] + logs
-    written = {path.stem.removeprefix("gpu_") for path in out.glob("*.json")}
+    written = {path.stem for path in out.glob("*.json")}
     assert written == SECTIONS | TABLES | {"groups"}
     for section in SECTIONS:
-        content = json.loads((out / f"gpu_{section}.json").read_text())
+        content = json.loads((out / f"{section}.json").read_text())
         assert content["is_complete"], section
-    groups = json.loads((out / "gpu_groups.json").read_text())["groups"]
+    groups = json.loads((out / "groups.json").read_text())["groups"]
     names = {section.split("_")[0] if section.startswith("steps") else section for section in SECTIONS}
     assert {group["name"] for group in groups} == names - {"roofs"}  # which llama measures first
     for group in groups:
         assert group["outcome"] == "complete"
-        assert OWN_ENGINE in (out / f"gpu_{group['name']}.log").read_text()
-    pictures = {path.stem.removeprefix("gpu_") for path in out.glob("*.png")}
+        assert OWN_ENGINE in (out / f"{group['name']}.log").read_text()
+    pictures = {path.stem for path in out.glob("*.png")}
     assert pictures == {"attention", "figure_12", "llama", "opt", "conversations"}
     packed = (
         shutil.unpack_archive(tmp_path / "packed.tgz", tmp_path / "unpacked_results") or tmp_path / "unpacked_results"
@@ -104,11 +103,13 @@ def test_every_section_of_the_benchmark_runs(unpacked, tmp_path):
         (by, way) for by in ("dma", "kernel") for way in ("in", "out", "both")
     }
     assert all(row["device_ms"] > 0 for row in llama["decode"])
+    assert list(dict.fromkeys(row["by"] for row in llama["hidden"])) == ["as served", "dma, without graphs"]
+    assert [row["num_new_tokens"] for row in llama["prompts_by_graphs"]] == [8]
     assert [row["batch"] for row in llama["graphs_against_eager"]] == [1, 2]
     assert set(llama["profiles"]) == {"decode of 1", "decode of 2", "prompt of 32"}
     assert not any("failure" in row for row in figures_of(out, "tiles"))
     for model in ("opt", "llama"):
-        table = StepTable.load(out / f"gpu_steps_{model}_table.json")
+        table = StepTable.load(out / f"steps_{model}_table.json")
         assert list(table.num_tokens_s)[-1] == 64
         assert list(table.decodes_s) == [1, 2]
         steps = figures_of(out, f"steps_{model}")
@@ -192,6 +193,23 @@ def test_a_history_is_sent_before_the_turns_that_count(module):
     assert len(result["turns"]) == 15
     assert max(len(turn.prompt) + 4 for turn in turns) == work.max_context_len == 66
     assert [turn.session for turn in turns] != [session for _ in range(3) for session in range(5)]
+
+
+@pytest.mark.parametrize("num_layers", [2, 32, 200])
+def test_deeper_models_round_more_and_wrong_graphs_still_fail(module, num_layers):
+    eager = module("eager")
+    tolerances = eager._tolerances(torch.bfloat16, num_layers)
+    expected, noise = torch.randn(2, 3, 1000, generator=torch.Generator().manual_seed(0))
+    tokens = [expected.argmax(dim=1).tolist()]
+    rounded = expected + 0.02 * tolerances[0] * expected.abs().amax() * noise.clamp(-3, 3)
+    assert eager._compare(rounded, expected, tokens, *tolerances).largest > 0
+    with pytest.raises(AssertionError, match="graphs give other logits than eager steps"):
+        eager._compare(expected.flip(0), expected, tokens, *tolerances)
+    with pytest.raises(AssertionError, match="graphs choose other tokens than eager steps"):
+        eager._compare(expected, expected, [expected.argmin(dim=1).tolist()], *tolerances)
+    shallow = eager._tolerances(torch.bfloat16, 2)
+    assert shallow == eager.TOLERANCES[torch.bfloat16]
+    assert (tolerances[0] > 0.0429) == (num_layers > 2)
 
 
 @pytest.fixture
@@ -440,7 +458,7 @@ def run(module, monkeypatch, tmp_path) -> ModuleType:
         import sys, time
         from pathlib import Path
         name, out = sys.argv[1], Path(sys.argv[3])
-        (out / f"gpu_{name}.json").write_text('{"figures": [1]}')
+        (out / f"{name}.json").write_text('{"figures": [1]}')
         print("measured")
         if name == "llama":
             time.sleep(600)
@@ -456,12 +474,12 @@ def test_a_group_is_ended_at_its_limit_and_keeps_what_it_measured(run, tmp_path)
     outcome = run.run_group(run.Group("llama", 0, 3), 100, tmp_path, is_smoke=False)
     assert outcome.outcome == "ended at its limit"
     assert figures_of(tmp_path, "llama") == [1]
-    assert "measured" in (tmp_path / "gpu_llama.log").read_text()
+    assert "measured" in (tmp_path / "llama.log").read_text()
 
 
 def test_what_remains_of_the_budget_is_a_limit_and_decides_what_is_skipped(run, tmp_path, capsys):
     assert run.run_group(run.Group("accuracy", 20, 40), 19, tmp_path, is_smoke=False).outcome == "skipped"
-    assert not (tmp_path / "gpu_accuracy.json").exists()
+    assert not (tmp_path / "accuracy.json").exists()
     assert "19 are left" in capsys.readouterr().out
     assert run.run_group(run.Group("accuracy", 20, 40), 21, tmp_path, is_smoke=False).limit_s == 21
 
@@ -472,7 +490,7 @@ def test_the_outcome_of_a_group_is_told(run, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run.main()
     assert end.value.code == 1
-    groups = json.loads((tmp_path / "out/gpu_groups.json").read_text())["groups"]
+    groups = json.loads((tmp_path / "out/groups.json").read_text())["groups"]
     assert [group["outcome"] for group in groups] == ["device failed", "failed", "complete"]
     assert "not complete: attention device failed, opt failed" in capsys.readouterr().out
     assert (tmp_path / "all.tgz").exists()
@@ -489,7 +507,7 @@ def test_a_section_keeps_its_figures_when_it_fails(module, tmp_path):
 
     report.section("some", measured())
     assert report.failed == ["some"]
-    content = json.loads((tmp_path / "gpu_some.json").read_text())
+    content = json.loads((tmp_path / "some.json").read_text())
     assert content["figures"] == [1, 2]
     assert not content["is_complete"]
     assert "out of luck" in content["failure"]
@@ -497,7 +515,7 @@ def test_a_section_keeps_its_figures_when_it_fails(module, tmp_path):
 
 def test_the_summary_names_what_was_predicted(module, tmp_path):
     decode = [{"batch": 1, "over_floor": 1.5, "device_over_floor": None}]
-    (tmp_path / "gpu_llama.json").write_text(json.dumps({"figures": {"decode": decode}}))
+    (tmp_path / "llama.json").write_text(json.dumps({"figures": {"decode": decode}}))
     lines = module("summary").summarize(tmp_path)
     assert len(lines) == 1
     assert all(part in lines[0] for part in ("decode of 1", "1.50", "predicted 1.45", "target <= 1.25"))

@@ -5,6 +5,7 @@ A graph that reads the wrong memory is as fast as a right one.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,12 @@ from engine.executor.local import LocalExecutor
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 # Of the largest logit, what is still rounding: half of the rows may differ by the first, a row by the second. Rows of a wrong
-# graph differ by about 1.
+# graph differ by about 1. These are for `TOLERANCE_LAYERS` layers: each layer rounds anew, so that differences grow with
+# the root of their number. (On an H100 in bfloat16, they are 0.9 to 1.2 % after 2 layers, and 4.3 % after 32.)
 TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.float16: (2e-2, 1e-1), torch.bfloat16: (3e-2, 2e-1)}
+TOLERANCE_LAYERS = 2
+# Whatever the depth: a wrong graph has to fail.
+LARGEST_TOLERANCE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +103,15 @@ def compare_with_eager(executor: LocalExecutor, context_lens: Sequence[int], num
                 executor.execute(step(number, is_given=True))
     finally:
         executor.execute(StepPlan(0, (), ended=tuple(map(str, range(n)))))
-    return _compare(torch.cat(by_graph).float(), torch.cat(eager).float(), tokens[1:], executor.loaded.dtype)
+    median_tolerance, tolerance = _tolerances(executor.loaded.dtype, len(executor.gpu_store.layer_slices))
+    return _compare(torch.cat(by_graph).float(), torch.cat(eager).float(), tokens[1:], median_tolerance, tolerance)
+
+
+def _tolerances(dtype: torch.dtype, num_layers: int) -> tuple[float, float]:
+    """For the median of the rows, and for each of them."""
+    growth = max(1.0, math.sqrt(num_layers / TOLERANCE_LAYERS))
+    median, row = (min(LARGEST_TOLERANCE, growth * tolerance) for tolerance in TOLERANCES[dtype])
+    return median, row
 
 
 def compare_prompts_with_eager(executor: LocalExecutor, lengths: Sequence[tuple[int, int]]) -> Difference:
@@ -132,7 +145,11 @@ def compare_prompts_with_eager(executor: LocalExecutor, lengths: Sequence[tuple[
 
 
 def _compare(
-    actual: torch.Tensor, expected: torch.Tensor, tokens: Sequence[Sequence[int]], dtype: torch.dtype
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    tokens: Sequence[Sequence[int]],
+    median_tolerance: float,
+    tolerance: float,
 ) -> Difference:
     """actual, expected: [rows, vocabulary]. tokens: what was sampled from `actual`, by step."""
     assert actual.isfinite().all(), "a graph gave logits that are no numbers"
@@ -140,9 +157,10 @@ def _compare(
     errors = (actual - expected).abs().amax(dim=1) / largest
     chosen = torch.tensor([token for row in tokens for token in row], device=expected.device)
     behind = (expected.amax(dim=1) - expected.gather(1, chosen[:, None])[:, 0]) / largest
-    median_tolerance, tolerance = TOLERANCES[dtype]
     difference = Difference(len(chosen), int((behind > 0).sum()), float(errors.median()), float(errors.max()))
     assert difference.median <= median_tolerance, f"graphs give other logits than eager steps: {difference}"
     assert difference.largest <= tolerance, f"graphs give other logits than eager steps: {difference}"
-    assert float(behind.max()) <= 2 * tolerance, f"graphs choose other tokens than eager steps: {difference}"
+    assert float(behind.max()) <= min(LARGEST_TOLERANCE, 2 * tolerance), (
+        f"graphs choose other tokens than eager steps: {difference}"
+    )
     return difference

@@ -34,11 +34,15 @@ CHECKED_ROWS = 256
 
 
 def measure_roofs(setting: Setting) -> dict[str, Any]:
-    """Measure bytes/s of copies and the rate of a matrix multiplication.
+    """Measure bytes/s of copies and of reading, and the rate of a matrix multiplication.
 
-    Copies on the device (read and written), and from and to pinned memory, alone and both at once.
+    Copies on the device (read and written), and from and to pinned memory, alone and both at once. Reading is that of
+    reductions: a decode step writes next to nothing, and kernels read faster than the device copies.
     """
     device, dtype, n = setting.device, setting.dtype, setting.matrix_size
+    numbers = torch.randn(setting.read_bytes // dtype.itemsize, device=device, dtype=dtype)
+    reading = measure({"sum": numbers.sum, "max": numbers.amax}, device, setting.repeats)
+    del numbers
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(setting.copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -71,6 +75,7 @@ def measure_roofs(setting: Setting) -> dict[str, Any]:
     per_way = {name: min(timed(call, device) for _ in range(setting.repeats + 1)) for name, call in ways.items()}
     return {
         "copy_bytes_per_s": 2 * setting.copy_bytes / seconds["copy"],
+        "read_bytes_per_s": setting.read_bytes / min(reading.values()),
         "matmul_flop_per_s": 2 * n**3 / seconds["matmul"],
         "host_to_device_bytes_per_s": setting.copy_bytes / per_way["host_to_device"],
         "device_to_host_bytes_per_s": setting.copy_bytes / per_way["device_to_host"],

@@ -18,12 +18,12 @@ def plot_all(folder: Path) -> list[str]:
         "llama": plot_model,
         "opt": plot_model,
         "conversations": lambda figures: plot_conversations(
-            figures["rows"] + ((read(folder / "gpu_peer.json") or {}).get("rows") or [])
+            figures["rows"] + ((read(folder / "peer.json") or {}).get("rows") or [])
         ),
     }
     made = []
     for name, plot in plots.items():
-        path = folder / f"gpu_{name}.json"
+        path = folder / f"{name}.json"
         figures = read(path)
         if figures:
             plot(figures).savefig(path.with_suffix(".png"), dpi=120)
@@ -72,7 +72,9 @@ def plot_model(figures: dict[str, Any]) -> matplotlib.figure.Figure:
     decodes = [row for row in figures.get("decode", []) if "step_ms" in row]
     batches = [row["batch"] for row in decodes]
     left.plot(batches, [row["step_ms"] for row in decodes], "o-", label="step")
-    left.plot(batches, [row["floor_ms"] for row in decodes], "--", label="weights and KV over copy bandwidth")
+    for key, rate in (("copy_floor_ms", "rate of a copy"), ("floor_ms", "read rate")):
+        if all(key in row for row in decodes):
+            left.plot(batches, [row[key] for row in decodes], "--", label=f"weights and KV at the {rate}")
     left.set(xlabel="decoding requests", ylabel="ms", title="decode step", ylim=(0, None))
     left.legend()
     names = [f"{row['by']}, {row['way']}" for row in figures.get("swaps", [])]

@@ -2,7 +2,7 @@
 
 One process for each group of sections, in order of importance.
 
-    python benchmarks/gpu/run.py --budget 470 --pack results.tgz     all of it, to benchmarks/results/gpu_*.json
+    python benchmarks/gpu/run.py --budget 470 --pack results.tgz     all of it, to benchmarks/results/gpu/*.json
     python benchmarks/gpu/run.py --groups llama tiles
     python benchmarks/gpu/run.py --smoke                             does the code run? on a CPU, tiny, Triton interpreted
 
@@ -27,9 +27,11 @@ from pathlib import Path
 from summary import summarize
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results"
+RESULTS = HERE.parent / "results/gpu"
 # Seconds that a process has between being asked to end and being killed.
 GRACE_S = 5.0
+# Of the files in the folder of the results.
+PACKED = (".json", ".log", ".png")
 # Lines of a group's log that are printed when it ends; the whole log is beside its results.
 TAIL_LINES = 4
 
@@ -45,13 +47,12 @@ class Group:
 
 # The most telling first.
 GROUPS = (
-    Group("llama", 95, 140),
+    Group("llama", 60, 140),
     Group("attention", 40, 60),
-    Group("conversations", 140, 190),
+    Group("conversations", 120, 190),
     Group("accuracy", 25, 40),
     Group("tiles", 40, 60),
-    Group("linears", 30, 50),
-    Group("opt", 85, 110),
+    Group("opt", 70, 110),
     Group("steps", 75, 110),
     Group("figure_12", 20, 30),
     Group("peer", 150, 190),
@@ -83,8 +84,8 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the group that runs
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if {"llama", "opt", "linears"} & set(arguments.groups):
-        (arguments.out / "gpu_roofs.json").unlink(missing_ok=True)  # of another machine, perhaps
+    if {"llama", "opt"} & set(arguments.groups):
+        (arguments.out / "roofs.json").unlink(missing_ok=True)  # of another machine, perhaps
     start = time.monotonic()
     outcomes: list[Outcome] = []
     groups = {group.name: group for group in GROUPS}
@@ -93,7 +94,7 @@ def main() -> None:
             left_s = arguments.budget - (time.monotonic() - start)
             outcomes.append(run_group(group, left_s, arguments.out, is_smoke=arguments.smoke))
             report = {"budget_s": arguments.budget, "groups": [asdict(outcome) for outcome in outcomes]}
-            (arguments.out / "gpu_groups.json").write_text(json.dumps(report, indent=2) + "\n")
+            (arguments.out / "groups.json").write_text(json.dumps(report, indent=2) + "\n")
         finally:  # when this process is asked to end, too
             if arguments.pack:
                 pack(arguments.out, arguments.pack)
@@ -104,7 +105,7 @@ def main() -> None:
 
 
 def run_group(group: Group, left_s: float, out: Path, *, is_smoke: bool) -> Outcome:
-    """Run one group in a process of its own, if there is time for it. Its output goes to OUT/gpu_NAME.log.
+    """Run one group in a process of its own, if there is time for it. Its output goes to OUT/NAME.log.
 
     left_s: of the budget, which is another limit.
     """
@@ -114,11 +115,11 @@ def run_group(group: Group, left_s: float, out: Path, *, is_smoke: bool) -> Outc
         )
         return Outcome(group.name, "skipped", 0.0, 0.0)
     # Of an earlier run: it would be taken for what this one measured.
-    for path in out.glob(f"gpu_{group.name}*.json"):
+    for path in out.glob(f"{group.name}*.json"):
         path.unlink()
     limit_s = min(group.limit_s, left_s)
     command = [sys.executable, str(HERE / "sections.py"), group.name, "--out", str(out), *(["--smoke"] * is_smoke)]
-    log = out / f"gpu_{group.name}.log"
+    log = out / f"{group.name}.log"
     begin = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -168,8 +169,9 @@ def pack(folder: Path, archive: Path) -> None:
     archive.parent.mkdir(parents=True, exist_ok=True)
     part = archive.with_suffix(".part")
     with tarfile.open(part, "w:gz") as tar:
-        for path in sorted(folder.glob("gpu_*")):
-            tar.add(path, path.name)
+        for path in sorted(folder.iterdir()):
+            if path.suffix in PACKED:
+                tar.add(path, path.name)
     part.replace(archive)
 
 

@@ -28,8 +28,7 @@ import torch
 import transformers
 from conversations import measure_conversations, measure_peer
 from kernels import measure_attention, measure_figure_12, measure_roofs
-from linears import measure_linears
-from machine import RESULTS, write_result
+from machine import write_result
 from setting import Setting, Shape, for_gpu, for_smoke
 from step_times import measure_step_times
 from steps import measure_accuracy, measure_model
@@ -69,11 +68,11 @@ class Report:
 
     def read(self, name: str) -> Any:
         """The figures of a section that an earlier process wrote; None if there are none."""
-        path = self.folder / f"gpu_{name}.json"
+        path = self.folder / f"{name}.json"
         return json.loads(path.read_text())["figures"] if path.exists() else None
 
     def _write(self, name: str, content: dict[str, Any], begin: float) -> None:
-        write_result(f"gpu_{name}", {"section_s": time.perf_counter() - begin, **content}, self.folder)
+        write_result(name, {"section_s": time.perf_counter() - begin, **content}, self.folder)
 
 
 class Group:
@@ -93,9 +92,6 @@ class Group:
 
     def attention(self) -> None:
         self._report.section("attention", measure_attention(self._setting))
-
-    def linears(self) -> None:
-        self._report.section("linears", measure_linears(self._setting, self._roofs()))
 
     def tiles(self) -> None:
         self._report.section("tiles", measure_tiles(self._setting))
@@ -117,7 +113,7 @@ class Group:
 
     def steps(self) -> None:
         for section, model in (("steps_opt", self._opt), ("steps_llama", self._llama)):
-            table = self._report.folder / f"gpu_{section}_table.json"
+            table = self._report.folder / f"{section}_table.json"
             results = measure_step_times(self._setting, model[0], self._save(model), table)
             self._report.section(section, results)
 
@@ -152,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="+", choices=names)
     parser.add_argument("--smoke", action="store_true", help="tiny, on a CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     arguments = parser.parse_args()
     if not arguments.smoke and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --smoke looks whether the code runs")

@@ -83,11 +83,12 @@ TINY_OPT = Shape("opt", {**_TINY, "ffn_dim": 96, "num_attention_heads": 4, "word
 class Setting:
     """All sizes.
 
-    attention: (requests, new tokens of each, tokens attended to); first_call_lens: of prompts. tiles_decode,
-    tiles_prompt: as attention, of the sweep. figure_12:
-    past tokens. decode_keys, decode_warps, ...: what the sweep of tiles tries. prompt_tiles: (rows, keys, warps).
+    attention: (requests, new tokens of each, tokens attended to); first_call_lens: of prompts. read_bytes: that a reduction
+        reads. tiles_decode, tiles_prompt: as attention, of the sweep. figure_12: past tokens.
+    decode_keys, decode_warps, ...: what the sweep of tiles tries. prompt_tiles: (rows, keys, warps).
     compared_steps: decode steps by graphs that are computed again without. transfers: tokens that are swapped in, new tokens
-    computed meanwhile. step_sizes: of the steps that are compared with the simulator; each is groups like those of attention.
+        computed meanwhile. prompt_lens: new tokens of steps that are run by graphs and without.
+    step_sizes: of the steps that are compared with the simulator; each is groups like those of attention.
     steps_window: in tokens, their longest context. steps_repeats: of what the simulator's table is made of.
     history_len: tokens of a conversation before the turns that count. active: turns at once in two tiers. active_others: the
         same in one and none, where a first token takes as long with fewer. active_peer: in transformers.
@@ -99,6 +100,7 @@ class Setting:
     models: dict[str, Shape]
     repeats: int
     copy_bytes: int
+    read_bytes: int
     matrix_size: int
     attention: tuple[tuple[int, int, int], ...]
     first_call_lens: tuple[int, ...]
@@ -122,6 +124,7 @@ class Setting:
     overhead_steps: int
     num_swapped_blocks: int
     transfers: tuple[tuple[int, int], ...]
+    prompt_lens: tuple[int, ...]
     step_sizes: tuple[tuple[tuple[int, int, int], ...], ...]
     steps_window: int
     steps_repeats: int
@@ -160,6 +163,7 @@ def for_gpu() -> Setting:
         models={"Llama-3.1-8B": LLAMA_8B, "OPT-13B": OPT_13B},
         repeats=7,
         copy_bytes=1 << 30,
+        read_bytes=2 << 30,
         matrix_size=8192,
         attention=(
             *((batch, 1, context) for batch in (1, 16, 64) for context in (2048, 8192)),
@@ -180,7 +184,7 @@ def for_gpu() -> Setting:
         figure_12=(256, 512, 1024, 2048),
         figure_12_batch=32,
         figure_12_new=8,
-        decode_batches=(1, 8, 32, 64),
+        decode_batches=(1, 8, 16, 32, 64),
         decode_context=2048,
         decode_steps=12,
         compared_steps=3,
@@ -189,6 +193,7 @@ def for_gpu() -> Setting:
         overhead_steps=64,
         num_swapped_blocks=96,
         transfers=((1024, 64), (2048, 64), (2048, 512), (2048, 2048)),
+        prompt_lens=(16, 64, 128, 256, 512, 1024),
         step_sizes=(
             *(((batch, 1, context),) for batch, context in ((1, 512), (1, 8192), (8, 1024), (8, 4096))),
             *(((batch, 1, context),) for batch, context in ((32, 256), (32, 1024), (64, 512))),
@@ -223,6 +228,7 @@ def for_smoke() -> Setting:
         models={"tiny Llama": TINY_LLAMA, "tiny OPT": TINY_OPT},
         repeats=1,
         copy_bytes=1 << 16,
+        read_bytes=1 << 16,
         matrix_size=64,
         attention=((2, 1, 40), (1, 5, 40), (1, 20, 20)),
         first_call_lens=(11, 13),
@@ -246,6 +252,7 @@ def for_smoke() -> Setting:
         overhead_steps=3,
         num_swapped_blocks=2,
         transfers=((32, 8),),
+        prompt_lens=(8,),
         step_sizes=(((2, 1, 40),), ((1, 20, 20),), ((2, 1, 40), (1, 5, 40))),
         steps_window=128,
         steps_repeats=1,

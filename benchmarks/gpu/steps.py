@@ -21,7 +21,7 @@ from typing import Any
 import stand_ins
 import torch
 from answers import Answers
-from eager import GREEDY, compare_with_eager, logits_kept
+from eager import GREEDY, compare_with_eager, logits_kept, without_graphs
 from setting import CHUNK_SIZE, Setting, Shape
 from timing import seconds_of, timed, wall
 from tqdm import tqdm
@@ -70,7 +70,8 @@ def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, flo
     RuntimeError at the end, and DeviceFailedError at once.
     """
     shape = setting.models[name]
-    longest = max(setting.prefill_len, setting.decode_context + setting.decode_steps + 2)
+    after_context = max(setting.decode_steps + 2, max(setting.prompt_lens))
+    longest = max(setting.prefill_len, setting.decode_context + after_context)
     blocks_each = -(-longest // CHUNK_SIZE)
     num_blocks = max(setting.decode_batches) * (setting.decode_context // CHUNK_SIZE + 2) + 4
     num_blocks = max(num_blocks, blocks_each, setting.num_swapped_blocks * 2)
@@ -90,6 +91,7 @@ def measure_model(setting: Setting, name: str, folder: str, roofs: dict[str, flo
         "decode": _measure_decodes(setting, executor, roofs),
         "prefill": _measure_prefill(setting, executor, shape, roofs),
         "graphs_against_eager": _compare_graphs(setting, executor),
+        "prompts_by_graphs": _measure_prompts_by_graphs(setting, executor),
         "hidden": _measure_hidden(setting, executor),
         "swaps": _measure_swaps(setting, executor, roofs),
         "overhead": _measure_overhead(setting, executor),
@@ -155,7 +157,8 @@ def _measure_decodes(
 ) -> Iterator[list[dict[str, Any]]]:
     """Measure steps by batch size, sequentially and on the device alone.
 
-    Also how often the least time, that of reading weights and KV, fits into it.
+    Also how often the least time for weights and KV fits into it: that of reading them (`over_floor`), and that at the
+    rate of a copy on the device (`over_copy_floor`), which is slower than kernels that only read.
     """
     context = setting.decode_context
     blocks_each = -(-(context + setting.decode_steps + 1) // CHUNK_SIZE)
@@ -180,17 +183,21 @@ def _measure_decodes(
         device_s = _replay_seconds(setting, executor, batch)  # of the last step, again
         executor.execute(_ended(batch))
         num_bytes = weights + batch * context * executor.bytes_per_block // CHUNK_SIZE
-        step_s, floor_s = statistics.median(seconds[2:]), num_bytes / roofs["copy_bytes_per_s"]
+        step_s = statistics.median(seconds[2:])
+        floors = {"floor": num_bytes / roofs["read_bytes_per_s"], "copy_floor": num_bytes / roofs["copy_bytes_per_s"]}
         rows.append(
             {
                 "batch": batch,
                 "context_len": context,
                 "step_ms": step_s * 1e3,
-                "floor_ms": floor_s * 1e3,
-                "over_floor": step_s / floor_s,
+                **{f"{name}_ms": floor_s * 1e3 for name, floor_s in floors.items()},
+                **{f"over_{name}": step_s / floor_s for name, floor_s in floors.items()},
                 "tokens_per_s": batch / step_s,
                 "device_ms": None if device_s is None else device_s * 1e3,
-                "device_over_floor": None if device_s is None else device_s / floor_s,
+                **{
+                    f"device_over_{name}": None if device_s is None else device_s / floor_s
+                    for name, floor_s in floors.items()
+                },
             }
         )
         yield rows
@@ -347,43 +354,76 @@ def _measure_swaps(
                 yield rows
 
 
-def _measure_hidden(setting: Setting, executor: LocalExecutor) -> Iterator[list[dict[str, Any]]]:
-    """A context that is swapped in under the computation of new tokens: each alone, and together."""
+def _measure_prompts_by_graphs(setting: Setting, executor: LocalExecutor) -> Iterator[list[dict[str, Any]]]:
+    """Steps of so many new tokens of one request over a context, by graphs and without: what recording them saves."""
+    context = setting.decode_context
     rows: list[dict[str, Any]] = []
-    for kind, swapper in swappers(setting, executor):
-        with swapping_by(executor, swapper):
-            for context, num_new in tqdm(setting.transfers, desc=f"swap-ins hidden ({kind})", unit="size"):
-                num_blocks = context // CHUNK_SIZE
-                blocks_each = -(-(context + num_new) // CHUNK_SIZE)
-                if blocks_each > executor.num_gpu_blocks:
-                    continue
-                executor.execute(StepPlan(0, (), _starts(1, context + num_new, blocks_each)))
-                segment = QuerySegment("0", context, _tokens(num_new), True)
-                sources = random.Random(0).sample(range(num_blocks), num_blocks)  # in order they would be one copy
-                copies = tuple(BlockCopy(CPU, source, GPU, i) for i, source in enumerate(sources))
-                plans = [
-                    StepPlan(0, (segment,)),
-                    StepPlan(0, (), swap_ins=copies),
-                    StepPlan(0, (segment,), swap_ins=copies),
-                ]
-                compute_s, transfer_s, both_s = (
-                    wall(lambda plan=plan: executor.execute(plan), setting.repeats)  # type: ignore[misc]
-                    for plan in plans
-                )
-                executor.execute(_ended(1))
-                rows.append(
-                    {
-                        "by": kind,
-                        "context_len": context,
-                        "num_new_tokens": num_new,
-                        "mib": num_blocks * executor.bytes_per_block / (1 << 20),
-                        "compute_ms": compute_s * 1e3,
-                        "transfer_ms": transfer_s * 1e3,
-                        "together_ms": both_s * 1e3,
-                        "share_hidden": min(1.0, (compute_s + transfer_s - both_s) / min(compute_s, transfer_s)),
-                    }
-                )
-                yield rows
+    for num_new in tqdm(setting.prompt_lens, desc="prompts by graphs", unit="size"):
+        total = context + num_new
+        executor.execute(StepPlan(0, (), _starts(1, total, -(-total // CHUNK_SIZE))))
+        plan = StepPlan(0, (QuerySegment("0", context, _tokens(num_new), True),))
+        by_graphs_s = wall(lambda plan=plan: executor.execute(plan), setting.repeats)  # type: ignore[misc]
+        with without_graphs(executor):
+            without_s = wall(lambda plan=plan: executor.execute(plan), setting.repeats)  # type: ignore[misc]
+        executor.execute(_ended(1))
+        rows.append(
+            {
+                "context_len": context,
+                "num_new_tokens": num_new,
+                "by_graphs_ms": by_graphs_s * 1e3,
+                "without_graphs_ms": without_s * 1e3,
+            }
+        )
+        yield rows
+
+
+def _measure_hidden(setting: Setting, executor: LocalExecutor) -> Iterator[list[dict[str, Any]]]:
+    """A context that is swapped in under the computation of new tokens: each alone, and together.
+
+    As the engine serves it, and by copy engines without graphs: steps with swap-ins are recorded for the executor's own
+    swapper alone.
+    """
+    rows: list[dict[str, Any]] = []
+    for row in _hidden(setting, executor, "as served"):
+        rows.append(row)
+        yield rows
+    swapper = dict(swappers(setting, executor))["dma"]
+    with swapping_by(executor, swapper), without_graphs(executor):
+        for row in _hidden(setting, executor, "dma, without graphs"):
+            rows.append(row)
+            yield rows
+
+
+def _hidden(setting: Setting, executor: LocalExecutor, by: str) -> Iterator[dict[str, Any]]:
+    for context, num_new in tqdm(setting.transfers, desc=f"swap-ins hidden ({by})", unit="size"):
+        num_blocks = context // CHUNK_SIZE
+        blocks_each = -(-(context + num_new) // CHUNK_SIZE)
+        if blocks_each > executor.num_gpu_blocks:
+            continue
+        executor.execute(StepPlan(0, (), _starts(1, context + num_new, blocks_each)))
+        segment = QuerySegment("0", context, _tokens(num_new), True)
+        sources = random.Random(0).sample(range(num_blocks), num_blocks)  # in order they would be one copy
+        copies = tuple(BlockCopy(CPU, source, GPU, i) for i, source in enumerate(sources))
+        plans = [
+            StepPlan(0, (segment,)),
+            StepPlan(0, (), swap_ins=copies),
+            StepPlan(0, (segment,), swap_ins=copies),
+        ]
+        compute_s, transfer_s, both_s = (
+            wall(lambda plan=plan: executor.execute(plan), setting.repeats)  # type: ignore[misc]
+            for plan in plans
+        )
+        executor.execute(_ended(1))
+        yield {
+            "by": by,
+            "context_len": context,
+            "num_new_tokens": num_new,
+            "mib": num_blocks * executor.bytes_per_block / (1 << 20),
+            "compute_ms": compute_s * 1e3,
+            "transfer_ms": transfer_s * 1e3,
+            "together_ms": both_s * 1e3,
+            "share_hidden": min(1.0, (compute_s + transfer_s - both_s) / min(compute_s, transfer_s)),
+        }
 
 
 def _measure_overhead(setting: Setting, executor: LocalExecutor) -> Iterator[dict[str, Any]]:
