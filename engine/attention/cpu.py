@@ -20,7 +20,6 @@ from engine.operator_build import build_operators
 SOURCE = Path(__file__).with_name("paged_cpu.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_REPLAY_DECODES = True
-SKIPS_EMPTY_SEGMENTS = False
 
 
 def load(

@@ -105,7 +105,6 @@ class FlashInferAttention:
     """See AttentionBackend. For one thread and one stream at a time."""
 
     CAN_REPLAY_DECODES = True
-    SKIPS_EMPTY_SEGMENTS = False
 
     def __init__(self) -> None:
         self._plans: dict[_PlanKey, _Plan] = {}

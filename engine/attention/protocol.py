@@ -99,12 +99,9 @@ class AttentionBackend(Protocol):
     """One implementation of paged attention: a module, or an object if it keeps state between steps.
 
     CAN_REPLAY_DECODES: see AttentionMetadata.is_decode_batch.
-    SKIPS_EMPTY_SEGMENTS: a segment that has no rows in `host_segments` gets no work, whatever `segments` says, and
-        its rows may be written by others; see whole_prompts.
     """
 
     CAN_REPLAY_DECODES: bool
-    SKIPS_EMPTY_SEGMENTS: bool
 
     def write_kv(
         self,

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams
 
 CAN_REPLAY_DECODES = False
-SKIPS_EMPTY_SEGMENTS = False
 
 
 def load(
