@@ -37,8 +37,6 @@ from engine.text.prompt import TokenPrompt
 MAX_DECODES = 64
 MIN_WINDOW = 128
 NUM_COPIED_BLOCKS = 64
-# Prompts of a step that has as many tokens as that of the longest prompt alone, at most.
-MAX_PARTS = 4
 # Tokens of the prompt by which the time before a request begins is measured.
 NUM_PROMPT_TOKENS = 64
 SHORT_CONTEXT = 8
@@ -55,26 +53,20 @@ class Sizes:
     max_tokens: of a prompt.
     num_asked: of the prompts by which the cost of a prompt's context is measured.
     num_decodes, long_context: requests by which the cost of a decode's context is measured, and the context of each.
-    num_parts: prompts that have as many tokens together as one of the longest; with one, the cost of pairs of a first prompt
-        cannot be told.
     """
 
     max_tokens: int
     num_asked: int
     num_decodes: int
     long_context: int
-    num_parts: int
 
     @classmethod
     def of(cls, config: EngineConfig, window: int, *, is_on_cpu: bool) -> Sizes:
         """On a GPU larger ones: launching a prompt takes so long that what small ones compute does not show."""
-        num_parts = min(config.max_num_seqs, MAX_PARTS)
         if is_on_cpu:
-            return cls(min(512, window // 2), min(64, window // 4), 8, min(512, window // 4), num_parts)
+            return cls(min(512, window // 2), min(64, window // 4), 8, min(512, window // 4))
         budget = config.max_num_batched_tokens  # no step may have more, so no place for more is made
-        return cls(
-            min(8192, window // 2, budget), min(1024, window // 4, budget), 16, min(2048, window // 4), num_parts
-        )
+        return cls(min(8192, window // 2, budget), min(1024, window // 4, budget), 16, min(2048, window // 4))
 
 
 def measure_steps(config: EngineConfig, *, repeats: int = 5) -> StepTable:
@@ -127,15 +119,12 @@ def measure_steps_of(config: EngineConfig, executor: Executor, *, repeats: int =
     decodes = asyncio.run(_measure_decodes(engine, watched, sizes, repeats))
     # What a token of context adds to a prompt of several tokens: a pair for each of them, and that its KV is read.
     pair_s = max(0.0, prompts.context_token_s - decodes.context_token_s) / (prompts.num_asked - 1)
-    # On a GPU, other kernels attend to the tokens of a prompt with nothing in front of it.
-    first_pair_s = None if facts.is_on_cpu else prompts.first_pair_s
-    removed_s = pair_s if first_pair_s is None else first_pair_s
     return StepTable(
         measured_on=describe_machine(config, facts),
         chunk_size=config.chunk_size,
         bytes_per_block=facts.bytes_per_cold_block,
         num_tokens_s={
-            num: max(1e-9, took_s - removed_s * num * (num + 1) / 2) for num, took_s in prompts.num_tokens_s.items()
+            num: max(1e-9, took_s - pair_s * num * (num + 1) / 2) for num, took_s in prompts.num_tokens_s.items()
         },
         decodes_s=decodes.decodes_s,
         pair_s=pair_s,
@@ -144,7 +133,6 @@ def measure_steps_of(config: EngineConfig, executor: Executor, *, repeats: int =
         load_s=load_s,
         store_s=store_s,
         overlaps_copies=not facts.is_on_cpu,
-        first_pair_s=first_pair_s,
     )
 
 
@@ -163,28 +151,23 @@ class _Prompts:
 
     num_tokens_s: by the tokens of a prompt without context, attention included.
     context_token_s: more for each token in front of a prompt of `num_asked` tokens.
-    first_pair_s: more for each pair of tokens of one prompt; None = that cannot be told.
     load_s, store_s: of a block, beside a token.
     """
 
     num_tokens_s: dict[int, float]
     num_asked: int
     context_token_s: float
-    first_pair_s: float | None
     load_s: float
     store_s: float
 
 
 def _measure_prompts(executor: Executor, chunk_size: int, window: int, sizes: Sizes, repeats: int) -> _Prompts:
-    num_parts = sizes.num_parts
-    steps = _Steps(executor, chunk_size, window, sizes.max_tokens, num_parts)
+    steps = _Steps(executor, chunk_size, window, sizes.max_tokens)
     numbers = _numbers(sizes.max_tokens)
     num_asked = sizes.num_asked
     short, long = window // 8, window - num_asked
     plans = {f"tokens {num}": steps.prompt(0, num) for num in numbers}
     plans |= {"short": steps.prompt(short, num_asked), "long": steps.prompt(long, num_asked)}
-    num_each = sizes.max_tokens // num_parts
-    plans |= {"one": steps.prompt(0, num_each * num_parts), "parts": steps.parts(num_each)}
     loads = tuple(BlockCopy(CPU, number, GPU, number) for number in range(NUM_COPIED_BLOCKS))
     stores = tuple(BlockCopy(GPU, number, CPU, number) for number in range(NUM_COPIED_BLOCKS))
     plans |= {
@@ -204,19 +187,15 @@ def _measure_prompts(executor: Executor, chunk_size: int, window: int, sizes: Si
         {num: mean[f"tokens {num}"] for num in numbers},
         num_asked,
         max(0.0, mean["long"] - mean["short"]) / (long - short),
-        # Of the pairs of the one prompt, these are not among those of the parts.
-        max(0.0, mean["one"] - mean["parts"]) / (num_each**2 * num_parts * (num_parts - 1) // 2)
-        if num_parts > 1
-        else None,
         *copies_s,
     )
 
 
 class _Steps:
-    """Plans of steps of one request, or of several that share its blocks: only their times count."""
+    """Plans of steps of one request: only their times count."""
 
-    def __init__(self, executor: Executor, chunk_size: int, window: int, max_tokens: int, num_parts: int) -> None:
-        """Starts the requests, and writes every position once, so that no step reads what was never computed."""
+    def __init__(self, executor: Executor, chunk_size: int, window: int, max_tokens: int) -> None:
+        """Starts the request, and writes every position once, so that no step reads what was never computed."""
         self._executor = executor
         self._token_ids = tuple(number % executor.facts.model.vocab_size for number in range(window))
         table = tuple(range(-(-window // chunk_size)))
@@ -225,22 +204,13 @@ class _Steps:
             end = min(begin + max_tokens, window)
             segment = QuerySegment("steps", begin, self._token_ids[begin:end])
             executor.execute(StepPlan(0, (segment,), (start,) if not begin else ()))
-        # With the first one there are no more requests than may run at once.
-        others = tuple(start._replace(request_id=f"part {number}") for number in range(1, num_parts))
-        executor.execute(StepPlan(0, (), others))
-        self._parts = (start.request_id, *(other.request_id for other in others))
 
     def prompt(self, start: int, num_tokens: int) -> StepPlan:
         token_ids = self._token_ids[start : start + num_tokens]
         return StepPlan(0, (QuerySegment("steps", start, token_ids, samples=True),))
 
-    def parts(self, num_tokens: int) -> StepPlan:
-        """So many tokens of each of several prompts."""
-        token_ids = self._token_ids[:num_tokens]
-        return StepPlan(0, tuple(QuerySegment(part, 0, token_ids, samples=True) for part in self._parts))
-
     def end(self) -> None:
-        self._executor.execute(StepPlan(0, (), ended=self._parts))
+        self._executor.execute(StepPlan(0, (), ended=("steps",)))
 
 
 # -- decodes, as a client sees them ------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from engine.core.tier_table import CPU, GPU
 from engine.executor import compiled_layers, model_runner
 from engine.executor.decode_graphs import bucket_sizes
 from engine.executor.local import LocalExecutor
-from engine.executor.memory import COSTLY_SAMPLING, largest_steps
+from engine.executor.memory import COSTLY_SAMPLING, largest_step
 from engine.executor.warm_up import end_of
 from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
@@ -374,9 +374,9 @@ def check_sized_from_memory(subject: Subject) -> str:
     try:
         executor.gpu_store.storage[0].zero_()
         for sampling in COSTLY_SAMPLING:
-            for step in largest_steps(config, executor.loaded, sampling):
-                executor.execute(step)
-                executor.execute(end_of(step))
+            step = largest_step(config, executor.loaded, sampling)
+            executor.execute(step)
+            executor.execute(end_of(step))
         gib = executor.num_gpu_blocks * executor.bytes_per_block / 2**30
         text = f"{executor.num_gpu_blocks} blocks, {gib:.1f} GiB"
         if subject.setting.device.type == "cuda":

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from tqdm import tqdm
 
-from engine.attention import triton_paged, whole_prompts
+from engine.attention import triton_paged
 from engine.attention.choice import choose_backend
 from engine.attention.device_health import check_device
 from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, LayerShape
@@ -152,13 +152,6 @@ class Batch:
         ]
         return lambda: [self._backend.attend(rows, *self.pools, metadata, params) for rows, metadata in calls]
 
-    def served(self) -> Callable[[], torch.Tensor]:
-        """As the engine serves first prompts, whose K and V are those of the step."""
-        metadata, params = self.metadata(), AttentionParams(self.scaling)
-        key, value = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (self.keys, self.values))
-        pools = (self.pools[0], self.pools[1])
-        return lambda: whole_prompts.attend(self._backend, self.rows, key, value, pools, metadata, params)
-
     def decoded(self) -> Callable[[], torch.Tensor]:
         """As recorded decode steps do it, whose tiles depend on the number of requests alone."""
         metadata, params = (
@@ -294,20 +287,15 @@ def measure_attention(setting: Setting) -> Iterator[list[dict[str, Any]]]:
 def _measure_shape(setting: Setting, shape: Shape, batch: Batch) -> dict[str, Any]:
     """Times of one shape beside the fastest of torch's kernels that computes it right."""
     figures: dict[str, Any] = {"others": {}}
-    is_first_prompt = 1 < batch.query_len == batch.context_len
     if batch.can_check:
         try:
             figures["largest_error"] = batch.check()
-            if is_first_prompt:
-                figures["largest_error_served"] = batch.check(batch.served())
         except AssertionError as failure:
             figures["failure"] = str(failure)
         figures["wrong_contiguous"] = batch.wrong_kernels()
     calls = {"paged": batch.decoded() if batch.query_len == 1 else batch.paged(), **batch.contiguous()}
-    if is_first_prompt:
-        calls["served"] = batch.served()
     seconds = measure(calls, setting.device, setting.repeats)
-    paged, served = seconds.pop("paged"), seconds.pop("served", None)
+    paged = seconds.pop("paged")
     right = {name: value for name, value in seconds.items() if name not in figures.get("wrong_contiguous", {})}
     num_pairs = batch.batch * batch.query_len * (batch.context_len - (batch.query_len - 1) / 2)
     num_bytes = 2 * batch.batch * shape.num_kv_heads * batch.context_len * shape.head_dim * setting.dtype.itemsize
@@ -317,13 +305,9 @@ def _measure_shape(setting: Setting, shape: Shape, batch: Batch) -> dict[str, An
         "kv_bytes_per_s": num_bytes / paged,
         "flop_per_s": 4 * num_pairs * shape.num_heads * shape.head_dim / paged,
     }
-    if served is not None:
-        figures["served_ms"] = served * 1e3
     if right:
         best = min(right, key=lambda kernel: right[kernel])
         figures |= {"best_contiguous": best, "paged_over_contiguous": paged / right[best]}
-        if served is not None:
-            figures["served_over_contiguous"] = served / right[best]
     return figures
 
 

@@ -63,7 +63,6 @@ class SkippingPadding:
     """A backend that knows nothing of padding, made to write no row whose slot is -1."""
 
     CAN_REPLAY_DECODES = CAN_REPLAY_PROMPTS = True
-    SKIPS_EMPTY_SEGMENTS = False
 
     def __init__(self, backend: AttentionBackend) -> None:
         self._backend = backend

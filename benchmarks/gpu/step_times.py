@@ -170,7 +170,6 @@ def _table_over(table: StepTable, roofline: Roofline) -> dict[str, Any]:
         "num_tokens": tokens,
         "decodes": decodes,
         "pair": table.pair_s / roofline.pair_s,
-        "first_pair": None if table.first_pair_s is None else table.first_pair_s / roofline.pair_s,
         "context_token": table.context_token_s / roofline.context_token_s,
         "load": table.load_s / roofline.load_s,
         "store": table.store_s / roofline.store_s,

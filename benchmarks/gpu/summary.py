@@ -75,6 +75,7 @@ def figures() -> Iterator[Figure]:
         (64, 1, 8192, "0.85 to 1.1"),
         (1, 512, 8192, "1.4 to 1.8"),
         (8, 64, 4096, "1.2 to 1.5"),
+        (1, 8192, 8192, "1.6 to 2.8"),
     ):
         yield (
             f"attention, {batch} x {query} over {context}: over the best contiguous",
@@ -84,17 +85,6 @@ def figures() -> Iterator[Figure]:
             )["paged_over_contiguous"],
             predicted,
             "<= 1.1",
-        )
-    for key, name, predicted in (
-        ("served_over_contiguous", "as served", "1.0 to 1.05"),
-        ("paged_over_contiguous", "paged", "1.6 to 2.8"),
-    ):
-        yield (
-            f"attention of a prompt of 8192, {name}: over the best contiguous",
-            "attention",
-            lambda of, key=key: _row(of, batch=1, query_len=8192)[key],
-            predicted,
-            "<= 1.1" if key.startswith("served") else "",
         )
     for other, predicted, target in (("stateless", "2.7 to 3.1", ">= 3"), ("GPU only", "2.2 to 2.9", ">= 1.5")):
         yield (

@@ -21,7 +21,6 @@ SOURCE = Path(__file__).with_name("paged_cpu.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_REPLAY_DECODES = True
 CAN_REPLAY_PROMPTS = False
-SKIPS_EMPTY_SEGMENTS = False
 
 
 def load(

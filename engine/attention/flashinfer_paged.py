@@ -106,7 +106,6 @@ class FlashInferAttention:
 
     CAN_REPLAY_DECODES = True
     CAN_REPLAY_PROMPTS = False
-    SKIPS_EMPTY_SEGMENTS = False
 
     def __init__(self) -> None:
         self._plans: dict[_PlanKey, _Plan] = {}

@@ -104,13 +104,10 @@ class AttentionBackend(Protocol):
 
     CAN_REPLAY_DECODES: see AttentionMetadata.is_decode_batch.
     CAN_REPLAY_PROMPTS: see AttentionMetadata.is_refilled.
-    SKIPS_EMPTY_SEGMENTS: a segment that has no rows in `host_segments` gets no work, whatever `segments` says, and
-        its rows may be written by others; see whole_prompts.
     """
 
     CAN_REPLAY_DECODES: bool
     CAN_REPLAY_PROMPTS: bool
-    SKIPS_EMPTY_SEGMENTS: bool
 
     def write_kv(
         self,

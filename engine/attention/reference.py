@@ -15,7 +15,6 @@ from engine.attention.protocol import AttentionBackend, AttentionCall, Attention
 
 CAN_REPLAY_DECODES = False
 CAN_REPLAY_PROMPTS = False
-SKIPS_EMPTY_SEGMENTS = False
 
 
 def load(

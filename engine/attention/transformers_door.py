@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
-from engine.attention import reference, whole_prompts
+from engine.attention import reference
 from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, LayerShape
 
 ATTENTION_NAME = "pensieve_paged"
@@ -143,7 +143,7 @@ class PagedAttention:
         self.num_calls += 1
         # All K and V of the step first: a segment may attend to another one of the same request.
         self._backend.write_kv(k_pool, v_pool, key, value, self._metadata)
-        return whole_prompts.attend(self._backend, query, key, value, (k_pool, v_pool), self._metadata, params)
+        return self._backend.attend(query, k_pool, v_pool, self._metadata, params)
 
 
 # What attention computes in if rounding is to be less than that of the dtype.

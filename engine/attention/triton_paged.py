@@ -28,7 +28,6 @@ IS_INTERPRETED: bool = triton.knobs.runtime.interpret
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAN_REPLAY_DECODES = True
 CAN_REPLAY_PROMPTS = True
-SKIPS_EMPTY_SEGMENTS = True
 
 # Rows (query row x query head of one KV head) of a tile: what the matrix units take at least.
 _MIN_ROWS = 16

@@ -74,7 +74,8 @@ def bytes_left_for_blocks(config: EngineConfig, loaded: LoadedModel, backend: At
         "max_num_batched_tokens",
     ):
         runner = make_toy_runner(config, loaded, backend)
-        for step in (step for sampling in COSTLY_SAMPLING for step in largest_steps(config, loaded, sampling)):
+        for sampling in COSTLY_SAMPLING:
+            step = largest_step(config, loaded, sampling)
             runner.launch(step)
             runner.launch(replace(step, starts=()))  # beside what the first one keeps until it is complete
             for _ in range(2):
@@ -107,20 +108,15 @@ def make_toy_runner(config: EngineConfig, loaded: LoadedModel, backend: Attentio
     return ModelRunner(loaded, store, make_swapper(store, nothing, verify=False), backend, limits)
 
 
-def largest_steps(config: EngineConfig, loaded: LoadedModel, sampling: SamplingParams) -> tuple[StepPlan, StepPlan]:
-    """As many requests as may run, all sampling, and prompts among them that fill the budget.
-
-    In the second step these are first prompts, whose attention may be another kernel's. All in block 0.
-    """
+def largest_step(config: EngineConfig, loaded: LoadedModel, sampling: SamplingParams) -> StepPlan:
+    """As many requests as may run, all sampling, and prompts among them that fill the budget. All in block 0."""
     longest = longest_context(config, loaded)
     query_lens: list[int] = []
     left = config.max_num_batched_tokens
     for num_others in reversed(range(config.max_num_seqs)):
         query_lens.insert(0, min(longest, left - num_others))
         left -= query_lens[0]
-    resumed = [(min(query_len, max(1, longest - 1)), longest) for query_len in query_lens]
-    first = [(query_len, longest if query_len == 1 else query_len) for query_len in query_lens]
-    return step_of(resumed, sampling, config.chunk_size), step_of(first, sampling, config.chunk_size)
+    return step_of([(query_len, longest) for query_len in query_lens], sampling, config.chunk_size)
 
 
 def recorded_prompts(config: EngineConfig, backend: AttentionBackend) -> tuple[int, ...]:

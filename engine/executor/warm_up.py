@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 
-from engine.attention.whole_prompts import MIN_PROMPT_LEN
 from engine.config import EngineConfig
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
@@ -59,8 +58,7 @@ def kinds_of_steps(config: EngineConfig, longest: int) -> dict[str, list[tuple[i
     longest: the longest context, in tokens.
     """
     prompt_len = min(config.max_num_batched_tokens - 1, longest - 1, PROMPT_LEN)
-    first_len = min(config.max_num_batched_tokens, longest, MIN_PROMPT_LEN)
-    kinds = {"decodes": [(1, longest)], "first prompts": [(first_len, first_len)]}
+    kinds = {"decodes": [(1, longest)]}
     if prompt_len > 1:
         kinds["prompts"] = [(prompt_len, longest)]
         if config.max_num_seqs > 1:

@@ -17,7 +17,6 @@ class StepWork(NamedTuple):
     num_prompt_tokens, num_prompt_pairs: tokens of other segments, and the pairs (token, token that it attends to).
     num_swap_ins, num_evictions, num_swap_outs: blocks; evictions come before anything else of the step.
     prompt_context_len: tokens in front of the segments of prompts, all together. num_starts: requests that begin.
-    num_first_pairs: those of num_prompt_pairs in segments with nothing in front of them.
     """
 
     num_decodes: int = 0
@@ -29,11 +28,10 @@ class StepWork(NamedTuple):
     num_swap_outs: int = 0
     prompt_context_len: int = 0
     num_starts: int = 0
-    num_first_pairs: int = 0
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepWork:
-        num_decodes = decode_context_len = num_tokens = num_pairs = num_first_pairs = prompt_context_len = 0
+        num_decodes = decode_context_len = num_tokens = num_pairs = prompt_context_len = 0
         for segment in plan.segments:
             if segment.token_ids is None:
                 num_decodes += 1
@@ -43,8 +41,6 @@ class StepWork(NamedTuple):
                 num_tokens += num
                 num_pairs += num * segment.start + num * (num + 1) // 2
                 prompt_context_len += segment.start
-                if not segment.start:
-                    num_first_pairs += num * (num + 1) // 2
         return cls(
             num_decodes,
             decode_context_len,
@@ -55,7 +51,6 @@ class StepWork(NamedTuple):
             len(plan.swap_outs),
             prompt_context_len,
             len(plan.starts),
-            num_first_pairs,
         )
 
 

@@ -30,7 +30,6 @@ class StepTable:
     load_s, store_s: of one block.
     chunk_size, bytes_per_block: of these.
     overlaps_copies: copies go beside the computation, as on a GPU; else behind it, on the same cores.
-    first_pair_s: what is in place of pair_s in segments with nothing in front of them, if other kernels compute these.
     """
 
     measured_on: str
@@ -44,7 +43,6 @@ class StepTable:
     load_s: float
     store_s: float
     overlaps_copies: bool
-    first_pair_s: float | None = None
 
     def step_time(self, work: StepWork) -> float:
         num_decodes = work.num_decodes
@@ -52,8 +50,6 @@ class StepTable:
         compute_s += (
             work.prompt_context_len * max(0.0, self.context_token_s - self.pair_s) + work.num_starts * self.request_s
         )
-        if self.first_pair_s is not None:
-            compute_s += work.num_first_pairs * (self.first_pair_s - self.pair_s)
         if work.num_prompt_tokens:
             # Tokens are computed alike. What decodes add is a row of logits and a text each, and what goes with any step.
             compute_s += _interpolate(self.num_tokens_s, num_decodes + work.num_prompt_tokens)
@@ -106,6 +102,7 @@ class StepTable:
         """Raises ConfigError if the file is no such table."""
         try:
             data = json.loads(path.read_text())
+            data.pop("first_pair_s", None)  # older tables had it for a kernel that is gone
             data |= {name: _ascending(data[name]) for name in ("num_tokens_s", "decodes_s")}
             table = cls(**data)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -32,7 +32,6 @@ class Backend:
     """The reference, which notes its calls and takes so many seconds for each batch."""
 
     CAN_REPLAY_DECODES = True
-    SKIPS_EMPTY_SEGMENTS = False
 
     def __init__(self, *seconds: float) -> None:
         self.seconds = iter(seconds)

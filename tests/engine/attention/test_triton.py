@@ -123,19 +123,6 @@ def test_without_host_segments_the_device_is_asked():
 
 
 @interpreted
-def test_a_segment_without_rows_on_the_host_gets_no_work():
-    """Its rows are written by others; see whole_prompts."""
-    segments = [(20, 20), (1, 30), (5, 12)]
-    query, k_pool, v_pool, metadata = make_batch(1, segments, (4, 2), 8, 8, 16, torch.float32)
-    expected = expected_output(query, k_pool, v_pool, metadata, AttentionParams(0.3))
-    host = metadata.segments.numpy().copy()
-    host[0, 1] = 0
-    actual = triton_paged.attend(query, k_pool, v_pool, replace(metadata, host_segments=host), AttentionParams(0.3))
-    torch.testing.assert_close(actual[20:], expected[20:], atol=1e-5, rtol=1e-5)
-    assert actual[:20].isnan().all(), "fresh memory holds NaN here"
-
-
-@interpreted
 def test_layers_of_a_step_share_the_tiling():
     query, k_pool, v_pool, metadata = make_batch(1, [(5, 20), (1, 30)], (4, 2), 8, 8, 16, torch.float32)
     for window in (None, 3):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.attention import cpu, whole_prompts
+from engine.attention import cpu
 from engine.attention.choice import choose_backend
 from engine.config import EngineConfig
 from engine.core.executor_protocol import ModelFacts
@@ -18,7 +18,7 @@ from engine.executor.local import LocalExecutor
 from engine.executor.memory import (
     COSTLY_SAMPLING,
     bytes_left_for_blocks,
-    largest_steps,
+    largest_step,
     make_toy_runner,
     out_of_memory_means,
 )
@@ -35,7 +35,7 @@ def config() -> EngineConfig:
 
 def test_the_largest_step_fills_the_budget_and_samples_for_everybody_at_full_cost(config, monkeypatch):
     loaded = load_model(config)
-    plan, _ = largest_steps(config, loaded, COSTLY_SAMPLING[0])
+    plan = largest_step(config, loaded, COSTLY_SAMPLING[0])
     assert plan.num_tokens == 70
     assert sum(segment.samples for segment in plan.segments) == 5
     assert max(segment.context_len for segment in plan.segments) == 100
@@ -58,39 +58,31 @@ def model_with_window(max_model_len: int) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize(
-    ("options", "resumed", "first"),
+    ("options", "expected"),
     [
-        ({}, [(1, 100)] * 4 + [(66, 100)], [(1, 100)] * 4 + [(66, 66)]),
+        ({}, [(1, 100)] * 4 + [(66, 100)]),
         # A prompt of the whole window does not fill the budget.
-        (
-            {"max_num_batched_tokens": 260},
-            [(1, 100), (1, 100), (58, 100), (99, 100), (99, 100)],
-            [(1, 100), (1, 100), (58, 58), (100, 100), (100, 100)],
-        ),
-        ({"max_num_seqs": 1, "max_num_batched_tokens": 512}, [(99, 100)], [(100, 100)]),
-        ({"max_model_len": 1, "max_num_batched_tokens": 64}, [(1, 1)] * 5, [(1, 1)] * 5),
+        ({"max_num_batched_tokens": 260}, [(1, 100), (1, 100), (58, 100), (100, 100), (100, 100)]),
+        ({"max_num_seqs": 1, "max_num_batched_tokens": 512}, [(100, 100)]),
+        ({"max_model_len": 1, "max_num_batched_tokens": 64}, [(1, 1)] * 5),
     ],
 )
-def test_largest_steps_have_prompts_that_fill_the_budget_behind_a_context_and_without(config, options, resumed, first):
-    """Attention of the one and of the other may be different kernels."""
+def test_the_largest_step_has_prompts_that_fill_the_budget(config, options, expected):
     config = replace(config, **options)
     loaded = model_with_window(512)
-    steps = largest_steps(config, loaded, COSTLY_SAMPLING[0])
-    lengths = [[(segment.query_len, segment.context_len) for segment in step.segments] for step in steps]
-    assert lengths == [resumed, first]
+    step = largest_step(config, loaded, COSTLY_SAMPLING[0])
+    assert [(segment.query_len, segment.context_len) for segment in step.segments] == expected
 
 
 def test_a_budget_beyond_the_contexts_that_are_looked_at_is_filled(config):
     config = replace(config, max_num_batched_tokens=40_000, max_model_len=100_000)
-    for step in largest_steps(config, model_with_window(131_072), COSTLY_SAMPLING[1]):
-        assert step.num_tokens == 40_000
+    assert largest_step(config, model_with_window(131_072), COSTLY_SAMPLING[1]).num_tokens == 40_000
 
 
 class Replaying:
     """A backend whose decodes may be recorded: the C++ kernel."""
 
     CAN_REPLAY_DECODES = True
-    SKIPS_EMPTY_SEGMENTS = True
     write_kv = staticmethod(cpu.write_kv)
     attend = staticmethod(cpu.attend)
 
@@ -107,11 +99,6 @@ def test_what_is_left_is_the_share_without_the_steps_the_graphs_and_the_others(c
     for name in ("launch", "complete", "capture_graphs"):
         inner = getattr(ModelRunner, name)
         monkeypatch.setattr(ModelRunner, name, lambda *args, n=name, f=inner: (calls.append(n), f(*args))[1])
-    whole = []
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        whole_prompts.F, "scaled_dot_product_attention", lambda *a, **k: (whole.append(1), sdpa(*a, **k))[1]
-    )
     for name in ("empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 20 * GIB)
@@ -123,9 +110,8 @@ def test_what_is_left_is_the_share_without_the_steps_the_graphs_and_the_others(c
     # 72 are ours; 3 belong to another process; 4 sizes of graphs.
     assert left == pytest.approx((72 - 20 - (1 + 3 * 0.5) - 3) * GIB)
     in_flight = ["launch", "launch", "complete", "complete"]
-    steps = [*in_flight, "launch", "complete"] * 4  # whose requests end then
+    steps = [*in_flight, "launch", "complete"] * 2  # whose requests end then
     assert calls == [*steps, "capture_graphs", "capture_graphs"]
-    assert bool(whole) == (dtype == "bfloat16"), "torch's attention of first prompts takes memory of its own"
 
 
 def test_graphs_are_the_largest_and_as_many_more_as_there_are_sizes(monkeypatch):

@@ -132,7 +132,6 @@ def test_serving_launches_no_kernel_that_is_not_compiled_at_the_start(family, tm
             4096,
             {
                 "decodes": [(1, 4096)],
-                "first prompts": [(512, 512)],
                 "prompts": [(128, 4096)],
                 "a prompt among decodes": [(1, 4096), (128, 4096)],
             },
@@ -140,10 +139,10 @@ def test_serving_launches_no_kernel_that_is_not_compiled_at_the_start(family, tm
         (
             {"max_num_seqs": 1, "max_num_batched_tokens": 64},
             100,
-            {"decodes": [(1, 100)], "first prompts": [(64, 64)], "prompts": [(63, 100)]},
+            {"decodes": [(1, 100)], "prompts": [(63, 100)]},
         ),
-        ({}, 2, {"decodes": [(1, 2)], "first prompts": [(2, 2)]}),
-        ({}, 1, {"decodes": [(1, 1)], "first prompts": [(1, 1)]}),
+        ({}, 2, {"decodes": [(1, 2)]}),
+        ({}, 1, {"decodes": [(1, 1)]}),
     ],
 )
 def test_first_steps_are_within_the_limits_of_all_steps(options, longest, kinds):
