@@ -141,7 +141,8 @@ def compare_prompts_with_eager(executor: LocalExecutor, lengths: Sequence[tuple[
             executor.execute(plan)
     finally:
         executor.execute(StepPlan(0, (), ended=tuple(map(str, range(n)))))
-    return _compare(torch.cat(by_graph).float(), torch.cat(eager).float(), [tokens], executor.loaded.dtype)
+    median_tolerance, tolerance = _tolerances(executor.loaded.dtype, len(executor.gpu_store.layer_slices))
+    return _compare(torch.cat(by_graph).float(), torch.cat(eager).float(), [tokens], median_tolerance, tolerance)
 
 
 def _compare(

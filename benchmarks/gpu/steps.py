@@ -21,7 +21,7 @@ from typing import Any
 import stand_ins
 import torch
 from answers import Answers
-from eager import GREEDY, compare_with_eager, logits_kept, without_graphs
+from eager import GREEDY, compare_prompts_with_eager, compare_with_eager, logits_kept, without_graphs
 from setting import CHUNK_SIZE, Setting, Shape
 from timing import seconds_of, timed, wall
 from tqdm import tqdm
@@ -220,6 +220,11 @@ def _compare_graphs(setting: Setting, executor: LocalExecutor) -> Iterator[list[
         context_lens = [max(1, longest * (i + 1) // batch) for i in range(batch)]
         rows.append({"batch": batch, **asdict(compare_with_eager(executor, context_lens, setting.compared_steps))})
         yield rows
+    # Part of a prompt, a first prompt and a decode in one step.
+    longest = max(setting.prompt_lens)
+    lengths = [(max(1, longest // 2), setting.decode_context), (max(1, longest // 4), 0), (1, setting.decode_context)]
+    rows.append({"new_and_context": lengths, **asdict(compare_prompts_with_eager(executor, lengths))})
+    yield rows
 
 
 def _profile(setting: Setting, executor: LocalExecutor) -> Iterator[dict[str, Any]]:

@@ -39,7 +39,7 @@ def test_padding_writes_nothing_attends_to_nothing_and_samples_nothing():
     segments = (QuerySegment("a", 9, None, True), QuerySegment("b", 4, (70,)))
     arrays = StepArrays.of(segments, [1, 0], tables, chunk_size=4)
     assert arrays.is_decode_batch
-    padded = arrays.padded(4)
+    padded = arrays.padded(4, 4)
     assert padded.token_ids.tolist() == [SAMPLED_BEFORE, 70, 0, 0]
     assert padded.table_rows.tolist() == [1, 0, 0, 0]
     assert padded.positions.tolist() == [9, 4, 0, 0]
@@ -47,6 +47,7 @@ def test_padding_writes_nothing_attends_to_nothing_and_samples_nothing():
     assert padded.segments.tolist() == [[0, 1, 10, 1], [1, 1, 5, 0], [2, 0, 0, 0], [3, 0, 0, 0]]
     assert padded.sampled.tolist() == [0]
     assert padded.sampled_rows.tolist() == [1]
+    assert arrays.padded(4, 3).segments.tolist() == [[0, 1, 10, 1], [1, 1, 5, 0], [2, 0, 0, 0]]
 
 
 @given(data=st.data())
