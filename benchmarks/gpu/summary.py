@@ -40,8 +40,6 @@ def figures() -> Iterator[Figure]:
     for by, new, predicted in (
         ("dma", 64, "0.75 to 0.90 (one by one: 0.00 to 0.05)"),
         ("dma", 2048, "0.85 to 0.95 (one by one: 0.75)"),
-        ("kernel", 64, "0.75 to 0.85"),
-        ("kernel", 2048, "0.88 to 0.92"),
     ):
         yield (
             f"2048 tokens swapped in beside {new} new, {by}: hidden",
