@@ -22,7 +22,6 @@ from engine.options import Option, check_values, options_of
 
 ATTENTION_BACKENDS = ("auto", *BACKEND_NAMES)
 LOAD_FORMATS = ("auto", "dummy")
-SWAP_COPIES = ("auto", "dma", "kernel")
 QUANTIZATIONS = ("none", "int8", "int4", "auto")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COLD_DTYPES = ("same", "fp8", "int8", "int4")
@@ -263,7 +262,7 @@ class TierOptions(CacheOptions):
             "KV is quantised when it leaves the GPU tier and restored when it comes back, so an answer depends, slightly, on "
             "what was evicted before it. The log says at the start how large the error is with this model. `fp8` is e4m3 "
             "with a scale for each head and chunk; `int8` and `int4` have bounds for each channel of keys, and each token of "
-            "values. On a GPU it needs Triton, and not `swap_copies: dma`.",
+            "values. On a GPU it needs Triton.",
             choices=COLD_DTYPES,
         ),
     ] = "same"
@@ -280,16 +279,6 @@ class TierOptions(CacheOptions):
             default="the one for this model, dtype and device in the user's cache folder, if any",
         ),
     ] = None
-    swap_copies: Annotated[
-        str,
-        Option(
-            "How a GPU's blocks are copied between the tiers: `dma` (copy engines) or `kernel` (a Triton kernel).",
-            "`auto` measures both ways at the start, and takes copy engines unless the kernel is a tenth faster. The log "
-            "has the figures.",
-            choices=SWAP_COPIES,
-            is_tuning=True,
-        ),
-    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -476,11 +465,6 @@ class EngineConfig(
                 self.quantization == "none" or (self.pack_weights and not self.compile_layers),
                 "quantization",
                 "none if pack_weights is false or compile_layers is true: quantised layers are packed, and not compiled",
-            ),
-            (
-                self.kv_cold_dtype == "same" or self.swap_copies != "dma",
-                "swap_copies",
-                f"auto or kernel if kv_cold_dtype is {self.kv_cold_dtype}: copy engines cannot convert",
             ),
             (self.kv_disk_path != "", "kv_disk_path", "the path of a folder"),
             (self.record_trace != "", "record_trace", "the path of a folder"),

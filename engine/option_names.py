@@ -113,6 +113,7 @@ ABSENT = {
     "fully_sharded_loras": "adapters are sharded as the layers that they are added to; leave it out",
     "speculative_model": "models that draft are not supported; set speculative to {method: ngram, num_tokens: 8}",
     "keep_alive": "the model stays loaded as long as the server runs; leave it out",
+    "swap_copies": "a GPU's copy engines copy the blocks, and nothing else does; leave it out",
     "host": "give it in the Serve config file, under http_options",
     "port": "give it in the Serve config file, under http_options",
     "api_key": "set PENSIEVE_API_KEY in the environment, or name a tenants_file",

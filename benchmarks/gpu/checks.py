@@ -205,7 +205,7 @@ def overwrite_freed_memory(device: torch.device) -> list[torch.Tensor]:
 
 
 def check_swaps(subject: Subject) -> str:
-    """Compare every kind of copy of a step byte for byte, by both copiers, whole blocks and groups of layers."""
+    """Compare every kind of copy of a step byte for byte, of whole blocks and groups of layers."""
     executor, n = subject.executor, subject.sizes.num_swapped
     num_steps = 0
     # The executor's own first: only those that swap in by it are replayed.
@@ -215,7 +215,7 @@ def check_swaps(subject: Subject) -> str:
                 _check_copies(subject, random.Random(num_steps), n, by, has_segments=has_segments)
                 num_steps += 1
     num_bytes = n * executor.bytes_per_block
-    return f"{num_steps} steps with four kinds of copies of {num_bytes >> 10} KiB, by copy engines and by the kernel"
+    return f"{num_steps} steps with four kinds of copies of {num_bytes >> 10} KiB, by copy engines"
 
 
 def _copies(

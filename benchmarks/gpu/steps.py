@@ -35,7 +35,7 @@ from engine.core.request import Request, SamplingParams
 from engine.core.tier_table import CPU, GPU
 from engine.executor.local import LocalExecutor
 from engine.executor.packed_linear import unpack_linears
-from engine.executor.tiers.block_copy import BlockCopier, DmaCopier
+from engine.executor.tiers.block_copy import DmaCopier
 from engine.executor.tiers.cuda_copies import load_cuda_copies
 from engine.executor.tiers.streams import cuda_streams
 from engine.executor.tiers.swapper import StreamSwapper
@@ -299,17 +299,10 @@ def _measure_prefill(
 
 
 def swappers(setting: Setting, executor: LocalExecutor) -> Iterator[tuple[str, StreamSwapper]]:
-    """By copy engines, and by the copy kernel."""
-    from engine.executor.tiers.block_copy_kernel import KernelCopier
-
-    copy_many = None if setting.is_smoke else load_cuda_copies()
-    kinds: dict[str, Callable[[], BlockCopier]] = {"dma": partial(DmaCopier, copy_many), "kernel": KernelCopier}
-    for name, kind in kinds.items():
-        streams = stand_ins.streams() if setting.is_smoke else cuda_streams(setting.device)
-        yield (
-            name,
-            StreamSwapper(executor.gpu_store, executor.cpu_store, streams, (kind(), kind()), verify=False),
-        )
+    """By copy engines."""
+    copier = DmaCopier(None if setting.is_smoke else load_cuda_copies())
+    streams = stand_ins.streams() if setting.is_smoke else cuda_streams(setting.device)
+    yield "dma", StreamSwapper(executor.gpu_store, executor.cpu_store, streams, (copier, copier), verify=False)
 
 
 @contextmanager

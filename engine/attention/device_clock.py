@@ -15,19 +15,14 @@ SecondsOf = Callable[[Callable[[], object]], float]
 NUM_TIMED = 5
 
 
-def seconds_on(device: torch.device, *, counts_launching: bool = False) -> SecondsOf:
-    """By the clock, on a CUDA device: the median of a few calls after one that does not count.
-
-    counts_launching: add the time until the call returns. What the host spends on launching is not hidden behind other work
-    of the device, as the work itself may be.
-    """
+def seconds_on(device: torch.device) -> SecondsOf:
+    """By the clock, on a CUDA device: the median of a few calls after one that does not count."""
 
     def once(call: Callable[[], object]) -> float:
         start = time.perf_counter()
         call()
-        launched = time.perf_counter()
         torch.cuda.synchronize(device)
-        return time.perf_counter() - start + (launched - start if counts_launching else 0.0)
+        return time.perf_counter() - start
 
     def seconds_of(call: Callable[[], object]) -> float:
         return statistics.median([once(call) for _ in range(NUM_TIMED + 1)][1:])

@@ -111,7 +111,7 @@ class LocalExecutor:
         if device.type == "cpu":
             keep_freed_memory()  # not before: what loading leaves free goes back
             end_openmp_team()
-        swapper = make_swapper(self.gpu_store, self.cpu_store, verify=config.verify_swaps, copies=config.swap_copies)
+        swapper = make_swapper(self.gpu_store, self.cpu_store, verify=config.verify_swaps)
         limits = step_limits(config, self.loaded, self.num_gpu_blocks) if device.type == "cuda" else None
         self.attention_backend = backend
         self.runner = ModelRunner(self.loaded, self.gpu_store, swapper, backend, limits, samples=self.rank == 0)

@@ -43,7 +43,7 @@ FLAGS = """
     --chunk-size 16 --num-gpu-blocks 8 --num-cpu-blocks 0 --gpu-memory-gib 2 --gpu-memory-utilization 0.5
     --kv-offloading-size 3 --eviction-policy lru --max-num-seqs 4 --max-num-batched-tokens 128 --prefill-batch-tokens 32
     --max-num-queued-reqs 5 --max-num-queued-tokens 99 --decode-reserve 0.2 --swap-out-watermark 0.3 --write-through
-    --verify-swaps --profile p.json --num-threads 2 --attention-backend cpu --enforce-eager --swap-copies dma
+    --verify-swaps --profile p.json --num-threads 2 --attention-backend cpu --enforce-eager
     --no-pack-weights --no-compile-layers --no-async-scheduling --tensor-parallel-size 2
 """
 SLOW_TO_IMPORT = {"torch", "transformers", "tokenizers", "numpy", "matplotlib", "tqdm", "asyncio"} | {
@@ -153,7 +153,6 @@ def test_the_flags_are_what_they_were_and_mean_the_same_as_in_yaml():
         num_threads=2,
         attention_backend="cpu",
         enforce_eager=True,
-        swap_copies="dma",
         pack_weights=False,
         compile_layers=False,
         async_scheduling=False,

@@ -158,11 +158,6 @@ def test_the_error_of_each_format_is_bounded(kind, allowed):
     executor.shutdown()
 
 
-def test_copy_engines_cannot_convert():
-    with pytest.raises(ConfigError, match="copy engines cannot convert"):
-        EngineConfig(kv_cold_dtype="int8", swap_copies="dma")
-
-
 def test_a_dtype_that_cannot_be_converted_is_refused(monkeypatch):
     monkeypatch.setattr("engine.executor.local.CONVERTED_DTYPES", (torch.float16,))
     with pytest.raises(ConfigError, match="cannot hold KV in"):

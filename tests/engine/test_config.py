@@ -71,7 +71,6 @@ BOUNDS = [
     ("reasoning_parser", ["auto", "none", "qwen3", "deepseek_r1", "glm45", "magistral"], ["think", "", None]),
     ("preserve_reasoning", ["auto", "never"], ["always", "", True, None]),
     ("enforce_eager", [True, False], [0, 1, None, "yes"]),
-    ("swap_copies", ["auto", "dma", "kernel"], ["memcpy", "", None]),
     ("kv_cold_dtype", ["same", "fp8", "int8", "int4"], ["q8_0", "", None]),
     ("pack_weights", [True, False], [0, 1, None, "yes"]),
     ("compile_layers", [True, False, None], [0, 1, "yes"]),

@@ -1,41 +1,30 @@
-"""How blocks are copied between the tiers of a CUDA device: by its copy engines, or by a small kernel.
+"""How blocks are copied between the tiers of a CUDA device: by its copy engines.
 
-The kernel reads and writes pinned host memory. Either follows a list of copies, and knows no order between them.
-
-Copy engines (DMA) reach the speed of the bus with a mebibyte or two per copy, and take no processor from the model. Below
-that, each copy costs more than it moves (a page of one layer a copy: 22 % of PCIe 5), while a kernel of a few thread blocks
-reaches it at any size. A block holds all layers in one run of memory, so that whole blocks are nearly always large enough;
-the part of a block that some layers take is not in small models, nor in those with few KV heads.
+They (DMA) reach the speed of the bus with a mebibyte or two per copy, and take no processor from the model. Below that, each
+copy costs more than it moves (a page of one layer a copy: 22 % of PCIe 5). A block holds all layers in one run of memory, so
+that whole blocks are nearly always large enough; the part of a block that some layers take is not in small models, nor in
+those with few KV heads.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from engine.attention.device_clock import SecondsOf, seconds_on
 from engine.attention.device_health import check_device
 from engine.core.plan import BlockCopy
 from engine.core.tier_table import CPU, GPU
-from engine.errors import ConfigError, KernelBuildError
-from engine.executor.tiers.cuda_copies import CopyMany, load_cuda_copies
-from engine.executor.tiers.kv_store import BlockStore, ColdStore, KVStore
-
-logger = logging.getLogger(__name__)
+from engine.errors import ConfigError
+from engine.executor.tiers.cuda_copies import CopyMany
+from engine.executor.tiers.kv_store import ColdStore, KVStore
 
 # Least bytes of a copy that the copy engines move at the speed of the bus.
 MIN_DMA_BYTES = 1 << 20
 # Share of the layers that wait for their KV together: what is copied before the first ones may start is not hidden.
 GROUPS = 10
-# Blocks that are copied to see which way is faster; and how much faster the kernel has to be, because it takes processors and
-# bandwidth from the model.
-MEASURED_BLOCKS = 32
-MIN_KERNEL_GAIN = 1.1
 
 
 class BlockCopier(Protocol):
@@ -131,45 +120,6 @@ def columns_of(store: KVStore, layers: range) -> slice:
     return slice(store.layer_slices[layers.start].start, store.layer_slices[layers.stop - 1].stop)
 
 
-def choose_copiers(
-    option: str, gpu: KVStore, cpu: BlockStore, seconds_of: SecondsOf | None = None
-) -> tuple[BlockCopier, BlockCopier]:
-    """The copier for swap-ins and the one for swap-outs.
-
-    option: `swap_copies`: "dma", "kernel", or "auto": the copy engines, unless the kernel is faster by more than it takes
-    from the model. That is measured on the tiers themselves, whose blocks are not in use yet. seconds_of: None = by the
-    clock. Raises ConfigError if the kernel was asked for and cannot run.
-    """
-    dma = DmaCopier(load_cuda_copies() if gpu.storage.device.type == "cuda" else None)
-    if option == "dma" or min(gpu.num_blocks, cpu.num_blocks) == 0:
-        return dma, dma
-    try:
-        kernel = _load_kernel(gpu, cpu)
-    except KernelBuildError as error:
-        if option == "kernel":
-            raise ConfigError(
-                f"swap_copies is 'kernel', but {error.message}; use 'dma'", param="swap_copies"
-            ) from error
-        logger.warning("swaps: by copy engines, whether or not a kernel would be faster; %s", error)
-        return dma, dma
-    if option == "kernel":
-        return kernel(), kernel()
-    seconds_of = seconds_of or seconds_on(gpu.storage.device, counts_launching=True)
-    dma_s, kernel_s = (_measure(copier, gpu, cpu, seconds_of) for copier in (dma, kernel()))
-    copiers: list[BlockCopier] = []
-    for way, by_dma_s, by_kernel_s in zip(("in", "out"), dma_s, kernel_s, strict=True):
-        use_dma = by_dma_s <= by_kernel_s * MIN_KERNEL_GAIN
-        copiers.append(dma if use_dma else kernel())
-        logger.info(
-            "swaps %s: by %s, measured %.1f GB/s by copy engines and %.1f by the kernel (blocks of %.2f MiB)",
-            way,
-            "copy engines" if use_dma else "the kernel",
-            *(_num_measured(gpu, cpu) * gpu.storage[0].nbytes / seconds / 1e9 for seconds in (by_dma_s, by_kernel_s)),
-            gpu.storage[0].nbytes / (1 << 20),
-        )
-    return copiers[0], copiers[1]
-
-
 def load_cold_copiers(gpu: KVStore, cpu: ColdStore) -> tuple[BlockCopier, BlockCopier]:
     """The copiers for swap-ins and swap-outs that convert: kernels, as copy engines cannot.
 
@@ -195,51 +145,3 @@ def load_cold_copiers(gpu: KVStore, cpu: ColdStore) -> tuple[BlockCopier, BlockC
             f"kv_cold_dtype: its copy kernels cannot run here: {error!r}; {remedy}", param="kv_cold_dtype"
         ) from error
     return copiers
-
-
-def _measure(copier: BlockCopier, gpu: KVStore, cpu: BlockStore, seconds_of: SecondsOf) -> tuple[float, float]:
-    """Seconds that it takes for some blocks: in, in the groups of layers that it would come in, and out."""
-    num_blocks = _num_measured(gpu, cpu)
-    copies = [BlockCopy(CPU, num_blocks - 1 - i, GPU, i) for i in range(num_blocks)]  # no two follow each other
-    num_layers = len(gpu.layer_slices)
-    columns = [columns_of(gpu, group) for group in layer_groups(num_layers, max_group_layers(gpu, copier))]
-
-    def swap_in() -> None:
-        for part in columns:
-            copier.copy(gpu.storage, cpu.storage, copies, part)
-
-    def swap_out() -> None:
-        copier.copy(cpu.storage, gpu.storage, copies, columns_of(gpu, range(num_layers)))
-
-    device = gpu.storage.device
-    # As swaps will be: the default stream takes no batches of copies.
-    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext():
-        return seconds_of(swap_in), seconds_of(swap_out)
-
-
-def _num_measured(gpu: KVStore, cpu: BlockStore) -> int:
-    return min(MEASURED_BLOCKS, gpu.num_blocks, cpu.num_blocks)
-
-
-def _load_kernel(gpu: KVStore, cpu: BlockStore) -> type[BlockCopier]:
-    """Raises KernelBuildError if it cannot run.
-
-    Compiles it for all that swaps will copy, both ways; writes to block 0 of both tiers.
-    """
-    try:
-        from engine.executor.tiers.block_copy_kernel import KernelCopier  # not above: triton is optional
-    except ImportError as error:
-        raise KernelBuildError(f"triton cannot be imported ({error}); pip install 'pensieve-ray[gpu]'") from error
-    copier = KernelCopier()
-    try:
-        # What an element is depends on where the columns begin and end.
-        num_layers = len(gpu.layer_slices)
-        for layers in (range(num_layers), *layer_groups(num_layers, max_group_layers(gpu, copier))):
-            copier.copy(cpu.storage, gpu.storage, [BlockCopy(GPU, 0, CPU, 0)], columns_of(gpu, layers))
-            copier.copy(gpu.storage, cpu.storage, [BlockCopy(CPU, 0, GPU, 0)], columns_of(gpu, layers))
-        if gpu.storage.device.type == "cuda":
-            torch.cuda.synchronize(gpu.storage.device)
-    except Exception as error:  # whatever triton, the compilers behind it and the driver raise
-        check_device(gpu.storage.device)
-        raise KernelBuildError(f"the copy kernel cannot run here: {error!r}") from error
-    return KernelCopier

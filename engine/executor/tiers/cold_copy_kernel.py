@@ -18,7 +18,7 @@ from engine.core.plan import BlockCopy
 from engine.executor.tiers.cold_format import LEAST_FP8, LEVELS, MIN_RANGE, TINY, TOP_EXPONENT, ColdFormat
 from engine.executor.tiers.kv_store import KVStore
 
-# They compute as well as copy, so that more programs than of plain copies are needed to keep the bus busy.
+# They compute as well as copy, so that it takes many programs to keep the bus busy.
 NUM_PROGRAMS = 32
 _MIN_RANGE, _TINY, _LEAST_FP8 = tl.constexpr(MIN_RANGE), tl.constexpr(TINY), tl.constexpr(LEAST_FP8)
 _TOP_EXPONENT = tl.constexpr(TOP_EXPONENT)

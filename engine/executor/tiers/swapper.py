@@ -23,13 +23,14 @@ import torch
 from engine.core.plan import BlockCopy, StepPlan
 from engine.executor.tiers.block_copy import (
     BlockCopier,
-    choose_copiers,
+    DmaCopier,
     columns_of,
     layer_groups,
     load_cold_copiers,
     max_group_layers,
 )
 from engine.executor.tiers.cold_copies import make_cold_copies
+from engine.executor.tiers.cuda_copies import load_cuda_copies
 from engine.executor.tiers.kv_store import BlockStore, ColdStore, KVStore
 from engine.executor.tiers.streams import Event, Stream, Streams, cuda_streams
 
@@ -103,10 +104,11 @@ class PlainCopies:
         self._gpu[copy.target, part] = self._cpu[copy.source, part]
 
 
-def make_swapper(gpu: KVStore, cpu: BlockStore, *, verify: bool, copies: str = "auto") -> Swapper:
-    """verify: checksum every block when it was swapped out and before it comes back. copies: the option `swap_copies`."""
+def make_swapper(gpu: KVStore, cpu: BlockStore, *, verify: bool) -> Swapper:
+    """verify: checksum every block when it was swapped out and before it comes back."""
     if gpu.storage.device.type == "cuda":
-        copiers = load_cold_copiers(gpu, cpu) if isinstance(cpu, ColdStore) else choose_copiers(copies, gpu, cpu)
+        dma = DmaCopier(load_cuda_copies())
+        copiers = load_cold_copiers(gpu, cpu) if isinstance(cpu, ColdStore) else (dma, dma)
         return StreamSwapper(gpu, cpu, cuda_streams(gpu.storage.device), copiers, verify=verify)
     return ThreadSwapper(gpu, cpu, verify=verify)
 

@@ -23,7 +23,7 @@ from engine.attention import triton_paged
 from engine.attention.protocol import AttentionMetadata, AttentionParams, LayerShape
 from engine.core.plan import BlockCopy
 from engine.core.tier_table import GPU
-from engine.executor.tiers import block_copy_kernel, cold_copy_kernel
+from engine.executor.tiers import cold_copy_kernel
 from engine.executor.tiers.cold_format import ColdFormat
 from engine.executor.tiers.kv_store import ColdStore, KVStore
 
@@ -110,12 +110,6 @@ def attend(dtype: torch.dtype, lengths: list[int], dim: int, chunk_size: int, pa
     triton_paged.attend(query, pool, pool, metadata, params)
 
 
-def copy_blocks(num_columns: int, columns: slice) -> None:
-    """Compiles the copy kernel for blocks of bfloat16."""
-    storage = torch.zeros(2, num_columns, dtype=torch.bfloat16)
-    block_copy_kernel.KernelCopier().copy(storage, storage.clone(), [BlockCopy(GPU, 0, GPU, 1)], columns)
-
-
 def convert_blocks(kind: str, dtype: torch.dtype) -> None:
     """Compiles the kernels of the cold tiers."""
     layers = [LayerShape(2, 128, 128)]
@@ -133,19 +127,15 @@ def _given(num_bytes: int, _: torch.device) -> int:
 
 def main() -> None:
     kernels = {name: getattr(triton_paged, name) for name in ("_write_kernel", "_attend_kernel", "_combine_kernel")}
-    copy_kernel = block_copy_kernel._copy_kernel
     converting = {name: getattr(cold_copy_kernel, name) for name in ("_encode_kernel", "_decode_kernel")}
     for capability, shared_memory in CAPABILITIES.items():
         triton_paged._shared_memory = partial(_given, shared_memory)
         for name, kernel in kernels.items():
             setattr(triton_paged, name, Compiler(kernel, capability))
-        block_copy_kernel._copy_kernel = Compiler(copy_kernel, capability)
         for name, kernel in converting.items():
             setattr(cold_copy_kernel, name, Compiler(kernel, capability))
         for kind in ("fp8", "int8", "int4"):
             convert_blocks(kind, torch.bfloat16)
-        copy_blocks(3 * 4096, slice(4096, 2 * 4096))
-        copy_blocks(15, slice(3, 10))
         attend(torch.bfloat16, [1, 1], 128, 32, AttentionParams(0.1))
         attend(torch.bfloat16, [100], 128, 32, AttentionParams(0.1))
         attend(torch.bfloat16, [100, 1], 128, 32, AttentionParams(0.1))

@@ -385,7 +385,7 @@ def test_it_compiles_for_gpus_and_fits_their_shared_memory():
         cwd=Path(engine.attention.__file__).parents[2],
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    assert process.stdout.count("compiled") == 48
+    assert process.stdout.count("compiled") == 44
     assert process.stdout.count("bytes of registers spilled") == 6
 
 
