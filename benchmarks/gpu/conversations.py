@@ -46,8 +46,8 @@ def configurations(setting: Setting) -> dict[str, dict[str, Any]]:
     sizes = tier_sizes(setting)
     return {
         "two tiers": sizes,
-        "GPU only": {**sizes, "num_cpu_blocks": 0},
         "stateless": {**sizes, "mode": "stateless"},
+        "GPU only": {**sizes, "num_cpu_blocks": 0},
     }
 
 

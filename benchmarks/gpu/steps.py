@@ -220,9 +220,9 @@ def _compare_graphs(setting: Setting, executor: LocalExecutor) -> Iterator[list[
         context_lens = [max(1, longest * (i + 1) // batch) for i in range(batch)]
         rows.append({"batch": batch, **asdict(compare_with_eager(executor, context_lens, setting.compared_steps))})
         yield rows
-    # Part of a prompt, a first prompt and a decode in one step.
+    # Part of a prompt, and a first prompt, in one step.
     longest = max(setting.prompt_lens)
-    lengths = [(max(1, longest // 2), setting.decode_context), (max(1, longest // 4), 0), (1, setting.decode_context)]
+    lengths = [(longest // 2, setting.decode_context), (longest // 4, 0)]
     rows.append({"new_and_context": lengths, **asdict(compare_prompts_with_eager(executor, lengths))})
     yield rows
 
