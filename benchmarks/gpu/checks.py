@@ -32,9 +32,9 @@ from engine.core.plan import BlockCopy, QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.core.tier_table import CPU, GPU
 from engine.executor import compiled_layers, model_runner
-from engine.executor.decode_graphs import bucket_sizes
 from engine.executor.local import LocalExecutor
 from engine.executor.memory import COSTLY_SAMPLING, largest_step
+from engine.executor.step_graphs import bucket_sizes
 from engine.executor.warm_up import end_of
 from engine.generation import Generation
 from engine.text.prompt import TokenPrompt

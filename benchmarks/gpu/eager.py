@@ -16,8 +16,8 @@ from setting import CHUNK_SIZE
 
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
-from engine.executor.decode_graphs import StepGraphs
 from engine.executor.local import LocalExecutor
+from engine.executor.step_graphs import StepGraphs
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 # Of the largest logit, what is still rounding: half of the rows may differ by the first, a row by the second. Rows of a wrong

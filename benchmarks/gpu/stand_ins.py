@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from engine.attention.protocol import AttentionBackend, AttentionMetadata
-from engine.executor.decode_graphs import bucket_sizes, prompt_sizes
 from engine.executor.local import LocalExecutor
 from engine.executor.model_runner import ModelRunner
+from engine.executor.step_graphs import bucket_sizes, prompt_sizes
 from engine.executor.step_inputs import StepLimits
 from engine.executor.tiers.streams import Streams
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from engine.attention.device_clock import SecondsOf, seconds_on
 from engine.attention.device_health import check_device
-from engine.executor.decode_graphs import CudaGraphMaker
+from engine.executor.step_graphs import CudaGraphMaker
 
 logger = logging.getLogger(__name__)
 

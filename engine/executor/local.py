@@ -17,7 +17,6 @@ from engine.config import EngineConfig
 from engine.core.executor_protocol import ExecutorFacts, Grammars, PendingStep
 from engine.core.plan import StepPlan, StepResult
 from engine.errors import AdapterError, ConfigError, DeviceFailedError, EngineStoppedError
-from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes
 from engine.executor.host import available_cores, end_openmp_team, keep_freed_memory
 from engine.executor.lora.adapters import Adapters
 from engine.executor.memory import bytes_left_for_blocks, out_of_memory_means, recorded_prompts, step_limits
@@ -25,6 +24,7 @@ from engine.executor.model_loader import LoadedModel, load_model
 from engine.executor.model_runner import ModelRunner
 from engine.executor.plan_channel import Placement
 from engine.executor.process_group import ProcessGroup
+from engine.executor.step_graphs import CudaGraphMaker, bucket_sizes
 from engine.executor.tiers.cold_format import ColdFormat
 from engine.executor.tiers.kv_store import BlockStore, ColdStore, KVStore, block_bytes
 from engine.executor.tiers.swapper import make_swapper

@@ -19,9 +19,9 @@ from engine.config import EngineConfig
 from engine.core.plan import StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError
-from engine.executor.decode_graphs import CudaGraphMaker, bucket_sizes, prompt_sizes
 from engine.executor.model_loader import LoadedModel
 from engine.executor.model_runner import ModelRunner
+from engine.executor.step_graphs import CudaGraphMaker, bucket_sizes, prompt_sizes
 from engine.executor.step_inputs import StepLimits
 from engine.executor.tiers.kv_store import KVStore
 from engine.executor.tiers.swapper import make_swapper

@@ -23,12 +23,12 @@ from engine.core.executor_protocol import ComputationFailedError, Grammars, Samp
 from engine.core.plan import Logprobs, RequestStart, StepPlan, StepResult
 from engine.errors import InvalidParameterError
 from engine.executor.compiled_layers import never_compiling
-from engine.executor.decode_graphs import GraphMaker, StepGraphs
 from engine.executor.lora.adapters import Changes
 from engine.executor.lora.layers import AdaptedRows
 from engine.executor.model_loader import LoadedModel
 from engine.executor.prompt_scores import PromptScores
 from engine.executor.sampler import Draw, SamplingBatch, SamplingState
+from engine.executor.step_graphs import GraphMaker, StepGraphs
 from engine.executor.step_inputs import BlockTables, Staging, StepArrays, StepLimits
 from engine.executor.tiers.kv_store import KVStore
 from engine.executor.tiers.swapper import Swapper

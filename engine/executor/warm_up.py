@@ -12,9 +12,9 @@ from engine.config import EngineConfig
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.core.scheduler import MAX_SCORED_ROWS
-from engine.executor.decode_graphs import StepGraphs
 from engine.executor.model_loader import LoadedModel
 from engine.executor.model_runner import ModelRunner
+from engine.executor.step_graphs import StepGraphs
 from engine.executor.tiers.kv_store import KVStore
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ def kinds_of_steps(config: EngineConfig, longest: int) -> dict[str, list[tuple[i
     if prompt_len > 1:
         kinds["prompts"] = [(prompt_len, longest)]
         if config.max_num_seqs > 1:
-            kinds["a prompt among decodes"] = [(1, longest), (prompt_len, longest)]
+            # Few rows, so that their contexts are split whatever runs at once: what combines the splits is compiled, too.
+            kinds["a prompt among decodes"] = [(1, longest), (2, longest)]
     return kinds
 
 

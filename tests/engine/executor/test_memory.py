@@ -83,17 +83,17 @@ class Replaying:
     """A backend whose decodes may be recorded: the C++ kernel."""
 
     CAN_REPLAY_DECODES = True
+    CAN_REPLAY_PROMPTS = False
     write_kv = staticmethod(cpu.write_kv)
     attend = staticmethod(cpu.attend)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_left_is_the_share_without_the_steps_the_graphs_and_the_others(config, dtype, monkeypatch, cuda_calls):
+def test_what_is_left_is_the_share_without_the_steps_the_graphs_and_the_others(config, monkeypatch, cuda_calls):
     """The largest steps really run, each with another one behind it, and graphs are recorded.
 
     What the device says of its memory is made up.
     """
-    config = replace(config, dtype=dtype, max_num_batched_tokens=600, max_model_len=None)
+    config = replace(config, max_num_batched_tokens=600, max_model_len=None)
     loaded = load_model(config)
     calls = []
     for name in ("launch", "complete", "capture_graphs"):
@@ -114,19 +114,22 @@ def test_what_is_left_is_the_share_without_the_steps_the_graphs_and_the_others(c
     assert calls == [*steps, "capture_graphs", "capture_graphs"]
 
 
-def test_graphs_are_the_largest_and_as_many_more_as_there_are_sizes(monkeypatch):
-    free = iter([100, 70, 70, 65])
+def test_graphs_are_the_largest_of_each_kind_and_as_many_more_as_there_are_sizes(config, monkeypatch):
+    free = iter([1000, 900, 900, 880, 100, 70, 70, 65])
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (next(free), 0))
     monkeypatch.setattr(memory, "CudaGraphMaker", lambda device: None)
     captured = []
 
     class Runner:
-        def capture_graphs(self, maker, sizes):
-            captured.append(sizes)
+        def capture_graphs(self, maker, sizes, prompt_sizes):
+            captured.append((sizes, prompt_sizes))
 
-    assert memory._measure_graphs(Runner(), torch.device("cuda"), (1, 2, 4, 8)) == 30 + 3 * 5
-    assert captured == [[8], [4]]
+    backend = Replaying()
+    backend.CAN_REPLAY_PROMPTS = True
+    config = replace(config, max_num_seqs=8, max_num_batched_tokens=130)  # prompts of up to 32, 64, 128 and 130 rows
+    assert memory._measure_graphs(Runner(), torch.device("cuda"), config, backend) == 100 + 3 * 20 + 30 + 3 * 5
+    assert captured == [((), (130,)), ((), (128,)), ((8,), ()), ((4,), ())]
 
 
 def test_memory_that_runs_out_says_what_to_lower():

@@ -133,7 +133,7 @@ def test_serving_launches_no_kernel_that_is_not_compiled_at_the_start(family, tm
             {
                 "decodes": [(1, 4096)],
                 "prompts": [(128, 4096)],
-                "a prompt among decodes": [(1, 4096), (128, 4096)],
+                "a prompt among decodes": [(1, 4096), (2, 4096)],
             },
         ),
         (

@@ -23,8 +23,8 @@ from engine.attention.choice import choose_backend
 from engine.core.plan import QuerySegment, RequestStart, StepPlan
 from engine.core.request import SamplingParams
 from engine.errors import ConfigError, DeviceFailedError
-from engine.executor.decode_graphs import CudaGraphMaker, StepGraphs, bucket_sizes
 from engine.executor.model_runner import ModelRunner
+from engine.executor.step_graphs import CudaGraphMaker, StepGraphs, bucket_sizes
 from engine.executor.step_inputs import StepLimits
 from tests.nightly import nightly
 
