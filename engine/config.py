@@ -314,7 +314,7 @@ class ExecutionOptions:
         bool,
         Option(
             "Use no CUDA graphs and no compiled layers.",
-            "CUDA graphs of decode steps take some memory, and seconds at the start.",
+            "CUDA graphs (of decode steps, and of others of up to 1024 rows) take some memory, and seconds at the start.",
             is_tuning=True,
         ),
     ] = False

@@ -1,6 +1,6 @@
 """What of a GPU's memory is left for blocks.
 
-It is measured: by running the largest step and recording decode graphs over a toy of a GPU tier. If memory runs
+It is measured: by running the largest step and recording graphs over a toy of a GPU tier. If memory runs
 out at the start, the error says what to lower, so that it does not run out later.
 """
 
