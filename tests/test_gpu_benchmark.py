@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 from engine.errors import DeviceFailedError
+from engine.executor.tiers.swapper import LayerGates, PlainCopies
 from engine.simulator.step_table import StepTable
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +127,7 @@ def test_every_check_of_the_gate_runs(unpacked, tmp_path):
     assert all(check["is_ok"] for check in checks)
     kinds = {check["name"].rsplit(": ", 1)[-1] for check in checks}
     assert kinds == {
-        *("graphs", "swaps", "conversations", "compiled layers", "shutdown"),
+        *("graphs", "prompts by graphs", "swaps", "late swap-ins", "conversations", "compiled layers", "shutdown"),
         *("cold tiers", "speculation", "sampling", "adapters"),
         *("disk tier", "engine started three times", "tier sized from memory"),
     }
@@ -208,6 +210,22 @@ def test_deeper_models_round_more_and_wrong_graphs_still_fail(module, num_layers
     shallow = eager._tolerances(torch.bfloat16, 2)
     assert shallow == eager.TOLERANCES[torch.bfloat16]
     assert (tolerances[0] > 0.0429) == (num_layers > 2)
+
+
+def test_a_step_that_does_not_wait_for_its_context_fails_the_gate(module, subject, monkeypatch):
+    checks = module("checks")
+    assert "4 steps" in checks.check_late_swap_ins(subject)
+    copy = PlainCopies.swap_in
+
+    def copy_late(*args) -> None:
+        time.sleep(0.05)
+        copy(*args)
+
+    monkeypatch.setattr(PlainCopies, "swap_in", copy_late)
+    assert "4 steps" in checks.check_late_swap_ins(subject)
+    monkeypatch.setattr(LayerGates, "wait", lambda *_: None)
+    with pytest.raises(AssertionError, match="other logits"):
+        checks.check_late_swap_ins(subject)
 
 
 @pytest.fixture

@@ -12,15 +12,23 @@ import gc
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from eager import GREEDY, compare_prompts_with_eager, compare_with_eager, without_graphs
+from eager import (
+    GREEDY,
+    compare_prompts_with_eager,
+    compare_steps,
+    compare_with_eager,
+    logits_kept,
+    without_graphs,
+)
 from features import check_adapters, check_cold_tiers, check_disk_tier, check_sampling, check_speculation
 from setting import CHUNK_SIZE, LLAMA_8B, Setting
 from steps import swappers, swapping_by
@@ -35,12 +43,17 @@ from engine.executor import compiled_layers, model_runner
 from engine.executor.local import LocalExecutor
 from engine.executor.memory import COSTLY_SAMPLING, largest_step
 from engine.executor.step_graphs import bucket_sizes
+from engine.executor.tiers.swapper import StreamSwapper
 from engine.executor.warm_up import end_of
 from engine.generation import Generation
 from engine.text.prompt import TokenPrompt
 
 Check = Callable[[], str]
 SHUTDOWN = "shutdown"
+
+
+# Of a GPU, before copies begin that a step waits for.
+LATE_CYCLES = 20_000_000
 
 
 def all_checks(setting: Setting, folder: Path) -> Iterator[tuple[str, Check]]:
@@ -70,6 +83,7 @@ def all_checks(setting: Setting, folder: Path) -> Iterator[tuple[str, Check]]:
             yield f"{subject.name}: graphs", partial(check_graphs, subject)
             yield f"{subject.name}: prompts by graphs", partial(check_prompt_graphs, subject)
             yield f"{subject.name}: swaps", partial(check_swaps, subject)
+            yield f"{subject.name}: late swap-ins", partial(check_late_swap_ins, subject)
             yield f"{subject.name}: conversations", partial(check_conversations, subject)
             if name == "tiny Llama":
                 yield f"{subject.name}: cold tiers", partial(check_cold_tiers, subject)
@@ -95,6 +109,7 @@ def all_checks(setting: Setting, folder: Path) -> Iterator[tuple[str, Check]]:
     yield f"{subject.name}: graphs", partial(check_graphs, subject)
     yield f"{subject.name}: prompts by graphs", partial(check_prompt_graphs, subject)
     yield f"{subject.name}: swaps", partial(check_swaps, subject)
+    yield f"{subject.name}: late swap-ins", partial(check_late_swap_ins, subject)
     yield f"{subject.name}: conversations", partial(check_conversations, subject)
     if not setting.is_smoke:  # where it is the same tiny model
         yield f"{subject.name}: cold tiers", partial(check_cold_tiers, subject)
@@ -216,6 +231,38 @@ def check_swaps(subject: Subject) -> str:
                 num_steps += 1
     num_bytes = n * executor.bytes_per_block
     return f"{num_steps} steps with four kinds of copies of {num_bytes >> 10} KiB, by copy engines"
+
+
+def check_late_swap_ins(subject: Subject) -> str:
+    """Compare steps whose context is swapped in, late, with the same steps over what is there: by graphs, and without.
+
+    The former read random KV where they do not wait for each layer's copies.
+    """
+    executor, swapper = subject.executor, subject.executor.runner.swapper
+    num_blocks = min(subject.sizes.num_swapped, executor.loaded.max_model_len // CHUNK_SIZE - 2)
+    differences, rng = [], random.Random(0)
+    for num_new, is_recorded in product((1, CHUNK_SIZE), (True, False)):
+        with torch.inference_mode():
+            executor.gpu_store.storage.normal_()
+            executor.cpu_store.storage.normal_()
+        targets = rng.sample(range(executor.num_gpu_blocks), num_blocks + 1)
+        sources = rng.sample(range(executor.num_cpu_blocks), num_blocks)
+        start = RequestStart("s", 1, 1, GREEDY, (), tuple(targets))
+        segment = QuerySegment(
+            "s", num_blocks * CHUNK_SIZE, tuple(rng.randrange(8, 2000) for _ in range(num_new)), True
+        )
+        plan = StepPlan(0, (segment,), (start,), swap_ins=_copies(CPU, sources, GPU, targets[:-1]))
+        if isinstance(swapper, StreamSwapper) and subject.setting.device.type == "cuda":
+            swapper._streams.swap_in.run(partial(torch.cuda._sleep, LATE_CYCLES))
+        try:
+            with nullcontext() if is_recorded else without_graphs(executor), logits_kept(executor) as late:
+                executor.execute(plan)
+            with without_graphs(executor), logits_kept(executor) as there:
+                executor.execute(StepPlan(0, (segment,)))
+        finally:
+            executor.execute(StepPlan(0, (), ended=("s",)))
+        differences.append(compare_steps(executor, late, there))
+    return f"{len(differences)} steps over {num_blocks} blocks; largest difference {max(d.largest for d in differences):.1e}"
 
 
 def _copies(

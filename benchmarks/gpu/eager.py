@@ -145,6 +145,15 @@ def compare_prompts_with_eager(executor: LocalExecutor, lengths: Sequence[tuple[
     return _compare(torch.cat(by_graph).float(), torch.cat(eager).float(), [tokens], median_tolerance, tolerance)
 
 
+def compare_steps(
+    executor: LocalExecutor, actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+) -> Difference:
+    """Compare logits of steps with those of the same steps; raises AssertionError if they differ by more than rounding."""
+    logits, others = torch.cat(list(actual)).float(), torch.cat(list(expected)).float()
+    tolerances = _tolerances(executor.loaded.dtype, len(executor.gpu_store.layer_slices))
+    return _compare(logits, others, [logits.argmax(dim=1).tolist()], *tolerances)
+
+
 def _compare(
     actual: torch.Tensor,
     expected: torch.Tensor,

@@ -119,6 +119,10 @@ class LocalExecutor:
             self.runner.capture_graphs(
                 CudaGraphMaker(device), bucket_sizes(config.max_num_seqs), recorded_prompts(config, backend)
             )
+            if group is not None:  # all ranks replay, or none: they exchange tensors of the recorded sizes
+                nums_of_sizes = len(self.runner.graphs.sizes), len(self.runner.prompt_graphs.sizes)
+                if any(group.minimum(number) != -group.minimum(-number) for number in nums_of_sizes):
+                    self.runner.drop_graphs()
         if device.type == "cuda":
             with out_of_memory_means(
                 "the first steps do not fit the device beside the model and its blocks; lower gpu_memory_utilization (or "

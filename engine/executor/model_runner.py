@@ -310,7 +310,7 @@ class ModelRunner:
             assert self._limits is not None
             segments = arrays.segments
             arrays = arrays.padded(prompt_size, self._limits.max_num_seqs + 1)
-            kept_rows = np.pad(kept_rows, (0, self._limits.max_num_seqs - num_kept))
+            kept_rows = np.pad(kept_rows, (0, self._limits.max_kept_rows - num_kept))
         kept = {"kept": kept_rows, "sampled_rows": arrays.sampled_rows}
         if len(arrays.targets):
             kept["targets"] = arrays.targets
@@ -345,7 +345,7 @@ class ModelRunner:
     ) -> tuple[int | None, int | None]:
         """Return the recorded size of decodes, or else that of any steps, that a step fits into.
 
-        What is recorded adds no adapters, and keeps the logits of as many rows as requests may run. It waits for KV on its
+        What is recorded adds no adapters, and keeps the logits of a limited number of rows. It waits for KV on its
         way if it was recorded with this swapper.
         """
         can_wait = self.swapper is self._recorded_swapper and self.swapper.gate is not None
@@ -354,7 +354,7 @@ class ModelRunner:
         size = self.graphs.size_for(arrays.num_tokens) if arrays.is_decode_batch else None
         if size is not None or self._limits is None:
             return size, None
-        if max(num_kept, len(arrays.segments)) > self._limits.max_num_seqs:
+        if num_kept > self._limits.max_kept_rows or len(arrays.segments) > self._limits.max_num_seqs:
             return None, None
         return None, self.prompt_graphs.size_for(arrays.num_tokens)
 
@@ -504,11 +504,11 @@ class ModelRunner:
     def _prompt_step(self, num_rows: int) -> Callable[[], torch.Tensor]:
         """A function that computes any step of up to `num_rows` rows: logits of the rows that are kept.
 
-        As `_decode_step`; the logits are [most requests, vocabulary].
+        As `_decode_step`; the logits are [most rows, vocabulary].
         """
         assert self._limits is not None
         arrays = StepArrays.padding(num_rows, self._limits.max_num_seqs + 1)
-        kept = np.zeros(self._limits.max_num_seqs, np.int64)
+        kept = np.zeros(self._limits.max_kept_rows, np.int64)
         tensors = self._staging.send({**arrays.batch(), "kept": kept})
         metadata = self._refilled[num_rows] = AttentionMetadata(
             slot_mapping=tensors["slot_mapping"],

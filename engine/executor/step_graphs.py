@@ -81,6 +81,7 @@ class CudaGraphMaker:
                     output = run()
             except RuntimeError:
                 check_device(self._device)
+                self._pool = torch.cuda.graph_pool_handle()  # the recording that failed may have left the old one open
                 raise
             finally:
                 torch.cuda.set_stream(current)  # a recording that fails leaves its own
@@ -96,8 +97,9 @@ def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
     return (*sizes, *range(16, max_num_seqs, 16), max_num_seqs)
 
 
-# The numbers of rows of steps with prompts that are recorded. With more the device is busy for longer than launching takes.
-PROMPT_SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+# The numbers of rows of steps with prompts that are recorded: close enough for padding to cost less than launching. With more
+# rows the device is busy for longer than that.
+PROMPT_SIZES = (32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 
 
 def prompt_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:

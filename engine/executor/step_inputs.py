@@ -12,6 +12,8 @@ from engine.core.plan import QuerySegment
 
 # Kernels are compiled for pointers that are multiples of this, and anew for others.
 ALIGNMENT = 16
+# A few rows of logits cost as much as one.
+MIN_KEPT_ROWS = 32
 # A token that is on the device already: the one that its request sampled last.
 SAMPLED_BEFORE = -1
 
@@ -28,6 +30,11 @@ class StepLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     num_blocks: int
+
+    @property
+    def max_kept_rows(self) -> int:
+        """Whose logits a recorded step with prompts keeps: one of each request, and some of guesses."""
+        return max(self.max_num_seqs, MIN_KEPT_ROWS)
 
 
 @dataclass(frozen=True, slots=True)

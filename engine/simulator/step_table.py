@@ -53,7 +53,7 @@ class StepTable:
         if work.num_prompt_tokens:
             # Tokens are computed alike. What decodes add is a row of logits and a text each, and what goes with any step.
             compute_s += _interpolate(self.num_tokens_s, num_decodes + work.num_prompt_tokens)
-            # (Alone, decodes may take less: a GPU replays them, and launches what is beside a prompt kernel by kernel.)
+            # (Alone, decodes may take less: a GPU replays them, and launches what is beside a long prompt kernel by kernel.)
             beside = max(1, num_decodes)
             compute_s += max(0.0, _interpolate(self.decodes_s, beside) - _interpolate(self.num_tokens_s, beside))
         elif num_decodes:

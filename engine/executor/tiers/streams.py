@@ -64,7 +64,7 @@ class CudaStream:
 
     def __init__(self, device: torch.device, *, is_current: bool = False) -> None:
         self._device = device
-        # Of high priority: a copy kernel is small, and others wait for what it brings.
+        # Of high priority: the kernels that convert cold blocks are small, and others wait for what they bring.
         self._stream = None if is_current else torch.cuda.Stream(device, priority=-1)
 
     def run(self, launch: Callable[[], None]) -> None:

@@ -236,7 +236,8 @@ class StreamSwapper:
     """GPU memory and pinned host memory: copies in streams of their own, ordered by events against the stream that computes.
 
     Swap-ins come in groups of layers (`layer_groups`). Their copies are put in while the layers before them are: launching
-    them all at once would keep the model from starting. Swap-outs ahead of time share the bus with them, so they are spread
+    them all at once would keep the model from starting. (A replay is launched whole, so that all are put in before it; see
+    `put_in`.) Swap-outs ahead of time share the bus with them, so they are spread
     over the groups: a share of them runs beside each group, and none in front of it. Everything is complete after `finish`,
     so that the copies of a step have to be ordered among themselves and against the model only.
     """
@@ -260,6 +261,7 @@ class StreamSwapper:
         self.checksums = Checksums(cpu) if verify else None
         # Recorded anew by each step that swaps in.
         self._gates = [streams.gate() for _ in self._groups]
+        self._ready: Event | None = None
         self._failed: tuple[int, ...] = ()
         self._transfer = _Transfer((), (), [], [])
         self._swapped_out: list[BlockCopy] = []
@@ -271,9 +273,6 @@ class StreamSwapper:
         compute, swap_in, swap_out = self._streams.compute, self._streams.swap_in, self._streams.swap_out
         self._failed = ()
         self._swapped_out = [*plan.evictions, *plan.swap_outs]
-        if plan.swap_ins:
-            # A replay that is still under way must find the gates of its own step.
-            compute.record().synchronize()
         if plan.evictions:
             swap_out.wait(compute.record())  # earlier steps wrote what leaves
             self._run_timed(swap_out, 1, partial(self._swap_out, plan.evictions))
@@ -284,7 +283,7 @@ class StreamSwapper:
             return None
         # Behind it: what earlier steps wrote is there, what swap-ins overwrite is no longer read, and what was just
         # evicted may come back for another request.
-        ready = compute.record()
+        ready = self._ready = compute.record()
         swap_in.wait(ready)
         swap_out.wait(ready)
         if plan.swap_ins and self.checksums is not None:
@@ -309,10 +308,18 @@ class StreamSwapper:
 
     def put_in(self) -> None:
         """See Swapper."""
-        self._start_groups(len(self._transfer.groups))
+        transfer = self._transfer
+        if transfer.swap_ins and transfer.groups is self._groups:
+            assert self._ready is not None
+            # A replay that is still under way has to find the gates of its own step.
+            self._ready.synchronize()
+            for index, gate in enumerate(self._gates):
+                self._start_groups(index + 1)
+                self._streams.swap_in.record(gate)
+        self._start_groups(len(transfer.groups))
 
     def finish(self) -> tuple[int, ...]:
-        self.put_in()
+        self._start_groups(len(self._transfer.groups))
         if self._transfer.swap_ins:
             self._streams.swap_in.record().synchronize()
         if self._swapped_out:
@@ -353,8 +360,7 @@ class StreamSwapper:
                 streams.swap_out.wait(transfer.arrived[index - 1])
             if share:
                 self._run_timed(streams.swap_out, 1, partial(self._swap_out, share))
-            gate = self._gates[index] if transfer.groups is self._groups else None
-            transfer.arrived.append(streams.swap_in.record(gate))
+            transfer.arrived.append(streams.swap_in.record())
 
     def _swap_out(self, copies: Sequence[BlockCopy]) -> None:
         self._copy_out(self._cpu.storage, self._gpu.storage, copies, slice(0, self._gpu.storage.shape[1]))
