@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -465,13 +466,7 @@ class ModelRunner:
         adapted: Sequence[AdaptedRows],
     ) -> torch.Tensor:
         """Logits [rows of the batch that sample, and those that are scored, vocabulary]. Writes the KV of all rows."""
-        metadata = AttentionMetadata(
-            slot_mapping=tensors["slot_mapping"],
-            segments=tensors["segments"],
-            block_tables=self._tables.tensor,
-            chunk_size=self._kv_store.chunk_size,
-            host_segments=arrays.segments,
-        )
+        metadata = self._metadata(tensors, host_segments=arrays.segments)
         token_ids = self._token_ids(tensors) if arrays.continues else tensors["token_ids"]
         options = {"logits_to_keep": tensors["kept"]}
         if not adapted or self._loaded.adapters is None:
@@ -483,19 +478,22 @@ class ModelRunner:
         finally:
             running.parts = ()
 
+    def _metadata(self, tensors: Mapping[str, torch.Tensor], **options: Any) -> AttentionMetadata:
+        return AttentionMetadata(
+            slot_mapping=tensors["slot_mapping"],
+            segments=tensors["segments"],
+            block_tables=self._tables.tensor,
+            chunk_size=self._kv_store.chunk_size,
+            **options,
+        )
+
     def _decode_step(self, size: int) -> Callable[[], torch.Tensor]:
         """A function that computes a decode batch of `size` rows: logits [size, vocabulary].
 
         It reads the inputs from where they lie at each call.
         """
         tensors = self._staging.send(StepArrays.padding(size, size).batch())
-        metadata = AttentionMetadata(
-            slot_mapping=tensors["slot_mapping"],
-            segments=tensors["segments"],
-            block_tables=self._tables.tensor,
-            chunk_size=self._kv_store.chunk_size,
-            is_decode_batch=True,
-        )
+        metadata = self._metadata(tensors, is_decode_batch=True)
         return partial(self._run_decodes, tensors, metadata)
 
     def _run_decodes(self, tensors: Mapping[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
@@ -510,13 +508,7 @@ class ModelRunner:
         arrays = StepArrays.padding(num_rows, self._limits.max_num_seqs + 1)
         kept = np.zeros(self._limits.max_kept_rows, np.int64)
         tensors = self._staging.send({**arrays.batch(), "kept": kept})
-        metadata = self._refilled[num_rows] = AttentionMetadata(
-            slot_mapping=tensors["slot_mapping"],
-            segments=tensors["segments"],
-            block_tables=self._tables.tensor,
-            chunk_size=self._kv_store.chunk_size,
-            is_refilled=True,
-        )
+        metadata = self._refilled[num_rows] = self._metadata(tensors, is_refilled=True)
         return partial(self._run_prompts, tensors, metadata)
 
     def _run_prompts(self, tensors: Mapping[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
