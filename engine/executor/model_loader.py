@@ -44,6 +44,7 @@ from engine.executor.packed_linear import PackedWeight, choose_packing, leave_fi
 from engine.executor.process_group import ProcessGroup
 from engine.executor.quantization import kinds_of_layers, quantize
 from engine.executor.quantized_linear import choose_quantized
+from engine.executor.rms_norm import replace_norms
 from engine.executor.sharding import is_own, local_part, localize, make_plan, num_local_bytes
 from engine.host_memory import check_weights
 from engine.model_files import is_hub_id, model_location
@@ -171,6 +172,9 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
             del model, probe
             _free_memory(device)
             return load_model(replace(config, pack_weights=False), group)
+    if packing is not None and device.type == "cpu" and not wants_compiled:
+        num_norms = replace_norms(model, dtype)
+        logger.info("%s: %d normalisations by one call each", config.model, num_norms)
     adapters = None
     if config.serves_adapters:
         layers = install_layers(model, hf_config, plan, group, lambda: probe_logits(model, text_config, ShapeProbe()))
