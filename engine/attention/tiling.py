@@ -1,14 +1,17 @@
 """Cuts a step's query segments into tiles of rows, and long contexts into splits.
 
-For a kernel that runs one program for each split of a tile. Plain arithmetic on the host; knows no kernel and no layer.
+For a kernel that runs one program for each split of a tile. Arithmetic on the host; knows no kernel and no layer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+
+from engine.attention.protocol import to_device
 
 # Keys that the length of a split is a multiple of: whatever a split saves, its partial result has to be worth it.
 SPLIT_STEP = 128
@@ -77,6 +80,52 @@ def tile_decode_batch(num_segments: int, programs_per_split: int, num_programs: 
     num_splits = min(MAX_SPLITS, max(1, num_programs // max(1, num_segments * programs_per_split)))
     segment = np.arange(num_segments)
     return _list_work(segment, np.zeros_like(segment), np.full_like(segment, num_splits), tile_tokens=1)
+
+
+class RefilledTiling:
+    """A tiling with room for any batch that some tensors have room for; see AttentionMetadata.is_refilled.
+
+    work, combinations, num_partials, tile_tokens: as Tiling has them, in places on the device that stay the same. What a
+    batch does not need is padding: tiles of the last segment, which has no rows.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        num_segments: int,
+        tile_tokens: int,
+        programs_per_split: int,
+        num_programs: int,
+        min_split: int,
+        device: torch.device,
+    ) -> None:
+        """num_rows, num_segments: of the tensors. The rest: as for `tile_segments`."""
+        self._cut = partial(
+            tile_segments,
+            tile_tokens=tile_tokens,
+            programs_per_split=programs_per_split,
+            num_programs=num_programs,
+            min_split=min_split,
+        )
+        # Splits are no more than run at once, or than tiles and these: see `tile_segments`. Only tiles with more keys than
+        # the fair share are split, and of these there are no more than run at once.
+        num_split = num_programs // programs_per_split
+        num_work = num_rows // tile_tokens + num_segments + num_split
+        padding = torch.tensor([num_segments - 1, 0, 0, 1], dtype=torch.int32)
+        self._nothing = padding.repeat(num_work + num_split, 1)
+        self._both = self._nothing.clone().to(device)
+        self.work, self.combinations = self._both[:num_work], self._both[num_work:]
+        self.num_partials = num_work if num_split else 0
+        self.tile_tokens = tile_tokens
+
+    def refill(self, segments: np.ndarray) -> None:
+        """Tile another batch, in the current stream. segments: as AttentionMetadata has them, without padding."""
+        tiling = self._cut(segments)
+        both, num_work = self._nothing.clone(), len(self.work)
+        assert len(tiling.work) <= num_work
+        both[: len(tiling.work)] = tiling.work
+        both[num_work : num_work + len(tiling.combinations)] = tiling.combinations
+        self._both.copy_(to_device(both, self._both.device))
 
 
 def _list_work(segment: np.ndarray, first_token: np.ndarray, num_splits: np.ndarray, tile_tokens: int) -> Tiling:

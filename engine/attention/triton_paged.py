@@ -12,16 +12,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from engine.attention.device_health import check_device
 from engine.attention.protocol import AttentionBackend, AttentionCall, AttentionMetadata, AttentionParams, to_device
-from engine.attention.tiling import MAX_SPLITS, SPLIT_STEP, Tiling, tile_decode_batch, tile_segments
+from engine.attention.tiling import (
+    MAX_SPLITS,
+    SPLIT_STEP,
+    RefilledTiling,
+    Tiling,
+    tile_decode_batch,
+    tile_segments,
+)
 from engine.errors import KernelBuildError
 
 IS_INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -209,50 +215,26 @@ def attend(
     return out
 
 
-class _RefilledTiling:
-    """A tiling with room for any batch that some tensors have room for. See AttentionMetadata.is_refilled, and Tiling."""
-
-    def __init__(self, metadata: AttentionMetadata, tile_tokens: int, num_head_tiles: int) -> None:
-        num_rows, num_segments = len(metadata.slot_mapping), len(metadata.segments)
-        programs, min_split = _MANY_ROWS
-        num_programs = programs * count_processors(metadata.segments.device)
-        self._cut = partial(
-            tile_segments,
-            tile_tokens=tile_tokens,
-            programs_per_split=num_head_tiles,
-            num_programs=num_programs,
-            min_split=min_split,
-        )
-        # More tiles there cannot be; splits are no more than run at once, or than tiles and these: see tile_segments. Only
-        # tiles with more keys than the fair share are split, and of these there are no more than run at once.
-        num_split = num_programs // num_head_tiles
-        num_work = num_rows // tile_tokens + num_segments + num_split
-        padding = torch.tensor([num_segments - 1, 0, 0, 1], dtype=torch.int32)
-        self._nothing = padding.repeat(num_work + num_split, 1)
-        self._both = self._nothing.clone().to(metadata.segments.device)
-        self.work, self.combinations = self._both[:num_work], self._both[num_work:]
-        self.num_partials = num_work if num_split else 0
-        self.tile_tokens = tile_tokens
-
-    def refill(self, segments: np.ndarray) -> None:
-        tiling = self._cut(segments)
-        both, num_work = self._nothing.clone(), len(self.work)
-        assert len(tiling.work) <= num_work
-        both[: len(tiling.work)] = tiling.work
-        both[num_work : num_work + len(tiling.combinations)] = tiling.combinations
-        self._both.copy_(to_device(both, self._both.device))
-
-
-def _tiling(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: int) -> Tiling | _RefilledTiling:
+def _tiling(metadata: AttentionMetadata, max_tile_tokens: int, num_head_tiles: int) -> Tiling | RefilledTiling:
     """Return the tiling, made at the first layer of a step; layers with the same heads share it.
 
     It is on the device, or being copied there in the current stream: waiting for it would be waiting for everything
     before it in that stream, such as KV that is swapped in.
     """
     key = (max_tile_tokens, num_head_tiles)
-    tiling: Tiling | _RefilledTiling | None = metadata.derived.get(key)
+    tiling: Tiling | RefilledTiling | None = metadata.derived.get(key)
     if tiling is None and metadata.is_refilled:
-        tiling = metadata.derived[key] = _RefilledTiling(metadata, max_tile_tokens, num_head_tiles)
+        device = metadata.segments.device
+        programs, min_split = _MANY_ROWS
+        tiling = metadata.derived[key] = RefilledTiling(
+            len(metadata.slot_mapping),
+            len(metadata.segments),
+            max_tile_tokens,
+            num_head_tiles,
+            programs * count_processors(device),
+            min_split,
+            device,
+        )
     if tiling is None:
         tiling = _cut(metadata, max_tile_tokens, num_head_tiles)
         num_work = len(tiling.work)
@@ -326,7 +308,7 @@ def _shared_memory(device: torch.device) -> int:
     return 0
 
 
-def _splits_combined(tiling: Tiling | _RefilledTiling, metadata: AttentionMetadata) -> int:
+def _splits_combined(tiling: Tiling | RefilledTiling, metadata: AttentionMetadata) -> int:
     """A power of two. The exact one only for decode batches, of which there are few: each is compiled."""
     if metadata.is_decode_batch:
         return _power_of_two(tiling.num_partials // len(tiling.combinations))

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from engine.errors import KernelBuildError
-from engine.executor.block_kernel import instruction_set
-from engine.kernel_build import build_library
+from engine.kernel_build import ISA_FLAGS, build_library
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +139,9 @@ def _share_of_others(actual: torch.Tensor, expected: torch.Tensor) -> float | No
 @functools.cache
 def load_kernel() -> Any:
     """The function of the library, built unless that was done. Raises KernelBuildError."""
-    capability, isa_flags = instruction_set()
+    capability: str = torch.backends.cpu.get_cpu_capability()
     # The compiler must not join two operations in one place and not in another.
-    flags = ("-fopenmp", "-ffp-contract=off", *isa_flags)
+    flags = ("-fopenmp", "-ffp-contract=off", *ISA_FLAGS.get(capability, ()))
     try:
         library = ctypes.CDLL(str(build_library(SOURCE, "normalisations", capability, flags)))
     except OSError as error:  # a cache folder that cannot be written, a library that does not fit this machine

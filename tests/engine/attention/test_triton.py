@@ -25,7 +25,7 @@ import engine.attention
 from engine.attention import reference, triton_paged
 from engine.attention.choice import choose_backend
 from engine.attention.protocol import AttentionMetadata, AttentionParams
-from engine.attention.tiling import Tiling
+from engine.attention.tiling import SPLIT_STEP, RefilledTiling, Tiling
 from engine.errors import ConfigError
 from tests.engine.attention.test_cpu import NUM_GUARD_BLOCKS, expected_output, make_batch
 
@@ -263,8 +263,7 @@ def test_a_batch_of_any_lengths_is_right_in_the_room_of_a_recorded_one():
 )
 @settings(deadline=None)
 def test_the_room_is_enough_for_any_batch(lengths, tile_tokens, num_head_tiles):
-    _, _, metadata = refilled_batch(6 * 40, 7, "cpu", torch.float32)
-    tiling = triton_paged._RefilledTiling(metadata, tile_tokens, num_head_tiles)
+    tiling = RefilledTiling(6 * 40, 7, tile_tokens, num_head_tiles, 264, 8 * SPLIT_STEP, torch.device("cpu"))
     segments = [(0, query_len, query_len + before, i) for i, (query_len, before) in enumerate(lengths)]
     tiling.refill(np.array(segments, np.int32))
     num_tiles = sum(-(-query_len // tile_tokens) for query_len, _ in lengths)
