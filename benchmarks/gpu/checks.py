@@ -255,8 +255,12 @@ def check_late_swap_ins(subject: Subject) -> str:
         if isinstance(swapper, StreamSwapper) and subject.setting.device.type == "cuda":
             swapper._streams.swap_in.run(partial(torch.cuda._sleep, LATE_CYCLES))
         try:
+            num_forwards = executor.runner.num_forwards  # replays are not counted
             with nullcontext() if is_recorded else without_graphs(executor), logits_kept(executor) as late:
                 executor.execute(plan)
+            if isinstance(swapper, StreamSwapper):
+                was_replayed = executor.runner.num_forwards == num_forwards
+                assert was_replayed == is_recorded, "a step that swaps in was not replayed, or one without graphs was"
             with without_graphs(executor), logits_kept(executor) as there:
                 executor.execute(StepPlan(0, (segment,)))
         finally:

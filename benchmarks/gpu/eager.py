@@ -1,4 +1,4 @@
-"""Recorded decode steps against the same steps launched one operation after the other.
+"""Recorded steps against the same steps launched one operation after the other.
 
 A graph that reads the wrong memory is as fast as a right one.
 """

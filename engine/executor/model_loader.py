@@ -44,7 +44,7 @@ from engine.executor.packed_linear import PackedWeight, choose_packing, leave_fi
 from engine.executor.process_group import ProcessGroup
 from engine.executor.quantization import kinds_of_layers, quantize
 from engine.executor.quantized_linear import choose_quantized
-from engine.executor.rms_norm import replace_norms
+from engine.executor.rms_norm import put_back, replace_norms
 from engine.executor.sharding import is_own, local_part, localize, make_plan, num_local_bytes
 from engine.host_memory import check_weights
 from engine.model_files import is_hub_id, model_location
@@ -172,9 +172,8 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
             del model, probe
             _free_memory(device)
             return load_model(replace(config, pack_weights=False), group)
-    if packing is not None and device.type == "cpu" and not wants_compiled:
-        num_norms = replace_norms(model, dtype)
-        logger.info("%s: %d normalisations by one call each", config.model, num_norms)
+    if packing is not None and device.type == "cpu":
+        _replace_norms(config.model, model, text_config, dtype, tolerance)
     adapters = None
     if config.serves_adapters:
         layers = install_layers(model, hf_config, plan, group, lambda: probe_logits(model, text_config, ShapeProbe()))
@@ -350,6 +349,23 @@ def _pack(name: str, model: Any, text_config: Any, tolerance: float, packing: ty
     if model.device.type == "cpu":
         leave_files(model)
     return True
+
+
+def _replace_norms(name: str, model: Any, text_config: Any, dtype: torch.dtype, tolerance: float) -> None:
+    """Normalisations by one call each, unless the model then computes something else."""
+    expected = probe_logits(model, text_config, ShapeProbe())
+    replaced = replace_norms(model, dtype)
+    try:
+        error = logits_difference(probe_logits(model, text_config, ShapeProbe()), expected)
+    except Exception as failure:  # whatever the model's code wants of a module that is gone
+        put_back(replaced)
+        logger.warning("%s: its normalisations stay as they are, its code needs them: %r", name, failure)
+        return
+    if not error <= tolerance:
+        put_back(replaced)
+        logger.warning("%s: its normalisations stay as they are, its logits differ then by %.1e", name, error)
+        return
+    logger.info("%s: %d normalisations by one call each", name, len(replaced))
 
 
 def _wants_compiled_layers(config: EngineConfig, device: torch.device) -> bool:

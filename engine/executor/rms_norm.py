@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,10 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
 MAX_SHARE_OF_OTHERS = {torch.float32: 1.0, torch.bfloat16: 0.02}
 
 
+# (parent, name, module) of modules that were replaced.
+Replaced = list[tuple[nn.Module, str, nn.Module]]
+
+
 class RmsNorm(nn.Module):
     """One normalisation. weight: of the module that it stands for."""
 
@@ -47,11 +52,12 @@ class RmsNorm(nn.Module):
         self._rms_norm = rms_norm
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., length] -> the same."""
+        """[..., length] -> the same. Raises ValueError for rows of another length or dtype than the weight's."""
         x = hidden_states.contiguous()
-        assert x.dtype == self.weight.dtype, "rows and weight are read in one dtype"
-        out = torch.empty_like(x)
         length = len(self.weight)
+        if x.shape[-1] != length or x.dtype != self.weight.dtype:
+            raise ValueError(f"rows of {x.shape[-1]} {x.dtype} for a weight of {length} {self.weight.dtype}")
+        out = torch.empty_like(x)
         self._rms_norm(
             x.dtype == torch.float32,
             self._scale,
@@ -69,38 +75,56 @@ class RmsNorm(nn.Module):
         return RmsNorm(nn.Parameter(self.weight.detach().clone(), False), self.eps, self._scale, self._rms_norm)
 
 
-def replace_norms(model: nn.Module, dtype: torch.dtype) -> int:
-    """Replace the normalisations that the kernel computes as they do; return how many.
+def replace_norms(model: nn.Module, dtype: torch.dtype) -> Replaced:
+    """Replace the normalisations that the kernel computes as they do; return what stood where.
 
     Without a compiler they stay, with a line in the log.
     """
     found = [] if dtype not in DTYPES else list(_candidates(model, dtype))
     if not found:
-        return 0
+        return []
     try:
         rms_norm = load_kernel()
     except KernelBuildError as error:
         logger.warning("normalisations are computed by torch's operations, which is slow for decodes; %s", error)
-        return 0
-    num_replaced = 0
+        return []
+    replaced: Replaced = []
     for parent, name, module, epsilon in found:
         replacement = _replacement(module, epsilon, rms_norm)
         if replacement is not None:
             setattr(parent, name, replacement)
-            num_replaced += 1
-    return num_replaced
+            replaced.append((parent, name, module))
+    return replaced
+
+
+def put_back(replaced: Replaced) -> None:
+    """Undo `replace_norms`."""
+    for parent, name, module in replaced:
+        setattr(parent, name, module)
 
 
 def _candidates(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Module, str, nn.Module, float]]:
-    """(parent, name, module, epsilon) of modules with a vector of weights, an epsilon, and nothing else."""
+    """(parent, name, module, epsilon) of modules with a vector of weights, an epsilon, rows to compute, and nothing else."""
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             tensors = [*module.named_parameters(), *module.named_buffers()]
             if [key for key, _ in tensors] != ["weight"] or next(module.children(), None) is not None:
                 continue
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or len(inspect.signature(module.forward).parameters) != 1
+            ):
+                continue
             weight = tensors[0][1]
             epsilon = next((getattr(module, key) for key in EPSILONS if hasattr(module, key)), None)
-            if weight.dim() == 1 and weight.dtype == dtype and isinstance(epsilon, float) and weight.is_contiguous():
+            if (
+                weight.dim() == 1
+                and len(weight) > 1
+                and weight.dtype == dtype
+                and isinstance(epsilon, float)
+                and weight.is_contiguous()
+            ):
                 yield parent, name, module, epsilon
 
 

@@ -103,9 +103,8 @@ PROMPT_SIZES = (32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 
 
 def prompt_sizes(max_num_batched_tokens: int) -> tuple[int, ...]:
-    """Those of PROMPT_SIZES that a step may have, and the largest step if that is smaller than them."""
-    sizes = [size for size in PROMPT_SIZES if size < max_num_batched_tokens]
-    return (*sizes, min(max_num_batched_tokens, PROMPT_SIZES[-1])) if len(sizes) < len(PROMPT_SIZES) else tuple(sizes)
+    """Those of PROMPT_SIZES that a step may have, and the largest step if that is smaller than some of them."""
+    return tuple(sorted({min(size, max_num_batched_tokens) for size in PROMPT_SIZES}))
 
 
 class StepGraphs:

@@ -102,7 +102,6 @@ class StepTable:
         """Raises ConfigError if the file is no such table."""
         try:
             data = json.loads(path.read_text())
-            data.pop("first_pair_s", None)  # older tables had it for a kernel that is gone
             data |= {name: _ascending(data[name]) for name in ("num_tokens_s", "decodes_s")}
             table = cls(**data)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

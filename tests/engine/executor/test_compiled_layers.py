@@ -77,7 +77,7 @@ def test_torchs_own_code_computes_the_same(tiny_model):
 def test_joined_layers_are_compiled_too(tiny_model, traced, monkeypatch):
     """As on a GPU."""
     monkeypatch.setattr(model_loader, "choose_packing", lambda dtype, device: PlainWeight)
-    monkeypatch.setattr(model_loader, "replace_norms", lambda model, dtype: 0)  # a CPU's
+    monkeypatch.setattr(model_loader, "replace_norms", lambda model, dtype: [])  # a CPU's
     joined = load(tiny_model("llama"))
     assert any(isinstance(module, JoinedLinear) for module in joined.model.modules())
     expected = {num_rows: logits(joined, num_rows) for num_rows in (1, 2, 30)}

@@ -31,7 +31,7 @@ def make(kind: type[nn.Module], length: int, dtype: torch.dtype) -> nn.Sequentia
 def test_it_computes_what_the_module_does(kind, scale, length, dtype):
     model = make(kind, length, dtype)
     original = model[0]
-    assert replace_norms(model, dtype) == 1
+    assert len(replace_norms(model, dtype)) == 1
     assert isinstance(model[0], RmsNorm)
     if dtype == torch.bfloat16 and length > 5:  # in float32 two of the ways are one
         assert model[0]._scale == scale
@@ -68,10 +68,15 @@ class Gated(LlamaRMSNorm):
         return super().forward(hidden_states) * gate
 
 
-@pytest.mark.parametrize("kind", [Shifted, Gated])
+class MayBeGated(LlamaRMSNorm):
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(hidden_states) * (1 if gate is None else gate)
+
+
+@pytest.mark.parametrize("kind", [Shifted, Gated, MayBeGated])
 def test_what_computes_something_else_stays(kind):
     model = make(kind, 64, torch.float32)
-    assert replace_norms(model, torch.float32) == 0
+    assert not replace_norms(model, torch.float32)
     assert isinstance(model[0], kind)
 
 
@@ -79,8 +84,12 @@ def test_other_modules_stay():
     model = nn.Sequential(
         nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.Linear(8, 8), make(LlamaRMSNorm, 8, torch.float32)
     )
-    assert replace_norms(model, torch.float32) == 1
-    assert replace_norms(make(LlamaRMSNorm, 8, torch.float16), torch.float16) == 0
+    assert len(replace_norms(model, torch.float32)) == 1
+    assert not replace_norms(make(LlamaRMSNorm, 8, torch.float16), torch.float16)
+    assert not replace_norms(make(LlamaRMSNorm, 1, torch.float32), torch.float32), "rows of any length look alike"
+    hooked = make(LlamaRMSNorm, 8, torch.float32)
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert not replace_norms(hooked, torch.float32)
 
 
 def test_without_a_compiler_they_stay_and_the_log_says_so(monkeypatch, caplog):
@@ -89,9 +98,31 @@ def test_without_a_compiler_they_stay_and_the_log_says_so(monkeypatch, caplog):
 
     monkeypatch.setattr(rms_norm, "load_kernel", fail)
     model = make(LlamaRMSNorm, 8, torch.float32)
-    assert replace_norms(model, torch.float32) == 0
+    assert not replace_norms(model, torch.float32)
     assert isinstance(model[0], LlamaRMSNorm)
     assert "normalisations are computed by torch's operations" in caplog.text
+
+
+def test_other_rows_than_the_weight_is_for_are_refused():
+    model = make(LlamaRMSNorm, 8, torch.bfloat16)
+    replace_norms(model, torch.bfloat16)
+    for rows in (torch.ones(2, 16, dtype=torch.bfloat16), torch.ones(2, 8)):
+        with pytest.raises(ValueError, match="for a weight of 8"):
+            model(rows)
+
+
+def test_a_model_that_needs_its_own_normalisations_keeps_them(tiny_model, make_driver, monkeypatch, caplog):
+    expected = make_driver(tiny_model("llama"), num_gpu_blocks=20, chunk_size=4).generate("a", [5, 6, 7])
+    assert "its normalisations stay" not in caplog.text
+
+    def fail(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        raise AttributeError("variance_epsilon")
+
+    monkeypatch.setattr(RmsNorm, "forward", fail)
+    monkeypatch.setattr(rms_norm, "_replacement", lambda module, *rest: RmsNorm(module.weight, 1e-6, 0, None))
+    driver = make_driver(tiny_model("llama"), num_gpu_blocks=20, chunk_size=4)
+    assert "its normalisations stay as they are, its code needs them" in caplog.text
+    assert driver.generate("a", [5, 6, 7]) == expected
 
 
 def test_a_copy_has_a_weight_of_its_own():
