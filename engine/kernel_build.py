@@ -1,10 +1,11 @@
-"""Builds a C++ source of the engine as a shared library, once per machine, and keeps it in the cache folder.
+"""Builds a C++ source of the engine as a shared library, once per machine, and keeps it in the cache folder; loads it.
 
 Knows neither what a kernel does nor how it is called.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -30,6 +31,19 @@ ISA_FLAGS = {
     "AVX512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
 }
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared")
+
+
+def load_library(source: Path, kind: str, capability: str, flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """The library for this source, processor and compiler, for ctypes; built unless it is there.
+
+    kind, capability, flags: see `build_library`.
+
+    Raises KernelBuildError.
+    """
+    try:
+        return ctypes.CDLL(str(build_library(source, kind, capability, flags)))
+    except OSError as error:  # a cache folder that cannot be written, a library that does not fit this machine
+        raise KernelBuildError(f"the {kind} kernel cannot be stored or loaded: {error}") from error
 
 
 def build_library(

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from engine.errors import KernelBuildError
-from engine.kernel_build import ISA_FLAGS, build_library
+from engine import kernel_build
+from engine.kernel_build import ISA_FLAGS
 
 SOURCE = Path(__file__).with_name("block_linear.cpp")
 # As block_linear.cpp numbers them, and lays out weights.
@@ -147,10 +147,7 @@ def load_built_for(capability: str, isa_flags: tuple[str, ...]) -> Any:
     """
     # Every row is computed by the same operations, so the compiler must not join two of them in one place and not in another.
     flags = ("-fopenmp", "-ffp-contract=off", *isa_flags)
-    try:
-        library = ctypes.CDLL(str(build_library(SOURCE, "quantised weights", capability, flags)))
-    except OSError as error:  # a cache folder that cannot be written, a library that does not fit this machine
-        raise KernelBuildError(f"the kernel for quantised weights cannot be stored or loaded: {error}") from error
+    library = kernel_build.load_library(SOURCE, "quantised weights", capability, flags)
     sizes = (ctypes.c_int64, ctypes.c_int64)
     addresses = (ctypes.c_void_p, ctypes.c_void_p)
     library.block_pack.argtypes = (ctypes.c_int, ctypes.c_void_p, *sizes, ctypes.c_int, *addresses, ctypes.c_int)

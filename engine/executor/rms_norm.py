@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from engine.errors import KernelBuildError
-from engine.kernel_build import ISA_FLAGS, build_library
+from engine.kernel_build import ISA_FLAGS, load_library
 
 logger = logging.getLogger(__name__)
 
@@ -166,11 +166,7 @@ def load_kernel() -> Any:
     capability: str = torch.backends.cpu.get_cpu_capability()
     # The compiler must not join two operations in one place and not in another.
     flags = ("-fopenmp", "-ffp-contract=off", *ISA_FLAGS.get(capability, ()))
-    try:
-        library = ctypes.CDLL(str(build_library(SOURCE, "normalisations", capability, flags)))
-    except OSError as error:  # a cache folder that cannot be written, a library that does not fit this machine
-        raise KernelBuildError(f"the kernel for normalisations cannot be stored or loaded: {error}") from error
-    function = library.rms_norm
+    function = load_library(SOURCE, "normalisations", capability, flags).rms_norm
     addresses = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     function.argtypes = (
         *(ctypes.c_int, ctypes.c_int, *addresses),

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from engine import kernel_build
 from engine.core.plan import BlockCopy
 from engine.errors import KernelBuildError
 from engine.executor.tiers.cold_format import LEVELS
 from engine.executor.tiers.kv_store import ColdStore, KVStore
-from engine.kernel_build import ISA_FLAGS, build_library
+from engine.kernel_build import ISA_FLAGS
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +90,7 @@ def load_library() -> Any:
     capability: str = torch.backends.cpu.get_cpu_capability()
     # The reference rounds after each operation, so the kernel must not join two of them.
     flags = ("-ffp-contract=off", *ISA_FLAGS.get(capability, ()))
-    try:
-        return ctypes.CDLL(str(build_library(SOURCE, "cold tier", capability, flags)))
-    except OSError as error:  # a cache folder that cannot be written, a library that does not fit this machine
-        raise KernelBuildError(f"the kernel cannot be stored or loaded: {error}") from error
+    return kernel_build.load_library(SOURCE, "cold tier", capability, flags)
 
 
 def make_cold_copies(gpu: KVStore, cpu: ColdStore) -> ColdCopies | ReferenceColdCopies:
