@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from engine.errors import KernelBuildError
+from engine.executor.panel_kernel import PanelWeight
+
 logger = logging.getLogger(__name__)
 
 # Rows that oneDNN's layout is chosen for. One layout serves all steps; this one was best or near it from 1 to 512.
@@ -62,7 +65,10 @@ class PackedWeight(Protocol):
 
 
 class OneDnnWeight:
-    """Computes in the dtype of the weight: float32, or bfloat16 if the processor has instructions for it."""
+    """Computes in the dtype of the weight: float32, or bfloat16 if the processor has instructions for it.
+
+    Few rows are multiplied by a kernel of ours that reads the same layout, if it can.
+    """
 
     PACKS_SINGLE_LAYERS = True
     CHECKED_LIMITS = (2, 1)
@@ -72,8 +78,15 @@ class OneDnnWeight:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, NUM_ROWS_HINT)
         self.num_bytes = weight.nbytes
         self._bias = bias
+        self.few_rows: PanelWeight | None = None
+        try:
+            self.few_rows = PanelWeight(self._packed, weight, bias)
+        except (KernelBuildError, AttributeError) as error:  # torch's operations that tell of a layout are private
+            logger.debug("few rows are multiplied by oneDNN: %s", error)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self.few_rows is not None and x.numel() <= self.few_rows.max_rows * self.few_rows.in_features:
+            return self.few_rows.multiply(x)
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return out
 

@@ -1,0 +1,186 @@
+// Multiplies a few rows by a weight that oneDNN laid out; see panel_kernel.py.
+//
+//     float32   [panels of 64 outputs][inputs, padded to 16][64 outputs]
+//     bfloat16  [panels of 64 outputs][pairs of inputs, padded to 32 inputs][64 outputs][2 inputs]
+//
+// A panel is one stream of memory, which a decode reads once and as fast as memory gives it. Each output of a row is summed over
+// the inputs in their order, whatever other rows there are: what comes out for a row does not depend on them, to the last bit.
+//
+// Plain C for ctypes, and OpenMP. For AVX-512 (bfloat16 with its instructions for that) and AVX2.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace {
+
+constexpr int64_t kPanel = 64;
+constexpr int kCacheLine = 64;
+// Bytes of a panel that all rows are multiplied with before the next ones: they stay in a core's cache.
+constexpr int64_t kBlockBytes = 256 << 10;
+// Bytes ahead that are asked of memory: the processor does not look beyond a page by itself.
+constexpr int kAhead = 4096;
+
+#if defined(__AVX512F__)
+using Vector = __m512;
+constexpr int kLanes = 16, kRows = 6;
+inline Vector zeros() { return _mm512_setzero_ps(); }
+inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
+inline void store(float* to, Vector value) { _mm512_storeu_ps(to, value); }
+inline Vector add_product(Vector sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
+inline Vector repeat(float value) { return _mm512_set1_ps(value); }
+#else
+using Vector = __m256;
+constexpr int kLanes = 8, kRows = 2;
+inline Vector zeros() { return _mm256_setzero_ps(); }
+inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+inline void store(float* to, Vector value) { _mm256_storeu_ps(to, value); }
+inline Vector add_product(Vector sum, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sum); }
+inline Vector repeat(float value) { return _mm256_set1_ps(value); }
+#endif
+// Sums of a row that are in registers at once, so many outputs of the panel.
+constexpr int kVectors = 4;
+constexpr int64_t kPart = kVectors * kLanes;
+static_assert(kPanel % kPart == 0);
+
+struct BFloat16 {
+  uint16_t bits;
+};
+inline void narrow(float value, float& to) { to = value; }
+// To the nearest, ties to even.
+inline void narrow(float value, BFloat16& to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// Inputs that are multiplied by one instruction, and how far a panel is padded.
+template <typename T>
+struct Layout;
+template <>
+struct Layout<float> {
+  static constexpr int64_t kGroup = 1, kPadding = 16;
+};
+template <>
+struct Layout<BFloat16> {
+  static constexpr int64_t kGroup = 2, kPadding = 32;
+};
+
+template <int kEnd, typename F>
+inline __attribute__((always_inline)) void for_each(const F& f) {
+  [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, kIndices>{}), ...);
+  }(std::make_integer_sequence<int, kEnd>{});
+}
+
+inline void add_group(Vector* sums, const Vector* weights, const float* x) {
+  const Vector input = repeat(*x);
+  for_each<kVectors>([&](auto i) __attribute__((always_inline)) { sums[i] = add_product(sums[i], weights[i], input); });
+}
+
+#if defined(__AVX512BF16__)
+inline void add_group(Vector* sums, const Vector* weights, const BFloat16* x) {
+  int32_t pair;
+  std::memcpy(&pair, x, sizeof(pair));
+  const __m512bh inputs = (__m512bh)_mm512_set1_epi32(pair);
+  for_each<kVectors>([&](auto i) __attribute__((always_inline)) {
+    sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)weights[i], inputs);
+  });
+}
+#endif
+
+// Adds to the sums of some rows with a part of a panel. weight: its groups are kPanel * kGroup apart. x: rows `stride` apart.
+// sums: rows kPanel apart.
+template <typename T, int kNumRows>
+void multiply_tile(const T* weight, const T* x, int64_t stride, int64_t num_groups, float* sums) {
+  constexpr int64_t kGroup = Layout<T>::kGroup;
+  Vector total[kNumRows * kVectors];
+  for_each<kNumRows * kVectors>([&](auto i) { total[i] = load(sums + i / kVectors * kPanel + i % kVectors * kLanes); });
+  for (int64_t group = 0; group < num_groups; ++group, weight += kPanel * kGroup, x += kGroup) {
+    Vector weights[kVectors];
+    for_each<kVectors>([&](auto i) {
+      weights[i] = load(reinterpret_cast<const float*>(weight + i * kLanes * kGroup));
+      const char* line = reinterpret_cast<const char*>(weight + i * kLanes * kGroup) + kAhead;
+      if constexpr (i * kLanes * sizeof(float) % kCacheLine == 0) _mm_prefetch(line, _MM_HINT_T0);
+    });
+    for_each<kNumRows>([&](auto row) { add_group(total + row * kVectors, weights, x + row * stride); });
+  }
+  for_each<kNumRows * kVectors>([&](auto i) { store(sums + i / kVectors * kPanel + i % kVectors * kLanes, total[i]); });
+}
+
+template <typename T, int kNumRows = kRows>
+void multiply_rows(const T* weight, const T* x, int64_t stride, int64_t num_groups, float* sums, int64_t num_rows) {
+  if constexpr (kNumRows > 1) {
+    if (num_rows < kNumRows) return multiply_rows<T, kNumRows - 1>(weight, x, stride, num_groups, sums, num_rows);
+  }
+  for (int64_t part = 0; part < kPanel; part += kPart) {
+    multiply_tile<T, kNumRows>(weight + part * Layout<T>::kGroup, x, stride, num_groups, sums + part);
+  }
+}
+
+struct Weight {
+  const void* panels;
+  const float* bias;  // or null
+  int64_t in_features, out_features;
+};
+
+template <typename T>
+void multiply(const Weight& w, const T* x, T* out, int64_t num_rows, int num_threads) {
+  constexpr int64_t kGroup = Layout<T>::kGroup, kPadding = Layout<T>::kPadding;
+  const int64_t num_panels = (w.out_features + kPanel - 1) / kPanel;
+  const int64_t padded = (w.in_features + kPadding - 1) / kPadding * kPadding;
+  const int64_t num_groups = (w.in_features + kGroup - 1) / kGroup;
+  const int64_t block = std::min<int64_t>(num_groups, kBlockBytes / (kPanel * kGroup * sizeof(T)));
+  const int64_t num_tiles = (num_rows + kRows - 1) / kRows, tile_rows = (num_rows + num_tiles - 1) / num_tiles;
+  std::vector<T> padded_x;  // rows whose last group is not whole
+  int64_t stride = w.in_features;
+  if (w.in_features % kGroup != 0) {
+    stride = num_groups * kGroup;
+    padded_x.resize(num_rows * stride);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      std::copy_n(x + row * w.in_features, w.in_features, padded_x.data() + row * stride);
+    }
+    x = padded_x.data();
+  }
+  const int64_t job = std::max<int64_t>(1, num_panels / (8 * num_threads));
+  std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(num_threads)
+  {
+    std::vector<float> sums(num_rows * kPanel);
+    for (int64_t first = next.fetch_add(job); first < num_panels; first = next.fetch_add(job)) {
+      for (int64_t panel = first; panel < std::min(first + job, num_panels); ++panel) {
+        const T* const weight = static_cast<const T*>(w.panels) + panel * kPanel * padded;
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        for (int64_t group = 0; group < num_groups; group += block) {
+          const int64_t count = std::min(block, num_groups - group);
+          for (int64_t row = 0; row < num_rows; row += tile_rows) {
+            multiply_rows(weight + group * kPanel * kGroup, x + row * stride + group * kGroup, stride, count,
+                          sums.data() + row * kPanel, std::min(tile_rows, num_rows - row));
+          }
+        }
+        const int64_t num_outputs = std::min(kPanel, w.out_features - panel * kPanel);
+        float bias[kPanel] = {};
+        if (w.bias != nullptr) std::copy_n(w.bias + panel * kPanel, num_outputs, bias);
+        for (int64_t row = 0; row < num_rows; ++row) {
+          T* const to = out + row * w.out_features + panel * kPanel;
+          for (int64_t i = 0; i < num_outputs; ++i) narrow(sums[row * kPanel + i] + bias[i], to[i]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// dtype: 0 = float, 1 = bfloat16. x: [num_rows, in_features]. out: [num_rows, out_features].
+extern "C" void panel_multiply(int dtype, const Weight* weight, const void* x, void* out, int64_t num_rows, int num_threads) {
+  if (dtype == 0) multiply(*weight, static_cast<const float*>(x), static_cast<float*>(out), num_rows, num_threads);
+#if defined(__AVX512BF16__)
+  if (dtype == 1) multiply(*weight, static_cast<const BFloat16*>(x), static_cast<BFloat16*>(out), num_rows, num_threads);
+#endif
+}
