@@ -74,8 +74,8 @@ def paged_attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     # Compiled code has to call an operator: it must not look inside.
-    attend = _operator if torch.compiler.is_compiling() else _attend
-    return attend(query[0], key[0], value[0], scaling, sliding_window, softcap, s_aux)[None], None
+    function = _operator if torch.compiler.is_compiling() else _attend
+    return function(query[0], key[0], value[0], scaling, sliding_window, softcap, s_aux)[None], None
 
 
 def _attend(
@@ -87,7 +87,12 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _handler.get().attend(query, key, value, AttentionParams(scaling, sliding_window, softcap, sinks))
+    return attend(query, key, value, AttentionParams(scaling, sliding_window, softcap, sinks))
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams) -> torch.Tensor:
+    """One call of attention in the current forward; see AttentionHandler."""
+    return _handler.get().attend(query, key, value, params)
 
 
 @torch.library.custom_op("pensieve_layers::attend", mutates_args=())

@@ -77,7 +77,7 @@ class BlockWeight:
             raise ValueError(f"an input of {x.shape[-1]} features for a weight of {self.in_features}")
         x = x.contiguous()
         out = x.new_empty((*x.shape[:-1], self.out_features))
-        kernel, pointer = self._call
+        kernel, pointer = self.call
         kernel(
             DTYPES[x.dtype],
             pointer,
@@ -101,7 +101,7 @@ class BlockWeight:
         return dense
 
     @functools.cached_property
-    def _call(self) -> tuple[Any, Any]:
+    def call(self) -> tuple[Any, Any]:
         """The kernel, and what it is told of this weight; both only as long as its tensors are where they are."""
         weight = _Weight(
             self._integers.data_ptr(),
@@ -115,7 +115,7 @@ class BlockWeight:
         return load_library().block_multiply, ctypes.pointer(weight)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_call"}
+        return {name: value for name, value in self.__dict__.items() if name != "call"}
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from engine.executor.checkpoint.kinds import CheckpointKind, take_kind
 from engine.executor.checkpoint.loading import check_nothing_left, read_quantized
 from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds
 from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fingerprint_weights
+from engine.executor.fused_layers import fuse_layers, separate
 from engine.executor.lora.adapters import Adapters
 from engine.executor.lora.layers import install_layers
 from engine.executor.model_check import (
@@ -178,6 +179,8 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     if config.serves_adapters:
         layers = install_layers(model, hf_config, plan, group, lambda: probe_logits(model, text_config, ShapeProbe()))
         adapters = Adapters(layers, device, dtype, config.max_lora_rank)
+    if packing is not None and device.type == "cpu" and group is None:
+        _fuse_layers(config.model, model, text_config, tolerance, adapters)
     is_compiled = wants_compiled and _compile(config, model, text_config, tolerance, device)
     return LoadedModel(
         model=model,
@@ -366,6 +369,23 @@ def _replace_norms(name: str, model: Any, text_config: Any, dtype: torch.dtype, 
         logger.warning("%s: its normalisations stay as they are, its logits differ then by %.1e", name, error)
         return
     logger.info("%s: %d normalisations by one call each", name, len(replaced))
+
+
+def _fuse_layers(name: str, model: Any, text_config: Any, tolerance: float, adapters: Adapters | None) -> None:
+    """Layers by two calls each in steps of few rows, unless the model then computes something else."""
+    expected = probe_logits(model, text_config, ShapeProbe())
+    layers = find_layers(model, text_config.num_hidden_layers)
+    num_fused = fuse_layers(
+        layers,
+        lambda: probe_logits(model, text_config, ShapeProbe()),
+        lambda: adapters is not None and bool(adapters.layers.step.parts),
+    )
+    error = logits_difference(probe_logits(model, text_config, ShapeProbe()), expected)
+    if not error <= tolerance:
+        separate(layers)
+        logger.warning("%s: its decoder layers stay as they are, its logits differ then by %.1e", name, error)
+        return
+    logger.info("%s: %d of %d decoder layers by two calls each", name, num_fused, len(layers))
 
 
 def _wants_compiled_layers(config: EngineConfig, device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,17 @@ NUMS_OF_TRIED_ROWS = (1, 5, 70)
 NUM_BETWEEN_LIMITS = 16
 # Of the output of a layer on random rows, what error is still rounding, in relation to its length.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+
+
+class NativeProduct(NamedTuple):
+    """A product as C++ code calls it: function(dtype, weight, x, out, num_rows, num_threads).
+
+    dtype: 0 = float32, 1 = bfloat16. weight: what the function takes for it. max_rows: more, it is not made for.
+    """
+
+    function: Any
+    weight: Any
+    max_rows: int
 
 
 class PackedWeight(Protocol):
@@ -61,6 +72,11 @@ class PackedWeight(Protocol):
 
     def unpack(self) -> torch.Tensor:
         """The weight, a copy in float32 or its own dtype."""
+        ...
+
+    @property
+    def native(self) -> NativeProduct | None:
+        """For C++ code, as long as this object lives; None if it cannot call it."""
         ...
 
 
@@ -94,6 +110,10 @@ class OneDnnWeight:
         dense: torch.Tensor = self._packed.to_dense()
         return dense
 
+    @property
+    def native(self) -> NativeProduct | None:
+        return None if self.few_rows is None else NativeProduct(*self.few_rows.call, self.few_rows.max_rows)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OneDnnWeight:
         return OneDnnWeight(self.unpack(), copy.deepcopy(self._bias, memo))  # torch cannot copy what oneDNN laid out
 
@@ -108,6 +128,7 @@ class FbgemmWeight:
     PACKS_SINGLE_LAYERS = True
     CHECKED_LIMITS = (2, 1)
     LOSS = 0.0
+    native = None
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         if weight.abs().max() > torch.finfo(torch.float16).max:
@@ -134,6 +155,7 @@ class PlainWeight(nn.Module):
     CHECKED_LIMITS = (2, 1)
     LOSS = 0.0
     num_bytes = 0
+    native = None
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -218,6 +240,11 @@ class PackedLinear(nn.Module):
     def num_bytes(self) -> int:
         """Bytes of the weight, if it is no parameter of the model."""
         return self._packed.num_bytes
+
+    @property
+    def native(self) -> NativeProduct | None:
+        """See PackedWeight."""
+        return self._packed.native
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._packed.multiply(input)

@@ -131,6 +131,7 @@ struct Weight {
 
 template <typename T>
 void multiply(const Weight& w, const T* x, T* out, int64_t num_rows, int num_threads) {
+  if (num_rows == 0) return;
   constexpr int64_t kGroup = Layout<T>::kGroup, kPadding = Layout<T>::kPadding;
   const int64_t num_panels = (w.out_features + kPanel - 1) / kPanel;
   const int64_t padded = (w.in_features + kPadding - 1) / kPadding * kPadding;

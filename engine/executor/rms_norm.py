@@ -42,14 +42,19 @@ Replaced = list[tuple[nn.Module, str, nn.Module]]
 
 
 class RmsNorm(nn.Module):
-    """One normalisation. weight: of the module that it stands for."""
+    """One normalisation.
 
-    def __init__(self, weight: nn.Parameter, epsilon: float, scale: int, rms_norm: Any) -> None:
+    weight: of the module that it stands for.
+    scale: one of SCALES.
+    kernel: the function of the library.
+    """
+
+    def __init__(self, weight: nn.Parameter, epsilon: float, scale: int, kernel: Any) -> None:
         super().__init__()
         self.weight = weight
         self.eps = epsilon
-        self._scale = scale
-        self._rms_norm = rms_norm
+        self.scale = scale
+        self.kernel = kernel
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., length] -> the same. Raises ValueError for rows of another length or dtype than the weight's."""
@@ -58,9 +63,9 @@ class RmsNorm(nn.Module):
         if x.shape[-1] != length or x.dtype != self.weight.dtype:
             raise ValueError(f"rows of {x.shape[-1]} {x.dtype} for a weight of {length} {self.weight.dtype}")
         out = torch.empty_like(x)
-        self._rms_norm(
+        self.kernel(
             x.dtype == torch.float32,
-            self._scale,
+            self.scale,
             x.data_ptr(),
             self.weight.data_ptr(),
             out.data_ptr(),
@@ -72,7 +77,7 @@ class RmsNorm(nn.Module):
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RmsNorm:
-        return RmsNorm(nn.Parameter(self.weight.detach().clone(), False), self.eps, self._scale, self._rms_norm)
+        return RmsNorm(nn.Parameter(self.weight.detach().clone(), False), self.eps, self.scale, self.kernel)
 
 
 def replace_norms(model: nn.Module, dtype: torch.dtype) -> Replaced:

@@ -48,7 +48,7 @@ def test_products_are_exact(outputs, inputs, bias, dtype):
     # Sums that are exact in float32; those of the longest rows are rounded once, to bfloat16.
     weight, added = integers(2, outputs, inputs), integers(9, outputs) if bias else None
     packed = PanelWeight(pack(weight.to(dtype)), weight.to(dtype), None if added is None else added.to(dtype))
-    for num_rows in (1, 2, 3, 5, 6, 7, 13, 64):
+    for num_rows in (0, 1, 2, 3, 5, 6, 7, 13, 64):
         x = integers(3, num_rows, inputs)
         expected = x @ weight.T + (0 if added is None else added)
         assert torch.equal(packed.multiply(x.to(dtype)), expected.to(dtype)), num_rows

@@ -1,0 +1,205 @@
+// A decoder layer but for its attention: what is in front of it by one call, what is behind it by another. See fused_layers.py.
+//
+// Everything is rounded to the dtype exactly where torch's operations round it, and each row is computed by itself. Products and
+// normalisations are functions of other libraries, given by address.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+namespace {
+
+// Elements that are worth a second thread.
+constexpr int64_t kElementsOfAThread = 1 << 15;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+inline float widen(float value) { return value; }
+inline float widen(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+inline void narrow(float value, float& to) { to = value; }
+// To the nearest, ties to even, as torch does it.
+inline void narrow(float value, BFloat16& to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+template <typename T>
+inline float rounded(float value) {
+  T narrowed;
+  narrow(value, narrowed);
+  return widen(narrowed);
+}
+
+// As `Product`, `Norm` and `Layer` of fused_layers.py.
+struct Product {
+  void (*multiply)(int dtype, const void* weight, const void* x, void* out, int64_t num_rows, int num_threads);
+  const void* weight;
+};
+struct Norm {
+  const void* weight;  // null = there is none
+  int64_t length;
+  float epsilon;
+  int32_t scale;
+};
+struct Layer {
+  int32_t dtype, activation;  // 0 = float, 1 = bfloat16; 0 = SiLU, 1 = GELU by tanh
+  int64_t hidden, query, key, value, head, rotary, intermediate;  // lengths
+  void (*rms_norm)(int is_wide, int scale, const void* x, const void* weight, void* out, int64_t num_rows, int64_t length,
+                   float epsilon, int num_threads);
+  Norm before_attention, of_queries, of_keys, behind_attention, before_mlp, behind_mlp;
+  Product qkv, output, gate_up, down;
+};
+
+template <typename T>
+std::unique_ptr<T[]> make_rows(int64_t num_rows, int64_t length) {
+  return std::make_unique_for_overwrite<T[]>(num_rows * length);
+}
+
+template <typename F>
+void for_rows(int64_t num_rows, int64_t length, int num_threads, const F& f) {
+  if (num_rows * length < 2 * kElementsOfAThread) num_threads = 1;
+#pragma omp parallel for num_threads(num_threads) if (num_threads > 1)
+  for (int64_t row = 0; row < num_rows; ++row) f(row);
+}
+
+template <typename T>
+void normalize(const Layer& layer, const Norm& norm, const T* x, T* out, int64_t num_rows, int num_threads) {
+  layer.rms_norm(layer.dtype == 0, norm.scale, x, norm.weight, out, num_rows, norm.length, norm.epsilon, num_threads);
+}
+
+template <typename T>
+void multiply(const Layer& layer, const Product& product, const T* x, T* out, int64_t num_rows, int num_threads) {
+  product.multiply(layer.dtype, product.weight, x, out, num_rows, num_threads);
+}
+
+// The first `length` elements of a head, turned by the angles of its position.
+template <typename T>
+void turn(T* head, const T* cos, const T* sin, int64_t length) {
+  const int64_t half = length / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = widen(head[i]), second = widen(head[i + half]);
+    narrow(rounded<T>(first * widen(cos[i])) + rounded<T>(-second * widen(sin[i])), head[i]);
+    narrow(rounded<T>(second * widen(cos[i + half])) + rounded<T>(first * widen(sin[i + half])), head[i + half]);
+  }
+}
+
+// Within two units in the last place; what is too large for a float is the largest one or so.
+inline float exponential(float x) {
+  constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  x = std::min(std::max(x, -87.0f), 88.0f);
+  const float shifted = x * 1.44269504f + kRounding, number = shifted - kRounding;
+  const float rest = x - number * 0.693359375f - number * -2.12194440e-4f;
+  float sum = 1.9875691500e-4f;
+  for (const float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    sum = sum * rest + factor;
+  }
+  sum = sum * rest * rest + rest + 1.0f;
+  uint32_t bits, power;
+  std::memcpy(&bits, &sum, sizeof(bits));
+  std::memcpy(&power, &shifted, sizeof(power));
+  bits += power << 23;
+  std::memcpy(&sum, &bits, sizeof(sum));
+  return sum;
+}
+
+// GELU by tanh is x * sigmoid(2 * ...), because (1 + tanh(y)) / 2 = sigmoid(2 * y).
+template <int kActivation>
+inline float activated(float x) {
+  const float z = kActivation == 0 ? x : 1.5957691216f * (x + 0.044715f * x * x * x);
+  return x / (1.0f + exponential(-z));
+}
+
+template <typename T, int kActivation>
+void gate(const T* gates, const T* values, T* out, int64_t length) {
+  for (int64_t i = 0; i < length; ++i) {
+    narrow(rounded<T>(activated<kActivation>(widen(gates[i]))) * widen(values[i]), out[i]);
+  }
+}
+
+// What a part of the layer gives is added to what came in. added: overwritten. out: may be `hidden`.
+template <typename T>
+void add_part(const Layer& layer, const Norm& norm, const T* hidden, T* added, T* out, int64_t num_rows, int num_threads) {
+  if (norm.weight != nullptr) normalize(layer, norm, added, added, num_rows, num_threads);
+  for_rows(num_rows, layer.hidden, num_threads, [&](int64_t row) {
+    const int64_t begin = row * layer.hidden;
+    for (int64_t i = begin; i < begin + layer.hidden; ++i) narrow(widen(hidden[i]) + widen(added[i]), out[i]);
+  });
+}
+
+// x normalised, in `memory`, or x itself.
+template <typename T>
+const T* normalized(const Layer& layer, const Norm& norm, const T* x, std::unique_ptr<T[]>& memory, int64_t num_rows,
+                    int num_threads) {
+  if (norm.weight == nullptr) return x;
+  memory = make_rows<T>(num_rows, layer.hidden);
+  normalize(layer, norm, x, memory.get(), num_rows, num_threads);
+  return memory.get();
+}
+
+template <typename T>
+void before_attention(const Layer& layer, const T* hidden, const T* cos, const T* sin, T* qkv, int64_t num_rows, int num_threads) {
+  std::unique_ptr<T[]> memory;
+  multiply(layer, layer.qkv, normalized(layer, layer.before_attention, hidden, memory, num_rows, num_threads), qkv, num_rows,
+           num_threads);
+  const int64_t stride = layer.query + layer.key + layer.value;
+  for_rows(num_rows, stride, num_threads, [&](int64_t row) {
+    T* const queries = qkv + row * stride;
+    T* const keys = queries + layer.query;
+    if (layer.of_queries.weight != nullptr) {
+      normalize(layer, layer.of_queries, queries, queries, layer.query / layer.of_queries.length, 1);
+    }
+    if (layer.of_keys.weight != nullptr) normalize(layer, layer.of_keys, keys, keys, layer.key / layer.of_keys.length, 1);
+    if (layer.rotary == 0) return;
+    for (T* head = queries; head < keys + layer.key; head += layer.head) {
+      turn(head, cos + row * layer.rotary, sin + row * layer.rotary, layer.rotary);
+    }
+  });
+}
+
+template <typename T>
+void behind_attention(const Layer& layer, const T* hidden, const T* attended, T* out, int64_t num_rows, int num_threads) {
+  const auto added = make_rows<T>(num_rows, layer.hidden);
+  multiply(layer, layer.output, attended, added.get(), num_rows, num_threads);
+  add_part(layer, layer.behind_attention, hidden, added.get(), out, num_rows, num_threads);
+  std::unique_ptr<T[]> memory;
+  const auto gates = make_rows<T>(num_rows, 2 * layer.intermediate), gated = make_rows<T>(num_rows, layer.intermediate);
+  multiply(layer, layer.gate_up, normalized(layer, layer.before_mlp, out, memory, num_rows, num_threads), gates.get(), num_rows,
+           num_threads);
+  for_rows(num_rows, layer.intermediate, num_threads, [&](int64_t row) {
+    const auto function = layer.activation == 0 ? gate<T, 0> : gate<T, 1>;
+    const T* const from = gates.get() + row * 2 * layer.intermediate;
+    function(from, from + layer.intermediate, gated.get() + row * layer.intermediate, layer.intermediate);
+  });
+  multiply(layer, layer.down, gated.get(), added.get(), num_rows, num_threads);
+  add_part(layer, layer.behind_mlp, out, added.get(), out, num_rows, num_threads);
+}
+
+}  // namespace
+
+// hidden: [num_rows, hidden]. cos, sin: [num_rows, rotary]. qkv: [num_rows, query + key + value].
+extern "C" void layer_before_attention(const Layer* layer, const void* hidden, const void* cos, const void* sin, void* qkv,
+                                       int64_t num_rows, int num_threads) {
+  const auto call = [&]<typename T>(T*) {
+    before_attention(*layer, static_cast<const T*>(hidden), static_cast<const T*>(cos), static_cast<const T*>(sin),
+                     static_cast<T*>(qkv), num_rows, num_threads);
+  };
+  layer->dtype == 0 ? call(static_cast<float*>(nullptr)) : call(static_cast<BFloat16*>(nullptr));
+}
+
+// hidden: [num_rows, hidden], what came into the layer. attended: [num_rows, attended]. out: [num_rows, hidden].
+extern "C" void layer_behind_attention(const Layer* layer, const void* hidden, const void* attended, void* out, int64_t num_rows,
+                                       int num_threads) {
+  const auto call = [&]<typename T>(T*) {
+    behind_attention(*layer, static_cast<const T*>(hidden), static_cast<const T*>(attended), static_cast<T*>(out), num_rows,
+                     num_threads);
+  };
+  layer->dtype == 0 ? call(static_cast<float*>(nullptr)) : call(static_cast<BFloat16*>(nullptr));
+}

@@ -1,0 +1,494 @@
+"""Decoder layers but for their attention, in steps of few rows, by two calls each of the C++ code of fused_layer.cpp.
+
+Written as transformers' models have it, a layer is some forty operations of torch. In a decode of a small model, calling
+them takes longer than computing them. Knows no model family: what a layer is made of is seen as it computes (its
+normalisations and products by their modules, everything else by torch's operations), and it is replaced only if two calls
+give the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.attention.protocol import AttentionCall, AttentionParams
+from engine.attention.transformers_door import ShapeProbe, attend, attention_handled_by
+from engine.errors import KernelBuildError
+from engine.executor.packed_linear import NativeProduct, PackedLinear
+from engine.executor.rms_norm import RmsNorm
+from engine.kernel_build import ISA_FLAGS, load_library
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("fused_layer.cpp")
+# As fused_layer.cpp numbers them.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATIONS = {"silu": 0, "gelu": 1}
+# Rows of a step beyond which calling operations costs little beside computing them.
+MAX_ROWS = 64
+# A layer by the modules that it calls: normalisations N, products P and attention A.
+FORM = re.compile(r"(?P<first>N?)P(?P<heads>(NN)?)AP(?P<middle>N{0,2})PP(?P<last>N?)")
+# torch's operations that compute nothing (no model is in training), or what PackedLinear is seen to do anyway.
+NOT_COUNTED = (
+    *("clone", "contiguous", "dropout", "flatten"),
+    *(
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "transpose",
+        "permute",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "t",
+    ),
+    *("split", "split_with_sizes", "chunk", "alias", "detach", "as_strided", "_linear_pointwise"),
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+)
+# What a layer is tried with: its own input, and random ones, by whose size what it adds is smaller or larger than they are.
+TRIED_SIZES = (0.02, 1.0)
+NUMS_OF_TRIED_ROWS = (1, 5)
+# Difference of outputs, in relation to their length, that is rounding.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+
+
+class Product(ctypes.Structure):
+    _fields_ = (("multiply", ctypes.c_void_p), ("weight", ctypes.c_void_p))
+
+
+class Norm(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("length", ctypes.c_int64),
+        ("epsilon", ctypes.c_float),
+        ("scale", ctypes.c_int32),
+    )
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("dtype", "activation")),
+        *((name, ctypes.c_int64) for name in ("hidden", "query", "key", "value", "head", "rotary", "intermediate")),
+        ("rms_norm", ctypes.c_void_p),
+        *((name, Norm) for name in ("before_attention", "of_queries", "of_keys")),
+        *((name, Norm) for name in ("behind_attention", "before_mlp", "behind_mlp")),
+        *((name, Product) for name in ("qkv", "output", "gate_up", "down")),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Of a layer, in the order of its computation; None if it has no such normalisation.
+
+    activation: by the name of torch's operation.
+    is_turned: whether queries and keys are, by the angles of their positions.
+    """
+
+    before_attention: RmsNorm | None
+    qkv: PackedLinear
+    of_queries: RmsNorm | None
+    of_keys: RmsNorm | None
+    output: PackedLinear
+    behind_attention: RmsNorm | None
+    before_mlp: RmsNorm | None
+    gate_up: PackedLinear
+    down: PackedLinear
+    behind_mlp: RmsNorm | None
+    activation: str
+    is_turned: bool
+
+
+class FusedLayer:
+    """Stands for the forward of a decoder layer.
+
+    Where the step has many rows, or adapters, the layer's own forward is called.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        parts: Parts,
+        call: AttentionCall,
+        num_rotary: int,
+        has_adapters: Callable[[], bool],
+        library: Any,
+    ) -> None:
+        """Prepare the calls.
+
+        call: of the layer's attention.
+        num_rotary: elements of a head that are turned.
+        has_adapters: whether the step that runs changes what a layer computes.
+
+        Raises ValueError if the parts do not fit each other, or a weight has no kernel for few rows.
+        """
+        self._forward = layer.forward
+        self._params: AttentionParams = call.params
+        self._has_adapters = has_adapters
+        self._is_turned = parts.is_turned
+        self._library = library
+        self._parts = parts  # keeps the memory
+        dtype = parts.qkv.dtype
+        shape = call.shape
+        self._head, self._value_head = shape.k_dim, shape.v_dim
+        self._num_heads, self._num_kv_heads = call.num_heads, shape.num_kv_heads
+        self._query, self._key = call.num_heads * shape.k_dim, shape.num_kv_heads * shape.k_dim
+        self._qkv = self._query + self._key + shape.num_kv_heads * shape.v_dim
+        hidden, intermediate = parts.qkv.in_features, parts.down.in_features
+        expected = {
+            "qkv": (hidden, self._qkv),
+            "output": (call.num_heads * shape.v_dim, hidden),
+            "gate_up": (hidden, 2 * intermediate),
+            "down": (intermediate, hidden),
+        }
+        linears: dict[str, PackedLinear] = {name: getattr(parts, name) for name in expected}
+        sizes = {name: (linear.in_features, sum(linear.sizes)) for name, linear in linears.items()}
+        if sizes != expected:
+            raise ValueError(f"its products are {sizes}, not {expected}")
+        natives = {name: _native(linear) for name, linear in linears.items()}
+        self._max_elements = min(MAX_ROWS, *(native.max_rows for native in natives.values())) * hidden
+        self._hidden = hidden
+        norms = {
+            "before_attention": (parts.before_attention, hidden),
+            "of_queries": (parts.of_queries, self._query),
+            "of_keys": (parts.of_keys, self._key),
+            "behind_attention": (parts.behind_attention, hidden),
+            "before_mlp": (parts.before_mlp, hidden),
+            "behind_mlp": (parts.behind_mlp, hidden),
+        }
+        kernels = [norm.kernel for norm, _ in norms.values() if norm is not None]
+        self._layer = Layer(
+            dtype=DTYPES[dtype],
+            activation=ACTIVATIONS[parts.activation],
+            hidden=hidden,
+            query=self._query,
+            key=self._key,
+            value=self._qkv - self._query - self._key,
+            head=self._head,
+            rotary=num_rotary if parts.is_turned else 0,
+            intermediate=intermediate,
+            rms_norm=_address(kernels[0]) if kernels else None,
+            **{name: _norm(norm, length) for name, (norm, length) in norms.items()},
+            **{
+                name: Product(_address(native.function), ctypes.cast(native.weight, ctypes.c_void_p))
+                for name, native in natives.items()
+            },
+        )
+        self._pointer = ctypes.byref(self._layer)
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the layer's own forward."""
+        num_elements = hidden_states.numel()
+        if num_elements > self._max_elements or self._has_adapters():
+            out: torch.Tensor = self._forward(hidden_states, *args, **kwargs)
+            return out
+        num_rows, num_threads = num_elements // self._hidden, torch.get_num_threads()
+        hidden = hidden_states.contiguous()
+        qkv = hidden.new_empty(num_rows, self._qkv)
+        cos_address = sin_address = None
+        if self._is_turned:
+            cos, sin = (angles.contiguous() for angles in kwargs["position_embeddings"])
+            cos_address, sin_address = cos.data_ptr(), sin.data_ptr()
+        self._library.layer_before_attention(
+            self._pointer, hidden.data_ptr(), cos_address, sin_address, qkv.data_ptr(), num_rows, num_threads
+        )
+        attended = attend(
+            qkv.as_strided((self._num_heads, num_rows, self._head), (self._head, self._qkv, 1)),
+            qkv.as_strided((self._num_kv_heads, num_rows, self._head), (self._head, self._qkv, 1), self._query),
+            qkv.as_strided(
+                (self._num_kv_heads, num_rows, self._value_head),
+                (self._value_head, self._qkv, 1),
+                self._query + self._key,
+            ),
+            self._params,
+        ).contiguous()
+        out = torch.empty_like(hidden)
+        self._library.layer_behind_attention(
+            self._pointer, hidden.data_ptr(), attended.data_ptr(), out.data_ptr(), num_rows, num_threads
+        )
+        return out
+
+
+def fuse_layers(
+    layers: Sequence[nn.Module],
+    forward: Callable[[], Any],
+    has_adapters: Callable[[], bool] = lambda: False,
+) -> int:
+    """Put a FusedLayer in the place of the forward of each layer that computes what it does; `separate` undoes it.
+
+    forward: runs the model on a few tokens.
+    has_adapters: whether the step that runs changes what layers compute.
+
+    Returns how many; 0, with a line in the log, without a compiler.
+    """
+    watched = [_Watched(layer) for layer in layers]
+    with _inputs_noted(watched):
+        forward()
+    num_fused = 0
+    for seen in watched:
+        try:
+            fused = _fuse(seen, has_adapters)
+        except KernelBuildError as error:
+            logger.warning("decoder layers are computed by torch's operations, which is slow for decodes; %s", error)
+            return 0
+        except ValueError as error:
+            logger.debug("a decoder layer stays as it is: %s", error)
+            continue
+        seen.layer.forward = fused
+        num_fused += 1
+    return num_fused
+
+
+def separate(layers: Sequence[nn.Module]) -> None:
+    """Give layers their own forward back."""
+    for layer in layers:
+        if isinstance(layer.forward, FusedLayer):
+            del layer.forward
+
+
+@functools.cache
+def load_kernel() -> Any:
+    """The library, built unless that was done. Raises KernelBuildError."""
+    capability: str = torch.backends.cpu.get_cpu_capability()
+    # What torch rounds twice is rounded twice.
+    flags = ("-fopenmp", "-ffp-contract=off", *ISA_FLAGS.get(capability, ()))
+    library = load_library(SOURCE, "decoder layers", capability, flags)
+    pointers = (ctypes.c_void_p,) * 5
+    library.layer_before_attention.argtypes = (*pointers, ctypes.c_int64, ctypes.c_int)
+    library.layer_behind_attention.argtypes = (*pointers[:4], ctypes.c_int64, ctypes.c_int)
+    library.layer_before_attention.restype = library.layer_behind_attention.restype = None
+    return library
+
+
+def _address(function: Any) -> int | None:
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def _native(linear: PackedLinear) -> NativeProduct:
+    native = linear.native
+    if native is None:
+        raise ValueError(f"{linear.packing.__name__} has no kernel for few rows")
+    return native
+
+
+def _norm(norm: RmsNorm | None, length: int) -> Norm:
+    """length: of what it is to normalise, in rows of its own length."""
+    if norm is None:
+        return Norm()
+    own = len(norm.weight)
+    if length % own:
+        raise ValueError(f"{length} numbers are not normalised in rows of {own}")
+    return Norm(norm.weight.data_ptr(), own, norm.eps, norm.scale)
+
+
+# -- What a layer is made of -------------------------------------------------------------------------------------------------
+
+
+class _Watched:
+    """A layer, and what it is called with."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+
+    def note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, dict(kwargs)
+
+    def call(self, hidden: torch.Tensor, handler: Any, layer: Callable[..., Any] | None = None) -> Any:
+        """What it gives for its input, or another one of so many rows or fewer.
+
+        layer: instead of the layer.
+        """
+        with attention_handled_by(handler), torch.inference_mode():
+            return (layer or self.layer)(hidden, *self.args[1:], **self._of_rows(hidden.shape[1]))
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        if not self.args or not isinstance(self.args[0], torch.Tensor) or self.args[0].dim() != 3:
+            raise ValueError("it is not called with rows of hidden states")
+        return self.args[0]
+
+    @property
+    def angles(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosine and sine [1, num_rows, elements], if it is given them."""
+        given = self.kwargs.get("position_embeddings")
+        shape = (1, self.hidden.shape[1])
+        if (
+            isinstance(given, tuple)
+            and len(given) == 2
+            and all(isinstance(part, torch.Tensor) and part.dim() == 3 and part.shape[:2] == shape for part in given)
+            and given[0].shape == given[1].shape
+            and all(part.dtype == self.hidden.dtype for part in given)
+        ):
+            return given
+        return None
+
+    def _of_rows(self, num_rows: int) -> dict[str, Any]:
+        kwargs = dict(self.kwargs)
+        if self.angles is not None:
+            kwargs["position_embeddings"] = tuple(part[:, :num_rows] for part in self.angles)
+        return kwargs
+
+
+@contextmanager
+def _inputs_noted(watched: Sequence[_Watched]) -> Iterator[None]:
+    hooks = [seen.layer.register_forward_pre_hook(seen.note, with_kwargs=True) for seen in watched]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Census(TorchDispatchMode):
+    """Counts torch's operations, but for those within attention, and notes what modules are called and when attention is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.modules: list[nn.Module | None] = []  # None = attention
+        self.attended: list[torch.Tensor] = []  # queries, keys and values
+        self.num_compiled_calls = 0
+        self._probe = ShapeProbe()
+        self._is_in_attention = False
+
+    @property
+    def calls(self) -> list[AttentionCall]:
+        """Of attention."""
+        return self._probe.calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_") if hasattr(func, "overloadpacket") else str(func)
+        out = func(*args, **(kwargs or {}))
+        is_nothing = name in NOT_COUNTED or (name == "to" and out.dtype == args[0].dtype)
+        if not self._is_in_attention and not is_nothing:
+            self.counts[name] += 1
+        return out
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
+    ) -> torch.Tensor:
+        """See AttentionHandler."""
+        self._is_in_attention = True
+        try:
+            self.modules.append(None)
+            self.attended += [query.clone(), key.clone(), value.clone()]
+            return self._probe.attend(query, key, value, params)
+        finally:
+            self._is_in_attention = False
+
+    def note(self, module: nn.Module, *_: Any) -> None:
+        self.modules.append(module)
+
+
+def _parts(seen: _Watched) -> tuple[AttentionCall, tuple[Parts, ...]]:
+    """How a layer calls attention, and what it may be made of: one of these. Raises ValueError if its form is not known."""
+    census = _Census()
+    hooks = [
+        module.register_forward_pre_hook(census.note)
+        for module in seen.layer.modules()
+        if isinstance(module, PackedLinear | RmsNorm) or (not list(module.children()) and list(module.parameters()))
+    ]
+    try:
+        with census:
+            out = seen.call(seen.hidden, census)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not isinstance(out, torch.Tensor) or out.shape != seen.hidden.shape or out.dtype != seen.hidden.dtype:
+        raise ValueError("it does not give rows as it gets them")
+    kinds = {RmsNorm: "N", PackedLinear: "P", type(None): "A"}
+    form = "".join(kinds.get(type(module), "?") for module in census.modules)
+    match = FORM.fullmatch(form)
+    if match is None:
+        raise ValueError(f"it is of the form {form}")
+    modules: Iterator[Any] = iter(census.modules)
+
+    def take(group: str, most: int) -> list[Any]:
+        """Normalisations of a group, or as many None."""
+        return [next(modules) for _ in match[group]] or [None] * most
+
+    (first,), qkv, (of_queries, of_keys) = take("first", 1), next(modules), take("heads", 2)
+    _, output, middle = next(modules), next(modules), take("middle", 2)
+    gate_up, down, (last,) = next(modules), next(modules), take("last", 1)
+    activation, is_turned = _operations(census.counts)
+    # A single one in the middle normalises what attention gives, or what the rest gets.
+    pairs = [(None, *middle), (*middle, None)] if len(middle) == 1 else [(middle[0], middle[1])]
+    return census.calls[0], tuple(
+        Parts(first, qkv, of_queries, of_keys, output, behind, before, gate_up, down, last, activation, is_turned)
+        for behind, before in pairs
+    )
+
+
+def _operations(counts: Counter[str]) -> tuple[str, bool]:
+    """(activation, whether queries and keys are turned) that take just these operations of torch.
+
+    Raises ValueError if there are others: a value may be limited, say, which an input need not show.
+    """
+    for activation in ACTIVATIONS:
+        residuals_and_gate = Counter({"add": 2, "mul": 1, activation: 1})
+        turns = Counter({"mul": 4, "neg": 2, "cat": 2, "add": 2})
+        # Of heads that are turned in part, the rest is joined to it again.
+        for is_turned, expected in (
+            (False, residuals_and_gate),
+            (True, residuals_and_gate + turns),
+            (True, residuals_and_gate + turns + Counter({"cat": 2})),
+        ):
+            if counts == expected:
+                return activation, is_turned
+    raise ValueError(f"it takes {dict(counts)}")
+
+
+def _fuse(seen: _Watched, has_adapters: Callable[[], bool]) -> FusedLayer:
+    """Raises ValueError if nothing computes as the layer does, and KernelBuildError."""
+    angles = seen.angles
+    call, candidates = _parts(seen)
+    if call.params.sinks is not None:
+        raise ValueError("its attention has sinks, which may be made anew by each call")
+    for parts in candidates:
+        if parts.is_turned and angles is None:
+            raise ValueError("queries and keys are turned by angles that it is not given")
+        num_rotary = 0 if angles is None else angles[0].shape[-1]
+        if num_rotary > call.shape.k_dim or num_rotary % 2 or parts.qkv.dtype not in DTYPES:
+            raise ValueError(f"{num_rotary} elements of a head of {call.shape.k_dim} are turned, in {parts.qkv.dtype}")
+        fused = FusedLayer(seen.layer, parts, call, num_rotary, has_adapters, load_kernel())
+        if _is_same(seen, fused):
+            return fused
+    raise ValueError("two calls give something else")
+
+
+def _is_same(seen: _Watched, fused: FusedLayer) -> bool:
+    """Whether both give the same, and give the same to attention, for the layer's own input and for random ones."""
+    own = seen.hidden
+    generator = torch.Generator().manual_seed(0)
+    inputs = [own[:, : min(own.shape[1], max(NUMS_OF_TRIED_ROWS))]]
+    for size in TRIED_SIZES:
+        for num_rows in NUMS_OF_TRIED_ROWS:
+            rows = torch.randn(1, min(num_rows, own.shape[1]), own.shape[2], generator=generator)
+            inputs.append((size * rows).to(own.dtype))
+    for hidden in inputs:
+        expected, actual = _Census(), _Census()
+        expected_out = seen.call(hidden, expected)
+        actual_out = seen.call(hidden, actual, fused)
+        if [call.kind for call in expected.calls] != [call.kind for call in actual.calls]:
+            return False
+        pairs = zip([expected_out, *expected.attended], [actual_out, *actual.attended], strict=True)
+        for theirs, ours in pairs:
+            error = (ours.float() - theirs.float()).norm()
+            if ours.shape != theirs.shape or not error <= TOLERANCE[own.dtype] * theirs.float().norm():
+                return False
+    return True

@@ -1,0 +1,256 @@
+"""Decoder layers by two calls each compute what transformers' layers do, and only layers that do just that are replaced."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+
+from engine.attention.transformers_door import ATTENTION_NAME, ShapeProbe
+from engine.config import EngineConfig
+from engine.errors import KernelBuildError
+from engine.executor import fused_layers
+from engine.executor.compiled_layers import find_layers, logits_difference
+from engine.executor.fused_layers import MAX_ROWS, FusedLayer, fuse_layers, separate
+from engine.executor.model_check import probe_logits
+from engine.executor.model_loader import load_model
+from engine.executor.packed_linear import OneDnnWeight, PackedWeight, PlainWeight, pack_linears
+from engine.executor.quantized_linear import Int4Weight, Int8Weight
+from engine.executor.rms_norm import replace_norms
+
+DIMENSIONS = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+HEADS = {"head_dim": 24}  # not what the hidden size gives
+# Biases of Q, K and V, normalised queries and keys, GELU, four normalisations, none in front, heads that are turned in part
+# or not at all, one product for all of Q, K and V.
+FUSED = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": HEADS,
+    "mistral": {"sliding_window": 24},
+    "gemma": HEADS,
+    "gemma2": {**HEADS, "attn_logit_softcapping": 5.0},
+    "gemma3_text": HEADS,
+    "olmo2": {},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "exaone4": {},
+}
+# Scaled residuals, queries scaled by their position, experts, pairs that are turned otherwise, other normalisations, and
+# other forms.
+OTHERS = {
+    "granite": {"residual_multiplier": 0.5},
+    "ministral3": HEADS,
+    "mixtral": {"num_local_experts": 4},
+    "helium": {"head_dim": 16},
+    "stablelm": {},
+    "cohere": {},
+    "arcee": {},
+}
+
+
+def has_kernel(dtype: torch.dtype) -> bool:
+    try:
+        packed = OneDnnWeight(torch.ones(64, 64, dtype=dtype), None)
+    except RuntimeError:
+        return False
+    return packed.native is not None
+
+
+pytestmark = pytest.mark.skipif(not has_kernel(torch.float32), reason="a processor without kernels for few rows")
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(not has_kernel(torch.bfloat16), reason="a processor without bfloat16"),
+    ),
+]
+# Of logits, relative to the largest.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+class Made(SimpleNamespace):
+    """A random model of a family, packed, its normalisations replaced, with attention by a probe."""
+
+    def __init__(
+        self,
+        family: str,
+        options: dict[str, Any],
+        dtype: torch.dtype = torch.float32,
+        packing: type[PackedWeight] = OneDnnWeight,
+    ) -> None:
+        super().__init__()
+        self.config = AutoConfig.for_model(family, **{**DIMENSIONS, **options})
+        torch.manual_seed(0)
+        self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="eager").eval()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(False)
+            parameter.normal_(0.9 if name.endswith("norm.weight") else 0.0, 0.15)
+        self.model.set_attn_implementation(ATTENTION_NAME)
+        pack_linears(self.model, self.logits, packing, PlainWeight)
+        replace_norms(self.model, dtype)
+        self.layers = find_layers(self.model, DIMENSIONS["num_hidden_layers"])
+
+    def logits(self, num_rows: int = 24) -> torch.Tensor:
+        return probe_logits(self.model, self.config.get_text_config(), ShapeProbe(), num_rows)
+
+    def fuse(self, **options: Any) -> int:
+        return fuse_layers(self.layers, self.logits, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FUSED)
+def test_the_logits_are_those_of_the_layers(family, dtype):
+    if family == "olmo2" and dtype == torch.bfloat16:
+        pytest.skip("it turns queries in float32")
+    made = Made(family, FUSED[family], dtype)
+    nums_of_rows = (1, 2, 7, MAX_ROWS)
+    expected = [made.logits(num_rows) for num_rows in nums_of_rows]
+    assert made.fuse() == len(made.layers)
+    for num_rows, logits in zip(nums_of_rows, expected, strict=True):
+        assert logits_difference(made.logits(num_rows), logits) <= TOLERANCE[dtype], num_rows
+    separate(made.layers)
+    assert not any(isinstance(layer.forward, FusedLayer) for layer in made.layers)
+    assert torch.equal(made.logits(7), expected[2])
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_layers_that_compute_something_else_stay(family):
+    made = Made(family, OTHERS[family])
+    expected = made.logits()
+    assert made.fuse() == 0
+    assert torch.equal(made.logits(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packing", [Int8Weight, Int4Weight])
+def test_weights_in_fewer_bits(packing, dtype):
+    made = Made("qwen3", HEADS, dtype, packing)
+    expected = made.logits(5)
+    assert made.fuse() == len(made.layers)
+    # Inputs are rounded to 8 bits: what differs at all may be rounded the other way.
+    assert logits_difference(made.logits(5), expected) <= 2e-2
+
+
+def test_weights_without_a_kernel_stay():
+    made = Made("llama", {}, packing=PlainWeight)
+    assert made.fuse() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_the_others(dtype):
+    """Nor on how many threads there are."""
+    made = Made("qwen3", HEADS, dtype)
+    made.fuse()
+    layer = made.layers[0]
+    torch.manual_seed(1)
+    hidden = torch.randn(1, MAX_ROWS, 64).to(dtype)
+    angles = tuple(torch.randn(1, MAX_ROWS, 24).to(dtype) for _ in range(2))
+    seen: list[torch.Tensor] = []
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: Any) -> torch.Tensor:
+        seen.append(torch.cat([query, key, value]))
+        return query.transpose(0, 1).clone()  # of each row alone
+
+    def compute(rows: slice) -> list[torch.Tensor]:
+        seen.clear()
+        with fused_layers.attention_handled_by(SimpleNamespace(attend=attend)), torch.inference_mode():
+            out = layer(hidden[:, rows], position_embeddings=tuple(part[:, rows] for part in angles))
+        return [out[0], seen[0].transpose(0, 1)]
+
+    torch.set_num_threads(2)
+    try:
+        together = compute(slice(None))
+    finally:
+        torch.set_num_threads(1)
+    for rows in (slice(0, 1), slice(5, 6), slice(9, 16), slice(40, MAX_ROWS)):
+        for alone, all_rows in zip(compute(rows), together, strict=True):
+            assert torch.equal(alone, all_rows[rows])
+
+
+def test_many_rows_and_steps_with_adapters_are_computed_by_the_layer(monkeypatch):
+    made = Made("llama", {})
+    adapted = False
+    made.fuse(has_adapters=lambda: adapted)
+    calls: list[int] = []
+    for layer in made.layers:
+        own = layer.forward._forward
+        monkeypatch.setattr(layer.forward, "_forward", lambda *args, own=own, **kw: calls.append(1) or own(*args, **kw))
+    made.logits(MAX_ROWS)
+    assert not calls
+    made.logits(MAX_ROWS + 1)
+    assert len(calls) == len(made.layers)
+    adapted = True
+    made.logits(1)
+    assert len(calls) == 2 * len(made.layers)
+
+
+def test_operations_that_an_input_need_not_show_are_noticed(monkeypatch):
+    """Values are limited, but to more than any that the trial has."""
+    monkeypatch.setattr(
+        modeling_llama.LlamaMLP,
+        "forward",
+        lambda self, x: self.down_proj((self.act_fn(self.gate_proj(x)) * self.up_proj(x)).clamp(-1e6, 1e6)),
+    )
+    assert Made("llama", {}).fuse() == 0
+
+
+def test_the_same_operations_on_other_numbers_are_noticed(monkeypatch):
+    def rotate_half(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((second, -first), dim=-1)
+
+    monkeypatch.setattr(modeling_llama, "rotate_half", rotate_half)
+    assert Made("llama", {}).fuse() == 0
+
+
+def test_without_a_compiler_layers_stay(monkeypatch, caplog):
+    def fail() -> None:
+        raise KernelBuildError("no C++ compiler")
+
+    made = Made("llama", {})
+    expected = made.logits()
+    monkeypatch.setattr(fused_layers, "load_kernel", fail)
+    with caplog.at_level(logging.WARNING):
+        assert made.fuse() == 0
+    assert "slow for decodes; no C++ compiler" in caplog.text
+    assert torch.equal(made.logits(), expected)
+
+
+def loaded_layers(config: EngineConfig) -> list[nn.Module]:
+    return find_layers(load_model(config).model, 3)
+
+
+def test_loading_a_model_fuses_its_layers(tiny_model, caplog):
+    config = EngineConfig(model=str(tiny_model("llama")), device="cpu", dtype="float32")
+    with caplog.at_level(logging.INFO):
+        layers = loaded_layers(config)
+    assert all(isinstance(layer.forward, FusedLayer) for layer in layers)
+    assert "3 of 3 decoder layers by two calls each" in caplog.text
+    assert not any(
+        isinstance(layer.forward, FusedLayer) for layer in loaded_layers(replace(config, pack_weights=False))
+    )
+
+
+def test_a_model_that_gives_other_logits_is_served_with_its_own_layers(tiny_model, monkeypatch, caplog):
+    monkeypatch.setattr(fused_layers, "ACTIVATIONS", {"silu": 1, "gelu": 0})
+    monkeypatch.setattr(fused_layers, "_is_same", lambda *_: True)
+    with caplog.at_level(logging.WARNING):
+        layers = loaded_layers(EngineConfig(model=str(tiny_model("llama")), device="cpu", dtype="float32"))
+    assert not any(isinstance(layer.forward, FusedLayer) for layer in layers)
+    assert "its decoder layers stay as they are" in caplog.text
