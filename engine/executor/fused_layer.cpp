@@ -11,7 +11,7 @@
 namespace {
 
 // Elements that are worth a second thread.
-constexpr int64_t kElementsOfAThread = 1 << 15;
+constexpr int64_t kElementsOfAThread = 1 << 13;
 
 struct BFloat16 {
   uint16_t bits;
