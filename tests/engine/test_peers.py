@@ -31,7 +31,7 @@ class Twins:
     def __init__(self, first, second, rng: random.Random) -> None:
         self.first, self.second = first, second
         self._rng = rng
-        self._num_asked = 0
+        self._num_asked = self._num_offers = 0
         self._add, self._step = first.add, first.step
         first.add, first.step = self.add, self.step
 
@@ -46,7 +46,8 @@ class Twins:
         if self._rng.random() < 0.1:
             ends = self.second.peers, self.first.peers
             source, target = ends if self._rng.random() < 0.5 else ends[::-1]
-            source.offer(target, f"offer {self._num_asked}", prompt, conversation_id, "local")
+            self._num_offers += 1
+            source.offer(target, f"offer {self._num_offers}", prompt, conversation_id, "local")
         self._add(request_id, prompt, conversation_id, sampling)
 
     def step(self, *arguments):
