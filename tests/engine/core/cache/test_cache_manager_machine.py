@@ -35,7 +35,7 @@ COSTS = CostModel(constant=1.0, per_context_token=0.25, chunk_size=CHUNK_SIZE)  
 
 settings.register_profile(
     "default-machine",
-    max_examples=300,
+    max_examples=200,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
