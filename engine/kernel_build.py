@@ -30,6 +30,8 @@ ISA_FLAGS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
     "AVX512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
 }
+# What a compiler said of what it could not build, which is not tried again in this process.
+_failures: dict[Path, str] = {}
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared")
 
 
@@ -79,12 +81,18 @@ def build_library(
     library = folder / f"{name}-{_digest(*compiler, version)}.so"
     if library.exists():
         return library
+    if library in _failures:
+        raise KernelBuildError(_failures[library])
     with FileLock(library.with_suffix(".lock"), mode=0o600):  # replicas of one machine start at the same time
         if not library.exists():
             logger.info("building the %s kernel for %s, once; takes up to half a minute", kind, capability)
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 made = Path(temporary) / library.name
-                _compile([*compiler, *flags, str(source), *paths, "-o", str(made)])
+                try:
+                    _compile([*compiler, *flags, str(source), *paths, "-o", str(made)])
+                except KernelBuildError as error:
+                    _failures[library] = error.message
+                    raise
                 made.chmod(0o600)
                 os.replace(made, library)
     return library

@@ -91,7 +91,8 @@ void turn(T* head, const T* cos, const T* sin, int64_t length) {
   }
 }
 
-// Within two units in the last place; what is too large for a float is the largest one or so.
+// Within two units in the last place, between -87 and 88; beyond them as at them, so that x / (1 + exp(-x)) is nothing there unless
+// x is beyond all measure (1e34), for which torch gives -0.
 inline float exponential(float x) {
   constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   x = std::min(std::max(x, -87.0f), 88.0f);
@@ -134,7 +135,7 @@ void add_part(const Layer& layer, const Norm& norm, const T* hidden, T* added, T
   });
 }
 
-// x normalised, in `memory`, or x itself.
+// x normalised into `memory`; x itself if there is no normalisation.
 template <typename T>
 const T* normalized(const Layer& layer, const Norm& norm, const T* x, std::unique_ptr<T[]>& memory, int64_t num_rows,
                     int num_threads) {

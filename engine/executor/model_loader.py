@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.distributed import DistributedConfig
 
@@ -30,7 +32,7 @@ from engine.executor.checkpoint.kinds import CheckpointKind, take_kind
 from engine.executor.checkpoint.loading import check_nothing_left, read_quantized
 from engine.executor.compiled_layers import compile_layers, find_layers, logits_difference, recorded_seconds
 from engine.executor.fingerprint import fingerprint_of, fingerprint_random, fingerprint_weights
-from engine.executor.fused_layers import fuse_layers, separate
+from engine.executor.fused_layers import NUM_SEEN_ROWS, fuse_layers, separate
 from engine.executor.lora.adapters import Adapters
 from engine.executor.lora.layers import install_layers
 from engine.executor.model_check import (
@@ -149,6 +151,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     num_weight_bytes = num_local_bytes(model)
     probe, tolerance = check_attention(config, model, text_config, dtype)
     wants_compiled = _wants_compiled_layers(config, device)
+    decoder_layers = find_layers(model, text_config.num_hidden_layers)  # not later: packed, they have no parameters
     packing = None
     if config.pack_weights and not (wants_compiled and device.type == "cpu"):  # a compiler does not know its operations
         packing = choose_packing(dtype, device)
@@ -180,8 +183,8 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
         layers = install_layers(model, hf_config, plan, group, lambda: probe_logits(model, text_config, ShapeProbe()))
         adapters = Adapters(layers, device, dtype, config.max_lora_rank)
     if packing is not None and device.type == "cpu" and group is None:
-        _fuse_layers(config.model, model, text_config, tolerance, adapters)
-    is_compiled = wants_compiled and _compile(config, model, text_config, tolerance, device)
+        _fuse_layers(config, model, text_config, decoder_layers, tolerance, adapters)
+    is_compiled = wants_compiled and _compile(config, model, text_config, decoder_layers, tolerance, device)
     return LoadedModel(
         model=model,
         device=device,
@@ -371,21 +374,33 @@ def _replace_norms(name: str, model: Any, text_config: Any, dtype: torch.dtype, 
     logger.info("%s: %d normalisations by one call each", name, len(replaced))
 
 
-def _fuse_layers(name: str, model: Any, text_config: Any, tolerance: float, adapters: Adapters | None) -> None:
-    """Layers by two calls each in steps of few rows, unless the model then computes something else."""
-    expected = probe_logits(model, text_config, ShapeProbe())
-    layers = find_layers(model, text_config.num_hidden_layers)
-    num_fused = fuse_layers(
-        layers,
-        lambda: probe_logits(model, text_config, ShapeProbe()),
-        lambda: adapters is not None and bool(adapters.layers.step.parts),
-    )
-    error = logits_difference(probe_logits(model, text_config, ShapeProbe()), expected)
+def _fuse_layers(
+    config: EngineConfig,
+    model: Any,
+    text_config: Any,
+    layers: Sequence[nn.Module],
+    tolerance: float,
+    adapters: Adapters | None,
+) -> None:
+    """Layers by two calls each, unless the model then computes something else."""
+    num_rows = min(NUM_SEEN_ROWS, model_window(text_config))
+
+    def logits() -> torch.Tensor:
+        return probe_logits(model, text_config, ShapeProbe(), num_rows)
+
+    expected = logits()
+    num_fused = fuse_layers(layers, logits, lambda: adapters is not None and bool(adapters.layers.step.parts))
+    try:
+        error = logits_difference(logits(), expected)
+    except Exception as failure:  # whatever the model's code wants of a layer
+        separate(layers)
+        logger.warning("%s: its decoder layers stay as they are, its code needs them: %r", config.model, failure)
+        return
     if not error <= tolerance:
         separate(layers)
-        logger.warning("%s: its decoder layers stay as they are, its logits differ then by %.1e", name, error)
+        logger.warning("%s: its decoder layers stay as they are, its logits differ then by %.1e", config.model, error)
         return
-    logger.info("%s: %d of %d decoder layers by two calls each", name, num_fused, len(layers))
+    logger.info("%s: %d of %d decoder layers by two calls each", config.model, num_fused, len(layers))
 
 
 def _wants_compiled_layers(config: EngineConfig, device: torch.device) -> bool:
@@ -394,12 +409,19 @@ def _wants_compiled_layers(config: EngineConfig, device: torch.device) -> bool:
     return config.compile_layers
 
 
-def _compile(config: EngineConfig, model: Any, text_config: Any, tolerance: float, device: torch.device) -> bool:
+def _compile(
+    config: EngineConfig,
+    model: Any,
+    text_config: Any,
+    layers: Sequence[nn.Module],
+    tolerance: float,
+    device: torch.device,
+) -> bool:
     """Compile the model's layers if that works and, unless it is asked for, pays; returns whether it did."""
     logger.info("%s: compiling its layers; takes half a minute, the first time", config.model)
     return compile_layers(
         config.model,
-        find_layers(model, text_config.num_hidden_layers),
+        layers,
         lambda num_rows: probe_logits(model, text_config, ShapeProbe(), num_rows),
         tolerance,
         recorded_seconds(device) if config.compile_layers is None else None,

@@ -11,6 +11,7 @@ they are missing or fail, nothing is packed.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -83,7 +84,7 @@ class PackedWeight(Protocol):
 class OneDnnWeight:
     """Computes in the dtype of the weight: float32, or bfloat16 if the processor has instructions for it.
 
-    Few rows are multiplied by a kernel of ours that reads the same layout, if it can.
+    Rows are multiplied by a kernel of ours that reads the same layout, if it can, and is not slower.
     """
 
     PACKS_SINGLE_LAYERS = True
@@ -94,15 +95,19 @@ class OneDnnWeight:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, NUM_ROWS_HINT)
         self.num_bytes = weight.nbytes
         self._bias = bias
-        self.few_rows: PanelWeight | None = None
+        self.panels: PanelWeight | None = None
         try:
-            self.few_rows = PanelWeight(self._packed, weight, bias)
-        except (KernelBuildError, AttributeError) as error:  # torch's operations that tell of a layout are private
-            logger.debug("few rows are multiplied by oneDNN: %s", error)
+            self.panels = PanelWeight(self._packed, weight, bias)
+        except (
+            KernelBuildError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # torch's operations that tell of a layout are private
+            _say_once(f"weights are multiplied by oneDNN, which is slower for decodes: {error}")
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if self.few_rows is not None and x.numel() <= self.few_rows.max_rows * self.few_rows.in_features:
-            return self.few_rows.multiply(x)
+        if self.panels is not None and x.numel() <= self.panels.max_rows * self.panels.in_features:
+            return self.panels.multiply(x)
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return out
 
@@ -112,10 +117,15 @@ class OneDnnWeight:
 
     @property
     def native(self) -> NativeProduct | None:
-        return None if self.few_rows is None else NativeProduct(*self.few_rows.call, self.few_rows.max_rows)
+        return None if self.panels is None else NativeProduct(*self.panels.call, self.panels.max_rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OneDnnWeight:
         return OneDnnWeight(self.unpack(), copy.deepcopy(self._bias, memo))  # torch cannot copy what oneDNN laid out
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.info(message)
 
 
 class FbgemmWeight:

@@ -1,8 +1,8 @@
-"""Few rows times a weight that oneDNN laid out, by the C++ kernel of panel_linear.cpp; on a CPU.
+"""Rows times a weight that oneDNN laid out, by the C++ kernel of panel_linear.cpp; on a CPU.
 
-oneDNN's own products of few rows read a weight at half to two thirds of the speed of memory. For many rows its kernels are
-as fast as these or faster (AMX), so both use the one layout that there is in memory. That layout is oneDNN's own affair:
-whether a weight lies as the kernel reads it is tried.
+oneDNN's own products of few rows read a weight at half to two thirds of the speed of memory, and all of its calls take long
+to begin. Where it has AMX it is the faster one for many rows, so both use the one layout that there is in memory. That
+layout is oneDNN's own affair: whether a weight lies as the kernel reads it is tried.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ SOURCE = Path(__file__).with_name("panel_linear.cpp")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 PANEL_LEN = 64
 PADDING = {torch.float32: 16, torch.bfloat16: 32}
-# Rows up to which it is faster than oneDNN (1.4 to 1.6 times with one or two rows, 1.2 with 32, 1.05 to 1.1 with 64), and if
-# oneDNN has AMX, whose units multiply 16 rows at once.
-MAX_ROWS, MAX_ROWS_WITH_AMX = 64, 16
+# Rows up to which it is faster where oneDNN has AMX for the dtype, whose units multiply 16 rows at once.
+MAX_ROWS_WITH_AMX = 16
 # Of products of random rows, in relation to their length: what is rounding.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -43,7 +43,7 @@ class _Weight(ctypes.Structure):
 
 
 class PanelWeight:
-    """A weight [out_features, in_features] where oneDNN has put it, for products of up to `max_rows` rows."""
+    """A weight [out_features, in_features] where oneDNN has put it."""
 
     def __init__(self, packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """packed: of `weight`, by oneDNN.
@@ -51,12 +51,12 @@ class PanelWeight:
         Raises KernelBuildError if there is no kernel for this machine, dtype or layout.
         """
         self.out_features, self.in_features = weight.shape
-        self.max_rows = max_rows()
+        self.max_rows = max_rows(weight.dtype)
         kernel = _kernel_for(weight.dtype)
         padded_outputs = -(-self.out_features // PANEL_LEN) * PANEL_LEN
         padded_inputs = -(-self.in_features // PADDING[weight.dtype]) * PADDING[weight.dtype]
         if torch.ops.mkldnn._nbytes(packed) != padded_outputs * padded_inputs * weight.itemsize:
-            raise KernelBuildError("oneDNN has laid out a weight in another way than the kernel for few rows reads")
+            raise KernelBuildError("oneDNN has laid out a weight in another way than the engine's kernel reads")
         self._packed = packed  # keeps the memory
         self._bias = None if bias is None else bias.float().contiguous()
         self._dtype = weight.dtype
@@ -72,7 +72,7 @@ class PanelWeight:
         self._check(weight, bias)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features], in the dtype of both; of no more than `max_rows` rows."""
+        """[..., in_features] -> [..., out_features], in the dtype of both."""
         if x.shape[-1] != self.in_features or x.dtype != self._dtype:
             raise ValueError(f"an input of {x.shape[-1]} features in {x.dtype} for a weight of {self.in_features}")
         x = x.contiguous()
@@ -95,12 +95,13 @@ class PanelWeight:
         x = torch.randn(2, self.in_features, generator=generator).to(self._dtype)
         expected, actual = F.linear(x, weight, bias).float(), self.multiply(x).float()
         if not (actual - expected).norm() <= TOLERANCE[self._dtype] * expected.norm():
-            raise KernelBuildError("the kernel for few rows multiplies what oneDNN laid out wrongly")
+            raise KernelBuildError("the engine's kernel multiplies what oneDNN laid out wrongly")
 
 
-def max_rows() -> int:
-    """Rows up to which the kernel is the faster one."""
-    return MAX_ROWS_WITH_AMX if torch.cpu._is_amx_tile_supported() else MAX_ROWS
+def max_rows(dtype: torch.dtype) -> int:
+    """Rows up to which the kernel is the faster one, or as fast."""
+    has_units = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return MAX_ROWS_WITH_AMX if has_units else sys.maxsize
 
 
 def _kernel_for(dtype: torch.dtype) -> Any:
@@ -110,7 +111,7 @@ def _kernel_for(dtype: torch.dtype) -> Any:
     if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
         capability, flags = "AVX512_BF16", (*flags, "-mavx512bf16")
     if not flags or dtype not in DTYPES or (dtype == torch.bfloat16 and capability != "AVX512_BF16"):
-        raise KernelBuildError(f"there is no kernel for few rows in {dtype} on this processor")
+        raise KernelBuildError(f"there is no kernel of the engine's own in {dtype} on this processor")
     return load_built_for(capability, flags)
 
 
@@ -122,7 +123,7 @@ def load_built_for(capability: str, isa_flags: tuple[str, ...]) -> Any:
 
     Raises KernelBuildError.
     """
-    function = load_library(SOURCE, "few rows", capability, ("-fopenmp", *isa_flags)).panel_multiply
+    function = load_library(SOURCE, "linear layers", capability, ("-fopenmp", *isa_flags)).panel_multiply
     addresses = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     function.argtypes = (ctypes.c_int, *addresses, ctypes.c_int64, ctypes.c_int)
     function.restype = None

@@ -1,4 +1,4 @@
-// Multiplies a few rows by a weight that oneDNN laid out; see panel_kernel.py.
+// Multiplies rows by a weight that oneDNN laid out; see panel_kernel.py.
 //
 //     float32   [panels of 64 outputs][inputs, padded to 16][64 outputs]
 //     bfloat16  [panels of 64 outputs][pairs of inputs, padded to 32 inputs][64 outputs][2 inputs]
@@ -20,8 +20,9 @@ namespace {
 
 constexpr int64_t kPanel = 64;
 constexpr int kCacheLine = 64;
-// Bytes of a panel that all rows are multiplied with before the next ones: they stay in a core's cache.
-constexpr int64_t kBlockBytes = 256 << 10;
+// Bytes of a panel that some rows are multiplied with before the next ones, and how many rows: both, and the sums of these rows,
+// stay in a core's caches.
+constexpr int64_t kBlockBytes = 256 << 10, kChunkRows = 96;
 // Bytes ahead that are asked of memory: the processor does not look beyond a page by itself.
 constexpr int kAhead = 4096;
 
@@ -123,6 +124,21 @@ void multiply_rows(const T* weight, const T* x, int64_t stride, int64_t num_grou
   }
 }
 
+// All of a panel times up to kChunkRows rows.
+template <typename T>
+void multiply_chunk(const T* weight, const T* x, int64_t stride, int64_t num_groups, float* sums, int64_t num_rows) {
+  constexpr int64_t kGroup = Layout<T>::kGroup;
+  const int64_t block = kBlockBytes / (kPanel * kGroup * sizeof(T));
+  const int64_t num_tiles = (num_rows + kRows - 1) / kRows, tile_rows = (num_rows + num_tiles - 1) / num_tiles;
+  std::fill(sums, sums + num_rows * kPanel, 0.0f);
+  for (int64_t group = 0; group < num_groups; group += block) {
+    for (int64_t row = 0; row < num_rows; row += tile_rows) {
+      multiply_rows(weight + group * kPanel * kGroup, x + row * stride + group * kGroup, stride,
+                    std::min(block, num_groups - group), sums + row * kPanel, std::min(tile_rows, num_rows - row));
+    }
+  }
+}
+
 struct Weight {
   const void* panels;
   const float* bias;  // or null
@@ -136,8 +152,6 @@ void multiply(const Weight& w, const T* x, T* out, int64_t num_rows, int num_thr
   const int64_t num_panels = (w.out_features + kPanel - 1) / kPanel;
   const int64_t padded = (w.in_features + kPadding - 1) / kPadding * kPadding;
   const int64_t num_groups = (w.in_features + kGroup - 1) / kGroup;
-  const int64_t block = std::min<int64_t>(num_groups, kBlockBytes / (kPanel * kGroup * sizeof(T)));
-  const int64_t num_tiles = (num_rows + kRows - 1) / kRows, tile_rows = (num_rows + num_tiles - 1) / num_tiles;
   std::vector<T> padded_x;  // rows whose last group is not whole
   int64_t stride = w.in_features;
   if (w.in_features % kGroup != 0) {
@@ -152,24 +166,20 @@ void multiply(const Weight& w, const T* x, T* out, int64_t num_rows, int num_thr
   std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(num_threads)
   {
-    std::vector<float> sums(num_rows * kPanel);
+    alignas(kCacheLine) float sums[kChunkRows * kPanel];
     for (int64_t first = next.fetch_add(job); first < num_panels; first = next.fetch_add(job)) {
       for (int64_t panel = first; panel < std::min(first + job, num_panels); ++panel) {
         const T* const weight = static_cast<const T*>(w.panels) + panel * kPanel * padded;
-        std::fill(sums.begin(), sums.end(), 0.0f);
-        for (int64_t group = 0; group < num_groups; group += block) {
-          const int64_t count = std::min(block, num_groups - group);
-          for (int64_t row = 0; row < num_rows; row += tile_rows) {
-            multiply_rows(weight + group * kPanel * kGroup, x + row * stride + group * kGroup, stride, count,
-                          sums.data() + row * kPanel, std::min(tile_rows, num_rows - row));
-          }
-        }
         const int64_t num_outputs = std::min(kPanel, w.out_features - panel * kPanel);
         float bias[kPanel] = {};
         if (w.bias != nullptr) std::copy_n(w.bias + panel * kPanel, num_outputs, bias);
-        for (int64_t row = 0; row < num_rows; ++row) {
-          T* const to = out + row * w.out_features + panel * kPanel;
-          for (int64_t i = 0; i < num_outputs; ++i) narrow(sums[row * kPanel + i] + bias[i], to[i]);
+        for (int64_t begin = 0; begin < num_rows; begin += kChunkRows) {
+          const int64_t count = std::min(kChunkRows, num_rows - begin);
+          multiply_chunk(weight, x + begin * stride, stride, num_groups, sums, count);
+          for (int64_t row = 0; row < count; ++row) {
+            T* const to = out + (begin + row) * w.out_features + panel * kPanel;
+            for (int64_t i = 0; i < num_outputs; ++i) narrow(sums[row * kPanel + i] + bias[i], to[i]);
+          }
         }
       }
     }

@@ -337,6 +337,23 @@ def test_a_compiler_that_fails_is_an_error_with_its_words(monkeypatch, tmp_path)
     assert not list(tmp_path.rglob("*.so"))
 
 
+def test_a_compiler_that_failed_is_not_asked_again(monkeypatch, tmp_path):
+    """A model has a weight for each of its layers, and each of them would wait for it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    script, asked = tmp_path / "compiler.py", tmp_path / "asked"
+    script.write_text(
+        "import sys\n"
+        "if '--version' not in sys.argv:\n"
+        f"    open({str(asked)!r}, 'a').write('once ')\n"
+        "    sys.exit('out of luck')\n"
+    )
+    monkeypatch.setenv("CXX", f"{sys.executable} {script}")
+    for _ in range(3):
+        with pytest.raises(KernelBuildError, match="out of luck"):
+            build("AVX2")
+    assert asked.read_text() == "once "
+
+
 def test_a_cache_folder_that_cannot_be_used_is_no_reason_to_stop(tmp_path):
     (tmp_path / "pensieve").write_text("a file where the folder would be")
     process = subprocess.run(

@@ -1,4 +1,4 @@
-"""Few rows times a weight in oneDNN's layout: exact, each row by itself, and only if the layout is the one that is read."""
+"""Rows times a weight in oneDNN's layout: exact, each row by itself, and only if the layout is the one that is read."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_products_are_exact(outputs, inputs, bias, dtype):
     # Sums that are exact in float32; those of the longest rows are rounded once, to bfloat16.
     weight, added = integers(2, outputs, inputs), integers(9, outputs) if bias else None
     packed = PanelWeight(pack(weight.to(dtype)), weight.to(dtype), None if added is None else added.to(dtype))
-    for num_rows in (0, 1, 2, 3, 5, 6, 7, 13, 64):
+    for num_rows in (0, 1, 2, 3, 5, 6, 7, 13, 96, 97, 200):
         x = integers(3, num_rows, inputs)
         expected = x @ weight.T + (0 if added is None else added)
         assert torch.equal(packed.multiply(x.to(dtype)), expected.to(dtype)), num_rows
@@ -70,18 +70,18 @@ def test_the_build_for_avx2_is_exact_too(monkeypatch):
 def test_a_row_does_not_depend_on_the_others(dtype):
     """Nor on how many threads share the outputs."""
     torch.manual_seed(1)
-    weight, x = torch.randn(576, 1200).to(dtype), torch.randn(64, 1200).to(dtype)
+    weight, x = torch.randn(576, 1200).to(dtype), torch.randn(130, 1200).to(dtype)
     packed = PanelWeight(pack(weight), weight, None)
     torch.set_num_threads(2)
     try:
         together = packed.multiply(x)
     finally:
         torch.set_num_threads(1)
-    for count in (1, 2, 5, 7, 13):
-        for first in range(0, 64 - count, 9):
+    for count in (1, 2, 5, 7, 13, 100):
+        for first in range(0, 130 - count, 9):
             assert torch.equal(packed.multiply(x[first : first + count]), together[first : first + count])
     x[3] = float("nan")
-    others = torch.arange(64) != 3
+    others = torch.arange(130) != 3
     assert torch.equal(packed.multiply(x)[others], together[others])
     assert packed.multiply(x)[3].isnan().all()
 
@@ -105,24 +105,27 @@ def test_another_layout_is_noticed(monkeypatch):
     x = torch.randn(3, 64)
     monkeypatch.setattr(panel_kernel, "PANEL_LEN", 48)
     own = OneDnnWeight(weight, None)
-    assert own.few_rows is None
+    assert own.panels is None
     torch.testing.assert_close(own.multiply(x), x @ weight.T)
 
 
-def test_only_few_rows_are_multiplied_by_it(monkeypatch):
+def test_many_rows_are_left_to_units_for_them(monkeypatch):
+    monkeypatch.setattr(panel_kernel, "max_rows", lambda dtype: 16)
     weight = torch.randn(128, 64)
     packed = OneDnnWeight(weight, None)
-    assert packed.few_rows is not None
+    assert packed.panels is not None
     seen = []
-    multiply = packed.few_rows.multiply
-    monkeypatch.setattr(packed.few_rows, "multiply", lambda x: seen.append(x.shape) or multiply(x))
-    for num_rows in (1, packed.few_rows.max_rows, packed.few_rows.max_rows + 1):
+    multiply = packed.panels.multiply
+    monkeypatch.setattr(packed.panels, "multiply", lambda x: seen.append(x.shape[1]) or multiply(x))
+    for num_rows in (1, 16, 17):
         x = torch.randn(1, num_rows, 64)
         torch.testing.assert_close(packed.multiply(x), x @ weight.T, rtol=1e-4, atol=1e-4)
-    assert [shape[1] for shape in seen] == [1, packed.few_rows.max_rows]
+    assert seen == [1, 16]
 
 
-def test_units_that_multiply_many_rows_at_once_get_them_earlier(monkeypatch):
-    assert panel_kernel.max_rows() in (panel_kernel.MAX_ROWS, panel_kernel.MAX_ROWS_WITH_AMX)
+def test_units_that_multiply_many_rows_at_once_get_them(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert panel_kernel.max_rows() == panel_kernel.MAX_ROWS_WITH_AMX
+    assert panel_kernel.max_rows(torch.bfloat16) == panel_kernel.MAX_ROWS_WITH_AMX
+    assert panel_kernel.max_rows(torch.float32) > 1e6
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert panel_kernel.max_rows(torch.bfloat16) > 1e6
