@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from machine import RESULTS, write_result
 
+from engine.attention.transformers_door import ShapeProbe, attention_handled_by
 from engine.config import EngineConfig
 from engine.executor.model_loader import load_model
 from engine.model_files import model_location
@@ -51,11 +52,11 @@ def score(
 ) -> tuple[list[torch.Tensor], float, int]:
     """Logits [len, vocabulary] of each context, the perplexity of all tokens but the first of each, and bytes of weights."""
     loaded = load_model(EngineConfig(model=model, quantization=quantization, dtype=dtype, device="cpu"))
-    loaded.model.set_attn_implementation("eager")  # whole contexts, no cache
     rows, loss, num_tokens = [], 0.0, 0
     for context in contexts:
         ids = torch.tensor([context])
-        logits = loaded.model(input_ids=ids, use_cache=False).logits[0].float()
+        with attention_handled_by(ShapeProbe()):  # whole contexts, no cache
+            logits = loaded.model(input_ids=ids, use_cache=False).logits[0].float()
         loss += float(torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum"))
         num_tokens += len(context) - 1
         rows.append(logits)

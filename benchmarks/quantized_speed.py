@@ -20,7 +20,10 @@ import torch
 from machine import write_result
 from quantization import read_conversations
 
+from engine.attention.transformers_door import ShapeProbe, attention_handled_by
 from engine.config import EngineConfig
+from engine.executor.compiled_layers import find_layers
+from engine.executor.fused_layers import separate
 from engine.executor.model_loader import load_model
 from engine.executor.packed_linear import PackedLinear
 from engine.model_files import model_location
@@ -46,8 +49,10 @@ class Timed:
     def __init__(self, quantization: str, dtype: str, ids: torch.Tensor) -> None:
         loaded = load_model(EngineConfig(model="smollm2", quantization=quantization, dtype=dtype, device="cpu"))
         self.model, self.ids = loaded.model, ids
-        self.model.set_attn_implementation("eager")  # whole contexts, no cache
         self.layers: list[tuple[PackedLinear, torch.Tensor]] = []
+        decoder_layers = find_layers(self.model, self.model.config.num_hidden_layers)
+        fused = [layer.forward for layer in decoder_layers]
+        separate(decoder_layers)  # fused, they do not call their modules
         hooks = [
             module.register_forward_pre_hook(lambda layer, args: self.layers.append((layer, args[0][0])))
             for module in self.model.modules()
@@ -57,13 +62,16 @@ class Timed:
         for hook in hooks:
             hook.remove()
         self.layers.pop()  # the head
+        for layer, forward in zip(decoder_layers, fused, strict=True):
+            layer.forward = forward
 
     def run_layers(self, num_rows: int) -> None:
         for layer, x in self.layers:
             layer(x[:num_rows])
 
     def run_forward(self, num_rows: int) -> Any:
-        return self.model(input_ids=self.ids[:, :num_rows], use_cache=False, logits_to_keep=1).logits
+        with attention_handled_by(ShapeProbe()):  # whole contexts, no cache
+            return self.model(input_ids=self.ids[:, :num_rows], use_cache=False, logits_to_keep=1).logits
 
 
 def seconds(call: Callable[[int], Any], num_rows: int) -> float:

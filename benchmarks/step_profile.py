@@ -1,7 +1,8 @@
 """Where the time of a step goes.
 
-Matrix multiplications, attention (writing KV included), the rest of the model, sampling, scheduling, and what else
-the executor does. One plot over decode steps of several sizes and a prefill step.
+Decoder layers that are two calls each (their matrix multiplications included), other matrix multiplications, attention
+(writing KV included), the rest of the model, sampling, scheduling, and what else the executor does. One plot over decode
+steps of several sizes and a prefill step.
 
     python benchmarks/step_profile.py
     python benchmarks/step_profile.py --dtype bfloat16 --context-len 900 --name step_profile_bfloat16
@@ -40,6 +41,7 @@ from engine.core.config import CacheConfig, SchedulingConfig
 from engine.core.engine_core import EngineCore, RequestOutput
 from engine.core.request import Request, SamplingParams
 from engine.errors import EngineError
+from engine.executor.fused_layers import FusedLayer
 from engine.executor.local import LocalExecutor
 from engine.executor.packed_linear import PackedLinear
 from engine.executor.sampler import Draw, SamplingBatch
@@ -48,7 +50,10 @@ from engine.step_loop import LookAhead, StepLoop
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 from model import VOCAB_SIZE, save_model
 
-PARTS = ("matrix multiplications", "attention", "rest of the model", "sampling", "rest of the executor", "scheduling")
+PARTS = (
+    *("decoder layers", "other matrix multiplications", "attention", "rest of the model"),
+    *("sampling", "rest of the executor", "scheduling"),
+)
 NUM_STEPS = 20
 
 
@@ -91,8 +96,9 @@ class Discarded:
 def instrumented(executor: LocalExecutor, core: EngineCore, clock: Clock) -> Iterator[None]:
     """Everything that the parts consist of reports to `clock`."""
     places: list[tuple[Any, str, str]] = [
-        (PackedLinear, "forward", "matrix multiplications"),
-        (torch.nn.Linear, "forward", "matrix multiplications"),
+        (FusedLayer, "__call__", "decoder layers"),
+        (PackedLinear, "forward", "other matrix multiplications"),
+        (torch.nn.Linear, "forward", "other matrix multiplications"),
         (PagedAttention, "attend", "attention"),
         (executor.loaded.model, "forward", "rest of the model"),
         (SamplingBatch, "__init__", "sampling"),
@@ -191,7 +197,7 @@ def main() -> None:
         for name, num_requests, num_new in tqdm(cases, unit="case"):
             seconds = profile_steps(executor, num_requests, arguments.context_len, num_new)
             total = sum(seconds.values())
-            model = sum(seconds[part] for part in PARTS[:3])
+            model = sum(seconds[part] for part in PARTS[:4])
             rows.append(
                 {
                     "name": name,
