@@ -2,8 +2,7 @@
 
 Written as transformers' models have it, a layer is some forty operations of torch. In a decode of a small model, calling
 them takes longer than computing them, and in a prompt each of them reads and writes all rows. Knows no model family: what a
-layer is made of is seen as it computes (its normalisations and products by their modules, everything else by torch's
-operations), and it is replaced only if two calls give the same.
+layer is made of is seen (layer_parts.py), and it is replaced only if two calls give the same.
 """
 
 from __future__ import annotations
@@ -12,21 +11,17 @@ import copy
 import ctypes
 import functools
 import logging
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.attention.protocol import AttentionCall, AttentionParams
-from engine.attention.transformers_door import ShapeProbe, attend, attention_handled_by
+from engine.attention.transformers_door import attend
 from engine.errors import KernelBuildError
+from engine.executor.layer_parts import GELU_TANH, SILU, Census, Parts, WatchedLayer, inputs_noted, parts_of
 from engine.executor.packed_linear import NativeProduct, PackedLinear
 from engine.executor.rms_norm import RmsNorm
 from engine.kernel_build import ISA_FLAGS, load_library
@@ -36,30 +31,9 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("fused_layer.cpp")
 # As fused_layer.cpp numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-ACTIVATIONS = {"silu": 0, "gelu(approximate='tanh')": 1}
+ACTIVATIONS = {SILU: 0, GELU_TANH: 1}
 # Rows that a model is to be run with for its layers to be seen.
 NUM_SEEN_ROWS = 64
-# A layer by the modules that it calls: normalisations N, products P and attention A.
-FORM = re.compile(r"(?P<first>N?)P(?P<heads>(NN)?)AP(?P<middle>N{0,2})PP(?P<last>N?)")
-# torch's operations that compute nothing (no model is in training), or what PackedLinear is seen to do anyway.
-NOT_COUNTED = (
-    *("clone", "contiguous", "dropout", "flatten"),
-    *(
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "transpose",
-        "permute",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "expand",
-        "t",
-    ),
-    *("split", "split_with_sizes", "chunk", "alias", "detach", "as_strided", "_linear_pointwise"),
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
-)
 # What a layer is tried with: its own input, and random ones, by whose size what it adds is smaller or larger than they are.
 TRIED_SIZES = (1e-3, 1.0)
 NUMS_OF_TRIED_ROWS = (1, 5, NUM_SEEN_ROWS)
@@ -91,28 +65,6 @@ class Layer(ctypes.Structure):
         *((name, Norm) for name in ("behind_attention", "before_mlp", "behind_mlp")),
         *((name, Product) for name in ("qkv", "output", "gate_up", "down")),
     )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Of a layer, in the order of its computation; None if it has no such normalisation.
-
-    activation: by the name of torch's operation.
-    is_turned: whether queries and keys are, by the angles of their positions.
-    """
-
-    before_attention: RmsNorm | None
-    qkv: PackedLinear
-    of_queries: RmsNorm | None
-    of_keys: RmsNorm | None
-    output: PackedLinear
-    behind_attention: RmsNorm | None
-    before_mlp: RmsNorm | None
-    gate_up: PackedLinear
-    down: PackedLinear
-    behind_mlp: RmsNorm | None
-    activation: str
-    is_turned: bool
 
 
 class FusedLayer:
@@ -239,8 +191,8 @@ def fuse_layers(
 
     Returns how many; 0, with a line in the log, without a compiler.
     """
-    watched = [_Watched(layer) for layer in layers]
-    with _inputs_noted(watched):
+    watched = [WatchedLayer(layer) for layer in layers]
+    with inputs_noted(watched):
         forward()
     num_fused = 0
     for seen in watched:
@@ -299,182 +251,10 @@ def _norm(norm: RmsNorm | None, length: int) -> Norm:
     return Norm(norm.weight.data_ptr(), own, norm.eps, norm.scale)
 
 
-# -- What a layer is made of -------------------------------------------------------------------------------------------------
-
-
-class _Watched:
-    """A layer, and what it is called with."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-
-    def note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, dict(kwargs)
-
-    def call(self, hidden: torch.Tensor, handler: Any, layer: Callable[..., Any] | None = None) -> Any:
-        """What it gives for its input, or another one of so many rows or fewer.
-
-        layer: instead of the layer.
-        """
-        with attention_handled_by(handler), torch.inference_mode():
-            return (layer or self.layer)(hidden, *self.args[1:], **self._of_rows(hidden.shape[1]))
-
-    @property
-    def hidden(self) -> torch.Tensor:
-        if not self.args or not isinstance(self.args[0], torch.Tensor) or self.args[0].dim() != 3:
-            raise ValueError("it is not called with rows of hidden states")
-        return self.args[0]
-
-    @property
-    def angles(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosine and sine [1, num_rows, elements], if it is given them."""
-        given = self.kwargs.get("position_embeddings")
-        shape = (1, self.hidden.shape[1])
-        if (
-            isinstance(given, tuple)
-            and len(given) == 2
-            and all(isinstance(part, torch.Tensor) and part.dim() == 3 and part.shape[:2] == shape for part in given)
-            and given[0].shape == given[1].shape
-            and all(part.dtype == self.hidden.dtype for part in given)
-        ):
-            return given
-        return None
-
-    def _of_rows(self, num_rows: int) -> dict[str, Any]:
-        kwargs = dict(self.kwargs)
-        if self.angles is not None:
-            kwargs["position_embeddings"] = tuple(part[:, :num_rows] for part in self.angles)
-        return kwargs
-
-
-@contextmanager
-def _inputs_noted(watched: Sequence[_Watched]) -> Iterator[None]:
-    hooks = [seen.layer.register_forward_pre_hook(seen.note, with_kwargs=True) for seen in watched]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-class _Census(TorchDispatchMode):
-    """Counts torch's operations, but for those within attention, and notes what modules are called and when attention is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.modules: list[nn.Module | None] = []  # None = attention
-        self.attended: list[torch.Tensor] = []  # queries, keys and values
-        self.num_compiled_calls = 0
-        self._probe = ShapeProbe()
-        self._is_in_attention = False
-
-    @property
-    def calls(self) -> list[AttentionCall]:
-        """Of attention."""
-        return self._probe.calls
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count by name, in place or not, and options: of two GELUs one is another operation."""
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__.rstrip("_") if hasattr(func, "overloadpacket") else str(func)
-        out = func(*args, **kwargs)
-        is_nothing = name in NOT_COUNTED or (name == "to" and out.dtype == args[0].dtype)
-        if not self._is_in_attention and not is_nothing:
-            options = ", ".join(f"{key}={value!r}" for key, value in sorted(kwargs.items()))
-            self.counts[f"{name}({options})" if options else name] += 1
-        return out
-
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, params: AttentionParams
-    ) -> torch.Tensor:
-        """See AttentionHandler."""
-        self._is_in_attention = True
-        try:
-            self.modules.append(None)
-            self.attended += [query.clone(), key.clone(), value.clone()]
-            return self._probe.attend(query, key, value, params)
-        finally:
-            self._is_in_attention = False
-
-    def note(self, module: nn.Module, *_: Any) -> None:
-        self.modules.append(module)
-
-
-def _census(seen: _Watched, num_rows: int) -> _Census:
-    """Of a forward of the first rows of a layer's input. Raises ValueError if it does not give such rows."""
-    census = _Census()
-    hooks = [
-        module.register_forward_pre_hook(census.note)
-        for module in seen.layer.modules()
-        if isinstance(module, PackedLinear | RmsNorm) or (not list(module.children()) and list(module.parameters()))
-    ]
-    hidden = seen.hidden[:, :num_rows]
-    try:
-        with census:
-            out = seen.call(hidden, census)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not isinstance(out, torch.Tensor) or out.shape != hidden.shape or out.dtype != hidden.dtype:
-        raise ValueError("it does not give rows as it gets them")
-    return census
-
-
-def _parts(seen: _Watched) -> tuple[AttentionCall, tuple[Parts, ...]]:
-    """How a layer calls attention, and what it may be made of: one of these. Raises ValueError if its form is not known."""
-    census, of_one_row = _census(seen, seen.hidden.shape[1]), _census(seen, 1)
-    if (census.counts, census.modules) != (of_one_row.counts, of_one_row.modules):
-        raise ValueError("what it computes depends on how many rows there are")
-    kinds = {RmsNorm: "N", PackedLinear: "P", type(None): "A"}
-    form = "".join(kinds.get(type(module), "?") for module in census.modules)
-    match = FORM.fullmatch(form)
-    if match is None:
-        raise ValueError(f"it is of the form {form}")
-    modules: Iterator[Any] = iter(census.modules)
-
-    def take(group: str, most: int) -> list[Any]:
-        """Normalisations of a group, or as many None."""
-        return [next(modules) for _ in match[group]] or [None] * most
-
-    (first,), qkv, (of_queries, of_keys) = take("first", 1), next(modules), take("heads", 2)
-    _, output, middle = next(modules), next(modules), take("middle", 2)
-    gate_up, down, (last,) = next(modules), next(modules), take("last", 1)
-    activation, is_turned = _operations(census.counts)
-    # A single one in the middle normalises what attention gives, or what the rest gets.
-    pairs = [(None, *middle), (*middle, None)] if len(middle) == 1 else [(middle[0], middle[1])]
-    return census.calls[0], tuple(
-        Parts(first, qkv, of_queries, of_keys, output, behind, before, gate_up, down, last, activation, is_turned)
-        for behind, before in pairs
-    )
-
-
-def _operations(counts: Counter[str]) -> tuple[str, bool]:
-    """(activation, whether queries and keys are turned) that take just these operations of torch.
-
-    Raises ValueError if there are others: a value may be limited, say, which an input need not show. What code does only for
-    other inputs than those that it was tried with, nothing shows.
-    """
-    for activation in ACTIVATIONS:
-        residuals_and_gate = Counter({"add": 2, "mul": 1, activation: 1})
-        turns = Counter({"mul": 4, "neg": 2, "cat": 2, "add": 2})
-        # Of heads that are turned in part, the rest is joined to it again.
-        for is_turned, expected in (
-            (False, residuals_and_gate),
-            (True, residuals_and_gate + turns),
-            (True, residuals_and_gate + turns + Counter({"cat": 2})),
-        ):
-            if counts == expected:
-                return activation, is_turned
-    raise ValueError(f"it takes {dict(counts)}")
-
-
-def _fuse(seen: _Watched, has_adapters: Callable[[], bool]) -> FusedLayer:
+def _fuse(seen: WatchedLayer, has_adapters: Callable[[], bool]) -> FusedLayer:
     """Raises ValueError if nothing computes as the layer does, and KernelBuildError."""
     angles = seen.angles
-    call, candidates = _parts(seen)
+    call, candidates = parts_of(seen)
     if call.params.sinks is not None:
         raise ValueError("its attention has sinks, which may be made anew by each call")
     for parts in candidates:
@@ -489,7 +269,7 @@ def _fuse(seen: _Watched, has_adapters: Callable[[], bool]) -> FusedLayer:
     raise ValueError("two calls give something else")
 
 
-def _is_same(seen: _Watched, fused: FusedLayer) -> bool:
+def _is_same(seen: WatchedLayer, fused: FusedLayer) -> bool:
     """Whether both give the same, and give the same to attention, for the layer's own input and for random ones."""
     own = seen.hidden
     generator = torch.Generator().manual_seed(0)
@@ -499,7 +279,7 @@ def _is_same(seen: _Watched, fused: FusedLayer) -> bool:
             rows = torch.randn(1, min(num_rows, own.shape[1]), own.shape[2], generator=generator)
             inputs.append((size * rows).to(own.dtype))
     for hidden in inputs:
-        expected, actual = _Census(), _Census()
+        expected, actual = Census(), Census()
         expected_out = seen.call(hidden, expected)
         actual_out = seen.call(hidden, actual, fused)
         if [call.kind for call in expected.calls] != [call.kind for call in actual.calls]:

@@ -14,12 +14,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from engine.attention.transformers_door import ATTENTION_NAME, ShapeProbe
+from engine.attention.transformers_door import ATTENTION_NAME, ShapeProbe, attention_handled_by
 from engine.config import EngineConfig
 from engine.errors import KernelBuildError
 from engine.executor import fused_layers, panel_kernel
 from engine.executor.compiled_layers import find_layers, logits_difference
 from engine.executor.fused_layers import NUM_SEEN_ROWS, FusedLayer, fuse_layers, separate
+from engine.executor.layer_parts import SILU
 from engine.executor.model_check import probe_logits
 from engine.executor.model_loader import load_model
 from engine.executor.packed_linear import OneDnnWeight, PackedWeight, PlainWeight, pack_linears
@@ -174,7 +175,7 @@ def test_a_row_does_not_depend_on_the_others(dtype):
 
     def compute(rows: slice) -> list[torch.Tensor]:
         seen.clear()
-        with fused_layers.attention_handled_by(SimpleNamespace(attend=attend)), torch.inference_mode():
+        with attention_handled_by(SimpleNamespace(attend=attend)), torch.inference_mode():
             out = layer(hidden[:, rows], position_embeddings=tuple(part[:, rows] for part in angles))
         return [out[0], seen[0].transpose(0, 1)]
 
@@ -315,7 +316,7 @@ def test_loading_a_model_fuses_its_layers(tiny_model, caplog):
 
 
 def test_a_model_that_gives_other_logits_is_served_with_its_own_layers(tiny_model, monkeypatch, caplog):
-    monkeypatch.setattr(fused_layers, "ACTIVATIONS", {"silu": 1})
+    monkeypatch.setattr(fused_layers, "ACTIVATIONS", {SILU: 1})
     monkeypatch.setattr(fused_layers, "_is_same", lambda *_: True)
     with caplog.at_level(logging.WARNING):
         layers = loaded_layers(EngineConfig(model=str(tiny_model("llama")), device="cpu", dtype="float32"))
