@@ -1,4 +1,5 @@
-// A decoder layer but for its attention: what is in front of it by one call, what is behind it by another. See fused_layers.py.
+// A decoder layer but for its attention: what is in front of it by one call, what is behind it by another, or stage by stage. See
+// fused_layers.py.
 //
 // Everything is rounded to the dtype exactly where torch's operations round it, and each row is computed by itself. Products and
 // normalisations are functions of other libraries, given by address.
@@ -135,72 +136,136 @@ void add_part(const Layer& layer, const Norm& norm, const T* hidden, T* added, T
   });
 }
 
-// x normalised into `memory`; x itself if there is no normalisation.
-template <typename T>
-const T* normalized(const Layer& layer, const Norm& norm, const T* x, std::unique_ptr<T[]>& memory, int64_t num_rows,
-                    int num_threads) {
-  if (norm.weight == nullptr) return x;
-  memory = make_rows<T>(num_rows, layer.hidden);
-  normalize(layer, norm, x, memory.get(), num_rows, num_threads);
-  return memory.get();
-}
+// ---- The stages of a layer ------------------------------------------------------------------------------------------------------
+// What a stage multiplies by, and what comes of it, are buffers of the caller, who may change the latter before the next stage.
+//
+//     normed  [num_rows, hidden]; not touched if there is no normalisation in front of a product
+//     qkv     [num_rows, query + key + value]
+//     added   [num_rows, hidden]: what attention, or the MLP, adds
+//     gates   [num_rows, 2 * intermediate]
+//     gated   [num_rows, intermediate]
 
 template <typename T>
-void before_attention(const Layer& layer, const T* hidden, const T* cos, const T* sin, T* qkv, int64_t num_rows, int num_threads) {
-  std::unique_ptr<T[]> memory;
-  multiply(layer, layer.qkv, normalized(layer, layer.before_attention, hidden, memory, num_rows, num_threads), qkv, num_rows,
-           num_threads);
-  const int64_t stride = layer.query + layer.key + layer.value;
-  for_rows(num_rows, stride, num_threads, [&](int64_t row) {
-    T* const queries = qkv + row * stride;
-    T* const keys = queries + layer.query;
-    if (layer.of_queries.weight != nullptr) {
-      normalize(layer, layer.of_queries, queries, queries, layer.query / layer.of_queries.length, 1);
-    }
-    if (layer.of_keys.weight != nullptr) normalize(layer, layer.of_keys, keys, keys, layer.key / layer.of_keys.length, 1);
-    if (layer.rotary == 0) return;
-    for (T* head = queries; head < keys + layer.key; head += layer.head) {
-      turn(head, cos + row * layer.rotary, sin + row * layer.rotary, layer.rotary);
-    }
-  });
-}
+struct Stages {
+  const Layer& layer;
+  int64_t num_rows;
+  int num_threads;
 
-template <typename T>
-void behind_attention(const Layer& layer, const T* hidden, const T* attended, T* out, int64_t num_rows, int num_threads) {
-  const auto added = make_rows<T>(num_rows, layer.hidden);
-  multiply(layer, layer.output, attended, added.get(), num_rows, num_threads);
-  add_part(layer, layer.behind_attention, hidden, added.get(), out, num_rows, num_threads);
-  std::unique_ptr<T[]> memory;
-  const auto gates = make_rows<T>(num_rows, 2 * layer.intermediate), gated = make_rows<T>(num_rows, layer.intermediate);
-  multiply(layer, layer.gate_up, normalized(layer, layer.before_mlp, out, memory, num_rows, num_threads), gates.get(), num_rows,
-           num_threads);
-  for_rows(num_rows, layer.intermediate, num_threads, [&](int64_t row) {
+  void make_qkv(const T* hidden, T* normed, T* qkv) const { multiply_normalized(layer.before_attention, layer.qkv, hidden, normed, qkv); }
+
+  // cos, sin: [num_rows, rotary].
+  void turn_heads(const T* cos, const T* sin, T* qkv) const {
+    const int64_t stride = layer.query + layer.key + layer.value;
+    for_rows(num_rows, stride, num_threads, [&](int64_t row) {
+      T* const queries = qkv + row * stride;
+      T* const keys = queries + layer.query;
+      if (layer.of_queries.weight != nullptr) {
+        normalize(layer, layer.of_queries, queries, queries, layer.query / layer.of_queries.length, 1);
+      }
+      if (layer.of_keys.weight != nullptr) normalize(layer, layer.of_keys, keys, keys, layer.key / layer.of_keys.length, 1);
+      if (layer.rotary == 0) return;
+      for (T* head = queries; head < keys + layer.key; head += layer.head) {
+        turn(head, cos + row * layer.rotary, sin + row * layer.rotary, layer.rotary);
+      }
+    });
+  }
+
+  void make_output(const T* attended, T* added) const { multiply(layer, layer.output, attended, added, num_rows, num_threads); }
+
+  void make_gates(const T* hidden, T* added, T* out, T* normed, T* gates) const {
+    add_part(layer, layer.behind_attention, hidden, added, out, num_rows, num_threads);
+    multiply_normalized(layer.before_mlp, layer.gate_up, out, normed, gates);
+  }
+
+  void make_down(const T* gates, T* gated, T* added) const {
     const auto function = layer.activation == 0 ? gate<T, 0> : gate<T, 1>;
-    const T* const from = gates.get() + row * 2 * layer.intermediate;
-    function(from, from + layer.intermediate, gated.get() + row * layer.intermediate, layer.intermediate);
-  });
-  multiply(layer, layer.down, gated.get(), added.get(), num_rows, num_threads);
-  add_part(layer, layer.behind_mlp, out, added.get(), out, num_rows, num_threads);
+    for_rows(num_rows, layer.intermediate, num_threads, [&](int64_t row) {
+      const T* const from = gates + row * 2 * layer.intermediate;
+      function(from, from + layer.intermediate, gated + row * layer.intermediate, layer.intermediate);
+    });
+    multiply(layer, layer.down, gated, added, num_rows, num_threads);
+  }
+
+  void finish(T* added, T* out) const { add_part(layer, layer.behind_mlp, out, added, out, num_rows, num_threads); }
+
+ private:
+  void multiply_normalized(const Norm& norm, const Product& product, const T* x, T* normed, T* out) const {
+    if (norm.weight != nullptr) {
+      normalize(layer, norm, x, normed, num_rows, num_threads);
+      x = normed;
+    }
+    multiply(layer, product, x, out, num_rows, num_threads);
+  }
+};
+
+// All stages in front of attention, or all behind it.
+template <typename T>
+void before_attention(const Stages<T>& stages, const T* hidden, const T* cos, const T* sin, T* qkv) {
+  const auto normed = make_rows<T>(stages.num_rows, stages.layer.hidden);
+  stages.make_qkv(hidden, normed.get(), qkv);
+  stages.turn_heads(cos, sin, qkv);
+}
+
+template <typename T>
+void behind_attention(const Stages<T>& stages, const T* hidden, const T* attended, T* out) {
+  const int64_t num_rows = stages.num_rows, intermediate = stages.layer.intermediate;
+  const auto added = make_rows<T>(num_rows, stages.layer.hidden), normed = make_rows<T>(num_rows, stages.layer.hidden);
+  const auto gates = make_rows<T>(num_rows, 2 * intermediate), gated = make_rows<T>(num_rows, intermediate);
+  stages.make_output(attended, added.get());
+  stages.make_gates(hidden, added.get(), out, normed.get(), gates.get());
+  stages.make_down(gates.get(), gated.get(), added.get());
+  stages.finish(added.get(), out);
+}
+
+// f(stages, pointers...), with pointers to the elements of the layer.
+template <typename F, typename... Pointers>
+void call(const F& f, const Layer* layer, int64_t num_rows, int num_threads, Pointers*... pointers) {
+  if (layer->dtype == 0) {
+    f(Stages<float>{*layer, num_rows, num_threads}, reinterpret_cast<float*>(pointers)...);
+  } else {
+    f(Stages<BFloat16>{*layer, num_rows, num_threads}, reinterpret_cast<BFloat16*>(pointers)...);
+  }
 }
 
 }  // namespace
 
-// hidden: [num_rows, hidden]. cos, sin: [num_rows, rotary]. qkv: [num_rows, query + key + value].
-extern "C" void layer_before_attention(const Layer* layer, const void* hidden, const void* cos, const void* sin, void* qkv,
-                                       int64_t num_rows, int num_threads) {
-  const auto call = [&]<typename T>(T*) {
-    before_attention(*layer, static_cast<const T*>(hidden), static_cast<const T*>(cos), static_cast<const T*>(sin),
-                     static_cast<T*>(qkv), num_rows, num_threads);
-  };
-  layer->dtype == 0 ? call(static_cast<float*>(nullptr)) : call(static_cast<BFloat16*>(nullptr));
+extern "C" {
+
+// hidden: [num_rows, hidden], what comes into the layer.
+void layer_before_attention(const Layer* layer, char* hidden, char* cos, char* sin, char* qkv, int64_t num_rows, int num_threads) {
+  call([](const auto& stages, auto... p) { before_attention(stages, p...); }, layer, num_rows, num_threads, hidden, cos, sin, qkv);
 }
 
-// hidden: [num_rows, hidden], what came into the layer. attended: [num_rows, attended]. out: [num_rows, hidden].
-extern "C" void layer_behind_attention(const Layer* layer, const void* hidden, const void* attended, void* out, int64_t num_rows,
-                                       int num_threads) {
-  const auto call = [&]<typename T>(T*) {
-    behind_attention(*layer, static_cast<const T*>(hidden), static_cast<const T*>(attended), static_cast<T*>(out), num_rows,
-                     num_threads);
-  };
-  layer->dtype == 0 ? call(static_cast<float*>(nullptr)) : call(static_cast<BFloat16*>(nullptr));
+// attended: [num_rows, query heads * length of values]. out: [num_rows, hidden].
+void layer_behind_attention(const Layer* layer, char* hidden, char* attended, char* out, int64_t num_rows, int num_threads) {
+  call([](const auto& stages, auto... p) { behind_attention(stages, p...); }, layer, num_rows, num_threads, hidden, attended, out);
 }
+
+// The same, stage by stage.
+
+void layer_make_qkv(const Layer* layer, char* hidden, char* normed, char* qkv, int64_t num_rows, int num_threads) {
+  call([](const auto& stages, auto... p) { stages.make_qkv(p...); }, layer, num_rows, num_threads, hidden, normed, qkv);
+}
+
+void layer_turn_heads(const Layer* layer, char* cos, char* sin, char* qkv, int64_t num_rows, int num_threads) {
+  call([](const auto& stages, auto... p) { stages.turn_heads(p...); }, layer, num_rows, num_threads, cos, sin, qkv);
+}
+
+void layer_make_output(const Layer* layer, char* attended, char* added, int64_t num_rows, int num_threads) {
+  call([](const auto& stages, auto... p) { stages.make_output(p...); }, layer, num_rows, num_threads, attended, added);
+}
+
+void layer_make_gates(const Layer* layer, char* hidden, char* added, char* out, char* normed, char* gates, int64_t num_rows,
+                      int num_threads) {
+  call([](const auto& stages, auto... p) { stages.make_gates(p...); }, layer, num_rows, num_threads, hidden, added, out, normed, gates);
+}
+
+void layer_make_down(const Layer* layer, char* gates, char* gated, char* added, int64_t num_rows, int num_threads) {
+  call([](const auto& stages, auto... p) { stages.make_down(p...); }, layer, num_rows, num_threads, gates, gated, added);
+}
+
+void layer_finish(const Layer* layer, char* added, char* out, int64_t num_rows, int num_threads) {
+  call([](const auto& stages, auto... p) { stages.finish(p...); }, layer, num_rows, num_threads, added, out);
+}
+
+}  // extern "C"

@@ -11,7 +11,7 @@ import copy
 import ctypes
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from engine.attention.protocol import AttentionCall, AttentionParams
 from engine.attention.transformers_door import attend
 from engine.errors import KernelBuildError
 from engine.executor.layer_parts import GELU_TANH, SILU, Census, Parts, WatchedLayer, inputs_noted, parts_of
+from engine.executor.lora.layers import AdaptedLinear, RunningStep
 from engine.executor.packed_linear import NativeProduct, PackedLinear
 from engine.executor.rms_norm import RmsNorm
 from engine.kernel_build import ISA_FLAGS, load_library
@@ -32,6 +33,17 @@ SOURCE = Path(__file__).with_name("fused_layer.cpp")
 # As fused_layer.cpp numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {SILU: 0, GELU_TANH: 1}
+# Its functions, and how many buffers each takes: the two calls, and their stages.
+CALLS = {
+    "before_attention": 4,
+    "behind_attention": 3,
+    "make_qkv": 3,
+    "turn_heads": 3,
+    "make_output": 2,
+    "make_gates": 5,
+    "make_down": 3,
+    "finish": 2,
+}
 # Rows that a model is to be run with for its layers to be seen.
 NUM_SEEN_ROWS = 64
 # What a layer is tried with: its own input, and random ones, by whose size what it adds is smaller or larger than they are.
@@ -68,27 +80,21 @@ class Layer(ctypes.Structure):
 
 
 class FusedLayer:
-    """Stands for the forward of a decoder layer, which is called for more than `max_rows` rows, and for adapters."""
+    """Stands for the forward of a decoder layer, which is called for more than `max_rows` rows.
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        parts: Parts,
-        call: AttentionCall,
-        num_rotary: int,
-        has_adapters: Callable[[], bool],
-    ) -> None:
+    In a step with adapters, what they change is added between the stages of the two calls.
+    """
+
+    def __init__(self, layer: nn.Module, parts: Parts, call: AttentionCall, num_rotary: int) -> None:
         """Prepare the calls.
 
         call: of the layer's attention.
         num_rotary: elements of a head that are turned.
-        has_adapters: whether the step that runs changes what a layer computes.
 
         Raises ValueError if the parts do not fit each other, or C++ code cannot multiply by a weight, and KernelBuildError.
         """
         self._forward = layer.forward
         self._params: AttentionParams = call.params
-        self._has_adapters = has_adapters
         self._is_turned, self._num_rotary = parts.is_turned, num_rotary
         self._parts = parts  # keeps the memory
         dtype = parts.qkv.dtype
@@ -98,6 +104,7 @@ class FusedLayer:
         self._query, self._key = call.num_heads * shape.k_dim, shape.num_kv_heads * shape.k_dim
         self._qkv = self._query + self._key + shape.num_kv_heads * shape.v_dim
         hidden, intermediate = parts.qkv.in_features, parts.down.in_features
+        self._hidden, self._intermediate = hidden, intermediate
         expected = {
             "qkv": (hidden, self._qkv),
             "output": (call.num_heads * shape.v_dim, hidden),
@@ -105,12 +112,13 @@ class FusedLayer:
             "down": (intermediate, hidden),
         }
         linears: dict[str, PackedLinear] = {name: getattr(parts, name) for name in expected}
-        sizes = {name: (linear.in_features, sum(linear.sizes)) for name, linear in linears.items()}
+        sizes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
         if sizes != expected:
             raise ValueError(f"its products are {sizes}, not {expected}")
         natives = {name: _native(linear) for name, linear in linears.items()}
         self.max_rows = min(native.max_rows for native in natives.values())
-        self._hidden = hidden
+        self._adapted = _slices(parts.adapted, {name: output for name, (_, output) in sizes.items()})
+        self._step = parts.adapted[0].step if parts.adapted else RunningStep()
         self._library = load_kernel()
         norms = {
             "before_attention": (parts.before_attention, hidden),
@@ -142,52 +150,84 @@ class FusedLayer:
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the layer's own forward."""
-        num_elements = hidden_states.numel()
-        if num_elements > self.max_rows * self._hidden or self._has_adapters():
-            out: torch.Tensor = self._forward(hidden_states, *args, **kwargs)
-            return out
-        num_rows, num_threads = num_elements // self._hidden, torch.get_num_threads()
+        num_rows = hidden_states.numel() // self._hidden
+        if num_rows > self.max_rows:
+            own: torch.Tensor = self._forward(hidden_states, *args, **kwargs)
+            return own
+        size = num_rows, torch.get_num_threads()
         hidden = hidden_states.contiguous()
+        angles = self._angles(kwargs["position_embeddings"], num_rows) if self._is_turned else ()
+        cos, sin = (part.data_ptr() for part in angles) if angles else (None, None)
         qkv = hidden.new_empty(num_rows, self._qkv)
-        cos_address = sin_address = None
-        if self._is_turned:
-            cos, sin = (angles.contiguous() for angles in kwargs["position_embeddings"])
-            if not cos.numel() == sin.numel() == num_rows * self._num_rotary:
-                raise ValueError(f"angles of {tuple(cos.shape)} and {tuple(sin.shape)} for {num_rows} rows")
-            cos_address, sin_address = cos.data_ptr(), sin.data_ptr()
-        self._library.layer_before_attention(
-            self._pointer, hidden.data_ptr(), cos_address, sin_address, qkv.data_ptr(), num_rows, num_threads
-        )
+        if self._step.parts:
+            self._before_attention_adapted(hidden, cos, sin, qkv, size)
+        else:
+            self._library.layer_before_attention(self._pointer, hidden.data_ptr(), cos, sin, qkv.data_ptr(), *size)
+        row = self._qkv
         attended = attend(
-            qkv.as_strided((self._num_heads, num_rows, self._head), (self._head, self._qkv, 1)),
-            qkv.as_strided((self._num_kv_heads, num_rows, self._head), (self._head, self._qkv, 1), self._query),
+            qkv.as_strided((self._num_heads, num_rows, self._head), (self._head, row, 1)),
+            qkv.as_strided((self._num_kv_heads, num_rows, self._head), (self._head, row, 1), self._query),
             qkv.as_strided(
-                (self._num_kv_heads, num_rows, self._value_head),
-                (self._value_head, self._qkv, 1),
-                self._query + self._key,
+                (self._num_kv_heads, num_rows, self._value_head), (self._value_head, row, 1), self._query + self._key
             ),
             self._params,
         ).contiguous()
         out = torch.empty_like(hidden)
-        self._library.layer_behind_attention(
-            self._pointer, hidden.data_ptr(), attended.data_ptr(), out.data_ptr(), num_rows, num_threads
-        )
+        if self._step.parts:
+            self._behind_attention_adapted(hidden, attended, out, size)
+        else:
+            self._library.layer_behind_attention(
+                self._pointer, hidden.data_ptr(), attended.data_ptr(), out.data_ptr(), *size
+            )
         return out
+
+    def _angles(self, given: tuple[torch.Tensor, torch.Tensor], num_rows: int) -> list[torch.Tensor]:
+        """Cosine and sine as they are read. Raises ValueError if they are of other rows."""
+        angles = [part.contiguous() for part in given]
+        if any(part.numel() != num_rows * self._num_rotary for part in angles):
+            raise ValueError(f"angles of {[tuple(part.shape) for part in angles]} for {num_rows} rows")
+        return angles
+
+    def _before_attention_adapted(
+        self, hidden: torch.Tensor, cos: int | None, sin: int | None, qkv: torch.Tensor, size: tuple[int, int]
+    ) -> None:
+        call = self._library
+        x = hidden if self._parts.before_attention is None else torch.empty_like(hidden)
+        call.layer_make_qkv(self._pointer, hidden.data_ptr(), x.data_ptr(), qkv.data_ptr(), *size)
+        self._adapt("qkv", qkv, x)
+        call.layer_turn_heads(self._pointer, cos, sin, qkv.data_ptr(), *size)
+
+    def _behind_attention_adapted(
+        self, hidden: torch.Tensor, attended: torch.Tensor, out: torch.Tensor, size: tuple[int, int]
+    ) -> None:
+        call, added = self._library, torch.empty_like(hidden)
+        x = out if self._parts.before_mlp is None else torch.empty_like(hidden)
+        gates, gated = (hidden.new_empty(size[0], num * self._intermediate) for num in (2, 1))
+        call.layer_make_output(self._pointer, attended.data_ptr(), added.data_ptr(), *size)
+        self._adapt("output", added, attended)
+        buffers = (part.data_ptr() for part in (hidden, added, out, x, gates))
+        call.layer_make_gates(self._pointer, *buffers, *size)
+        self._adapt("gate_up", gates, x)
+        call.layer_make_down(self._pointer, gates.data_ptr(), gated.data_ptr(), added.data_ptr(), *size)
+        self._adapt("down", added, gated)
+        call.layer_finish(self._pointer, added.data_ptr(), out.data_ptr(), *size)
+
+    def _adapt(self, product: str, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Add what the adapters of the step change of a product."""
+        linear: PackedLinear = getattr(self._parts, product)
+        rows, inputs = out.view(-1, linear.out_features), x.view(-1, linear.in_features)
+        for name, columns in self._adapted[product]:
+            self._step.add(name, rows[:, columns], inputs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """The own forward of the copy of the layer: this holds addresses of the first one's weights."""
         return copy.deepcopy(self._forward, memo)
 
 
-def fuse_layers(
-    layers: Sequence[nn.Module],
-    forward: Callable[[], Any],
-    has_adapters: Callable[[], bool] = lambda: False,
-) -> int:
+def fuse_layers(layers: Sequence[nn.Module], forward: Callable[[], Any]) -> int:
     """Put a FusedLayer in the place of the forward of each layer that computes what it does; `separate` undoes it.
 
     forward: runs the model, on NUM_SEEN_ROWS tokens if its window has them.
-    has_adapters: whether the step that runs changes what layers compute.
 
     Returns how many; 0, with a line in the log, without a compiler.
     """
@@ -197,7 +237,7 @@ def fuse_layers(
     num_fused = 0
     for seen in watched:
         try:
-            fused = _fuse(seen, has_adapters)
+            fused = _fuse(seen)
         except KernelBuildError as error:
             logger.warning("decoder layers are computed by torch's operations, which is slow for decodes; %s", error)
             return 0
@@ -223,10 +263,10 @@ def load_kernel() -> Any:
     # What torch rounds twice is rounded twice.
     flags = ("-fopenmp", "-ffp-contract=off", *ISA_FLAGS.get(capability, ()))
     library = load_library(SOURCE, "decoder layers", capability, flags)
-    pointers = (ctypes.c_void_p,) * 5
-    library.layer_before_attention.argtypes = (*pointers, ctypes.c_int64, ctypes.c_int)
-    library.layer_behind_attention.argtypes = (*pointers[:4], ctypes.c_int64, ctypes.c_int)
-    library.layer_before_attention.restype = library.layer_behind_attention.restype = None
+    for name, num_buffers in CALLS.items():
+        function = getattr(library, f"layer_{name}")
+        function.argtypes = (ctypes.c_void_p, *[ctypes.c_void_p] * num_buffers, ctypes.c_int64, ctypes.c_int)
+        function.restype = None
     return library
 
 
@@ -241,6 +281,28 @@ def _native(linear: PackedLinear) -> NativeProduct:
     return native
 
 
+def _slices(adapted: Sequence[AdaptedLinear], widths: Mapping[str, int]) -> dict[str, list[tuple[str, slice]]]:
+    """Of each product, the layers that adapters change, and which of its outputs are theirs.
+
+    adapted: in the order of their calls; all of them, or none. widths: outputs of each product, in the same order.
+
+    Raises ValueError if these are not those.
+    """
+    layers = iter(adapted)
+    slices: dict[str, list[tuple[str, slice]]] = {name: [] for name in widths}
+    for name, width in widths.items() if adapted else ():
+        end = 0
+        while end < width:
+            layer = next(layers, None)
+            if layer is None:
+                raise ValueError(f"adapters change only a part of it, up to {name}")
+            slices[name].append((layer.name, slice(end, end + layer.out_features)))
+            end += layer.out_features
+        if end != width:
+            raise ValueError(f"what adapters change of {name} has {end} outputs, not {width}")
+    return slices
+
+
 def _norm(norm: RmsNorm | None, length: int) -> Norm:
     """length: of what it is to normalise, in rows of its own length."""
     if norm is None:
@@ -251,7 +313,7 @@ def _norm(norm: RmsNorm | None, length: int) -> Norm:
     return Norm(norm.weight.data_ptr(), own, norm.eps, norm.scale)
 
 
-def _fuse(seen: WatchedLayer, has_adapters: Callable[[], bool]) -> FusedLayer:
+def _fuse(seen: WatchedLayer) -> FusedLayer:
     """Raises ValueError if nothing computes as the layer does, and KernelBuildError."""
     angles = seen.angles
     call, candidates = parts_of(seen)
@@ -263,7 +325,7 @@ def _fuse(seen: WatchedLayer, has_adapters: Callable[[], bool]) -> FusedLayer:
         num_rotary = 0 if angles is None else angles[0].shape[-1]
         if num_rotary > call.shape.k_dim or num_rotary % 2 or parts.qkv.dtype not in DTYPES:
             raise ValueError(f"{num_rotary} elements of a head of {call.shape.k_dim} are turned, in {parts.qkv.dtype}")
-        fused = FusedLayer(seen.layer, parts, call, num_rotary, has_adapters)
+        fused = FusedLayer(seen.layer, parts, call, num_rotary)
         if _is_same(seen, fused):
             return fused
     raise ValueError("two calls give something else")

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.attention.protocol import AttentionCall, AttentionParams
 from engine.attention.transformers_door import ShapeProbe, attention_handled_by
+from engine.executor.lora.layers import AdaptedLinear
 from engine.executor.packed_linear import PackedLinear
 from engine.executor.rms_norm import RmsNorm
 
@@ -40,6 +41,7 @@ class Parts:
 
     activation: by the name of torch's operation.
     is_turned: whether queries and keys are, by the angles of their positions.
+    adapted: the layers that adapters may change, in the order of their calls.
     """
 
     before_attention: RmsNorm | None
@@ -54,6 +56,7 @@ class Parts:
     behind_mlp: RmsNorm | None
     activation: str
     is_turned: bool
+    adapted: tuple[AdaptedLinear, ...]
 
 
 class WatchedLayer:
@@ -120,6 +123,7 @@ class Census(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.modules: list[nn.Module | None] = []  # None = attention
+        self.adapted: list[AdaptedLinear] = []
         self.attended: list[torch.Tensor] = []  # queries, keys and values
         self.num_compiled_calls = 0
         self._probe = ShapeProbe()
@@ -154,7 +158,10 @@ class Census(TorchDispatchMode):
             self._is_in_attention = False
 
     def note(self, module: nn.Module, *_: Any) -> None:
-        self.modules.append(module)
+        if isinstance(module, AdaptedLinear):
+            self.adapted.append(module)
+        else:
+            self.modules.append(module)
 
 
 def _look(seen: WatchedLayer, num_rows: int) -> Census:
@@ -163,7 +170,8 @@ def _look(seen: WatchedLayer, num_rows: int) -> Census:
     hooks = [
         module.register_forward_pre_hook(census.note)
         for module in seen.layer.modules()
-        if isinstance(module, PackedLinear | RmsNorm) or (not list(module.children()) and list(module.parameters()))
+        if isinstance(module, PackedLinear | RmsNorm | AdaptedLinear)
+        or (not list(module.children()) and list(module.parameters()))
     ]
     hidden = seen.hidden[:, :num_rows]
     try:
@@ -199,8 +207,9 @@ def parts_of(seen: WatchedLayer) -> tuple[AttentionCall, tuple[Parts, ...]]:
     activation, is_turned = _operations(census.counts)
     # A single one in the middle normalises what attention gives, or what the rest gets.
     pairs = [(None, *middle), (*middle, None)] if len(middle) == 1 else [(middle[0], middle[1])]
+    computed = activation, is_turned, tuple(census.adapted)
     return census.calls[0], tuple(
-        Parts(first, qkv, of_queries, of_keys, output, behind, before, gate_up, down, last, activation, is_turned)
+        Parts(first, qkv, of_queries, of_keys, output, behind, before, gate_up, down, last, *computed)
         for behind, before in pairs
     )
 

@@ -183,7 +183,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
         layers = install_layers(model, hf_config, plan, group, lambda: probe_logits(model, text_config, ShapeProbe()))
         adapters = Adapters(layers, device, dtype, config.max_lora_rank)
     if packing is not None and device.type == "cpu" and group is None:
-        _fuse_layers(config, model, text_config, decoder_layers, tolerance, adapters)
+        _fuse_layers(config, model, text_config, decoder_layers, tolerance)
     is_compiled = wants_compiled and _compile(config, model, text_config, decoder_layers, tolerance, device)
     return LoadedModel(
         model=model,
@@ -380,7 +380,6 @@ def _fuse_layers(
     text_config: Any,
     layers: Sequence[nn.Module],
     tolerance: float,
-    adapters: Adapters | None,
 ) -> None:
     """Layers by two calls each, unless the model then computes something else."""
     num_rows = min(NUM_SEEN_ROWS, model_window(text_config))
@@ -389,7 +388,7 @@ def _fuse_layers(
         return probe_logits(model, text_config, ShapeProbe(), num_rows)
 
     expected = logits()
-    num_fused = fuse_layers(layers, logits, lambda: adapters is not None and bool(adapters.layers.step.parts))
+    num_fused = fuse_layers(layers, logits)
     try:
         error = logits_difference(logits(), expected)
     except Exception as failure:  # whatever the model's code wants of a layer

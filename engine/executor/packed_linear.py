@@ -231,6 +231,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features = layers[0].in_features
         self.sizes = [layer.out_features for layer in layers]
+        self.out_features = sum(self.sizes)
         self.dtype = layers[0].weight.dtype
         self.bias: torch.Tensor | None = None
         if any(layer.bias is not None for layer in layers):

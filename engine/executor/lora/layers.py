@@ -81,18 +81,21 @@ class RunningStep:
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer, and what the adapters of the running step add to its rows."""
+    """A linear layer, and what the adapters of the running step add to its rows.
+
+    name: of the layer in the model.
+    """
 
     def __init__(self, inner: nn.Module, name: str, step: RunningStep) -> None:
         super().__init__()
         self.inner = inner
-        self._name = name
-        self._step = step
+        self.name = name
+        self.step = step
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.inner(input)
-        if self._step.parts:
-            self._step.add(self._name, out.view(-1, out.shape[-1]), input.reshape(-1, input.shape[-1]))
+        if self.step.parts:
+            self.step.add(self.name, out.view(-1, out.shape[-1]), input.reshape(-1, input.shape[-1]))
         return out
 
     def __getattr__(self, name: str) -> Any:

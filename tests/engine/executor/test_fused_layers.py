@@ -21,6 +21,7 @@ from engine.executor import fused_layers, panel_kernel
 from engine.executor.compiled_layers import find_layers, logits_difference
 from engine.executor.fused_layers import NUM_SEEN_ROWS, FusedLayer, fuse_layers, separate
 from engine.executor.layer_parts import SILU
+from engine.executor.lora.layers import AdaptedRows, Change, install_layers
 from engine.executor.model_check import probe_logits
 from engine.executor.model_loader import load_model
 from engine.executor.packed_linear import OneDnnWeight, PackedWeight, PlainWeight, pack_linears
@@ -113,8 +114,8 @@ class Made(SimpleNamespace):
     def logits(self, num_rows: int = NUM_SEEN_ROWS) -> torch.Tensor:
         return probe_logits(self.model, self.config.get_text_config(), ShapeProbe(), num_rows)
 
-    def fuse(self, **options: Any) -> int:
-        return fuse_layers(self.layers, self.logits, **options)
+    def fuse(self) -> int:
+        return fuse_layers(self.layers, self.logits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -189,11 +190,10 @@ def test_a_row_does_not_depend_on_the_others(dtype):
             assert torch.equal(alone, all_rows[rows])
 
 
-def test_many_rows_and_steps_with_adapters_are_computed_by_the_layer(monkeypatch):
+def test_many_rows_are_left_to_units_for_them(monkeypatch):
     monkeypatch.setattr(panel_kernel, "max_rows", lambda dtype: 16)
     made = Made("llama", {})
-    adapted = False
-    assert made.fuse(has_adapters=lambda: adapted) == len(made.layers)
+    assert made.fuse() == len(made.layers)
     calls: list[int] = []
     for layer in made.layers:
         own = layer.forward._forward
@@ -202,9 +202,50 @@ def test_many_rows_and_steps_with_adapters_are_computed_by_the_layer(monkeypatch
     assert not calls
     made.logits(17)
     assert len(calls) == len(made.layers)
-    adapted = True
-    made.logits(1)
-    assert len(calls) == 2 * len(made.layers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "olmo2", "phi3"])
+def test_what_adapters_change_is_added(family, dtype):
+    """To every product, in steps of any size; without adapters, nothing is."""
+    if family == "olmo2" and dtype == torch.bfloat16:
+        pytest.skip("it turns queries in float32")
+    made = Made(family, FUSED[family], dtype)
+    adapted = install_layers(made.model, made.config, {}, None, made.logits)
+    torch.manual_seed(3)
+    changes = {
+        name: Change(
+            0.3 * torch.randn(4, shape.in_features).to(dtype), 0.3 * torch.randn(4, shape.out_features).to(dtype), 0.7
+        )
+        for name, shape in adapted.shapes.items()
+    }
+    nums_of_rows = (1, 5, 100)
+
+    def both(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        alone = made.logits(num_rows)
+        adapted.step.parts = (AdaptedRows(changes, slice(0, (num_rows + 1) // 2), is_few=False),)
+        try:
+            return alone, made.logits(num_rows)
+        finally:
+            adapted.step.parts = ()
+
+    expected = [both(num_rows) for num_rows in nums_of_rows]
+    assert made.fuse() == len(made.layers)
+    for layer in made.layers:
+        layer.forward._forward = None  # is not to be called
+    for num_rows, theirs in zip(nums_of_rows, expected, strict=True):
+        ours = both(num_rows)
+        assert not torch.allclose(*theirs, rtol=0.1)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert (mine - other).abs().max() / other.abs().max() <= TOLERANCE[dtype], num_rows
+
+
+def test_layers_of_which_adapters_change_only_a_part_stay():
+    made = Made("llama", {})
+    install_layers(made.model, made.config, {}, None, made.logits)
+    attention = made.layers[0].self_attn
+    attention.k_proj = attention.k_proj.inner
+    assert made.fuse() == len(made.layers) - 1
 
 
 def test_operations_that_an_input_need_not_show_are_noticed(monkeypatch):
