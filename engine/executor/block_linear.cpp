@@ -44,6 +44,8 @@ constexpr float kStep = 1.0f / (1 << kStepBits);
 constexpr float kFar = 4.0f;
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, half to even
 constexpr float kLeast = 1e-15f;          // blocks that are smaller count as zeros: products of scales are normal numbers
+// Bytes ahead that are asked of memory while few rows are multiplied: the processor does not look beyond a page by itself.
+constexpr int64_t kAhead = 4096;
 constexpr int64_t kMarks = 16;            // of the rows of a tile, a byte each, which are looked at together
 // Rows whose integers are made, and then multiplied by all panels, before the next ones: they stay in a core's cache.
 constexpr int64_t kChunkBytes = 512 << 10, kMinChunkRows = 48;
@@ -236,6 +238,7 @@ void multiply_tile(const Panels& panels, const Inputs& x, int64_t first, float* 
       for_each<kHalf ? kGroups / 2 : kGroups>([&](auto group) {
         __m512i w[kNumPanels];
         for_each<kNumPanels>([&](auto p) { w[p] = _mm512_loadu_si512(weight + p * panel_bytes + group * kGroupBytes); });
+        if constexpr (kNumPanels == 1) _mm_prefetch(reinterpret_cast<const char*>(weight + group * kGroupBytes + kAhead), _MM_HINT_T0);
         if constexpr (kHalf) {
           const __m512i low = _mm512_set1_epi8(15);
           __m512i high[kNumPanels];
