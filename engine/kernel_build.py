@@ -30,7 +30,8 @@ ISA_FLAGS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
     "AVX512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
 }
-# What a compiler said of what it could not build, which is not tried again in this process.
+# What a compiler said of what it could not build. It is not tried again in this process, even if the cause (no memory, a full
+# disk) may have passed: each weight of a model asks for its kernel.
 _failures: dict[Path, str] = {}
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared")
 

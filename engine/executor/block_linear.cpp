@@ -30,6 +30,8 @@ constexpr int64_t kBlockBytes = kGroups * kGroupBytes;  // of weights in 8 bits
 // loaded of the inputs.
 #if defined(__AVX512VNNI__)
 constexpr int kFewRows = 12, kPanels = 2, kRows = 6;
+// Bytes ahead that are asked of memory while one panel is read: the processor does not look beyond a page by itself.
+constexpr int64_t kAhead = 4096;
 #elif defined(__AVX2__)
 constexpr int kFewRows = 4, kPanels = 1, kRows = 4;
 #else
@@ -44,8 +46,6 @@ constexpr float kStep = 1.0f / (1 << kStepBits);
 constexpr float kFar = 4.0f;
 constexpr float kRounding = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer, half to even
 constexpr float kLeast = 1e-15f;          // blocks that are smaller count as zeros: products of scales are normal numbers
-// Bytes ahead that are asked of memory while few rows are multiplied: the processor does not look beyond a page by itself.
-constexpr int64_t kAhead = 4096;
 constexpr int64_t kMarks = 16;            // of the rows of a tile, a byte each, which are looked at together
 // Rows whose integers are made, and then multiplied by all panels, before the next ones: they stay in a core's cache.
 constexpr int64_t kChunkBytes = 512 << 10, kMinChunkRows = 48;

@@ -11,7 +11,7 @@
 
 namespace {
 
-// Elements that are worth a second thread.
+// Of each thread: fewer take less time than to wake it.
 constexpr int64_t kElementsOfAThread = 1 << 13;
 
 struct BFloat16 {
@@ -61,7 +61,7 @@ struct Layer {
 
 template <typename T>
 std::unique_ptr<T[]> make_rows(int64_t num_rows, int64_t length) {
-  return std::make_unique_for_overwrite<T[]>(num_rows * length);
+  return std::unique_ptr<T[]>(new T[num_rows * length]);
 }
 
 template <typename F>

@@ -37,7 +37,7 @@ NOT_COUNTED = {
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Of a layer, in the order of its computation; None if it has no such normalisation.
+    """The parts of a layer, in the order of their computation; None if it has no such normalisation.
 
     activation: by the name of torch's operation.
     is_turned: whether queries and keys are, by the angles of their positions.
@@ -100,10 +100,16 @@ class WatchedLayer:
         return None
 
     def _of_rows(self, num_rows: int) -> dict[str, Any]:
-        kwargs = dict(self.kwargs)
-        if self.angles is not None:
-            kwargs["position_embeddings"] = tuple(part[:, :num_rows] for part in self.angles)
-        return kwargs
+        """What it is called with for the first rows alone: angles, positions."""
+        shape = (1, self.hidden.shape[1])
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cut(part) for part in value)
+            has_rows = isinstance(value, torch.Tensor) and tuple(value.shape[:2]) == shape
+            return value[:, :num_rows] if has_rows else value
+
+        return {name: cut(value) for name, value in self.kwargs.items()}
 
 
 @contextmanager
@@ -165,7 +171,7 @@ class Census(TorchDispatchMode):
 
 
 def _look(seen: WatchedLayer, num_rows: int) -> Census:
-    """Of a forward of the first rows of a layer's input. Raises ValueError if it does not give such rows."""
+    """Run the first rows of a layer's input, and count what it does. Raises ValueError if it does not give such rows."""
     census = Census()
     hooks = [
         module.register_forward_pre_hook(census.note)

@@ -164,7 +164,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
                     "see the log; set it to none",
                     param="quantization",
                 )
-            del model, probe
+            del model, probe, decoder_layers
             _free_memory(device)
             return load_model(replace(config, quantization="none"), group)
         own = fingerprint_of([kind.identity() for kind in quantized], kinds_of_layers(model))
@@ -173,7 +173,7 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
     elif packing is not None:
         is_packed = _pack(config.model, model, text_config, tolerance, packing)
         if not (is_packed if group is None else group.minimum(is_packed)):
-            del model, probe
+            del model, probe, decoder_layers
             _free_memory(device)
             return load_model(replace(config, pack_weights=False), group)
     if packing is not None and device.type == "cpu":
@@ -381,17 +381,17 @@ def _fuse_layers(
     layers: Sequence[nn.Module],
     tolerance: float,
 ) -> None:
-    """Layers by two calls each, unless the model then computes something else."""
+    """Compute layers by two calls each, unless the model then computes something else."""
     num_rows = min(NUM_SEEN_ROWS, model_window(text_config))
 
     def logits() -> torch.Tensor:
         return probe_logits(model, text_config, ShapeProbe(), num_rows)
 
-    expected = logits()
-    num_fused = fuse_layers(layers, logits)
     try:
+        expected = logits()
+        num_fused = fuse_layers(layers, logits)
         error = logits_difference(logits(), expected)
-    except Exception as failure:  # whatever the model's code wants of a layer
+    except Exception as failure:  # whatever the model's code wants of a layer, or of so many rows
         separate(layers)
         logger.warning("%s: its decoder layers stay as they are, its code needs them: %r", config.model, failure)
         return

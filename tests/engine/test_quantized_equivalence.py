@@ -77,3 +77,7 @@ def test_quantised_conversations_equal_stateless(
                 first = next(other for mine, other in pairs if mine.token_id != other.token_id)
                 assert first.logprobs.top[0][1] - first.logprobs.top[1][1] < (TIE if num_ranks == 1 else RANKS_TIE)
     assert num_ties <= 1
+    prompt, answers = list(range(20, 40)), []
+    for number, adapter in enumerate(adapters):
+        answers.append(tuple(fresh.generate(f"alone {number}", prompt, sampling=sampling, adapter=adapter)))
+    assert len(set(answers)) == len(adapters), "an adapter changes nothing"
