@@ -321,12 +321,11 @@ class ExecutionOptions:
     pack_weights: Annotated[
         bool,
         Option(
-            "Join linear layers with the same input; on a CPU, lay weights out for its matrix kernels, too, and compute "
-            "decoder layers by two calls each if they are of a form that is known.",
+            "Join linear layers with the same input; on a CPU, lay weights out for its matrix kernels, too.",
             "Q, K and V become one multiplication, gate and up another. On a CPU the kernels are the engine's own (on "
             "x86, in the layout of oneDNN, whose kernels take over if it has AMX and the step many rows) or oneDNN's, and "
             "FBGEMM's for half precision if the processor has no instructions for it; a weight that is tied to the "
-            "embedding is then stored twice.",
+            "embedding is then stored twice. Decoder layers of a form that is known are computed by two calls each.",
             is_tuning=True,
         ),
     ] = True
