@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine import kernel_build
+from engine.executor.native_product import DTYPES, NativeProduct
 from engine.kernel_build import ISA_FLAGS
 
 SOURCE = Path(__file__).with_name("block_linear.cpp")
-# As block_linear.cpp numbers them, and lays out weights.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# As block_linear.cpp lays out weights.
 PANEL_LEN, BLOCK_LEN, GROUP_LEN = 16, 32, 4
 # Of how block_linear.cpp rounds weights and inputs: part of the identity of KV. Raise it if that changes.
 ROUNDING_VERSION = 1
@@ -73,20 +74,7 @@ class BlockWeight:
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"an input of {x.shape[-1]} features for a weight of {self.in_features}")
-        x = x.contiguous()
-        out = x.new_empty((*x.shape[:-1], self.out_features))
-        kernel, pointer = self.call
-        kernel(
-            DTYPES[x.dtype],
-            pointer,
-            x.data_ptr(),
-            out.data_ptr(),
-            x.numel() // self.in_features,
-            torch.get_num_threads(),
-        )
-        return out
+        return self.native.multiply(x)
 
     def unpack(self) -> torch.Tensor:
         """The weight as it is multiplied, [out_features, in_features] in float32."""
@@ -101,8 +89,8 @@ class BlockWeight:
         return dense
 
     @functools.cached_property
-    def call(self) -> tuple[Any, Any]:
-        """The kernel, and what it is told of this weight; both only as long as its tensors are where they are."""
+    def native(self) -> NativeProduct:
+        """For C++ code; only as long as its tensors are where they are."""
         weight = _Weight(
             self._integers.data_ptr(),
             self._scales.data_ptr(),
@@ -112,10 +100,11 @@ class BlockWeight:
             self._num_bits,
             self._num_terms,
         )
-        return load_library().block_multiply, ctypes.pointer(weight)
+        function = load_library().block_multiply
+        return NativeProduct(function, ctypes.pointer(weight), self.in_features, self.out_features, sys.maxsize)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "call"}
+        return {name: value for name, value in self.__dict__.items() if name != "native"}
 
 
 @functools.cache

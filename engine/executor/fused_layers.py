@@ -23,7 +23,8 @@ from engine.attention.transformers_door import attend
 from engine.errors import KernelBuildError
 from engine.executor.layer_parts import GELU_TANH, SILU, Census, Parts, WatchedLayer, inputs_noted, parts_of
 from engine.executor.lora.layers import AdaptedLinear, RunningStep
-from engine.executor.packed_linear import NativeProduct, PackedLinear
+from engine.executor.native_product import NativeProduct
+from engine.executor.packed_linear import PackedLinear
 from engine.executor.rms_norm import RmsNorm
 from engine.kernel_build import ISA_FLAGS, load_library
 

@@ -14,7 +14,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from engine.errors import KernelBuildError
+from engine.executor.native_product import NativeProduct
 from engine.executor.panel_kernel import PanelWeight
 
 logger = logging.getLogger(__name__)
@@ -34,17 +35,6 @@ NUMS_OF_TRIED_ROWS = (1, 5, 70)
 NUM_BETWEEN_LIMITS = 16
 # Of the output of a layer on random rows, what error is still rounding, in relation to its length.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-
-
-class NativeProduct(NamedTuple):
-    """A product as C++ code calls it: function(dtype, weight, x, out, num_rows, num_threads).
-
-    dtype: 0 = float32, 1 = bfloat16. weight: what the function takes for it. max_rows: more, it is not made for.
-    """
-
-    function: Any
-    weight: Any
-    max_rows: int
 
 
 class PackedWeight(Protocol):
@@ -117,7 +107,7 @@ class OneDnnWeight:
 
     @property
     def native(self) -> NativeProduct | None:
-        return None if self.panels is None else NativeProduct(*self.panels.call, self.panels.max_rows)
+        return None if self.panels is None else self.panels.native
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OneDnnWeight:
         return OneDnnWeight(self.unpack(), copy.deepcopy(self._bias, memo))  # torch cannot copy what oneDNN laid out

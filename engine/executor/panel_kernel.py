@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import KernelBuildError
+from engine.executor.native_product import NativeProduct
 from engine.kernel_build import ISA_FLAGS, load_library
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("panel_linear.cpp")
-# As panel_linear.cpp numbers them, and how many inputs it pads a panel to.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+# As panel_linear.cpp lays out a weight: how many outputs a panel has, and to how many inputs it is padded, by dtype.
 PANEL_LEN = 64
 PADDING = {torch.float32: 16, torch.bfloat16: 32}
 # Rows up to which it is faster where oneDNN has AMX for the dtype, whose units multiply 16 rows at once.
@@ -68,25 +68,14 @@ class PanelWeight:
                 self.out_features,
             )
         )
-        self.call = kernel, pointer
+        self.native = NativeProduct(kernel, pointer, self.in_features, self.out_features, self.max_rows)
         self._check(weight, bias)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] -> [..., out_features], in the dtype of both."""
-        if x.shape[-1] != self.in_features or x.dtype != self._dtype:
-            raise ValueError(f"an input of {x.shape[-1]} features in {x.dtype} for a weight of {self.in_features}")
-        x = x.contiguous()
-        out = x.new_empty((*x.shape[:-1], self.out_features))
-        kernel, pointer = self.call
-        kernel(
-            DTYPES[x.dtype],
-            pointer,
-            x.data_ptr(),
-            out.data_ptr(),
-            x.numel() // self.in_features,
-            torch.get_num_threads(),
-        )
-        return out
+        """[..., in_features] -> [..., out_features]. Raises ValueError for an input of other features, or another dtype."""
+        if x.dtype != self._dtype:
+            raise ValueError(f"an input of {x.dtype} for a weight of {self._dtype}")
+        return self.native.multiply(x)
 
     @torch.inference_mode()
     def _check(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -110,7 +99,7 @@ def _kernel_for(dtype: torch.dtype) -> Any:
     flags = ISA_FLAGS.get(capability, ())
     if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
         capability, flags = "AVX512_BF16", (*flags, "-mavx512bf16")
-    if not flags or dtype not in DTYPES or (dtype == torch.bfloat16 and capability != "AVX512_BF16"):
+    if not flags or dtype not in PADDING or (dtype == torch.bfloat16 and capability != "AVX512_BF16"):
         raise KernelBuildError(f"there is no kernel of the engine's own in {dtype} on this processor")
     return load_built_for(capability, flags)
 

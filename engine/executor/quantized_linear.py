@@ -6,14 +6,13 @@ Lossy: weights are rounded once, and inputs at each multiplication. Knows no mod
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any, Protocol
 
 import torch
 
 from engine.errors import ConfigError, KernelBuildError
 from engine.executor.block_kernel import BLOCK_LEN, ROUNDING_VERSION, BlockWeight, is_fast
-from engine.executor.packed_linear import NativeProduct, PackedWeight, is_right
+from engine.executor.packed_linear import PackedWeight, is_right
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +39,6 @@ class Int8Weight(BlockWeight):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__(weight, bias, self.NUM_BITS, self.NUM_TERMS)
-
-    @property
-    def native(self) -> NativeProduct:
-        return NativeProduct(*self.call, sys.maxsize)
 
     @classmethod
     def identity(cls) -> list[Any]:
