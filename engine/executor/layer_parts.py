@@ -68,6 +68,7 @@ class WatchedLayer:
         self.kwargs: dict[str, Any] = {}
 
     def note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what it is called with; a hook of torch."""
         self.args, self.kwargs = args, dict(kwargs)
 
     def call(self, hidden: torch.Tensor, handler: Any, layer: Callable[..., Any] | None = None) -> Any:
@@ -80,6 +81,7 @@ class WatchedLayer:
 
     @property
     def hidden(self) -> torch.Tensor:
+        """Its input [1, num_rows, hidden]. Raises ValueError if it is not called with that."""
         if not self.args or not isinstance(self.args[0], torch.Tensor) or self.args[0].dim() != 3:
             raise ValueError("it is not called with rows of hidden states")
         return self.args[0]
@@ -114,6 +116,7 @@ class WatchedLayer:
 
 @contextmanager
 def inputs_noted(watched: Sequence[WatchedLayer]) -> Iterator[None]:
+    """Layers note what they are called with."""
     hooks = [seen.layer.register_forward_pre_hook(seen.note, with_kwargs=True) for seen in watched]
     try:
         yield
@@ -164,6 +167,7 @@ class Census(TorchDispatchMode):
             self._is_in_attention = False
 
     def note(self, module: nn.Module, *_: Any) -> None:
+        """Keep that a module is called; a hook of torch."""
         if isinstance(module, AdaptedLinear):
             self.adapted.append(module)
         else:
@@ -204,7 +208,7 @@ def parts_of(seen: WatchedLayer) -> tuple[AttentionCall, tuple[Parts, ...]]:
     modules: Iterator[Any] = iter(census.modules)
 
     def take(group: str, most: int) -> list[Any]:
-        """Normalisations of a group, or as many None."""
+        """The normalisations of a group; if there are none, as many None as there might be."""
         return [next(modules) for _ in match[group]] or [None] * most
 
     (first,), qkv, (of_queries, of_keys) = take("first", 1), next(modules), take("heads", 2)

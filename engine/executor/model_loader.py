@@ -170,8 +170,9 @@ def load_model(config: EngineConfig, group: ProcessGroup | None = None) -> Loade
         own = fingerprint_of([kind.identity() for kind in quantized], kinds_of_layers(model))
         fingerprint = fingerprint_of(fingerprint, own if group is None else group.gather(own))
         num_weight_bytes = num_local_bytes(model) + num_packed_bytes(model)
-        # An input may be rounded the other way if a sum in front of it is made in another order; that costs up to so much.
-        tolerance = max(tolerance, *(kind.LOSS for kind in quantized))
+        # Inputs are rounded, too: one may be rounded the other way if a sum in front of it is made in another order, and that
+        # costs more than the rounding of float32. No more is allowed than what the kind that loses least may lose.
+        tolerance = max(tolerance, min(kind.LOSS for kind in quantized))
     elif packing is not None:
         is_packed = _pack(config.model, model, text_config, tolerance, packing)
         if not (is_packed if group is None else group.minimum(is_packed)):

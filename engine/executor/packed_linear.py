@@ -88,15 +88,11 @@ class OneDnnWeight:
         self.panels: PanelWeight | None = None
         try:
             self.panels = PanelWeight(self._packed, weight, bias)
-        except (
-            KernelBuildError,
-            AttributeError,
-            RuntimeError,
-        ) as error:  # torch's operations that tell of a layout are private
+        except (KernelBuildError, AttributeError, RuntimeError) as error:  # what tells of a layout is private to torch
             _say_once(f"weights are multiplied by oneDNN, which is slower for decodes: {error}")
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if self.panels is not None and x.numel() <= self.panels.max_rows * self.panels.in_features:
+        if self.panels is not None and x.numel() // x.shape[-1] <= self.panels.native.max_rows:
             return self.panels.multiply(x)
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return out
@@ -107,6 +103,7 @@ class OneDnnWeight:
 
     @property
     def native(self) -> NativeProduct | None:
+        """See PackedWeight."""
         return None if self.panels is None else self.panels.native
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OneDnnWeight:

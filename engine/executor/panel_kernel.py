@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ import torch.nn.functional as F
 from engine.errors import KernelBuildError
 from engine.executor.native_product import NativeProduct
 from engine.kernel_build import ISA_FLAGS, load_library
-
-logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("panel_linear.cpp")
 # As panel_linear.cpp lays out a weight: how many outputs a panel has, and to how many inputs it is padded, by dtype.
@@ -50,11 +47,10 @@ class PanelWeight:
 
         Raises KernelBuildError if there is no kernel for this machine, dtype or layout.
         """
-        self.out_features, self.in_features = weight.shape
-        self.max_rows = max_rows(weight.dtype)
+        out_features, in_features = weight.shape
         kernel = _kernel_for(weight.dtype)
-        padded_outputs = -(-self.out_features // PANEL_LEN) * PANEL_LEN
-        padded_inputs = -(-self.in_features // PADDING[weight.dtype]) * PADDING[weight.dtype]
+        padded_outputs = -(-out_features // PANEL_LEN) * PANEL_LEN
+        padded_inputs = -(-in_features // PADDING[weight.dtype]) * PADDING[weight.dtype]
         if torch.ops.mkldnn._nbytes(packed) != padded_outputs * padded_inputs * weight.itemsize:
             raise KernelBuildError("oneDNN has laid out a weight in another way than the engine's kernel reads")
         self._packed = packed  # keeps the memory
@@ -64,11 +60,11 @@ class PanelWeight:
             _Weight(
                 torch.ops.mkldnn.data_ptr(packed),
                 None if self._bias is None else self._bias.data_ptr(),
-                self.in_features,
-                self.out_features,
+                in_features,
+                out_features,
             )
         )
-        self.native = NativeProduct(kernel, pointer, self.in_features, self.out_features, self.max_rows)
+        self.native = NativeProduct(kernel, pointer, in_features, out_features, max_rows(weight.dtype))
         self._check(weight, bias)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +77,7 @@ class PanelWeight:
     def _check(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Raise KernelBuildError if products differ from torch's."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2, self.in_features, generator=generator).to(self._dtype)
+        x = torch.randn(2, self.native.in_features, generator=generator).to(self._dtype)
         expected, actual = F.linear(x, weight, bias).float(), self.multiply(x).float()
         if not (actual - expected).norm() <= TOLERANCE[self._dtype] * expected.norm():
             raise KernelBuildError("the engine's kernel multiplies what oneDNN laid out wrongly")

@@ -29,7 +29,6 @@ constexpr int kAhead = 4096;
 #if defined(__AVX512F__)
 using Vector = __m512;
 constexpr int kLanes = 16, kRows = 6;
-inline Vector zeros() { return _mm512_setzero_ps(); }
 inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
 inline void store(float* to, Vector value) { _mm512_storeu_ps(to, value); }
 inline Vector add_product(Vector sum, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, sum); }
@@ -37,7 +36,6 @@ inline Vector repeat(float value) { return _mm512_set1_ps(value); }
 #else
 using Vector = __m256;
 constexpr int kLanes = 8, kRows = 2;
-inline Vector zeros() { return _mm256_setzero_ps(); }
 inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
 inline void store(float* to, Vector value) { _mm256_storeu_ps(to, value); }
 inline Vector add_product(Vector sum, Vector a, Vector b) { return _mm256_fmadd_ps(a, b, sum); }
