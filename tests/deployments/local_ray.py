@@ -17,6 +17,8 @@ AS_PENSIEVE_SERVE: Mapping[str, str] = DEFAULTS
 AS_RAY: Mapping[str, str] = {"RAY_USAGE_STATS_ENABLED": "0"}
 NODE: Mapping[str, Any] = {"num_cpus": 4, "object_store_memory": 150 * 2**20, "include_dashboard": False}
 NUM_STARTS = 3
+# How Ray says that its node, or the first process of it, did not come up in time.
+NOT_IN_TIME = ("timed out during startup", "Timed out waiting for file")
 
 
 def free_port() -> int:
@@ -29,7 +31,8 @@ def free_port() -> int:
 def start_ray(**options: Any) -> None:
     """Starts a small Ray, without a dashboard unless it is asked for.
 
-    Ray gives its node half a minute to come up, which a slow machine may miss, even twice.
+    Ray gives its node half a minute to come up, which a slow machine may miss, even twice. And it waits as long for a process
+    that died as it began, which happens once in hundreds of starts in a process that has threads.
     """
     options = {**NODE, **options}
     for num_failed in range(NUM_STARTS):
@@ -37,7 +40,7 @@ def start_ray(**options: Any) -> None:
             ray.init("local", log_to_driver=False, **options)
             return
         except Exception as error:
-            if "timed out during startup" not in str(error) or num_failed == NUM_STARTS - 1:
+            if not any(text in str(error) for text in NOT_IN_TIME) or num_failed == NUM_STARTS - 1:
                 raise
             ray.shutdown()
 
