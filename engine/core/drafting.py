@@ -12,11 +12,7 @@ guessing costs no step, and a request that stops quoting, or begins to, is notic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 
-# Tokens by which earlier places are found. One token alone is looked for only if these have been nowhere before: it may be
-# anywhere, so its latest place is the guess.
-KEY_LEN = 2
 # Earlier places that are looked at, the latest first, and how far back they are compared.
 MAX_PLACES = 8
 MAX_MATCH = 64
@@ -24,19 +20,19 @@ MAX_MATCH = 64
 SURE_MATCH = 16
 # Of more new tokens at once, such as a prompt, only the first is compared with what would have been guessed.
 MAX_JUDGED_AT_ONCE = 64
-# Tokens for which a request is left alone, at most, of which no guess was worth to be verified.
-MAX_REST = 8
 # Of recent answers: of the older ones, and of the newer ones.
 MAX_RECENT_TOKENS = 8192
-# Exact for token ids below 2**20; others may share a key, and are compared anyway.
+# Bits for the second token of a pair's key. Pairs of larger ids may share a key; tokens are compared anyway.
 _TOKEN_BITS = 20
-_KEY_MASK = (1 << (KEY_LEN * _TOKEN_BITS)) - 1
 # Behind an answer, so that none goes on into the next one.
 _END = -1
 
 
 class TokenIndex:
-    """Where each row of KEY_LEN tokens has been: hash chains, as in LZ77. Grows with its tokens, O(1) for each.
+    """Where each pair of tokens has been: hash chains, as in LZ77. Grows with its tokens, O(1) for each.
+
+    One token alone is looked for only if the last two have been nowhere before: it may be anywhere, so its latest place is
+    the guess.
 
     token_ids: what is indexed, the caller's list, to which it only appends.
     num_indexed: of these, the first so many.
@@ -46,7 +42,7 @@ class TokenIndex:
         self.token_ids = token_ids
         self._latest: dict[int, int] = {}  # key -> behind where it was last
         self._previous: list[int] = []  # by position: behind where the key that ends there was before
-        self._key = 0
+        self._key = self._last = 0  # of the last pair, and its second token
         self._latest_of_token: dict[int, int] = {}  # token -> behind where it was last
         self._before_last = 0  # behind where the last token was before
 
@@ -56,15 +52,19 @@ class TokenIndex:
 
     def extend(self, num_tokens: int) -> None:
         """Index the first `num_tokens` of the list."""
-        key, latest, previous, latest_of_token = self._key, self._latest, self._previous, self._latest_of_token
-        before_last = self._before_last
-        for position, token_id in enumerate(islice(self.token_ids, len(previous), num_tokens), len(previous) + 1):
-            key = (key << _TOKEN_BITS | token_id & 0xFFFFF) & _KEY_MASK
+        latest, previous, latest_of_token = self._latest, self._previous, self._latest_of_token
+        start, last = len(previous), self._last
+        news = self.token_ids[start:num_tokens]
+        for position, token_id in enumerate(news, start + 1):
+            key = last << _TOKEN_BITS | token_id
             previous.append(latest.get(key, 0))
             latest[key] = position
-            before_last = latest_of_token.get(token_id, 0)
-            latest_of_token[token_id] = position
-        self._key, self._before_last = key, before_last
+            last = token_id
+        if news:
+            self._key, self._last = key, last
+            latest_of_token.update(zip(news[:-1], range(start + 1, num_tokens), strict=True))
+            self._before_last = latest_of_token.get(last, 0)
+            latest_of_token[last] = num_tokens
 
     def find_own_end(self) -> tuple[int, int]:
         """Where the end of what is indexed has been before; as `find`."""
@@ -94,7 +94,7 @@ class TokenIndex:
                 if length == most:
                     break
             position = previous[position - 1]
-        if best_len >= KEY_LEN:
+        if best_len > 1:
             return best, best_len
         return (of_token, 1) if of_token else (0, 0)
 
@@ -122,6 +122,8 @@ _CLASS_OF = tuple(max(0, sum(length >= least for least in _LENGTHS) - 1) for len
 # Weight of a new observation; the first ones count more, unless there is something to go by.
 _FIRST_WEIGHT = 1 / 2
 _WEIGHT = 1 / 16
+# No guess that comes true so seldom is worth to be verified.
+_MIN_CHANCE = 1 / 64
 # What is assumed before anything is observed.
 _PRIOR = 0.6
 
@@ -143,10 +145,15 @@ class HitRates:
             self._weights[number] = weight / (1 + weight)
 
     def chances(self, match_len: int, num_tokens: int) -> list[float]:
-        """For each of the next tokens, how likely it and all in front of it are as guessed; never rises."""
+        """For each of the next tokens, how likely it and all in front of it are as guessed; never rises.
+
+        Ends in front of the first that is not worth to be thought of.
+        """
         chances, chance = [], 1.0
         for length in range(match_len, match_len + num_tokens):
             chance *= self._rates[_CLASS_OF[min(length, MAX_MATCH)]]
+            if chance < _MIN_CHANCE:
+                break
             chances.append(chance)
         return chances
 
@@ -155,13 +162,19 @@ class Drafter:
     """Follows one request's context, and guesses what comes next in it."""
 
     def __init__(
-        self, token_ids: list[int], num_prompt_tokens: int, recent: RecentAnswers | None, rates: HitRates
+        self,
+        token_ids: list[int],
+        num_prompt_tokens: int,
+        recent: RecentAnswers | None,
+        rates: HitRates,
+        num_unused: int = 0,
     ) -> None:
         """Indexes nothing yet.
 
         token_ids: prompt and answer, which grows.
         recent: answers to look in, too; None = there are none.
         rates: of all requests; told what comes of this one's guesses.
+        num_unused: looks in a row of which no guess was verified; of a request before this one.
         """
         self._own = TokenIndex(token_ids)
         self._num_prompt_tokens = num_prompt_tokens
@@ -170,7 +183,7 @@ class Drafter:
         self._rates = HitRates(rates)
         self._source: TokenIndex = self._own
         self._position = self._match_len = 0
-        self._num_unused = 0  # looks in a row of which no guess was verified
+        self.num_unused = num_unused
         self._rests_until = 0
 
     @property
@@ -178,21 +191,25 @@ class Drafter:
         return self._own.num_indexed
 
     @property
-    def is_resting(self) -> bool:
-        """Whether it is too soon for another guess: one for each token of an answer that quotes nothing costs too much."""
-        return len(self._own.token_ids) < self._rests_until
+    def num_tokens_to_rest(self) -> int:
+        """To the next look: one at each token of an answer that quotes nothing costs too much."""
+        return max(0, self._rests_until - len(self._own.token_ids))
 
-    def note_use(self, is_used: bool) -> None:
-        """A guess is verified, or none is; the more often none was in a row, the longer it rests."""
-        self._num_unused = 0 if is_used else self._num_unused + 1
-        self._rests_until = len(self._own.token_ids) + min(self._num_unused, MAX_REST)
+    def note_use(self, is_used: bool, max_rest: int) -> None:
+        """A guess is verified, or none is: the more often none was in a row, the later comes the next look.
+
+        max_rest: tokens to the next look, at most; with 1 it never rests.
+        """
+        self.num_unused = 0 if is_used else self.num_unused + 1
+        if self.num_unused:
+            self._rests_until = len(self._own.token_ids) + min(1 << min(self.num_unused - 1, 10), max_rest)
 
     def catch_up(self, max_tokens: int) -> int:
         """Take in what the context has got since the last call; at most so many tokens. Returns how many."""
         own = self._own
         start, num_tokens = own.num_indexed, len(own.token_ids)
         end = min(num_tokens, start + max_tokens)
-        max_judged = MAX_JUDGED_AT_ONCE if self._num_unused < 2 else 1
+        max_judged = MAX_JUDGED_AT_ONCE if self.num_unused < 2 else 1
         if start < self._num_prompt_tokens or end - start > max_judged:
             if start < end:
                 self._judge(own.token_ids[start])

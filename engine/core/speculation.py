@@ -34,10 +34,11 @@ MAX_STEPS_IN_A_ROW = 128
 MAX_DELAY = 3.0
 # Weight of a new time against those before; the first ones count the same.
 TIME_WEIGHT = 1 / 8
-# What it takes to look for one request's guess, in seconds, and the part of a step that all of them may take together;
-# if they take more, requests of which nothing is worth to be verified rest.
-LOOK_S = 10e-6
+# What it takes to look for one request's guess, in seconds, and once more for any at all, and the part of a step that all of
+# it may take together; if it takes more, requests of which nothing is worth to be verified rest, for so many tokens at most.
+LOOK_S = 30e-6
 MAX_LOOK_PART = 0.01
+MAX_REST = 32
 # Tenants whose recent answers are kept.
 MAX_TENANTS = 64
 # Tokens of contexts that are indexed in one step, which waits for it: one to two milliseconds. And in all: of about
@@ -90,8 +91,7 @@ class StepCost:
         self._num_in_a_row = 0
         # Sums over the steps with guesses, old ones fading: of weights, of guesses x, x * x, added time y, and x * y.
         self._sums = [0.0] * 5
-        self._fading = 0.5 ** (1 / HALF_LIFE_STEPS)
-        self._jump, self._slope = 0.0, PRIOR_ROW_COST
+        self._num_since = 0  # steps since the last with guesses, by which the sums have yet to fade
 
     @property
     def needs_plain_step(self) -> bool:
@@ -102,14 +102,20 @@ class StepCost:
         """A step was computed."""
         if not num_guesses:
             self._num_in_a_row = 0
+            self._num_since += 1
             self._note_plain(seconds)
         elif self.base_s:
             self._num_in_a_row += 1
             added = min(seconds / self.base_s, MAX_DELAY) - 1
             x = float(num_guesses)
             news = (1.0, x, x * x, added, x * added)
-            self._sums = [old * self._fading + new for old, new in zip(self._sums, news, strict=True)]
-            self._fit()
+            fading = 0.5 ** ((self._num_since + 1) / HALF_LIFE_STEPS)
+            self._sums = [old * fading + new for old, new in zip(self._sums, news, strict=True)]
+            self._num_since = 0
+
+    def note_rest(self, num_steps: int) -> None:
+        """So many steps without guesses follow, of which the times are not told."""
+        self._num_since += num_steps
 
     def _note_plain(self, seconds: float) -> None:
         self._num_plain += 1
@@ -120,17 +126,16 @@ class StepCost:
             self._mean_s += weight * (min(seconds, MAX_DELAY * self._mean_s) - self._mean_s)
         if self._num_plain > 1:
             self.base_s = self._mean_s
-        if self._sums[0]:
-            self._sums = [old * self._fading for old in self._sums]
-            self._fit()
 
-    def _fit(self) -> None:
-        n, sx, sxx, sy, sxy = self._sums
+    def _fit(self) -> tuple[float, float]:
+        """(Added time of any guesses, of each guess) as parts of a step without."""
+        fading = 0.5 ** (self._num_since / HALF_LIFE_STEPS)
+        n, sx, sxx, sy, sxy = (old * fading for old in self._sums)
         for rows in PRIOR_ROWS:
             added = PRIOR_ROW_COST * rows
             n, sx, sxx, sy, sxy = n + 1, sx + rows, sxx + rows * rows, sy + added, sxy + rows * added
-        self._slope = max(0.0, (n * sxy - sx * sy) / (n * sxx - sx * sx))
-        self._jump = max(0.0, (sy - self._slope * sx) / n)
+        slope = max(0.0, (n * sxy - sx * sy) / (n * sxx - sx * sx))
+        return max(0.0, (sy - slope * sx) / n), slope
 
     def choose(self, num_requests: int, chances: Sequence[float]) -> int:
         """How many of these guesses a step is to verify, for the most tokens in a second; 0 = it is not worth it.
@@ -138,10 +143,11 @@ class StepCost:
         chances: that they come true, the best first.
         """
         best, best_rate = 0, num_requests * MIN_GAIN
-        num_tokens, seconds = float(num_requests), 1.0 + self._jump
+        jump, slope = self._fit()
+        num_tokens, seconds = float(num_requests), 1.0 + jump
         for number, chance in enumerate(chances, 1):
             num_tokens += chance
-            seconds += self._slope
+            seconds += slope
             if num_tokens > best_rate * seconds:
                 best, best_rate = number, num_tokens / seconds
         return best
@@ -163,6 +169,8 @@ class Speculation:
         self._num_indexed = 0  # tokens of them all
         self._answers: dict[str, RecentAnswers] = {}  # by tenant, the one that was answered last at the end
         self._rates = HitRates()
+        self._num_unused = 0  # of the request that ended last: others begin with what was learned of it
+        self._num_calls_to_rest = 0  # of `guess`, because all requests rest
         self._costs: dict[int, StepCost] = {}  # by the number of requests
 
     def guess(self, requests: Sequence[Request], budget: int) -> dict[Request, tuple[int, ...]]:
@@ -170,12 +178,20 @@ class Speculation:
 
         budget: tokens that the step may have besides.
         """
+        if self._num_calls_to_rest:
+            self._num_calls_to_rest -= 1
+            return {}
         cost = self._cost(len(requests))
         if cost.needs_plain_step or cost.base_s is None:
             return {}
+        followed = self._take_in(requests)
+        if not followed:
+            num_to_rest = min(self._drafters[request].num_tokens_to_rest for request in requests)
+            self._num_calls_to_rest = max(0, num_to_rest - 1)  # the next step has one token more
+            cost.note_rest(self._num_calls_to_rest)
+            return {}
         guesses: dict[Request, list[int]] = {}
         chances: list[tuple[float, Request]] = []
-        followed = self._take_in(requests)
         for request in followed:
             # The step gives one token more than what it verifies, and may not give more than are wanted.
             num_tokens = min(self._num_tokens, request.max_total_tokens - request.num_tokens - 1)
@@ -187,9 +203,10 @@ class Speculation:
         del chances[max(0, min(budget, self._max_rows - len(requests))) :]
         num = cost.choose(len(requests), [chance for chance, _ in chances])
         counts = Counter(request for _, request in chances[:num])
-        may_rest = LOOK_S * len(requests) > MAX_LOOK_PART * cost.base_s
+        most_s = MAX_LOOK_PART * max(cost.base_s, 1e-6)  # there are clocks that stand still
+        max_rest = min(MAX_REST, int(LOOK_S * (1 + len(requests)) / most_s))
         for request in followed:
-            self._drafters[request].note_use(not may_rest or request in counts)
+            self._drafters[request].note_use(request in counts, max_rest)
         return {request: tuple(guesses[request][:count]) for request, count in counts.items()}
 
     def take_in_prompts(self, requests: Iterable[Request]) -> None:
@@ -202,7 +219,7 @@ class Speculation:
         left = MAX_INDEXED_AT_ONCE
         for request in requests:
             drafter = self._drafter(request)
-            if not drafter.is_resting:
+            if not drafter.num_tokens_to_rest:
                 num_taken = drafter.catch_up(min(left, MAX_INDEXED_TOKENS - self._num_indexed))
                 left -= num_taken
                 self._num_indexed += num_taken
@@ -214,12 +231,15 @@ class Speculation:
         drafter = self._drafters.get(request)
         if drafter is None:
             answers = self._answers.get(request.tenant)
-            drafter = Drafter(request.token_ids, request.num_prompt_tokens, answers, self._rates)
+            drafter = Drafter(request.token_ids, request.num_prompt_tokens, answers, self._rates, self._num_unused)
             self._drafters[request] = drafter
+            self._num_calls_to_rest = 0
         return drafter
 
     def note_step(self, segments: Sequence[QuerySegment], seconds: float) -> None:
         """A step was computed; what it took says what rows cost, if it only decoded."""
+        if self._num_calls_to_rest:
+            return
         num_guesses = 0
         for segment in segments:
             if not segment.samples or segment.query_len != 1 + segment.num_guesses:
@@ -229,13 +249,17 @@ class Speculation:
             self._cost(len(segments)).note(num_guesses, seconds)
 
     def _cost(self, num_requests: int) -> StepCost:
-        return self._costs.setdefault(num_requests, StepCost())
+        cost = self._costs.get(num_requests)
+        if cost is None:
+            cost = self._costs[num_requests] = StepCost()
+        return cost
 
     def end(self, request: Request) -> None:
         """A request has ended; its answer may be quoted by others of its tenant."""
         drafter = self._drafters.pop(request, None)
         if drafter is not None:
             self._num_indexed -= drafter.num_indexed
+            self._num_unused = drafter.num_unused
         answer = request.token_ids[request.num_prompt_tokens :]
         if not self._keeps_answers or not answer:
             return

@@ -11,11 +11,18 @@ from hypothesis import strategies as st
 
 from engine.core import drafting, speculation
 from engine.core.config import CacheConfig, SchedulingConfig
-from engine.core.drafting import MAX_MATCH, MAX_RECENT_TOKENS, MAX_REST, Drafter, HitRates, RecentAnswers, TokenIndex
+from engine.core.drafting import MAX_MATCH, MAX_RECENT_TOKENS, Drafter, HitRates, RecentAnswers, TokenIndex
 from engine.core.engine_core import EngineCore
 from engine.core.plan import QuerySegment, StepResult
 from engine.core.request import Request, SamplingParams
-from engine.core.speculation import MAX_STEPS_IN_A_ROW, PRIOR_ROW_COST, Speculation, SpeculativeOptions, StepCost
+from engine.core.speculation import (
+    MAX_REST,
+    MAX_STEPS_IN_A_ROW,
+    PRIOR_ROW_COST,
+    Speculation,
+    SpeculativeOptions,
+    StepCost,
+)
 from engine.errors import ConfigError
 
 
@@ -55,7 +62,7 @@ def test_guesses_follow_an_earlier_place_however_tokens_come(token_ids, num_prom
         drafter.catch_up(100)
         guess = drafter.guess(8)
         assert len(guess) in (0, 8)
-        assert len(drafter.chances(8)) == 8
+        assert all(0 < chance <= 1 for chance in drafter.chances(8))
         if guess:
             places = [i for i, token_id in enumerate(context[:-1], 1) if token_id == context[-1]]
             assert any((context[i:] + guess)[:8] == guess for i in places)
@@ -149,37 +156,76 @@ def test_a_request_of_which_nothing_is_verified_is_looked_at_less_and_less_until
     drafter = Drafter(context, 3, None, HitRates())
     looks = []
     for token_id in range(100, 200):
-        if not drafter.is_resting:
+        if not drafter.num_tokens_to_rest:
             looks.append(len(context))
             drafter.catch_up(100)
             assert drafter.num_indexed == len(context)
-            drafter.note_use(False)
+            drafter.note_use(False, 20)
         context.append(token_id)
     pauses = [after - before for before, after in itertools.pairwise(looks)]
-    assert pauses == [*range(1, MAX_REST), *[MAX_REST] * (len(pauses) - MAX_REST + 1)]
-    context += [1, 2] * MAX_REST
+    assert pauses == [1, 2, 4, 8, 16, 20, 20, 20]
+    context += [1, 2] * 20
     drafter.catch_up(100)
     assert drafter.guess(2) == [1, 2]
-    drafter.note_use(True)
-    context += [1]
-    assert not drafter.is_resting
+    drafter.note_use(True, 20)
+    assert not drafter.num_tokens_to_rest
 
 
-@pytest.mark.parametrize(("step_s", "num_looks"), [(1e-1, 20), (1e-4, 6)])
-def test_requests_rest_only_if_looking_at_them_is_a_part_of_the_step(step_s, num_looks, monkeypatch):
-    guessing = Speculation(SpeculativeOptions("ngram", 4), 8, keeps_answers=True)
-    request = Request("r", [1], SamplingParams())
-    request.max_total_tokens = 100
-    plain = [QuerySegment("r", 0, (1,), True)]
-    guessing.note_step(plain, step_s)
-    guessing.note_step(plain, step_s)
+NEW_TOKENS = itertools.count(1000)
+
+
+def looks_of(guessing: Speculation, requests: list[Request], num_steps: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many contexts are looked at in so many steps, which each give each request a token that was nowhere before."""
     looks = []
     catch_up = Drafter.catch_up
-    monkeypatch.setattr(Drafter, "catch_up", lambda *args: looks.append(args) or catch_up(*args))
-    for token_id in range(2, 22):
-        assert guessing.guess([request], 8) == {}
-        request.token_ids.append(token_id)
-    assert len(looks) == num_looks
+    with monkeypatch.context() as patch:
+        patch.setattr(Drafter, "catch_up", lambda *args: looks.append(args) or catch_up(*args))
+        for _ in range(num_steps):
+            assert guessing.guess(requests, 8) == {}
+            for request in requests:
+                request.token_ids.append(next(NEW_TOKENS))
+    return len(looks)
+
+
+def resting(name: str) -> Request:
+    request = Request(name, [1], SamplingParams())
+    request.max_total_tokens = 1000
+    return request
+
+
+@pytest.mark.parametrize(("step_s", "num_looks"), [(1e-1, 20), (1e-4, 5)])
+def test_requests_rest_only_if_looking_at_them_is_a_part_of_the_step(step_s, num_looks, monkeypatch):
+    guessing = Speculation(SpeculativeOptions("ngram", 4), 8, keeps_answers=True)
+    for _ in range(2):
+        guessing.note_step([QuerySegment("r", 0, (1,), True)], step_s)
+    assert looks_of(guessing, [resting("r")], 20, monkeypatch) == num_looks
+
+
+def test_a_request_rests_at_once_if_the_one_before_it_did_and_is_looked_at_beside_requests_that_rest(monkeypatch):
+    guessing = Speculation(SpeculativeOptions("ngram", 4), 8, keeps_answers=True)
+    for segments in ([QuerySegment("r", 0, (1,), True)], [QuerySegment(name, 0, (1,), True) for name in "ab"]):
+        for _ in range(2):
+            guessing.note_step(segments, 1e-4)
+    first, second = resting("a"), resting("b")
+    looks_of(guessing, [first], 100, monkeypatch)
+    guessing.take_in_prompts([second])
+    assert looks_of(guessing, [first, second], 1, monkeypatch) == 1  # at what is new
+    guessing.end(first)
+    assert looks_of(guessing, [resting("c")], MAX_REST + 1, monkeypatch) == 2
+
+
+def test_steps_of_another_number_of_requests_are_noted_after_a_rest(monkeypatch):
+    """Or it would never be known what they take, and none of them would have guesses."""
+    guessing = Speculation(SpeculativeOptions("ngram", 4), 8, keeps_answers=True)
+    for _ in range(2):
+        guessing.note_step([QuerySegment("r", 0, (1,), True)], 1e-4)
+    requests = [resting("a")]
+    looks_of(guessing, requests, 40, monkeypatch)
+    requests.append(resting("b"))
+    for _ in range(40):
+        looks_of(guessing, requests, 1, monkeypatch)
+        guessing.note_step([QuerySegment(request.request_id, 0, (1,), True) for request in requests], 1e-4)
+    assert guessing._costs[2].base_s is not None
 
 
 def test_of_answers_only_so_many_tokens_are_kept():
@@ -195,7 +241,7 @@ def test_rates_follow_what_comes_true_by_the_length_of_the_match():
     for _ in range(40):
         rates.note(2, False)
         rates.note(20, True)
-    assert rates.chances(2, 1)[0] < 0.05
+    assert sum(rates.chances(2, 8)) < 0.1
     assert rates.chances(20, 2)[1] > 0.9
     assert HitRates(rates).chances(2, 1) == rates.chances(2, 1)
 
