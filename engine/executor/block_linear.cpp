@@ -30,8 +30,6 @@ constexpr int64_t kBlockBytes = kGroups * kGroupBytes;  // of weights in 8 bits
 // loaded of the inputs.
 #if defined(__AVX512VNNI__)
 constexpr int kFewRows = 12, kPanels = 2, kRows = 6;
-// Bytes ahead that are asked of memory while one panel is read: the processor does not look beyond a page by itself.
-constexpr int64_t kAhead = 4096;
 #elif defined(__AVX2__)
 constexpr int kFewRows = 4, kPanels = 1, kRows = 4;
 #else
@@ -181,10 +179,14 @@ void round_row(const T* x, int64_t num_features, const Inputs& to, int64_t row) 
 // ---- Register tiles: some panels times some rows -------------------------------------------------------------------------------
 
 // Panels one after the other, kPanels of them or one, and where they begin.
+//
+// ahead: a panel that memory is asked for meanwhile, line by line, since the processor does not look beyond a page by itself; or
+// one that is in a cache already.
 struct Panels {
   const uint8_t* integers;
   const uint16_t* scales;
   int zero_point;
+  const uint8_t* ahead;
 };
 
 // Whether a row of a tile has second integers in this block.
@@ -222,6 +224,7 @@ void multiply_tile(const Panels& panels, const Inputs& x, int64_t first, float* 
   const uint8_t* marks = x.marks + first / x.tile_rows * x.num_blocks * kMarks;
   const uint8_t* weight = panels.integers;
   const uint16_t* scales = panels.scales;
+  const int64_t ahead = panels.ahead - weight;
   __m512 total[kNumSums];
   for_each<kNumSums>([&](auto i) { total[i] = _mm512_setzero_ps(); });
   for (int64_t block = 0; block < x.num_blocks; ++block) {
@@ -238,7 +241,8 @@ void multiply_tile(const Panels& panels, const Inputs& x, int64_t first, float* 
       for_each<kHalf ? kGroups / 2 : kGroups>([&](auto group) {
         __m512i w[kNumPanels];
         for_each<kNumPanels>([&](auto p) { w[p] = _mm512_loadu_si512(weight + p * panel_bytes + group * kGroupBytes); });
-        if constexpr (kNumPanels == 1) _mm_prefetch(reinterpret_cast<const char*>(weight + group * kGroupBytes + kAhead), _MM_HINT_T0);
+        // Into the second cache: the first can wait for few lines only, and would hold up the products.
+        _mm_prefetch(reinterpret_cast<const char*>(weight + ahead + group * kGroupBytes), _MM_HINT_T1);
         if constexpr (kHalf) {
           const __m512i low = _mm512_set1_epi8(15);
           __m512i high[kNumPanels];
@@ -411,9 +415,11 @@ struct Weight {
   int zero_point() const { return num_bits == 4 ? 8 : 128; }
 };
 
-// In 8 bits, with the same zero point.
-void widen_panels(const uint8_t* halves, int64_t num_blocks, uint8_t* to) {
+// In 8 bits, with the same zero point. ahead: as many blocks that memory is asked for.
+void widen_panels(const uint8_t* halves, int64_t num_blocks, uint8_t* to, const uint8_t* ahead) {
   for (int64_t block = 0; block < num_blocks; ++block, halves += kBlockBytes / 2, to += kBlockBytes) {
+    for (int line = 0; line < kBlockBytes / 2; line += kGroupBytes) __builtin_prefetch(ahead + line, 0, 2);
+    ahead += kBlockBytes / 2;
     for (int i = 0; i < kBlockBytes / 2; ++i) to[i] = halves[i] & 15;
     for (int i = 0; i < kBlockBytes / 2; ++i) to[kBlockBytes / 2 + i] = halves[i] >> 4;
   }
@@ -446,19 +452,23 @@ void store_products(const float* products, const float* bias, int64_t num_rows, 
 }
 
 // kNumPanels panels from `panel` on, with all rows of `inputs`. out: [rows, out_features]. wide: room for the panels in 8 bits.
+// next: the panel that this thread multiplies then.
 template <int kNumPanels, int kMaxRows, typename T>
-void multiply_panels(const Weight& w, int64_t panel, const Inputs& inputs, T* out, uint8_t* wide) {
-  const int64_t blocks = panel * inputs.num_blocks;
-  Panels panels{w.integers + blocks * w.block_bytes(), w.scales + blocks * kLanes, w.zero_point()};
+void multiply_panels(const Weight& w, int64_t panel, int64_t next, const Inputs& inputs, T* out, uint8_t* wide) {
+  const int64_t blocks = panel * inputs.num_blocks, panel_bytes = inputs.num_blocks * w.block_bytes();
+  Panels panels{w.integers + blocks * w.block_bytes(), w.scales + blocks * kLanes, w.zero_point(), nullptr};
+  const uint8_t* ahead = w.integers + next * panel_bytes;
   bool is_half = w.num_bits == 4;
   if (is_half && inputs.num_rows > inputs.tile_rows) {  // once for all tiles
-    widen_panels(panels.integers, kNumPanels * inputs.num_blocks, wide);
+    widen_panels(panels.integers, kNumPanels * inputs.num_blocks, wide, ahead);
     panels.integers = wide;
     is_half = false;
   }
   alignas(64) float products[kNumPanels * kMaxRows * kLanes];
   for (int64_t first = 0; first < inputs.num_rows; first += inputs.tile_rows) {
     const int64_t count = std::min(inputs.tile_rows, inputs.num_rows - first);
+    const int64_t tile = first / inputs.tile_rows;
+    panels.ahead = tile < kNumPanels && panels.integers != wide ? ahead + tile * panel_bytes : panels.integers;
     find_tile<kNumPanels, kMaxRows>(static_cast<int>(count), inputs.num_terms, is_half)(panels, inputs, first, products);
     for (int64_t p = 0; p < kNumPanels; ++p) {
       const int64_t feature = (panel + p) * kLanes, num_lanes = std::min(kLanes, w.out_features - feature);
@@ -508,14 +518,20 @@ void multiply(const Weight& w, const T* x, T* out, int64_t num_rows, int num_thr
         for (int64_t row = 0; row < count; ++row) round_row(from + row * w.in_features, w.in_features, inputs, row);
       }
       const Scratch wide(w.num_bits == 4 && !is_few ? kPanels * num_blocks * kBlockBytes : 0);
-      for (int64_t panel = next.fetch_add(job_panels); panel < num_panels; panel = next.fetch_add(job_panels)) {
+      // Each thread knows what comes next before it begins with what it has.
+      int64_t following = next.fetch_add(job_panels);
+      for (int64_t panel = following; panel < num_panels; panel = following) {
+        following = next.fetch_add(job_panels);
         const int64_t end = std::min(panel + job_panels, num_panels);
+        const auto after = [&](int64_t i) { return std::min(i < end ? i : following, num_panels - 1); };
         int64_t i = panel;
         if (is_few) {
-          for (; i < end; ++i) multiply_panels<1, kFewRows>(w, i, inputs, to, wide.memory);
+          for (; i < end; ++i) multiply_panels<1, kFewRows>(w, i, after(i + 1), inputs, to, wide.memory);
         }
-        for (; i + kPanels <= end; i += kPanels) multiply_panels<kPanels, kRows>(w, i, inputs, to, wide.memory);
-        for (; i < end; ++i) multiply_panels<1, kRows>(w, i, inputs, to, wide.memory);
+        for (; i + kPanels <= end; i += kPanels) {
+          multiply_panels<kPanels, kRows>(w, i, after(i + kPanels), inputs, to, wide.memory);
+        }
+        for (; i < end; ++i) multiply_panels<1, kRows>(w, i, after(i + 1), inputs, to, wide.memory);
       }
     }
   }

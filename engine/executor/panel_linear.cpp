@@ -20,11 +20,13 @@ namespace {
 
 constexpr int64_t kPanel = 64;
 constexpr int kCacheLine = 64;
-// Bytes of a panel that some rows are multiplied with before the next ones, and how many rows: both, and the sums of these rows,
-// stay in a core's caches.
-constexpr int64_t kBlockBytes = 256 << 10, kChunkRows = 96;
-// Bytes ahead that are asked of memory: the processor does not look beyond a page by itself.
-constexpr int kAhead = 4096;
+// Bytes of a panel that some rows are multiplied with before the next ones: in the first cache for few tiles of rows, or else
+// sums are loaded and stored too often, in the second.
+constexpr int64_t kBlockBytes = 8 << 10, kLargeBlockBytes = 64 << 10;
+constexpr int64_t kFewTiles = 4;
+// Rows that are multiplied with all of a panel before the next ones, at most. And at least if there is too little to do for all
+// threads otherwise.
+constexpr int64_t kMostChunkRows = 96, kLeastChunkRows = 24;
 
 #if defined(__AVX512F__)
 using Vector = __m512;
@@ -93,10 +95,16 @@ inline void add_group(Vector* sums, const Vector* weights, const BFloat16* x) {
 }
 #endif
 
+// Cache lines of a group of inputs, and passes over it with a tile of rows.
+constexpr int kGroupLines = 4;
+constexpr int64_t kParts = kPanel / kPart;
+static_assert(kGroupLines * kCacheLine == kPanel * Layout<float>::kGroup * sizeof(float));
+static_assert(kGroupLines * kCacheLine == kPanel * Layout<BFloat16>::kGroup * sizeof(BFloat16));
+
 // Adds to the sums of some rows with a part of a panel. weight: its groups are kPanel * kGroup apart. x: rows `stride` apart.
-// sums: rows kPanel apart.
-template <typename T, int kNumRows>
-void multiply_tile(const T* weight, const T* x, int64_t stride, int64_t num_groups, float* sums) {
+// sums: rows kPanel apart. ahead: kLines cache lines from there on are asked of memory beside each group.
+template <typename T, int kLines, int kNumRows>
+void multiply_tile(const T* weight, const T* x, int64_t stride, int64_t num_groups, float* sums, const char* ahead) {
   constexpr int64_t kGroup = Layout<T>::kGroup;
   Vector total[kNumRows * kVectors];
   for_each<kNumRows * kVectors>([&](auto i) { total[i] = load(sums + i / kVectors * kPanel + i % kVectors * kLanes); });
@@ -104,35 +112,56 @@ void multiply_tile(const T* weight, const T* x, int64_t stride, int64_t num_grou
     Vector weights[kVectors];
     for_each<kVectors>([&](auto i) {
       weights[i] = load(reinterpret_cast<const float*>(weight + i * kLanes * kGroup));
-      const char* line = reinterpret_cast<const char*>(weight + i * kLanes * kGroup) + kAhead;
-      if constexpr (i * kLanes * sizeof(float) % kCacheLine == 0) _mm_prefetch(line, _MM_HINT_T0);
+      // Into the second cache: the first can wait for few lines only, and would hold up the products.
+      if constexpr (i < kLines) _mm_prefetch(ahead + i * kCacheLine, _MM_HINT_T1);
     });
+    ahead += kLines * kCacheLine;
     for_each<kNumRows>([&](auto row) { add_group(total + row * kVectors, weights, x + row * stride); });
   }
   for_each<kNumRows * kVectors>([&](auto i) { store(sums + i / kVectors * kPanel + i % kVectors * kLanes, total[i]); });
 }
 
-template <typename T, int kNumRows = kRows>
-void multiply_rows(const T* weight, const T* x, int64_t stride, int64_t num_groups, float* sums, int64_t num_rows) {
+template <typename T, int kLines, int kNumRows = kRows>
+void multiply_rows(const T* weight, const T* x, int64_t stride, int64_t num_groups, float* sums, int64_t num_rows,
+                   const char* ahead) {
   if constexpr (kNumRows > 1) {
-    if (num_rows < kNumRows) return multiply_rows<T, kNumRows - 1>(weight, x, stride, num_groups, sums, num_rows);
+    if (num_rows < kNumRows) {
+      return multiply_rows<T, kLines, kNumRows - 1>(weight, x, stride, num_groups, sums, num_rows, ahead);
+    }
   }
-  for (int64_t part = 0; part < kPanel; part += kPart) {
-    multiply_tile<T, kNumRows>(weight + part * Layout<T>::kGroup, x, stride, num_groups, sums + part);
-  }
+  multiply_tile<T, kLines, kNumRows>(weight, x, stride, num_groups, sums, ahead);
 }
 
-// All of a panel times up to kChunkRows rows.
+// All of a panel times up to kMostChunkRows rows. next: the panel that this thread multiplies then.
+//
+// Memory gives the next block while this one is multiplied, the same number of lines in each pass over it: asked for by the
+// first pass alone, the others would wait for nothing, and memory for them.
 template <typename T>
-void multiply_chunk(const T* weight, const T* x, int64_t stride, int64_t num_groups, float* sums, int64_t num_rows) {
-  constexpr int64_t kGroup = Layout<T>::kGroup;
-  const int64_t block = kBlockBytes / (kPanel * kGroup * sizeof(T));
+void multiply_chunk(const T* weight, const T* next, const T* x, int64_t stride, int64_t num_groups, float* sums,
+                    int64_t num_rows) {
+  constexpr int64_t kGroup = Layout<T>::kGroup, kGroupBytes = kGroupLines * kCacheLine;
   const int64_t num_tiles = (num_rows + kRows - 1) / kRows, tile_rows = (num_rows + num_tiles - 1) / num_tiles;
+  const int64_t num_passes = num_tiles * kParts;
+  const int64_t block = (num_tiles > kFewTiles ? kLargeBlockBytes : kBlockBytes) / kGroupBytes;
   std::fill(sums, sums + num_rows * kPanel, 0.0f);
   for (int64_t group = 0; group < num_groups; group += block) {
-    for (int64_t row = 0; row < num_rows; row += tile_rows) {
-      multiply_rows(weight + group * kPanel * kGroup, x + row * stride + group * kGroup, stride,
-                    std::min(block, num_groups - group), sums + row * kPanel, std::min(tile_rows, num_rows - row));
+    const int64_t count = std::min(block, num_groups - group);
+    const char* const ahead = reinterpret_cast<const char*>(
+        group + block < num_groups ? weight + (group + block) * kPanel * kGroup : next);
+    for (int64_t pass = 0; pass < num_passes; ++pass) {
+      const int64_t row = pass / kParts * tile_rows, part = pass % kParts * kPart;
+      const int64_t first_line = (pass * kGroupLines + num_passes - 1) / num_passes;
+      const auto multiply = [&](auto lines) {
+        multiply_rows<T, lines>(weight + (group * kPanel + part) * kGroup, x + row * stride + group * kGroup, stride, count,
+                                sums + row * kPanel + part, std::min(tile_rows, num_rows - row),
+                                ahead + first_line * count * kCacheLine);
+      };
+      switch (((pass + 1) * kGroupLines + num_passes - 1) / num_passes - first_line) {
+        case 0: multiply(std::integral_constant<int, 0>{}); break;
+        case 1: multiply(std::integral_constant<int, 1>{}); break;
+        case 2: multiply(std::integral_constant<int, 2>{}); break;
+        default: multiply(std::integral_constant<int, kGroupLines>{});
+      }
     }
   }
 }
@@ -160,24 +189,33 @@ void multiply(const Weight& w, const T* x, T* out, int64_t num_rows, int num_thr
     }
     x = padded_x.data();
   }
-  const int64_t job = std::max<int64_t>(1, num_panels / (8 * num_threads));
+  int64_t num_chunks = (num_rows + kMostChunkRows - 1) / kMostChunkRows;
+  while (num_panels * num_chunks < 16 * num_threads && num_rows >= 2 * num_chunks * kLeastChunkRows) num_chunks *= 2;
+  const int64_t chunk_rows = ((num_rows + num_chunks - 1) / num_chunks + kRows - 1) / kRows * kRows;
+  // Each thread knows what comes next before it begins with what it has.
+  const int64_t num_items = num_panels * num_chunks, job = std::max<int64_t>(1, num_items / (8 * num_threads));
   std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(num_threads)
   {
-    alignas(kCacheLine) float sums[kChunkRows * kPanel];
-    for (int64_t first = next.fetch_add(job); first < num_panels; first = next.fetch_add(job)) {
-      for (int64_t panel = first; panel < std::min(first + job, num_panels); ++panel) {
-        const T* const weight = static_cast<const T*>(w.panels) + panel * kPanel * padded;
-        const int64_t num_outputs = std::min(kPanel, w.out_features - panel * kPanel);
+    alignas(kCacheLine) float sums[kMostChunkRows * kPanel];
+    const auto panel_of = [&](int64_t item) {
+      return static_cast<const T*>(w.panels) + std::min(item / num_chunks, num_panels - 1) * kPanel * padded;
+    };
+    int64_t following = next.fetch_add(job);
+    for (int64_t first = following; first < num_items; first = following) {
+      following = next.fetch_add(job);
+      const int64_t end = std::min(first + job, num_items);
+      for (int64_t item = first; item < end; ++item) {
+        const int64_t begin = item % num_chunks * chunk_rows, count = std::min(chunk_rows, num_rows - begin);
+        if (count <= 0) continue;
+        multiply_chunk(panel_of(item), panel_of(item + 1 < end ? item + 1 : following), x + begin * stride, stride, num_groups,
+                       sums, count);
+        const int64_t output = item / num_chunks * kPanel, num_outputs = std::min(kPanel, w.out_features - output);
         float bias[kPanel] = {};
-        if (w.bias != nullptr) std::copy_n(w.bias + panel * kPanel, num_outputs, bias);
-        for (int64_t begin = 0; begin < num_rows; begin += kChunkRows) {
-          const int64_t count = std::min(kChunkRows, num_rows - begin);
-          multiply_chunk(weight, x + begin * stride, stride, num_groups, sums, count);
-          for (int64_t row = 0; row < count; ++row) {
-            T* const to = out + (begin + row) * w.out_features + panel * kPanel;
-            for (int64_t i = 0; i < num_outputs; ++i) narrow(sums[row * kPanel + i] + bias[i], to[i]);
-          }
+        if (w.bias != nullptr) std::copy_n(w.bias + output, num_outputs, bias);
+        for (int64_t row = 0; row < count; ++row) {
+          T* const to = out + (begin + row) * w.out_features + output;
+          for (int64_t i = 0; i < num_outputs; ++i) narrow(sums[row * kPanel + i] + bias[i], to[i]);
         }
       }
     }
