@@ -52,6 +52,14 @@ constexpr float kLowest = -1e38f;
 
 inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// f(0), f(1) and so on, written out: GCC keeps an array in registers only if every place in it is known.
+template <int kEnd, typename F>
+inline __attribute__((always_inline)) void for_each(const F& f) {
+  [&]<int... kIndices>(std::integer_sequence<int, kIndices...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, kIndices>{}), ...);
+  }(std::make_integer_sequence<int, kEnd>{});
+}
+
 inline Vec load(const float* p) { return Vec::loadu(p); }
 inline Vec load(const at::BFloat16* p) {
   Vec out;
@@ -75,14 +83,13 @@ inline float sum(Vec v) {
 }
 // The sums of kLanes vectors, as the lanes of one: halving the number of vectors interleaves what is left of each, so it takes
 // fewer operations than one reduction after the other.
-inline Vec sums(Vec (&v)[kLanes]) {
-#pragma GCC unroll 4
-  for (int n = kLanes / 2; n > 0; n /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) {
-      const auto [low, high] = at::vec::interleave2(v[i], v[i + n]);
-      v[i] = low + high;
-    }
+template <int kHalf = kLanes / 2>
+inline __attribute__((always_inline)) Vec sums(Vec (&v)[kLanes]) {
+  for_each<kHalf>([&](auto i) __attribute__((always_inline)) {
+    const auto [low, high] = at::vec::interleave2(v[i], v[i + kHalf]);
+    v[i] = low + high;
+  });
+  if constexpr (kHalf > 1) sums<kHalf / 2>(v);
   return v[0];
 }
 // The larger one of each lane, in one instruction; at::vec::maximum takes several to hand on NaN, which exp does anyway.
@@ -206,26 +213,24 @@ inline void dot_keys(const float* q, int q_stride, const T* k, int k_dim, float*
   static_assert(R * K <= kLanes || K == 1);
   constexpr int G = std::min(K, 4);  // keys side by side; with more, the hardware no longer foresees what is read next
   Vec acc[std::max(R * K, kLanes)];
-#pragma GCC unroll 16
-  for (Vec& a : acc) a = Vec(0.f);
-#pragma GCC unroll 16
-  for (int first = 0; first < K; first += G) {
+  for_each<std::max(R * K, kLanes)>([&](auto i) { acc[i] = Vec(0.f); });
+  for_each<K / G>([&](auto group) __attribute__((always_inline)) {
+    const auto add = [&](auto key, int d, Vec value) __attribute__((always_inline)) {
+      for_each<R>([&](auto r) __attribute__((always_inline)) {
+        acc[r * K + key] = at::vec::fmadd(Vec::loadu(q + r * q_stride + d), value, acc[r * K + key]);
+      });
+    };
+    const auto for_keys = [&](const auto& f) __attribute__((always_inline)) {
+      for_each<G>([&](auto i) __attribute__((always_inline)) { f(std::integral_constant<int, group * G + i>{}); });
+    };
     int d = 0;
     for (; d + kLanes <= k_dim; d += kLanes) {
-#pragma GCC unroll 4
-      for (int j = first; j < first + G; ++j) {
-        const Vec key = load(k + j * k_dim + d);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[r * K + j] = at::vec::fmadd(Vec::loadu(q + r * q_stride + d), key, acc[r * K + j]);
-      }
+      for_keys([&](auto key) __attribute__((always_inline)) { add(key, d, load(k + key * k_dim + d)); });
     }
     if (d < k_dim) {
-      for (int j = first; j < first + G; ++j) {
-        const Vec key = load(k + j * k_dim + d, k_dim - d);
-        for (int r = 0; r < R; ++r) acc[r * K + j] = at::vec::fmadd(Vec::loadu(q + r * q_stride + d), key, acc[r * K + j]);
-      }
+      for_keys([&](auto key) __attribute__((always_inline)) { add(key, d, load(k + key * k_dim + d, k_dim - d)); });
     }
-  }
+  });
   if constexpr (K == 1) {
     for (int r = 0; r < R; ++r) s[r * kPanel] = sum(acc[r]);
   } else if constexpr (R == 1 && K == kLanes) {
