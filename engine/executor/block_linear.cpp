@@ -292,6 +292,7 @@ template <int kNumPanels, int kNumRows, int kNumTerms, bool kHalf>
 void multiply_tile(const Panels& panels, const Inputs& x, int64_t first, float* out) {
   static_assert(kNumPanels == 1);
   const __m256i ones = _mm256_set1_epi16(1), zeros = _mm256_set1_epi8(static_cast<char>(panels.zero_point));
+  const int64_t ahead = panels.ahead - panels.integers;
   for (int half = 0; half < 2; ++half) {
     const int8_t* integers = x.integers + first * x.row_bytes();
     const float* x_scales = x.scales + first * x.num_blocks;
@@ -316,6 +317,7 @@ void multiply_tile(const Panels& panels, const Inputs& x, int64_t first, float* 
       const auto add_all = [&](const int8_t* term) __attribute__((always_inline)) {
         for (int group = 0; group < (kHalf ? kGroups / 2 : kGroups); ++group) {
           const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + group * kGroupBytes));
+          if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(weight + ahead + group * kGroupBytes), _MM_HINT_T1);
           if constexpr (kHalf) {
             const __m256i low = _mm256_set1_epi8(15);
             add(_mm256_and_si256(w, low), term + group * kNumRows * kGroup);
