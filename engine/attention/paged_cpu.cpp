@@ -31,6 +31,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -213,7 +214,7 @@ inline void dot_keys(const float* q, int q_stride, const T* k, int k_dim, float*
   static_assert(R * K <= kLanes || K == 1);
   constexpr int G = std::min(K, 4);  // keys side by side; with more, the hardware no longer foresees what is read next
   Vec acc[std::max(R * K, kLanes)];
-  for_each<std::max(R * K, kLanes)>([&](auto i) { acc[i] = Vec(0.f); });
+  for_each<std::max(R * K, kLanes)>([&](auto i) __attribute__((always_inline)) { acc[i] = Vec(0.f); });
   for_each<K / G>([&](auto group) __attribute__((always_inline)) {
     const auto add = [&](auto key, int d, Vec value) __attribute__((always_inline)) {
       for_each<R>([&](auto r) __attribute__((always_inline)) {

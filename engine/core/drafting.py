@@ -192,7 +192,7 @@ class Drafter:
 
     @property
     def num_tokens_to_rest(self) -> int:
-        """To the next look: one at each token of an answer that quotes nothing costs too much."""
+        """How many tokens are to come before the next look; 0 = it is time for one."""
         return max(0, self._rests_until - len(self._own.token_ids))
 
     def note_use(self, is_used: bool, max_rest: int) -> None:
@@ -263,5 +263,5 @@ class Drafter:
         return guess
 
     def chances(self, num_tokens: int) -> list[float]:
-        """See HitRates; of the first so many tokens of a guess."""
+        """See HitRates; of the first so many tokens of a guess, or of fewer."""
         return self._rates.chances(self._match_len, num_tokens)

@@ -7,6 +7,7 @@ tells. Without that much to gain, a step is what it would be without speculation
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ TIME_WEIGHT = 1 / 8
 LOOK_S = 30e-6
 MAX_LOOK_PART = 0.01
 MAX_REST = 32
+# Looks in vain that count for the next request, too: it is looked at a second time after 16 tokens then.
+MAX_INHERITED_UNUSED = 4
 # Tenants whose recent answers are kept.
 MAX_TENANTS = 64
 # Tokens of contexts that are indexed in one step, which waits for it: one to two milliseconds. And in all: of about
@@ -204,13 +207,14 @@ class Speculation:
         num = cost.choose(len(requests), [chance for chance, _ in chances])
         counts = Counter(request for _, request in chances[:num])
         most_s = MAX_LOOK_PART * max(cost.base_s, 1e-6)  # there are clocks that stand still
-        max_rest = min(MAX_REST, int(LOOK_S * (1 + len(requests)) / most_s))
+        max_rest = min(MAX_REST, math.ceil(LOOK_S * (1 + len(requests)) / most_s))
         for request in followed:
             self._drafters[request].note_use(request in counts, max_rest)
         return {request: tuple(guesses[request][:count]) for request, count in counts.items()}
 
     def take_in_prompts(self, requests: Iterable[Request]) -> None:
         """Index prompts that are not indexed yet, within limits; what decodes say is taken in at their next look."""
+        self._num_calls_to_rest = 0  # others decode from now on
         self._take_in(request for request in requests if self._drafter(request).num_indexed < request.num_prompt_tokens)
 
     def _take_in(self, requests: Iterable[Request]) -> list[Request]:
@@ -233,7 +237,6 @@ class Speculation:
             answers = self._answers.get(request.tenant)
             drafter = Drafter(request.token_ids, request.num_prompt_tokens, answers, self._rates, self._num_unused)
             self._drafters[request] = drafter
-            self._num_calls_to_rest = 0
         return drafter
 
     def note_step(self, segments: Sequence[QuerySegment], seconds: float) -> None:
@@ -259,7 +262,7 @@ class Speculation:
         drafter = self._drafters.pop(request, None)
         if drafter is not None:
             self._num_indexed -= drafter.num_indexed
-            self._num_unused = drafter.num_unused
+            self._num_unused = min(drafter.num_unused, MAX_INHERITED_UNUSED)
         answer = request.token_ids[request.num_prompt_tokens :]
         if not self._keeps_answers or not answer:
             return

@@ -417,7 +417,7 @@ struct Weight {
   int zero_point() const { return num_bits == 4 ? 8 : 128; }
 };
 
-// In 8 bits, with the same zero point. ahead: as many blocks that memory is asked for.
+// In 8 bits, with the same zero point. ahead: memory is asked for the same number of blocks from there on.
 void widen_panels(const uint8_t* halves, int64_t num_blocks, uint8_t* to, const uint8_t* ahead) {
   for (int64_t block = 0; block < num_blocks; ++block, halves += kBlockBytes / 2, to += kBlockBytes) {
     for (int line = 0; line < kBlockBytes / 2; line += kGroupBytes) __builtin_prefetch(ahead + line, 0, 2);

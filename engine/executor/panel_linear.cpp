@@ -24,8 +24,8 @@ constexpr int kCacheLine = 64;
 // sums are loaded and stored too often, in the second.
 constexpr int64_t kBlockBytes = 8 << 10, kLargeBlockBytes = 64 << 10;
 constexpr int64_t kFewTiles = 4;
-// Rows that are multiplied with all of a panel before the next ones, at most. And at least if there is too little to do for all
-// threads otherwise.
+// Rows that are multiplied with all of a panel before the next ones, at most. There are fewer, but no fewer than the second
+// number, while the threads would have too little to do.
 constexpr int64_t kMostChunkRows = 96, kLeastChunkRows = 24;
 
 #if defined(__AVX512F__)
@@ -98,6 +98,7 @@ inline void add_group(Vector* sums, const Vector* weights, const BFloat16* x) {
 // Cache lines of a group of inputs, and passes over it with a tile of rows.
 constexpr int kGroupLines = 4;
 constexpr int64_t kParts = kPanel / kPart;
+static_assert(kGroupLines <= kVectors);  // a line is asked for beside the load of a vector
 static_assert(kGroupLines * kCacheLine == kPanel * Layout<float>::kGroup * sizeof(float));
 static_assert(kGroupLines * kCacheLine == kPanel * Layout<BFloat16>::kGroup * sizeof(BFloat16));
 
@@ -160,7 +161,7 @@ void multiply_chunk(const T* weight, const T* next, const T* x, int64_t stride, 
         case 0: multiply(std::integral_constant<int, 0>{}); break;
         case 1: multiply(std::integral_constant<int, 1>{}); break;
         case 2: multiply(std::integral_constant<int, 2>{}); break;
-        default: multiply(std::integral_constant<int, kGroupLines>{});
+        default: multiply(std::integral_constant<int, kGroupLines>{});  // a single pass
       }
     }
   }

@@ -16,7 +16,6 @@ from engine.core.engine_core import EngineCore
 from engine.core.plan import QuerySegment, StepResult
 from engine.core.request import Request, SamplingParams
 from engine.core.speculation import (
-    MAX_REST,
     MAX_STEPS_IN_A_ROW,
     PRIOR_ROW_COST,
     Speculation,
@@ -62,7 +61,9 @@ def test_guesses_follow_an_earlier_place_however_tokens_come(token_ids, num_prom
         drafter.catch_up(100)
         guess = drafter.guess(8)
         assert len(guess) in (0, 8)
-        assert all(0 < chance <= 1 for chance in drafter.chances(8))
+        chances = drafter.chances(8)
+        assert len(chances) <= 8
+        assert chances == sorted(chances, reverse=True)
         if guess:
             places = [i for i, token_id in enumerate(context[:-1], 1) if token_id == context[-1]]
             assert any((context[i:] + guess)[:8] == guess for i in places)
@@ -211,7 +212,7 @@ def test_a_request_rests_at_once_if_the_one_before_it_did_and_is_looked_at_besid
     guessing.take_in_prompts([second])
     assert looks_of(guessing, [first, second], 1, monkeypatch) == 1  # at what is new
     guessing.end(first)
-    assert looks_of(guessing, [resting("c")], MAX_REST + 1, monkeypatch) == 2
+    assert looks_of(guessing, [resting("c")], 17, monkeypatch) == 2
 
 
 def test_steps_of_another_number_of_requests_are_noted_after_a_rest(monkeypatch):
@@ -243,7 +244,7 @@ def test_rates_follow_what_comes_true_by_the_length_of_the_match():
         rates.note(20, True)
     assert sum(rates.chances(2, 8)) < 0.1
     assert rates.chances(20, 2)[1] > 0.9
-    assert HitRates(rates).chances(2, 1) == rates.chances(2, 1)
+    assert HitRates(rates).chances(20, 2) == rates.chances(20, 2)
 
 
 def test_what_is_verified_is_what_gives_most_tokens_for_its_cost():

@@ -41,14 +41,14 @@ DTYPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-# The last one's panels are multiplied in several blocks.
+# The last one's panels are multiplied in several blocks, however many rows there are.
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (24, 96), (130, 77), (3, 5), (65, 2), (100, 5000)])
 def test_products_are_exact(outputs, inputs, bias, dtype):
     torch.manual_seed(outputs)
     # Sums that are exact in float32; those of the longest rows are rounded once, to bfloat16.
     weight, added = integers(2, outputs, inputs), integers(9, outputs) if bias else None
     packed = PanelWeight(pack(weight.to(dtype)), weight.to(dtype), None if added is None else added.to(dtype))
-    # Of 800 rows there are fewer chunks than threads would like, because they are rounded up.
+    # Of 800 rows with one panel, the last chunk of 18 is empty, because chunks are rounded up (with AVX-512).
     for num_rows in (0, 1, 2, 3, 5, 6, 7, 13, 19, 25, 96, 97, 200, 800):
         x = integers(3, num_rows, inputs)
         expected = x @ weight.T + (0 if added is None else added)
