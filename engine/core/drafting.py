@@ -147,7 +147,7 @@ class HitRates:
     def chances(self, match_len: int, num_tokens: int) -> list[float]:
         """For each of the next tokens, how likely it and all in front of it are as guessed; never rises.
 
-        Ends in front of the first that is not worth to be thought of.
+        Ends in front of the first that is too unlikely to be worth a row of a step.
         """
         chances, chance = [], 1.0
         for length in range(match_len, match_len + num_tokens):
@@ -174,7 +174,7 @@ class Drafter:
         token_ids: prompt and answer, which grows.
         recent: answers to look in, too; None = there are none.
         rates: of all requests; told what comes of this one's guesses.
-        num_unused: looks in a row of which no guess was verified; of a request before this one.
+        num_unused: looks in a row of which no guess was verified; at first, those of a request before this one.
         """
         self._own = TokenIndex(token_ids)
         self._num_prompt_tokens = num_prompt_tokens
@@ -200,7 +200,7 @@ class Drafter:
 
         max_rest: tokens to the next look, at most; with 1 it never rests.
         """
-        self.num_unused = 0 if is_used else self.num_unused + 1
+        self.num_unused = 0 if is_used or max_rest == 1 else self.num_unused + 1
         if self.num_unused:
             self._rests_until = len(self._own.token_ids) + min(1 << min(self.num_unused - 1, 10), max_rest)
 

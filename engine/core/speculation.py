@@ -40,7 +40,8 @@ TIME_WEIGHT = 1 / 8
 LOOK_S = 30e-6
 MAX_LOOK_PART = 0.01
 MAX_REST = 32
-# Looks in vain that count for the next request, too: it is looked at a second time after 16 tokens then.
+# A new request counts the unused guesses of the one that ended last as its own, up to this number: if its first guess is not
+# used either, the second one is made at most 16 tokens later.
 MAX_INHERITED_UNUSED = 4
 # Tenants whose recent answers are kept.
 MAX_TENANTS = 64

@@ -170,6 +170,9 @@ def test_a_request_of_which_nothing_is_verified_is_looked_at_less_and_less_until
     assert drafter.guess(2) == [1, 2]
     drafter.note_use(True, 20)
     assert not drafter.num_tokens_to_rest
+    for _ in range(5):  # so nothing keeps a request from being followed token by token if looking costs next to nothing
+        drafter.note_use(False, 1)
+    assert drafter.num_unused == 0
 
 
 NEW_TOKENS = itertools.count(1000)

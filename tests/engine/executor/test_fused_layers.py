@@ -30,7 +30,9 @@ from engine.executor.model_loader import load_model
 from engine.executor.packed_linear import OneDnnWeight, PackedWeight, PlainWeight, pack_linears
 from engine.executor.quantized_linear import Int4Weight, Int8Weight
 from engine.executor.rms_norm import replace_norms
-from tests.engine.executor.test_panel_kernel import DTYPES, pytestmark  # noqa: F401
+from tests.engine.executor.test_panel_kernel import DTYPES, NEEDS_KERNEL
+
+pytestmark = NEEDS_KERNEL
 
 DIMENSIONS = {
     "vocab_size": 256,

@@ -29,7 +29,8 @@ def has_kernel(dtype: torch.dtype) -> bool:
     return True
 
 
-pytestmark = pytest.mark.skipif(not has_kernel(torch.float32), reason="no kernel for this processor")
+NEEDS_KERNEL = pytest.mark.skipif(not has_kernel(torch.float32), reason="no kernel for this processor")
+pytestmark = NEEDS_KERNEL
 DTYPES = [
     torch.float32,
     pytest.param(
